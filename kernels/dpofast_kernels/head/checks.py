@@ -1,0 +1,123 @@
+"""The edge of the head's ops: what was got, what was expected."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dpofast_kernels.head.options import HeadOptions
+from dpofast_kernels.head.sequences import check_bounds
+
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def compute_dtype(hidden_states: Tensor, weight: Tensor) -> torch.dtype:
+    """What inputs are cast to first: the autocast dtype, under autocast, else their own.
+
+    As everywhere in PyTorch, float64 is left alone by autocast.
+
+    Raises:
+        ValueError: dtypes differ outside autocast, or aren't floating.
+    """
+    dtypes = (hidden_states.dtype, weight.dtype)
+    device_type = hidden_states.device.type
+    if not set(dtypes) <= set(FLOATS):
+        raise ValueError(
+            f"hidden_states is {dtypes[0]} and weight {dtypes[1]}, expected float64, float32, "
+            "bfloat16 or float16."
+        )
+    if torch.is_autocast_enabled(device_type) and torch.float64 not in dtypes:
+        return torch.get_autocast_dtype(device_type)
+    if dtypes[0] != dtypes[1]:
+        raise ValueError(
+            f"hidden_states is {dtypes[0]} but weight {dtypes[1]}: cast one of them, or run the "
+            "op under torch.autocast."
+        )
+    return weight.dtype
+
+
+def check_head_inputs(
+    hidden_states: Tensor,  # [N, H]
+    weight: Tensor,  # [V, H]
+    labels: Tensor,  # [N]
+    options: HeadOptions,
+) -> None:
+    """Raise ValueError, naming the argument, unless these belong together."""
+    if hidden_states.dim() != 2:
+        raise ValueError(f"hidden_states is {list(hidden_states.shape)}, expected [N, H].")
+    if weight.dim() != 2 or weight.shape[1] != hidden_states.shape[1]:
+        raise ValueError(
+            f"weight is {list(weight.shape)}, expected [V, {hidden_states.shape[1]}], as "
+            f"hidden_states is {list(hidden_states.shape)}."
+        )
+    if labels.shape != hidden_states.shape[:1] or labels.dtype != torch.int64:
+        raise ValueError(
+            f"labels is {list(labels.shape)} {labels.dtype}, expected "
+            f"[{hidden_states.shape[0]}] torch.int64, one for each hidden state."
+        )
+    _check_tensor("weight", weight, hidden_states.device, weight.shape)
+    _check_tensor("labels", labels, hidden_states.device, labels.shape)
+    _check_tensor("bias", options.bias, hidden_states.device, weight.shape[:1], weight.dtype)
+    grad_dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    _check_tensor(
+        "weight_grad", options.weight_grad, hidden_states.device, weight.shape, grad_dtype
+    )
+    # On a device this would wait for everything before it.
+    if labels.device.type == "cpu" and len(labels):
+        low, high = int(labels.min()), int(labels.max())
+        if low < 0 or high >= weight.shape[0]:
+            wrong = low if low < 0 else high
+            row = int((labels == wrong).nonzero()[0])
+            raise ValueError(
+                f"labels[{row}] is {wrong}, expected 0 to {weight.shape[0] - 1}, as weight has "
+                f"{weight.shape[0]} rows."
+            )
+
+
+def check_pairs(
+    bounds: Tensor,  # [2P+1]
+    ref_logps: Tensor,  # [2P]
+    num_rows: int,
+) -> list[int]:
+    """The bounds as a list, if they are of whole pairs without an empty sequence.
+
+    Raises:
+        ValueError: a pair without its partner, an empty sequence, bounds that don't cover the rows,
+            or reference log-probs of another number of sequences.
+    """
+    limits = check_bounds(bounds, num_rows)
+    num_sequences = len(limits) - 1
+    if num_sequences % 2:
+        raise ValueError(
+            f"bounds are of {num_sequences} sequences, expected an even number: each chosen "
+            "followed by its rejected."
+        )
+    for index in range(num_sequences):
+        if limits[index] == limits[index + 1]:
+            raise ValueError(
+                f"sequence {index} ({'rejected' if index % 2 else 'chosen'} of pair {index // 2}) "
+                "has no scored token; leave such pairs out."
+            )
+    if ref_logps.shape != (num_sequences,) or not ref_logps.is_floating_point():
+        raise ValueError(
+            f"ref_logps is {list(ref_logps.shape)} {ref_logps.dtype}, expected "
+            f"[{num_sequences}] of a floating dtype, one for each sequence."
+        )
+    return limits
+
+
+def _check_tensor(
+    name: str,
+    tensor: Tensor | None,
+    device: torch.device,
+    shape: torch.Size,
+    dtype: torch.dtype | None = None,
+) -> None:
+    if tensor is None:
+        return
+    if tensor.device != device:
+        raise ValueError(f"{name} is on {tensor.device}, but hidden_states on {device}.")
+    if tensor.shape != shape or (dtype is not None and tensor.dtype != dtype):
+        raise ValueError(
+            f"{name} is {list(tensor.shape)} {tensor.dtype}, expected {list(shape)} {dtype}."
+        )

@@ -1,0 +1,51 @@
+"""The plain twin of the head's ops: all logits at once, and autograd. What the others must equal."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dpofast_kernels.head.options import HeadOptions, PairLossOutput
+from dpofast_kernels.head.sequences import segment_sums
+from dpofast_kernels.preference import PairLoss
+
+
+def naive_logits(
+    hidden_states: Tensor,  # [N, H]
+    weight: Tensor,  # [V, H]
+    options: HeadOptions,
+) -> Tensor:
+    """[N, V] logits, fp32 (fp64 for fp64 inputs), as the model itself would make them."""
+    logits = F.linear(hidden_states, weight, options.bias)
+    if logits.dtype != torch.float64:
+        logits = logits.float()
+    logits = logits * options.logit_scale
+    if options.softcap is not None:
+        logits = options.softcap * torch.tanh(logits / options.softcap)
+    return logits / options.temperature
+
+
+def naive_linear_logps(
+    hidden_states: Tensor,  # [N, H]
+    weight: Tensor,  # [V, H]
+    labels: Tensor,  # [N]
+    options: HeadOptions,
+) -> Tensor:
+    """[N] per-token log-probs; see `linear_logps`."""
+    vocab_logps = naive_logits(hidden_states, weight, options).log_softmax(-1)  # [N, V]
+    return vocab_logps.gather(-1, labels[:, None])[:, 0]
+
+
+def naive_pair_loss(
+    per_token_logps: Tensor,  # [N]
+    bounds: Tensor,  # [2P+1]
+    ref_logps: Tensor,  # [2P]
+    loss: PairLoss,
+) -> PairLossOutput:
+    """The sum over pairs of the loss of given per-token log-probs; see `linear_pair_loss`."""
+    logps = segment_sums(per_token_logps, bounds)  # [2P]
+    logratios = logps - ref_logps.to(logps)
+    lengths = bounds.to(logps.device).diff().view(-1, 2)  # [P, 2]
+    losses, _, _ = loss.pair_loss(logratios[0::2], logratios[1::2], lengths)
+    return PairLossOutput(losses.sum(), logps.detach())

@@ -1,0 +1,67 @@
+"""What the head is told, and what it gives back."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from torch import Tensor
+
+# Part of a reference's identity: raised whenever a log-prob could change by anything but rounding
+# that depends on the machine, so that stored log-probs are made again.
+HEAD_VERSION = 1
+
+BACKENDS = ("auto", "torch", "triton", "naive")
+
+
+@dataclass(frozen=True, eq=False)
+class HeadOptions:
+    """What a model does to its logits, and how the op is to run.
+
+    The logits are softcap(logit_scale (x W^T + bias)) / temperature, where softcap(z) is
+    cap tanh(z / cap).
+
+    Attributes:
+        bias: [V], in the weight's dtype; gets a gradient, too.
+        softcap: above 0, or None.
+        logit_scale: what logits are multiplied with.
+        temperature: what they are divided by at last.
+        weight_grad: [V, H] fp32 (fp64 for fp64 weights). If given, the backward adds the weight's
+            gradient, times the upstream gradient, to this buffer, and the weight itself gets none:
+            nothing that waits for its `.grad`, such as DDP's hooks, will see one.
+        backend: "auto" is Triton on CUDA and ROCm, tiled PyTorch elsewhere; "naive" makes all
+            logits at once and is there to compare with.
+
+    Raises:
+        ValueError: an option out of range, or an unknown backend.
+    """
+
+    bias: Tensor | None = None
+    softcap: float | None = None
+    logit_scale: float = 1.0
+    temperature: float = 1.0
+    weight_grad: Tensor | None = None
+    backend: str = "auto"
+
+    def __post_init__(self) -> None:
+        for name in ("softcap", "logit_scale", "temperature"):
+            value = getattr(self, name)
+            if value is not None and not (math.isfinite(value) and value > 0.0):
+                raise ValueError(f"{name} is {value}, expected a finite number above 0.")
+        if self.backend not in BACKENDS:
+            raise ValueError(
+                f"Unknown backend {self.backend!r}, expected one of {', '.join(BACKENDS)}."
+            )
+
+
+@dataclass(frozen=True, eq=False)
+class PairLossOutput:
+    """What `linear_pair_loss` returns.
+
+    Attributes:
+        loss: [] fp64, the sum over pairs; differentiable.
+        logps: [2P] fp64, summed log-probs of the policy in nats; without gradient.
+    """
+
+    loss: Tensor
+    logps: Tensor

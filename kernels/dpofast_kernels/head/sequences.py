@@ -1,0 +1,65 @@
+"""From tokens to sequences."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def sum_per_sequence(
+    per_token_logps: Tensor,  # [N]
+    bounds: Tensor,  # [S+1]
+) -> Tensor:
+    """Sums over each sequence's tokens, in float64: a float32 sum loses digits over thousands.
+
+    Args:
+        per_token_logps: [N], any floating dtype.
+        bounds: [S+1] int64, from 0 to N; on the CPU or the device of `per_token_logps`. An empty
+            sequence sums to 0.
+
+    Returns:
+        [S] fp64; differentiable.
+
+    Raises:
+        ValueError: bounds that don't cover the rows.
+    """
+    if per_token_logps.dim() != 1:
+        raise ValueError(f"per_token_logps is {list(per_token_logps.shape)}, expected [N].")
+    check_bounds(bounds, len(per_token_logps))
+    return segment_sums(per_token_logps, bounds)
+
+
+def segment_sums(
+    per_token_logps: Tensor,  # [N]
+    bounds: Tensor,  # [S+1]
+) -> Tensor:
+    """`sum_per_sequence` of bounds that were checked before: [S] fp64."""
+    if len(bounds) == 1:
+        return per_token_logps.new_zeros(0, dtype=torch.float64) + per_token_logps.double().sum()
+    return torch.segment_reduce(
+        per_token_logps.double(), "sum", offsets=bounds.to(per_token_logps.device), unsafe=True
+    )
+
+
+def check_bounds(bounds: Tensor, num_rows: int) -> list[int]:
+    """The bounds as a list, if they are int64 [S+1], start at 0, never fall and end at `num_rows`.
+
+    Raises:
+        ValueError: they aren't, or don't.
+    """
+    if bounds.dim() != 1 or len(bounds) < 1 or bounds.dtype != torch.int64:
+        raise ValueError(
+            f"bounds is {list(bounds.shape)} {bounds.dtype}, expected [S+1] torch.int64."
+        )
+    limits: list[int] = bounds.tolist()
+    if limits[0] != 0 or limits[-1] != num_rows:
+        raise ValueError(
+            f"bounds run from {limits[0]} to {limits[-1]}, expected 0 to {num_rows}, the number "
+            "of scored tokens."
+        )
+    for index, (start, end) in enumerate(zip(limits, limits[1:], strict=False)):
+        if end < start:
+            raise ValueError(
+                f"bounds fall from {start} to {end} at sequence {index}; expected them never to."
+            )
+    return limits

@@ -1,0 +1,32 @@
+"""The hinge loss on DPO's margin."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from dpofast_kernels.preference.loss import PairLoss
+
+
+@dataclass(frozen=True)
+class HingeLoss(PairLoss):
+    """max(0, 1 - z), z = beta (chosen - rejected log-ratio).
+
+    Source: SLiC, arXiv:2305.10425, in the normalised form of RSO, arXiv:2309.06657, table 1.
+    """
+
+    name: ClassVar[str] = "hinge"
+
+    def pair_loss(
+        self, chosen_logratios: Tensor, rejected_logratios: Tensor, lengths: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        loss = torch.relu(1.0 - self.beta * (chosen_logratios - rejected_logratios))  # [P]
+        # relu has slope 0 at the kink itself, so has this
+        slope = -self.beta * (loss > 0).to(loss.dtype)
+        return loss, slope, -slope
+
+    def direction(self, lengths: Tensor) -> Tensor:
+        return torch.tensor([1.0, -1.0], dtype=torch.float64).expand(len(lengths), 2)

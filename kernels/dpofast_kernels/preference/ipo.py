@@ -1,0 +1,34 @@
+"""The loss of identity preference optimization."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from dpofast_kernels.preference.loss import PairLoss
+
+
+@dataclass(frozen=True)
+class IPOLoss(PairLoss):
+    """(h - 1 / (2 beta))^2, h the difference of the log-ratios per token.
+
+    Source: arXiv:2310.12036, eq. 17, where beta is called tau. There h is of whole answers; its
+    authors' results, as TRL, divide each log-ratio by the answer's tokens.
+    """
+
+    name: ClassVar[str] = "ipo"
+
+    def pair_loss(
+        self, chosen_logratios: Tensor, rejected_logratios: Tensor, lengths: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        tokens = lengths.to(chosen_logratios)  # [P, 2]
+        mean_margins = chosen_logratios / tokens[:, 0] - rejected_logratios / tokens[:, 1]  # [P]
+        distance = mean_margins - 0.5 / self.beta
+        return distance.square(), 2.0 * distance / tokens[:, 0], -2.0 * distance / tokens[:, 1]
+
+    def direction(self, lengths: Tensor) -> Tensor:
+        signs = torch.tensor([1.0, -1.0], dtype=torch.float64, device=lengths.device)
+        return signs / lengths  # [P, 2]

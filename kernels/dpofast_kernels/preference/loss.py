@@ -1,0 +1,70 @@
+"""What every loss of a preference pair is: a frozen dataclass with a value and two derivatives."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class PairLoss:
+    """A loss that is a sum over pairs, of each pair's two log-ratios alone.
+
+    Attributes:
+        beta: strength of the pull towards the reference, above 0.
+        label_smoothing: probability that a pair's labels are swapped, in [0, 0.5).
+
+    Raises:
+        ValueError: beta or label_smoothing out of range, or smoothing where the loss has none.
+    """
+
+    name: ClassVar[str]
+    takes_label_smoothing: ClassVar[bool] = False
+
+    beta: float = 0.1
+    label_smoothing: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.beta) and self.beta > 0.0):
+            raise ValueError(f"beta is {self.beta}, expected a finite number above 0.")
+        if not 0.0 <= self.label_smoothing < 0.5:
+            raise ValueError(
+                f"label_smoothing is {self.label_smoothing}, expected at least 0 and below 0.5."
+            )
+        if self.label_smoothing and not self.takes_label_smoothing:
+            raise ValueError(
+                f"label_smoothing is {self.label_smoothing}, but the {self.name} loss has none: "
+                "set it to 0 or choose the sigmoid loss."
+            )
+
+    def pair_loss(
+        self,
+        chosen_logratios: Tensor,  # [P]
+        rejected_logratios: Tensor,  # [P]
+        lengths: Tensor,  # [P, 2]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Value and derivatives of every pair's loss; differentiable by autograd, too.
+
+        Args:
+            chosen_logratios: [P] fp64, summed log-prob of policy - reference, in nats.
+            rejected_logratios: [P] fp64, likewise.
+            lengths: [P, 2] int64, scored tokens of chosen and rejected.
+
+        Returns:
+            loss, d loss / d chosen_logratios, d loss / d rejected_logratios: [P] each.
+        """
+        raise NotImplementedError
+
+    def direction(
+        self,
+        lengths: Tensor,  # [P, 2]
+    ) -> Tensor | None:
+        """[P, 2] fp64 that the two derivatives are a common multiple of, whatever the logps.
+
+        None where there is no such vector. With it, the gradient of a pair too long for one chunk
+        can be accumulated before its loss is known.
+        """
+        return None
