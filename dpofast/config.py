@@ -1,0 +1,265 @@
+"""All options of a run, checked when they are given: before models or data are loaded."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub.constants import HF_HOME
+from transformers import TrainingArguments
+from transformers.utils import is_torch_bf16_gpu_available
+
+from dpofast.errors import ConfigError
+from dpofast_kernels import PairLoss, make_loss
+
+TRUNCATION_MODES = ("keep_start", "keep_end")
+
+# Options that TRL has or had: the values that change nothing and are therefore accepted, and what
+# to do instead of any other.
+FOREIGN_OPTIONS: dict[str, tuple[tuple[Any, ...], str]] = {
+    "max_prompt_length": ((None,), "set max_length, which counts prompt + answer"),
+    "max_completion_length": ((None,), "set max_length, which counts prompt + answer"),
+    "max_target_length": ((None,), "set max_length, which counts prompt + answer"),
+    "loss_weights": ((None, [1.0], (1.0,)), "train with one loss_type"),
+    "ld_alpha": ((None, 1.0), "leave it out; length desensitisation isn't supported"),
+    "f_divergence_type": (("reverse_kl",), "leave it out; only reverse_kl is supported"),
+    "f_alpha_divergence_coef": ((0.5, 1.0), "leave it out; only reverse_kl is supported"),
+    "use_weighting": ((False,), "leave it out; WPO weights aren't supported"),
+    "discopop_tau": ((0.05,), "leave it out; discopop isn't supported"),
+    "rpo_alpha": ((None,), "leave it out; the extra likelihood term isn't supported"),
+    "sync_ref_model": ((False,), "leave it out; the reference stays fixed during a run"),
+    "ref_model_mixup_alpha": ((0.6,), "leave it out; the reference stays fixed during a run"),
+    "ref_model_sync_steps": ((512,), "leave it out; the reference stays fixed during a run"),
+    "reference_free": ((False,), "leave it out; a reference is always used"),
+    "force_use_ref_model": ((False, True), "leave it out"),
+    "router_aux_loss_coef": ((None, 0.0), "leave it out; the auxiliary loss isn't supported"),
+    "padding_free": ((False,), "leave it out; no batch has to be padding-free"),
+    "pad_to_multiple_of": ((None, "auto"), "leave it out; rows are as long as they need to be"),
+    "use_logits_to_keep": ((False, True), "leave it out; only answers ever reach the head"),
+    "activation_offloading": ((False,), "use gradient_checkpointing"),
+    "is_encoder_decoder": ((None, False), "use a decoder-only model"),
+    "generate_during_eval": ((False,), "generate in a callback, or after training"),
+    "label_pad_token_id": ((-100,), "leave it out; labels aren't padded"),
+    "padding_value": ((None,), "set the tokenizer's pad_token"),
+    "model_adapter_name": ((None,), "leave it out; the active adapter is trained"),
+    "ref_adapter_name": ((None,), "leave it out; the reference is the model before step 1"),
+    "ref_model_init_kwargs": ((None,), "load the reference yourself and pass it as ref_model"),
+    "base_model_attribute_name": (("model",), "leave it out"),
+    "tools": ((None,), "put the tools into a column `tools` of the dataset"),
+}
+
+
+@dataclass
+class DPOConfig(TrainingArguments):
+    """transformers' TrainingArguments and the options of DPO; names and defaults as in TRL.
+
+    Attributes:
+        model_init_kwargs: for `from_pretrained`, where the model is given by name. Without a
+            `dtype` there it is loaded in float32.
+        trust_remote_code: run code that a model's repository brings along.
+        beta: strength of the KL penalty, above 0 (for ipo its regularisation tau).
+        loss_type: sigmoid, hinge or ipo; a list of one is taken, too.
+        label_smoothing: probability that a pair's labels are swapped, in [0, 0.5); with sigmoid
+            only (conservative DPO).
+        max_length: tokens of prompt + answer; None for no limit.
+        truncation_mode: keep_start cuts longer sequences on the right; keep_end first cuts the
+            prompt from its left, once for the pair.
+        disable_dropout: set every dropout of the policy to 0.
+        dataset_num_proc: processes that tokenise.
+        precompute_ref_log_probs: keep the reference's log-probs for later runs. They are computed
+            once in any case; False puts them into a temporary folder.
+        precompute_ref_batch_size: pairs in a forward pass of the reference; by default
+            per_device_train_batch_size.
+        reference_store: folder of the reference's log-probs; by default `dpofast/reference`
+            in Hugging Face's cache (HF_HOME).
+        strict: stop at rows that would be reported and left out.
+        pad_token: sets the tokenizer's pad token.
+
+    Raises:
+        ConfigError: an option that does not exist, with the nearest that does; a value that can't
+            be used.
+    """
+
+    learning_rate: float = field(default=1e-6, metadata={"help": "The initial learning rate."})
+    logging_steps: float = field(default=10, metadata={"help": "Log every X optimizer steps."})
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata={"help": "Hide NaN and inf losses in the logs."}
+    )
+    gradient_checkpointing: bool = field(
+        default=True, metadata={"help": "Recompute activations in the backward pass."}
+    )
+    bf16: bool | None = field(
+        default=None, metadata={"help": "bfloat16 autocast; the default where fp16 isn't set."}
+    )
+    model_init_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Arguments of from_pretrained."}
+    )
+    trust_remote_code: bool = field(
+        default=False, metadata={"help": "Run code that comes with a model."}
+    )
+    beta: float = field(default=0.1, metadata={"help": "Strength of the KL penalty."})
+    loss_type: list[str] | str = field(
+        default_factory=lambda: ["sigmoid"], metadata={"help": "sigmoid, hinge or ipo."}
+    )
+    label_smoothing: float = field(
+        default=0.0, metadata={"help": "Probability of swapped labels (cDPO), below 0.5."}
+    )
+    max_length: int | None = field(
+        default=1024, metadata={"help": "Tokens of prompt + answer; None for no limit."}
+    )
+    truncation_mode: str = field(
+        default="keep_start", metadata={"help": "keep_start or keep_end."}
+    )
+    disable_dropout: bool = field(
+        default=True, metadata={"help": "Set every dropout of the policy to 0."}
+    )
+    dataset_num_proc: int | None = field(
+        default=None, metadata={"help": "Processes that tokenise."}
+    )
+    precompute_ref_log_probs: bool = field(
+        default=True, metadata={"help": "Keep the reference's log-probs for later runs."}
+    )
+    precompute_ref_batch_size: int | None = field(
+        default=None, metadata={"help": "Pairs in a forward pass of the reference."}
+    )
+    reference_store: str | None = field(
+        default=None, metadata={"help": "Folder of the reference's log-probs."}
+    )
+    strict: bool = field(
+        default=False, metadata={"help": "Stop at rows that would be left out."}
+    )
+    pad_token: str | None = field(default=None, metadata={"help": "The tokenizer's pad token."})
+
+    def __post_init__(self) -> None:
+        if self.bf16 is None:
+            # on a machine without a GPU, only for those who ask for its CPU
+            self.bf16 = not self.fp16 and (self.use_cpu or is_torch_bf16_gpu_available())
+        if isinstance(self.loss_type, str):
+            self.loss_type = [self.loss_type]
+        self.make_loss()
+        self._check_numbers()
+        self._check_unsupported()
+        super().__post_init__()
+
+    def make_loss(self) -> PairLoss:
+        """The loss that these options name, of `dpofast_kernels.preference`."""
+        if len(self.loss_type) != 1:
+            raise ConfigError(
+                f"loss_type: got {self.loss_type}, but one loss is trained at a time; name one."
+            )
+        try:
+            return make_loss(self.loss_type[0], self.beta, self.label_smoothing)
+        except (TypeError, ValueError) as error:
+            raise ConfigError(str(error)) from error
+
+    def reference_folder(self) -> Path | None:
+        """Where the reference's log-probs are kept; None if they aren't to be."""
+        if not self.precompute_ref_log_probs:
+            return None
+        if self.reference_store is not None:
+            return Path(self.reference_store).expanduser()
+        return Path(HF_HOME) / "dpofast" / "reference"
+
+    @contextlib.contextmanager
+    def one_item_per_step(self) -> Iterator[None]:
+        """Inside, the Trainer's loop takes one item of its loader for one optimizer step.
+
+        An item holds all micro-batches of the step, so the loop must not accumulate on top.
+        Logs and checkpoints go on to show the value that the user gave.
+        """
+        self._shown_accumulation = self.gradient_accumulation_steps
+        self.gradient_accumulation_steps = 1
+        try:
+            yield
+        finally:
+            self.gradient_accumulation_steps = self._shown_accumulation
+            del self._shown_accumulation
+
+    @property
+    def accumulation(self) -> int:
+        """gradient_accumulation_steps as the user gave it, also while the Trainer's loop runs."""
+        return getattr(self, "_shown_accumulation", self.gradient_accumulation_steps)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**super().to_dict(), "gradient_accumulation_steps": self.accumulation}
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = {**self.__dict__, "gradient_accumulation_steps": self.accumulation}
+        state.pop("_shown_accumulation", None)
+        return state
+
+    def _check_numbers(self) -> None:
+        if self.truncation_mode not in TRUNCATION_MODES:
+            raise ConfigError(
+                f"truncation_mode: got {self.truncation_mode!r}, expected one of {TRUNCATION_MODES}."
+            )
+        minima = {
+            "max_length": 2,  # a token of the prompt and one of the answer
+            "per_device_train_batch_size": 1,
+            "per_device_eval_batch_size": 1,
+            "gradient_accumulation_steps": 1,
+            "precompute_ref_batch_size": 1,
+            "dataset_num_proc": 1,
+        }
+        for name, minimum in minima.items():
+            value = getattr(self, name)
+            is_int = isinstance(value, int) and not isinstance(value, bool)
+            if value is not None and not (is_int and value >= minimum):
+                raise ConfigError(f"{name}: got {value!r}, expected a whole number >= {minimum}.")
+
+    def _check_unsupported(self) -> None:
+        if self.auto_find_batch_size:
+            raise ConfigError(
+                "auto_find_batch_size isn't supported, as it would change the pairs of a step; "
+                "lower per_device_train_batch_size and raise gradient_accumulation_steps."
+            )
+        if self.fp16_full_eval or self.bf16_full_eval:
+            raise ConfigError(
+                "fp16_full_eval and bf16_full_eval aren't supported, as the policy would be "
+                "compared with a reference in another precision; use fp16 or bf16."
+            )
+        strategy = self.train_sampling_strategy
+        if strategy not in ("random", "sequential"):
+            raise ConfigError(
+                f"train_sampling_strategy: got {strategy!r}, expected 'random' or 'sequential'."
+            )
+
+
+def refuse_unknown_options(options: dict[str, Any], where: str = "DPOConfig") -> dict[str, Any]:
+    """Drop TRL's options whose value changes nothing; raise ConfigError at any other unknown one.
+
+    Args:
+        options: names and values as the user gave them.
+        where: named in the error: a file, or the class.
+    """
+    known = {item.name for item in fields(DPOConfig) if item.init}
+    kept = {}
+    for name, value in options.items():
+        if name in known:
+            kept[name] = value
+        elif name in FOREIGN_OPTIONS:
+            neutral, remedy = FOREIGN_OPTIONS[name]
+            if value not in neutral:
+                raise ConfigError(f"{where}: {name}={value!r} isn't supported: {remedy}.")
+        else:
+            nearest = difflib.get_close_matches(name, known, n=1)
+            hint = f"; did you mean {nearest[0]!r}?" if nearest else "; see docs/configuration.md."
+            raise ConfigError(f"{where}: there is no option {name!r}{hint}")
+    return kept
+
+
+def _checked(init: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(init)
+    def checked_init(self: DPOConfig, *args: Any, **options: Any) -> None:
+        init(self, *args, **refuse_unknown_options(options))
+
+    return checked_init
+
+
+# The generated __init__ would answer an unknown option with a bare TypeError.
+DPOConfig.__init__ = _checked(DPOConfig.__init__)  # type: ignore[method-assign]

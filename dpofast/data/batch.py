@@ -1,0 +1,114 @@
+"""What one forward pass of the model gets: some sequences laid out, and where their answers stand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+TokenIds = Sequence[int]
+
+
+@dataclass(frozen=True)
+class PackedPairs:
+    """Sequences of one micro-batch, chosen_0, rejected_0, chosen_1, ..., ready for the model.
+
+    `rows` points into the hidden states flattened to [B*L, H]: the row whose hidden state predicts
+    the label beside it. Prompt positions are never among them, so they never reach the head.
+
+    Attributes:
+        input_ids: [B, L] int64.
+        attention_mask: [B, L] int64, 1 on tokens and 0 on padding; None where nothing is padded.
+        position_ids: [B, L] int64, or None where the model's own counting is right.
+        rows: [N] int64, one per scored token.
+        labels: [N] int64.
+        bounds: [S+1] int64 on the CPU, the scored tokens of sequence s are bounds[s]:bounds[s+1].
+        ref_logps: [S] fp64, summed reference log-probs in nats; None while those are made.
+        num_tokens: tokens that are not padding, over all sequences.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor | None
+    position_ids: Tensor | None
+    rows: Tensor
+    labels: Tensor
+    bounds: Tensor
+    ref_logps: Tensor | None
+    num_tokens: int
+
+    @property
+    def num_pairs(self) -> int:
+        return (len(self.bounds) - 1) // 2
+
+    def to(self, device: torch.device | str) -> PackedPairs:
+        """A copy on `device`; the bounds stay on the CPU, where the head's chunks are cut."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> PackedPairs:
+        """A copy in page-locked memory; PyTorch's DataLoader calls this where it was asked to."""
+        return self._map(Tensor.pin_memory)
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> PackedPairs:
+        moved = {
+            field.name: function(value)
+            for field in fields(self)
+            if field.name != "bounds" and isinstance(value := getattr(self, field.name), Tensor)
+        }
+        return replace(self, **moved)
+
+
+@dataclass(frozen=True)
+class StepBatch:
+    """What one rank runs in one optimizer step: its micro-batches, and the pairs of all ranks."""
+
+    micro_batches: list[PackedPairs]
+    num_pairs: int  # of the global step: what the loss is divided by
+
+    def pin_memory(self) -> StepBatch:
+        return replace(self, micro_batches=[batch.pin_memory() for batch in self.micro_batches])
+
+
+def collate_padded(
+    sequences: Sequence[tuple[TokenIds, TokenIds]],
+    ref_logps: Sequence[float] | None = None,
+    pad_token_id: int = 0,
+) -> PackedPairs:
+    """Lay out (prompt ids, answer ids) sequences one per row, padded on the right.
+
+    Right for every causal model: a token never looks at what stands behind it. No sequences give
+    one row of one padding token with nothing scored, for a rank that has no pairs in a step.
+
+    Args:
+        sequences: S sequences; both parts of each have at least one token.
+        ref_logps: one summed reference log-prob per sequence, in nats.
+        pad_token_id: fills the rows' ends; any id of the vocabulary will do.
+    """
+    ids = [[*prompt, *answer] for prompt, answer in sequences]
+    width = max(map(len, ids), default=1)
+    num_rows = max(len(ids), 1)
+    input_ids = torch.full((num_rows, width), pad_token_id)  # [S, L]
+    # A row without a single token would leave attention nothing to look at.
+    attention_mask = torch.zeros(num_rows, width, dtype=torch.int64)
+    attention_mask[:, 0] = 1
+    rows, labels = [], []
+    for index, (sequence, (prompt, answer)) in enumerate(zip(ids, sequences, strict=True)):
+        input_ids[index, : len(sequence)] = torch.tensor(sequence)
+        attention_mask[index, : len(sequence)] = 1
+        first = index * width + len(prompt) - 1  # the prompt's last token predicts the first label
+        rows.append(torch.arange(first, first + len(answer)))
+        labels.append(torch.tensor(answer))
+    empty = torch.empty(0, dtype=torch.int64)
+    bounds = list(accumulate((len(answer) for _, answer in sequences), initial=0))
+    return PackedPairs(
+        input_ids=input_ids,
+        attention_mask=attention_mask,
+        position_ids=None,
+        rows=torch.cat(rows) if rows else empty,
+        labels=torch.cat(labels) if labels else empty.clone(),
+        bounds=torch.tensor(bounds),
+        ref_logps=None if ref_logps is None else torch.tensor(ref_logps, dtype=torch.float64),
+        num_tokens=sum(map(len, ids)),
+    )

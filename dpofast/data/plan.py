@@ -1,0 +1,105 @@
+"""Which pairs each rank runs in each micro-batch of each optimizer step.
+
+Every rank computes the whole plan from the seed, so nothing is sent. The order is that of
+transformers' Trainer, hence of TRL: with the same seed and batch size each optimizer step sees the
+same pairs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch.utils.data import Sampler
+
+MicroBatch = list[int]  # indices of pairs
+
+
+@dataclass(frozen=True)
+class PlannedStep:
+    """One rank's part of one optimizer step."""
+
+    micro_batches: tuple[MicroBatch, ...]
+    num_pairs: int  # of the global step
+
+
+@dataclass(frozen=True)
+class BatchShape:
+    """How many pairs a step has, and how they are spread.
+
+    Attributes:
+        pairs: largest number of pairs in a micro-batch of one rank.
+        micro_batches: largest number of micro-batches of one rank in a step.
+        world_size: ranks that share a step.
+    """
+
+    pairs: int
+    micro_batches: int
+    world_size: int
+
+    @property
+    def pairs_per_step(self) -> int:
+        return self.pairs * self.micro_batches * self.world_size
+
+
+def split_step(pairs: list[int], shape: BatchShape) -> list[list[MicroBatch]]:
+    """Spread one step's pairs evenly: -> [micro-batch][rank], the same number on every rank.
+
+    A step with fewer pairs than ranks leaves some ranks an empty micro-batch, which still has to
+    be run, because the collectives of the others wait for it.
+    """
+    num_slots = max(1, math.ceil(len(pairs) / (shape.pairs * shape.world_size)))
+    num_bins = num_slots * shape.world_size
+    size, larger = divmod(len(pairs), num_bins)
+    bins, start = [], 0
+    for index in range(num_bins):
+        end = start + size + (index < larger)
+        bins.append(pairs[start:end])
+        start = end
+    return [bins[slot * shape.world_size :][: shape.world_size] for slot in range(num_slots)]
+
+
+class StepSampler(Sampler[PlannedStep]):
+    """Yields one rank's steps of the epoch set by `set_epoch`; as a DataLoader's batch sampler.
+
+    Args:
+        num_pairs: pairs of the dataset.
+        shape: size of a step.
+        rank: of this process, 0 to world_size - 1.
+        seed: of the order; None keeps the dataset's own.
+        drop_last: leave out a last step that isn't full.
+    """
+
+    def __init__(
+        self,
+        num_pairs: int,
+        shape: BatchShape,
+        rank: int,
+        seed: int | None,
+        drop_last: bool = False,
+    ) -> None:
+        self.num_pairs, self.shape, self.rank = num_pairs, shape, rank
+        self.seed, self.drop_last, self.epoch = seed, drop_last, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        full, rest = divmod(self.num_pairs, self.shape.pairs_per_step)
+        return full + (rest > 0 and not self.drop_last)
+
+    def __iter__(self) -> Iterator[PlannedStep]:  # type: ignore[override]
+        order = self._order()
+        for step in range(len(self)):
+            start = step * self.shape.pairs_per_step
+            pairs = order[start : start + self.shape.pairs_per_step]
+            slots = split_step(pairs, self.shape)
+            yield PlannedStep(tuple(slot[self.rank] for slot in slots), len(pairs))
+
+    def _order(self) -> list[int]:
+        if self.seed is None:
+            return list(range(self.num_pairs))
+        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        return torch.randperm(self.num_pairs, generator=generator).tolist()

@@ -1,0 +1,142 @@
+"""The head of a transformers causal LM: what it does to hidden states, and where our op takes over.
+
+The op runs inside the head module's own forward. So ZeRO-3's hooks gather the weight around it, and
+DDP and PEFT see an ordinary forward.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from dpofast.errors import ModelError
+from dpofast_kernels import (
+    HeadOptions,
+    PairLossOutput,
+    linear_logps,
+    linear_pair_loss,
+)
+
+
+class HeadTask(Protocol):
+    """What the head is to do with the scored hidden states."""
+
+    def __call__(
+        self,
+        hidden_states: Tensor,  # [N, H]
+        weight: Tensor,  # [V, H]
+        bias: Tensor | None,  # [V]
+    ) -> Any: ...
+
+
+@dataclass(frozen=True)
+class PairLossTask:
+    """The loss of whole pairs; the tensors are those of `linear_pair_loss`."""
+
+    labels: Tensor  # [N]
+    bounds: Tensor  # [2P+1]
+    ref_logps: Tensor  # [2P]
+    loss: Any
+    options: HeadOptions
+
+    def __call__(
+        self, hidden_states: Tensor, weight: Tensor, bias: Tensor | None
+    ) -> PairLossOutput:
+        options = replace(self.options, bias=bias)
+        return linear_pair_loss(
+            hidden_states, weight, self.labels, self.bounds, self.ref_logps, self.loss, options
+        )
+
+
+@dataclass(frozen=True)
+class ScoreTask:
+    """Log-probs of each label, [N] in nats."""
+
+    labels: Tensor  # [N]
+    options: HeadOptions
+
+    def __call__(self, hidden_states: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return linear_logps(hidden_states, weight, self.labels, replace(self.options, bias=bias))
+
+
+def head_options(config: Any) -> HeadOptions:
+    """What a model family does to its logits after the head, read from its config.
+
+    Gemma caps them (`final_logit_softcapping`), as do RecurrentGemma and xLSTM under other names;
+    Cohere multiplies (`logit_scale`), Falcon-H1 too (`lm_head_multiplier`); Granite divides
+    (`logits_scaling`). What no name here covers is found by `dpofast.model.check_head`.
+    """
+    config = config.get_text_config()
+    caps = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+    softcap = next((cap for name in caps if (cap := getattr(config, name, None))), None)
+    scale = 1.0
+    for name in ("logit_scale", "lm_head_multiplier"):
+        scale *= _number(config, name)
+    return HeadOptions(softcap=softcap, logit_scale=scale / _number(config, "logits_scaling"))
+
+
+def _number(config: Any, name: str) -> float:
+    value = getattr(config, name, None)
+    return 1.0 if value is None else float(value)
+
+
+def head_forwards(head: nn.Module) -> list[tuple[nn.Module, Callable[..., Any]]]:
+    """Which modules' forward becomes the op, and that forward: (module, forward) pairs.
+
+    Args:
+        head: what `get_output_embeddings()` returns.
+
+    Raises:
+        ModelError: a head that is neither a plain Linear, nor LoRA or modules_to_save around one.
+    """
+    if type(head) is nn.Linear:
+        return [(head, _linear_forward)]
+    if hasattr(head, "modules_to_save") and hasattr(head, "original_module"):
+        # PEFT's wrapper calls the copy that it trains, or the original with adapters off.
+        inner = [head.original_module, *head.modules_to_save.values()]
+        return [pair for module in inner for pair in head_forwards(module)]
+    if _is_plain_lora(head):
+        return [(head, _lora_forward)]
+    raise ModelError(
+        f"The model's head is a {type(head).__module__}.{type(head).__name__}, but the loss is "
+        "computed inside the head and needs its weight: keep the head a plain torch.nn.Linear, "
+        "in `modules_to_save`, or under LoRA without DoRA, bias or dropout, and not quantised."
+    )
+
+
+def bind(module: nn.Module, function: Callable[..., Any]) -> None:
+    """Give one module a forward of its own, until the attribute is deleted."""
+    module.forward = types.MethodType(function, module)
+
+
+def _linear_forward(head: nn.Linear, hidden_states: Tensor, task: HeadTask) -> Any:
+    return task(hidden_states, head.weight, head.bias)
+
+
+def _is_plain_lora(head: nn.Module) -> bool:
+    """LoRA whose forward is x @ (W + scaling B A)^T, so that one weight stands for it."""
+    if not (hasattr(head, "lora_A") and type(getattr(head, "base_layer", None)) is nn.Linear):
+        return False
+    return not (
+        head.lora_variant  # DoRA and its kin
+        or any(head.lora_bias.values())
+        or any(getattr(dropout, "p", 0.0) for dropout in head.lora_dropout.values())
+    )
+
+
+def _lora_forward(head: Any, hidden_states: Tensor, task: HeadTask) -> Any:
+    weight = head.base_layer.weight  # [V, H]
+    if not (head.disable_adapters or head.merged):
+        for name in head.active_adapters:
+            if name in head.lora_A:
+                # [V, r] @ [r, H]: autograd takes the weight's gradient on to both
+                delta = head.lora_B[name].weight @ head.lora_A[name].weight
+                weight = weight + (delta * head.scaling[name]).to(weight.dtype)
+    return task(hidden_states, weight, head.base_layer.bias)
+
+

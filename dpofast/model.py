@@ -1,0 +1,251 @@
+"""A transformers causal LM during our steps: its body, then one call of its head."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from dpofast.data.batch import PackedPairs, TokenIds, collate_padded
+from dpofast.errors import ModelError
+from dpofast.head import HeadTask, ScoreTask, bind, head_forwards, head_options
+from dpofast_kernels.head.naive import naive_logits
+
+# A part of the model may differ from stock by this much of the logits' size, by rounding alone.
+HEAD_TOLERANCE = {
+    torch.float64: 1e-10,
+    torch.float32: 1e-4,
+    torch.float16: 1e-2,
+    torch.bfloat16: 5e-2,
+}
+
+
+def load_policy(name_or_path: str, **options: Any) -> Any:
+    """A causal LM from a folder or the hub: safetensors only, float32 unless `dtype` says else.
+
+    Args:
+        name_or_path: folder or hub name.
+        options: for `from_pretrained`; a string `dtype` such as "bfloat16" is taken, too.
+
+    Raises:
+        ModelError: nothing there, or nothing that a causal LM can be loaded from.
+    """
+    from transformers import AutoModelForCausalLM
+
+    options = {"dtype": torch.float32, "use_safetensors": True, **options}
+    if isinstance(options["dtype"], str) and options["dtype"] != "auto":
+        options["dtype"] = getattr(torch, options["dtype"].removeprefix("torch."))
+    _refuse_missing_folder(name_or_path)
+    try:
+        return AutoModelForCausalLM.from_pretrained(name_or_path, **options)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"The model {name_or_path!r} can't be loaded: {error}") from error
+
+
+def load_tokenizer(name_or_path: str, trust_remote_code: bool = False) -> Any:
+    """The tokenizer that lies beside a model.
+
+    Raises:
+        ModelError: there is none.
+    """
+    from transformers import AutoTokenizer
+
+    _refuse_missing_folder(name_or_path)
+    remedy = "save one there with tokenizer.save_pretrained, or pass processing_class"
+    folder = Path(name_or_path)
+    if folder.is_dir() and not any(folder.glob("*token*")) and not any(folder.glob("vocab*")):
+        raise ModelError(f"The model folder {name_or_path!r} has no tokenizer: {remedy}.")
+    try:
+        return AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(
+            f"No tokenizer can be loaded from {name_or_path!r} ({error}): {remedy}."
+        ) from error
+
+
+def _refuse_missing_folder(name_or_path: str) -> None:
+    looks_local = name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") > 1
+    if looks_local and not Path(name_or_path).expanduser().is_dir():
+        raise ModelError(f"The model folder {name_or_path!r} does not exist.")
+
+
+def causal_lm(model: nn.Module) -> Any:
+    """The transformers model inside a PeftModel, or the model itself."""
+    return model.get_base_model() if is_peft_model(model) else model
+
+
+def is_peft_model(model: nn.Module) -> bool:
+    return hasattr(model, "peft_config") and hasattr(model, "get_base_model")
+
+
+def body_of(model: Any) -> nn.Module:
+    """What makes the hidden states that the head gets.
+
+    Raises:
+        ModelError: an encoder-decoder, or no body apart from the head.
+    """
+    if model.config.is_encoder_decoder:
+        raise ModelError(
+            f"{type(model).__name__} is an encoder-decoder; only decoder-only models are supported."
+        )
+    body = model.get_decoder()
+    if body is None or body is model:
+        body = model.base_model
+    if body is model or model.get_output_embeddings() is None:
+        raise ModelError(f"{type(model).__name__} has no body and head to be called apart.")
+    return body  # type: ignore[no-any-return]
+
+
+def _pair_forward(
+    model: Any,
+    input_ids: Tensor,  # [B, L]
+    attention_mask: Tensor | None,  # [B, L]
+    rows: Tensor,  # [N]
+    head_task: HeadTask,
+    position_ids: Tensor | None = None,  # [B, L]
+    **_unused: Any,  # PEFT adds arguments of its own, all None here
+) -> Any:
+    """The causal LM's forward during a step."""
+    inputs = {"attention_mask": attention_mask, "position_ids": position_ids}
+    given = {name: value for name, value in inputs.items() if value is not None}
+    hidden_states = body_of(model)(input_ids=input_ids, use_cache=False, **given)[0]  # [B, L, H]
+    scored = hidden_states.flatten(0, 1).index_select(0, rows)  # [N, H]
+    return model.get_output_embeddings()(scored, head_task)
+
+
+@contextlib.contextmanager
+def pair_step(model: nn.Module) -> Iterator[None]:
+    """Inside, a call of the model runs its body and a `head_task`; outside, the model is stock.
+
+    Call whatever wraps the model (DDP, DeepSpeed's engine, a PeftModel) with `run_batch`.
+    """
+    lm = causal_lm(model)
+    replaced = [(lm, _pair_forward), *head_forwards(lm.get_output_embeddings())]
+    # accelerate keeps an autocasting forward of its own on the instance
+    kept = [(module, module.__dict__.get("forward")) for module, _ in replaced]
+    for module, function in replaced:
+        bind(module, function)
+    try:
+        yield
+    finally:
+        for module, forward in kept:
+            if forward is None:
+                del module.forward
+            else:
+                module.forward = forward
+
+
+def run_batch(wrapped: nn.Module, batch: PackedPairs, head_task: HeadTask) -> Any:
+    """One forward pass inside `pair_step`; -> what the head's task returns."""
+    return wrapped(
+        input_ids=batch.input_ids,
+        attention_mask=batch.attention_mask,
+        position_ids=batch.position_ids,
+        rows=batch.rows,
+        head_task=head_task,
+    )
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Inside, no gradients and no dropout; afterwards the model is in the mode it was in."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(was_training)
+
+
+class SequenceScorer:
+    """Log-probs of answers under a fixed model, by the kernel that the training steps use.
+
+    Args:
+        model: causal LM or PeftModel, on the device where it is to run.
+        autocast: makes the context of a forward pass.
+        pad_token_id: fills the rows' ends.
+    """
+
+    def __init__(self, model: nn.Module, autocast: Any, pad_token_id: int) -> None:
+        self.model, self.autocast, self.pad_token_id = model, autocast, pad_token_id
+        self.options = head_options(causal_lm(model).config)
+
+    def __call__(self, sequences: Sequence[tuple[TokenIds, TokenIds]]) -> list[np.ndarray]:
+        """One forward pass over (prompt ids, answer ids): -> per-token logps of each answer."""
+        batch = collate_padded(sequences, pad_token_id=self.pad_token_id)
+        batch = batch.to(next(self.model.parameters()).device)
+        with evaluating(self.model), pair_step(self.model), self.autocast():
+            task = ScoreTask(batch.labels, self.options)
+            per_token_logps = run_batch(self.model, batch, task)  # [N]
+        # float64, so that what is summed later is what the head gave, whatever its precision
+        return np.split(per_token_logps.double().cpu().numpy(), batch.bounds[1:-1].numpy())
+
+
+def check_head(model: nn.Module) -> None:
+    """Compare body, head and what follows it with the model's own forward, on a few tokens.
+
+    Raises:
+        ModelError: they differ, so the family does something to its hidden states or logits that
+            `head_options` doesn't know; training on it would be wrong.
+    """
+    lm = causal_lm(model)
+    vocab_size = lm.get_input_embeddings().weight.shape[0]
+    device = next(lm.parameters()).device
+    input_ids = torch.arange(8, device=device)[None] * 7 % vocab_size  # [1, 8]
+    batch = PackedPairs(
+        input_ids=input_ids,
+        attention_mask=torch.ones_like(input_ids),
+        position_ids=None,
+        rows=torch.arange(8, device=device),
+        labels=input_ids[0],
+        bounds=torch.tensor([0, 8]),
+        ref_logps=None,
+        num_tokens=8,
+    )
+    options = head_options(lm.config)
+    with evaluating(model):
+        stock = model(input_ids=input_ids, attention_mask=batch.attention_mask, use_cache=False)
+        with pair_step(model):
+            ours = run_batch(model, batch, _LogitsTask(options))
+    expected = stock.logits[0].float()  # [8, V]
+    error = ((ours.float() - expected).norm() / expected.norm().clamp_min(1e-12)).item()
+    if not error <= HEAD_TOLERANCE[lm.get_output_embeddings().weight.dtype]:
+        raise ModelError(
+            f"{type(lm).__name__} does something to its logits that dpofast doesn't know "
+            f"(they differ by {error:.1%} from body and head alone), so its log-probs would be "
+            "wrong; please report this model type."
+        )
+
+
+class _LogitsTask:
+    """A head task that gives the logits themselves; for `check_head` alone."""
+
+    def __init__(self, options: Any) -> None:
+        self.options = options
+
+    def __call__(self, hidden_states: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return naive_logits(hidden_states, weight, replace(self.options, bias=bias))
+
+
+def dropouts(model: nn.Module) -> Iterator[tuple[nn.Module, str]]:
+    """Every dropout above 0: (module, attribute), whether a layer or a number."""
+    for module in model.modules():
+        for name, value in vars(module).items():
+            is_rate = name == "p" if isinstance(module, nn.modules.dropout._DropoutNd) else (
+                "drop" in name
+            )
+            if is_rate and isinstance(value, float) and value > 0.0:
+                yield module, name
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """Set every dropout to 0, LoRA's included; the model's config keeps what it says."""
+    for module, name in list(dropouts(model)):
+        setattr(module, name, 0.0)

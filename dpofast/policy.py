@@ -1,0 +1,98 @@
+"""The policy as it enters training: loaded, wrapped in its adapter, without dropout."""
+
+from __future__ import annotations
+
+import json
+import logging
+from typing import Any
+
+from torch import nn
+
+from dpofast.config import DPOConfig
+from dpofast.errors import ConfigError, ModelError
+from dpofast.head import head_forwards
+from dpofast.model import (
+    body_of,
+    causal_lm,
+    disable_dropout,
+    is_peft_model,
+    load_policy,
+    load_tokenizer,
+)
+
+logger = logging.getLogger(__name__)
+
+
+def resolve_model(model: Any, config: DPOConfig, tokenizer: Any) -> tuple[nn.Module, Any]:
+    """The model and its tokenizer, loaded where they were named.
+
+    Raises:
+        ModelError: the model can't be loaded, or no tokenizer belongs to it.
+    """
+    name = model if isinstance(model, str) else model.config._name_or_path
+    if tokenizer is None:
+        if not name:
+            raise ModelError("processing_class is missing, and the model doesn't know its name.")
+        tokenizer = load_tokenizer(name, config.trust_remote_code)
+    if config.pad_token is not None:
+        tokenizer.pad_token = config.pad_token
+    elif tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if isinstance(model, str):
+        options = config.model_init_kwargs or {}
+        if isinstance(options, str):
+            options = json.loads(options)
+        model = load_policy(model, trust_remote_code=config.trust_remote_code, **options)
+    elif config.model_init_kwargs:
+        logger.warning("model_init_kwargs are ignored, as the model is loaded already.")
+    return model, tokenizer
+
+
+def prepare_policy(model: nn.Module, config: DPOConfig, peft_config: Any) -> nn.Module:
+    """Wrap a fresh adapter around the model if asked for, set dropout to 0, check the head.
+
+    Raises:
+        ConfigError: peft isn't installed, or a kind of adapter that isn't supported.
+        ModelError: a model or head that can't be trained exactly.
+    """
+    if peft_config is not None:
+        model = _with_adapter(model, peft_config)
+    if is_peft_model(model):
+        if any(getattr(c, "is_prompt_learning", False) for c in model.peft_config.values()):
+            raise ConfigError(
+                "peft_config: prompt and prefix tuning aren't supported; use LoRA or another "
+                "adapter that changes layers."
+            )
+        if config.gradient_checkpointing:
+            model.enable_input_require_grads()
+    if config.disable_dropout:
+        disable_dropout(model)
+    lm = causal_lm(model)
+    body_of(lm)
+    head_forwards(lm.get_output_embeddings())
+    if config.label_smoothing:
+        logger.warning(
+            "label_smoothing=%g with the sigmoid loss is conservative DPO (TRL ignores it there).",
+            config.label_smoothing,
+        )
+    return model
+
+
+def _with_adapter(model: nn.Module, peft_config: Any) -> nn.Module:
+    try:
+        from peft import PeftConfig, get_peft_model
+    except ImportError as error:
+        raise ConfigError(
+            "peft_config needs peft: pip install 'dpofast[peft]'."
+        ) from error
+    if not isinstance(peft_config, PeftConfig):
+        raise ConfigError(
+            f"peft_config: got a {type(peft_config).__name__}, expected a peft.PeftConfig, such "
+            "as peft.LoraConfig."
+        )
+    if is_peft_model(model):
+        raise ConfigError(
+            "peft_config: the model has an adapter already; leave peft_config out to train that "
+            "one further, or merge it first with merge_and_unload()."
+        )
+    return get_peft_model(model, peft_config)

@@ -1,0 +1,111 @@
+"""Reference log-probs for a run: from the store, and what it lacks from the reference itself."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dpofast.errors import ReferenceStoreError
+from dpofast.reference.builder import (
+    ReferenceReport,
+    Scorer,
+    build_reference,
+    reference_logps,
+)
+from dpofast.reference.identity import ReferenceIdentity
+from dpofast.reference.store import Namespace, ReferenceStore
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among those that share a run."""
+
+    rank: int = 0
+    world_size: int = 1
+    barrier: Callable[[], None] = lambda: None
+
+
+class ReferenceProvider:
+    """Gives each dataset's reference log-probs, under one reference for the whole run.
+
+    Args:
+        folder: of the store; None for a temporary one that ends with this object.
+        ranks: this process among those of the run.
+        batch_sequences: answers in one forward pass of the reference.
+    """
+
+    def __init__(self, folder: Path | None, ranks: Ranks, batch_sequences: int) -> None:
+        self._temporary = None
+        if folder is None:
+            # Each rank of a run that keeps nothing scores what it needs for itself.
+            self._temporary = tempfile.TemporaryDirectory(prefix="dpofast-reference-")
+            folder, ranks = Path(self._temporary.name), Ranks()
+        self.folder, self.ranks, self.batch_sequences = folder, ranks, batch_sequences
+        self.reports: dict[str, ReferenceReport] = {}
+        self.identity: ReferenceIdentity | None = None
+        self._namespace: Namespace | None = None
+
+    def fix(self, identity: ReferenceIdentity) -> None:
+        """Settle which reference this run is trained against."""
+        self.identity = identity
+        self._namespace = ReferenceStore.open(self.folder, create=True).namespace(identity)
+
+    def fix_recorded(self, digest: str, description: dict[str, Any]) -> None:
+        """Settle on the reference that a checkpoint names; its rows can be read, not made."""
+        self.fix(ReferenceIdentity(digest, description))
+
+    def logps(self, pairs: Any, name: str, scorer: Scorer | None) -> np.ndarray:
+        """Summed reference log-probs of each pair: [n, 2] fp64, chosen and rejected, in nats.
+
+        Args:
+            pairs: datasets.Dataset with prompt_ids, chosen_ids, rejected_ids.
+            name: of the dataset, for messages.
+            scorer: makes rows that the store lacks; None where the reference is gone.
+
+        Raises:
+            ReferenceStoreError: a row is missing and there is no scorer; the store is damaged.
+        """
+        assert self._namespace is not None, "fix() comes first"
+        if scorer is not None:
+            report = build_reference(
+                self._namespace,
+                pairs,
+                scorer,
+                batch_sequences=self.batch_sequences,
+                rank=self.ranks.rank,
+                world_size=self.ranks.world_size,
+                barrier=self.ranks.barrier,
+                description=f"reference log-probs ({name})",
+            )
+            self.reports[name] = report
+            return reference_logps(self._namespace, pairs)
+        try:
+            return reference_logps(self._namespace, pairs)
+        except ReferenceStoreError as error:
+            raise ReferenceStoreError(
+                f"{error} They can't be made now: without a ref_model the reference is the policy "
+                "as it stood before step 1, and it has moved since. Give this dataset to the "
+                "trainer before training, or pass that model as ref_model."
+            ) from error
+
+    def totals(self) -> ReferenceReport | None:
+        """All datasets' reports added up; None before the first."""
+        total = None
+        for report in self.reports.values():
+            if total is None:
+                total = report
+                continue
+            total = replace(
+                total,
+                rows_needed=total.rows_needed + report.rows_needed,
+                rows_found=total.rows_found + report.rows_found,
+                rows_scored=total.rows_scored + report.rows_scored,
+                forward_passes=total.forward_passes + report.forward_passes,
+                seconds=total.seconds + report.seconds,
+            )
+        return total

@@ -1,0 +1,452 @@
+"""DPOTrainer: transformers' Trainer wired to the pair loss and the stored reference log-probs."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer, TrainingArguments, set_seed
+from transformers.trainer_utils import EvalLoopOutput
+
+from dpofast import checkpoint as checkpoints
+from dpofast.callbacks import MetricsFile
+from dpofast.compat import refuse, resolve_config, resolve_tokenizer
+from dpofast.data import PreparationReport, load_preferences, tokenize_preferences
+from dpofast.data.batch import PackedPairs, StepBatch
+from dpofast.data.loader import StepDataset, StepLoader, whole_step
+from dpofast.data.plan import BatchShape, StepSampler
+from dpofast.errors import ConfigError, DPOFastError
+from dpofast.head import PairLossTask, head_options
+from dpofast.metrics import MetricSums
+from dpofast.model import (
+    SequenceScorer,
+    causal_lm,
+    check_head,
+    dropouts,
+    evaluating,
+    pair_step,
+    run_batch,
+)
+from dpofast.policy import prepare_policy, resolve_model
+from dpofast.reference.identity import model_identity
+from dpofast.reference.provider import Ranks, ReferenceProvider
+from dpofast.step_zero import StepZeroCheck
+from dpofast.summary import write_summary
+from dpofast_kernels import HEAD_VERSION, PairLossOutput, pair_metrics
+
+logger = logging.getLogger(__name__)
+
+
+class DPOTrainer(Trainer):
+    """Direct Preference Optimization (Rafailov et al. 2023, arXiv:2305.18290).
+
+    The signature is TRL's. Where no `ref_model` is given the reference is the policy as it stands
+    before step 1, with a fresh adapter that is the model below it. Its log-probs are made once,
+    kept in the reference store, and read from there by this run and all later ones.
+
+    Args:
+        model: causal LM, PeftModel, or the folder or hub name of a causal LM.
+        ref_model: reference model; never trained.
+        args: options.
+        train_dataset: preference pairs in any form that `load_preferences` reads.
+        eval_dataset: held-out pairs, or a dict of several named sets.
+        processing_class: tokenizer; by default the one beside the model.
+        callbacks: further callbacks of transformers.
+        optimizers: optimizer and scheduler, made by the Trainer where None.
+        peft_config: wraps the model in a fresh adapter.
+        options: arguments of old TRL versions: `tokenizer`, and options such as beta.
+
+    Raises:
+        ConfigError, DataError, ModelError, ReferenceStoreError: all ValueErrors, with the remedy.
+    """
+
+    args: DPOConfig  # type: ignore[name-defined]  # noqa: F821
+
+    def __init__(
+        self,
+        model: Any,
+        ref_model: nn.Module | None = None,
+        args: TrainingArguments | None = None,
+        data_collator: Any = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        compute_metrics: Any = None,
+        callbacks: list[Any] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+        quantization_config: Any = None,
+        peft_config: Any = None,
+        **options: Any,
+    ) -> None:
+        refuse("data_collator", data_collator, "leave it out; batches are laid out by the trainer")
+        refuse("compute_metrics", compute_metrics, "no logits exist to give it; use a callback")
+        refuse("quantization_config", quantization_config, "load the model in bfloat16")
+        if ref_model is not None and ref_model is model:
+            raise ConfigError("ref_model is the model itself; leave it out, or pass a copy.")
+        processing_class = resolve_tokenizer(processing_class, options)
+        model_name = model if isinstance(model, str) else model.config._name_or_path
+        config = resolve_config(args, options, model_name)
+        if config.n_gpu > 1:
+            raise ConfigError(
+                f"{config.n_gpu} GPUs are visible to one process; launch with torchrun "
+                "--nproc-per-node, or choose one with CUDA_VISIBLE_DEVICES."
+            )
+        set_seed(config.seed)  # a fresh adapter's weights are random
+        model, tokenizer = resolve_model(model, config, processing_class)
+        model = prepare_policy(model, config, peft_config)
+        self.pair_loss = config.make_loss()
+        self.ref_model = ref_model
+        self.preparation_reports: dict[str, PreparationReport] = {}
+        self.first_loss: float | None = None  # of the first step after this object was made
+        self.pairs_trained = 0
+        self._ref_logps: dict[int, tuple[Any, Any]] = {}  # id -> dataset, its [n, 2] log-probs
+        self._metric_sums = MetricSums()
+        self._tokens = 0
+        self._policy_moved = False
+        self._step_zero: StepZeroCheck | None = None
+        train_dataset = self._prepare(train_dataset, "train", config, tokenizer)
+        if isinstance(eval_dataset, dict):
+            eval_dataset = {
+                name: self._prepare(dataset, f"eval_{name}", config, tokenizer)
+                for name, dataset in eval_dataset.items()
+            }
+        else:
+            eval_dataset = self._prepare(eval_dataset, "eval", config, tokenizer)
+        super().__init__(
+            model=model,
+            args=config,
+            data_collator=whole_step,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=tokenizer,
+            callbacks=[MetricsFile(), *(callbacks or [])],
+            optimizers=optimizers,
+        )
+        self._head_options = head_options(causal_lm(self.model).config)
+        self.references = ReferenceProvider(
+            config.reference_folder(),
+            Ranks(config.process_index, config.world_size, self.accelerator.wait_for_everyone),
+            2 * (config.precompute_ref_batch_size or config.per_device_train_batch_size),
+        )
+
+    # Data
+
+    def _prepare(self, dataset: Any, name: str, config: Any, tokenizer: Any) -> Any:
+        """Any form of preference data -> tokenised pairs; None stays None."""
+        if dataset is None:
+            return None
+        with config.main_process_first(local=False, desc=f"tokenising {name}"):
+            pairs = load_preferences(dataset, strict=config.strict, name=name)
+            pairs, report = tokenize_preferences(
+                pairs,
+                tokenizer,
+                max_length=config.max_length,
+                truncation_mode=config.truncation_mode,
+                strict=config.strict,
+                num_proc=config.dataset_num_proc,
+                name=name,
+            )
+        self.preparation_reports[name] = report
+        if config.should_log:
+            for line in report.lines():
+                logger.info("%s: %s", name, line)
+        return pairs
+
+    def _step_dataset(self, pairs: Any, name: str) -> StepDataset:
+        if id(pairs) not in self._ref_logps:
+            self._ref_logps[id(pairs)] = (pairs, self._reference_logps(pairs, name))
+        return StepDataset(pairs, self._ref_logps[id(pairs)][1], self._pad_token_id)
+
+    @property
+    def _pad_token_id(self) -> int:
+        ids = (self.processing_class.pad_token_id, self.processing_class.eos_token_id)
+        return next((token for token in ids if token is not None), 0)
+
+    def _loader(self, pairs: Any, name: str, shape: BatchShape, seed: int | None) -> StepLoader:
+        drop_last = name == "train" and self.args.dataloader_drop_last
+        sampler = StepSampler(len(pairs), shape, self.args.process_index, seed, drop_last)
+        workers = self.args.dataloader_num_workers
+        return StepLoader(
+            self._step_dataset(pairs, name),
+            batch_sampler=sampler,
+            collate_fn=whole_step,
+            num_workers=workers,
+            pin_memory=self.args.dataloader_pin_memory and torch.cuda.is_available(),
+            persistent_workers=workers > 0 and self.args.dataloader_persistent_workers,
+            prefetch_factor=self.args.dataloader_prefetch_factor if workers else None,
+        )
+
+    def get_train_dataloader(self) -> StepLoader:
+        """One item is one step. Not prepared by accelerate, which would shard it again."""
+        if self.train_dataset is None:
+            raise ConfigError("DPOTrainer: train() needs a train_dataset.")
+        args = self.args
+        shape = BatchShape(args.per_device_train_batch_size, args.accumulation, args.world_size)
+        seed = args.seed if args.data_seed is None else args.data_seed
+        is_random = args.train_sampling_strategy == "random"
+        return self._loader(self.train_dataset, "train", shape, seed if is_random else None)
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> StepLoader:
+        name = eval_dataset if isinstance(eval_dataset, str) else "eval"
+        pairs = self.eval_dataset if eval_dataset is None else eval_dataset
+        if isinstance(eval_dataset, str):
+            pairs = self.eval_dataset[eval_dataset]
+        if pairs is None:
+            raise ConfigError("DPOTrainer: evaluate() needs an eval_dataset.")
+        shape = BatchShape(self.args.per_device_eval_batch_size, 1, self.args.world_size)
+        return self._loader(pairs, name, shape, seed=None)
+
+    def get_test_dataloader(self, test_dataset: Any) -> StepLoader:
+        return self.get_eval_dataloader(self._prepare_new(test_dataset, "test"))
+
+    def _prepare_new(self, dataset: Any, name: str) -> Any:
+        """A dataset given to evaluate() or predict(), unless it was prepared before."""
+        own = self.eval_dataset
+        known = list(own.values()) if isinstance(own, dict) else [own]
+        known += [self.train_dataset, *(pairs for pairs, _ in self._ref_logps.values())]
+        if any(dataset is pairs for pairs in known):
+            return dataset
+        return self._prepare(dataset, name, self.args, self.processing_class)
+
+    # Reference
+
+    def _reference_logps(self, pairs: Any, name: str) -> Any:
+        reference = self.model if self.ref_model is None else self.ref_model
+        if self.references.identity is None:
+            self._fix_reference(reference)
+        gone = self.ref_model is None and self._policy_moved
+        scorer = SequenceScorer(reference, self.accelerator.autocast, self._pad_token_id)
+        return self.references.logps(pairs, name, None if gone else scorer)
+
+    def _fix_reference(self, reference: nn.Module) -> None:
+        self._move_model_to_device(reference, self.args.device)
+        check_head(reference)
+        self.references.fix(self._identity(reference))
+
+    def _identity(self, model: nn.Module) -> Any:
+        lm = causal_lm(model)
+        autocast = {"bf16": torch.bfloat16, "fp16": torch.float16}
+        return model_identity(
+            model,
+            autocast_dtype=autocast.get(self.accelerator.mixed_precision),
+            attention=lm.config._attn_implementation,
+            head_version=HEAD_VERSION,
+        )
+
+    def _score_references(self, checkpoint: str | None) -> None:
+        """All that this run will read, before the policy moves."""
+        if checkpoint is not None:
+            self._restore_reference(checkpoint)
+        self._step_dataset(self.train_dataset, "train")
+        sets = self.eval_dataset if isinstance(self.eval_dataset, dict) else {}
+        if not sets and self.eval_dataset is not None:
+            sets = {"eval": self.eval_dataset}
+        for name, pairs in sets.items():
+            self._step_dataset(pairs, name)
+
+    def _restore_reference(self, checkpoint: str) -> None:
+        """A resumed run keeps the reference of its start, also where another model was given."""
+        recorded = checkpoints.load_run_state(checkpoint)
+        reference = self.model if self.ref_model is None else self.ref_model
+        if self.references.identity is None:
+            self._fix_reference(reference)
+        if self.references.identity.digest != recorded.reference_digest:
+            self.references.fix_recorded(
+                recorded.reference_digest, recorded.reference_description
+            )
+            self._policy_moved = True
+
+    # Training
+
+    def train(
+        self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        """As transformers' Trainer; resuming takes the newest whole checkpoint for `True`.
+
+        Raises:
+            ReferenceStoreError: reference log-probs are missing and can't be made.
+            ConfigError: nothing to resume from.
+        """
+        started = time.monotonic()
+        if self.train_dataset is None:
+            raise ConfigError("DPOTrainer: train() needs a train_dataset.")
+        checkpoint = checkpoints.resolve_checkpoint(resume_from_checkpoint, self.args.output_dir)
+        if checkpoint is not None:
+            checkpoints.refuse_finished(checkpoint, self._planned_steps())
+        self._score_references(checkpoint)
+        if checkpoint is None and not self._policy_moved:
+            self._step_zero = self._step_zero_check()
+        self._policy_moved = True
+        with self.args.one_item_per_step():
+            output = super().train(checkpoint, *args, **kwargs)
+        if self.is_world_process_zero():
+            write_summary(self, output, time.monotonic() - started)
+        return output
+
+    def _planned_steps(self) -> int:
+        if self.args.max_steps > 0:
+            return int(self.args.max_steps)
+        size = self.get_total_train_batch_size(self.args)
+        pairs = len(self.train_dataset)
+        steps = pairs // size if self.args.dataloader_drop_last else math.ceil(pairs / size)
+        return math.ceil(self.args.num_train_epochs * max(steps, 1))
+
+    def _step_zero_check(self) -> StepZeroCheck | None:
+        """None where the policy needn't begin with zero log-ratios."""
+        if self.ref_model is not None:
+            self._move_model_to_device(self.model, self.args.device)
+            if self._identity(self.model).digest != self.references.identity.digest:
+                return None
+        if next(dropouts(self.model), None) is not None:
+            return None
+        dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16}
+        dtype = dtypes.get(self.accelerator.mixed_precision, causal_lm(self.model).dtype)
+        return StepZeroCheck(self.pair_loss, dtype)
+
+    def hyperparameter_search(self, *args: Any, **kwargs: Any) -> Any:
+        raise ConfigError(
+            "hyperparameter_search isn't supported; run dpofast once per setting: the stored "
+            "reference log-probs serve all of them."
+        )
+
+    def training_step(
+        self, model: nn.Module, inputs: StepBatch, num_items_in_batch: Any = None
+    ) -> Tensor:
+        """Forward and backward of a whole step; ranks synchronise in its last micro-batch."""
+        is_deepspeed = self.is_deepspeed_enabled
+        # DeepSpeed would divide the loss by its own accumulation steps; it is a mean already.
+        options = {"scale_wrt_gas": False} if is_deepspeed else {}
+        model.train()
+        if callable(getattr(self.optimizer, "train", None)):  # schedule-free optimizers
+            self.optimizer.train()
+        # DDP and ZeRO average gradients over ranks: this makes them those of the mean over the
+        # step's pairs, however they are spread.
+        scale = self.args.world_size / inputs.num_pairs
+        total = torch.zeros((), dtype=torch.float64, device=self.args.device)
+        last = len(inputs.micro_batches) - 1
+        for index, batch in enumerate(inputs.micro_batches):
+            self.accelerator.gradient_state._set_sync_gradients(index == last)
+            defer = index < last and not is_deepspeed
+            with self.accelerator.no_sync(model) if defer else contextlib.nullcontext():
+                output = self.compute_pair_loss(model, batch, self._metric_sums)
+                loss = output.loss * scale
+                self.accelerator.backward(loss, **options)
+            total = total + loss.detach()
+            self._tokens += batch.num_tokens
+        self.pairs_trained += inputs.num_pairs
+        if self.first_loss is None:
+            self.first_loss = self._sum_over_ranks(total).item() / self.args.world_size
+        return total
+
+    def compute_pair_loss(
+        self, model: nn.Module, batch: PackedPairs, sums: MetricSums
+    ) -> PairLossOutput:
+        """One forward pass: the sum of the losses over the batch's pairs, metrics into `sums`."""
+        batch = batch.to(self.args.device)
+        task = PairLossTask(
+            batch.labels, batch.bounds, batch.ref_logps, self.pair_loss, self._head_options
+        )
+        with pair_step(self.model), self.accelerator.autocast():
+            output: PairLossOutput = run_batch(model, batch, task)
+        if self._step_zero is not None and batch.num_pairs:
+            self._step_zero.check(output, batch)
+            self._step_zero = None
+        values = pair_metrics(output.logps, batch.ref_logps, batch.bounds, self.pair_loss.beta)
+        sums.add({**values, "loss": output.loss}, batch.num_pairs)
+        return output
+
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        raise NotImplementedError("The loss is computed by compute_pair_loss.")
+
+    # Evaluation
+
+    def evaluate(
+        self,
+        eval_dataset: Any = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """Exact means over the pairs of all ranks; a dict of datasets gives one set each."""
+        if eval_dataset is not None and not isinstance(eval_dataset, str):
+            if isinstance(eval_dataset, dict):
+                eval_dataset = {
+                    name: self._prepare_new(dataset, f"{metric_key_prefix}_{name}")
+                    for name, dataset in eval_dataset.items()
+                }
+            else:
+                eval_dataset = self._prepare_new(eval_dataset, metric_key_prefix)
+        return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+
+    def evaluation_loop(
+        self,
+        dataloader: StepLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        self.callback_handler.eval_dataloader = dataloader
+        sums = MetricSums()
+        with evaluating(self.model):
+            for step in dataloader:
+                for batch in step.micro_batches:
+                    self.compute_pair_loss(self.model, batch, sums)
+                self.control = self.callback_handler.on_prediction_step(
+                    self.args, self.state, self.control
+                )
+        means = sums.means(self._sum_over_ranks, self.args.device)
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in means.items()}
+        return EvalLoopOutput(
+            predictions=None,
+            label_ids=None,
+            metrics=metrics,
+            num_samples=len(dataloader.dataset),
+        )
+
+    def _sum_over_ranks(self, vector: Tensor) -> Tensor:
+        return self.accelerator.reduce(vector, reduction="sum")
+
+    # Logs and checkpoints
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs and "learning_rate" in logs:  # of training, not of evaluation
+            means = self._metric_sums.means(self._sum_over_ranks, self.args.device)
+            self._count_tokens()
+            # The Trainer's own loss is summed in float32; this one is the exact mean over pairs.
+            logs = {**logs, **means, "num_tokens": self.state.num_input_tokens_seen}
+        super().log(logs, start_time)
+
+    def _count_tokens(self) -> None:
+        tokens = torch.tensor(self._tokens, device=self.args.device)
+        self.state.num_input_tokens_seen += int(self._sum_over_ranks(tokens))
+        self._tokens = 0
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        self._count_tokens()
+        if self.args.should_save:
+            identity = self.references.identity
+            folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
+            kept = self.args.precompute_ref_log_probs
+            store = str(self.references.folder) if kept else None
+            checkpoints.RunState(identity.digest, identity.description, store).save(folder)
+        super()._save_checkpoint(model, trial)
+
+    # What the Trainer would look for in a dict of tensors, and an item is a whole step
+
+    def get_total_train_batch_size(self, args: TrainingArguments) -> int:
+        return int(args.per_device_train_batch_size * self.args.accumulation * args.world_size)
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        return 0
+
+    def _track_num_input_tokens(self, inputs: Any) -> None:
+        pass
+
+    def _get_num_items_in_batch(self, batch_samples: Any, device: Any) -> None:
+        return None

@@ -1,0 +1,50 @@
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytestmark = pytest.mark.distributed
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = Path(__file__).with_name("two_ranks.py")
+
+
+def run(folder: Path, ranks: int, pairs_per_device: int, accumulation: int) -> dict:
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"}
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    arguments = [str(SCRIPT), str(folder), str(pairs_per_device), str(accumulation)]
+    folder.mkdir()
+    done = subprocess.run(
+        [sys.executable, *launcher, *arguments],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads((folder / "report.json").read_text())
+
+
+def test_two_ranks_train_and_evaluate_as_one(tmp_path):
+    one = run(tmp_path / "one", ranks=1, pairs_per_device=4, accumulation=1)
+    two = run(tmp_path / "two", ranks=2, pairs_per_device=1, accumulation=2)
+    assert len(one["logs"]) == len(two["logs"]) == 6
+    names = [
+        name
+        for name in one["logs"][0]
+        if name in ("loss", "grad_norm", "num_tokens") or "/" in name
+    ]
+    assert len(names) >= 10
+    for name in names:
+        expected = [log[name] for log in one["logs"]]
+        got = [log[name] for log in two["logs"]]
+        np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-6, err_msg=name)
+    for name, expected in one["evaluation"].items():
+        if "runtime" not in name and "per_second" not in name:
+            assert two["evaluation"][name] == pytest.approx(expected, rel=1e-4, abs=1e-6), name

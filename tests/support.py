@@ -1,0 +1,125 @@
+"""What several tests share: tiny models, a tokenizer, pairs, and plain DPO to compare with."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import random
+from collections.abc import Iterator
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from datasets import Dataset
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+VOCAB_SIZE = 259  # 256 bytes and three special tokens
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a byte; no chat template."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    specials = ["<pad>", "<s>", "</s>"]
+    vocab = {token: index for index, token in enumerate(specials + alphabet)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(specials)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
+    )
+
+
+def tiny_llama(seed: int = 0, **overrides: Any) -> LlamaForCausalLM:
+    torch.manual_seed(seed)
+    fields = {
+        "vocab_size": VOCAB_SIZE,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 256,
+    }
+    return LlamaForCausalLM(LlamaConfig(**{**fields, **overrides}))
+
+
+def token_pairs(num_pairs: int = 12, seed: int = 0) -> Dataset:
+    """Tokenised pairs of random ids and uneven lengths."""
+    rng = random.Random(seed)
+
+    def ids(low: int, high: int) -> list[int]:
+        return [rng.randrange(3, VOCAB_SIZE) for _ in range(rng.randint(low, high))]
+
+    return Dataset.from_list(
+        [
+            {"prompt_ids": ids(1, 12), "chosen_ids": ids(1, 14), "rejected_ids": ids(1, 14)}
+            for _ in range(num_pairs)
+        ]
+    )
+
+
+def answer_logps(model: Any, prompt: list[int], answer: list[int]) -> torch.Tensor:
+    """Summed in float64: [] in nats, from the whole logits of one sequence."""
+    input_ids = torch.tensor([prompt + answer])
+    logits = model(input_ids=input_ids, use_cache=False).logits[0, len(prompt) - 1 : -1]
+    per_token = logits.log_softmax(-1).gather(-1, torch.tensor(answer)[:, None])[:, 0]
+    return per_token.double().sum()
+
+
+def naive_margin(model: Any, reference: Any, pair: dict[str, list[int]]) -> torch.Tensor:
+    """chosen log-ratio - rejected log-ratio of one pair."""
+    logratios = []
+    for answer in (pair["chosen_ids"], pair["rejected_ids"]):
+        with torch.no_grad():
+            ref_logps = answer_logps(reference, pair["prompt_ids"], answer)
+        logratios.append(answer_logps(model, pair["prompt_ids"], answer) - ref_logps)
+    return logratios[0] - logratios[1]
+
+
+class PlainDPO:
+    """Textbook DPO: two models, one sequence at a time, AdamW at a constant rate."""
+
+    def __init__(self, model: Any, beta: float, learning_rate: float, max_norm: float = 1.0):
+        self.model, self.reference = model, copy.deepcopy(model).eval()
+        self.beta, self.max_norm = beta, max_norm
+        trained = [p for p in model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(trained, lr=learning_rate, weight_decay=0.0)
+
+    def step(self, pairs: list[dict[str, list[int]]]) -> tuple[float, float]:
+        """One optimizer step over these pairs: (loss, gradient norm before clipping)."""
+        self.model.train()
+        total = 0.0
+        for pair in pairs:
+            margin = naive_margin(self.model, self.reference, pair)
+            loss = -F.logsigmoid(self.beta * margin) / len(pairs)
+            loss.backward()
+            total += loss.item()
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.max_norm).item()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return total, norm
+
+    def train(self, pairs: Dataset, batch_size: int, steps: int, seed: int) -> list[tuple]:
+        """The order of transformers' Trainer: a new permutation an epoch."""
+        history, epoch = [], 0
+        while len(history) < steps:
+            generator = torch.Generator().manual_seed(seed + epoch)
+            order = torch.randperm(len(pairs), generator=generator).tolist()
+            for start in range(0, len(order), batch_size):
+                batch = [pairs[index] for index in order[start : start + batch_size]]
+                history.append(self.step(batch))
+            epoch += 1
+        return history[:steps]
+
+
+@contextlib.contextmanager
+def float64_throughout() -> Iterator[None]:
+    """transformers upcasts norms and softmax to float32 by name: let that name mean float64."""
+    with (
+        mock.patch.object(torch, "float32", torch.float64),
+        mock.patch.object(torch.Tensor, "float", torch.Tensor.double),
+    ):
+        yield

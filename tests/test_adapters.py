@@ -1,0 +1,155 @@
+from __future__ import annotations
+
+import copy
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from dpofast import DPOConfig, DPOTrainer
+from dpofast.errors import ConfigError, ModelError
+from dpofast.head import head_forwards
+from tests.support import (
+    PlainDPO,
+    answer_logps,
+    byte_tokenizer,
+    float64_throughout,
+    tiny_llama,
+    token_pairs,
+)
+
+peft = pytest.importorskip("peft", reason="needs the extra `peft`")
+
+BETA, LEARNING_RATE = 0.5, 2e-2
+
+
+def make_trainer(folder, model, **arguments):
+    options = arguments.pop("options", {})
+    config = DPOConfig(
+        **{
+            "output_dir": str(folder / "run"),
+            "reference_store": str(folder / "store"),
+            "per_device_train_batch_size": 4,
+            "beta": BETA,
+            "learning_rate": LEARNING_RATE,
+            "lr_scheduler_type": "constant",
+            "optim": "adamw_torch",
+            "max_steps": 5,
+            "logging_steps": 1,
+            "save_strategy": "no",
+            "report_to": [],
+            "bf16": False,
+            "gradient_checkpointing": False,
+            "use_cpu": True,
+            "disable_tqdm": True,
+            "seed": 3,
+            **options,
+        }
+    )
+    return DPOTrainer(
+        model,
+        args=config,
+        train_dataset=token_pairs(8),
+        processing_class=byte_tokenizer(),
+        **arguments,
+    )
+
+
+def losses(trainer):
+    trainer.train()
+    return [log["loss"] for log in trainer.state.log_history if "grad_norm" in log]
+
+
+def lora(**options):
+    return peft.LoraConfig(**{"target_modules": ["q_proj", "v_proj"], "lora_alpha": 32, **options})
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"target_modules": ["q_proj", "lm_head"]},
+        {"modules_to_save": ["lm_head"]},
+        {"lora_dropout": 0.3},
+        {"init_lora_weights": False},
+    ],
+    ids=["attention", "on the head", "head saved whole", "dropout", "not fresh"],
+)
+def test_a_peft_config_trains_as_plain_dpo(tmp_path, options):
+    with float64_throughout():
+        naive = tiny_llama().double()
+        torch.manual_seed(3)  # as the trainer does before it makes the adapter
+        naive = peft.get_peft_model(naive, lora(**{**options, "lora_dropout": 0.0}))
+        expected = PlainDPO(naive, BETA, LEARNING_RATE).train(token_pairs(8), 4, 5, seed=3)
+        model = tiny_llama().double()
+        trainer = make_trainer(tmp_path, model, peft_config=lora(**options))
+        assert {p.dtype for p in trainer.model.parameters()} == {torch.float64}
+        got = losses(trainer)
+    assert abs(expected[-1][0] / math.log(2) - 1) > 0.05
+    np.testing.assert_allclose(got, [loss for loss, _ in expected], atol=1e-8, rtol=0)
+
+
+def test_a_fresh_adapters_reference_is_the_model_below_it(tmp_path):
+    full = make_trainer(tmp_path, tiny_llama(), options={"max_steps": 1})
+    full.train()
+    adapter = make_trainer(tmp_path, tiny_llama(), peft_config=lora())
+    adapter.train()
+    assert adapter.references.identity == full.references.identity
+    assert adapter.references.totals().rows_scored == 0
+
+
+def test_an_adapter_trained_before_belongs_to_the_reference(tmp_path):
+    first = make_trainer(tmp_path / "a", tiny_llama(), peft_config=lora())
+    first.train()
+    first.save_model()
+    model = peft.PeftModel.from_pretrained(tiny_llama(), tmp_path / "a" / "run", is_trainable=True)
+    reference = copy.deepcopy(model)
+    second = make_trainer(tmp_path / "b", model)
+    got = losses(second)
+    assert got[0] == pytest.approx(math.log(2), abs=1e-6)
+    assert second.references.identity != first.references.identity
+    expected = PlainDPO(reference, BETA, LEARNING_RATE).train(token_pairs(8), 4, 5, seed=3)
+    np.testing.assert_allclose(got, [loss for loss, _ in expected], rtol=1e-4)
+
+
+def test_the_saved_adapter_loads_and_gives_the_trainers_log_probs(tmp_path):
+    trainer = make_trainer(tmp_path, tiny_llama(), peft_config=lora())
+    trainer.train()
+    metrics = trainer.evaluate(trainer.train_dataset)
+    trainer.save_model()
+    loaded = peft.PeftModel.from_pretrained(tiny_llama(), tmp_path / "run")
+    with torch.no_grad():
+        logps = [
+            answer_logps(loaded, pair["prompt_ids"], pair["chosen_ids"]).item()
+            for pair in token_pairs(8)
+        ]
+    assert metrics["eval_logps/chosen"] == pytest.approx(np.mean(logps), rel=1e-5)
+
+
+def test_a_resumed_adapter_run_goes_on_as_if_never_stopped(tmp_path):
+    saving = {"save_strategy": "steps", "save_steps": 2}
+    expected = losses(make_trainer(tmp_path, tiny_llama(), peft_config=lora(), options=saving))
+    resumed = make_trainer(tmp_path, tiny_llama(), peft_config=lora(), options=saving)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
+    got = [log["loss"] for log in resumed.state.log_history if "grad_norm" in log]
+    assert got == expected
+
+
+def test_heads_that_one_weight_cannot_stand_for_are_refused():
+    model = peft.get_peft_model(tiny_llama(), lora(target_modules=["lm_head"], use_dora=True))
+    with pytest.raises(ModelError, match="DoRA"):
+        head_forwards(model.get_base_model().get_output_embeddings())
+    with pytest.raises(ModelError, match="quantised"):
+        head_forwards(torch.ao.nn.quantized.Linear(4, 8))
+
+
+def test_adapters_that_add_tokens_and_double_adapters_are_refused(tmp_path):
+    prefix = peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    with pytest.raises(ConfigError, match="LoRA"):
+        make_trainer(tmp_path, tiny_llama(), peft_config=prefix)
+    wrapped = peft.get_peft_model(tiny_llama(), lora())
+    with pytest.raises(ConfigError, match="adapter already"):
+        make_trainer(tmp_path, wrapped, peft_config=lora())
+    with pytest.raises(ConfigError, match="PeftConfig"):
+        make_trainer(tmp_path, tiny_llama(), peft_config={"r": 8})

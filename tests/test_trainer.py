@@ -1,0 +1,345 @@
+from __future__ import annotations
+
+import copy
+import json
+import math
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, EarlyStoppingCallback, TrainerCallback
+
+from dpofast import DPOConfig, DPOTrainer
+from dpofast.errors import ConfigError, DPOFastError, ModelError, ReferenceStoreError
+from tests.support import (
+    PlainDPO,
+    answer_logps,
+    byte_tokenizer,
+    float64_throughout,
+    naive_margin,
+    tiny_llama,
+    token_pairs,
+)
+
+BETA = 0.5
+LEARNING_RATE = 5e-3
+
+
+def make_config(folder, **options):
+    return DPOConfig(
+        **{
+            "output_dir": str(folder / "run"),
+            "reference_store": str(folder / "store"),
+            "per_device_train_batch_size": 2,
+            "gradient_accumulation_steps": 2,
+            "beta": BETA,
+            "learning_rate": LEARNING_RATE,
+            "lr_scheduler_type": "constant",
+            "optim": "adamw_torch",
+            "max_steps": 6,
+            "logging_steps": 1,
+            "save_strategy": "no",
+            "report_to": [],
+            "bf16": False,
+            "gradient_checkpointing": False,
+            "use_cpu": True,
+            "disable_tqdm": True,
+            "seed": 3,
+            **options,
+        }
+    )
+
+
+def make_trainer(folder, model=None, pairs=None, eval_dataset=None, **arguments):
+    options = arguments.pop("options", {})
+    return DPOTrainer(
+        model or tiny_llama(),
+        args=make_config(folder, **options),
+        train_dataset=pairs if pairs is not None else token_pairs(10),
+        eval_dataset=eval_dataset,
+        processing_class=byte_tokenizer(),
+        **arguments,
+    )
+
+
+def history(trainer):
+    logs = [log for log in trainer.state.log_history if "grad_norm" in log]
+    return [(log["loss"], log["grad_norm"]) for log in logs]
+
+
+def train(trainer, **kwargs):
+    trainer.train(**kwargs)
+    return history(trainer)
+
+
+def test_float64_training_is_plain_dpo(tmp_path):
+    pairs = token_pairs(10)
+    with float64_throughout():
+        expected = PlainDPO(tiny_llama().double(), BETA, LEARNING_RATE).train(pairs, 4, 6, seed=3)
+        got = train(make_trainer(tmp_path, tiny_llama().double(), pairs))
+    assert abs(expected[-1][0] / math.log(2) - 1) > 0.05  # else there is nothing to compare
+    np.testing.assert_allclose([x[0] for x in got], [x[0] for x in expected], atol=1e-9, rtol=0)
+    np.testing.assert_allclose([x[1] for x in got], [x[1] for x in expected], rtol=1e-8)
+
+
+def test_float32_training_is_plain_dpo(tmp_path):
+    pairs = token_pairs(10)
+    expected = PlainDPO(tiny_llama(), BETA, LEARNING_RATE).train(pairs, 4, 6, seed=3)
+    got = train(make_trainer(tmp_path, pairs=pairs))
+    np.testing.assert_allclose(got, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(4, 1), (1, 4)])
+def test_batch_shape_does_not_change_the_training(tmp_path, shape):
+    expected = train(make_trainer(tmp_path))
+    options = {"per_device_train_batch_size": shape[0], "gradient_accumulation_steps": shape[1]}
+    got = train(make_trainer(tmp_path, options=options))
+    np.testing.assert_allclose(got, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("gradient_checkpointing", [False, True])
+def test_gradient_checkpointing_and_bf16_train(tmp_path, gradient_checkpointing):
+    options = {"bf16": True, "gradient_checkpointing": gradient_checkpointing}
+    got = train(make_trainer(tmp_path, options=options))
+    expected = train(make_trainer(tmp_path))
+    assert got[0][0] == pytest.approx(math.log(2), abs=2e-2)
+    np.testing.assert_allclose([x[0] for x in got], [x[0] for x in expected], rtol=0.1)
+
+
+def test_the_first_loss_is_ln_2_and_the_logs_have_trls_names(tmp_path):
+    trainer = make_trainer(tmp_path)
+    trainer.train()
+    first = next(log for log in trainer.state.log_history if "loss" in log)
+    assert first["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert trainer.first_loss == pytest.approx(math.log(2), abs=1e-6)
+    expected = {f"rewards/{key}" for key in ("chosen", "rejected", "margins", "accuracies")}
+    expected |= {f"{kind}/{side}" for kind in ("logps", "logratios") for side in ("chosen",)}
+    assert expected | {"num_tokens", "learning_rate", "grad_norm", "epoch"} <= first.keys()
+
+
+def test_a_second_run_makes_no_reference_pass_whatever_changed_but_the_model(tmp_path):
+    make_trainer(tmp_path).train()
+    changed = {"beta": 0.2, "learning_rate": 1e-4, "loss_type": "ipo", "seed": 9, "max_steps": 2}
+    trainer = make_trainer(tmp_path, options={**changed, "output_dir": str(tmp_path / "other")})
+    trainer.train()
+    summary = json.loads((tmp_path / "other" / "summary.json").read_text())
+    assert summary["ref_forward_passes"] == summary["ref_rows_scored"] == 0
+    assert summary["ref_store_hits"] == summary["ref_rows_needed"] == 20
+    other_model = make_trainer(tmp_path, tiny_llama(seed=1))
+    other_model.train()
+    assert other_model.references.totals().rows_scored == 20
+
+
+def test_one_added_pair_costs_one_pass_and_two_rows(tmp_path):
+    pairs = token_pairs(10)
+    make_trainer(tmp_path, pairs=pairs).train()
+    more = Dataset.from_list([*pairs, *token_pairs(1, seed=8)])
+    trainer = make_trainer(tmp_path, pairs=more)
+    trainer.train()
+    total = trainer.references.totals()
+    assert (total.forward_passes, total.rows_scored, total.rows_found) == (1, 2, 20)
+
+
+def test_without_precompute_nothing_is_kept_and_the_numbers_are_the_same(tmp_path):
+    expected = train(make_trainer(tmp_path / "a"))
+    got = train(make_trainer(tmp_path / "b", options={"precompute_ref_log_probs": False}))
+    assert got == expected
+    assert not (tmp_path / "b" / "store").exists()
+
+
+def test_resume_goes_on_as_if_never_stopped(tmp_path):
+    saving = {"save_strategy": "steps", "save_steps": 2}
+    expected = train(make_trainer(tmp_path, options=saving))
+    resumed = make_trainer(tmp_path, options=saving)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-4"))
+    assert history(resumed) == expected  # the first four are read from the checkpoint
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    steps = [json.loads(line)["step"] for line in lines if "grad_norm" in line]
+    assert steps == [1, 2, 3, 4, 5, 6]
+
+
+def test_resumed_without_the_store_the_starts_reference_is_scored_again(tmp_path):
+    saving = {"save_strategy": "steps", "save_steps": 2}
+    expected = train(make_trainer(tmp_path, options=saving))
+    shutil.rmtree(tmp_path / "store")
+    resumed = make_trainer(tmp_path, options=saving)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-4"))
+    assert resumed.references.totals().rows_scored == 20
+    assert history(resumed) == expected
+
+
+def test_resumed_from_the_moved_policy_the_recorded_reference_is_read_or_the_run_stops(tmp_path):
+    saving = {"save_strategy": "steps", "save_steps": 2}
+    expected = train(make_trainer(tmp_path, options=saving))
+    checkpoint = str(tmp_path / "run" / "checkpoint-4")
+    moved = AutoModelForCausalLM.from_pretrained(checkpoint)
+    resumed = make_trainer(tmp_path, moved, options=saving)
+    resumed.train(resume_from_checkpoint=checkpoint)
+    assert history(resumed) == expected
+    shutil.rmtree(tmp_path / "store")
+    moved = AutoModelForCausalLM.from_pretrained(checkpoint)
+    with pytest.raises(ReferenceStoreError, match="before step 1"):
+        make_trainer(tmp_path, moved, options=saving).train(resume_from_checkpoint=checkpoint)
+
+
+def test_resume_true_passes_over_a_checkpoint_that_was_not_saved_to_its_end(tmp_path):
+    saving = {"save_strategy": "steps", "save_steps": 2}
+    expected = train(make_trainer(tmp_path, options=saving))
+    (tmp_path / "run" / "checkpoint-6" / "trainer_state.json").unlink()
+    resumed = make_trainer(tmp_path, options=saving)
+    resumed.train(resume_from_checkpoint=True)
+    assert history(resumed) == expected
+    with pytest.raises(ConfigError, match="no whole checkpoint"):
+        make_trainer(tmp_path / "new").train(resume_from_checkpoint=True)
+    with pytest.raises(ConfigError, match="step 6 of 6"):
+        make_trainer(tmp_path, options=saving).train(resume_from_checkpoint=True)
+
+
+def test_a_given_reference_model_is_used_and_never_moves(tmp_path):
+    reference = tiny_llama(seed=5)
+    before = copy.deepcopy(reference.state_dict())
+    pairs = token_pairs(4)
+    trainer = make_trainer(tmp_path, pairs=pairs, ref_model=reference, options={"max_steps": 1})
+    first_loss = train(trainer)[0][0]
+    margins = [naive_margin(tiny_llama(), reference, pair) for pair in pairs]
+    expected = torch.stack([-torch.nn.functional.logsigmoid(BETA * m) for m in margins]).mean()
+    assert first_loss == pytest.approx(expected.item(), rel=1e-5)
+    assert all(torch.equal(before[name], value) for name, value in reference.state_dict().items())
+    assert all(parameter.grad is None for parameter in reference.parameters())
+
+
+def test_evaluation_gives_exact_means_whatever_the_batch_size(tmp_path):
+    held_out, reference = token_pairs(7, seed=4), tiny_llama(seed=5)
+    margins = [naive_margin(tiny_llama(), reference, pair).item() for pair in held_out]
+    for batch_size in (1, 3, 8):
+        trainer = make_trainer(
+            tmp_path,
+            ref_model=reference,
+            eval_dataset=held_out,
+            options={"per_device_eval_batch_size": batch_size},
+        )
+        metrics = trainer.evaluate()
+        losses = [math.log1p(math.exp(-BETA * margin)) for margin in margins]
+        assert metrics["eval_loss"] == pytest.approx(np.mean(losses), rel=1e-5)
+        assert metrics["eval_rewards/margins"] == pytest.approx(BETA * np.mean(margins), rel=1e-4)
+        accuracy = np.mean([margin > 0 for margin in margins])
+        assert metrics["eval_rewards/accuracies"] == pytest.approx(accuracy)
+
+
+def test_several_named_sets_and_early_stopping(tmp_path):
+    sets = {"near": token_pairs(3, seed=4), "far": token_pairs(5, seed=6)}
+    options = {
+        "eval_strategy": "steps",
+        "eval_steps": 1,
+        "save_strategy": "steps",
+        "save_steps": 1,
+        "metric_for_best_model": "eval_near_rewards/accuracies",
+        "load_best_model_at_end": True,
+        "greater_is_better": True,
+        "max_steps": 10,
+    }
+    trainer = make_trainer(
+        tmp_path,
+        eval_dataset=sets,
+        callbacks=[EarlyStoppingCallback(early_stopping_patience=1)],
+        options=options,
+    )
+    trainer.train()
+    logs = trainer.state.log_history
+    assert any("eval_near_loss" in log for log in logs)
+    assert any("eval_far_rewards/margins" in log for log in logs)
+    assert trainer.state.best_model_checkpoint
+
+
+def test_a_new_dataset_after_training_is_refused_with_the_remedy(tmp_path):
+    trainer = make_trainer(tmp_path)
+    trainer.train()
+    with pytest.raises(ReferenceStoreError, match="ref_model"):
+        trainer.evaluate(token_pairs(2, seed=77))
+
+
+def test_outside_the_steps_the_model_is_stock(tmp_path):
+    model = tiny_llama()
+    stock = copy.deepcopy(model)
+    input_ids = torch.arange(5, 15)[None]
+    seen = []
+
+    class Look(TrainerCallback):
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            with torch.no_grad():
+                seen.append(model(input_ids).logits.shape)
+            model.generate(input_ids, max_new_tokens=2, do_sample=False)
+
+    trainer = make_trainer(tmp_path, model, callbacks=[Look()], options={"learning_rate": 0.0})
+    trainer.train()
+    assert seen == [(1, 10, 259)] * 6
+    assert "forward" not in model.__dict__
+    assert torch.equal(model(input_ids).logits, stock(input_ids).logits)
+
+
+def test_the_output_folder_loads_and_gives_the_trainers_log_probs(tmp_path):
+    held_out = token_pairs(4, seed=4)
+    trainer = make_trainer(tmp_path, eval_dataset=held_out)
+    trainer.train()
+    metrics = trainer.evaluate()
+    trainer.save_model()
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "run")
+    with torch.no_grad():
+        logps = [answer_logps(loaded, p["prompt_ids"], p["chosen_ids"]).item() for p in held_out]
+    assert metrics["eval_logps/chosen"] == pytest.approx(np.mean(logps), rel=1e-5)
+
+
+def test_a_model_changed_behind_the_trainers_back_is_found_on_the_first_batch(tmp_path):
+    trainer = make_trainer(tmp_path)
+    trainer.evaluate(trainer.train_dataset)  # the reference is settled here
+    with torch.no_grad():
+        trainer.model.lm_head.weight.add_(torch.randn_like(trainer.model.lm_head.weight))
+    with pytest.raises(ModelError, match="first batch"):
+        trainer.train()
+
+
+@pytest.mark.parametrize("loss_type", ["sigmoid", "hinge", ["ipo"]])
+def test_every_loss_trains(tmp_path, loss_type):
+    losses = train(make_trainer(tmp_path, options={"loss_type": loss_type, "beta": 0.1}))
+    assert all(math.isfinite(loss) for loss, _ in losses)
+    first = {"sigmoid": math.log(2), "hinge": 1.0, "ipo": 25.0}
+    name = loss_type if isinstance(loss_type, str) else loss_type[0]
+    assert losses[0][0] == pytest.approx(first[name], rel=1e-4)
+
+
+def test_label_smoothing_is_conservative_dpo(tmp_path):
+    trainer = make_trainer(tmp_path, options={"label_smoothing": 0.2})
+    losses = train(trainer)
+    plain = train(make_trainer(tmp_path))
+    assert losses[0][0] == pytest.approx(math.log(2), abs=1e-6)
+    assert losses[0][1] == pytest.approx(plain[0][1] * 0.6, rel=1e-4)  # slope times 1 - 2 eps
+
+
+def test_dropout_is_switched_off_and_the_config_keeps_it(tmp_path):
+    model = tiny_llama(attention_dropout=0.3)
+    expected = train(make_trainer(tmp_path))
+    assert train(make_trainer(tmp_path, model)) == expected
+    assert model.config.attention_dropout == 0.3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"compute_metrics": len}, "compute_metrics"),
+        ({"data_collator": len}, "data_collator"),
+        ({"options": {"auto_find_batch_size": True}}, "per_device_train_batch_size"),
+    ],
+)
+def test_what_is_not_supported_is_refused_with_the_remedy(tmp_path, arguments, message):
+    with pytest.raises(ConfigError, match=message):
+        make_trainer(tmp_path, **arguments)
+
+
+def test_streams_and_searches_are_refused(tmp_path):
+    stream = token_pairs(3).to_iterable_dataset()
+    with pytest.raises(DPOFastError, match="IterableDataset"):
+        make_trainer(tmp_path, pairs=stream)
+    with pytest.raises(ConfigError, match="hyperparameter_search"):
+        make_trainer(tmp_path).hyperparameter_search()
