@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from dpofast_kernels.head.autograd import HeadCall, apply_linear_logps, apply_linear_pair_loss
 from dpofast_kernels.head.checks import check_head_inputs, check_pairs, compute_dtype
 from dpofast_kernels.head.naive import naive_linear_logps, naive_pair_loss
+from dpofast_kernels.head.one_pass import Pairs
 from dpofast_kernels.head.options import HeadOptions, PairLossOutput
 from dpofast_kernels.preference import PairLoss
 
@@ -16,8 +20,32 @@ DEFAULT_OPTIONS = HeadOptions()
 
 
 def backend_for(tensor: Tensor, options: HeadOptions = DEFAULT_OPTIONS) -> str:
-    """Which backend will run on this tensor's device."""
-    return "naive"
+    """The backend that runs for tensors on this one's device: "torch", "triton" or "naive".
+
+    Raises:
+        ValueError: the backend asked for can't take an option, or no such device.
+        RuntimeError: Triton was asked for and isn't installed.
+    """
+    if options.backend == "naive" and options.weight_grad is not None:
+        raise ValueError(
+            "backend 'naive' can't add to weight_grad: leave it None, or choose another backend."
+        )
+    if options.backend == "auto":
+        # ROCm's devices are called cuda, too
+        return "triton" if tensor.is_cuda and _has_triton() else "torch"
+    if options.backend == "triton":
+        if not _has_triton():
+            raise RuntimeError(
+                "backend 'triton' was asked for, but Triton isn't installed: install it (Linux "
+                "only), or choose backend 'torch'."
+            )
+        if not tensor.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+            raise ValueError(
+                f"backend 'triton' was asked for, but the tensors are on {tensor.device}: move "
+                "them to a CUDA or ROCm device, set TRITON_INTERPRET=1 before Triton is imported "
+                "(for tests), or choose backend 'torch'."
+            )
+    return options.backend
 
 
 def linear_logps(
@@ -26,13 +54,32 @@ def linear_logps(
     labels: Tensor,  # [N]
     options: HeadOptions = DEFAULT_OPTIONS,
 ) -> Tensor:
-    """Per-token log-probs of `labels`: [N] fp32 (fp64 for fp64 inputs), in nats."""
+    """Per-token log-probs of `labels`, without materialising the logits.
+
+    Args:
+        hidden_states: [N, H] fp64, fp32, bf16 or fp16.
+        weight: [V, H], the same dtype, but under torch.autocast, where both are cast to its dtype.
+        labels: [N] int64, already shifted.
+        options: what the model does to its logits, and the backend.
+
+    Returns:
+        [N] fp32 (fp64 for fp64 inputs), in nats; differentiable for any upstream gradient.
+
+    Raises:
+        ValueError: shapes, dtypes or devices don't belong together, a label is out of range (seen
+            on the CPU alone), or the backend can't be had.
+        RuntimeError: Triton was asked for and isn't installed.
+
+    Numerics: logits are made and kept in fp32; gradients accumulate in fp32 and come back in the
+    inputs' dtypes. The backward makes the logits again: 8NHV operations in all.
+    """
     check_head_inputs(hidden_states, weight, labels, options)
+    backend = backend_for(hidden_states, options)
     dtype = compute_dtype(hidden_states, weight)
-    with torch.autocast(hidden_states.device.type, enabled=False):
-        bias = None if options.bias is None else options.bias.to(dtype)
-        cast = replace(options, bias=bias)
-        return naive_linear_logps(hidden_states.to(dtype), weight.to(dtype), labels, cast)
+    if backend == "naive":
+        return _naive_logps(hidden_states, weight, labels, options, dtype)
+    call = HeadCall(labels, options, dtype, backend, torch.is_grad_enabled())
+    return apply_linear_logps(hidden_states, weight, options.bias, call)
 
 
 def linear_pair_loss(
@@ -44,7 +91,58 @@ def linear_pair_loss(
     loss: PairLoss,
     options: HeadOptions = DEFAULT_OPTIONS,
 ) -> PairLossOutput:
-    """The sum over pairs of the loss, and the summed log-probs."""
-    check_pairs(bounds, ref_logps, len(labels))
-    per_token_logps = linear_logps(hidden_states, weight, labels, options)
-    return naive_pair_loss(per_token_logps, bounds, ref_logps, loss)
+    """The loss summed over pairs; log-probs, loss and gradients in one pass over the logits.
+
+    Args:
+        hidden_states: [N, H] of the scored tokens, fp64, fp32, bf16 or fp16.
+        weight: [V, H], the same dtype, but under torch.autocast, where both are cast to its dtype.
+        labels: [N] int64, already shifted.
+        bounds: [2P+1] int64, limits of chosen_0, rejected_0, chosen_1, ...; best on the CPU, as
+            chunks are cut there. No sequence may be empty; no pairs at all give a loss of 0 and
+            gradients of zero.
+        ref_logps: [2P] summed log-probs of the reference, in nats; on any device.
+        loss: from `make_loss`.
+        options: what the model does to its logits, and the backend.
+
+    Returns:
+        The loss, differentiable once, and the summed log-probs.
+
+    Raises:
+        ValueError: shapes, dtypes or devices don't belong together, bounds don't cover the rows or
+            are not of whole pairs, a sequence is empty, a label is out of range (seen on the CPU
+            alone), or the backend can't be had.
+        RuntimeError: Triton was asked for and isn't installed.
+
+    Numerics: logits are made and kept in fp32 (fp64 for fp64 inputs), sums per sequence and losses
+    in fp64; gradients accumulate in fp32, are multiplied with the upstream gradient there, and come
+    back in the inputs' dtypes.
+    """
+    check_head_inputs(hidden_states, weight, labels, options)
+    limits = check_pairs(bounds, ref_logps, len(labels))
+    backend = backend_for(hidden_states, options)
+    dtype = compute_dtype(hidden_states, weight)
+    if backend == "naive":
+        per_token_logps = _naive_logps(hidden_states, weight, labels, options, dtype)
+        return naive_pair_loss(per_token_logps, bounds, ref_logps, loss)
+    device = hidden_states.device
+    pairs = Pairs(
+        bounds.to(device, non_blocking=True),
+        limits,
+        ref_logps.detach().to(device, torch.float64, non_blocking=True),
+        loss,
+    )
+    call = HeadCall(labels, options, dtype, backend, torch.is_grad_enabled(), pairs)
+    return PairLossOutput(*apply_linear_pair_loss(hidden_states, weight, options.bias, call))
+
+
+def _naive_logps(
+    hidden_states: Tensor, weight: Tensor, labels: Tensor, options: HeadOptions, dtype: torch.dtype
+) -> Tensor:
+    with torch.autocast(hidden_states.device.type, enabled=False):
+        bias = None if options.bias is None else options.bias.to(dtype)
+        cast = replace(options, bias=bias)
+        return naive_linear_logps(hidden_states.to(dtype), weight.to(dtype), labels, cast)
+
+
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None

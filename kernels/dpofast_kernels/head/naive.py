@@ -1,4 +1,4 @@
-"""The plain twin of the head's ops: all logits at once, and autograd. What the others must equal."""
+"""The plain twin of the head's ops: all logits at once, and autograd; what the others equal."""
 
 from __future__ import annotations
 

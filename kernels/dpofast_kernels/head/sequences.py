@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -57,7 +59,7 @@ def check_bounds(bounds: Tensor, num_rows: int) -> list[int]:
             f"bounds run from {limits[0]} to {limits[-1]}, expected 0 to {num_rows}, the number "
             "of scored tokens."
         )
-    for index, (start, end) in enumerate(zip(limits, limits[1:], strict=False)):
+    for index, (start, end) in enumerate(pairwise(limits)):
         if end < start:
             raise ValueError(
                 f"bounds fall from {start} to {end} at sequence {index}; expected them never to."

@@ -29,4 +29,5 @@ class HingeLoss(PairLoss):
         return loss, slope, -slope
 
     def direction(self, lengths: Tensor) -> Tensor:
-        return torch.tensor([1.0, -1.0], dtype=torch.float64).expand(len(lengths), 2)
+        signs = torch.tensor([1.0, -1.0], dtype=torch.float64, device=lengths.device)
+        return signs.expand(len(lengths), 2)

@@ -36,4 +36,5 @@ class SigmoidLoss(PairLoss):
         return loss, self.beta * slope, -self.beta * slope
 
     def direction(self, lengths: Tensor) -> Tensor:
-        return torch.tensor([1.0, -1.0], dtype=torch.float64).expand(len(lengths), 2)
+        signs = torch.tensor([1.0, -1.0], dtype=torch.float64, device=lengths.device)
+        return signs.expand(len(lengths), 2)

@@ -1,0 +1,150 @@
+"""Autograd around the chunked head.
+
+Both functions take the inputs as they are and cast them inside, so that gradients come back in the
+inputs' own dtypes without a rounding through the dtype that was computed in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from dpofast_kernels.head.chunked import ChunkedHead, Gradients, Wanted
+from dpofast_kernels.head.one_pass import Pairs, one_pass
+from dpofast_kernels.head.options import HeadOptions
+
+
+@dataclass(frozen=True, eq=False)
+class HeadCall:
+    """What one call of an op is told beside its differentiable inputs.
+
+    Attributes:
+        labels: [N].
+        options: of the head.
+        dtype: to compute in.
+        backend: "torch" or "triton".
+        grad_enabled: whether autograd records this call.
+        pairs: None for per-token log-probs.
+    """
+
+    labels: Tensor
+    options: HeadOptions
+    dtype: torch.dtype
+    backend: str
+    grad_enabled: bool
+    pairs: Pairs | None = None
+
+    def head(self, hidden_states: Tensor, weight: Tensor) -> ChunkedHead:
+        return ChunkedHead(
+            hidden_states, weight, self.labels, self.options, self.dtype, self.backend
+        )
+
+
+class LinearLogps(torch.autograd.Function):
+    """Per-token log-probs; the backward makes the logits again, for any upstream gradient."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_states: Tensor,  # [N, H]
+        weight: Tensor,  # [V, H]
+        bias: Tensor | None,  # [V]
+        call: HeadCall,
+    ) -> Tensor:
+        ctx.call = call
+        ctx.save_for_backward(hidden_states, weight, bias)
+        with torch.autocast(hidden_states.device.type, enabled=False):
+            head = call.head(hidden_states, weight)
+            chunks = head.row_chunks(0, len(call.labels))
+            logps = [head.score(rows).per_token_logps for rows in chunks]
+        return torch.cat(logps) if logps else hidden_states.new_empty(0, dtype=head.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_per_token_logps: Tensor) -> tuple[Tensor | None, ...]:
+        call: HeadCall = ctx.call
+        hidden_states, weight, bias = ctx.saved_tensors
+        with torch.autocast(hidden_states.device.type, enabled=False):
+            head = call.head(hidden_states, weight)
+            wanted = Wanted(*ctx.needs_input_grad[:3])
+            gradients = head.zero_gradients(wanted, call.options.weight_grad)
+            for rows in head.row_chunks(0, len(call.labels)):
+                head.add_gradients(gradients, rows, head.score(rows), d_per_token_logps[rows])
+        if call.options.weight_grad is not None:
+            gradients.weight = None
+        return *_as_inputs(gradients, hidden_states, weight, bias), None
+
+
+class LinearPairLoss(torch.autograd.Function):
+    """Summed loss and summed logps; the gradients are made in the forward.
+
+    They stay in fp32 until the upstream gradient, which may carry a loss scale, was multiplied in.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_states: Tensor,  # [N, H]
+        weight: Tensor,  # [V, H]
+        bias: Tensor | None,  # [V]
+        call: HeadCall,
+    ) -> tuple[Tensor, Tensor]:
+        ctx.call = call
+        ctx.save_for_backward(hidden_states, weight, bias)
+        wanted = Wanted(*(needed and call.grad_enabled for needed in ctx.needs_input_grad[:3]))
+        loss, logps, ctx.gradients = _run_one_pass(call, hidden_states, weight, wanted)
+        ctx.mark_non_differentiable(logps)
+        return loss, logps
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        call: HeadCall = ctx.call
+        hidden_states, weight, bias = ctx.saved_tensors
+        gradients, ctx.gradients = ctx.gradients, None
+        if gradients is None:
+            # Handed over, scaled in place, to an earlier backward of a retained graph.
+            wanted = Wanted(*ctx.needs_input_grad[:3])
+            _, _, gradients = _run_one_pass(call, hidden_states, weight, wanted)
+        if call.options.weight_grad is not None and gradients.weight is not None:
+            call.options.weight_grad.addcmul_(gradients.weight, d_loss)
+            gradients.weight = None
+        for gradient in (gradients.hidden_states, gradients.weight, gradients.bias):
+            if gradient is not None:
+                gradient.mul_(d_loss)
+        return *_as_inputs(gradients, hidden_states, weight, bias), None
+
+
+def _run_one_pass(
+    call: HeadCall, hidden_states: Tensor, weight: Tensor, wanted: Wanted
+) -> tuple[Tensor, Tensor, Gradients | None]:
+    assert call.pairs is not None
+    with torch.autocast(hidden_states.device.type, enabled=False):
+        return one_pass(call.head(hidden_states, weight), call.pairs, wanted)
+
+
+def _as_inputs(
+    gradients: Gradients, hidden_states: Tensor, weight: Tensor, bias: Tensor | None
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Each gradient in its input's dtype."""
+
+    def cast(gradient: Tensor | None, like: Tensor | None) -> Tensor | None:
+        return None if gradient is None or like is None else gradient.to(like.dtype)
+
+    return (
+        cast(gradients.hidden_states, hidden_states),
+        cast(gradients.weight, weight),
+        cast(gradients.bias, bias),
+    )
+
+
+# PyTorch gives `Function.apply` no type.
+apply_linear_logps: Callable[[Tensor, Tensor, Tensor | None, HeadCall], Tensor] = LinearLogps.apply
+apply_linear_pair_loss: Callable[
+    [Tensor, Tensor, Tensor | None, HeadCall], tuple[Tensor, Tensor]
+] = LinearPairLoss.apply

@@ -1,0 +1,135 @@
+"""Log-probs and gradients of one head, a chunk of rows at a time; never a tensor [N, V]."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from dpofast_kernels.head.chunks import max_chunk_rows, row_chunks
+from dpofast_kernels.head.matmul import (
+    accumulate_dtype,
+    add_weight_grad,
+    hidden_grad_into,
+    logits_into,
+    product_dtype,
+)
+from dpofast_kernels.head.options import HeadOptions
+from dpofast_kernels.head.rows import RowOps, ScoredRows
+from dpofast_kernels.head.tiled import TorchRows
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Which gradients are."""
+
+    hidden_states: bool
+    weight: bool
+    bias: bool
+
+    def __bool__(self) -> bool:
+        return self.hidden_states or self.weight or self.bias
+
+
+@dataclass(eq=False)
+class Gradients:
+    """Gradients under way, fp32 (fp64 for fp64 inputs); None where none is wanted.
+
+    Attributes:
+        hidden_states: [N, H].
+        weight: [V, H].
+        bias: [V].
+    """
+
+    hidden_states: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+
+
+class ChunkedHead:
+    """A head and its inputs, cast to the dtype that it computes in.
+
+    Args:
+        hidden_states: [N, H].
+        weight: [V, H].
+        labels: [N].
+        options: with a bias [V] or None.
+        dtype: to compute in.
+        backend: "torch" or "triton".
+    """
+
+    def __init__(
+        self,
+        hidden_states: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        options: HeadOptions,
+        dtype: torch.dtype,
+        backend: str,
+    ) -> None:
+        self.hidden_states, self.weight = hidden_states.to(dtype), weight.to(dtype)
+        self.labels = labels
+        self.dtype = accumulate_dtype(dtype)  # of logits and gradients
+        self.max_rows = max_chunk_rows(self.weight, self.dtype)
+        self.has_bias = options.bias is not None
+        if options.bias is not None:
+            # rounded as the other inputs are, then added in the logits' own dtype
+            options = replace(options, bias=options.bias.to(dtype).to(self.dtype))
+        self._rows = _row_ops(backend, options, product_dtype(self.weight))
+        self.pair_loss = self._rows.pair_loss
+        self._buffer: Tensor | None = None
+
+    def row_chunks(self, start: int, end: int) -> list[slice]:
+        return list(row_chunks(start, end, self.max_rows))
+
+    def score(self, rows: slice) -> ScoredRows:
+        """Of at most `max_rows` rows; the next call reuses its memory."""
+        num_rows = rows.stop - rows.start
+        if self._buffer is None:
+            capacity = min(len(self.labels), self.max_rows)
+            self._buffer = self.weight.new_empty(capacity, len(self.weight), dtype=self.dtype)
+        logits = logits_into(self._buffer[:num_rows], self.hidden_states[rows], self.weight)
+        return self._rows.score(logits, self.labels[rows])
+
+    def zero_gradients(self, wanted: Wanted, weight_grad: Tensor | None = None) -> Gradients:
+        """Gradients to add to; the weight's is `weight_grad` where one is given.
+
+        The rows of hidden_states' gradient are set by `add_gradients`, each row once.
+        """
+        if weight_grad is None and wanted.weight:
+            weight_grad = torch.zeros_like(self.weight, dtype=self.dtype)
+        return Gradients(
+            torch.empty_like(self.hidden_states, dtype=self.dtype)
+            if wanted.hidden_states
+            else None,
+            weight_grad if wanted.weight else None,
+            self.weight.new_zeros(len(self.weight), dtype=self.dtype) if wanted.bias else None,
+        )
+
+    def add_gradients(
+        self,
+        gradients: Gradients,
+        rows: slice,
+        scored: ScoredRows,
+        coefficients: Tensor,  # [n]
+    ) -> None:
+        """Add those of sum(coefficients * per_token_logps) over `rows`; uses `scored` up."""
+        d_logits, factors = self._rows.d_logits(scored, coefficients.to(self.dtype))
+        if gradients.hidden_states is not None:
+            out = gradients.hidden_states[rows]  # [n, H]
+            hidden_grad_into(out, d_logits, self.weight).mul_(factors[:, None])
+        if gradients.weight is not None:
+            scaled = self.hidden_states[rows] * factors[:, None]  # [n, H]
+            add_weight_grad(gradients.weight, d_logits, scaled.to(d_logits.dtype))
+        if gradients.bias is not None:
+            gradients.bias.addmv_(d_logits.t().to(self.dtype), factors)
+
+
+def _row_ops(backend: str, options: HeadOptions, product: torch.dtype) -> RowOps:
+    if backend == "triton":
+        # imported here, as Triton exists on Linux alone
+        from dpofast_kernels.head.rows_triton import TritonRows
+
+        return TritonRows(options, product)
+    return TorchRows(options, product)

@@ -1,0 +1,144 @@
+"""The loss of pairs and its gradients in one pass over the logits.
+
+With the reference's log-probs at hand, a pair's own logits are all that its loss needs. So chunks
+are whole pairs, and the derivative of each pair's loss is known while its logits still stand:
+6NHV operations forward and backward, where schemes that make the logits twice need 8NHV.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dpofast_kernels.head.chunked import ChunkedHead, Gradients, Wanted
+from dpofast_kernels.head.chunks import PairChunk, pair_chunks
+from dpofast_kernels.head.rows import PairTerms
+from dpofast_kernels.preference import PairLoss
+
+
+@dataclass(frozen=True, eq=False)
+class Pairs:
+    """Which rows belong to which pair, and how a pair is judged.
+
+    Attributes:
+        bounds: [2P+1] int64, on the device of the hidden states.
+        limits: the same numbers on the host.
+        ref_logps: [2P] fp64, on the same device.
+        loss: of each pair.
+    """
+
+    bounds: Tensor
+    limits: list[int]
+    ref_logps: Tensor
+    loss: PairLoss
+
+    def chunk_bounds(self, chunk: PairChunk) -> Tensor:
+        """[2p+1], from 0."""
+        return self.bounds[2 * chunk.first : 2 * chunk.last + 1] - chunk.start
+
+    def chunk_ref_logps(self, chunk: PairChunk) -> Tensor:
+        return self.ref_logps[2 * chunk.first : 2 * chunk.last]  # [2p]
+
+
+def one_pass(
+    head: ChunkedHead, pairs: Pairs, wanted: Wanted
+) -> tuple[Tensor, Tensor, Gradients | None]:
+    """The summed loss [] fp64, the summed logps [2P] fp64, and the gradients of that loss."""
+    gradients = head.zero_gradients(wanted) if wanted else None
+    terms = [
+        _whole_chunk(head, pairs, chunk, gradients)
+        if chunk.end - chunk.start <= head.max_rows
+        else _long_pair(head, pairs, chunk, gradients)
+        for chunk in pair_chunks(pairs.limits, head.max_rows)
+    ]
+    if not terms:
+        empty = pairs.ref_logps.new_zeros(0)
+        return empty.sum(), empty, gradients
+    losses = torch.cat([term.losses for term in terms])
+    return losses.sum(), torch.cat([term.logps for term in terms]), gradients
+
+
+def _whole_chunk(
+    head: ChunkedHead, pairs: Pairs, chunk: PairChunk, gradients: Gradients | None
+) -> PairTerms:
+    rows = slice(chunk.start, chunk.end)
+    scored = head.score(rows)
+    terms = _pair_terms(head, pairs, chunk, scored.per_token_logps)
+    if gradients is not None:
+        coefficients = _to_rows(terms.d_logps, pairs.chunk_bounds(chunk))
+        head.add_gradients(gradients, rows, scored, coefficients)
+    return terms
+
+
+def _long_pair(
+    head: ChunkedHead, pairs: Pairs, chunk: PairChunk, gradients: Gradients | None
+) -> PairTerms:
+    """A pair that doesn't fit a chunk: its gradient is made before its loss is known.
+
+    Where the loss' two derivatives keep one ratio, that direction takes their place and their
+    length is multiplied in afterwards. Else the logits are made a second time.
+    """
+    bounds = pairs.chunk_bounds(chunk)
+    direction = pairs.loss.direction(bounds.diff().view(1, 2))  # [1, 2]
+    if gradients is not None and direction is not None:
+        return _long_pair_along(
+            head, pairs, chunk, gradients, direction.flatten().to(bounds.device)
+        )
+    subchunks = head.row_chunks(chunk.start, chunk.end)
+    per_token_logps = torch.cat([head.score(rows).per_token_logps for rows in subchunks])
+    terms = _pair_terms(head, pairs, chunk, per_token_logps)
+    if gradients is not None:
+        coefficients = _to_rows(terms.d_logps, bounds)
+        for rows in subchunks:
+            part = coefficients[rows.start - chunk.start : rows.stop - chunk.start]
+            head.add_gradients(gradients, rows, head.score(rows), part)
+    return terms
+
+
+def _long_pair_along(
+    head: ChunkedHead,
+    pairs: Pairs,
+    chunk: PairChunk,
+    gradients: Gradients,
+    direction: Tensor,  # [2]
+) -> PairTerms:
+    """One pass over a long pair whose derivatives are a multiple of `direction`."""
+    # Rows of hidden states are this pair's alone; what sums over pairs needs its own memory.
+    own = head.zero_gradients(
+        Wanted(False, gradients.weight is not None, gradients.bias is not None)
+    )
+    own.hidden_states = gradients.hidden_states
+    coefficients = _to_rows(direction, pairs.chunk_bounds(chunk))
+    per_token_logps = []
+    for rows in head.row_chunks(chunk.start, chunk.end):
+        scored = head.score(rows)
+        per_token_logps.append(scored.per_token_logps)
+        part = coefficients[rows.start - chunk.start : rows.stop - chunk.start]
+        head.add_gradients(own, rows, scored, part)
+    terms = _pair_terms(head, pairs, chunk, torch.cat(per_token_logps))
+    length = (terms.d_logps / direction)[0].to(head.dtype)  # []
+    if own.hidden_states is not None:
+        own.hidden_states[chunk.start : chunk.end].mul_(length)
+    if own.weight is not None and gradients.weight is not None:
+        gradients.weight.addcmul_(own.weight, length)
+    if own.bias is not None and gradients.bias is not None:
+        gradients.bias.addcmul_(own.bias, length)
+    return terms
+
+
+def _pair_terms(
+    head: ChunkedHead, pairs: Pairs, chunk: PairChunk, per_token_logps: Tensor
+) -> PairTerms:
+    return head.pair_loss(
+        per_token_logps, pairs.chunk_bounds(chunk), pairs.chunk_ref_logps(chunk), pairs.loss
+    )
+
+
+def _to_rows(
+    per_sequence: Tensor,  # [2p]
+    bounds: Tensor,  # [2p+1]
+) -> Tensor:
+    """[n]: each sequence's number at each of its rows."""
+    return per_sequence.repeat_interleave(bounds.diff())
