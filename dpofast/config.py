@@ -112,9 +112,7 @@ class DPOConfig(TrainingArguments):
     max_length: int | None = field(
         default=1024, metadata={"help": "Tokens of prompt + answer; None for no limit."}
     )
-    truncation_mode: str = field(
-        default="keep_start", metadata={"help": "keep_start or keep_end."}
-    )
+    truncation_mode: str = field(default="keep_start", metadata={"help": "keep_start or keep_end."})
     disable_dropout: bool = field(
         default=True, metadata={"help": "Set every dropout of the policy to 0."}
     )
@@ -130,9 +128,7 @@ class DPOConfig(TrainingArguments):
     reference_store: str | None = field(
         default=None, metadata={"help": "Folder of the reference's log-probs."}
     )
-    strict: bool = field(
-        default=False, metadata={"help": "Stop at rows that would be left out."}
-    )
+    strict: bool = field(default=False, metadata={"help": "Stop at rows that would be left out."})
     pad_token: str | None = field(default=None, metadata={"help": "The tokenizer's pad token."})
 
     def __post_init__(self) -> None:
@@ -172,7 +168,7 @@ class DPOConfig(TrainingArguments):
         An item holds all micro-batches of the step, so the loop must not accumulate on top.
         Logs and checkpoints go on to show the value that the user gave.
         """
-        self._shown_accumulation = self.gradient_accumulation_steps
+        self._shown_accumulation: int = self.gradient_accumulation_steps  # type: ignore[has-type]
         self.gradient_accumulation_steps = 1
         try:
             yield
@@ -196,7 +192,8 @@ class DPOConfig(TrainingArguments):
     def _check_numbers(self) -> None:
         if self.truncation_mode not in TRUNCATION_MODES:
             raise ConfigError(
-                f"truncation_mode: got {self.truncation_mode!r}, expected one of {TRUNCATION_MODES}."
+                f"truncation_mode: got {self.truncation_mode!r}, expected one of "
+                f"{TRUNCATION_MODES}."
             )
         minima = {
             "max_length": 2,  # a token of the prompt and one of the answer

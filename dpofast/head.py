@@ -11,7 +11,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor, nn
 
 from dpofast.errors import ModelError
@@ -85,7 +84,7 @@ def _number(config: Any, name: str) -> float:
     return 1.0 if value is None else float(value)
 
 
-def head_forwards(head: nn.Module) -> list[tuple[nn.Module, Callable[..., Any]]]:
+def head_forwards(head: Any) -> list[tuple[nn.Module, Callable[..., Any]]]:
     """Which modules' forward becomes the op, and that forward: (module, forward) pairs.
 
     Args:
@@ -118,7 +117,7 @@ def _linear_forward(head: nn.Linear, hidden_states: Tensor, task: HeadTask) -> A
     return task(hidden_states, head.weight, head.bias)
 
 
-def _is_plain_lora(head: nn.Module) -> bool:
+def _is_plain_lora(head: Any) -> bool:
     """LoRA whose forward is x @ (W + scaling B A)^T, so that one weight stands for it."""
     if not (hasattr(head, "lora_A") and type(getattr(head, "base_layer", None)) is nn.Linear):
         return False
@@ -138,5 +137,3 @@ def _lora_forward(head: Any, hidden_states: Tensor, task: HeadTask) -> Any:
                 delta = head.lora_B[name].weight @ head.lora_A[name].weight
                 weight = weight + (delta * head.scaling[name]).to(weight.dtype)
     return task(hidden_states, weight, head.base_layer.bias)
-
-

@@ -75,7 +75,7 @@ def _refuse_missing_folder(name_or_path: str) -> None:
         raise ModelError(f"The model folder {name_or_path!r} does not exist.")
 
 
-def causal_lm(model: nn.Module) -> Any:
+def causal_lm(model: Any) -> Any:
     """The transformers model inside a PeftModel, or the model itself."""
     return model.get_base_model() if is_peft_model(model) else model
 
@@ -99,7 +99,7 @@ def body_of(model: Any) -> nn.Module:
         body = model.base_model
     if body is model or model.get_output_embeddings() is None:
         raise ModelError(f"{type(model).__name__} has no body and head to be called apart.")
-    return body  # type: ignore[no-any-return]
+    return body
 
 
 def _pair_forward(
@@ -238,8 +238,10 @@ def dropouts(model: nn.Module) -> Iterator[tuple[nn.Module, str]]:
     """Every dropout above 0: (module, attribute), whether a layer or a number."""
     for module in model.modules():
         for name, value in vars(module).items():
-            is_rate = name == "p" if isinstance(module, nn.modules.dropout._DropoutNd) else (
-                "drop" in name
+            is_rate = (
+                name == "p"
+                if isinstance(module, nn.modules.dropout._DropoutNd)
+                else ("drop" in name)
             )
             if is_rate and isinstance(value, float) and value > 0.0:
                 yield module, name

@@ -48,7 +48,7 @@ def resolve_model(model: Any, config: DPOConfig, tokenizer: Any) -> tuple[nn.Mod
     return model, tokenizer
 
 
-def prepare_policy(model: nn.Module, config: DPOConfig, peft_config: Any) -> nn.Module:
+def prepare_policy(model: Any, config: DPOConfig, peft_config: Any) -> nn.Module:
     """Wrap a fresh adapter around the model if asked for, set dropout to 0, check the head.
 
     Raises:
@@ -78,13 +78,11 @@ def prepare_policy(model: nn.Module, config: DPOConfig, peft_config: Any) -> nn.
     return model
 
 
-def _with_adapter(model: nn.Module, peft_config: Any) -> nn.Module:
+def _with_adapter(model: Any, peft_config: Any) -> Any:
     try:
         from peft import PeftConfig, get_peft_model
     except ImportError as error:
-        raise ConfigError(
-            "peft_config needs peft: pip install 'dpofast[peft]'."
-        ) from error
+        raise ConfigError("peft_config needs peft: pip install 'dpofast[peft]'.") from error
     if not isinstance(peft_config, PeftConfig):
         raise ConfigError(
             f"peft_config: got a {type(peft_config).__name__}, expected a peft.PeftConfig, such "

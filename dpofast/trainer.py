@@ -11,34 +11,28 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer, TrainingArguments, set_seed
+from transformers import Trainer, TrainerControl, TrainingArguments, set_seed
 from transformers.trainer_utils import EvalLoopOutput
 
 from dpofast import checkpoint as checkpoints
 from dpofast.callbacks import MetricsFile
 from dpofast.compat import refuse, resolve_config, resolve_tokenizer
+from dpofast.config import DPOConfig
 from dpofast.data import PreparationReport, load_preferences, tokenize_preferences
 from dpofast.data.batch import PackedPairs, StepBatch
 from dpofast.data.loader import StepDataset, StepLoader, whole_step
 from dpofast.data.plan import BatchShape, StepSampler
-from dpofast.errors import ConfigError, DPOFastError
+from dpofast.errors import ConfigError
 from dpofast.head import PairLossTask, head_options
 from dpofast.metrics import MetricSums
-from dpofast.model import (
-    SequenceScorer,
-    causal_lm,
-    check_head,
-    dropouts,
-    evaluating,
-    pair_step,
-    run_batch,
-)
+from dpofast.model import causal_lm, dropouts, evaluating, pair_step, run_batch
+from dpofast.plots import PLOT_FILE, plot_run
 from dpofast.policy import prepare_policy, resolve_model
-from dpofast.reference.identity import model_identity
 from dpofast.reference.provider import Ranks, ReferenceProvider
+from dpofast.run_reference import RunReference
 from dpofast.step_zero import StepZeroCheck
 from dpofast.summary import write_summary
-from dpofast_kernels import HEAD_VERSION, PairLossOutput, pair_metrics
+from dpofast_kernels import PairLossOutput, pair_metrics
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +60,8 @@ class DPOTrainer(Trainer):
         ConfigError, DataError, ModelError, ReferenceStoreError: all ValueErrors, with the remedy.
     """
 
-    args: DPOConfig  # type: ignore[name-defined]  # noqa: F821
+    args: DPOConfig
+    control: TrainerControl
 
     def __init__(
         self,
@@ -101,14 +96,12 @@ class DPOTrainer(Trainer):
         model, tokenizer = resolve_model(model, config, processing_class)
         model = prepare_policy(model, config, peft_config)
         self.pair_loss = config.make_loss()
-        self.ref_model = ref_model
         self.preparation_reports: dict[str, PreparationReport] = {}
         self.first_loss: float | None = None  # of the first step after this object was made
         self.pairs_trained = 0
         self._ref_logps: dict[int, tuple[Any, Any]] = {}  # id -> dataset, its [n, 2] log-probs
         self._metric_sums = MetricSums()
         self._tokens = 0
-        self._policy_moved = False
         self._step_zero: StepZeroCheck | None = None
         train_dataset = self._prepare(train_dataset, "train", config, tokenizer)
         if isinstance(eval_dataset, dict):
@@ -129,10 +122,12 @@ class DPOTrainer(Trainer):
             optimizers=optimizers,
         )
         self._head_options = head_options(causal_lm(self.model).config)
-        self.references = ReferenceProvider(
-            config.reference_folder(),
-            Ranks(config.process_index, config.world_size, self.accelerator.wait_for_everyone),
-            2 * (config.precompute_ref_batch_size or config.per_device_train_batch_size),
+        ranks = Ranks(config.process_index, config.world_size, self.accelerator.wait_for_everyone)
+        pairs = config.precompute_ref_batch_size or config.per_device_train_batch_size
+        self.ref_model = ref_model
+        self.references = ReferenceProvider(config.reference_folder(), ranks, 2 * pairs)
+        self.reference = RunReference(
+            self.model, ref_model, self.references, self.accelerator, self._pad_token_id
         )
 
     # Data
@@ -160,7 +155,7 @@ class DPOTrainer(Trainer):
 
     def _step_dataset(self, pairs: Any, name: str) -> StepDataset:
         if id(pairs) not in self._ref_logps:
-            self._ref_logps[id(pairs)] = (pairs, self._reference_logps(pairs, name))
+            self._ref_logps[id(pairs)] = (pairs, self.reference.logps(pairs, name))
         return StepDataset(pairs, self._ref_logps[id(pairs)][1], self._pad_token_id)
 
     @property
@@ -214,54 +209,6 @@ class DPOTrainer(Trainer):
             return dataset
         return self._prepare(dataset, name, self.args, self.processing_class)
 
-    # Reference
-
-    def _reference_logps(self, pairs: Any, name: str) -> Any:
-        reference = self.model if self.ref_model is None else self.ref_model
-        if self.references.identity is None:
-            self._fix_reference(reference)
-        gone = self.ref_model is None and self._policy_moved
-        scorer = SequenceScorer(reference, self.accelerator.autocast, self._pad_token_id)
-        return self.references.logps(pairs, name, None if gone else scorer)
-
-    def _fix_reference(self, reference: nn.Module) -> None:
-        self._move_model_to_device(reference, self.args.device)
-        check_head(reference)
-        self.references.fix(self._identity(reference))
-
-    def _identity(self, model: nn.Module) -> Any:
-        lm = causal_lm(model)
-        autocast = {"bf16": torch.bfloat16, "fp16": torch.float16}
-        return model_identity(
-            model,
-            autocast_dtype=autocast.get(self.accelerator.mixed_precision),
-            attention=lm.config._attn_implementation,
-            head_version=HEAD_VERSION,
-        )
-
-    def _score_references(self, checkpoint: str | None) -> None:
-        """All that this run will read, before the policy moves."""
-        if checkpoint is not None:
-            self._restore_reference(checkpoint)
-        self._step_dataset(self.train_dataset, "train")
-        sets = self.eval_dataset if isinstance(self.eval_dataset, dict) else {}
-        if not sets and self.eval_dataset is not None:
-            sets = {"eval": self.eval_dataset}
-        for name, pairs in sets.items():
-            self._step_dataset(pairs, name)
-
-    def _restore_reference(self, checkpoint: str) -> None:
-        """A resumed run keeps the reference of its start, also where another model was given."""
-        recorded = checkpoints.load_run_state(checkpoint)
-        reference = self.model if self.ref_model is None else self.ref_model
-        if self.references.identity is None:
-            self._fix_reference(reference)
-        if self.references.identity.digest != recorded.reference_digest:
-            self.references.fix_recorded(
-                recorded.reference_digest, recorded.reference_description
-            )
-            self._policy_moved = True
-
     # Training
 
     def train(
@@ -279,14 +226,17 @@ class DPOTrainer(Trainer):
         checkpoint = checkpoints.resolve_checkpoint(resume_from_checkpoint, self.args.output_dir)
         if checkpoint is not None:
             checkpoints.refuse_finished(checkpoint, self._planned_steps())
-        self._score_references(checkpoint)
-        if checkpoint is None and not self._policy_moved:
+            self.reference.restore(checkpoint)
+        self._score_references()
+        if checkpoint is None:
             self._step_zero = self._step_zero_check()
-        self._policy_moved = True
+        self.reference.policy_moves()
         with self.args.one_item_per_step():
             output = super().train(checkpoint, *args, **kwargs)
         if self.is_world_process_zero():
             write_summary(self, output, time.monotonic() - started)
+            folder = Path(self.args.output_dir)
+            plot_run(self.state.log_history, folder / PLOT_FILE, f"DPO: {folder.name}")
         return output
 
     def _planned_steps(self) -> int:
@@ -297,17 +247,19 @@ class DPOTrainer(Trainer):
         steps = pairs // size if self.args.dataloader_drop_last else math.ceil(pairs / size)
         return math.ceil(self.args.num_train_epochs * max(steps, 1))
 
+    def _score_references(self) -> None:
+        """All that this run will read, before the policy moves."""
+        self._step_dataset(self.train_dataset, "train")
+        sets = self.eval_dataset
+        if sets is not None:
+            for name, pairs in (sets if isinstance(sets, dict) else {"eval": sets}).items():
+                self._step_dataset(pairs, name)
+
     def _step_zero_check(self) -> StepZeroCheck | None:
         """None where the policy needn't begin with zero log-ratios."""
-        if self.ref_model is not None:
-            self._move_model_to_device(self.model, self.args.device)
-            if self._identity(self.model).digest != self.references.identity.digest:
-                return None
-        if next(dropouts(self.model), None) is not None:
+        if next(dropouts(self.model), None) or not self.reference.policy_starts_as_reference():
             return None
-        dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16}
-        dtype = dtypes.get(self.accelerator.mixed_precision, causal_lm(self.model).dtype)
-        return StepZeroCheck(self.pair_loss, dtype)
+        return StepZeroCheck(self.pair_loss, self.reference.dtype())
 
     def hyperparameter_search(self, *args: Any, **kwargs: Any) -> Any:
         raise ConfigError(
@@ -349,6 +301,7 @@ class DPOTrainer(Trainer):
     ) -> PairLossOutput:
         """One forward pass: the sum of the losses over the batch's pairs, metrics into `sums`."""
         batch = batch.to(self.args.device)
+        assert batch.ref_logps is not None
         task = PairLossTask(
             batch.labels, batch.bounds, batch.ref_logps, self.pair_loss, self._head_options
         )
@@ -406,7 +359,7 @@ class DPOTrainer(Trainer):
             predictions=None,
             label_ids=None,
             metrics=metrics,
-            num_samples=len(dataloader.dataset),
+            num_samples=len(dataloader.dataset),  # type: ignore[arg-type]
         )
 
     def _sum_over_ranks(self, vector: Tensor) -> Tensor:
@@ -430,11 +383,8 @@ class DPOTrainer(Trainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self._count_tokens()
         if self.args.should_save:
-            identity = self.references.identity
             folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
-            kept = self.args.precompute_ref_log_probs
-            store = str(self.references.folder) if kept else None
-            checkpoints.RunState(identity.digest, identity.description, store).save(folder)
+            self.reference.save(folder, kept=self.args.precompute_ref_log_probs)
         super()._save_checkpoint(model, trial)
 
     # What the Trainer would look for in a dict of tensors, and an item is a whole step

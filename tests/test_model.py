@@ -83,7 +83,9 @@ def test_every_family_gives_its_own_log_probs_and_gradients(family):
     check_head(model)
     pairs = list(token_pairs(3, seed=2))
     sequences = [
-        (pair["prompt_ids"], pair[side]) for pair in pairs for side in ("chosen_ids", "rejected_ids")
+        (pair["prompt_ids"], pair[side])
+        for pair in pairs
+        for side in ("chosen_ids", "rejected_ids")
     ]
     with torch.no_grad():
         ref_logps = [answer_logps(reference, *sequence).item() for sequence in sequences]

@@ -1,10 +1,11 @@
-"""What one forward pass of the model gets: some sequences laid out, and where their answers stand."""
+"""What one forward pass gets: some sequences laid out, and where their answers stand."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -52,7 +53,7 @@ class PackedPairs:
         return self._map(Tensor.pin_memory)
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> PackedPairs:
-        moved = {
+        moved: dict[str, Any] = {
             field.name: function(value)
             for field in fields(self)
             if field.name != "bounds" and isinstance(value := getattr(self, field.name), Tensor)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.utils.data import Sampler
@@ -61,7 +62,7 @@ def split_step(pairs: list[int], shape: BatchShape) -> list[list[MicroBatch]]:
     return [bins[slot * shape.world_size :][: shape.world_size] for slot in range(num_slots)]
 
 
-class StepSampler(Sampler[PlannedStep]):
+class StepSampler(Sampler[Any]):
     """Yields one rank's steps of the epoch set by `set_epoch`; as a DataLoader's batch sampler.
 
     Args:
@@ -90,7 +91,7 @@ class StepSampler(Sampler[PlannedStep]):
         full, rest = divmod(self.num_pairs, self.shape.pairs_per_step)
         return full + (rest > 0 and not self.drop_last)
 
-    def __iter__(self) -> Iterator[PlannedStep]:  # type: ignore[override]
+    def __iter__(self) -> Iterator[PlannedStep]:
         order = self._order()
         for step in range(len(self)):
             start = step * self.shape.pairs_per_step

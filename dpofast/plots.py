@@ -1,0 +1,49 @@
+"""A picture of a run: loss, margins, accuracy and log-ratios over its steps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+PLOT_FILE = "training.png"
+
+# title, unit of the y axis, the logged values drawn there
+PANELS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
+    ("loss", "nats", ("loss",)),
+    ("margin of the rewards", "nats", ("rewards/margins",)),
+    ("chosen rewarded above rejected", "share of pairs", ("rewards/accuracies",)),
+    ("log-ratio to the reference", "nats per token", ("logratios/chosen", "logratios/rejected")),
+)
+
+
+def plot_run(log_history: Sequence[dict[str, Any]], path: Path, title: str) -> None:
+    """Draw training (lines) and evaluation (points) into a PNG.
+
+    Args:
+        log_history: the Trainer's, one dict a log event, with `step`.
+        path: of the PNG; its folder must exist.
+        title: stands above the panels.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 7), layout="constrained")
+    FigureCanvasAgg(figure)  # draws without a screen, and leaves pyplot's state alone
+    figure.suptitle(title)
+    for axes, (name, unit, keys) in zip(figure.subplots(2, 2).flat, PANELS, strict=True):
+        for index, key in enumerate(keys):
+            side = key.rpartition("/")[2] if len(keys) > 1 else "training"
+            held_out = f"held out, {side}" if len(keys) > 1 else "held out"
+            color = f"C{index}"
+            axes.plot(*_series(log_history, key), color=color, label=side)
+            axes.plot(*_series(log_history, f"eval_{key}"), "o", color=color, label=held_out)
+        axes.set(title=name, xlabel="optimizer step", ylabel=unit)
+        axes.grid(alpha=0.3)
+        axes.legend()
+    figure.savefig(path, dpi=110)
+
+
+def _series(log_history: Sequence[dict[str, Any]], key: str) -> tuple[list[int], list[float]]:
+    points = [(log["step"], log[key]) for log in log_history if key in log]
+    return [step for step, _ in points], [value for _, value in points]

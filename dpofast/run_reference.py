@@ -1,0 +1,111 @@
+"""Which reference a run is trained against, from its start to its last resume."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from dpofast.checkpoint import RunState, load_run_state
+from dpofast.model import SequenceScorer, causal_lm, check_head
+from dpofast.reference.identity import ReferenceIdentity, model_identity
+from dpofast.reference.provider import ReferenceProvider
+from dpofast_kernels import HEAD_VERSION
+
+AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class RunReference:
+    """A given reference model, or the policy as it stands before step 1; never one that moved.
+
+    Args:
+        policy: the model that is trained.
+        ref_model: a reference model; None for the policy's start.
+        provider: of the stored log-probs.
+        accelerator: knows the device and the autocast of a forward pass.
+        pad_token_id: fills the rows' ends.
+    """
+
+    def __init__(
+        self,
+        policy: nn.Module,
+        ref_model: nn.Module | None,
+        provider: ReferenceProvider,
+        accelerator: Accelerator,
+        pad_token_id: int,
+    ) -> None:
+        self.policy, self.ref_model, self.provider = policy, ref_model, provider
+        self.accelerator, self.pad_token_id = accelerator, pad_token_id
+        self.is_gone = False
+
+    @property
+    def identity(self) -> ReferenceIdentity:
+        """Settled at the first call, for the whole run."""
+        if self.provider.identity is None:
+            model = self._model()
+            check_head(model)
+            self.provider.fix(self._identity(model))
+        assert self.provider.identity is not None
+        return self.provider.identity
+
+    def logps(self, pairs: Any, name: str) -> np.ndarray:
+        """Summed log-probs [n, 2] fp64 of a tokenised dataset, scored where the store lacks them.
+
+        Raises:
+            ReferenceStoreError: they are missing and the reference is gone.
+        """
+        _ = self.identity
+        scorer = SequenceScorer(self._model(), self.accelerator.autocast, self.pad_token_id)
+        return self.provider.logps(pairs, name, None if self.is_gone else scorer)
+
+    def policy_starts_as_reference(self) -> bool:
+        """Whether the policy, as it stands, has the reference's identity."""
+        if self.ref_model is None:
+            return not self.is_gone
+        return self._identity(self._on_device(self.policy)).digest == self.identity.digest
+
+    def policy_moves(self) -> None:
+        """From here on the policy can't stand for the reference."""
+        self.is_gone = self.ref_model is None
+
+    def save(self, checkpoint: Path, kept: bool) -> None:
+        """Write the identity into a checkpoint; `kept`: the store outlives the run."""
+        store = str(self.provider.folder) if kept else None
+        RunState(self.identity.digest, self.identity.description, store).save(checkpoint)
+
+    def restore(self, checkpoint: str) -> None:
+        """Keep the reference of the run's start, also where another model was given.
+
+        Raises:
+            ReferenceStoreError: the checkpoint doesn't name its reference.
+        """
+        recorded = load_run_state(checkpoint)
+        if self.identity.digest != recorded.reference_digest:
+            # its rows can be read where they are stored, and not made
+            self.provider.fix_recorded(recorded.reference_digest, recorded.reference_description)
+            self.is_gone = True
+
+    def dtype(self) -> torch.dtype:
+        """In which the forward pass computes."""
+        dtype = causal_lm(self.policy).dtype
+        return AUTOCAST_DTYPES.get(self.accelerator.mixed_precision, dtype)
+
+    def _model(self) -> nn.Module:
+        return self._on_device(self.policy if self.ref_model is None else self.ref_model)
+
+    def _on_device(self, model: nn.Module) -> nn.Module:
+        if hasattr(causal_lm(model), "hf_device_map"):  # its parts are placed already
+            return model
+        return model.to(self.accelerator.device)
+
+    def _identity(self, model: nn.Module) -> ReferenceIdentity:
+        return model_identity(
+            model,
+            autocast_dtype=AUTOCAST_DTYPES.get(self.accelerator.mixed_precision),
+            attention=causal_lm(model).config._attn_implementation,
+            head_version=HEAD_VERSION,
+        )
