@@ -1,0 +1,1 @@
+"""Reference log-probs on disk: who made them, the rows themselves, and how they are made."""
