@@ -22,6 +22,10 @@ class PairChunk:
     start: int
     end: int
 
+    @property
+    def num_rows(self) -> int:
+        return self.end - self.start
+
 
 def max_chunk_rows(weight: Tensor, dtype: torch.dtype) -> int:
     """Rows of logits [rows, V] of that dtype that the workspace holds, at least one."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 from dataclasses import replace
 
 import torch
@@ -39,7 +38,7 @@ def backend_for(tensor: Tensor, options: HeadOptions = DEFAULT_OPTIONS) -> str:
                 "backend 'triton' was asked for, but Triton isn't installed: install it (Linux "
                 "only), or choose backend 'torch'."
             )
-        if not tensor.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+        if not tensor.is_cuda and not _is_interpreted():
             raise ValueError(
                 f"backend 'triton' was asked for, but the tensors are on {tensor.device}: move "
                 "them to a CUDA or ROCm device, set TRITON_INTERPRET=1 before Triton is imported "
@@ -146,3 +145,9 @@ def _naive_logps(
 
 def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
+
+
+def _is_interpreted() -> bool:
+    from dpofast_kernels.head.rows_triton import is_interpreted
+
+    return is_interpreted()

@@ -49,7 +49,7 @@ def one_pass(
     gradients = head.zero_gradients(wanted) if wanted else None
     terms = [
         _whole_chunk(head, pairs, chunk, gradients)
-        if chunk.end - chunk.start <= head.max_rows
+        if chunk.num_rows <= head.max_rows
         else _long_pair(head, pairs, chunk, gradients)
         for chunk in pair_chunks(pairs.limits, head.max_rows)
     ]
@@ -67,7 +67,7 @@ def _whole_chunk(
     scored = head.score(rows)
     terms = _pair_terms(head, pairs, chunk, scored.per_token_logps)
     if gradients is not None:
-        coefficients = _to_rows(terms.d_logps, pairs.chunk_bounds(chunk))
+        coefficients = _to_rows(terms.d_logps, pairs.chunk_bounds(chunk), chunk.num_rows)
         head.add_gradients(gradients, rows, scored, coefficients)
     return terms
 
@@ -90,7 +90,7 @@ def _long_pair(
     per_token_logps = torch.cat([head.score(rows).per_token_logps for rows in subchunks])
     terms = _pair_terms(head, pairs, chunk, per_token_logps)
     if gradients is not None:
-        coefficients = _to_rows(terms.d_logps, bounds)
+        coefficients = _to_rows(terms.d_logps, bounds, chunk.num_rows)
         for rows in subchunks:
             part = coefficients[rows.start - chunk.start : rows.stop - chunk.start]
             head.add_gradients(gradients, rows, head.score(rows), part)
@@ -110,7 +110,7 @@ def _long_pair_along(
         Wanted(False, gradients.weight is not None, gradients.bias is not None)
     )
     own.hidden_states = gradients.hidden_states
-    coefficients = _to_rows(direction, pairs.chunk_bounds(chunk))
+    coefficients = _to_rows(direction, pairs.chunk_bounds(chunk), chunk.num_rows)
     per_token_logps = []
     for rows in head.row_chunks(chunk.start, chunk.end):
         scored = head.score(rows)
@@ -139,6 +139,8 @@ def _pair_terms(
 def _to_rows(
     per_sequence: Tensor,  # [2p]
     bounds: Tensor,  # [2p+1]
+    num_rows: int,
 ) -> Tensor:
     """[n]: each sequence's number at each of its rows."""
-    return per_sequence.repeat_interleave(bounds.diff())
+    # without the size a device would be waited for
+    return per_sequence.repeat_interleave(bounds.diff(), output_size=num_rows)

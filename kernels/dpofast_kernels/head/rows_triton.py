@@ -20,16 +20,17 @@ MAX_BLOCK_V = 4096
 
 @triton.jit
 def _tanh(x):
-    # libdevice's tanh is unknown to the interpreter
+    """tanh(x) and its slope; libdevice's tanh is unknown to the interpreter."""
     e = tl.exp(-2.0 * tl.abs(x))
     magnitude = (1.0 - e) / (1.0 + e)
-    far = tl.where(x >= 0.0, magnitude, -magnitude)
-    if x.dtype == tl.float64:
-        return far
-    # 1 - e cancels close to 0; there Taylor's series is exact to fp32
-    y = x * x
-    series = 1.0 + y * (-1.0 / 3 + y * (2.0 / 15 + y * (-17.0 / 315 + y * (62.0 / 2835))))
-    return tl.where(tl.abs(x) < 0.25, x * series, far)
+    tanh = tl.where(x >= 0.0, magnitude, -magnitude)
+    slope = 4.0 * e / ((1.0 + e) * (1.0 + e))
+    if x.dtype != tl.float64:
+        # 1 - e cancels close to 0; there Taylor's series is exact to fp32
+        y = x * x
+        series = 1.0 + y * (-1.0 / 3 + y * (2.0 / 15 + y * (-17.0 / 315 + y * (62.0 / 2835))))
+        tanh = tl.where(tl.abs(x) < 0.25, x * series, tanh)
+    return tanh, slope
 
 
 @triton.jit
@@ -43,16 +44,17 @@ def _finish_logits(
     SOFTCAP: tl.constexpr,
     TEMPERATURE: tl.constexpr,
 ):
-    """Finished logits, and tanh of the cap (0 without one)."""
-    b_tanh = b_z * 0.0
+    """Finished logits, and their slope by the product."""
+    b_slope = tl.full(b_z.shape, SCALE / TEMPERATURE, dtype=b_z.dtype)
     if HAS_BIAS:
         b_z += tl.load(p_bias + o_v, mask=m_v, other=0.0)
     if SOFTCAP is None:
         b_z = b_z * (SCALE / TEMPERATURE)
     else:
-        b_tanh = _tanh(b_z * (SCALE / SOFTCAP))
+        b_tanh, b_tanh_slope = _tanh(b_z * (SCALE / SOFTCAP))
         b_z = b_tanh * (SOFTCAP / TEMPERATURE)
-    return b_z, b_tanh
+        b_slope = b_slope * b_tanh_slope
+    return b_z, b_slope
 
 
 @triton.jit
@@ -117,12 +119,10 @@ def d_logits_kernel(
     o_v = tl.program_id(1) * BV + tl.arange(0, BV)
     m_v = o_v < V
     b_z = tl.load(p_logits + i_n * stride + o_v, mask=m_v, other=0.0)  # [BV]
-    b_z, b_tanh = _finish_logits(b_z, p_bias, o_v, m_v, HAS_BIAS, SCALE, SOFTCAP, TEMPERATURE)
+    b_z, b_slope = _finish_logits(b_z, p_bias, o_v, m_v, HAS_BIAS, SCALE, SOFTCAP, TEMPERATURE)
     b_p = tl.exp(b_z - tl.load(p_row_max + i_n)) / tl.load(p_sums + i_n)
     # 1 is subtracted before the one rounding to the output's dtype
-    b_d = tl.where(o_v == tl.load(p_labels + i_n), 1.0 - b_p, -b_p) * (SCALE / TEMPERATURE)
-    if SOFTCAP is not None:
-        b_d = b_d * (1.0 - b_tanh * b_tanh)
+    b_d = tl.where(o_v == tl.load(p_labels + i_n), 1.0 - b_p, -b_p) * b_slope
     p_d = p_d_logits + i_n * d_stride + o_v
     tl.store(p_d, b_d.to(p_d_logits.dtype.element_ty), mask=m_v)
 
@@ -192,3 +192,8 @@ class TritonRows:
 def _block_v(vocab_size: int) -> int:
     block: int = triton.next_power_of_2(vocab_size)
     return min(MAX_BLOCK_V, block)
+
+
+def is_interpreted() -> bool:
+    """Whether the kernels run on CPU tensors; Triton decides that when it makes them."""
+    return not isinstance(row_logps_kernel, triton.JITFunction)

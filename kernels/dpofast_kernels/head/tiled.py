@@ -13,7 +13,7 @@ from dpofast_kernels.head.sequences import segment_sums
 from dpofast_kernels.preference import PairLoss
 
 # Rows are taken a few at a time, so that the passes over them find them in the cache.
-CPU_CACHE_BYTES = 2**20
+CPU_CACHE_BYTES = 4 * 2**20
 
 
 class TorchRows:

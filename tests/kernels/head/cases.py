@@ -1,0 +1,130 @@
+"""Inputs for the head's ops, and runs of them that give everything there is to compare."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from dpofast_kernels import HeadOptions, PairLoss, linear_logps, linear_pair_loss
+from dpofast_kernels.head import chunks
+
+LENGTHS = (5, 1, 17, 9, 2, 29)  # scored tokens of three pairs
+FULL_OPTIONS = {"softcap": 5.0, "logit_scale": 0.7, "temperature": 1.3}
+
+
+@dataclass
+class Inputs:
+    """Leaves of autograd in one dtype, and what goes with them."""
+
+    hidden_states: Tensor  # [N, H]
+    weight: Tensor  # [V, H]
+    bias: Tensor | None  # [V]
+    labels: Tensor  # [N]
+    bounds: Tensor  # [2P+1]
+    ref_logps: Tensor  # [2P]
+
+    def to(self, dtype: torch.dtype) -> Inputs:
+        """The same numbers in another dtype, as new leaves."""
+
+        def leaf(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor.detach().to(dtype).requires_grad_()
+
+        return Inputs(
+            leaf(self.hidden_states),
+            leaf(self.weight),
+            leaf(self.bias),
+            self.labels,
+            self.bounds,
+            self.ref_logps,
+        )
+
+
+def make_inputs(
+    dtype: torch.dtype = torch.float64,
+    *,
+    hidden_size: int = 63,
+    vocab_size: int = 507,
+    lengths: tuple[int, ...] = LENGTHS,
+    bias: bool = False,
+    spread: float = 2.0,
+    seed: int = 0,
+) -> Inputs:
+    """Random inputs whose logits have about the given standard deviation."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int, scale: float = 1.0) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64) * scale
+
+    bounds = torch.tensor(list(accumulate(lengths, initial=0)))
+    num_rows = int(bounds[-1])
+    inputs = Inputs(
+        normal(num_rows, hidden_size),
+        normal(vocab_size, hidden_size, scale=spread / hidden_size**0.5),
+        normal(vocab_size) if bias else None,
+        torch.randint(0, vocab_size, (num_rows,), generator=generator),
+        bounds,
+        -6.0 * bounds.diff() + normal(len(lengths)),
+    )
+    return inputs.to(dtype)
+
+
+def options_for(inputs: Inputs, backend: str, **options: float) -> HeadOptions:
+    return HeadOptions(bias=inputs.bias, backend=backend, **options)
+
+
+def run_pair_loss(
+    inputs: Inputs, loss: PairLoss, options: HeadOptions, upstream: float = 1.7
+) -> dict[str, Tensor]:
+    """Loss, logps and all gradients of `linear_pair_loss`, as float64."""
+    output = linear_pair_loss(
+        inputs.hidden_states,
+        inputs.weight,
+        inputs.labels,
+        inputs.bounds,
+        inputs.ref_logps,
+        loss,
+        options,
+    )
+    assert output.loss.dtype == output.logps.dtype == torch.float64
+    assert not output.logps.requires_grad
+    (output.loss * upstream).backward()
+    return {"loss": output.loss.detach(), "logps": output.logps, **gradients(inputs)}
+
+
+def run_logps(inputs: Inputs, options: HeadOptions) -> dict[str, Tensor]:
+    """Log-probs and all gradients of `linear_logps`, as float64."""
+    logps = linear_logps(inputs.hidden_states, inputs.weight, inputs.labels, options)
+    upstream = torch.linspace(-1.0, 2.0, len(logps), dtype=logps.dtype)
+    (logps * upstream).sum().backward()
+    return {"logps": logps.detach().double(), **gradients(inputs)}
+
+
+def gradients(inputs: Inputs) -> dict[str, Tensor]:
+    found = {}
+    for name in ("hidden_states", "weight", "bias"):
+        tensor = getattr(inputs, name)
+        if tensor is not None and tensor.grad is not None:
+            assert tensor.grad.dtype == tensor.dtype
+            found[name], tensor.grad = tensor.grad.double(), None
+    return found
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    """Frobenius norm of the difference over that of what is expected."""
+    return ((actual - expected).norm() / expected.norm().clamp_min(1e-300)).item()
+
+
+def set_chunk_rows(monkeypatch: object, rows: int, vocab_size: int, itemsize: int) -> None:
+    """Let chunks have that many rows of logits."""
+    monkeypatch.setattr(chunks, "CPU_WORKSPACE_BYTES", rows * vocab_size * itemsize)
+
+
+def allowed_error(naive_error: float, dtype: torch.dtype) -> float:
+    """What an op's error may be where naive PyTorch of the same dtype has `naive_error`.
+
+    In fp32 both round but the result's last digits, in another order each.
+    """
+    return max(2.0 * naive_error, 3e-7) if dtype == torch.float32 else naive_error

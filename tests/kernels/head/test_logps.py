@@ -1,0 +1,134 @@
+"""linear_logps: tiled PyTorch and Triton against the naive twin."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from dpofast_kernels import HeadOptions, linear_logps
+from dpofast_kernels.head import chunked
+from tests.kernels.head.cases import (
+    FULL_OPTIONS,
+    allowed_error,
+    make_inputs,
+    options_for,
+    relative_error,
+    run_logps,
+    set_chunk_rows,
+)
+
+BACKENDS = ("torch", "triton")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("full", [False, True], ids=["plain", "full"])
+@pytest.mark.parametrize("rows", [1, 7, 1000])
+def test_float64_equals_naive(backend, full, rows, monkeypatch):
+    options = FULL_OPTIONS if full else {}
+    inputs = make_inputs(bias=full)
+    expected = run_logps(inputs, options_for(inputs, "naive", **options))
+    set_chunk_rows(monkeypatch, rows, 507, 8)
+    actual = run_logps(inputs, options_for(inputs, backend, **options))
+    assert actual.keys() == expected.keys()
+    for name, value in expected.items():
+        assert relative_error(actual[name], value) <= 1e-12, name
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("full", [False, True], ids=["plain", "full"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_no_less_exact_than_naive_in_the_same_dtype(backend, full, dtype):
+    options = FULL_OPTIONS if full else {}
+    inputs = make_inputs(dtype, bias=full, hidden_size=123, vocab_size=1013)
+    exact = inputs.to(torch.float64)
+    truth = run_logps(exact, options_for(exact, "naive", **options))
+    naive = run_logps(inputs, options_for(inputs, "naive", **options))
+    actual = run_logps(inputs, options_for(inputs, backend, **options))
+    for name, value in truth.items():
+        allowed = allowed_error(relative_error(naive[name], value), dtype)
+        assert relative_error(actual[name], value) <= allowed, name
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_result_dtype(backend):
+    for dtype, expected in (
+        (torch.float64, torch.float64),
+        (torch.float32, torch.float32),
+        (torch.bfloat16, torch.float32),
+    ):
+        inputs = make_inputs(dtype)
+        logps = linear_logps(
+            inputs.hidden_states, inputs.weight, inputs.labels, options_for(inputs, backend)
+        )
+        assert logps.dtype == expected
+
+
+@pytest.mark.parametrize("backend", ["naive", *BACKENDS])
+@pytest.mark.parametrize("num_rows", [0, 1])
+def test_few_rows(backend, num_rows):
+    inputs = make_inputs(lengths=(num_rows, 0))
+    found = run_logps(inputs, options_for(inputs, backend))
+    assert found["logps"].shape == (num_rows,)
+    assert found["hidden_states"].shape == (num_rows, 63)
+    assert found["weight"].any() == bool(num_rows)
+
+
+class LargestTensor(TorchDispatchMode):
+    """The most bytes that any operation's result had."""
+
+    num_bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor):
+            self.num_bytes = max(self.num_bytes, result.nbytes)
+        return result
+
+
+@pytest.mark.parametrize("backend", ["naive", *BACKENDS])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_no_tensor_of_the_size_of_all_logits(backend, dtype, monkeypatch):
+    inputs = make_inputs(dtype, hidden_size=8, lengths=(60, 60))
+    set_chunk_rows(monkeypatch, 16, 507, 4)
+    with LargestTensor() as largest:
+        run_logps(inputs, options_for(inputs, backend))
+    if backend == "naive":
+        assert largest.num_bytes >= 120 * 507 * 4
+    else:
+        assert largest.num_bytes <= 16 * 507 * 4
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_frozen_head_does_no_work_for_the_weight(backend, monkeypatch):
+    inputs = make_inputs()
+    inputs.weight.requires_grad_(False)
+    monkeypatch.setattr(chunked, "add_weight_grad", None)
+    assert run_logps(inputs, options_for(inputs, backend)).keys() == {"logps", "hidden_states"}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gradcheck(backend):
+    inputs = make_inputs(hidden_size=5, vocab_size=11, lengths=(2, 3), bias=True)
+
+    def logps(hidden_states, weight, bias):
+        options = HeadOptions(bias=bias, backend=backend, **FULL_OPTIONS)
+        return linear_logps(hidden_states, weight, inputs.labels, options)
+
+    leaves = (inputs.hidden_states, inputs.weight, inputs.bias)
+    assert torch.autograd.gradcheck(logps, leaves, fast_mode=True)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_certain_tokens_keep_their_gradient(backend):
+    """The 1 is subtracted from p before any rounding: else p = 0.999 in bf16 leaves nothing."""
+    weight = torch.zeros(16, 4, dtype=torch.bfloat16)
+    weight[3] = 1.0
+    hidden_states = torch.full((1, 4), 2.4, dtype=torch.bfloat16, requires_grad=True)
+    labels = torch.tensor([3])
+    exact = hidden_states.detach().double().requires_grad_()
+    linear_logps(exact, weight.double(), labels, HeadOptions(backend="naive")).sum().backward()
+    options = HeadOptions(backend=backend)
+    linear_logps(hidden_states, weight, labels, options).sum().backward()
+    assert exact.grad.abs().max() < 2e-3
+    assert relative_error(hidden_states.grad.double(), exact.grad) <= 4e-3

@@ -1,0 +1,280 @@
+"""linear_pair_loss: tiled PyTorch and Triton against the naive twin."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+
+from dpofast_kernels import (
+    HeadOptions,
+    PairLoss,
+    linear_logps,
+    linear_pair_loss,
+    make_loss,
+    sum_per_sequence,
+)
+from dpofast_kernels.head import chunked
+from tests.kernels.head.cases import (
+    FULL_OPTIONS,
+    LENGTHS,
+    allowed_error,
+    make_inputs,
+    options_for,
+    relative_error,
+    run_pair_loss,
+    set_chunk_rows,
+)
+
+BACKENDS = ("torch", "triton")
+LOSS_CASES = {
+    "sigmoid": make_loss("sigmoid", beta=0.3),
+    "cdpo": make_loss("sigmoid", beta=0.3, label_smoothing=0.2),
+    "hinge": make_loss("hinge", beta=0.3),
+    "ipo": make_loss("ipo", beta=0.3),
+}
+SIGMOID = LOSS_CASES["sigmoid"]
+
+
+@dataclass(frozen=True)
+class UnevenLoss(PairLoss):
+    """A loss whose two derivatives keep no ratio, so that a long pair can't be made in one pass."""
+
+    name = "uneven"
+
+    def pair_loss(self, chosen_logratios, rejected_logratios, lengths):
+        loss = self.beta * (chosen_logratios.square() - rejected_logratios.exp())
+        return loss, 2.0 * self.beta * chosen_logratios, -self.beta * rejected_logratios.exp()
+
+
+def assert_close(actual, expected, tolerance):
+    assert actual.keys() == expected.keys()
+    for name, value in expected.items():
+        assert relative_error(actual[name], value) <= tolerance, name
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("full", [False, True], ids=["plain", "full"])
+@pytest.mark.parametrize("loss", LOSS_CASES.values(), ids=LOSS_CASES)
+def test_float64_equals_naive(backend, full, loss):
+    inputs = make_inputs(bias=full)
+    options = FULL_OPTIONS if full else {}
+    expected = run_pair_loss(inputs, loss, options_for(inputs, "naive", **options))
+    actual = run_pair_loss(inputs, loss, options_for(inputs, backend, **options))
+    assert_close(actual, expected, 1e-12)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("full", [False, True], ids=["plain", "full"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_no_less_exact_than_naive_in_the_same_dtype(backend, full, dtype):
+    options = FULL_OPTIONS if full else {}
+    inputs = make_inputs(dtype, bias=full, hidden_size=123, vocab_size=1013)
+    exact = inputs.to(torch.float64)
+    truth = run_pair_loss(exact, SIGMOID, options_for(exact, "naive", **options))
+    naive = run_pair_loss(inputs, SIGMOID, options_for(inputs, "naive", **options))
+    actual = run_pair_loss(inputs, SIGMOID, options_for(inputs, backend, **options))
+    for name, value in truth.items():
+        if name == "loss" and dtype != torch.float32:
+            continue  # one number: naive's may be exact by chance; the logps decide it
+        allowed = allowed_error(relative_error(naive[name], value), dtype)
+        assert relative_error(actual[name], value) <= allowed, name
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_logits_of_low_precision_inputs_are_never_rounded(backend, dtype):
+    inputs = make_inputs(dtype, spread=6.0)
+    exact = inputs.to(torch.float64)
+    truth = run_pair_loss(exact, SIGMOID, options_for(exact, "naive"))
+    actual = run_pair_loss(inputs, SIGMOID, options_for(inputs, backend))
+    per_token = (actual["logps"] - truth["logps"]).abs() / inputs.bounds.diff()
+    assert per_token.max() <= 1e-5
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    ("hidden_size", "vocab_size", "lengths"),
+    [
+        (1, 2, (1, 1)),
+        (63, 507, (1, 1)),
+        (64, 512, (3, 4)),
+        (7, 5003, (2, 1, 1, 5)),
+        (123, 65, (31, 1)),
+    ],
+)
+def test_odd_shapes(backend, hidden_size, vocab_size, lengths):
+    inputs = make_inputs(hidden_size=hidden_size, vocab_size=vocab_size, lengths=lengths)
+    expected = run_pair_loss(inputs, SIGMOID, options_for(inputs, "naive"))
+    assert_close(run_pair_loss(inputs, SIGMOID, options_for(inputs, backend)), expected, 1e-11)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("rows", [1, 7, 20, 31, 62])
+@pytest.mark.parametrize("loss", LOSS_CASES.values(), ids=LOSS_CASES)
+def test_chunks_change_nothing(backend, rows, loss, monkeypatch):
+    """Pairs have 6, 26 and 31 rows: some fit a chunk, some are longer."""
+    inputs = make_inputs(bias=True)
+    expected = run_pair_loss(inputs, loss, options_for(inputs, "naive", softcap=5.0))
+    set_chunk_rows(monkeypatch, rows, 507, 8)
+    actual = run_pair_loss(inputs, loss, options_for(inputs, backend, softcap=5.0))
+    assert_close(actual, expected, 1e-12)
+
+
+@pytest.mark.parametrize("rows", [7, 62])
+def test_long_pair_of_a_loss_without_direction(rows, monkeypatch):
+    inputs, loss = make_inputs(bias=True), UnevenLoss(beta=0.2)
+    assert loss.direction(inputs.bounds.diff().view(-1, 2)) is None
+    expected = run_pair_loss(inputs, loss, options_for(inputs, "naive"))
+    set_chunk_rows(monkeypatch, rows, 507, 8)
+    assert_close(run_pair_loss(inputs, loss, options_for(inputs, "torch")), expected, 1e-12)
+
+
+def test_long_pairs_make_their_logits_once(monkeypatch):
+    inputs = make_inputs()
+    set_chunk_rows(monkeypatch, 7, 507, 8)
+    scored = []
+    score = chunked.ChunkedHead.score
+    monkeypatch.setattr(
+        chunked.ChunkedHead, "score", lambda head, rows: scored.append(rows) or score(head, rows)
+    )
+    run_pair_loss(inputs, SIGMOID, options_for(inputs, "torch"))
+    assert sum(rows.stop - rows.start for rows in scored) == sum(LENGTHS)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_loss_unknown_to_the_backend(backend):
+    inputs = make_inputs()
+    if backend == "triton":
+        with pytest.raises(ValueError, match="'uneven' has no formula in Triton"):
+            run_pair_loss(inputs, UnevenLoss(), options_for(inputs, backend))
+    else:
+        run_pair_loss(inputs, UnevenLoss(), options_for(inputs, backend))
+
+
+@pytest.mark.parametrize("backend", ["naive", *BACKENDS])
+def test_no_pairs_give_zero_and_zero_gradients(backend):
+    inputs = make_inputs(lengths=(), bias=True)
+    found = run_pair_loss(inputs, SIGMOID, options_for(inputs, backend))
+    assert found["loss"] == 0.0
+    assert found["logps"].shape == (0,)
+    assert found["hidden_states"].shape == (0, 63)
+    assert found["weight"].shape == (507, 63)
+    assert not found["weight"].any()
+    assert not found["bias"].any()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_extreme_logits_stay_finite_and_exact(backend):
+    inputs = make_inputs(torch.float32, spread=3000.0)
+    exact = inputs.to(torch.float64)
+    truth = run_pair_loss(exact, SIGMOID, options_for(exact, "naive"))
+    actual = run_pair_loss(inputs, SIGMOID, options_for(inputs, backend))
+    for name, value in truth.items():
+        assert actual[name].isfinite().all(), name
+        assert relative_error(actual[name], value) <= 1e-3, name
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_frozen_head_does_no_work_for_the_weight(backend, monkeypatch):
+    inputs = make_inputs()
+    expected = run_pair_loss(inputs, SIGMOID, options_for(inputs, "naive"))
+    inputs.weight.requires_grad_(False)
+    monkeypatch.setattr(chunked, "add_weight_grad", None)
+    actual = run_pair_loss(inputs, SIGMOID, options_for(inputs, backend))
+    assert relative_error(actual["hidden_states"], expected["hidden_states"]) <= 1e-12
+    assert inputs.weight.grad is None
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_frozen_body_does_no_work_for_the_hidden_states(backend, monkeypatch):
+    inputs = make_inputs()
+    expected = run_pair_loss(inputs, SIGMOID, options_for(inputs, "naive"))
+    inputs.hidden_states.requires_grad_(False)
+    monkeypatch.setattr(chunked, "hidden_grad_into", None)
+    actual = run_pair_loss(inputs, SIGMOID, options_for(inputs, backend))
+    assert relative_error(actual["weight"], expected["weight"]) <= 1e-12
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_no_gradient_work_under_no_grad(backend, monkeypatch):
+    inputs = make_inputs()
+    monkeypatch.setattr(chunked.ChunkedHead, "add_gradients", None)
+    with torch.no_grad():
+        output = linear_pair_loss(
+            inputs.hidden_states,
+            inputs.weight,
+            inputs.labels,
+            inputs.bounds,
+            inputs.ref_logps,
+            SIGMOID,
+            options_for(inputs, backend),
+        )
+    assert not output.loss.requires_grad
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_same_log_probs_as_linear_logps_bit_for_bit(backend):
+    inputs = make_inputs(torch.float32)
+    options = options_for(inputs, backend)
+    per_token_logps = linear_logps(inputs.hidden_states, inputs.weight, inputs.labels, options)
+    found = run_pair_loss(inputs, SIGMOID, options)
+    summed = sum_per_sequence(per_token_logps, inputs.bounds)
+    if backend == "torch":
+        assert torch.equal(found["logps"], summed)
+    assert relative_error(found["logps"], summed) <= 1e-14
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_repeats_bit_for_bit(backend):
+    inputs = make_inputs(torch.float32, bias=True)
+    first = run_pair_loss(inputs, SIGMOID, options_for(inputs, backend))
+    second = run_pair_loss(inputs, SIGMOID, options_for(inputs, backend))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_a_retained_graph_gives_the_gradients_again():
+    inputs = make_inputs()
+    output = linear_pair_loss(
+        inputs.hidden_states,
+        inputs.weight,
+        inputs.labels,
+        inputs.bounds,
+        inputs.ref_logps,
+        SIGMOID,
+        options_for(inputs, "torch"),
+    )
+    leaves = (inputs.hidden_states, inputs.weight)
+    first = [g.clone() for g in torch.autograd.grad(output.loss, leaves, retain_graph=True)]
+    again = torch.autograd.grad(3.0 * output.loss, leaves)
+    for before, after in zip(first, again, strict=True):
+        assert relative_error(after, 3.0 * before) <= 1e-12
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gradcheck(backend):
+    inputs = make_inputs(hidden_size=5, vocab_size=11, lengths=(2, 3), bias=True)
+
+    def loss(hidden_states, weight, bias):
+        options = HeadOptions(bias=bias, backend=backend, **FULL_OPTIONS)
+        return linear_pair_loss(
+            hidden_states, weight, inputs.labels, inputs.bounds, inputs.ref_logps, SIGMOID, options
+        ).loss
+
+    leaves = (inputs.hidden_states, inputs.weight, inputs.bias)
+    assert torch.autograd.gradcheck(loss, leaves, fast_mode=True)
+
+
+def test_inputs_that_are_not_contiguous():
+    inputs = make_inputs()
+    expected = run_pair_loss(inputs, SIGMOID, options_for(inputs, "naive"))
+    strided = replace(
+        inputs,
+        hidden_states=inputs.hidden_states.detach().t().contiguous().t().requires_grad_(),
+        weight=inputs.weight.detach().t().contiguous().t().requires_grad_(),
+        labels=inputs.labels.repeat_interleave(2)[::2],
+    )
+    for backend in BACKENDS:
+        found = run_pair_loss(strided, SIGMOID, options_for(strided, backend))
+        assert_close(found, expected, 1e-12)
