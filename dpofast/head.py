@@ -14,16 +14,15 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from dpofast.errors import ModelError
-from dpofast_kernels import (
-    HeadOptions,
-    PairLossOutput,
-    linear_logps,
-    linear_pair_loss,
-)
+from dpofast_kernels import HeadOptions, linear_logps, linear_pair_loss
 
 
 class HeadTask(Protocol):
-    """What the head is to do with the scored hidden states."""
+    """What the head is to do with the scored hidden states.
+
+    It gives a tensor or a tuple of them: inside any other object DeepSpeed would not see them, and
+    ZeRO-3 would not gather the weight for the backward.
+    """
 
     def __call__(
         self,
@@ -45,11 +44,13 @@ class PairLossTask:
 
     def __call__(
         self, hidden_states: Tensor, weight: Tensor, bias: Tensor | None
-    ) -> PairLossOutput:
+    ) -> tuple[Tensor, Tensor]:
+        """The fields of a PairLossOutput: summed loss [] and logps [2P]."""
         options = replace(self.options, bias=bias)
-        return linear_pair_loss(
+        output = linear_pair_loss(
             hidden_states, weight, self.labels, self.bounds, self.ref_logps, self.loss, options
         )
+        return output.loss, output.logps
 
 
 @dataclass(frozen=True)

@@ -306,7 +306,7 @@ class DPOTrainer(Trainer):
             batch.labels, batch.bounds, batch.ref_logps, self.pair_loss, self._head_options
         )
         with pair_step(self.model), self.accelerator.autocast():
-            output: PairLossOutput = run_batch(model, batch, task)
+            output = PairLossOutput(*run_batch(model, batch, task))
         if self._step_zero is not None and batch.num_pairs:
             self._step_zero.check(output, batch)
             self._step_zero = None

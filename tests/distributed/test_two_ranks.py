@@ -15,10 +15,12 @@ ROOT = Path(__file__).parents[2]
 SCRIPT = Path(__file__).with_name("two_ranks.py")
 
 
-def run(folder: Path, ranks: int, pairs_per_device: int, accumulation: int) -> dict:
+def run(
+    folder: Path, ranks: int, pairs_per_device: int, accumulation: int, stage: str = ""
+) -> dict:
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"}
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    arguments = [str(SCRIPT), str(folder), str(pairs_per_device), str(accumulation)]
+    arguments = [str(SCRIPT), str(folder), str(pairs_per_device), str(accumulation), stage]
     folder.mkdir()
     done = subprocess.run(
         [sys.executable, *launcher, *arguments],
@@ -31,9 +33,14 @@ def run(folder: Path, ranks: int, pairs_per_device: int, accumulation: int) -> d
     return json.loads((folder / "report.json").read_text())
 
 
-def test_two_ranks_train_and_evaluate_as_one(tmp_path):
-    one = run(tmp_path / "one", ranks=1, pairs_per_device=4, accumulation=1)
-    two = run(tmp_path / "two", ranks=2, pairs_per_device=1, accumulation=2)
+@pytest.fixture(scope="module")
+def one(tmp_path_factory):
+    return run(tmp_path_factory.mktemp("ranks") / "one", 1, pairs_per_device=4, accumulation=1)
+
+
+@pytest.mark.parametrize("stage", ["", "2", "3"], ids=["ddp", "zero2", "zero3"])
+def test_two_ranks_train_and_evaluate_as_one(tmp_path, one, stage):
+    two = run(tmp_path / "two", 2, pairs_per_device=1, accumulation=2, stage=stage)
     assert len(one["logs"]) == len(two["logs"]) == 6
     names = [
         name

@@ -1,6 +1,6 @@
 """One training run on however many ranks started it; the main one writes its logs as JSON.
 
-torchrun --nproc-per-node 2 two_ranks.py FOLDER PAIRS_PER_DEVICE ACCUMULATION
+torchrun --nproc-per-node 2 two_ranks.py FOLDER PAIRS_PER_DEVICE ACCUMULATION [ZERO_STAGE]
 """
 
 from __future__ import annotations
@@ -15,7 +15,18 @@ from dpofast import DPOConfig, DPOTrainer
 from tests.support import byte_tokenizer, tiny_llama, token_pairs
 
 
-def main(folder: str, pairs_per_device: str, accumulation: str) -> None:
+def zero_config(stage: str) -> dict[str, object]:
+    return {
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": "auto",
+        "gradient_clipping": "auto",
+        "zero_optimization": {"stage": int(stage)},
+        "zero_force_ds_cpu_optimizer": False,
+        "zero_allow_untested_optimizer": True,
+    }
+
+
+def main(folder: str, pairs_per_device: str, accumulation: str, stage: str = "") -> None:
     torch.set_num_threads(1)
     config = DPOConfig(
         output_dir=f"{folder}/run",
@@ -36,6 +47,7 @@ def main(folder: str, pairs_per_device: str, accumulation: str) -> None:
         use_cpu=True,
         disable_tqdm=True,
         seed=3,
+        deepspeed=zero_config(stage) if stage else None,
     )
     trainer = DPOTrainer(
         tiny_llama(),
