@@ -1,0 +1,215 @@
+"""The real preference files that tests and benchmarks use, or generated ones in their place.
+
+The files are looked for in the folder given, in $DPOFAST_DATA, and in ../shared/data beside the
+repository. Where one isn't found, a seeded set of the same format, number of rows and lengths is
+generated, and the answer says so: its text is made of invented words.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import os
+import random
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub.constants import HF_HOME
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from dpofast.data import load_preferences
+from dpofast.data.files import data_suffix
+from dpofast.data.messages import to_template
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+REAL, GENERATED = "file", "generated"
+# A change of what is generated needs a new number: files of the old one may lie in the cache.
+GENERATOR_VERSION = 1
+SEED = 20_000
+
+_LENGTHS = Path(__file__).with_name("lengths.json")
+_IDENTICAL_ROWS = (122, 226, 400, 566, 628, 676)
+_ROLE_TOKENS = {role: f"<|{role}|>" for role in ("system", "user", "assistant")}
+_CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{{ '<|' + message['role'] + '|>\n' + message['content'] + eos_token + '\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
+)
+
+
+def add_data_option(parser: argparse.ArgumentParser) -> None:
+    """Give a benchmark's command line the option `--data`."""
+    parser.add_argument(
+        "--data",
+        type=Path,
+        help="folder of the real preference files (default: $DPOFAST_DATA, then ../shared/data)",
+    )
+
+
+def find_data(name: str, folder: str | Path | None = None) -> tuple[Path, str]:
+    """Where a preference file lies, and whether it is real.
+
+    Args:
+        name: "dpo_en_demo", "instruction_preference" or "kto_en_demo".
+        folder: where to look first.
+    Returns:
+        The path of a JSON file, and "file" or "generated".
+    Raises:
+        ValueError: no file of that name is known.
+    """
+    if name not in _GENERATORS:
+        raise ValueError(f"no data named {name!r}; known are {', '.join(_GENERATORS)}")
+    given = (folder, os.environ.get("DPOFAST_DATA"), REPOSITORY.parent / "shared" / "data")
+    for place in given:
+        path = Path(place) / f"{name}.json" if place else None
+        if path is not None and path.is_file():
+            return path, REAL
+    return generate(name), GENERATED
+
+
+def generate(name: str, folder: Path | None = None) -> Path:
+    """Write the generated stand-in for `name`, unless it lies there already.
+
+    Args:
+        folder: where to; by default a folder in Hugging Face's cache.
+    """
+    folder = folder or Path(HF_HOME) / "dpofast" / f"generated-{GENERATOR_VERSION}"
+    path = folder / f"{name}.json"
+    if not path.is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        # Written aside and renamed: several processes may ask for it at once.
+        draft = path.with_name(f".{name}.{os.getpid()}")
+        rows = _GENERATORS[name](random.Random(f"{SEED} {name}"))
+        draft.write_text(json.dumps(rows, indent=1), encoding="utf-8")
+        draft.replace(path)
+    return path
+
+
+def training_texts(path: str | Path) -> Iterator[str]:
+    """Every text of a preference file: what a tokenizer is trained on."""
+    if not data_suffix(Path(path)):
+        raise ValueError(f"{path} is no data file")
+    for row in load_preferences(str(path)):
+        for column in ("prompt", "chosen", "rejected"):
+            value = row[column]
+            messages = value if isinstance(value, list) else [{"role": "", "content": value}]
+            for message in messages:
+                yield str(to_template(message)["content"])
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer with pad, BOS, EOS, role tokens and a simple chat template.
+
+    It has fewer than `vocab_size` tokens where the texts hold no more pairs to merge.
+    """
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    specials = ["<pad>", "<s>", "</s>", *_ROLE_TOKENS.values()]
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=specials,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        extra_special_tokens=list(_ROLE_TOKENS.values()),
+        chat_template=_CHAT_TEMPLATE,
+    )
+
+
+@functools.lru_cache(maxsize=4)
+def race_tokenizer(path: Path, vocab_size: int = 16_000) -> PreTrainedTokenizerFast:
+    """The tokenizer of the races, trained on the texts of one preference file."""
+    return train_bpe(training_texts(path), vocab_size)
+
+
+class _Words:
+    """Invented words, common ones drawn more often, as in a language."""
+
+    def __init__(self, rng: random.Random, size: int = 14_000) -> None:
+        syllables = [c + v + e for c in "bdfgklmnprstvz" for v in "aeiou" for e in ("", "n", "r")]
+        words: dict[str, None] = {}
+        while len(words) < size:
+            words["".join(rng.choices(syllables, k=rng.choice((1, 2, 2, 3))))] = None
+        self.rng, self.words = rng, list(words)
+        total, self.cumulative = 0.0, []
+        for rank in range(size):
+            total += 1 / (rank + 100)
+            self.cumulative.append(total)
+
+    def text(self, count: int) -> str:
+        """`count` words: about as many tokens of a BPE trained on them."""
+        words = self.rng.choices(self.words, cum_weights=self.cumulative, k=max(1, count))
+        return " ".join(words).capitalize()
+
+
+def _conversations(rng: random.Random) -> list[dict[str, Any]]:
+    """300 pairs as dpo_en_demo.json: turns and token lengths are those of its pairs."""
+    words, rows = _Words(rng), []
+    lengths = json.loads(_LENGTHS.read_text(encoding="utf-8"))["dpo_en_demo"]
+    for roles, prompt, chosen, rejected in lengths:
+        speakers = [{"s": "system", "h": "human", "g": "gpt"}[role] for role in roles]
+        share = max(1, prompt // len(speakers))
+        rows.append(
+            {
+                "conversations": [{"from": who, "value": words.text(share)} for who in speakers],
+                "chosen": {"from": "gpt", "value": words.text(chosen)},
+                "rejected": {"from": "gpt", "value": words.text(rejected)},
+            }
+        )
+    return rows
+
+
+def _instructions(rng: random.Random) -> list[dict[str, Any]]:
+    """1,100 short pairs as instruction_preference.json, six of them with identical answers.
+
+    The rejected answer is the chosen one with a few words put in, so that both begin alike.
+    """
+    words, rows = _Words(rng), []
+    for row in range(1_100):
+        chosen = words.text(rng.randint(5, 17)).split()
+        place = rng.randint(0, len(chosen))
+        added = [] if row in _IDENTICAL_ROWS else words.text(rng.randint(1, 4)).lower().split()
+        kept = chosen[place + rng.randint(0, 2) :] if added else chosen[place:]
+        answer = " ".join(chosen) + "."
+        rows.append(
+            {
+                "instruction": words.text(rng.randint(4, 14)) + ".",
+                "input": words.text(rng.randint(2, 9)) if rng.random() < 0.3 else "",
+                "output": answer,
+                "rejected": " ".join(chosen[:place] + added + kept) + ".",
+                "chosen": answer,
+            }
+        )
+    return rows
+
+
+def _unpaired(rng: random.Random) -> list[dict[str, Any]]:
+    """300 rows as kto_en_demo.json: a conversation and whether it is good."""
+    words = _Words(rng)
+    return [
+        {
+            "messages": [
+                {"content": words.text(rng.randint(15, 400)), "role": "user"},
+                {"content": words.text(rng.randint(20, 300)), "role": "assistant"},
+            ],
+            "label": row % 2 == 0,
+        }
+        for row in range(300)
+    ]
+
+
+_GENERATORS: dict[str, Callable[[random.Random], list[dict[str, Any]]]] = {
+    "dpo_en_demo": _conversations,
+    "instruction_preference": _instructions,
+    "kto_en_demo": _unpaired,
+}
