@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,16 @@ from accelerate import Accelerator
 from torch import nn
 
 from dpofast.checkpoint import RunState, load_run_state
+from dpofast.errors import DataError
 from dpofast.model import SequenceScorer, causal_lm, check_head
 from dpofast.reference.identity import ReferenceIdentity, model_identity
 from dpofast.reference.provider import ReferenceProvider
 from dpofast_kernels import HEAD_VERSION
 
+logger = logging.getLogger(__name__)
+
+# Columns of a dataset that brings its reference log-probs along, as TRL names them.
+OWN_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
 AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -41,6 +47,7 @@ class RunReference:
         self.policy, self.ref_model, self.provider = policy, ref_model, provider
         self.accelerator, self.pad_token_id = accelerator, pad_token_id
         self.is_gone = False
+        self._believed: set[str] = set()  # datasets with log-probs of their own
 
     @property
     def identity(self) -> ReferenceIdentity:
@@ -55,15 +62,22 @@ class RunReference:
     def logps(self, pairs: Any, name: str) -> np.ndarray:
         """Summed log-probs [n, 2] fp64 of a tokenised dataset, scored where the store lacks them.
 
+        A dataset that brings its own, in ref_chosen_logps and ref_rejected_logps, is believed.
+
         Raises:
             ReferenceStoreError: they are missing and the reference is gone.
+            DataError: its own aren't finite numbers.
         """
         _ = self.identity
+        if set(OWN_COLUMNS) <= set(pairs.column_names):
+            return self._own_logps(pairs, name)
         scorer = SequenceScorer(self._model(), self.accelerator.autocast, self.pad_token_id)
         return self.provider.logps(pairs, name, None if self.is_gone else scorer)
 
     def policy_starts_as_reference(self) -> bool:
         """Whether the policy, as it stands, has the reference's identity."""
+        if self._believed:
+            return False
         if self.ref_model is None:
             return not self.is_gone
         return self._identity(self._on_device(self.policy)).digest == self.identity.digest
@@ -93,6 +107,18 @@ class RunReference:
         """In which the forward pass computes."""
         dtype = causal_lm(self.policy).dtype
         return AUTOCAST_DTYPES.get(self.accelerator.mixed_precision, dtype)
+
+    def _own_logps(self, pairs: Any, name: str) -> np.ndarray:
+        values = np.stack([np.asarray(pairs[column], dtype=float) for column in OWN_COLUMNS], 1)
+        bad = np.flatnonzero(~np.isfinite(values).all(1))
+        if bad.size:
+            raise DataError(
+                f"{name}: {' or '.join(OWN_COLUMNS)} of pair {bad[0]} is not a finite number; "
+                "leave both columns out to have them computed."
+            )
+        self._believed.add(name)
+        logger.info("%s brings its own reference log-probs; they aren't checked.", name)
+        return values
 
     def _model(self) -> nn.Module:
         return self._on_device(self.policy if self.ref_model is None else self.ref_model)

@@ -58,15 +58,15 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 def reference_summary(trainer: DPOTrainer) -> dict[str, Any]:
     """How many reference rows were needed, found and made, and where they lie."""
-    total = trainer.references.totals()
-    identity = trainer.references.identity
+    provider = trainer.reference.provider
+    total, identity = provider.totals(), provider.identity
     return {
         "ref_rows_needed": total.rows_needed if total else 0,
         "ref_store_hits": total.rows_found if total else 0,
         "ref_rows_scored": total.rows_scored if total else 0,
         "ref_forward_passes": total.forward_passes if total else 0,
         "ref_seconds": total.seconds if total else 0.0,
-        "reference_store": str(trainer.references.folder),
+        "reference_store": str(provider.folder),
         "reference_identity": identity.digest if identity else None,
     }
 

@@ -125,9 +125,9 @@ class DPOTrainer(Trainer):
         ranks = Ranks(config.process_index, config.world_size, self.accelerator.wait_for_everyone)
         pairs = config.precompute_ref_batch_size or config.per_device_train_batch_size
         self.ref_model = ref_model
-        self.references = ReferenceProvider(config.reference_folder(), ranks, 2 * pairs)
+        provider = ReferenceProvider(config.reference_folder(), ranks, 2 * pairs)
         self.reference = RunReference(
-            self.model, ref_model, self.references, self.accelerator, self._pad_token_id
+            self.model, ref_model, provider, self.accelerator, self._pad_token_id
         )
 
     # Data
@@ -249,6 +249,7 @@ class DPOTrainer(Trainer):
 
     def _score_references(self) -> None:
         """All that this run will read, before the policy moves."""
+        _ = self.reference.identity
         self._step_dataset(self.train_dataset, "train")
         sets = self.eval_dataset
         if sets is not None:

@@ -95,8 +95,8 @@ def test_a_fresh_adapters_reference_is_the_model_below_it(tmp_path):
     full.train()
     adapter = make_trainer(tmp_path, tiny_llama(), peft_config=lora())
     adapter.train()
-    assert adapter.references.identity == full.references.identity
-    assert adapter.references.totals().rows_scored == 0
+    assert adapter.reference.identity == full.reference.identity
+    assert adapter.reference.provider.totals().rows_scored == 0
 
 
 def test_an_adapter_trained_before_belongs_to_the_reference(tmp_path):
@@ -108,7 +108,7 @@ def test_an_adapter_trained_before_belongs_to_the_reference(tmp_path):
     second = make_trainer(tmp_path / "b", model)
     got = losses(second)
     assert got[0] == pytest.approx(math.log(2), abs=1e-6)
-    assert second.references.identity != first.references.identity
+    assert second.reference.identity != first.reference.identity
     expected = PlainDPO(reference, BETA, LEARNING_RATE).train(token_pairs(8), 4, 5, seed=3)
     np.testing.assert_allclose(got, [loss for loss, _ in expected], rtol=1e-4)
 

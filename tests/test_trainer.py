@@ -129,7 +129,7 @@ def test_a_second_run_makes_no_reference_pass_whatever_changed_but_the_model(tmp
     assert summary["ref_store_hits"] == summary["ref_rows_needed"] == 20
     other_model = make_trainer(tmp_path, tiny_llama(seed=1))
     other_model.train()
-    assert other_model.references.totals().rows_scored == 20
+    assert other_model.reference.provider.totals().rows_scored == 20
 
 
 def test_one_added_pair_costs_one_pass_and_two_rows(tmp_path):
@@ -138,7 +138,7 @@ def test_one_added_pair_costs_one_pass_and_two_rows(tmp_path):
     more = Dataset.from_list([*pairs, *token_pairs(1, seed=8)])
     trainer = make_trainer(tmp_path, pairs=more)
     trainer.train()
-    total = trainer.references.totals()
+    total = trainer.reference.provider.totals()
     assert (total.forward_passes, total.rows_scored, total.rows_found) == (1, 2, 20)
 
 
@@ -166,7 +166,7 @@ def test_resumed_without_the_store_the_starts_reference_is_scored_again(tmp_path
     shutil.rmtree(tmp_path / "store")
     resumed = make_trainer(tmp_path, options=saving)
     resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-4"))
-    assert resumed.references.totals().rows_scored == 20
+    assert resumed.reference.provider.totals().rows_scored == 20
     assert history(resumed) == expected
 
 
@@ -208,6 +208,28 @@ def test_a_given_reference_model_is_used_and_never_moves(tmp_path):
     assert first_loss == pytest.approx(expected.item(), rel=1e-5)
     assert all(torch.equal(before[name], value) for name, value in reference.state_dict().items())
     assert all(parameter.grad is None for parameter in reference.parameters())
+
+
+def test_a_dataset_may_bring_its_own_reference_log_probs(tmp_path):
+    pairs, reference = token_pairs(4), tiny_llama(seed=5)
+    with torch.no_grad():
+        columns = {
+            f"ref_{side}_logps": [
+                answer_logps(reference, pair["prompt_ids"], pair[f"{side}_ids"]).item()
+                for pair in pairs
+            ]
+            for side in ("chosen", "rejected")
+        }
+    for name, values in columns.items():
+        pairs = pairs.add_column(name, values)
+    own = make_trainer(tmp_path, pairs=pairs)
+    got = train(own)
+    assert own.reference.provider.totals() is None
+    expected = train(make_trainer(tmp_path, pairs=token_pairs(4), ref_model=reference))
+    np.testing.assert_allclose(got, expected, rtol=1e-5)
+    broken = pairs.remove_columns("ref_chosen_logps").add_column("ref_chosen_logps", [math.nan] * 4)
+    with pytest.raises(DPOFastError, match="ref_chosen_logps"):
+        make_trainer(tmp_path, pairs=broken).train()
 
 
 def test_evaluation_gives_exact_means_whatever_the_batch_size(tmp_path):

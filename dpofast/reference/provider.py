@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from dpofast.errors import ReferenceStoreError
 from dpofast.reference.builder import (
     ReferenceReport,
     Scorer,
@@ -17,8 +19,6 @@ from dpofast.reference.builder import (
 )
 from dpofast.reference.identity import ReferenceIdentity
 from dpofast.reference.store import Namespace, ReferenceStore
-
-from dpofast.errors import ReferenceStoreError
 
 
 @dataclass(frozen=True)

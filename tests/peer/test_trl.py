@@ -9,9 +9,9 @@ import math
 import numpy as np
 import pytest
 import torch
+from benchmarks.data import find_data, race_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks.data import find_data, race_tokenizer
 from dpofast import DPOConfig, DPOTrainer
 from dpofast.data import load_preferences, tokenize_preferences
 
