@@ -1,0 +1,54 @@
+# Everything runs in .venv, which `make setup` makes; PYTHON=... chooses the Python for it.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
+STAMP := .venv/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test torture lint format bench wheel freeze
+
+help:  ## list these commands
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 12
+
+setup: $(STAMP)  ## make .venv and install everything into it, at the versions of constraints.txt
+
+# DeepSpeed comes as source and looks for torch while it is built, so torch goes first and the build
+# is not isolated from it. DS_BUILD_OPS=0: its ops are compiled where and when they are used.
+$(STAMP): pyproject.toml setup.py constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "dpofast needs Python 3.11 or later: make setup PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@echo "Installing into .venv (one or two minutes)"
+	$(PYTHON) -m venv .venv
+	$(PIP) setuptools wheel torch numpy
+	DS_BUILD_OPS=0 $(PIP) --no-build-isolation --editable '.[dev,peft,bench]'
+	@touch $@
+
+demo: setup  ## train a small model by DPO on generated pairs and see that it learnt (minutes)
+	$(BIN)/dpofast demo
+
+test: setup  ## all tests but the slow ones, those that need a GPU and the torture tests
+	$(BIN)/python -m pytest -q -m 'not slow and not torture and not gpu'
+
+torture: setup  ## kill, corrupt and resume, many times over
+	$(BIN)/python -m pytest -q -m torture
+
+lint: setup  ## style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: setup  ## put the code into shape
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: setup  ## time the head against its peers on this machine
+	$(BIN)/python -m benchmarks
+
+wheel: setup  ## build the wheel into dist/
+	$(BIN)/python -m pip --disable-pip-version-check wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
+
+freeze: setup  ## write the installed versions to constraints.txt
+	@head -1 constraints.txt > .venv/constraints.txt
+	@$(BIN)/python -m pip --disable-pip-version-check freeze --all --exclude-editable --exclude pip \
+	  | sed 's/+cpu$$//' | LC_ALL=C sort -f >> .venv/constraints.txt
+	@mv .venv/constraints.txt constraints.txt
