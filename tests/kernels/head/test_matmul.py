@@ -1,0 +1,58 @@
+"""The products: upcast in blocks, or of bf16 matrices with an fp32 result, as on a device."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from dpofast_kernels import make_loss
+from dpofast_kernels.head import chunked, matmul
+from tests.kernels.head.cases import make_inputs, options_for, relative_error, run_pair_loss
+
+SIGMOID = make_loss("sigmoid", beta=0.3)
+
+
+@pytest.fixture
+def device_products(monkeypatch):
+    """Let the CPU multiply bf16 matrices with an fp32 result, as CUDA does; counts the products."""
+    calls = []
+
+    def with_out_dtype(function):
+        def product(*matrices, out_dtype=None, out):
+            if out_dtype is None:
+                return function(*matrices, out=out)
+            assert {matrix.dtype for matrix in matrices[-2:]} == {torch.bfloat16}
+            assert out_dtype == out.dtype == torch.float32
+            calls.append(function.__name__)
+            return out.copy_(function(*(matrix.to(out_dtype) for matrix in matrices)))
+
+        return product
+
+    monkeypatch.setattr(torch, "mm", with_out_dtype(torch.mm))
+    monkeypatch.setattr(torch, "addmm", with_out_dtype(torch.addmm))
+    for module in (chunked, matmul):
+        monkeypatch.setattr(module, "product_dtype", lambda weight: weight.dtype)
+    return calls
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_products_of_bf16_matrices(backend, device_products):
+    inputs = make_inputs(torch.bfloat16, bias=True)
+    exact = inputs.to(torch.float64)
+    truth = run_pair_loss(exact, SIGMOID, options_for(exact, "naive", softcap=5.0))
+    found = run_pair_loss(inputs, SIGMOID, options_for(inputs, backend, softcap=5.0))
+    assert device_products == ["mm", "mm", "addmm"]
+    assert relative_error(found["logps"], truth["logps"]) <= 1e-6
+    # the interpreter cuts off where a device rounds to nearest
+    tolerance = 4e-3 if backend == "torch" else 8e-3
+    for name in ("hidden_states", "weight", "bias"):
+        assert relative_error(found[name], truth[name]) <= tolerance, name
+
+
+def test_the_weight_is_upcast_in_blocks(monkeypatch):
+    inputs = make_inputs(torch.bfloat16)
+    expected = run_pair_loss(inputs, SIGMOID, options_for(inputs, "torch"))
+    monkeypatch.setattr(matmul, "VOCAB_BLOCK", 100)
+    found = run_pair_loss(inputs, SIGMOID, options_for(inputs, "torch"))
+    for name, value in expected.items():
+        assert relative_error(found[name], value) <= 1e-5, name
