@@ -17,6 +17,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from dpofast.data.prefix import common_prefix_length
+
 Ids = list[int]
 
 
@@ -96,7 +98,7 @@ class BoundaryTokenizer:
         if anchored[: len(anchor)] == anchor and self._decode(prompt + rest) == text:
             return rest
         # Splitting in common needs a token to start from; without one, the words stay whole.
-        return alone if alone and not _common_length(prompt, whole) else None
+        return alone if alone and not common_prefix_length(prompt, whole) else None
 
     def _decode(self, ids: Ids) -> str:
         text: str = self.tokenizer.decode(
@@ -122,12 +124,5 @@ class BoundaryTokenizer:
 def _split_common(
     prompt: Ids, chosen: Ids, rejected: Ids, merged: bool = False, rerendered: bool = False
 ) -> SplitPair:
-    size = min(_common_length(prompt, chosen), _common_length(prompt, rejected))
+    size = min(common_prefix_length(prompt, chosen), common_prefix_length(prompt, rejected))
     return SplitPair(prompt[:size], chosen[size:], rejected[size:], merged, rerendered)
-
-
-def _common_length(first: Ids, second: Ids) -> int:
-    for index, (one, other) in enumerate(zip(first, second, strict=False)):
-        if one != other:
-            return index
-    return min(len(first), len(second))

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
-
 from dpofast.data.messages import Message
+from dpofast.data.prefix import common_prefix_length
 from dpofast.data.problems import RowError
 
 # What stands right before an answer in rendered conversations. The one that ends last within the
@@ -49,7 +47,7 @@ def split_texts(chosen: str, rejected: str) -> tuple[str, str, str]:
     Raises:
         RowError: nothing in common, or an answer is nothing but the prompt.
     """
-    common = chosen[: _common_length(chosen, rejected)]
+    common = chosen[: common_prefix_length(chosen, rejected)]
     end = _after_last_marker(common)
     if end is None:
         end = _before_last_word(common, limit=min(len(chosen), len(rejected)) - 1)
@@ -66,7 +64,7 @@ def split_messages(
     Raises:
         RowError: they have no message in common, or no answer follows.
     """
-    end = _common_length(chosen, rejected)
+    end = common_prefix_length(chosen, rejected)
     # Each answer needs a message, and begins with one that the assistant wrote.
     end = min(end, len(chosen) - 1, len(rejected) - 1)
     while end > 0 and {chosen[end]["role"], rejected[end]["role"]} != {"assistant"}:
@@ -74,13 +72,6 @@ def split_messages(
     if end == 0:
         raise RowError(_ANSWERS_ALONE)
     return chosen[:end], chosen[end:], rejected[end:]
-
-
-def _common_length(first: Sequence[Any], second: Sequence[Any]) -> int:
-    for index, (one, other) in enumerate(zip(first, second, strict=False)):
-        if one != other:
-            return index
-    return min(len(first), len(second))
 
 
 def _after_last_marker(common: str) -> int | None:
