@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ import numpy as np
 
 from dpofast.errors import ReferenceStoreError
 from dpofast.reference.builder import (
+    Ranks,
     ReferenceReport,
     Scorer,
     build_reference,
@@ -20,14 +20,7 @@ from dpofast.reference.builder import (
 from dpofast.reference.identity import ReferenceIdentity
 from dpofast.reference.store import Namespace, ReferenceStore
 
-
-@dataclass(frozen=True)
-class Ranks:
-    """This process among those that share a run."""
-
-    rank: int = 0
-    world_size: int = 1
-    barrier: Callable[[], None] = lambda: None
+__all__ = ["Ranks", "ReferenceProvider"]
 
 
 class ReferenceProvider:
@@ -77,9 +70,7 @@ class ReferenceProvider:
                 pairs,
                 scorer,
                 batch_sequences=self.batch_sequences,
-                rank=self.ranks.rank,
-                world_size=self.ranks.world_size,
-                barrier=self.ranks.barrier,
+                ranks=self.ranks,
                 description=f"reference log-probs ({name})",
             )
             self.reports[name] = report

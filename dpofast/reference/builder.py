@@ -1,0 +1,256 @@
+"""Makes the rows of a dataset that the store lacks, and reads them for the trainer."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+from tqdm.auto import tqdm
+
+from dpofast.errors import ReferenceStoreError
+from dpofast.reference.misses import why_missing
+from dpofast.reference.pairs import PairAnswers, read_answers
+from dpofast.reference.store import Namespace, Writer
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+logger = logging.getLogger(__name__)
+
+COMMIT_TOKENS = 1 << 24  # 64 MiB of log-probs wait in memory at most
+
+
+class Scorer(Protocol):
+    """A model that gives log-probs."""
+
+    def __call__(
+        self, sequences: Sequence[tuple[Sequence[int], Sequence[int]]]
+    ) -> list[np.ndarray]:
+        """One model call over (prompt ids, answer ids).
+
+        Returns:
+            For each sequence the log-probs of its answer's tokens, in nats: [num_tokens] fp32, or
+            fp64 where the sum is to keep more.
+        """
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among those that build together.
+
+    Attributes:
+        barrier: returns when all ranks have called it.
+    """
+
+    rank: int = 0
+    world_size: int = 1
+    barrier: Callable[[], None] = lambda: None
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """How a build goes about its work; the rows don't depend on it but for rounding.
+
+    Attributes:
+        max_tokens: in one model call, padding included; None for no limit. A longer sequence has
+            a call of its own.
+        commit_rows, commit_seconds: what is scored is committed after so many rows, or seconds: a
+            killed build loses that much work at most (and the call it was in).
+        progress: show a bar, on rank 0, where there is something to score.
+    """
+
+    max_tokens: int | None = None
+    commit_rows: int = 4096
+    commit_seconds: float = 30.0
+    progress: bool = True
+
+
+@dataclass(frozen=True)
+class ReferenceReport:
+    """What a build did; an answer that stands in several pairs counts once.
+
+    Attributes:
+        rows_needed: different answers of the dataset.
+        rows_found: of these, in the store before.
+        rows_scored: by this process.
+        forward_passes: model calls of this process.
+        seconds: of wall time.
+        reason: why rows were missing, in words; empty where none were.
+    """
+
+    rows_needed: int
+    rows_found: int
+    rows_scored: int
+    forward_passes: int
+    seconds: float
+    reason: str = ""
+
+
+def build_reference(
+    namespace: Namespace,
+    pairs: Dataset,
+    scorer: Scorer,
+    *,
+    batch_sequences: int,
+    ranks: Ranks | None = None,
+    options: BuildOptions | None = None,
+    description: str = "reference log-probs",
+) -> ReferenceReport:
+    """Score what `namespace` lacks of a dataset's answers; afterwards it has them all.
+
+    All ranks call this together, with the same dataset. When the build stops, by whatever
+    exception, what was scored is committed first.
+
+    Args:
+        namespace: of the reference that `scorer` is.
+        pairs: columns prompt_ids, chosen_ids, rejected_ids.
+        scorer: makes the log-probs.
+        batch_sequences: answers in one model call.
+        ranks: by default this process alone.
+        description: for the progress bar and the log.
+
+    Raises:
+        ReferenceStoreError: a log-prob is NaN or infinite (the row is named), the scorer returned
+            something else, or the store can't be read or written.
+        DataError: the dataset isn't tokenised pairs.
+    """
+    ranks, options = ranks or Ranks(), options or BuildOptions()
+    started = time.monotonic()
+    answers = read_answers(pairs)
+    namespace.refresh()
+    missing = _missing(namespace, answers)
+    needed, found = len(answers.first), len(answers.first) - len(missing)
+    reason = why_missing(namespace, found) if len(missing) else ""
+    if ranks.rank == 0:
+        tail = f" ({reason})" if reason else "; no forward pass of the reference"
+        logger.info(
+            "%s: %d answers needed, %d in the store, %d to score%s",
+            description, needed, found, len(missing), tail,
+        )  # fmt: skip
+    # Nobody commits before all have seen the same rows missing, so that the shares fit together.
+    ranks.barrier()
+    build = _Build(namespace, answers, scorer, ranks.rank, options)
+    batches = build.batches(missing, batch_sequences)
+    build.run(batches[ranks.rank :: ranks.world_size], description)
+    ranks.barrier()
+    namespace.refresh()
+    # Where another job wrote at the same time, or ranks don't share the folder, rows may be left.
+    build.run(build.batches(_missing(namespace, answers), batch_sequences), description)
+    namespace.refresh()
+    seconds = time.monotonic() - started
+    return ReferenceReport(needed, found, build.rows_scored, build.forward_passes, seconds, reason)
+
+
+def reference_logps(namespace: Namespace, pairs: Dataset) -> np.ndarray:
+    """Summed reference log-probs of each pair: [n, 2] fp64, chosen and rejected, in nats.
+
+    Raises:
+        ReferenceStoreError: rows are missing (it says how many and why), or damaged.
+        DataError: the dataset isn't tokenised pairs.
+    """
+    answers = read_answers(pairs)
+    namespace.refresh()
+    logps, found = namespace.lookup(answers.keys)
+    if not found.all():
+        lost = np.flatnonzero(~found)
+        raise ReferenceStoreError(
+            f"The reference store {namespace.store.folder} lacks {len(lost)} of {len(found)} "
+            f"reference log-probs, the first of {answers.name(int(lost[0]))}: "
+            f"{why_missing(namespace, int(found.sum()))}."
+        )
+    return logps.reshape(-1, 2)
+
+
+def _missing(namespace: Namespace, answers: PairAnswers) -> np.ndarray:
+    """Of the different answers, those that the namespace lacks: [m] int64, sorted by key."""
+    rows: np.ndarray = answers.first[~namespace.contains(answers.keys[answers.first])]
+    return rows
+
+
+class _Build:
+    """Scores batches of answers and commits them as it goes."""
+
+    def __init__(
+        self,
+        namespace: Namespace,
+        answers: PairAnswers,
+        scorer: Scorer,
+        rank: int,
+        options: BuildOptions,
+    ) -> None:
+        self.namespace, self.answers, self.scorer = namespace, answers, scorer
+        self.rank, self.options = rank, options
+        self.rows_scored = self.forward_passes = 0
+
+    def batches(self, answers: np.ndarray, batch_sequences: int) -> list[np.ndarray]:
+        """Answers [m] -> those of each model call, longest first: little padding, early failure."""
+        lengths = self.answers.lengths(answers)
+        order = np.argsort(-lengths, kind="stable")
+        longest_first, lengths = answers[order], lengths[order]
+        batches, start = [], 0
+        while start < len(answers):
+            size = batch_sequences
+            if self.options.max_tokens is not None:
+                size = min(size, max(1, self.options.max_tokens // int(lengths[start])))
+            batches.append(longest_first[start : start + size])
+            start += size
+        return batches
+
+    def run(self, batches: list[np.ndarray], description: str) -> None:
+        """Score and commit; on an exception commit what was scored, then let it pass."""
+        if not batches:
+            return
+        writer = self.namespace.writer(self.rank)
+        next_commit = time.monotonic() + self.options.commit_seconds
+        try:
+            for batch in self._with_progress(batches, description):
+                self._score(batch, writer)
+                if (
+                    writer.pending_rows >= self.options.commit_rows
+                    or writer.pending_tokens >= COMMIT_TOKENS
+                    or time.monotonic() >= next_commit
+                ):
+                    writer.commit()
+                    next_commit = time.monotonic() + self.options.commit_seconds
+        finally:
+            writer.commit()
+
+    def _score(self, batch: np.ndarray, writer: Writer) -> None:
+        sequences = [self.answers.ids(answer) for answer in batch.tolist()]
+        scored = self.scorer(sequences)
+        self.forward_passes += 1
+        got, expected = [len(x) for x in scored], [len(ids) for _, ids in sequences]
+        if got != expected:
+            raise ReferenceStoreError(
+                f"The scorer returned {got} log-probs for answers of {expected} tokens; it must "
+                "give one for each token of each answer."
+            )
+        refused = None
+        for answer, per_token_logps in zip(batch.tolist(), scored, strict=True):
+            try:
+                key = self.answers.keys[answer].tobytes()
+                writer.add(key, per_token_logps, self.answers.name(answer))
+                self.rows_scored += 1
+            except ReferenceStoreError as error:
+                refused = refused or error  # the others of this call are kept first
+        if refused is not None:
+            raise refused
+
+    def _with_progress(self, batches: list[np.ndarray], description: str) -> Iterator[np.ndarray]:
+        """Batches, with a bar that counts tokens: the time left is right though lengths fall."""
+        tokens = [int(self.answers.lengths(batch).sum()) for batch in batches]
+        num_answers = sum(map(len, batches))
+        with tqdm(
+            total=sum(tokens),
+            desc=f"{description}, {num_answers} answers",
+            unit=" tokens",
+            unit_scale=True,
+            disable=not self.options.progress or self.rank != 0,
+        ) as bar:
+            for batch, count in zip(batches, tokens, strict=True):
+                yield batch
+                bar.update(count)

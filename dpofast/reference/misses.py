@@ -1,0 +1,69 @@
+"""Why rows are missing from the store, in words."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from dpofast.errors import ReferenceStoreError
+from dpofast.reference.store import Namespace
+
+MOST_DIFFERENCES = 4
+
+
+def why_missing(namespace: Namespace, found: int) -> str:
+    """One clause about the rows of a dataset that a namespace lacks.
+
+    Args:
+        namespace: that was asked.
+        found: rows of the dataset that it has.
+    """
+    if found:
+        return "the rest are new answers, or were cut or tokenised in another way"
+    if len(namespace):
+        return (
+            f"the store has {len(namespace)} rows of this reference, but of other answers, or "
+            "tokenised in another way (tokenizer, chat template, max_length, truncation_mode)"
+        )
+    others = _others(namespace)
+    if not others:
+        return "the store is new"
+    nearest = min((differences(namespace.identity.description, other) for other in others), key=len)
+    shown = "; ".join(nearest[:MOST_DIFFERENCES])
+    more = len(nearest) - MOST_DIFFERENCES
+    return (
+        f"the store has rows of {len(others)} other references, none of this one; the nearest "
+        f"differs in {shown}" + (f"; and {more} more" if more > 0 else "")
+    )
+
+
+def _others(namespace: Namespace) -> list[dict[str, Any]]:
+    """Descriptions of the store's other references; one that can't be read explains nothing."""
+    descriptions = []
+    for digest in namespace.store.digests():
+        if digest != namespace.identity.digest:
+            try:
+                descriptions.append(namespace.store.identity(digest).description)
+            except ReferenceStoreError:
+                continue
+    return descriptions
+
+
+def differences(wanted: dict[str, Any], stored: dict[str, Any]) -> list[str]:
+    """What differs between two descriptions: "name: stored -> wanted"."""
+    ours, theirs = flatten(wanted), flatten(stored)
+    lines = []
+    for name in sorted(ours.keys() | theirs.keys()):
+        if name not in ours or name not in theirs or ours[name] != theirs[name]:
+            lines.append(f"{name}: {theirs.get(name, '-')} there, {ours.get(name, '-')} here")
+    return lines
+
+
+def flatten(description: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dicts -> one dict with dotted names."""
+    flat: dict[str, Any] = {}
+    for name, value in description.items():
+        if isinstance(value, dict):
+            flat.update(flatten(value, f"{prefix}{name}."))
+        else:
+            flat[prefix + name] = value
+    return flat
