@@ -1,0 +1,82 @@
+"""Small tokenizers of several kinds, built on the spot, and messages in short."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ '<|' + message['role'] + '|>' + message['content'] + eos_token }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+# Renders an empty thought after the generation prompt only while generating.
+THINKING_TEMPLATE = CHAT_TEMPLATE.replace(
+    "'<|assistant|>' }}{% endif", "'<|assistant|><t>' }}{% endif"
+)
+
+
+def byte_bpe(
+    merges: tuple[tuple[str, str], ...] = (),
+    *,
+    bos: bool = False,
+    eos: bool = False,
+    prefix_space: bool = False,
+    chat_template: str | None = None,
+) -> PreTrainedTokenizerFast:
+    """Bytes and the given merges, which cross words and blanks: nothing is split before.
+
+    Args:
+        bos, eos: whether the tokenizer itself adds them to every text.
+        prefix_space: put a blank before every text, as SentencePiece models do.
+    """
+    specials = ["<pad>", "<s>", "</s>"]
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokens = specials + alphabet + [first + second for first, second in merges]
+    vocab = {token: index for index, token in enumerate(tokens)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=list(merges)))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(
+        add_prefix_space=prefix_space, use_regex=False
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(specials)
+    if bos or eos:
+        template = ("<s> " if bos else "") + "$A" + (" </s>" if eos else "")
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=template, special_tokens=[("<s>", 1), ("</s>", 2)]
+        )
+    return _wrap(tokenizer, chat_template)
+
+
+def word_level(words: str) -> PreTrainedTokenizerFast:
+    """One token a word, the same everywhere in a text."""
+    tokens = ["<pad>", "<s>", "</s>", "<unk>", *words.split()]
+    vocab = {token: index for index, token in enumerate(tokens)}
+    tokenizer = Tokenizer(models.WordLevel(vocab=vocab, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.add_special_tokens(tokens[:4])
+    return _wrap(tokenizer, None)
+
+
+def _wrap(tokenizer: Tokenizer, chat_template: str | None) -> PreTrainedTokenizerFast:
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        chat_template=chat_template,
+    )
+
+
+def user(content: Any) -> dict[str, Any]:
+    return {"role": "user", "content": content}
+
+
+def assistant(content: Any) -> dict[str, Any]:
+    return {"role": "assistant", "content": content}
+
+
+def system(content: Any) -> dict[str, Any]:
+    return {"role": "system", "content": content}

@@ -1,0 +1,77 @@
+"""The same token ids as TRL's own preparation, wherever no token stands on the boundary."""
+
+from __future__ import annotations
+
+import copy
+from types import SimpleNamespace
+
+import pytest
+
+from benchmarks.data import find_data, race_tokenizer
+from dpofast.data import load_preferences, tokenize_preferences
+
+pytest.importorskip("trl", reason="needs the extra `bench`")
+
+pytestmark = pytest.mark.peer
+IDS = ["prompt_ids", "chosen_ids", "rejected_ids"]
+
+
+def prepared_by_trl(dataset, tokenizer, max_length):
+    """TRL's tokenised columns, without a model: only `_tokenizer` of the trainer is used."""
+    from trl import DPOTrainer
+
+    args = SimpleNamespace(
+        dataset_num_proc=None, max_length=max_length, truncation_mode="keep_start"
+    )
+    trainer = SimpleNamespace(_tokenizer=tokenizer)
+    return DPOTrainer._prepare_dataset(trainer, dataset, tokenizer, args, "train")
+
+
+@pytest.mark.parametrize("name", ["dpo_en_demo", "instruction_preference"])
+@pytest.mark.parametrize("form", ["messages", "text", "implicit"])
+def test_ids_of_whole_files(name, form):
+    path = find_data(name)[0]
+    tokenizer = copy.deepcopy(race_tokenizer(path))
+    pairs = load_preferences(path)
+    if form != "messages":
+        pairs = pairs.select(range(0, len(pairs), 4))
+    if form == "text":
+        pairs = load_preferences([as_text(row) for row in pairs])
+    ours, report = tokenize_preferences(pairs, tokenizer, max_length=None)
+    columns = ["prompt", "chosen", "rejected"]
+    theirs = pairs.select_columns(columns).select(ours["row"][:])
+    if form == "implicit":
+        theirs = theirs.map(as_whole, remove_columns="prompt")
+        ours, report = tokenize_preferences(theirs, tokenizer, max_length=None)
+    theirs = prepared_by_trl(theirs, tokenizer, None).select_columns(IDS)
+    assert len(theirs) == len(ours)
+    differing = sum(
+        one != other for one, other in zip(ours.select_columns(IDS), theirs, strict=True)
+    )
+    assert differing == report.boundary_merges
+    assert differing <= 0.01 * len(ours)
+
+
+def as_text(row):
+    prompt = "\n".join(message["content"] for message in row["prompt"])
+    answers = {c: " " + row[c][0]["content"] for c in ("chosen", "rejected")}
+    return {"prompt": prompt + "\nAnswer:", **answers}
+
+
+def as_whole(row):
+    return {c: row["prompt"] + row[c] for c in ("chosen", "rejected")}
+
+
+def test_what_is_kept_under_a_limit_is_what_trl_keeps():
+    path = find_data("dpo_en_demo")[0]
+    tokenizer = copy.deepcopy(race_tokenizer(path))
+    pairs = load_preferences(path)
+    ours, report = tokenize_preferences(pairs, tokenizer, max_length=256)
+    theirs = prepared_by_trl(pairs.remove_columns("row"), tokenizer, 256)
+    expected = [
+        (row["prompt_ids"], *((row["prompt_ids"] + row[c])[:256] for c in IDS[1:]))
+        for row in theirs
+    ]
+    found = [(row["prompt_ids"], *(row["prompt_ids"] + row[c] for c in IDS[1:])) for row in ours]
+    assert report.left_out.keys() <= {"no room for an answer", "identical answers after the cut"}
+    assert found == [row for row in expected if row[1] != row[2]]

@@ -1,0 +1,58 @@
+"""Facts of the real preference files; skipped where they aren't."""
+
+from __future__ import annotations
+
+import pytest
+
+from benchmarks.data import REAL, find_data, race_tokenizer
+from dpofast.data import load_preferences, tokenize_preferences
+from dpofast.errors import DataError
+
+IDENTICAL_ROWS = (122, 226, 400, 566, 628, 676)
+
+
+def real(name):
+    path, source = find_data(name)
+    if source != REAL:
+        pytest.skip(f"{name}.json isn't here; set DPOFAST_DATA to its folder")
+    return path
+
+
+@pytest.fixture(scope="module", params=["dpo_en_demo", "instruction_preference"])
+def tokenised(request):
+    path = real(request.param)
+    tokenizer = race_tokenizer(path)
+    pairs, report = tokenize_preferences(load_preferences(path), tokenizer, max_length=None)
+    return request.param, tokenizer, pairs, report
+
+
+def test_counts(tokenised):
+    name, _, pairs, report = tokenised
+    if name == "dpo_en_demo":
+        assert (report.pairs_read, len(pairs), report.left_out) == (300, 300, {})
+    else:
+        assert (report.pairs_read, len(pairs)) == (1_100, 1_094)
+        assert report.left_out == {"identical answers": IDENTICAL_ROWS}
+    assert report.rerendered_prompts == 0
+
+
+def test_every_pair_has_one_bos_and_ends_as_the_template_ends(tokenised):
+    _, tokenizer, pairs, _ = tokenised
+    end = tokenizer("</s>\n", add_special_tokens=False)["input_ids"]
+    for pair in pairs:
+        assert pair["prompt_ids"].count(tokenizer.bos_token_id) == 1
+        assert tokenizer.decode(pair["prompt_ids"]).endswith("<|assistant|>\n")
+        for answer in ("chosen_ids", "rejected_ids"):
+            assert tokenizer.bos_token_id not in pair[answer]
+            assert pair[answer][-len(end) :] == end
+            assert pair[answer].count(tokenizer.eos_token_id) == 1
+
+
+def test_strict_names_the_first_identical_pair():
+    with pytest.raises(DataError, match=r"instruction_preference\.json, row 122 .*identical"):
+        load_preferences(real("instruction_preference"), strict=True)
+
+
+def test_the_unpaired_file_is_refused_with_the_remedy():
+    with pytest.raises(DataError, match=r"kto_en_demo\.json, row 0 .*\(KTO\).*chosen and rejected"):
+        load_preferences(real("kto_en_demo"))
