@@ -246,10 +246,11 @@ def test_a_retained_graph_gives_the_gradients_again():
         options_for(inputs, "torch"),
     )
     leaves = (inputs.hidden_states, inputs.weight)
-    first = [g.clone() for g in torch.autograd.grad(output.loss, leaves, retain_graph=True)]
+    found = torch.autograd.grad(2.0 * output.loss, leaves, retain_graph=True)
+    first = [gradient.clone() for gradient in found]
     again = torch.autograd.grad(3.0 * output.loss, leaves)
     for before, after in zip(first, again, strict=True):
-        assert relative_error(after, 3.0 * before) <= 1e-12
+        assert relative_error(after, 1.5 * before) <= 1e-12
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
