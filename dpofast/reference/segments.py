@@ -162,6 +162,7 @@ def _map_columns(path: Path) -> tuple[Columns, np.ndarray]:
         if reader.num_record_batches != 1:
             raise ValueError(f"{reader.num_record_batches} record batches instead of 1")
         batch = reader.get_batch(0)
+    batch.validate()
     num_rows = batch.num_rows
     if not num_rows:
         raise ValueError("no rows")

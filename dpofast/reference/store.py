@@ -7,7 +7,7 @@ number of processes add their own, and readers see whole ones only.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from dpofast.reference.files import (
     write_durably,
 )
 from dpofast.reference.identity import DIGEST_CHARS, ReferenceIdentity
-from dpofast.reference.keys import KeyIndex, as_keys
+from dpofast.reference.keys import KEY_BYTES, KeyIndex, as_keys, unique_keys
 from dpofast.reference.segments import (
     FORMAT_VERSION,
     NAME_PATTERN,
@@ -181,12 +181,17 @@ class Namespace:
         self._segments: dict[str, Segment] = {}
         self._order: list[Segment] = []
         self._starts = np.zeros(1, np.int64)  # first row of each segment, and the number of rows
-        self._index = KeyIndex(np.empty((0, 16), np.uint8))
+        self._index = KeyIndex(np.empty((0, KEY_BYTES), np.uint8))
         self.refresh()
 
     def __len__(self) -> int:
         """Rows in all segments; a row that two processes scored counts twice."""
         return int(self._starts[-1])
+
+    def num_unique_rows(self) -> int:
+        """Different answers among the rows."""
+        keys = [np.empty((0, KEY_BYTES), np.uint8), *(part.columns.keys for part in self._order)]
+        return len(unique_keys(np.concatenate(keys))[0])
 
     @property
     def digest(self) -> bytes:
@@ -224,11 +229,14 @@ class Namespace:
         Raises:
             ReferenceStoreError: a row is damaged.
         """
-        rows = self.read(keys)
-        return rows.logps, rows.found
+        rows = self._index.find(as_keys(keys))  # [n]
+        logps = np.full(len(rows), np.nan)
+        for places, columns, inside in self._checked(rows):
+            logps[places] = columns.logps[inside]
+        return logps, rows >= 0
 
     def read(self, keys: np.ndarray | Sequence[bytes]) -> StoredRows:
-        """All that is stored for these keys; every row's checksum is compared.
+        """All that is stored for these keys.
 
         Raises:
             ReferenceStoreError: a row is damaged.
@@ -237,21 +245,27 @@ class Namespace:
         logps = np.full(len(rows), np.nan)
         num_tokens = np.zeros(len(rows), np.int32)
         per_token_logps = [np.empty(0, np.float32)] * len(rows)
-        order = np.argsort(rows, kind="stable")  # segment by segment, in the order of the file
-        limits = np.searchsorted(rows[order], self._starts)
-        for segment, start, low, high in zip(
-            self._order, self._starts, limits, limits[1:], strict=False
-        ):
-            if low == high:
-                continue
-            places = order[low:high]
-            inside = rows[places] - start
-            segment.check(inside)
-            logps[places] = segment.columns.logps[inside]
-            num_tokens[places] = segment.columns.num_tokens[inside]
+        for places, columns, inside in self._checked(rows):
+            logps[places] = columns.logps[inside]
+            num_tokens[places] = columns.num_tokens[inside]
             for place, row in zip(places.tolist(), inside.tolist(), strict=True):
-                per_token_logps[place] = segment.columns.per_token(row)
+                per_token_logps[place] = columns.per_token(row)
         return StoredRows(rows >= 0, logps, num_tokens, per_token_logps)
+
+    def _checked(self, rows: np.ndarray) -> Iterator[tuple[np.ndarray, Columns, np.ndarray]]:
+        """Rows [n] of the index, -1 for none, segment by segment, their checksums compared.
+
+        Yields:
+            Where in `rows` those of a segment stand [m], its columns, and the rows in these [m].
+        """
+        order = np.argsort(rows, kind="stable")  # in the order of the files
+        limits = np.searchsorted(rows[order], self._starts)
+        for number, segment in enumerate(self._order):
+            places = order[limits[number] : limits[number + 1]]
+            if len(places):
+                inside = rows[places] - self._starts[number]
+                segment.check(inside)
+                yield places, segment.columns, inside
 
     def writer(self, rank: int = 0) -> Writer:
         """Adds rows. Any number of processes may write at once, none waits for another.
@@ -292,7 +306,8 @@ class Writer:
         Raises:
             ReferenceStoreError: a log-prob is NaN or infinite.
         """
-        kept = np.asarray(per_token_logps, np.float32)
+        with np.errstate(over="ignore"):  # what float32 can't hold is refused as infinite
+            kept = np.asarray(per_token_logps, np.float32)
         if not np.isfinite(kept).all():
             bad = int(np.flatnonzero(~np.isfinite(kept))[0])
             raise ReferenceStoreError(

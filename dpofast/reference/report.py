@@ -1,0 +1,234 @@
+"""What stands in a store, in words, and whether every byte of it is as it was written."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from xxhash import xxh3_128_hexdigest
+
+from dpofast.errors import ReferenceStoreError
+from dpofast.reference.files import TEMPORARY_PREFIX, list_names, naming_errors
+from dpofast.reference.keys import unique_keys
+from dpofast.reference.misses import flatten
+from dpofast.reference.segments import FORMAT_VERSION, NAME_PATTERN, Columns, Segment, damaged
+from dpofast.reference.store import (
+    IDENTITY_FILE,
+    STORE_FILE,
+    STORE_TEXT,
+    Namespace,
+    ReferenceStore,
+    identity_text,
+)
+
+# Nats per token by which two scorings of one answer may differ: what batching does in bfloat16.
+CONFLICT_TOLERANCE = 0.05
+
+
+@dataclass
+class VerifyReport:
+    """What `verify` read and what it found.
+
+    Attributes:
+        problems: sentences, each with a file and the remedy; empty where all is well.
+        notes: what is no damage but worth knowing.
+    """
+
+    folder: Path
+    references: int = 0
+    segments: int = 0
+    rows: int = 0
+    bytes: int = 0
+    problems: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def ok(self) -> bool:
+        return not self.problems
+
+    def lines(self) -> list[str]:
+        verdict = "all as it was written" if self.ok else f"{len(self.problems)} problems"
+        return [
+            f"{self.folder}: {self.rows:,} rows of {self.references} references in "
+            f"{self.segments} segments, {human_bytes(self.bytes)} read: {verdict}",
+            *self.problems,
+            *(f"Note: {note}" for note in self.notes),
+        ]
+
+
+def verify(folder: str | Path) -> VerifyReport:
+    """Read every byte of a store and compare it with its checksums; nothing is changed.
+
+    Raises:
+        ReferenceStoreError: the folder isn't a store, or one of another version.
+    """
+    store = ReferenceStore.open(folder)
+    report = VerifyReport(store.folder)
+    _verify_text(store.folder / STORE_FILE, STORE_TEXT, report)
+    digests = store.digests()
+    _note_strangers(store.folder, {STORE_FILE, *digests}, report)
+    for digest in digests:
+        _verify_namespace(store, digest, report)
+    return report
+
+
+def _verify_namespace(store: ReferenceStore, digest: str, report: VerifyReport) -> None:
+    folder = store.folder / digest
+    names = list_names(folder)
+    segments = [name for name in names if NAME_PATTERN.fullmatch(name)]
+    _note_strangers(folder, {IDENTITY_FILE, *segments}, report)
+    if segments or IDENTITY_FILE in names:
+        report.references += 1
+        try:
+            _verify_text(folder / IDENTITY_FILE, identity_text(store.identity(digest)), report)
+        except ReferenceStoreError as error:
+            report.problems.append(str(error))
+    whole = []
+    for name in segments:
+        try:
+            whole.append(_verify_segment(folder / name, bytes.fromhex(digest), report).columns)
+        except ReferenceStoreError as error:
+            report.problems.append(str(error))
+    report.problems += _conflicts(folder, whole)
+
+
+def _verify_segment(path: Path, identity: bytes, report: VerifyReport) -> Segment:
+    with naming_errors("read", path):
+        content = path.read_bytes()
+    report.segments += 1
+    report.bytes += len(content)
+    match = NAME_PATTERN.fullmatch(path.name)
+    assert match is not None
+    if xxh3_128_hexdigest(content) != match["checksum"]:
+        raise damaged(path, "its bytes are not those that its name stands for")
+    segment = Segment(path, identity)
+    segment.check(np.arange(len(segment)))
+    report.rows += len(segment)
+    return segment
+
+
+def _verify_text(path: Path, expected: str, report: VerifyReport) -> None:
+    with naming_errors("read", path):
+        content = path.read_bytes()
+    report.bytes += len(content)
+    if content != expected.encode():
+        report.problems.append(
+            f"{path} is not as it was written, though what it says is the same: replace its "
+            f"content by {expected!r}."
+        )
+
+
+def _note_strangers(folder: Path, known: set[str], report: VerifyReport) -> None:
+    for name in list_names(folder):
+        path = folder / name
+        if name in known:
+            continue
+        if name.startswith(TEMPORARY_PREFIX):
+            report.notes.append(
+                f"{path} was not written to its end; no reader looks at it. Delete it when no "
+                "build is running."
+            )
+        elif name.endswith(".arrow"):
+            report.problems.append(
+                f"{path} has a name that no segment has, so its rows are not read: give it its "
+                "own name back, or delete it; its rows are scored again by the next build."
+            )
+        else:
+            report.notes.append(f"{path} does not belong to the store.")
+
+
+def _conflicts(folder: Path, parts: list[Columns]) -> list[str]:
+    """Rows that stand in several segments with log-probs that rounding doesn't explain."""
+    if not parts:
+        return []
+    keys = np.concatenate([part.keys for part in parts])
+    logps = np.concatenate([part.logps for part in parts])
+    num_tokens = np.concatenate([part.num_tokens for part in parts])
+    first, inverse = unique_keys(keys)
+    apart = np.abs(logps - logps[first][inverse]) > CONFLICT_TOLERANCE * np.maximum(num_tokens, 1)
+    rows = np.flatnonzero(apart | (num_tokens != num_tokens[first][inverse]))
+    if not len(rows):
+        return []
+    row = int(rows[0])
+    return [
+        f"{folder} holds {len(rows)} rows twice with different log-probs, the first is "
+        f"{keys[row].tobytes().hex()} ({logps[first][inverse][row]:.6g} and {logps[row]:.6g}): the "
+        "reference changed under one identity, or a machine computes wrongly; delete that folder, "
+        "its rows are scored again by the next build."
+    ]
+
+
+def info(folder: str | Path) -> dict[str, Any]:
+    """What a store holds, for programs; `describe` says the same for people.
+
+    Returns:
+        folder, format_version, rows, bytes, and `references`: for each its digest, description,
+        rows (each answer once), segments, bytes, first_written and last_written (ISO 8601, UTC).
+
+    Raises:
+        ReferenceStoreError: the folder isn't a store, or is damaged.
+    """
+    store = ReferenceStore.open(folder)
+    references = []
+    for digest in store.digests():
+        names = [n for n in list_names(store.folder / digest) if NAME_PATTERN.fullmatch(n)]
+        if not names:
+            continue
+        identity = store.identity(digest)
+        namespace = Namespace(store, identity)
+        stats = [(namespace.folder / name).stat() for name in names]
+        times = sorted(stat.st_mtime for stat in stats)
+        references.append(
+            {
+                "digest": digest,
+                "description": identity.description,
+                "rows": namespace.num_unique_rows(),
+                "segments": len(names),
+                "bytes": sum(stat.st_size for stat in stats),
+                "first_written": _iso(times[0]),
+                "last_written": _iso(times[-1]),
+            }
+        )
+    return {
+        "folder": str(store.folder),
+        "format_version": FORMAT_VERSION,
+        "rows": sum(reference["rows"] for reference in references),
+        "bytes": sum(reference["bytes"] for reference in references),
+        "references": references,
+    }
+
+
+def describe(folder: str | Path) -> list[str]:
+    """Lines for people: what a store holds and what its references are made of.
+
+    Raises:
+        ReferenceStoreError: the folder isn't a store, or is damaged.
+    """
+    content = info(folder)
+    lines = [
+        f"{content['folder']}: {content['rows']:,} rows of {len(content['references'])} references,"
+        f" {human_bytes(content['bytes'])} (format version {content['format_version']})"
+    ]
+    for reference in content["references"]:
+        lines += [
+            "",
+            f"{reference['digest']}: {reference['rows']:,} rows in {reference['segments']} "
+            f"segments, {human_bytes(reference['bytes'])}, written "
+            f"{reference['first_written']} to {reference['last_written']}",
+            *(f"    {name}: {value}" for name, value in flatten(reference["description"]).items()),
+        ]
+    return lines
+
+
+def _iso(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="seconds")
+
+
+def human_bytes(count: int) -> str:
+    size, units = float(count), ["B", "kB", "MB", "GB", "TB"]
+    while size >= 1000 and len(units) > 1:
+        size, units = size / 1000, units[1:]
+    return f"{size:.1f} {units[0]}" if units[0] != "B" else f"{count} B"

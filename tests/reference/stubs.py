@@ -1,0 +1,62 @@
+"""What the store's tests share: identities, pairs, and a scorer without a model."""
+
+from __future__ import annotations
+
+import random
+import zlib
+
+import numpy as np
+from datasets import Dataset
+
+from dpofast.reference.identity import ReferenceIdentity
+
+
+def identity(**changes):
+    return ReferenceIdentity.of(
+        {"weights": "ab" * 16, "attention": "sdpa", "config": {"rope_theta": 1e4}, **changes}
+    )
+
+
+def pairs(num_pairs, seed=0):
+    rng = random.Random(seed)
+
+    def ids(low, high):
+        return [rng.randrange(1000) for _ in range(rng.randint(low, high))]
+
+    return Dataset.from_list(
+        [
+            {"prompt_ids": ids(1, 9), "chosen_ids": ids(1, 9), "rejected_ids": ids(1, 9)}
+            for _ in range(num_pairs)
+        ]
+    )
+
+
+def stub_logps(prompt, answer):
+    """Per-token log-probs [len(answer)] fp32 that depend on every id."""
+    seed = zlib.crc32(repr((list(prompt), list(answer))).encode())
+    return -np.random.default_rng(seed).random(len(answer), dtype=np.float32) * 5
+
+
+class StubScorer:
+    def __init__(self):
+        self.calls = []
+
+    def __call__(self, sequences):
+        self.calls.append(sequences)
+        return [stub_logps(*sequence) for sequence in sequences]
+
+    @property
+    def scored(self):
+        return [sequence for call in self.calls for sequence in call]
+
+
+def expected_logps(dataset):
+    return np.array(
+        [
+            [
+                stub_logps(pair["prompt_ids"], pair[side]).sum(dtype=np.float64)
+                for side in ("chosen_ids", "rejected_ids")
+            ]
+            for pair in dataset
+        ]
+    )
