@@ -1,0 +1,158 @@
+"""Kills builds at random moments and counts what is lost; run by test_crashes.py.
+
+    python tests/reference/kill_builds.py kill|together FOLDER ROUNDS SEED
+
+Builds are forked from this process once it is warm, so that a kill falls into the build and not
+into imports. Prints one JSON object.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+from dpofast.reference.builder import BuildOptions, build_reference, reference_logps
+from dpofast.reference.files import TEMPORARY_PREFIX
+from dpofast.reference.keys import row_key
+from dpofast.reference.report import verify
+from dpofast.reference.store import ReferenceStore, Writer
+from tests.reference.stubs import expected_logps, identity, pairs, stub_logps
+
+COUNTS = ("acknowledged", "lost", "wrong", "most_redone", "duplicates", "torn", "bad_stores")
+NUM_PAIRS, BATCH, COMMIT_ROWS = 100, 4, 16
+DATASET = pairs(NUM_PAIRS)
+EXPECTED = {
+    row_key(pair["prompt_ids"], pair[side]): stub_logps(pair["prompt_ids"], pair[side])
+    for pair in DATASET
+    for side in ("chosen_ids", "rejected_ids")
+}
+
+
+def namespace(store):
+    return ReferenceStore.open(store, create=True).namespace(identity())
+
+
+def build(store, log):
+    """A build that writes down, outside the store, what it scored and what was acknowledged."""
+    scored, acknowledged = (
+        os.open(log / name, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        for name in ("scored", "acknowledged")
+    )
+    commit = Writer.commit
+
+    def acknowledging_commit(writer):
+        keys = b"".join(writer._keys)
+        count = commit(writer)
+        os.write(acknowledged, keys)
+        return count
+
+    def scorer(sequences):
+        time.sleep(0.0005)
+        os.write(scored, b"".join(row_key(*sequence) for sequence in sequences))
+        return [stub_logps(*sequence) for sequence in sequences]
+
+    Writer.commit = acknowledging_commit
+    options = BuildOptions(commit_rows=COMMIT_ROWS, progress=False)
+    return build_reference(
+        namespace(store), DATASET, scorer, batch_sequences=BATCH, options=options
+    )
+
+
+def start(store, log):
+    pid = os.fork()
+    if pid:
+        return pid
+    code = 1
+    try:
+        build(store, log)
+        code = 0
+    finally:
+        os._exit(code)
+
+
+def keys_in(path):
+    content = path.read_bytes() if path.exists() else b""
+    return [content[i : i + 16] for i in range(0, len(content) - 15, 16)]
+
+
+def check(store, log, report):
+    """Count acknowledged rows that are gone, rows that are wrong, and work done again."""
+    rows = namespace(store)
+    keys = list(EXPECTED)
+    stored = rows.read(keys)
+    at = {key: place for place, key in enumerate(keys)}
+    acknowledged = keys_in(log / "acknowledged")
+    report["acknowledged"] += len(acknowledged)
+    report["lost"] += sum(not bool(stored.found[at[key]]) for key in acknowledged)
+    for place, key in enumerate(keys):
+        if stored.found[place]:
+            report["wrong"] += not np.array_equal(stored.per_token_logps[place], EXPECTED[key])
+    redone = len(keys_in(log / "scored")) - len(acknowledged)
+    report["most_redone"] = max(report["most_redone"], redone)
+    report["duplicates"] += len(rows) - rows.num_unique_rows()
+    report["torn"] += len(list(store.glob(f"*/{TEMPORARY_PREFIX}*")))
+
+
+def kill_rounds(folder, rounds, rng):
+    report = dict.fromkeys([*COUNTS, "killed", "finished"], 0)
+    store, log = folder / "store", folder / "log"
+    started = time.monotonic()
+    log.mkdir(parents=True)
+    os.waitpid(start(store, log), 0)
+    whole = time.monotonic() - started
+    shutil.rmtree(store)
+    while report["killed"] < rounds:
+        shutil.rmtree(log)
+        log.mkdir()
+        pid = start(store, log)
+        time.sleep(rng.uniform(0, whole))
+        os.kill(pid, signal.SIGKILL)
+        _, status = os.waitpid(pid, 0)
+        report["killed"] += os.WIFSIGNALED(status)
+        check(store, log, report)
+        if not os.WIFSIGNALED(status):
+            assert os.WEXITSTATUS(status) == 0
+            report["finished"] += 1
+            report["bad_stores"] += not verify(store).ok
+            shutil.rmtree(store)
+    build(store, log)
+    report["bad_stores"] += not verify(store).ok
+    right = reference_logps(namespace(store), DATASET) == expected_logps(DATASET)
+    report["complete"] = bool(right.all())
+    return report
+
+
+def together_rounds(folder, rounds, rng):
+    """Two builds that know nothing of each other, one of them killed."""
+    report = dict.fromkeys([*COUNTS, "incomplete"], 0)
+    for index in range(rounds):
+        store, logs = folder / f"store{index}", [folder / f"log{index}.{i}" for i in (0, 1)]
+        for log in logs:
+            log.mkdir(parents=True)
+        pids = [start(store, log) for log in logs]
+        time.sleep(rng.uniform(0, 0.2))
+        os.kill(pids[0], signal.SIGKILL)
+        os.waitpid(pids[0], 0)
+        _, status = os.waitpid(pids[1], 0)
+        assert os.WIFEXITED(status)
+        assert os.WEXITSTATUS(status) == 0
+        for log in logs:
+            check(store, log, report)
+        right = reference_logps(namespace(store), DATASET) == expected_logps(DATASET)
+        report["incomplete"] += not bool(right.all())
+        report["bad_stores"] += not verify(store).ok
+    return report
+
+
+if __name__ == "__main__":
+    mode, target, num_rounds, seed = sys.argv[1:]
+    run = {"kill": kill_rounds, "together": together_rounds}[mode]
+    print(json.dumps(run(Path(target), int(num_rounds), random.Random(int(seed)))))
