@@ -292,9 +292,10 @@ def _tell(report: PreparationReport) -> None:
         )
     if report.rerendered_prompts:
         logger.warning(
-            "%s: the chat template renders %d prompts otherwise before an answer than alone; there "
-            "the prompt ends where the two part, so the model is trained on a context that differs "
-            "from the one it generates from.",
+            "%s: the chat template renders the prompt otherwise before an answer than alone in %d of "
+            "%d pairs; there the prompt ends where the two part, so the model is trained on a "
+            "context that differs from the one it generates from.",
             report.name,
             report.rerendered_prompts,
+            report.pairs_read,
         )
