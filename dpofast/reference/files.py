@@ -70,6 +70,8 @@ def make_folder(folder: Path) -> None:
         for path in reversed(missing):
             path.mkdir(exist_ok=True)
             sync_folder(path.parent)
+        if not missing:  # another process may have made it a moment ago
+            sync_folder(folder.parent)
         if not folder.is_dir():
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder))
 

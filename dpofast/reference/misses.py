@@ -31,8 +31,9 @@ def why_missing(namespace: Namespace, found: int) -> str:
     shown = "; ".join(nearest[:MOST_DIFFERENCES])
     more = len(nearest) - MOST_DIFFERENCES
     return (
-        f"the store has rows of {len(others)} other references, none of this one; the nearest "
-        f"differs in {shown}" + (f"; and {more} more" if more > 0 else "")
+        f"the store has no rows of this reference, but of {len(others)} "
+        f"{'other' if len(others) == 1 else 'others'}; the nearest differs in {shown}"
+        + (f"; and {more} more" if more > 0 else "")
     )
 
 
@@ -49,7 +50,7 @@ def _others(namespace: Namespace) -> list[dict[str, Any]]:
 
 
 def differences(wanted: dict[str, Any], stored: dict[str, Any]) -> list[str]:
-    """What differs between two descriptions: "name: stored -> wanted"."""
+    """What differs between two descriptions, one sentence for each name."""
     ours, theirs = flatten(wanted), flatten(stored)
     lines = []
     for name in sorted(ours.keys() | theirs.keys()):
