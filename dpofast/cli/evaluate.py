@@ -1,0 +1,74 @@
+"""`dpofast eval`."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+
+from dpofast.cli.loading import (
+    adapter_base,
+    load_held_out_data,
+    load_policy_model,
+    load_reference_model,
+    load_tokenizer_for,
+    load_training_data,
+    refuse_missing_model,
+)
+from dpofast.cli.options import RunOptions, read_options
+from dpofast.cli.quiet import is_main_process
+from dpofast.errors import ConfigError
+
+EVALUATION_FILE = "evaluation.json"
+
+
+def evaluate(parsed: argparse.Namespace, overrides: list[str]) -> None:
+    """Measure rewards and log-probs on the held-out pairs; write evaluation.json."""
+    from dpofast.summary import run_summary, write_json
+    from dpofast.trainer import DPOTrainer
+
+    options = _with_reference(read_options(parsed.config, overrides))
+    tokenizer = load_tokenizer_for(options)
+    for name in (options.script.model, options.script.ref_model_name_or_path):
+        refuse_missing_model(str(name))
+    dataset = load_held_out_data(options)
+    if dataset is None:
+        options.require("dataset_name")
+        dataset = load_training_data(options)
+    trainer = DPOTrainer(
+        model=load_policy_model(options),
+        ref_model=load_reference_model(options),
+        args=options.config,
+        eval_dataset=dataset,
+        processing_class=tokenizer,
+    )
+    metrics = trainer.evaluate()
+    if is_main_process():
+        path = Path(options.config.output_dir) / EVALUATION_FILE
+        write_json(path, {**metrics, **run_summary(trainer)})
+        _print_metrics(metrics, path)
+
+
+def _with_reference(options: RunOptions) -> RunOptions:
+    options.require("model_name_or_path")
+    script = options.script
+    reference = script.ref_model_name_or_path or adapter_base(script.model)
+    if reference is None:
+        raise ConfigError(
+            f"{options.source}: ref_model_name_or_path is missing; name the model that "
+            f"{script.model!r} was trained from, since rewards are measured against it."
+        )
+    return replace(options, script=replace(script, ref_model_name_or_path=reference))
+
+
+def _print_metrics(metrics: dict[str, float], path: Path) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("metric", "mean over pairs")
+    table.columns[1].justify = "right"
+    for name, value in metrics.items():
+        table.add_row(name.removeprefix("eval_"), f"{value:.4f}")
+    console = Console(highlight=False)
+    console.print(table)
+    console.print(f"written to {path}")

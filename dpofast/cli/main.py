@@ -1,0 +1,79 @@
+"""Runs a command; turns errors into one sentence and an exit code."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+
+from dpofast.cli.parser import build_parser, split_arguments
+from dpofast.errors import ConfigError, DPOFastError
+
+EXIT_USAGE = 2  # the input's fault
+EXIT_INTERRUPTED = 130  # what shells report for Ctrl-C
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; -> exit code: 0, 2 for an error that the user can mend, 130 for Ctrl-C.
+
+    Args:
+        arguments: without the program's name; by default those of the process.
+    """
+    head, overrides = split_arguments(list(sys.argv[1:] if arguments is None else arguments))
+    parser = build_parser()
+    parsed = parser.parse_args(head)
+    if parsed.version:
+        from dpofast import __version__
+
+        print(f"dpofast {__version__}")
+        return 0
+    if parsed.command is None:
+        parser.print_help()
+        return EXIT_USAGE
+    try:
+        _command(parsed)(parsed, overrides)
+    except DPOFastError as error:
+        _report(error)
+        return EXIT_USAGE
+    except KeyboardInterrupt:
+        print("dpofast: interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    return 0
+
+
+def _command(parsed: argparse.Namespace) -> Callable[[argparse.Namespace, list[str]], None]:
+    """The function of a command, whose module is imported only now."""
+    from dpofast.cli.quiet import prepare_process
+
+    prepare_process()
+    match parsed.command:
+        case "train":
+            from dpofast.cli.train import train
+
+            return train
+        case "eval":
+            from dpofast.cli.evaluate import evaluate
+
+            return evaluate
+        case "inspect":
+            from dpofast.cli.show import show_pair
+
+            return show_pair
+        case "ref":
+            from dpofast.cli.reference import reference
+
+            return reference
+        case _:
+            from dpofast.cli.demo import demo
+
+            return demo
+
+
+def _report(error: DPOFastError) -> None:
+    """One line on stderr; an error in the options is the same on every rank, so rank 0 says it."""
+    rank = int(os.environ.get("RANK", "0"))
+    if rank and isinstance(error, ConfigError):
+        return
+    sentence = " ".join(str(error).split())
+    print(f"dpofast: error: {f'rank {rank}: ' if rank else ''}{sentence}", file=sys.stderr)

@@ -1,0 +1,139 @@
+"""From what was written to what a run takes: known names, right types, values that can be used."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_type_hints
+
+from dpofast.cli.reading import COMMAND_LINE, Given, read_overrides, read_yaml
+from dpofast.cli.script import ALIASES, FOREIGN_KEYS, ScriptOptions
+from dpofast.cli.values import checked_value
+from dpofast.errors import ConfigError
+
+if TYPE_CHECKING:
+    from dpofast.config import DPOConfig
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """All options of a command, checked.
+
+    Attributes:
+        script: models, data, adapter.
+        config: of the trainer.
+        source: the YAML file, or "command line".
+    """
+
+    script: ScriptOptions
+    config: DPOConfig
+    source: str
+
+    def require(self, *names: str) -> None:
+        """Raise ConfigError where one of the script's options is missing."""
+        for name in names:
+            if getattr(self.script, name) is None:
+                example = "name: value" if self.source != COMMAND_LINE else "--name value"
+                raise ConfigError(
+                    f"{self.source}: {name} is missing; give it as "
+                    f"`{example.replace('name', name, 1)}`."
+                )
+
+
+def read_options(yaml_file: str | None, overrides: Sequence[str]) -> RunOptions:
+    """Read, name-check and type-check all options; models and data aren't touched.
+
+    Raises:
+        ConfigError: with the file (or "command line") and the option.
+    """
+    given = read_yaml(yaml_file) if yaml_file else {}
+    source = yaml_file or COMMAND_LINE
+    given = _canonical(given) | _canonical(read_overrides(overrides))
+    known = _known_types()
+    _refuse_unknown(given, known)
+    values = {
+        name: checked_value(name, option.value, known[name], option.where)
+        for name, option in given.items()
+        if name in known
+    }
+    script_names = {item.name for item in fields(ScriptOptions)}
+    script = ScriptOptions(**{k: v for k, v in values.items() if k in script_names})
+    options = {k: v for k, v in values.items() if k not in script_names}
+    return RunOptions(script, _config(options, given, script, source), source)
+
+
+def _canonical(given: dict[str, Given]) -> dict[str, Given]:
+    """The options under our own names for them."""
+    names: dict[str, str] = {}
+    for name, option in given.items():
+        other = names.setdefault(ALIASES.get(name, name), name)
+        if other != name:
+            raise ConfigError(
+                f"{option.where}: {other} and {name} are one option; keep one of them."
+            )
+    return {own_name: given[name] for own_name, name in names.items()}
+
+
+@functools.cache
+def _known_types() -> dict[str, Any]:
+    from dpofast.config import DPOConfig
+
+    hints = get_type_hints(DPOConfig) | get_type_hints(ScriptOptions)
+    names = [item.name for item in (*fields(DPOConfig), *fields(ScriptOptions)) if item.init]
+    return {name: hints[name] for name in names}
+
+
+def _own_names() -> list[str]:
+    from transformers import TrainingArguments
+
+    from dpofast.config import DPOConfig
+
+    inherited = {item.name for item in fields(TrainingArguments)}
+    own = [item.name for item in (*fields(ScriptOptions), *fields(DPOConfig))]
+    return [name for name in own if name not in inherited]
+
+
+def _refuse_unknown(given: dict[str, Given], known: dict[str, Any]) -> None:
+    from dpofast.config import FOREIGN_OPTIONS, refuse_unknown_options
+
+    for name, option in given.items():
+        if name in known:
+            continue
+        if name in FOREIGN_KEYS:
+            raise ConfigError(f"{option.where}: {name} isn't an option here: {FOREIGN_KEYS[name]}.")
+        if name in FOREIGN_OPTIONS:
+            refuse_unknown_options({name: option.value}, where=option.where)
+            continue
+        # of nearly equal matches, rather ours than one of the hundred of TrainingArguments
+        nearest = difflib.get_close_matches(name, [*_own_names(), *ALIASES], n=1, cutoff=0.75)
+        nearest = nearest or difflib.get_close_matches(name, known, n=1)
+        hint = f"; did you mean {nearest[0]!r}?" if nearest else "; see docs/configuration.md."
+        raise ConfigError(f"{option.where}: there is no option {name!r}{hint}")
+
+
+def _config(
+    options: dict[str, Any], given: dict[str, Given], script: ScriptOptions, source: str
+) -> DPOConfig:
+    from dpofast.config import DPOConfig
+
+    loading = {
+        "revision": script.model_revision,
+        "dtype": script.dtype,
+        "attn_implementation": script.attn_implementation,
+    }
+    own = options.get("model_init_kwargs") or {}
+    for name, value in loading.items():
+        if value is not None and isinstance(own, dict):
+            own = {**own, name: value}
+    if own:
+        options["model_init_kwargs"] = own
+    if script.model_name_or_path:
+        options.setdefault("output_dir", f"{Path(script.model_name_or_path).name}-DPO")
+    try:
+        return DPOConfig(**options)
+    except (ValueError, TypeError, ImportError) as error:
+        where = next((o.where for name, o in given.items() if name in str(error)), source)
+        raise ConfigError(f"{where}: {error}") from error

@@ -1,0 +1,105 @@
+"""The commands and their help. Nothing heavy is imported, so that `--help` answers at once."""
+
+from __future__ import annotations
+
+import argparse
+from typing import NoReturn
+
+from dpofast.cli.script import script_help
+
+# Commands that take a YAML file and overrides of any option.
+_CONFIGURED = {
+    "train": "train a model on preference pairs",
+    "eval": "measure a trained model on held-out pairs",
+    "inspect": "show a pair as the model will see it",
+}
+_DPO_OPTIONS = """\
+  beta, loss_type, label_smoothing, max_length, truncation_mode, learning_rate, max_steps,
+  num_train_epochs, per_device_train_batch_size, gradient_accumulation_steps, bf16, eval_strategy,
+  save_strategy, resume_from_checkpoint, reference_store, output_dir, seed, ... and every other
+  option of transformers' TrainingArguments: docs/configuration.md lists them.
+"""
+
+
+class Parser(argparse.ArgumentParser):
+    """Says in one sentence what is wrong, instead of the whole usage."""
+
+    def error(self, message: str) -> NoReturn:
+        sentence = message[0].lower() + message[1:]
+        self.exit(2, f"dpofast: error: {sentence}; see `{self.prog} --help`.\n")
+
+
+def build_parser() -> Parser:
+    """The parser of all that stands before the overrides; those are read by `read_overrides`."""
+    parser = Parser(
+        prog="dpofast",
+        description="Direct Preference Optimization: stored reference log-probs, no logits.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="store_true", help="print the version and exit")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    for name, summary in _CONFIGURED.items():
+        _add_configured(commands, name, summary)
+    _add_reference(commands)
+    demo = commands.add_parser(
+        "demo",
+        help="train a small model on generated pairs and see that it learns",
+        description="Make a small model, a tokenizer and preference pairs; warm the model up; "
+        "train it by DPO; compare before and after. Fetches nothing.",
+        allow_abbrev=False,
+    )
+    demo.add_argument("--output-dir", default="runs/demo", help="default: %(default)s")
+    demo.add_argument("--seed", type=int, default=0, help="of data and weights")
+    return parser
+
+
+def split_arguments(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """Split a command line into what the parser reads and the overrides after it."""
+    is_configured = bool(arguments) and arguments[0] in _CONFIGURED
+    takes_overrides = is_configured or arguments[:2] == ["ref", "build"]
+    if not takes_overrides or {"-h", "--help"} & set(arguments):
+        return arguments, []
+    first = next((i for i, word in enumerate(arguments) if word.startswith("--")), len(arguments))
+    return arguments[:first], arguments[first:]
+
+
+def _add_reference(commands: argparse._SubParsersAction[Parser]) -> None:
+    reference = commands.add_parser(
+        "ref",
+        help="build, describe or verify stored reference log-probs",
+        description="The reference store: log-probs of answers under reference models.",
+        allow_abbrev=False,
+    )
+    actions = reference.add_subparsers(dest="action", metavar="ACTION", required=True)
+    _add_configured(actions, "build", "score what a run will need, and keep it")
+    for name, summary in (
+        ("info", "say what a store holds"),
+        ("verify", "read every byte of a store and check it"),
+    ):
+        action = actions.add_parser(
+            name, help=summary, description=f"{summary.capitalize()}.", allow_abbrev=False
+        )
+        action.add_argument(
+            "folder", nargs="?", help="of the store; by default dpofast/reference in HF_HOME"
+        )
+
+
+def _add_configured(commands: argparse._SubParsersAction[Parser], name: str, summary: str) -> None:
+    extra = " --row N" if name == "inspect" else ""
+    command = commands.add_parser(
+        name,
+        help=summary,
+        description=f"{summary.capitalize()}.",
+        usage=f"%(prog)s [CONFIG.yaml]{extra} [--OPTION VALUE ...]",
+        epilog=_options_help(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    command.add_argument("config", nargs="?", metavar="CONFIG.yaml", help="options, one a line")
+
+
+def _options_help() -> str:
+    lines = [f"  {name:24}{text}" for name, text in script_help().items()]
+    return "\n".join(
+        ["options, in the file or as --OPTION VALUE, which wins:", *lines, "", _DPO_OPTIONS]
+    )

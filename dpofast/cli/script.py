@@ -1,0 +1,90 @@
+"""Options of the command line that are no options of DPOConfig: models, data, adapters.
+
+Torch and transformers must not be imported here: `--help` reads this file.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Literal, get_type_hints
+
+
+@dataclass(frozen=True)
+class ScriptOptions:
+    """What a run reads; names as in TRL's scripts and the Hugging Face handbook's recipes.
+
+    The text beside each option's type is its help.
+    """
+
+    model_name_or_path: Annotated[str | None, "The policy: a folder or hub name."] = None
+    model_revision: Annotated[str | None, "Its branch, tag or commit on the hub."] = None
+    dtype: Annotated[
+        Literal["auto", "bfloat16", "float16", "float32"] | None,
+        "Of the weights; by default float32, under mixed precision where bf16 or fp16 is set.",
+    ] = None
+    attn_implementation: Annotated[str | None, "eager, sdpa, flash_attention_2, ..."] = None
+    ref_model_name_or_path: Annotated[
+        str | None, "The reference; by default the policy as it stands before training."
+    ] = None
+    tokenizer_name_or_path: Annotated[str | None, "The tokenizer; by default the policy's."] = None
+    chat_template: Annotated[str | None, "A Jinja chat template, or the path of one."] = None
+    dataset_name: Annotated[str | None, "Training pairs: a file, folder or hub name."] = None
+    dataset_config: Annotated[str | None, "Configuration of a hub dataset."] = None
+    dataset_train_split: Annotated[str, "Split of the training pairs."] = "train"
+    dataset_test_split: Annotated[
+        str | None, "Split of the held-out pairs, of eval_dataset_name or else of dataset_name."
+    ] = None
+    eval_dataset_name: Annotated[str | None, "Held-out pairs: a file, folder or hub name."] = None
+    dataset_columns: Annotated[
+        dict[str, str] | None, "A column's name here: its name in your data."
+    ] = None
+    dataset_roles: Annotated[
+        dict[str, str] | None, "A role's name in your data: system, user, assistant or tool."
+    ] = None
+    use_peft: Annotated[bool, "Train a LoRA adapter instead of the whole model."] = False
+    lora_r: Annotated[int, "Rank of the adapter."] = 16
+    lora_alpha: Annotated[int, "Its scale, times the rank."] = 32
+    lora_dropout: Annotated[float, "Its dropout; disable_dropout sets it to 0 anyway."] = 0.0
+    lora_target_modules: Annotated[
+        list[str] | str | None, "Modules that get one; by default what peft knows for the model."
+    ] = None
+    lora_modules_to_save: Annotated[list[str] | None, "Modules trained as a whole."] = None
+
+    @property
+    def model(self) -> str:
+        """The policy's name, which every command but `inspect` has checked."""
+        assert self.model_name_or_path is not None
+        return self.model_name_or_path
+
+    @property
+    def tokenizer(self) -> str:
+        return self.tokenizer_name_or_path or self.model
+
+
+def script_help() -> dict[str, str]:
+    """Each option's one line of help."""
+    hints = get_type_hints(ScriptOptions, include_extras=True)
+    return {name: hint.__metadata__[0] for name, hint in hints.items()}
+
+
+# Names that other tools give the same options.
+ALIASES = {
+    "torch_dtype": "dtype",
+    "train_file": "dataset_name",
+    "eval_file": "eval_dataset_name",
+    "eval_dataset": "eval_dataset_name",
+    "columns": "dataset_columns",
+    "roles": "dataset_roles",
+}
+
+# Options of other tools, and what to do instead; TRL's own stand in config.FOREIGN_OPTIONS.
+FOREIGN_KEYS = {
+    "evaluation_strategy": "transformers calls it eval_strategy now",
+    "use_flash_attention_2": "set attn_implementation: flash_attention_2",
+    "dataset_mixer": "name one dataset with dataset_name",
+    "dataset_mixture": "name one dataset with dataset_name",
+    "dataset_splits": "set dataset_train_split and dataset_test_split",
+    "load_in_4bit": "leave it out; quantised models can't be trained yet",
+    "load_in_8bit": "leave it out; quantised models can't be trained yet",
+    "overwrite_output_dir": "leave it out; name another output_dir, or resume_from_checkpoint",
+}

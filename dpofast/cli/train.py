@@ -1,0 +1,66 @@
+"""`dpofast train`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from dpofast.cli.loading import adapter_options, load_inputs
+from dpofast.cli.options import RunOptions, read_options
+from dpofast.cli.quiet import is_main_process
+
+
+def train(parsed: argparse.Namespace, overrides: list[str]) -> None:
+    """Train, save the model, and say where everything lies."""
+    options = read_options(parsed.config, overrides)
+    options.require("model_name_or_path", "dataset_name")
+    trainer = make_trainer(options)
+    trainer.train(resume_from_checkpoint=resume_point(options))
+    trainer.save_model()
+    if is_main_process():
+        _print_result(Path(options.config.output_dir))
+
+
+def make_trainer(options: RunOptions) -> Any:
+    """A DPOTrainer of the options."""
+    from dpofast.trainer import DPOTrainer
+
+    peft_config = adapter_options(options)
+    inputs = load_inputs(options)
+    return DPOTrainer(
+        model=inputs.model,
+        ref_model=inputs.ref_model,
+        args=options.config,
+        train_dataset=inputs.train_dataset,
+        eval_dataset=inputs.eval_dataset,
+        processing_class=inputs.tokenizer,
+        peft_config=peft_config,
+    )
+
+
+def resume_point(options: RunOptions) -> str | bool | None:
+    """A checkpoint's folder; True for the newest of the output folder; None to start afresh."""
+    value = options.config.resume_from_checkpoint
+    words = {"true": True, "false": None, "none": None, "": None}
+    return words.get(str(value).lower(), value)
+
+
+def _print_result(folder: Path) -> None:
+    import json
+
+    from rich.console import Console
+
+    from dpofast.summary import SUMMARY_FILE
+
+    summary = json.loads((folder / SUMMARY_FILE).read_text(encoding="utf-8"))
+    console = Console(highlight=False)
+    console.print(
+        f"{summary['global_step']} steps, {summary['pairs_per_second']:.2f} pairs/s, "
+        f"first loss {summary['first_loss']:.4f}, mean loss {summary['train_loss']:.4f}"
+    )
+    console.print(
+        f"reference: {summary['ref_forward_passes']} forward passes, "
+        f"{summary['ref_store_hits']} answers found, {summary['ref_rows_scored']} scored"
+    )
+    console.print(f"model, {SUMMARY_FILE}, metrics.jsonl and training.png: {folder}")

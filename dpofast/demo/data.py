@@ -1,0 +1,95 @@
+"""Splits the demo's questions into warm-up texts, training pairs and held-out pairs."""
+
+from __future__ import annotations
+
+import json
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+from dpofast.demo.tasks import Question, Row, capitals, lists, sums
+
+
+@dataclass(frozen=True)
+class DemoSize:
+    """How many of each: counts per family, so every split holds all three families evenly.
+
+    Attributes:
+        train: training questions per family, one pair each.
+        held_out: held-out questions per family, one pair each; even.
+        warmup_lists: further lists that only the warm-up sees.
+    """
+
+    train: int = 160
+    held_out: int = 32
+    warmup_lists: int = 450
+
+
+@dataclass(frozen=True)
+class DemoData:
+    """The three splits; no held-out prompt stands in another one.
+
+    Attributes:
+        warmup: (prompt, answer) texts, each question with all three of its answers.
+        train: preference pairs, right against wrong or, one in three, right against wordy.
+        held_out: likewise, but half and half.
+    """
+
+    warmup: list[tuple[str, str]]
+    train: list[Row]
+    held_out: list[Row]
+
+
+def make_data(seed: int, size: DemoSize | None = None) -> DemoData:
+    """Generate the demo's data; the same seed gives the same data."""
+    size = size or DemoSize()
+    rng = random.Random(seed)
+    families = [
+        _drawn(list(capitals(rng)), rng),
+        _drawn(list(sums(rng)), rng),
+        _distinct_lists(rng, size.held_out + size.train + size.warmup_lists),
+    ]
+    held_out = [question for family in families for question in family[: size.held_out]]
+    known = [question for family in families for question in family[size.held_out :]]
+    train = [
+        question
+        for family in families
+        for question in family[size.held_out : size.held_out + size.train]
+    ]
+    warmup = [
+        (question.prompt, answer)
+        for question in known
+        for answer in (question.right, question.wrong, question.wordy)
+    ]
+    rng.shuffle(warmup)
+    return DemoData(warmup, _pairs(train, 3, rng), _pairs(held_out, 2, rng))
+
+
+def save_rows(rows: list[Row], path: Path) -> None:
+    """Write pairs as JSON lines."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def _drawn(questions: list[Question], rng: random.Random) -> list[Question]:
+    rng.shuffle(questions)
+    return questions
+
+
+def _distinct_lists(rng: random.Random, count: int) -> list[Question]:
+    by_prompt: dict[str, Question] = {}
+    for question in lists(rng):
+        by_prompt[question.prompt] = question
+        if len(by_prompt) == count:
+            return list(by_prompt.values())
+    raise AssertionError("lists never end")
+
+
+def _pairs(questions: list[Question], every: int, rng: random.Random) -> list[Row]:
+    """One pair per question; one in `every` is right against wordy, the others against wrong."""
+    rows = [
+        question.pair("wordy" if index % every == 0 else "wrong")
+        for index, question in enumerate(questions)
+    ]
+    rng.shuffle(rows)
+    return rows

@@ -1,0 +1,186 @@
+"""The demo: make data and a model, warm it up, train it by DPO, compare before and after."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dpofast.demo.data import DemoData, make_data, save_rows
+from dpofast.demo.measure import PolicyScores, answer, exact_share, score_policy
+from dpofast.demo.model import make_model, make_tokenizer
+from dpofast.demo.screen import ProgressCallback, Sample, Screen
+from dpofast.demo.warmup import warm_up
+from dpofast.plots import PLOT_FILE, plot_run
+from dpofast.summary import SUMMARY_FILE, hardware, reference_summary, versions, write_json
+
+BETA = 0.5  # stronger than the usual 0.1: a tiny model drifts off its reference easily
+EPOCHS = 4
+LEARNING_RATE = 2e-4
+PAIRS_PER_STEP = 16
+
+REFERENCE_COUNTS = ("ref_forward_passes", "ref_rows_scored", "ref_store_hits")
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A model on the held-out pairs.
+
+    Attributes:
+        reward_accuracy: share of pairs whose chosen answer is rewarded above the rejected one.
+        policy: the model's own log-probs of both answers.
+        answers: what it says to each held-out prompt.
+        exact: share of those that are right to the letter.
+    """
+
+    reward_accuracy: float
+    policy: PolicyScores
+    answers: list[str]
+    exact: float
+
+
+def run_demo(folder: Path, seed: int = 0) -> dict[str, Any]:
+    """Run it all; -> the content of summary.json.
+
+    Args:
+        folder: for data, models, the reference store, the picture and summary.json.
+        seed: of data and weights.
+    """
+    started = time.monotonic()
+    logging.getLogger("dpofast").setLevel(logging.WARNING)  # the screen says it in its own words
+    screen = Screen()
+    screen.title("dpofast demo: a small language model learns which answers people prefer")
+
+    data = make_data(seed)
+    save_rows(data.train, folder / "data" / "train.jsonl")
+    save_rows(data.held_out, folder / "data" / "held_out.jsonl")
+    screen.data(data, folder / "data")
+
+    _warm_up(data, folder / "warm", seed, screen)
+
+    # Scored here once. The training below is another reader of the store, as a later run would be.
+    stored = build_references(make_trainer(folder, data, seed))
+    screen.reference(stored, folder / "reference")
+
+    trainer = make_trainer(folder, data, seed)
+    before = _measure(trainer, data)
+    with screen.progress("training by DPO") as progress:
+        trainer.add_callback(ProgressCallback(progress))
+        trainer.train()
+    after = _measure(trainer, data)
+    trainer.save_model()
+
+    summary = _summary(trainer, stored, before, after) | {
+        "seed": seed,
+        "wall_seconds": time.monotonic() - started,
+    }
+    write_json(folder / SUMMARY_FILE, summary)
+    plot_run(trainer.state.log_history, folder / PLOT_FILE, "DPO on the demo's pairs")
+    screen.result(summary, _samples(data, before, after), folder)
+    return summary
+
+
+def make_trainer(folder: Path, data: DemoData, seed: int) -> Any:
+    """A DPOTrainer that starts from the warmed-up model; all of it in float32."""
+    import datasets
+    from transformers import PrinterCallback
+
+    from dpofast import DPOConfig, DPOTrainer
+
+    config = DPOConfig(
+        output_dir=str(folder / "dpo"),
+        reference_store=str(folder / "reference"),
+        beta=BETA,
+        learning_rate=LEARNING_RATE,
+        lr_scheduler_type="cosine",
+        warmup_steps=5,
+        num_train_epochs=EPOCHS,
+        per_device_train_batch_size=PAIRS_PER_STEP,
+        per_device_eval_batch_size=PAIRS_PER_STEP,
+        eval_strategy="epoch",
+        save_strategy="no",
+        logging_steps=2,
+        bf16=False,
+        gradient_checkpointing=False,
+        seed=seed,
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=True,
+    )
+    trainer = DPOTrainer(
+        model=str(folder / "warm"),
+        args=config,
+        train_dataset=datasets.Dataset.from_list(data.train),
+        eval_dataset=datasets.Dataset.from_list(data.held_out),
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def build_references(trainer: Any) -> dict[str, Any]:
+    """Score what the store lacks for both datasets; -> counts, as summary.json has them."""
+    trainer.get_train_dataloader()
+    trainer.get_eval_dataloader()
+    return reference_summary(trainer)
+
+
+def _warm_up(data: DemoData, folder: Path, seed: int, screen: Screen) -> None:
+    tokenizer = make_tokenizer()
+    model = make_model(tokenizer, seed)
+    with screen.progress("supervised warm-up") as progress:
+        warm_up(model, tokenizer, data.warmup, on_step=progress)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    screen.warmed_up(model.num_parameters(), folder)
+
+
+def _measure(trainer: Any, data: DemoData) -> Measured:
+    metrics = trainer.evaluate()
+    tokenizer = trainer.processing_class
+    prompts = [row["prompt"][0]["content"] for row in data.held_out]
+    answers = answer(trainer.model, tokenizer, prompts)
+    return Measured(
+        reward_accuracy=metrics["eval_rewards/accuracies"],
+        policy=score_policy(trainer.model, trainer.eval_dataset, tokenizer.pad_token_id),
+        answers=answers,
+        exact=exact_share(answers, data.held_out),
+    )
+
+
+def _summary(
+    trainer: Any, stored: dict[str, Any], before: Measured, after: Measured
+) -> dict[str, Any]:
+    read = reference_summary(trainer)
+    change = after.policy.logps.mean(axis=0) - before.policy.logps.mean(axis=0)
+    training = json.loads((Path(trainer.args.output_dir) / SUMMARY_FILE).read_text("utf-8"))
+    return {
+        "first_loss": trainer.first_loss,
+        "eval_accuracy_before": before.reward_accuracy,
+        "eval_accuracy_after": after.reward_accuracy,
+        "policy_accuracy_before": before.policy.accuracy,
+        "policy_accuracy_after": after.policy.accuracy,
+        "policy_accuracy_equal_length_before": before.policy.equal_length_accuracy,
+        "policy_accuracy_equal_length_after": after.policy.equal_length_accuracy,
+        "exact_answers_before": before.exact,
+        "exact_answers_after": after.exact,
+        "chosen_logps_change": float(change[0]),
+        "rejected_logps_change": float(change[1]),
+        "pairs_per_second": training["pairs_per_second"],
+        "train_pairs": len(trainer.train_dataset),
+        "held_out_pairs": len(trainer.eval_dataset),
+        **{name: stored[name] + read[name] for name in REFERENCE_COUNTS},
+        "versions": versions(),
+        "hardware": hardware(),
+    }
+
+
+def _samples(data: DemoData, before: Measured, after: Measured) -> list[Sample]:
+    """The first two held-out prompts, whatever the model makes of them."""
+    rows = zip(data.held_out[:2], before.answers, after.answers, strict=False)
+    return [
+        Sample(row["prompt"][0]["content"], row["chosen"][0]["content"], old, new)
+        for row, old, new in rows
+    ]

@@ -1,0 +1,142 @@
+"""What a person sees of the demo."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from transformers import TrainerCallback
+
+from dpofast.demo.data import DemoData
+
+# called with the step, the number of steps, and the loss
+StepFunction = Callable[[int, int, float], None]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A held-out prompt, and what the model says to it before and after DPO."""
+
+    prompt: str
+    preferred: str
+    before: str
+    after: str
+
+
+class ProgressCallback(TrainerCallback):
+    """Passes the Trainer's logged losses on to a progress bar."""
+
+    def __init__(self, on_step: StepFunction) -> None:
+        self.on_step = on_step
+
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: dict[str, float], **kwargs: Any
+    ) -> None:
+        if "loss" in logs:
+            self.on_step(state.global_step, state.max_steps, logs["loss"])
+
+
+class Screen:
+    """Prints the demo's steps, numbered, with bars for what takes long."""
+
+    def __init__(self) -> None:
+        self.console = Console(highlight=False)
+        self.step = 0
+
+    def title(self, text: str) -> None:
+        self.console.print(f"\n[bold]{text}[/bold]")
+
+    def data(self, data: DemoData, folder: Path) -> None:
+        """The pairs, with one of each kind as an example."""
+        self._heading(f"{len(data.train)} preference pairs, {len(data.held_out)} more held out")
+        table = Table("prompt", "chosen", "rejected", box=None, padding=(0, 2, 0, 2))
+        for row in data.train[:4]:
+            table.add_row(*(row[side][0]["content"] for side in ("prompt", "chosen", "rejected")))
+        self.console.print(table)
+        self._note(
+            "Rejected answers are wrong, and exactly as long, or right, but wordy. No held-out "
+            f"prompt occurs in training. Files: {folder}"
+        )
+
+    @contextlib.contextmanager
+    def progress(self, title: str) -> Iterator[StepFunction]:
+        """A bar; -> the function that moves it."""
+        self._heading(title)
+        columns = (
+            BarColumn(40),
+            MofNCompleteColumn(),
+            TextColumn("steps, loss {task.fields[loss]:.3f}"),
+            TimeRemainingColumn(),
+        )
+        with Progress(*columns, console=self.console) as bar:
+            task = bar.add_task(title, total=None, loss=float("nan"))
+
+            def on_step(step: int, total: int, loss: float) -> None:
+                bar.update(task, completed=step, total=total, loss=loss)
+
+            yield on_step
+
+    def warmed_up(self, num_parameters: int, folder: Path) -> None:
+        self._note(
+            f"A Llama of {num_parameters / 1e6:.2f} million parameters, one token per byte. It has "
+            "read right, wrong and wordy answers equally often, so it can answer, and has no "
+            f"reason to prefer the right ones. Saved in {folder}"
+        )
+
+    def reference(self, done: dict[str, Any], folder: Path) -> None:
+        """What building the reference store took."""
+        self._heading("Reference log-probs")
+        self._note(
+            f"{done['ref_rows_needed']} answers: {done['ref_store_hits']} found in the store, "
+            f"{done['ref_rows_scored']} scored in {done['ref_forward_passes']} forward passes "
+            f"({done['ref_seconds']:.1f} s). Training reads them and never runs the reference. "
+            f"Store: {folder}"
+        )
+
+    def result(self, summary: dict[str, Any], samples: list[Sample], folder: Path) -> None:
+        """Before and after: accuracies, log-probs, sample answers."""
+        self._heading("Held-out pairs, before and after")
+        table = Table("", "before", "after", box=None, padding=(0, 2, 0, 2))
+        table.columns[1].justify = table.columns[2].justify = "right"
+        for title, name in (
+            ("chosen rewarded above rejected", "eval_accuracy"),
+            ("chosen more probable than rejected", "policy_accuracy"),
+            ("  where both are equally long", "policy_accuracy_equal_length"),
+            ("answers right to the letter", "exact_answers"),
+        ):
+            table.add_row(title, *(f"{summary[f'{name}_{when}']:.1%}" for when in _WHEN))
+        self.console.print(table)
+        self._note(
+            f"Log-prob of chosen answers {summary['chosen_logps_change']:+.2f} nats, of rejected "
+            f"ones {summary['rejected_logps_change']:+.2f}. The first loss was "
+            f"{summary['first_loss']:.6f} (ln 2 = 0.693147: policy and reference are one). "
+            f"{summary['pairs_per_second']:.1f} pairs/s."
+        )
+        self._samples(samples)
+        self.console.print(
+            f"\n{summary['wall_seconds']:.0f} seconds. Everything is in [bold]{folder}[/bold]: "
+            "summary.json, training.png, dpo/ (the trained model), warm/ (the model before)."
+        )
+
+    def _samples(self, samples: list[Sample]) -> None:
+        self._heading("Two held-out prompts, the most probable answer")
+        table = Table("prompt", "preferred", "before", "after", box=None, padding=(0, 2, 0, 2))
+        for sample in samples:
+            table.add_row(sample.prompt, sample.preferred, sample.before, sample.after)
+        self.console.print(table)
+
+    def _heading(self, text: str) -> None:
+        self.step += 1
+        self.console.print(f"\n[bold]{self.step}. {text}[/bold]")
+
+    def _note(self, text: str) -> None:
+        self.console.print(f"   {text}", style="dim")
+
+
+_WHEN = ("before", "after")

@@ -1,0 +1,223 @@
+"""The command line from its words to its exit code."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dpofast.cli import main
+from dpofast.demo.model import make_tokenizer
+from tests.support import tiny_llama
+
+PAIRS = [
+    {"prompt": f"Say {word}.", "chosen": word, "rejected": f"{word}, I guess"}
+    for word in ("one", "two", "three", "four", "five", "six")
+]
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small model with the demo's tokenizer beside it."""
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    tokenizer = make_tokenizer()
+    tiny_llama(vocab_size=len(tokenizer)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def write_pairs(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.write_text(json.dumps(rows), encoding="utf-8")
+    return path
+
+
+def run_arguments(folder: Path, model_folder: Path, *more: str) -> list[str]:
+    """`dpofast train` on PAIRS, two steps of two pairs."""
+    data = write_pairs(folder / "pairs.json", PAIRS)
+    options = {
+        "model_name_or_path": model_folder,
+        "dataset_name": data,
+        "output_dir": folder / "run",
+        "reference_store": folder / "reference",
+        "max_steps": 2,
+        "per_device_train_batch_size": 2,
+        "learning_rate": "1e-3",
+        "logging_steps": 1,
+        "report_to": "none",
+        "use_cpu": "true",
+        "bf16": "false",
+    }
+    return ["train", *(f"--{name}={value}" for name, value in options.items()), *more]
+
+
+def run_process(*words: str) -> subprocess.CompletedProcess[str]:
+    """A process of its own, which finds the packages where this one does."""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    command = [sys.executable, *words]
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+
+
+def error_of(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> str:
+    """The sentence of a run that must end with exit code 2."""
+    capsys.readouterr()
+    assert main(arguments) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("dpofast: ")]
+    assert len(lines) == 1
+    return lines[0]
+
+
+@pytest.mark.parametrize("words", ["--help", "train --help", "ref build --help", "demo --help"])
+def test_help_answers_at_once(words: str) -> None:
+    started = time.monotonic()
+    result = run_process("-X", "importtime", "-m", "dpofast", *words.split())
+    assert result.returncode == 0
+    assert "usage: dpofast" in result.stdout
+    imported = {line.rpartition("|")[2].strip() for line in result.stderr.splitlines()}
+    assert not {"torch", "transformers", "numpy", "rich", "pydantic"} & imported
+    assert time.monotonic() - started < 3  # 0.1 s alone; tests share the machine
+
+
+def test_exit_code_of_the_process() -> None:
+    result = run_process("-m", "dpofast", "train", "--bata", "1")
+    assert result.returncode == 2
+    assert result.stderr == (
+        "dpofast: error: command line: there is no option 'bata'; did you mean 'beta'?\n"
+    )
+
+
+def test_unknown_command_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["trian"])
+    assert caught.value.code == 2
+    assert "dpofast: error: argument COMMAND: invalid choice: 'trian'" in capsys.readouterr().err
+
+
+def test_second_run_needs_no_reference_forward(
+    tmp_path: Path, model_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(run_arguments(tmp_path, model_folder)) == 0
+    first = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert first["ref_forward_passes"] > 0
+    assert first["ref_rows_scored"] == 2 * len(PAIRS)
+    again = run_arguments(tmp_path, model_folder, "--beta", "0.3", "--loss_type", "ipo")
+    assert main(again) == 0
+    second = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert second["ref_forward_passes"] == 0
+    assert second["ref_store_hits"] == 2 * len(PAIRS)
+    assert "0 forward passes" in capsys.readouterr().out
+
+
+def test_yaml_file_trains_an_adapter_and_eval_measures_it(
+    tmp_path: Path, model_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = run_arguments(tmp_path, model_folder)[1:]
+    config = tmp_path / "run.yaml"
+    config.write_text("".join(f"{w[2:].replace('=', ': ', 1)}\n" for w in words))
+    assert main(["train", str(config), "--use_peft", "--lora_r", "2"]) == 0
+    adapter = tmp_path / "run"
+    assert (adapter / "adapter_config.json").is_file()
+    assert main(["eval", str(config), "--model_name_or_path", str(adapter)]) == 0
+    evaluation = json.loads((adapter / "evaluation.json").read_text())
+    assert evaluation["eval_rewards/margins"] != 0, "the base is the reference of an adapter"
+    assert "rewards/accuracies" in capsys.readouterr().out
+
+
+def test_ref_build_info_verify(
+    tmp_path: Path, model_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = run_arguments(tmp_path, model_folder)[1:]
+    store = tmp_path / "reference"
+    assert main(["ref", "build", *words]) == 0
+    assert "12 answers: 0 found, 12 scored" in capsys.readouterr().out
+    assert main(["ref", "build", *words]) == 0
+    assert "12 answers: 12 found, 0 scored in 0 forward passes" in capsys.readouterr().out
+    assert main(["ref", "info", str(store)]) == 0
+    assert "12 rows" in capsys.readouterr().out
+    assert main(["ref", "verify", str(store)]) == 0
+    segment = next(store.rglob("*.arrow"))
+    content = bytearray(segment.read_bytes())
+    content[len(content) // 2] ^= 1
+    segment.write_bytes(content)
+    assert "is damaged" in error_of(capsys, ["ref", "verify", str(store)])
+
+
+def test_inspect_shows_a_pair(
+    tmp_path: Path, model_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = write_pairs(tmp_path / "pairs.json", PAIRS)
+    words = ["inspect", f"--dataset_name={data}", f"--model_name_or_path={model_folder}"]
+    assert main([*words, "--row", "3"]) == 0
+    assert "row 3" in capsys.readouterr().out
+    assert "--row: got 6, but the data's rows are 0 to 5" in error_of(capsys, [*words, "--row=6"])
+
+
+GOOD = {"prompt": "Say it.", "chosen": "yes", "rejected": "no"}
+
+
+@pytest.mark.parametrize(
+    ("rows", "more", "words"),
+    [
+        ([{"prompt": "a", "chosen": "b"}], [], ["pairs.json", "rejected"]),
+        ([GOOD, GOOD | {"chosen": ""}], [], ["pairs.json", "row 1", "chosen", "empty"]),
+        ([GOOD, GOOD | {"rejected": 7}], [], ["pairs.json", "row 1", "rejected", "7"]),
+        ([{"prompt": "a", "completion": "b", "label": True}], [], ["pairs.json", "label"]),
+        ([GOOD, GOOD | {"rejected": "yes"}], ["--strict"], ["pairs.json", "row 1", "identical"]),
+        ([GOOD], ["--bata", "1"], ["'bata'", "'beta'"]),
+        ([GOOD], ["--beta", "0"], ["beta"]),
+        ([GOOD], ["--beta=-0.1"], ["beta"]),
+    ],
+)
+def test_errors_are_one_sentence_that_names_the_place(
+    tmp_path: Path,
+    model_folder: Path,
+    capsys: pytest.CaptureFixture[str],
+    rows: list[dict[str, Any]],
+    more: list[str],
+    words: list[str],
+) -> None:
+    arguments = run_arguments(tmp_path, model_folder)
+    if not more or more == ["--strict"]:
+        write_pairs(tmp_path / "pairs.json", rows)
+    arguments = [word for word in arguments if word.partition("=")[0] != more[:1]]
+    sentence = error_of(capsys, [*arguments, *more])
+    for word in words:
+        assert word in sentence
+
+
+def test_broken_json_is_named_by_its_line(
+    tmp_path: Path, model_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = run_arguments(tmp_path, model_folder)
+    (tmp_path / "pairs.json").write_text('[\n{"prompt": "a",\n"chosen" "b"}\n]')
+    assert "line 3" in error_of(capsys, arguments)
+
+
+def test_model_folder_without_a_tokenizer(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "bare"
+    tiny_llama().save_pretrained(folder)
+    sentence = error_of(capsys, run_arguments(tmp_path, folder))
+    assert "bare" in sentence
+    assert "no tokenizer" in sentence
+
+
+def test_folder_that_is_no_store(
+    tmp_path: Path, model_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "reference").mkdir()
+    (tmp_path / "reference" / "notes.txt").write_text("mine")
+    assert "not a reference store" in error_of(capsys, run_arguments(tmp_path, model_folder))
+
+
+def test_evaluation_without_pairs_is_refused_before_the_model_loads(
+    tmp_path: Path, model_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = run_arguments(tmp_path, model_folder, "--eval_strategy", "epoch")
+    assert "eval_strategy is set, but there are no held-out pairs" in error_of(capsys, arguments)

@@ -1,0 +1,53 @@
+"""Option values as people write them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from dpofast.cli.values import checked_value
+from dpofast.errors import ConfigError
+
+
+@pytest.mark.parametrize(
+    ("value", "annotation", "expected"),
+    [
+        ("1e-6", float, 1e-6),  # what YAML makes of 1e-6
+        (1, float, 1.0),
+        ("3", int, 3),
+        (2.0, int, 2),
+        (True, bool, True),
+        (7, str, "7"),
+        ("sigmoid", list[str] | str, "sigmoid"),
+        (["sigmoid"], list[str] | str, ["sigmoid"]),
+        (None, int | None, None),
+        ({"prompt": "question"}, dict[str, str] | None, {"prompt": "question"}),
+    ],
+)
+def test_takes_what_people_write(value: Any, annotation: Any, expected: Any) -> None:
+    got = checked_value("name", value, annotation, "run.yaml")
+    assert got == expected
+    assert type(got) is type(expected)
+
+
+@pytest.mark.parametrize(
+    ("value", "annotation", "words"),
+    [
+        ([1, 2], float, "a number"),
+        ("much", float, "a number"),
+        (2.5, int, "a whole number"),
+        (True, int, "a whole number"),
+        ("maybe", bool, "true or false"),
+        (None, float, "a number"),
+        ({"a": 1}, list[str] | str, "a list of texts or text"),
+    ],
+)
+def test_refuses_other_types_by_name(value: Any, annotation: Any, words: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        checked_value("beta", value, annotation, "run.yaml")
+    assert str(caught.value) == f"run.yaml: beta: got {value!r}, expected {words}."
+
+
+def test_bare_no_of_yaml_is_a_strategy() -> None:
+    assert checked_value("eval_strategy", False, str, "run.yaml") == "no"
