@@ -13,20 +13,24 @@ import pyarrow.csv
 import pyarrow.parquet
 
 from dpofast.data.records import Record
+from dpofast.data.splits import check_whole_file
 from dpofast.errors import DataError
 
 _BATCH_ROWS = 1000
 
 
-def read_file(path: Path, split: str) -> Iterator[Record]:
+def read_file(path: Path, split: str | None) -> Iterator[Record]:
     """The rows of `path`, in order.
 
     Args:
-        split: used where a JSON file is one object of several lists: {"train": [...], ...}.
+        split: the split asked for, None for whatever is there. Only a JSON file that is one object
+            of several lists, {"train": [...], ...}, has more than one.
     Raises:
-        DataError: the file is broken (naming the line where there is one), or no data file.
+        DataError: the file is broken (naming the line where there is one) or has no such split.
     """
     reader = READERS[data_suffix(path)]
+    if reader is not _read_json:
+        check_whole_file(path, split)
     try:
         yield from reader(path, split)
     except UnicodeDecodeError as error:
@@ -57,17 +61,20 @@ def _open_text(path: Path) -> IO[str]:
     return path.open(encoding="utf-8-sig")
 
 
-def _read_json(path: Path, split: str) -> Iterator[Record]:
+def _read_json(path: Path, split: str | None) -> Iterator[Record]:
     """A JSON array; an object that holds one by the split's name; or one object a line."""
     with _open_text(path) as file:
         text = file.read()
     if text.lstrip()[:1] != "[" and _is_object_a_line(text):
+        check_whole_file(path, split)
         yield from _read_json_lines(path, split)
         return
     data = _parse(text, f"{path}", line=None)
     del text
     if isinstance(data, dict):
         data = _rows_in_object(data, path, split)
+    else:
+        check_whole_file(path, split)
     if not isinstance(data, list):
         raise DataError(
             f"{path} holds {type(data).__name__}, expected an array of objects or one object a line"
@@ -87,24 +94,27 @@ def _is_object_a_line(text: str) -> bool:
         return line.startswith("{") and line.rstrip().endswith("}") and following == "{"
 
 
-def _rows_in_object(data: dict[str, Any], path: Path, split: str) -> Any:
+def _rows_in_object(data: dict[str, Any], path: Path, split: str | None) -> Any:
     lists = {
         key: value
         for key, value in data.items()
         if isinstance(value, list) and all(isinstance(item, dict) for item in value)
     }
-    for key in (split, "data", "rows"):
+    wanted = split or "train"
+    for key in (wanted, "data", "rows") if wanted == "train" else (wanted,):
         if key in lists:
             return lists[key]
     if "chosen" in data or "rejected" in data or "chosen_ids" in data:
+        check_whole_file(path, split)
         return [data]
+    found = ", ".join(data) or "nothing"
     raise DataError(
-        f"{path} is one object without a list {split!r} (found: {', '.join(data) or 'nothing'}); "
+        f"{path} is one object without a list {wanted!r} (found: {found}); "
         "write an array of objects or one object a line"
     )
 
 
-def _read_json_lines(path: Path, split: str) -> Iterator[Record]:
+def _read_json_lines(path: Path, split: str | None) -> Iterator[Record]:
     row = 0
     with _open_text(path) as file:
         for number, line in enumerate(file, start=1):
@@ -133,12 +143,12 @@ def _object_record(source: str, row: int, line: int | None, values: Any) -> Reco
     return Record(source, row, line, values, tuple(values))
 
 
-def _read_parquet(path: Path, split: str) -> Iterator[Record]:
+def _read_parquet(path: Path, split: str | None) -> Iterator[Record]:
     with pa.parquet.ParquetFile(path) as file:
         yield from _from_batches(path, file.iter_batches(batch_size=_BATCH_ROWS))
 
 
-def _read_arrow(path: Path, split: str) -> Iterator[Record]:
+def _read_arrow(path: Path, split: str | None) -> Iterator[Record]:
     with pa.memory_map(str(path)) as source:
         try:
             file = pa.ipc.open_file(source)
@@ -149,7 +159,7 @@ def _read_arrow(path: Path, split: str) -> Iterator[Record]:
         yield from _from_batches(path, batches)
 
 
-def _read_csv(path: Path, split: str) -> Iterator[Record]:
+def _read_csv(path: Path, split: str | None) -> Iterator[Record]:
     parse = pa.csv.ParseOptions(newlines_in_values=True)
     # Small blocks would not hold a long answer: Arrow wants a whole row in one.
     read = pa.csv.ReadOptions(block_size=64 << 20)
@@ -175,7 +185,8 @@ def _from_batches(path: Path, batches: Iterator[pa.RecordBatch]) -> Iterator[Rec
                 row += 1
 
 
-READERS: dict[str, Callable[[Path, str], Iterator[Record]]] = {
+Reader = Callable[[Path, str | None], Iterator[Record]]
+READERS: dict[str, Reader] = {
     ".json": _read_json,
     ".json.gz": _read_json,
     ".jsonl": _read_json_lines,

@@ -13,21 +13,11 @@ from datasets.exceptions import DatasetsError
 
 from dpofast.data.files import READERS, data_suffix, read_file
 from dpofast.data.records import Record
+from dpofast.data.splits import same_split, split_in_name
 from dpofast.errors import DataError
 
 _BATCH_ROWS = 1000
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
-# Words in the names of files and folders that say which split they hold.
-_SPLIT_WORDS = {
-    "train": "train",
-    "training": "train",
-    "test": "test",
-    "eval": "test",
-    "validation": "validation",
-    "valid": "validation",
-    "val": "validation",
-    "dev": "validation",
-}
 # Descriptions that stand beside data in folders.
 _NOT_DATA = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
 
@@ -138,7 +128,7 @@ def _from_folder(folder: Path, split: str) -> Iterator[Record]:
             f"the folder {folder} holds no data file; expected one of {', '.join(READERS)}"
         )
     for path in _files_of_split(files, folder, split):
-        yield from read_file(path, split)
+        yield from read_file(path, None)
 
 
 def _from_saved(folder: Path, split: str) -> Iterator[Record]:
@@ -154,23 +144,14 @@ def _from_saved(folder: Path, split: str) -> Iterator[Record]:
 
 def _files_of_split(files: list[Path], folder: Path, split: str) -> list[Path]:
     """Those whose names say `split`; all of them where no name says any and train is asked for."""
-    splits = {path: _split_of(path.relative_to(folder)) for path in files}
+    splits = {path: split_in_name(path.relative_to(folder)) for path in files}
     named = sorted({found for found in splits.values() if found})
     if not named and split == "train":
         return files
-    wanted = _SPLIT_WORDS.get(split, split)
-    chosen = [path for path in files if splits[path] == wanted]
+    chosen = [path for path in files if same_split(splits[path], split)]
     if not chosen:
         raise DataError(
             f"the folder {folder} has no files of the split {split!r} "
             f"(found: {', '.join(named) or 'no split in any file name'}); name the file itself"
         )
     return chosen
-
-
-def _split_of(path: Path) -> str | None:
-    for part in reversed(path.parts):
-        for word in re.split(r"[^a-z]+", part.lower()):
-            if word in _SPLIT_WORDS:
-                return _SPLIT_WORDS[word]
-    return None

@@ -292,8 +292,8 @@ def _tell(report: PreparationReport) -> None:
         )
     if report.rerendered_prompts:
         logger.warning(
-            "%s: the chat template renders the prompt otherwise before an answer than alone in %d of "
-            "%d pairs; there the prompt ends where the two part, so the model is trained on a "
+            "%s: in %d of %d pairs the chat template renders the prompt otherwise before an answer "
+            "than alone; there the prompt ends where the two part, so the model is trained on a "
             "context that differs from the one it generates from.",
             report.name,
             report.rerendered_prompts,

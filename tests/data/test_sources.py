@@ -78,6 +78,20 @@ def test_an_object_that_holds_the_rows(tmp_path, key):
     assert len(load_preferences(path, split="test")) == 1
 
 
+def test_a_single_file_has_no_test_split_but_by_its_name(tmp_path):
+    for ending in ("json", "jsonl", "parquet"):
+        path = write(tmp_path / f"pairs.{ending}")
+        with pytest.raises(DataError, match=r"pairs\.\w+ is one file without a split 'test'"):
+            load_preferences(path, split="test")
+        named = write(tmp_path / f"eval-v2.{ending}")
+        assert len(load_preferences(named, split="test")) == 2
+        assert len(load_preferences(named)) == 2
+    path = tmp_path / "splits.json"
+    path.write_text(json.dumps({"train": ROWS}))
+    with pytest.raises(DataError, match=r"without a list 'test' \(found: train\)"):
+        load_preferences(path, split="test")
+
+
 def test_one_pretty_printed_object_is_one_row(tmp_path):
     path = tmp_path / "pair.json"
     path.write_text(json.dumps(ROWS[0], indent=2))
