@@ -5,10 +5,12 @@ from __future__ import annotations
 import copy
 from types import SimpleNamespace
 
+import datasets
 import pytest
 
 from benchmarks.data import find_data, race_tokenizer
 from dpofast.data import load_preferences, tokenize_preferences
+from tests.data.builders import byte_bpe
 
 pytest.importorskip("trl", reason="needs the extra `bench`")
 
@@ -39,7 +41,8 @@ def test_ids_of_whole_files(name, form):
         pairs = load_preferences([as_text(row) for row in pairs])
     ours, report = tokenize_preferences(pairs, tokenizer, max_length=None)
     columns = ["prompt", "chosen", "rejected"]
-    theirs = pairs.select_columns(columns).select(ours["row"][:])
+    kept = set(ours["row"])
+    theirs = pairs.filter(lambda row: row["row"] in kept).select_columns(columns)
     if form == "implicit":
         theirs = theirs.map(as_whole, remove_columns="prompt")
         ours, report = tokenize_preferences(theirs, tokenizer, max_length=None)
@@ -75,3 +78,48 @@ def test_what_is_kept_under_a_limit_is_what_trl_keeps():
     found = [(row["prompt_ids"], *(row["prompt_ids"] + row[c] for c in IDS[1:])) for row in ours]
     assert report.left_out.keys() <= {"no room for an answer", "identical answers after the cut"}
     assert found == [row for row in expected if row[1] != row[2]]
+
+
+DIFFERENCES = {
+    "merge": (
+        byte_bpe((("b", "c"),)),
+        {"prompt": "ab", "chosen": "cd", "rejected": "x"},
+        ("a", "bcd</s>"),
+        ("ab", "cd</s>"),
+    ),
+    "bos in the text": (
+        byte_bpe(bos=True),
+        {"prompt": "<s>a", "chosen": "b", "rejected": "c"},
+        ("<s><s>a", "b</s>"),
+        ("<s>a", "b</s>"),
+    ),
+    "eos and a line break": (
+        byte_bpe(),
+        {"prompt": "a", "chosen": "b</s>\n", "rejected": "c</s>\n"},
+        ("a", "b</s>\n</s>"),
+        ("a", "b</s>\n"),
+    ),
+    "eos by the tokenizer": (
+        byte_bpe(eos=True),
+        {"prompt": "a", "chosen": "b", "rejected": "c"},
+        ("a", "b</s></s>"),
+        ("a", "b</s>"),
+    ),
+    "implicit prompt": (
+        byte_bpe(),
+        {"chosen": "\n\nAssistant: Hello", "rejected": "\n\nAssistant: Help"},
+        ("\n\nAssistant: Hel", "lo</s>"),
+        ("\n\nAssistant:", " Hello</s>"),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", DIFFERENCES.values(), ids=DIFFERENCES.keys())
+def test_the_differences_that_the_documentation_names(case):
+    tokenizer, row, theirs, ours = case
+    ids = {"theirs": theirs, "ours": ours}
+    (trl_pair,) = prepared_by_trl(datasets.Dataset.from_list([row]), tokenizer, None)
+    (pair,), _ = tokenize_preferences(load_preferences([row]), tokenizer, max_length=None)
+    for who, found in (("theirs", trl_pair), ("ours", pair)):
+        texts = tuple(tokenizer.decode(found[column]) for column in IDS[:2])
+        assert texts == ids[who], who
