@@ -60,6 +60,22 @@ def word_level(words: str) -> PreTrainedTokenizerFast:
     return _wrap(tokenizer, None)
 
 
+def metaspace(words: str, chat_template: str | None = None) -> PreTrainedTokenizerFast:
+    """As SentencePiece: letters, the given pieces, and a blank put before every text."""
+    letters = "▁abcdefghijklmnopqrstuvwxyz<|>/"
+    pieces = [*letters, *words.split()]
+    scores = [-4.0] * len(letters) + [-1.0] * (len(pieces) - len(letters))
+    vocab = [("<pad>", 0.0), ("<s>", 0.0), ("</s>", 0.0), ("<unk>", -20.0)]
+    tokenizer = Tokenizer(models.Unigram([*vocab, *zip(pieces, scores, strict=True)], unk_id=3))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
+    tokenizer.decoder = decoders.Metaspace(prepend_scheme="always")
+    tokenizer.add_special_tokens(["<pad>", "<s>", "</s>", "<unk>"])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 1)]
+    )
+    return _wrap(tokenizer, chat_template)
+
+
 def _wrap(tokenizer: Tokenizer, chat_template: str | None) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,

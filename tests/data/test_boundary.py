@@ -14,6 +14,7 @@ from tests.data.builders import (
     THINKING_TEMPLATE,
     assistant,
     byte_bpe,
+    metaspace,
     system,
     user,
     word_level,
@@ -68,6 +69,26 @@ def test_a_blank_that_the_tokenizer_puts_before_every_text_stays_out_of_the_answ
     assert report.boundary_merges == 1
     assert prompt == ids_of(tokenizer, "ab")
     assert tokenizer.decode(prompt + chosen[:-1]) == " abcx"
+
+
+def test_sentencepiece_words_follow_without_a_merge():
+    tokenizer = metaspace("▁hello ▁world ▁there")
+    prompt, chosen, _, report = one(
+        {"prompt": "hello", "chosen": " world", "rejected": " there"}, tokenizer
+    )
+    assert tokenizer.convert_ids_to_tokens(prompt) == ["<s>", "▁hello"]
+    assert tokenizer.convert_ids_to_tokens(chosen) == ["▁world", "</s>"]
+    assert report.boundary_merges == 0
+
+
+def test_a_sentencepiece_word_that_grows_over_the_boundary():
+    tokenizer = metaspace("▁hello ▁world ▁wor ld")
+    prompt, chosen, rejected, report = one(
+        {"prompt": "hello wor", "chosen": "ld", "rejected": "m"}, tokenizer
+    )
+    assert tokenizer.decode(prompt + chosen) == "<s> hello world</s>"
+    assert tokenizer.decode(prompt + rejected) == "<s> hello worm</s>"
+    assert report.boundary_merges == 1
 
 
 def test_words_that_grow_together_keep_their_prompt():
