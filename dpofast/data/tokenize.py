@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import datasets
@@ -203,11 +204,16 @@ class _Preparer:
                 raise RowError(f"{column} tokenises to nothing; give it a text or remove the row")
         if self.tokenizer is not None and not plain:
             largest = max(max(split.prompt_ids), max(split.chosen_ids), max(split.rejected_ids))
-            if largest >= len(self.tokenizer):
+            if largest > self._last_id:
                 raise RowError(
-                    f"token id {largest} is not in the tokenizer's {len(self.tokenizer)} tokens; "
-                    "tokenise with the tokenizer of this model"
+                    f"token id {largest} is beyond {self._last_id}, the tokenizer's last; tokenise "
+                    "with the tokenizer of this model"
                 )
+
+    @cached_property
+    def _last_id(self) -> int:
+        # Not len(tokenizer): there may be gaps between the ids.
+        return max(self.tokenizer.get_vocab().values())
 
     def _prepare(self, split: SplitPair, row: int) -> PreparedPair:
         prompt, chosen, rejected = split.prompt_ids, split.chosen_ids, split.rejected_ids

@@ -246,7 +246,7 @@ def test_an_answer_that_tokenises_to_nothing_is_named():
 
 def test_ids_of_another_tokenizer_are_named():
     row = {"prompt_ids": [1], "chosen_ids": [9_999], "rejected_ids": [2]}
-    with pytest.raises(DataError, match="token id 9999 is not in the tokenizer's 259 tokens"):
+    with pytest.raises(DataError, match="token id 9999 is beyond 258, the tokenizer's last"):
         one(row, byte_bpe())
 
 
