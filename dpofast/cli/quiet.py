@@ -29,7 +29,8 @@ def prepare_process() -> None:
     """Show dpofast's own log lines on rank 0, and the libraries' from errors on."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("DS_LOG_LEVEL", "error")
+    # DeepSpeed warns of every machine without a GPU, and sets its logger's level by itself.
+    logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
     warnings.filterwarnings("ignore", module=r"(torch|transformers|accelerate|datasets|triton)\b")
     logger = logging.getLogger("dpofast")
     if not logger.handlers:

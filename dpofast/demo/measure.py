@@ -10,6 +10,10 @@ import numpy as np
 
 from dpofast.demo.tasks import Row
 
+# The same model gives an answer log-probs that differ by some 1e-6 nats when it stands in a batch
+# of another shape. A log-ratio is a tie below this, as before training, when all of them are 0.
+ROUNDING = 1e-3
+
 
 @dataclass(frozen=True)
 class PolicyScores:
@@ -38,6 +42,17 @@ class PolicyScores:
         return np.asarray(chosen > rejected)
 
 
+def reward_accuracy(logps: np.ndarray, ref_logps: np.ndarray) -> float:
+    """Share of pairs whose chosen answer is rewarded above the rejected one; ties are wrong.
+
+    Args:
+        logps: [P, 2] fp64, summed log-probs of chosen and rejected under the policy, in nats.
+        ref_logps: [P, 2] fp64, under the reference.
+    """
+    chosen, rejected = (logps - ref_logps).T
+    return float((chosen - rejected > ROUNDING).mean())
+
+
 def score_policy(model: Any, pairs: Any, pad_token_id: int, batch_pairs: int = 32) -> PolicyScores:
     """Score tokenised pairs (columns prompt_ids, chosen_ids, rejected_ids) under a model."""
     from dpofast.model import SequenceScorer
@@ -60,14 +75,14 @@ def answer(model: Any, tokenizer: Any, prompts: list[str], max_new_tokens: int =
     """Each prompt's most probable answer, token by token (greedy decoding)."""
     import torch
 
-    messages = [[{"role": "user", "content": prompt}] for prompt in prompts]
-    inputs = tokenizer.apply_chat_template(
-        messages,
-        add_generation_prompt=True,
-        padding=True,
-        padding_side="left",
-        return_tensors="pt",
-        return_dict=True,
+    texts = [
+        tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
+        )
+        for prompt in prompts
+    ]
+    inputs = tokenizer(
+        texts, add_special_tokens=False, padding=True, padding_side="left", return_tensors="pt"
     )
     was_training = model.training
     model.eval()

@@ -9,8 +9,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from dpofast.demo.data import DemoData, make_data, save_rows
-from dpofast.demo.measure import PolicyScores, answer, exact_share, score_policy
+from dpofast.demo.measure import (
+    PolicyScores,
+    answer,
+    exact_share,
+    reward_accuracy,
+    score_policy,
+)
 from dpofast.demo.model import make_model, make_tokenizer
 from dpofast.demo.screen import ProgressCallback, Sample, Screen
 from dpofast.demo.warmup import warm_up
@@ -50,7 +58,7 @@ def run_demo(folder: Path, seed: int = 0) -> dict[str, Any]:
         seed: of data and weights.
     """
     started = time.monotonic()
-    logging.getLogger("dpofast").setLevel(logging.WARNING)  # the screen says it in its own words
+    _quiet()
     screen = Screen()
     screen.title("dpofast demo: a small language model learns which answers people prefer")
 
@@ -66,11 +74,12 @@ def run_demo(folder: Path, seed: int = 0) -> dict[str, Any]:
     screen.reference(stored, folder / "reference")
 
     trainer = make_trainer(folder, data, seed)
-    before = _measure(trainer, data)
+    ref_logps = trainer.reference.logps(trainer.eval_dataset, "eval")
+    before = _measure(trainer, data, ref_logps)
     with screen.progress("training by DPO") as progress:
         trainer.add_callback(ProgressCallback(progress))
         trainer.train()
-    after = _measure(trainer, data)
+    after = _measure(trainer, data, ref_logps)
     trainer.save_model()
 
     summary = _summary(trainer, stored, before, after) | {
@@ -81,6 +90,16 @@ def run_demo(folder: Path, seed: int = 0) -> dict[str, Any]:
     plot_run(trainer.state.log_history, folder / PLOT_FILE, "DPO on the demo's pairs")
     screen.result(summary, _samples(data, before, after), folder)
     return summary
+
+
+def _quiet() -> None:
+    """The screen says in its own words what these would log or draw bars for."""
+    import datasets
+    import transformers
+
+    logging.getLogger("dpofast").setLevel(logging.WARNING)
+    transformers.utils.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
 
 
 def make_trainer(folder: Path, data: DemoData, seed: int) -> Any:
@@ -137,14 +156,14 @@ def _warm_up(data: DemoData, folder: Path, seed: int, screen: Screen) -> None:
     screen.warmed_up(model.num_parameters(), folder)
 
 
-def _measure(trainer: Any, data: DemoData) -> Measured:
-    metrics = trainer.evaluate()
+def _measure(trainer: Any, data: DemoData, ref_logps: np.ndarray) -> Measured:
     tokenizer = trainer.processing_class
     prompts = [row["prompt"][0]["content"] for row in data.held_out]
     answers = answer(trainer.model, tokenizer, prompts)
+    policy = score_policy(trainer.model, trainer.eval_dataset, tokenizer.pad_token_id)
     return Measured(
-        reward_accuracy=metrics["eval_rewards/accuracies"],
-        policy=score_policy(trainer.model, trainer.eval_dataset, tokenizer.pad_token_id),
+        reward_accuracy=reward_accuracy(policy.logps, ref_logps),
+        policy=policy,
         answers=answers,
         exact=exact_share(answers, data.held_out),
     )
