@@ -26,7 +26,7 @@ from dpofast.plots import PLOT_FILE, plot_run
 from dpofast.summary import SUMMARY_FILE, hardware, reference_summary, versions, write_json
 
 BETA = 0.5  # stronger than the usual 0.1: a tiny model drifts off its reference easily
-EPOCHS = 4
+EPOCHS = 6
 LEARNING_RATE = 2e-4
 PAIRS_PER_STEP = 16
 
