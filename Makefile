@@ -41,8 +41,8 @@ format: setup  ## put the code into shape
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: setup  ## time the head against its peers on this machine
-	$(BIN)/python -m benchmarks
+bench: setup  ## time the head with its loss against plain logits, on this machine
+	$(BIN)/python -m benchmarks.head
 
 wheel: setup  ## build the wheel into dist/
 	$(BIN)/python -m pip --disable-pip-version-check wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
