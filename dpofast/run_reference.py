@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from dpofast.checkpoint import RunState, load_run_state
-from dpofast.errors import DataError
+from dpofast.errors import DataError, ReferenceStoreError
 from dpofast.model import SequenceScorer, causal_lm, check_head
 from dpofast.reference.identity import ReferenceIdentity, model_identity
 from dpofast.reference.provider import ReferenceProvider
@@ -72,7 +72,9 @@ class RunReference:
         if set(OWN_COLUMNS) <= set(pairs.column_names):
             return self._own_logps(pairs, name)
         scorer = SequenceScorer(self._model(), self.accelerator.autocast, self.pad_token_id)
-        return self.provider.logps(pairs, name, None if self.is_gone else scorer)
+        return self.provider.logps(
+            pairs, name, None if self.is_gone else scorer, self._sum_over_ranks
+        )
 
     def policy_starts_as_reference(self) -> bool:
         """Whether the policy, as it stands, has the reference's identity."""
@@ -95,18 +97,30 @@ class RunReference:
         """Keep the reference of the run's start, also where another model was given.
 
         Raises:
-            ReferenceStoreError: the checkpoint doesn't name its reference.
+            ReferenceStoreError: the checkpoint doesn't name its reference, or names another one
+                than the ref_model given.
         """
         recorded = load_run_state(checkpoint)
-        if self.identity.digest != recorded.reference_digest:
-            # its rows can be read where they are stored, and not made
-            self.provider.fix_recorded(recorded.reference_digest, recorded.reference_description)
-            self.is_gone = True
+        if self.identity.digest == recorded.reference_digest:
+            return
+        if self.ref_model is not None:
+            raise ReferenceStoreError(
+                f"The ref_model is not the reference that {checkpoint!r} was trained against "
+                f"({self.identity.digest[:12]}, not {recorded.reference_digest[:12]}): give the "
+                "one of that run, or start a new run from the checkpoint without resuming."
+            )
+        # its rows can be read where they are stored, and not made
+        self.provider.fix_recorded(recorded.reference_digest, recorded.reference_description)
+        self.is_gone = True
 
     def dtype(self) -> torch.dtype:
         """In which the forward pass computes."""
         dtype = causal_lm(self.policy).dtype
         return AUTOCAST_DTYPES.get(self.accelerator.mixed_precision, dtype)
+
+    def _sum_over_ranks(self, counts: list[int]) -> list[int]:
+        vector = torch.tensor(counts, device=self.accelerator.device)
+        return self.accelerator.reduce(vector, reduction="sum").tolist()
 
     def _own_logps(self, pairs: Any, name: str) -> np.ndarray:
         values = np.stack([np.asarray(pairs[column], dtype=float) for column in OWN_COLUMNS], 1)

@@ -103,20 +103,17 @@ class DPOTrainer(Trainer):
         self._metric_sums = MetricSums()
         self._tokens = 0
         self._step_zero: StepZeroCheck | None = None
-        train_dataset = self._prepare(train_dataset, "train", config, tokenizer)
-        if isinstance(eval_dataset, dict):
-            eval_dataset = {
-                name: self._prepare(dataset, f"eval_{name}", config, tokenizer)
-                for name, dataset in eval_dataset.items()
-            }
-        else:
-            eval_dataset = self._prepare(eval_dataset, "eval", config, tokenizer)
         super().__init__(
             model=model,
             args=config,
             data_collator=whole_step,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
+            train_dataset=self._prepare(train_dataset, "train", config, tokenizer),
+            eval_dataset={
+                name: self._prepare(dataset, f"eval_{name}", config, tokenizer)
+                for name, dataset in eval_dataset.items()
+            }
+            if isinstance(eval_dataset, dict)
+            else self._prepare(eval_dataset, "eval", config, tokenizer),
             processing_class=tokenizer,
             callbacks=[MetricsFile(), *(callbacks or [])],
             optimizers=optimizers,

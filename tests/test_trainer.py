@@ -232,6 +232,14 @@ def test_a_dataset_may_bring_its_own_reference_log_probs(tmp_path):
         make_trainer(tmp_path, pairs=broken).train()
 
 
+def test_resumed_with_another_ref_model_the_run_stops(tmp_path):
+    saving = {"save_strategy": "steps", "save_steps": 2}
+    make_trainer(tmp_path, ref_model=tiny_llama(seed=5), options=saving).train()
+    other = make_trainer(tmp_path, ref_model=tiny_llama(seed=6), options=saving)
+    with pytest.raises(ReferenceStoreError, match="ref_model is not the reference"):
+        other.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
+
+
 def test_evaluation_gives_exact_means_whatever_the_batch_size(tmp_path):
     held_out, reference = token_pairs(7, seed=4), tiny_llama(seed=5)
     margins = [naive_margin(tiny_llama(), reference, pair).item() for pair in held_out]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -52,13 +53,20 @@ class ReferenceProvider:
         """Settle on the reference that a checkpoint names; its rows can be read, not made."""
         self.fix(ReferenceIdentity(digest, description))
 
-    def logps(self, pairs: Any, name: str, scorer: Scorer | None) -> np.ndarray:
+    def logps(
+        self,
+        pairs: Any,
+        name: str,
+        scorer: Scorer | None,
+        sum_over_ranks: Callable[[list[int]], list[int]] = lambda counts: counts,
+    ) -> np.ndarray:
         """Summed reference log-probs of each pair: [n, 2] fp64, chosen and rejected, in nats.
 
         Args:
             pairs: datasets.Dataset with prompt_ids, chosen_ids, rejected_ids.
             name: of the dataset, for messages.
             scorer: makes rows that the store lacks; None where the reference is gone.
+            sum_over_ranks: adds up counts, so that the report is of all ranks.
 
         Raises:
             ReferenceStoreError: a row is missing and there is no scorer; the store is damaged.
@@ -73,7 +81,8 @@ class ReferenceProvider:
                 ranks=self.ranks,
                 description=f"reference log-probs ({name})",
             )
-            self.reports[name] = report
+            rows, passes = sum_over_ranks([report.rows_scored, report.forward_passes])
+            self.reports[name] = replace(report, rows_scored=rows, forward_passes=passes)
             return reference_logps(self._namespace, pairs)
         try:
             return reference_logps(self._namespace, pairs)
