@@ -12,17 +12,19 @@ from dpofast.demo.tasks import Question, Row, capitals, lists, sums
 
 @dataclass(frozen=True)
 class DemoSize:
-    """How many of each: counts per family, so every split holds all three families evenly.
+    """How many of each.
 
     Attributes:
-        train: training questions per family, one pair each.
-        held_out: held-out questions per family, one pair each; even.
+        facts: training pairs of capitals, and as many of sums.
+        lists: training pairs of lists, which no fact helps with.
+        held_out: held-out pairs per family; even.
         warmup_lists: further lists that only the warm-up sees.
     """
 
-    train: int = 160
+    facts: int = 128
+    lists: int = 256
     held_out: int = 32
-    warmup_lists: int = 450
+    warmup_lists: int = 350
 
 
 @dataclass(frozen=True)
@@ -44,18 +46,18 @@ def make_data(seed: int, size: DemoSize | None = None) -> DemoData:
     """Generate the demo's data; the same seed gives the same data."""
     size = size or DemoSize()
     rng = random.Random(seed)
-    families = [
-        _drawn(list(capitals(rng)), rng),
-        _drawn(list(sums(rng)), rng),
-        _distinct_lists(rng, size.held_out + size.train + size.warmup_lists),
-    ]
-    held_out = [question for family in families for question in family[: size.held_out]]
-    known = [question for family in families for question in family[size.held_out :]]
-    train = [
-        question
-        for family in families
-        for question in family[size.held_out : size.held_out + size.train]
-    ]
+    families = {
+        "capitals": _drawn(list(capitals(rng)), rng),
+        "sums": _drawn(list(sums(rng)), rng),
+        "lists": _distinct_lists(rng, size.held_out + size.lists + size.warmup_lists),
+    }
+    counts = {"capitals": size.facts, "sums": size.facts, "lists": size.lists}
+    held_out, train, known = [], [], []
+    for name, questions in families.items():
+        rest = questions[size.held_out :]
+        held_out += questions[: size.held_out]
+        train += rest[: counts[name]]
+        known += rest
     warmup = [
         (question.prompt, answer)
         for question in known

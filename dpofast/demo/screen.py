@@ -21,7 +21,7 @@ StepFunction = Callable[[int, int, float], None]
 
 @dataclass(frozen=True)
 class Sample:
-    """A held-out prompt, and what the model says to it before and after DPO."""
+    """A held-out prompt, and the most probable answer to it before and after DPO."""
 
     prompt: str
     preferred: str
@@ -125,7 +125,7 @@ class Screen:
         )
 
     def _samples(self, samples: list[Sample]) -> None:
-        self._heading("Two held-out prompts, the most probable answer")
+        self._heading("Two held-out prompts that are answered otherwise now")
         table = Table("prompt", "preferred", "before", "after", box=None, padding=(0, 2, 0, 2))
         for sample in samples:
             table.add_row(sample.prompt, sample.preferred, sample.before, sample.after)
