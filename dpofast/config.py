@@ -137,10 +137,17 @@ class DPOConfig(TrainingArguments):
             self.bf16 = not self.fp16 and (self.use_cpu or is_torch_bf16_gpu_available())
         if isinstance(self.loss_type, str):
             self.loss_type = [self.loss_type]
+        self._name_checkpointing()
         self.make_loss()
         self._check_numbers()
         self._check_unsupported()
         super().__post_init__()
+
+    def _name_checkpointing(self) -> None:
+        """transformers 5.23 renamed the option: both names are taken, and neither is warned of."""
+        for suffix in ("checkpointing", "checkpointing_kwargs"):
+            if getattr(self, f"activation_{suffix}", ...) is None:
+                setattr(self, f"activation_{suffix}", getattr(self, f"gradient_{suffix}"))
 
     def make_loss(self) -> PairLoss:
         """The loss that these options name, of `dpofast_kernels.preference`."""

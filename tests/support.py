@@ -120,6 +120,7 @@ def float64_throughout() -> Iterator[None]:
     """transformers upcasts norms and softmax to float32 by name: let that name mean float64."""
     with (
         mock.patch.object(torch, "float32", torch.float64),
+        mock.patch.object(torch, "float", torch.float64),
         mock.patch.object(torch.Tensor, "float", torch.Tensor.double),
     ):
         yield

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import pickle
+from dataclasses import fields
 
 import pytest
 import trl
@@ -68,6 +69,15 @@ def test_a_wrong_value_or_name_is_refused_with_the_option(tmp_path, options, mes
 def test_trls_options_at_values_that_change_nothing_are_taken(tmp_path):
     neutral = {name: values[0] for name, (values, _) in FOREIGN_OPTIONS.items()}
     assert config(tmp_path, **neutral).beta == 0.1
+
+
+@pytest.mark.parametrize("value", [True, False])
+def test_both_names_of_checkpointing_are_taken_without_a_warning(tmp_path, value, recwarn):
+    names = {"gradient_checkpointing", "activation_checkpointing"}
+    for name in names & {item.name for item in fields(DPOConfig)}:
+        options = config(tmp_path, **{name: value})
+        assert options.gradient_checkpointing is value
+    assert not [w for w in recwarn if "checkpointing" in str(w.message)]
 
 
 def test_logs_and_pickles_show_the_users_accumulation(tmp_path):
