@@ -98,6 +98,22 @@ def test_unknown_command_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert "dpofast: error: argument COMMAND: invalid choice: 'trian'" in capsys.readouterr().err
 
 
+def test_interrupt_ends_without_a_traceback(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("dpofast.cli.train.train", interrupted)
+    assert main(["train", "run.yaml"]) == 130
+    assert capsys.readouterr().err == "dpofast: interrupted\n"
+
+
+def test_command_alone_prints_the_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 2
+    assert "COMMAND" in capsys.readouterr().out
+
+
 def test_second_run_needs_no_reference_forward(
     tmp_path: Path, model_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
