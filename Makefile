@@ -5,10 +5,10 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constr
 STAMP := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test torture lint format bench wheel freeze
+.PHONY: help setup demo test test-slow torture lint format bench wheel freeze
 
 help:  ## list these commands
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 12
 
 setup: $(STAMP)  ## make .venv and install everything into it, at the versions of constraints.txt
 
@@ -28,6 +28,9 @@ demo: setup  ## train a small model by DPO on generated pairs and see that it le
 
 test: setup  ## all tests but the slow ones, those that need a GPU and the torture tests
 	$(BIN)/python -m pytest -q -m 'not slow and not torture and not gpu'
+
+test-slow: setup  ## the slow tests, among them the step by step comparison with TRL
+	$(BIN)/python -m pytest -q -m 'slow and not torture and not gpu'
 
 torture: setup  ## kill, corrupt and resume, many times over
 	$(BIN)/python -m pytest -q -m torture

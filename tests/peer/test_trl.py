@@ -18,7 +18,7 @@ from dpofast.data import load_preferences, tokenize_preferences
 trl = pytest.importorskip("trl", reason="needs the extra `bench`")
 peft = pytest.importorskip("peft", reason="needs the extra `peft`")
 
-pytestmark = [pytest.mark.peer, pytest.mark.slow]  # two minutes: 10 steps of 4 long pairs, twice
+pytestmark = [pytest.mark.peer, pytest.mark.slow]  # some minutes: TRL scores every token on a CPU
 
 STEPS, PAIRS_PER_STEP = 10, 4
 OPTIONS = {
