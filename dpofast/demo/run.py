@@ -20,7 +20,7 @@ from dpofast.demo.measure import (
     score_policy,
 )
 from dpofast.demo.model import make_model, make_tokenizer
-from dpofast.demo.screen import ProgressCallback, Sample, Screen
+from dpofast.demo.screen import ProgressCallback, Sample, Samples, Screen
 from dpofast.demo.warmup import warm_up
 from dpofast.plots import PLOT_FILE, plot_run
 from dpofast.summary import SUMMARY_FILE, hardware, reference_summary, versions, write_json
@@ -196,12 +196,12 @@ def _summary(
     }
 
 
-def _samples(data: DemoData, before: Measured, after: Measured) -> list[Sample]:
-    """The first two held-out prompts, of those that are answered otherwise than before."""
-    rows = zip(data.held_out, before.answers, after.answers, strict=True)
-    changed = [
-        Sample(row["prompt"][0]["content"], row["chosen"][0]["content"], old, new)
-        for row, old, new in rows
-        if old != new
-    ]
-    return changed[:2]
+def _samples(data: DemoData, before: Measured, after: Measured) -> Samples:
+    """How many answers became right, how many wrong, and two of those that became right."""
+    became_right, became_wrong = [], 0
+    for row, old, new in zip(data.held_out, before.answers, after.answers, strict=True):
+        right = row["chosen"][0]["content"]
+        if new == right != old:
+            became_right.append(Sample(row["prompt"][0]["content"], old, new))
+        became_wrong += old == right != new
+    return Samples(became_right[:2], len(became_right), became_wrong)

@@ -24,9 +24,17 @@ class Sample:
     """A held-out prompt, and the most probable answer to it before and after DPO."""
 
     prompt: str
-    preferred: str
     before: str
     after: str
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Some answers that became right, and how many became right and wrong in all."""
+
+    shown: list[Sample]
+    became_right: int
+    became_wrong: int
 
 
 class ProgressCallback(TrainerCallback):
@@ -99,7 +107,7 @@ class Screen:
             f"Store: {folder}"
         )
 
-    def result(self, summary: dict[str, Any], samples: list[Sample], folder: Path) -> None:
+    def result(self, summary: dict[str, Any], samples: Samples, folder: Path) -> None:
         """Before and after: accuracies, log-probs, sample answers."""
         self._heading("Held-out pairs, before and after")
         table = Table("", "before", "after", box=None, padding=(0, 2, 0, 2))
@@ -124,11 +132,14 @@ class Screen:
             "summary.json, training.png, dpo/ (the trained model), warm/ (the model before)."
         )
 
-    def _samples(self, samples: list[Sample]) -> None:
-        self._heading("Two held-out prompts that are answered otherwise now")
-        table = Table("prompt", "preferred", "before", "after", box=None, padding=(0, 2, 0, 2))
-        for sample in samples:
-            table.add_row(sample.prompt, sample.preferred, sample.before, sample.after)
+    def _samples(self, samples: Samples) -> None:
+        self._heading(
+            f"Most probable answers: {samples.became_right} became right and "
+            f"{samples.became_wrong} wrong, for example"
+        )
+        table = Table("held-out prompt", "before", "after", box=None, padding=(0, 2, 0, 2))
+        for sample in samples.shown:
+            table.add_row(sample.prompt, sample.before, sample.after)
         self.console.print(table)
 
     def _heading(self, text: str) -> None:
