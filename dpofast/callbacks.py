@@ -14,6 +14,9 @@ METRICS_FILE = "metrics.jsonl"
 class MetricsFile(TrainerCallback):
     """Appends every log event to metrics.jsonl, one JSON object a line: step, epoch, values."""
 
+    def __init__(self) -> None:
+        self._has_written = False  # an evaluation before training belongs to the run
+
     def on_train_begin(
         self,
         args: TrainingArguments,
@@ -28,7 +31,12 @@ class MetricsFile(TrainerCallback):
         lines = path.read_text(encoding="utf-8").splitlines()
         # a killed run may have left half a line at the end
         whole = [line for line in lines if line.endswith("}")]
-        kept = [line for line in whole if json.loads(line)["step"] <= state.global_step]
+        is_resumed = state.global_step > 0
+        kept = [
+            line
+            for line in whole
+            if (is_resumed or self._has_written) and json.loads(line)["step"] <= state.global_step
+        ]
         path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
 
     def on_log(
@@ -42,6 +50,9 @@ class MetricsFile(TrainerCallback):
         if not state.is_world_process_zero:
             return
         path = Path(args.output_dir) / METRICS_FILE
+        if not self._has_written and not state.global_step:
+            path.unlink(missing_ok=True)  # of an older run
+        self._has_written = True
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": state.global_step, **(logs or {})}) + "\n")

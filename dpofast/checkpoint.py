@@ -62,13 +62,21 @@ def refuse_finished(checkpoint: str, max_steps: int) -> None:
         checkpoint: folder of a whole checkpoint.
         max_steps: optimizer steps of the whole run.
     """
-    text = (Path(checkpoint) / TRAINER_STATE_FILE).read_text(encoding="utf-8")
-    step = json.loads(text)["global_step"]
-    if step >= max_steps:
+    step = _saved_step(Path(checkpoint))
+    if step is not None and step >= max_steps:
         raise ConfigError(
             f"resume_from_checkpoint: {checkpoint!r} stands at step {step} of {max_steps}, so this "
             "run is finished; raise num_train_epochs or max_steps to train on."
         )
+
+
+def _saved_step(checkpoint: Path) -> int | None:
+    """The step of a whole checkpoint; None where its last file is missing or was cut short."""
+    try:
+        state = json.loads((checkpoint / TRAINER_STATE_FILE).read_text(encoding="utf-8"))
+        return int(state["global_step"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def resolve_checkpoint(resume: str | bool | None, output_dir: str) -> str | None:
@@ -82,10 +90,10 @@ def resolve_checkpoint(resume: str | bool | None, output_dir: str) -> str | None
     if not resume:
         return None
     if isinstance(resume, (str, Path)):
-        if not (Path(resume) / TRAINER_STATE_FILE).is_file():
+        if _saved_step(Path(resume)) is None:
             raise ConfigError(
                 f"resume_from_checkpoint: {str(resume)!r} is not a whole checkpoint, as it has no "
-                f"{TRAINER_STATE_FILE}."
+                f"{TRAINER_STATE_FILE} that can be read; name another one."
             )
         return str(resume)
     folders = [
@@ -94,7 +102,7 @@ def resolve_checkpoint(resume: str | bool | None, output_dir: str) -> str | None
         if path.name.removeprefix("checkpoint-").isdigit()
     ]
     for path in sorted(folders, key=lambda path: int(path.name.split("-")[1]), reverse=True):
-        if (path / TRAINER_STATE_FILE).is_file():
+        if _saved_step(path) is not None:
             return str(path)
         logger.warning("%s was not saved to its end; an older checkpoint is looked for.", path)
     raise ConfigError(

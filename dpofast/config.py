@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import functools
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -50,6 +51,14 @@ FOREIGN_OPTIONS: dict[str, tuple[tuple[Any, ...], str]] = {
     "ref_adapter_name": ((None,), "leave it out; the reference is the model before step 1"),
     "ref_model_init_kwargs": ((None,), "load the reference yourself and pass it as ref_model"),
     "base_model_attribute_name": (("model",), "leave it out"),
+    "model_init": ((None,), "pass the model"),
+    "preprocess_logits_for_metrics": ((None,), "no logits exist; use a callback"),
+    "overwrite_output_dir": ((False,), "name another output_dir, or resume_from_checkpoint"),
+    "save_safetensors": ((True,), "leave it out; checkpoints are always safetensors"),
+    "logging_dir": ((None,), "set TENSORBOARD_LOGGING_DIR in the environment"),
+    "no_cuda": ((False,), "set use_cpu"),
+    "group_by_length": ((False,), "leave it out; steps see the pairs in the shuffled order"),
+    "evaluation_strategy": ((), "transformers calls it eval_strategy now"),
     "tools": ((None,), "put the tools into a column `tools` of the dataset"),
 }
 
@@ -96,6 +105,9 @@ class DPOConfig(TrainingArguments):
     bf16: bool | None = field(
         default=None, metadata={"help": "bfloat16 autocast; the default where fp16 isn't set."}
     )
+    report_to: list[str] | str | None = field(
+        default="tensorboard", metadata={"help": "Where logs go; 'none' for files alone."}
+    )
     model_init_kwargs: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "Arguments of from_pretrained."}
     )
@@ -138,10 +150,16 @@ class DPOConfig(TrainingArguments):
         if isinstance(self.loss_type, str):
             self.loss_type = [self.loss_type]
         self._name_checkpointing()
-        self.make_loss()
+        self._read_model_init_kwargs()
         self._check_numbers()
+        self.make_loss()
         self._check_unsupported()
         super().__post_init__()
+        if self.n_gpu > 1:
+            raise ConfigError(
+                f"{self.n_gpu} GPUs are visible to one process; launch with torchrun "
+                "--nproc-per-node, or choose one with CUDA_VISIBLE_DEVICES."
+            )
 
     def _name_checkpointing(self) -> None:
         """transformers 5.23 renamed the option: both names are taken, and neither is warned of."""
@@ -149,9 +167,25 @@ class DPOConfig(TrainingArguments):
             if getattr(self, f"activation_{suffix}", ...) is None:
                 setattr(self, f"activation_{suffix}", getattr(self, f"gradient_{suffix}"))
 
+    def _read_model_init_kwargs(self) -> None:
+        options = self.model_init_kwargs
+        if isinstance(options, str):
+            try:
+                options = json.loads(options)
+            except ValueError as error:
+                raise ConfigError(
+                    f"model_init_kwargs: got {options!r}, expected a mapping or one as JSON."
+                ) from error
+        if options is not None and not isinstance(options, dict):
+            raise ConfigError(f"model_init_kwargs: got {options!r}, expected a mapping.")
+        if options and "torch_dtype" in options:  # its name of old
+            options = dict(options)
+            options.setdefault("dtype", options.pop("torch_dtype"))
+        self.model_init_kwargs = options
+
     def make_loss(self) -> PairLoss:
         """The loss that these options name, of `dpofast_kernels.preference`."""
-        if len(self.loss_type) != 1:
+        if not isinstance(self.loss_type, (list, tuple)) or len(self.loss_type) != 1:
             raise ConfigError(
                 f"loss_type: got {self.loss_type}, but one loss is trained at a time; name one."
             )
@@ -159,6 +193,12 @@ class DPOConfig(TrainingArguments):
             return make_loss(self.loss_type[0], self.beta, self.label_smoothing)
         except (TypeError, ValueError) as error:
             raise ConfigError(str(error)) from error
+
+    def loading_options(self) -> dict[str, Any]:
+        """What `from_pretrained` gets, for policy and reference alike."""
+        own = self.model_init_kwargs
+        assert own is None or isinstance(own, dict)
+        return {"trust_remote_code": self.trust_remote_code, **(own or {})}
 
     def reference_folder(self) -> Path | None:
         """Where the reference's log-probs are kept; None if they aren't to be."""
@@ -197,6 +237,17 @@ class DPOConfig(TrainingArguments):
         return state
 
     def _check_numbers(self) -> None:
+        ranges = {
+            "beta": (0.0, "above 0"),
+            "label_smoothing": (None, "at least 0 and below 0.5"),
+            "learning_rate": (0.0, "at least 0"),
+            "num_train_epochs": (0.0, "above 0"),
+        }
+        for name, (minimum, words) in ranges.items():
+            value = getattr(self, name)
+            is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if not is_number or (minimum is not None and value < minimum):
+                raise ConfigError(f"{name}: got {value!r}, expected a number {words}.")
         if self.truncation_mode not in TRUNCATION_MODES:
             raise ConfigError(
                 f"truncation_mode: got {self.truncation_mode!r}, expected one of "
@@ -227,6 +278,15 @@ class DPOConfig(TrainingArguments):
                 "fp16_full_eval and bf16_full_eval aren't supported, as the policy would be "
                 "compared with a reference in another precision; use fp16 or bf16."
             )
+        remedies = {
+            "label_smoothing_factor": "set label_smoothing",
+            "neftune_noise_alpha": "leave it out; the policy would differ from its reference",
+            "use_liger_kernel": "leave it out; only dpofast's own kernels are supported yet",
+            "parallelism_config": "leave it out; ranks share a step's pairs, not a sequence",
+        }
+        for name, remedy in remedies.items():
+            if getattr(self, name, None):
+                raise ConfigError(f"{name} isn't supported: {remedy}.")
         strategy = self.train_sampling_strategy
         if strategy not in ("random", "sequential"):
             raise ConfigError(

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from dpofast.errors import ModelError
@@ -119,7 +120,7 @@ def _linear_forward(head: nn.Linear, hidden_states: Tensor, task: HeadTask) -> A
 
 
 def _is_plain_lora(head: Any) -> bool:
-    """LoRA whose forward is x @ (W + scaling B A)^T, so that one weight stands for it."""
+    """LoRA whose forward is x W^T + s (x A^T) B^T and nothing else."""
     if not (hasattr(head, "lora_A") and type(getattr(head, "base_layer", None)) is nn.Linear):
         return False
     return not (
@@ -130,11 +131,16 @@ def _is_plain_lora(head: Any) -> bool:
 
 
 def _lora_forward(head: Any, hidden_states: Tensor, task: HeadTask) -> Any:
+    """x W^T + s (x A^T) B^T as one product: [x, s x A^T] against [W, B].
+
+    The sum W + s B A would be rounded to the weight's dtype, where most of a small adapter is lost.
+    """
     weight = head.base_layer.weight  # [V, H]
+    inputs, weights = [hidden_states], [weight]
     if not (head.disable_adapters or head.merged):
         for name in head.active_adapters:
             if name in head.lora_A:
-                # [V, r] @ [r, H]: autograd takes the weight's gradient on to both
-                delta = head.lora_B[name].weight @ head.lora_A[name].weight
-                weight = weight + (delta * head.scaling[name]).to(weight.dtype)
-    return task(hidden_states, weight, head.base_layer.bias)
+                low_rank = head.lora_A[name](hidden_states.to(head.lora_A[name].weight.dtype))
+                inputs.append((low_rank * head.scaling[name]).to(hidden_states.dtype))  # [N, r]
+                weights.append(head.lora_B[name].weight.to(weight.dtype))  # [V, r]
+    return task(torch.cat(inputs, 1), torch.cat(weights, 1), head.base_layer.bias)

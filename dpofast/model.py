@@ -40,7 +40,7 @@ def load_policy(name_or_path: str, **options: Any) -> Any:
 
     options = {"dtype": torch.float32, "use_safetensors": True, **options}
     if isinstance(options["dtype"], str) and options["dtype"] != "auto":
-        options["dtype"] = getattr(torch, options["dtype"].removeprefix("torch."))
+        options["dtype"] = _dtype_named(options["dtype"])
     _refuse_missing_folder(name_or_path)
     try:
         return AutoModelForCausalLM.from_pretrained(name_or_path, **options)
@@ -48,7 +48,16 @@ def load_policy(name_or_path: str, **options: Any) -> Any:
         raise ModelError(f"The model {name_or_path!r} can't be loaded: {error}") from error
 
 
-def load_tokenizer(name_or_path: str, trust_remote_code: bool = False) -> Any:
+def _dtype_named(name: str) -> torch.dtype:
+    dtype = getattr(torch, name.removeprefix("torch."), None)
+    if not isinstance(dtype, torch.dtype):
+        raise ModelError(f"dtype: got {name!r}, expected auto, bfloat16, float16 or float32.")
+    return dtype
+
+
+def load_tokenizer(
+    name_or_path: str, trust_remote_code: bool = False, revision: str | None = None
+) -> Any:
     """The tokenizer that lies beside a model.
 
     Raises:
@@ -62,7 +71,9 @@ def load_tokenizer(name_or_path: str, trust_remote_code: bool = False) -> Any:
     if folder.is_dir() and not any(folder.glob("*token*")) and not any(folder.glob("vocab*")):
         raise ModelError(f"The model folder {name_or_path!r} has no tokenizer: {remedy}.")
     try:
-        return AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
+        return AutoTokenizer.from_pretrained(
+            name_or_path, trust_remote_code=trust_remote_code, revision=revision or "main"
+        )
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(
             f"No tokenizer can be loaded from {name_or_path!r} ({error}): {remedy}."
@@ -154,14 +165,15 @@ def run_batch(wrapped: nn.Module, batch: PackedPairs, head_task: HeadTask) -> An
 
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Inside, no gradients and no dropout; afterwards the model is in the mode it was in."""
-    was_training = model.training
+    """Inside, no gradients and no dropout; afterwards every module is in the mode it was in."""
+    modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
         with torch.no_grad():
             yield
     finally:
-        model.train(was_training)
+        for module, mode in modes:
+            module.training = mode
 
 
 class SequenceScorer:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -31,17 +32,29 @@ def plot_run(log_history: Sequence[dict[str, Any]], path: Path, title: str) -> N
     figure = Figure(figsize=(11, 7), layout="constrained")
     FigureCanvasAgg(figure)  # draws without a screen, and leaves pyplot's state alone
     figure.suptitle(title)
+    prefixes = _evaluation_prefixes(log_history)
     for axes, (name, unit, keys) in zip(figure.subplots(2, 2).flat, PANELS, strict=True):
         for index, key in enumerate(keys):
             side = key.rpartition("/")[2] if len(keys) > 1 else "training"
-            held_out = f"held out, {side}" if len(keys) > 1 else "held out"
-            color = f"C{index}"
-            axes.plot(*_series(log_history, key), color=color, label=side)
-            axes.plot(*_series(log_history, f"eval_{key}"), "o", color=color, label=held_out)
+            axes.plot(*_series(log_history, key), color=f"C{index}", label=side)
+            for marker, prefix in zip(cycle("os^vDX"), prefixes):
+                label = f"{prefix}{side}" if len(keys) > 1 else prefix.rstrip("_")
+                series = _series(log_history, f"{prefix}{key}")
+                axes.plot(*series, marker, color=f"C{index}", label=label)
         axes.set(title=name, xlabel="optimizer step", ylabel=unit)
         axes.grid(alpha=0.3)
         axes.legend()
     figure.savefig(path, dpi=110)
+
+
+def _evaluation_prefixes(log_history: Sequence[dict[str, Any]]) -> list[str]:
+    """eval_, or eval_NAME_ for every named set."""
+    keys = {key for log in log_history for key in log}
+    return sorted(
+        key.removesuffix("loss")
+        for key in keys
+        if key.startswith("eval_") and key.endswith("_loss")
+    )
 
 
 def _series(log_history: Sequence[dict[str, Any]], key: str) -> tuple[list[int], list[float]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from typing import Any
 
@@ -29,23 +28,57 @@ def resolve_model(model: Any, config: DPOConfig, tokenizer: Any) -> tuple[nn.Mod
     Raises:
         ModelError: the model can't be loaded, or no tokenizer belongs to it.
     """
-    name = model if isinstance(model, str) else model.config._name_or_path
+    options = config.loading_options()
     if tokenizer is None:
+        name = model_name(model)
         if not name:
             raise ModelError("processing_class is missing, and the model doesn't know its name.")
-        tokenizer = load_tokenizer(name, config.trust_remote_code)
+        tokenizer = load_tokenizer(name, options["trust_remote_code"], options.get("revision"))
     if config.pad_token is not None:
+        if config.pad_token not in tokenizer.get_vocab():
+            raise ConfigError(
+                f"pad_token: {config.pad_token!r} is not in the tokenizer's vocabulary; name a "
+                "token that is, or leave it out."
+            )
         tokenizer.pad_token = config.pad_token
     elif tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     if isinstance(model, str):
-        options = config.model_init_kwargs or {}
-        if isinstance(options, str):
-            options = json.loads(options)
-        model = load_policy(model, trust_remote_code=config.trust_remote_code, **options)
+        model = load_policy(model, **options)
     elif config.model_init_kwargs:
-        logger.warning("model_init_kwargs are ignored, as the model is loaded already.")
+        logger.info("model_init_kwargs are ignored, as the model is loaded already.")
     return model, tokenizer
+
+
+def resolve_ref_model(ref_model: Any, model: Any, config: DPOConfig) -> Any:
+    """The reference model, loaded where it was named; None where it is the policy's start.
+
+    Raises:
+        ConfigError: it is the very object that is trained.
+        ModelError: it can't be loaded.
+    """
+    if ref_model is None or (isinstance(ref_model, str) and ref_model == model):
+        return None
+    if ref_model is model:
+        raise ConfigError("ref_model is the model itself; leave it out, or pass a copy.")
+    if isinstance(ref_model, str):
+        return load_policy(ref_model, **config.loading_options())
+    return ref_model
+
+
+def model_name(model: Any) -> str:
+    """The folder or hub name of a model, as far as it knows it.
+
+    Raises:
+        ConfigError: it is no model.
+    """
+    if isinstance(model, str):
+        return model
+    if not isinstance(model, nn.Module) or not hasattr(model, "config"):
+        raise ConfigError(
+            f"model: got a {type(model).__name__}, expected a causal LM or the name of one."
+        )
+    return str(getattr(model.config, "_name_or_path", ""))
 
 
 def prepare_policy(model: Any, config: DPOConfig, peft_config: Any) -> nn.Module:
@@ -65,9 +98,16 @@ def prepare_policy(model: Any, config: DPOConfig, peft_config: Any) -> nn.Module
             )
         if config.gradient_checkpointing:
             model.enable_input_require_grads()
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ModelError(
+            "No parameter of the model requires a gradient, so nothing would be trained: load an "
+            "adapter with PeftModel.from_pretrained(..., is_trainable=True), or set requires_grad."
+        )
     if config.disable_dropout:
         disable_dropout(model)
     lm = causal_lm(model)
+    if getattr(lm.config.get_text_config(), "output_router_logits", False):
+        logger.warning("The auxiliary loss of this mixture of experts isn't added to DPO's.")
     body_of(lm)
     head_forwards(lm.get_output_embeddings())
     if config.label_smoothing:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from dpofast.checkpoint import RunState, load_run_state
+from dpofast.data.batch import TokenIds
 from dpofast.errors import DataError, ReferenceStoreError
 from dpofast.model import SequenceScorer, causal_lm, check_head
 from dpofast.reference.identity import ReferenceIdentity, model_identity
@@ -48,14 +50,16 @@ class RunReference:
         self.accelerator, self.pad_token_id = accelerator, pad_token_id
         self.is_gone = False
         self._believed: set[str] = set()  # datasets with log-probs of their own
+        self._scored: set[str] = set()  # datasets without
+        self._home = next(self._model.parameters()).device
 
     @property
     def identity(self) -> ReferenceIdentity:
         """Settled at the first call, for the whole run."""
         if self.provider.identity is None:
-            model = self._model()
-            check_head(model)
-            self.provider.fix(self._identity(model))
+            for model in {id(m): m for m in (self.policy, self._model)}.values():
+                check_head(model)
+            self.provider.fix(self._identity(self._model))
         assert self.provider.identity is not None
         return self.provider.identity
 
@@ -71,10 +75,18 @@ class RunReference:
         _ = self.identity
         if set(OWN_COLUMNS) <= set(pairs.column_names):
             return self._own_logps(pairs, name)
-        scorer = SequenceScorer(self._model(), self.accelerator.autocast, self.pad_token_id)
-        return self.provider.logps(
-            pairs, name, None if self.is_gone else scorer, self._sum_over_ranks
-        )
+        if self._believed:
+            raise DataError(
+                f"{name} lacks {' and '.join(OWN_COLUMNS)}, which {', '.join(self._believed)} "
+                "brings: the two would be compared with different references; give these columns "
+                "to all datasets, or to none."
+            )
+        self._scored.add(name)
+        scorer = None if self.is_gone else self._score
+        logps = self.provider.logps(pairs, name, scorer, self._sum_over_ranks)
+        if self.ref_model is not None and not _is_placed(self.ref_model):
+            self.ref_model.to(self._home)  # its memory is what the store saves
+        return logps
 
     def policy_starts_as_reference(self) -> bool:
         """Whether the policy, as it stands, has the reference's identity."""
@@ -82,7 +94,7 @@ class RunReference:
             return False
         if self.ref_model is None:
             return not self.is_gone
-        return self._identity(self._on_device(self.policy)).digest == self.identity.digest
+        return self._identity(self.policy).digest == self.identity.digest
 
     def policy_moves(self) -> None:
         """From here on the policy can't stand for the reference."""
@@ -93,8 +105,11 @@ class RunReference:
         store = str(self.provider.folder) if kept else None
         RunState(self.identity.digest, self.identity.description, store).save(checkpoint)
 
-    def restore(self, checkpoint: str) -> None:
+    def restore(self, checkpoint: str) -> bool:
         """Keep the reference of the run's start, also where another model was given.
+
+        Returns:
+            Whether the reference is another one than before this call.
 
         Raises:
             ReferenceStoreError: the checkpoint doesn't name its reference, or names another one
@@ -102,7 +117,7 @@ class RunReference:
         """
         recorded = load_run_state(checkpoint)
         if self.identity.digest == recorded.reference_digest:
-            return
+            return False
         if self.ref_model is not None:
             raise ReferenceStoreError(
                 f"The ref_model is not the reference that {checkpoint!r} was trained against "
@@ -112,6 +127,7 @@ class RunReference:
         # its rows can be read where they are stored, and not made
         self.provider.fix_recorded(recorded.reference_digest, recorded.reference_description)
         self.is_gone = True
+        return True
 
     def dtype(self) -> torch.dtype:
         """In which the forward pass computes."""
@@ -130,17 +146,27 @@ class RunReference:
                 f"{name}: {' or '.join(OWN_COLUMNS)} of pair {bad[0]} is not a finite number; "
                 "leave both columns out to have them computed."
             )
+        if self.ref_model is not None or self._scored:
+            other = "a ref_model" if self.ref_model is not None else ", ".join(self._scored)
+            raise DataError(
+                f"{name} brings {' and '.join(OWN_COLUMNS)}, beside {other} without: leave these "
+                "columns out to have them computed, or rely on them alone."
+            )
         self._believed.add(name)
         logger.info("%s brings its own reference log-probs; they aren't checked.", name)
         return values
 
+    @property
     def _model(self) -> nn.Module:
-        return self._on_device(self.policy if self.ref_model is None else self.ref_model)
+        return self.policy if self.ref_model is None else self.ref_model
 
-    def _on_device(self, model: nn.Module) -> nn.Module:
-        if hasattr(causal_lm(model), "hf_device_map"):  # its parts are placed already
-            return model
-        return model.to(self.accelerator.device)
+    def _score(self, sequences: Sequence[tuple[TokenIds, TokenIds]]) -> list[np.ndarray]:
+        """A Scorer that takes the reference to the device only when there is something to score."""
+        model = self._model
+        if not _is_placed(model):
+            model.to(self.accelerator.device)
+        score = SequenceScorer(model, self.accelerator.autocast, self.pad_token_id)
+        return score(sequences)
 
     def _identity(self, model: nn.Module) -> ReferenceIdentity:
         return model_identity(
@@ -149,3 +175,8 @@ class RunReference:
             attention=causal_lm(model).config._attn_implementation,
             head_version=HEAD_VERSION,
         )
+
+
+def _is_placed(model: nn.Module) -> bool:
+    """Whether its parts were spread over devices by from_pretrained."""
+    return hasattr(causal_lm(model), "hf_device_map")

@@ -8,19 +8,20 @@ from dpofast.data.batch import PackedPairs
 from dpofast.errors import ModelError
 from dpofast_kernels import PairLoss, PairLossOutput
 
-# The largest difference of the batch's mean loss from the loss at zero log-ratios that rounding
-# explains: answers of some thousand tokens, batched in another way when they were scored.
+# The largest mean log-ratio per token, over the batch's answers, that rounding explains: a batch of
+# another width, when the reference was scored. A wrong reference is off by tenths of nats or more.
 TOLERANCE = {
-    torch.float64: 1e-7,
-    torch.float32: 1e-3,
-    torch.float16: 2e-2,
+    torch.float64: 1e-8,
+    torch.float32: 1e-4,
+    torch.float16: 1e-2,
     torch.bfloat16: 5e-2,
 }
 
 
 class StepZeroCheck:
-    """Compares the first batch's loss with the loss at zero log-ratios (sigmoid: ln 2).
+    """Compares the first batch with zero log-ratios, where the loss is known (sigmoid: ln 2).
 
+    The log-ratios are what is bounded, not the loss: its slope grows with beta, or with 1 / beta.
     Only for a policy of the reference's own identity, without dropout, before its first step.
 
     Args:
@@ -33,18 +34,19 @@ class StepZeroCheck:
 
     def check(self, output: PairLossOutput, batch: PackedPairs) -> None:
         """Raise ModelError if the log-ratios of the first batch aren't zero but for rounding."""
-        lengths = batch.bounds.diff().view(-1, 2)  # [P, 2]
-        zeros = torch.zeros(batch.num_pairs, dtype=torch.float64)
-        expected = self.loss.pair_loss(zeros, zeros, lengths)[0].mean().item()
-        got = output.loss.item() / batch.num_pairs
-        if abs(got - expected) <= self.tolerance:
-            return
         assert batch.ref_logps is not None
-        logratios = output.logps.cpu() - batch.ref_logps.cpu()
+        lengths = batch.bounds.diff()  # [2P]
+        logratios = (output.logps.cpu() - batch.ref_logps.cpu()).abs()  # [2P]
+        per_token = (logratios / lengths).mean().item()
+        if per_token <= self.tolerance:
+            return
+        zeros = torch.zeros(batch.num_pairs, dtype=torch.float64)
+        expected = self.loss.pair_loss(zeros, zeros, lengths.view(-1, 2))[0].mean().item()
+        got = output.loss.item() / batch.num_pairs
         raise ModelError(
             f"The first batch's loss is {got:.6f}, but the policy is its own reference before "
-            f"step 1, which gives {expected:.6f} (log-ratios up to {logratios.abs().max():.3g}, "
-            f"tolerance {self.tolerance:g} on the loss): the reference log-probs are not those of "
-            "this model on these tokens. Was the model changed after the trainer was made? "
+            f"step 1, which gives {expected:.6f} (log-ratios of {per_token:.3g} nats per token, "
+            f"where rounding explains {self.tolerance:g}): the reference log-probs are not those "
+            "of this model on these tokens. Was the model changed after the trainer was made? "
             "Otherwise check the store with `dpofast ref verify`."
         )

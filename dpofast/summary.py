@@ -6,6 +6,7 @@ import json
 import platform
 import resource
 import sys
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -75,7 +76,7 @@ def run_summary(trainer: DPOTrainer) -> dict[str, Any]:
     """What every kind of run reports: data, reference, settings, versions, hardware, memory."""
     return {
         **reference_summary(trainer),
-        "data": {name: r.as_dict() for name, r in trainer.preparation_reports.items()},
+        "data": {name: r.as_dict() for name, r in trainer.data.reports.items()},
         "layout": "padded",
         "loss": repr(trainer.pair_loss),
         "world_size": trainer.args.world_size,
@@ -87,6 +88,13 @@ def run_summary(trainer: DPOTrainer) -> dict[str, Any]:
     }
 
 
+def last_evaluation(log_history: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+    """Everything that was logged at the step of the last evaluation, of all named sets."""
+    logs = [log for log in log_history if any(key.startswith("eval_") for key in log)]
+    last = [log for log in logs if log["step"] == logs[-1]["step"]]
+    return {name: value for log in last for name, value in log.items()} or None
+
+
 def write_summary(trainer: DPOTrainer, output: Any, wall_seconds: float) -> None:
     """Write summary.json at the end of training.
 
@@ -96,7 +104,6 @@ def write_summary(trainer: DPOTrainer, output: Any, wall_seconds: float) -> None
         wall_seconds: of reference scoring and training together.
     """
     seconds = output.metrics["train_runtime"]
-    evaluations = [log for log in trainer.state.log_history if "eval_loss" in log]
     summary = {
         "first_loss": trainer.first_loss,
         "train_loss": output.training_loss,
@@ -107,7 +114,7 @@ def write_summary(trainer: DPOTrainer, output: Any, wall_seconds: float) -> None
         "train_seconds": seconds,
         "wall_seconds": wall_seconds,
         "num_tokens": trainer.state.num_input_tokens_seen,
-        "last_evaluation": evaluations[-1] if evaluations else None,
+        "last_evaluation": last_evaluation(trainer.state.log_history),
         **run_summary(trainer),
     }
     write_json(Path(trainer.args.output_dir) / SUMMARY_FILE, summary)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import math
 import time
 from pathlib import Path
@@ -18,7 +17,6 @@ from dpofast import checkpoint as checkpoints
 from dpofast.callbacks import MetricsFile
 from dpofast.compat import refuse, resolve_config, resolve_tokenizer
 from dpofast.config import DPOConfig
-from dpofast.data import PreparationReport, load_preferences, tokenize_preferences
 from dpofast.data.batch import PackedPairs, StepBatch
 from dpofast.data.loader import StepDataset, StepLoader, whole_step
 from dpofast.data.plan import BatchShape, StepSampler
@@ -27,14 +25,13 @@ from dpofast.head import PairLossTask, head_options
 from dpofast.metrics import MetricSums
 from dpofast.model import causal_lm, dropouts, evaluating, pair_step, run_batch
 from dpofast.plots import PLOT_FILE, plot_run
-from dpofast.policy import prepare_policy, resolve_model
+from dpofast.policy import model_name, prepare_policy, resolve_model, resolve_ref_model
+from dpofast.prepared import PreparedData
 from dpofast.reference.provider import Ranks, ReferenceProvider
 from dpofast.run_reference import RunReference
 from dpofast.step_zero import StepZeroCheck
 from dpofast.summary import write_summary
 from dpofast_kernels import PairLossOutput, pair_metrics
-
-logger = logging.getLogger(__name__)
 
 
 class DPOTrainer(Trainer):
@@ -62,6 +59,7 @@ class DPOTrainer(Trainer):
 
     args: DPOConfig
     control: TrainerControl
+    _step_zero: StepZeroCheck | None  # until the first batch of a fresh run
 
     def __init__(
         self,
@@ -82,38 +80,22 @@ class DPOTrainer(Trainer):
         refuse("data_collator", data_collator, "leave it out; batches are laid out by the trainer")
         refuse("compute_metrics", compute_metrics, "no logits exist to give it; use a callback")
         refuse("quantization_config", quantization_config, "load the model in bfloat16")
-        if ref_model is not None and ref_model is model:
-            raise ConfigError("ref_model is the model itself; leave it out, or pass a copy.")
         processing_class = resolve_tokenizer(processing_class, options)
-        model_name = model if isinstance(model, str) else model.config._name_or_path
-        config = resolve_config(args, options, model_name)
-        if config.n_gpu > 1:
-            raise ConfigError(
-                f"{config.n_gpu} GPUs are visible to one process; launch with torchrun "
-                "--nproc-per-node, or choose one with CUDA_VISIBLE_DEVICES."
-            )
+        config = resolve_config(args, options, model_name(model))
         set_seed(config.seed)  # a fresh adapter's weights are random
+        ref_model = resolve_ref_model(ref_model, model, config)
         model, tokenizer = resolve_model(model, config, processing_class)
         model = prepare_policy(model, config, peft_config)
         self.pair_loss = config.make_loss()
-        self.preparation_reports: dict[str, PreparationReport] = {}
-        self.first_loss: float | None = None  # of the first step after this object was made
-        self.pairs_trained = 0
+        self.data = PreparedData(config, tokenizer)
         self._ref_logps: dict[int, tuple[Any, Any]] = {}  # id -> dataset, its [n, 2] log-probs
-        self._metric_sums = MetricSums()
-        self._tokens = 0
-        self._step_zero: StepZeroCheck | None = None
+        self._start_counting()
         super().__init__(
             model=model,
             args=config,
             data_collator=whole_step,
-            train_dataset=self._prepare(train_dataset, "train", config, tokenizer),
-            eval_dataset={
-                name: self._prepare(dataset, f"eval_{name}", config, tokenizer)
-                for name, dataset in eval_dataset.items()
-            }
-            if isinstance(eval_dataset, dict)
-            else self._prepare(eval_dataset, "eval", config, tokenizer),
+            train_dataset=self.data.prepare(train_dataset, "train"),
+            eval_dataset=self.data.prepare_sets(eval_dataset, "eval"),
             processing_class=tokenizer,
             callbacks=[MetricsFile(), *(callbacks or [])],
             optimizers=optimizers,
@@ -128,27 +110,6 @@ class DPOTrainer(Trainer):
         )
 
     # Data
-
-    def _prepare(self, dataset: Any, name: str, config: Any, tokenizer: Any) -> Any:
-        """Any form of preference data -> tokenised pairs; None stays None."""
-        if dataset is None:
-            return None
-        with config.main_process_first(local=False, desc=f"tokenising {name}"):
-            pairs = load_preferences(dataset, strict=config.strict, name=name)
-            pairs, report = tokenize_preferences(
-                pairs,
-                tokenizer,
-                max_length=config.max_length,
-                truncation_mode=config.truncation_mode,
-                strict=config.strict,
-                num_proc=config.dataset_num_proc,
-                name=name,
-            )
-        self.preparation_reports[name] = report
-        if config.should_log:
-            for line in report.lines():
-                logger.info("%s: %s", name, line)
-        return pairs
 
     def _step_dataset(self, pairs: Any, name: str) -> StepDataset:
         if id(pairs) not in self._ref_logps:
@@ -195,16 +156,7 @@ class DPOTrainer(Trainer):
         return self._loader(pairs, name, shape, seed=None)
 
     def get_test_dataloader(self, test_dataset: Any) -> StepLoader:
-        return self.get_eval_dataloader(self._prepare_new(test_dataset, "test"))
-
-    def _prepare_new(self, dataset: Any, name: str) -> Any:
-        """A dataset given to evaluate() or predict(), unless it was prepared before."""
-        own = self.eval_dataset
-        known = list(own.values()) if isinstance(own, dict) else [own]
-        known += [self.train_dataset, *(pairs for pairs, _ in self._ref_logps.values())]
-        if any(dataset is pairs for pairs in known):
-            return dataset
-        return self._prepare(dataset, name, self.args, self.processing_class)
+        return self.get_eval_dataloader(self.data.prepare(test_dataset, "test"))
 
     # Training
 
@@ -218,12 +170,13 @@ class DPOTrainer(Trainer):
             ConfigError: nothing to resume from.
         """
         started = time.monotonic()
-        if self.train_dataset is None:
-            raise ConfigError("DPOTrainer: train() needs a train_dataset.")
+        self._start_counting()
+        planned_steps = self._planned_steps()
         checkpoint = checkpoints.resolve_checkpoint(resume_from_checkpoint, self.args.output_dir)
         if checkpoint is not None:
-            checkpoints.refuse_finished(checkpoint, self._planned_steps())
-            self.reference.restore(checkpoint)
+            checkpoints.refuse_finished(checkpoint, planned_steps)
+            if self.reference.restore(checkpoint):
+                self._ref_logps.clear()  # of the model that was given, not of the run's start
         self._score_references()
         if checkpoint is None:
             self._step_zero = self._step_zero_check()
@@ -236,13 +189,27 @@ class DPOTrainer(Trainer):
             plot_run(self.state.log_history, folder / PLOT_FILE, f"DPO: {folder.name}")
         return output
 
+    def _start_counting(self) -> None:
+        self.first_loss: float | None = None  # of this call's first step
+        self.pairs_trained = 0
+        self._metric_sums = MetricSums()
+        self._tokens = 0
+        self._step_zero = None
+
     def _planned_steps(self) -> int:
-        if self.args.max_steps > 0:
-            return int(self.args.max_steps)
+        if self.train_dataset is None:
+            raise ConfigError("DPOTrainer: train() needs a train_dataset.")
         size = self.get_total_train_batch_size(self.args)
         pairs = len(self.train_dataset)
         steps = pairs // size if self.args.dataloader_drop_last else math.ceil(pairs / size)
-        return math.ceil(self.args.num_train_epochs * max(steps, 1))
+        if not steps:
+            raise ConfigError(
+                f"dataloader_drop_last: the {pairs} pairs don't fill one step of {size}, so none "
+                "would be trained; leave it out, or make steps smaller."
+            )
+        if self.args.max_steps > 0:
+            return int(self.args.max_steps)
+        return math.ceil(self.args.num_train_epochs * steps)
 
     def _score_references(self) -> None:
         """All that this run will read, before the policy moves."""
@@ -285,6 +252,9 @@ class DPOTrainer(Trainer):
             defer = index < last and not is_deepspeed
             with self.accelerator.no_sync(model) if defer else contextlib.nullcontext():
                 output = self.compute_pair_loss(model, batch, self._metric_sums)
+                if self._step_zero is not None and batch.num_pairs:
+                    self._step_zero.check(output, batch)
+                    self._step_zero = None
                 loss = output.loss * scale
                 self.accelerator.backward(loss, **options)
             total = total + loss.detach()
@@ -305,9 +275,6 @@ class DPOTrainer(Trainer):
         )
         with pair_step(self.model), self.accelerator.autocast():
             output = PairLossOutput(*run_batch(model, batch, task))
-        if self._step_zero is not None and batch.num_pairs:
-            self._step_zero.check(output, batch)
-            self._step_zero = None
         values = pair_metrics(output.logps, batch.ref_logps, batch.bounds, self.pair_loss.beta)
         sums.add({**values, "loss": output.loss}, batch.num_pairs)
         return output
@@ -323,15 +290,19 @@ class DPOTrainer(Trainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
-        """Exact means over the pairs of all ranks; a dict of datasets gives one set each."""
-        if eval_dataset is not None and not isinstance(eval_dataset, str):
-            if isinstance(eval_dataset, dict):
-                eval_dataset = {
-                    name: self._prepare_new(dataset, f"{metric_key_prefix}_{name}")
-                    for name, dataset in eval_dataset.items()
-                }
-            else:
-                eval_dataset = self._prepare_new(eval_dataset, metric_key_prefix)
+        """Exact means over the pairs of all ranks; a dict of datasets gives one set each.
+
+        A text is the name of one of the trainer's own sets.
+        """
+        if isinstance(eval_dataset, str):
+            own = self.eval_dataset if isinstance(self.eval_dataset, dict) else {}
+            if eval_dataset not in own:
+                raise ConfigError(
+                    f"evaluate: there is no set {eval_dataset!r} among the trainer's "
+                    f"({', '.join(own) or 'none is named'}); pass a dataset, or one of these names."
+                )
+        elif eval_dataset is not None:
+            eval_dataset = self.data.prepare_sets(eval_dataset, metric_key_prefix)
         return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 
     def evaluation_loop(

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import torch
 from dpofast import DPOConfig, DPOTrainer
 from dpofast.errors import ConfigError, ModelError
 from dpofast.head import head_forwards
+from dpofast.model import SequenceScorer
 from tests.support import (
     PlainDPO,
     answer_logps,
@@ -88,6 +90,41 @@ def test_a_peft_config_trains_as_plain_dpo(tmp_path, options):
         got = losses(trainer)
     assert abs(expected[-1][0] / math.log(2) - 1) > 0.05
     np.testing.assert_allclose(got, [loss for loss, _ in expected], atol=1e-8, rtol=0)
+
+
+def test_an_adapter_on_the_head_keeps_its_own_rounding_in_bf16():
+    """As in peft's own forward; the sum of both weights would lose most of a small adapter."""
+    config = lora(target_modules=["lm_head"], init_lora_weights=False, lora_alpha=1)
+    model = peft.get_peft_model(tiny_llama(hidden_size=256), config)
+    prompt, answer = list(range(3, 40)), list(range(40, 200))
+
+    def effect(scorer):
+        """What the adapter adds to each token's log-prob."""
+        with torch.no_grad():
+            on = scorer(model)
+            with model.disable_adapter():
+                return on - scorer(model)
+
+    def ours(model):
+        context = partial(torch.autocast, "cpu", torch.bfloat16)
+        scores = SequenceScorer(model, context, pad_token_id=0)([(prompt, answer)])
+        return torch.from_numpy(scores[0])
+
+    def exact(model):
+        logits = model(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
+        return logits.double().log_softmax(-1).gather(-1, torch.tensor(answer)[:, None])[:, 0]
+
+    expected = effect(exact)
+    error = (effect(ours) - expected).norm() / expected.norm()
+    assert error < 0.1, error
+
+
+def test_an_adapter_loaded_for_inference_is_refused(tmp_path):
+    model = peft.get_peft_model(tiny_llama(), lora())
+    model.save_pretrained(tmp_path / "adapter")
+    frozen = peft.PeftModel.from_pretrained(tiny_llama(), tmp_path / "adapter")
+    with pytest.raises(ModelError, match="is_trainable=True"):
+        make_trainer(tmp_path, frozen, options={"gradient_checkpointing": True})
 
 
 def test_a_fresh_adapters_reference_is_the_model_below_it(tmp_path):

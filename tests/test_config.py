@@ -43,6 +43,17 @@ def test_defaults_are_trls(tmp_path):
     [
         ({"beta": 0}, "beta"),
         ({"beta": -0.1}, "beta"),
+        ({"beta": [0.1]}, "beta"),
+        ({"beta": "0.1"}, "beta"),
+        ({"label_smoothing": "x"}, "label_smoothing"),
+        ({"loss_type": None}, "loss_type"),
+        ({"learning_rate": -1.0}, "learning_rate"),
+        ({"num_train_epochs": -1}, "num_train_epochs"),
+        ({"label_smoothing_factor": 0.3}, "set label_smoothing"),
+        ({"neftune_noise_alpha": 5.0}, "neftune_noise_alpha"),
+        ({"use_liger_kernel": True}, "use_liger_kernel"),
+        ({"model_init_kwargs": "{"}, "model_init_kwargs"),
+        ({"overwrite_output_dir": True}, "resume_from_checkpoint"),
         ({"beta": float("nan")}, "beta"),
         ({"loss_type": "sigmod"}, "sigmoid"),
         ({"loss_type": ["sigmoid", "hinge"]}, "one loss"),
@@ -67,7 +78,7 @@ def test_a_wrong_value_or_name_is_refused_with_the_option(tmp_path, options, mes
 
 
 def test_trls_options_at_values_that_change_nothing_are_taken(tmp_path):
-    neutral = {name: values[0] for name, (values, _) in FOREIGN_OPTIONS.items()}
+    neutral = {name: values[0] for name, (values, _) in FOREIGN_OPTIONS.items() if values}
     assert config(tmp_path, **neutral).beta == 0.1
 
 
@@ -78,6 +89,11 @@ def test_both_names_of_checkpointing_are_taken_without_a_warning(tmp_path, value
         options = config(tmp_path, **{name: value})
         assert options.gradient_checkpointing is value
     assert not [w for w in recwarn if "checkpointing" in str(w.message)]
+
+
+def test_the_old_name_of_dtype_is_taken(tmp_path):
+    options = config(tmp_path, model_init_kwargs='{"torch_dtype": "bfloat16"}')
+    assert options.loading_options() == {"dtype": "bfloat16", "trust_remote_code": False}
 
 
 def test_logs_and_pickles_show_the_users_accumulation(tmp_path):

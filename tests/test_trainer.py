@@ -115,7 +115,8 @@ def test_the_first_loss_is_ln_2_and_the_logs_have_trls_names(tmp_path):
     assert first["loss"] == pytest.approx(math.log(2), abs=1e-6)
     assert trainer.first_loss == pytest.approx(math.log(2), abs=1e-6)
     expected = {f"rewards/{key}" for key in ("chosen", "rejected", "margins", "accuracies")}
-    expected |= {f"{kind}/{side}" for kind in ("logps", "logratios") for side in ("chosen",)}
+    sides = ("chosen", "rejected")
+    expected |= {f"{kind}/{side}" for kind in ("logps", "logratios") for side in sides}
     assert expected | {"num_tokens", "learning_rate", "grad_norm", "epoch"} <= first.keys()
 
 
@@ -187,12 +188,15 @@ def test_resumed_from_the_moved_policy_the_recorded_reference_is_read_or_the_run
 def test_resume_true_passes_over_a_checkpoint_that_was_not_saved_to_its_end(tmp_path):
     saving = {"save_strategy": "steps", "save_steps": 2}
     expected = train(make_trainer(tmp_path, options=saving))
-    (tmp_path / "run" / "checkpoint-6" / "trainer_state.json").unlink()
+    torn = tmp_path / "run" / "checkpoint-6" / "trainer_state.json"
+    whole = torn.read_text()
+    torn.write_text(whole[:200])
     resumed = make_trainer(tmp_path, options=saving)
     resumed.train(resume_from_checkpoint=True)
     assert history(resumed) == expected
     with pytest.raises(ConfigError, match="no whole checkpoint"):
         make_trainer(tmp_path / "new").train(resume_from_checkpoint=True)
+    torn.write_text(whole)
     with pytest.raises(ConfigError, match="step 6 of 6"):
         make_trainer(tmp_path, options=saving).train(resume_from_checkpoint=True)
 
@@ -240,6 +244,65 @@ def test_resumed_with_another_ref_model_the_run_stops(tmp_path):
         other.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
 
 
+@pytest.mark.parametrize("evaluate", ["train", "eval"])
+def test_an_evaluation_before_a_resume_does_not_change_the_reference(tmp_path, evaluate):
+    saving = {"save_strategy": "steps", "save_steps": 2}
+    held_out = token_pairs(4, seed=4)
+    straight = make_trainer(tmp_path, eval_dataset=held_out, options=saving)
+    expected = train(straight), straight.evaluate()["eval_loss"]
+    checkpoint = str(tmp_path / "run" / "checkpoint-4")
+    moved = AutoModelForCausalLM.from_pretrained(checkpoint)
+    resumed = make_trainer(tmp_path, moved, eval_dataset=held_out, options=saving)
+    resumed.evaluate(resumed.train_dataset if evaluate == "train" else None)
+    resumed.train(resume_from_checkpoint=checkpoint)
+    assert (history(resumed), resumed.evaluate()["eval_loss"]) == expected
+
+
+def test_a_second_train_counts_for_itself(tmp_path):
+    trainer = make_trainer(tmp_path, options={"logging_steps": 4})
+    trainer.train()
+    trainer.train()
+    assert trainer.pairs_trained == 20  # two epochs of ten pairs
+    assert trainer.first_loss < math.log(2) - 0.05  # of the moved policy
+
+
+def test_small_beta_of_ipo_is_no_reason_to_stop(tmp_path):
+    options = {"loss_type": "ipo", "beta": 0.01, "bf16": True, "precompute_ref_batch_size": 5}
+    model = tiny_llama(num_hidden_layers=8, hidden_size=64)
+    assert train(make_trainer(tmp_path, model, options=options))[0][0] == pytest.approx(2500, 1e-2)
+
+
+def test_the_first_training_batch_is_checked_also_behind_an_evaluation(tmp_path):
+    trainer = make_trainer(
+        tmp_path, eval_dataset=token_pairs(2, seed=4), options={"eval_on_start": True}
+    )
+
+    class Change(TrainerCallback):
+        def on_evaluate(self, args, state, control, model=None, **kwargs):
+            model.lm_head.weight.data.mul_(3.0)
+
+    trainer.add_callback(Change())
+    with pytest.raises(ModelError, match="first batch"):
+        trainer.train()
+
+
+def test_drop_last_with_too_few_pairs_is_named(tmp_path):
+    options = {"dataloader_drop_last": True, "per_device_train_batch_size": 8}
+    with pytest.raises(ConfigError, match="dataloader_drop_last"):
+        make_trainer(tmp_path, options=options).train()
+
+
+def test_workers_lay_out_the_same_steps(tmp_path):
+    expected = train(make_trainer(tmp_path))
+    assert train(make_trainer(tmp_path, options={"dataloader_num_workers": 2})) == expected
+
+
+def test_tensorboard_gets_the_logs_by_default(tmp_path):
+    assert DPOConfig(output_dir=str(tmp_path)).report_to == ["tensorboard"]
+    make_trainer(tmp_path, options={"report_to": "tensorboard", "max_steps": 1}).train()
+    assert list((tmp_path / "run").rglob("events.out.tfevents.*"))
+
+
 def test_evaluation_gives_exact_means_whatever_the_batch_size(tmp_path):
     held_out, reference = token_pairs(7, seed=4), tiny_llama(seed=5)
     margins = [naive_margin(tiny_llama(), reference, pair).item() for pair in held_out]
@@ -278,9 +341,14 @@ def test_several_named_sets_and_early_stopping(tmp_path):
     )
     trainer.train()
     logs = trainer.state.log_history
-    assert any("eval_near_loss" in log for log in logs)
     assert any("eval_far_rewards/margins" in log for log in logs)
-    assert trainer.state.best_model_checkpoint
+    scores = [log["eval_near_rewards/accuracies"] for log in logs if "eval_near_loss" in log]
+    assert len(scores) < 10, "patience ends the run"
+    best = AutoModelForCausalLM.from_pretrained(trainer.state.best_model_checkpoint)
+    for name, value in trainer.model.state_dict().items():
+        assert torch.equal(value, best.state_dict()[name])
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert {"eval_near_loss", "eval_far_loss"} <= summary["last_evaluation"].keys()
 
 
 def test_a_new_dataset_after_training_is_refused_with_the_remedy(tmp_path):

@@ -147,22 +147,17 @@ def refuse_missing_model(name_or_path: str) -> None:
 def _load_model(options: RunOptions, name_or_path: str) -> Any:
     from dpofast.model import load_policy
 
-    kwargs = options.config.model_init_kwargs or {}
-    if isinstance(kwargs, str):
-        kwargs = json.loads(kwargs)
-    trust = {"trust_remote_code": options.config.trust_remote_code}
+    kwargs = options.config.loading_options()
     base = adapter_base(name_or_path)
     if base is None:
-        return load_policy(name_or_path, **trust, **kwargs)
+        return load_policy(name_or_path, **kwargs)
     try:
         from peft import PeftModel
     except ImportError as error:
         raise ModelError(
             f"{name_or_path!r} holds an adapter, which needs peft: pip install 'dpofast[peft]'."
         ) from error
-    return PeftModel.from_pretrained(
-        load_policy(base, **trust, **kwargs), name_or_path, is_trainable=True
-    )
+    return PeftModel.from_pretrained(load_policy(base, **kwargs), name_or_path, is_trainable=True)
 
 
 def _load(options: RunOptions, source: str | None, split: str) -> Any:

@@ -19,6 +19,7 @@ from dpofast.reference.builder import (
     reference_logps,
 )
 from dpofast.reference.identity import ReferenceIdentity
+from dpofast.reference.pairs import read_answers
 from dpofast.reference.store import Namespace, ReferenceStore
 
 __all__ = ["Ranks", "ReferenceProvider"]
@@ -85,7 +86,10 @@ class ReferenceProvider:
             self.reports[name] = replace(report, rows_scored=rows, forward_passes=passes)
             return reference_logps(self._namespace, pairs)
         try:
-            return reference_logps(self._namespace, pairs)
+            logps = reference_logps(self._namespace, pairs)
+            needed = len(read_answers(pairs).first)
+            self.reports[name] = ReferenceReport(needed, needed, 0, 0, 0.0)
+            return logps
         except ReferenceStoreError as error:
             raise ReferenceStoreError(
                 f"{error} They can't be made now: without a ref_model the reference is the policy "
