@@ -66,7 +66,10 @@ def load_tokenizer(
     from transformers import AutoTokenizer
 
     _refuse_missing_folder(name_or_path)
-    remedy = "save one there with tokenizer.save_pretrained, or pass processing_class"
+    remedy = (
+        "save one there with tokenizer.save_pretrained, or name one (tokenizer_name_or_path on the "
+        "command line, processing_class in Python)"
+    )
     folder = Path(name_or_path)
     if folder.is_dir() and not any(folder.glob("*token*")) and not any(folder.glob("vocab*")):
         raise ModelError(f"The model folder {name_or_path!r} has no tokenizer: {remedy}.")

@@ -237,3 +237,24 @@ def test_evaluation_without_pairs_is_refused_before_the_model_loads(
 ) -> None:
     arguments = run_arguments(tmp_path, model_folder, "--eval_strategy", "epoch")
     assert "eval_strategy is set, but there are no held-out pairs" in error_of(capsys, arguments)
+
+
+def test_a_reference_that_is_not_the_one_of_the_run_is_refused(
+    tmp_path: Path, model_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tmp_path / "other"
+    vocab_size = len(make_tokenizer())
+    tiny_llama(seed=7, vocab_size=vocab_size).save_pretrained(other)
+    saving = ("--save_strategy=steps", "--save_steps=1")
+    first = run_arguments(
+        tmp_path, model_folder, *saving, f"--ref_model_name_or_path={model_folder}"
+    )
+    assert main(first) == 0
+    resume = run_arguments(
+        tmp_path,
+        model_folder,
+        *saving,
+        f"--ref_model_name_or_path={other}",
+        f"--resume_from_checkpoint={tmp_path / 'run' / 'checkpoint-1'}",
+    )
+    assert "ref_model is not the reference" in error_of(capsys, resume)
