@@ -12,10 +12,11 @@ from dpofast.errors import ConfigError, DPOFastError
 
 EXIT_USAGE = 2  # the input's fault
 EXIT_INTERRUPTED = 130  # what shells report for Ctrl-C
+EXIT_PIPE = 141  # and for a closed pipe
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; -> exit code: 0, 2 for an error that the user can mend, 130 for Ctrl-C.
+    """Run the command line; -> exit code: 0, 2 for an error that the user can mend, 130, 141.
 
     Args:
         arguments: without the program's name; by default those of the process.
@@ -39,6 +40,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("dpofast: interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
+    except BrokenPipeError:  # who reads our output has seen enough, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_PIPE
     return 0
 
 
