@@ -153,8 +153,10 @@ def _conflicts(folder: Path, parts: list[Columns]) -> list[str]:
     if not len(rows):
         return []
     row = int(rows[0])
+    # answers, not rows: which of a key's rows comes first is up to the segments' random names
+    count = len(np.unique(inverse[rows]))
     return [
-        f"{folder} holds {len(rows)} rows twice with different log-probs, the first is "
+        f"{folder} holds {count} rows twice with different log-probs, the first is "
         f"{keys[row].tobytes().hex()} ({logps[first][inverse][row]:.6g} and {logps[row]:.6g}): the "
         "reference changed under one identity, or a machine computes wrongly; delete that folder, "
         "its rows are scored again by the next build."
