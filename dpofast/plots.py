@@ -1,4 +1,4 @@
-"""A picture of a run: loss, margins, accuracy and log-ratios over its steps."""
+"""A picture of a run: loss, margins, accuracy, log-probs and more over its steps."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ PANELS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("loss", "nats", ("loss",)),
     ("margin of the rewards", "nats", ("rewards/margins",)),
     ("chosen rewarded above rejected", "share of pairs", ("rewards/accuracies",)),
+    ("log-prob of an answer", "nats", ("logps/chosen", "logps/rejected")),
     ("log-ratio to the reference", "nats per token", ("logratios/chosen", "logratios/rejected")),
+    ("gradient norm", "", ("grad_norm",)),
 )
 
 
@@ -29,18 +31,19 @@ def plot_run(log_history: Sequence[dict[str, Any]], path: Path, title: str) -> N
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 7), layout="constrained")
+    figure = Figure(figsize=(15, 7.5), layout="constrained")
     FigureCanvasAgg(figure)  # draws without a screen, and leaves pyplot's state alone
     figure.suptitle(title)
     prefixes = _evaluation_prefixes(log_history)
-    for axes, (name, unit, keys) in zip(figure.subplots(2, 2).flat, PANELS, strict=True):
+    for axes, (name, unit, keys) in zip(figure.subplots(2, 3).flat, PANELS, strict=True):
         for index, key in enumerate(keys):
             side = key.rpartition("/")[2] if len(keys) > 1 else "training"
             axes.plot(*_series(log_history, key), color=f"C{index}", label=side)
             for marker, prefix in zip(cycle("os^vDX"), prefixes):
                 label = f"{prefix}{side}" if len(keys) > 1 else prefix.rstrip("_")
                 series = _series(log_history, f"{prefix}{key}")
-                axes.plot(*series, marker, color=f"C{index}", label=label)
+                if series[0]:
+                    axes.plot(*series, marker, color=f"C{index}", label=label)
         axes.set(title=name, xlabel="optimizer step", ylabel=unit)
         axes.grid(alpha=0.3)
         axes.legend()
