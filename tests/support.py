@@ -6,6 +6,7 @@ import contextlib
 import copy
 import random
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -15,7 +16,11 @@ from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from dpofast import DPOConfig, DPOTrainer
+
 VOCAB_SIZE = 259  # 256 bytes and three special tokens
+BETA = 0.5
+LEARNING_RATE = 5e-3
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
@@ -124,3 +129,54 @@ def float64_throughout() -> Iterator[None]:
         mock.patch.object(torch.Tensor, "float", torch.Tensor.double),
     ):
         yield
+
+
+def make_trainer(
+    folder: Path,
+    model: Any = None,
+    pairs: Any = None,
+    *,
+    options: dict[str, Any] | None = None,
+    **arguments: Any,
+) -> DPOTrainer:
+    """A trainer of six steps of four pairs, with its run and its store below `folder`."""
+    config = DPOConfig(
+        **{
+            "output_dir": str(folder / "run"),
+            "reference_store": str(folder / "store"),
+            "per_device_train_batch_size": 2,
+            "gradient_accumulation_steps": 2,
+            "beta": BETA,
+            "learning_rate": LEARNING_RATE,
+            "lr_scheduler_type": "constant",
+            "optim": "adamw_torch",
+            "max_steps": 6,
+            "logging_steps": 1,
+            "save_strategy": "no",
+            "report_to": [],
+            "bf16": False,
+            "gradient_checkpointing": False,
+            "use_cpu": True,
+            "disable_tqdm": True,
+            "seed": 3,
+            **(options or {}),
+        }
+    )
+    return DPOTrainer(
+        tiny_llama() if model is None else model,
+        args=config,
+        train_dataset=token_pairs(10) if pairs is None else pairs,
+        processing_class=byte_tokenizer(),
+        **arguments,
+    )
+
+
+def history(trainer: DPOTrainer) -> list[tuple[float, float]]:
+    """(loss, gradient norm) of every step, those before a resume included."""
+    logs = [log for log in trainer.state.log_history if "grad_norm" in log]
+    return [(log["loss"], log["grad_norm"]) for log in logs]
+
+
+def train(trainer: DPOTrainer) -> list[tuple[float, float]]:
+    trainer.train()
+    return history(trainer)

@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 import torch
 
-from dpofast import DPOConfig, DPOTrainer
 from dpofast.errors import ConfigError, ModelError
 from dpofast.head import head_forwards
 from dpofast.model import SequenceScorer
+from tests import support
 from tests.support import (
+    BETA,
     PlainDPO,
     answer_logps,
-    byte_tokenizer,
     float64_throughout,
     tiny_llama,
     token_pairs,
@@ -23,39 +23,18 @@ from tests.support import (
 
 peft = pytest.importorskip("peft", reason="needs the extra `peft`")
 
-BETA, LEARNING_RATE = 0.5, 2e-2
+LEARNING_RATE = 2e-2
 
 
-def make_trainer(folder, model, **arguments):
-    options = arguments.pop("options", {})
-    config = DPOConfig(
-        **{
-            "output_dir": str(folder / "run"),
-            "reference_store": str(folder / "store"),
-            "per_device_train_batch_size": 4,
-            "beta": BETA,
-            "learning_rate": LEARNING_RATE,
-            "lr_scheduler_type": "constant",
-            "optim": "adamw_torch",
-            "max_steps": 5,
-            "logging_steps": 1,
-            "save_strategy": "no",
-            "report_to": [],
-            "bf16": False,
-            "gradient_checkpointing": False,
-            "use_cpu": True,
-            "disable_tqdm": True,
-            "seed": 3,
-            **options,
-        }
-    )
-    return DPOTrainer(
-        model,
-        args=config,
-        train_dataset=token_pairs(8),
-        processing_class=byte_tokenizer(),
-        **arguments,
-    )
+def make_trainer(folder, model, options=None, **arguments):
+    fewer = {
+        "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": 1,
+        "learning_rate": LEARNING_RATE,
+        "max_steps": 5,
+    }
+    options = {**fewer, **(options or {})}
+    return support.make_trainer(folder, model, token_pairs(8), options=options, **arguments)
 
 
 def losses(trainer):

@@ -3,7 +3,6 @@ from __future__ import annotations
 import copy
 import json
 import math
-import shutil
 
 import numpy as np
 import pytest
@@ -11,67 +10,20 @@ import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, EarlyStoppingCallback, TrainerCallback
 
-from dpofast import DPOConfig, DPOTrainer
+from dpofast import DPOConfig
 from dpofast.errors import ConfigError, DPOFastError, ModelError, ReferenceStoreError
 from tests.support import (
+    BETA,
+    LEARNING_RATE,
     PlainDPO,
     answer_logps,
-    byte_tokenizer,
     float64_throughout,
+    make_trainer,
     naive_margin,
     tiny_llama,
     token_pairs,
+    train,
 )
-
-BETA = 0.5
-LEARNING_RATE = 5e-3
-
-
-def make_config(folder, **options):
-    return DPOConfig(
-        **{
-            "output_dir": str(folder / "run"),
-            "reference_store": str(folder / "store"),
-            "per_device_train_batch_size": 2,
-            "gradient_accumulation_steps": 2,
-            "beta": BETA,
-            "learning_rate": LEARNING_RATE,
-            "lr_scheduler_type": "constant",
-            "optim": "adamw_torch",
-            "max_steps": 6,
-            "logging_steps": 1,
-            "save_strategy": "no",
-            "report_to": [],
-            "bf16": False,
-            "gradient_checkpointing": False,
-            "use_cpu": True,
-            "disable_tqdm": True,
-            "seed": 3,
-            **options,
-        }
-    )
-
-
-def make_trainer(folder, model=None, pairs=None, eval_dataset=None, **arguments):
-    options = arguments.pop("options", {})
-    return DPOTrainer(
-        model or tiny_llama(),
-        args=make_config(folder, **options),
-        train_dataset=pairs if pairs is not None else token_pairs(10),
-        eval_dataset=eval_dataset,
-        processing_class=byte_tokenizer(),
-        **arguments,
-    )
-
-
-def history(trainer):
-    logs = [log for log in trainer.state.log_history if "grad_norm" in log]
-    return [(log["loss"], log["grad_norm"]) for log in logs]
-
-
-def train(trainer, **kwargs):
-    trainer.train(**kwargs)
-    return history(trainer)
 
 
 def test_float64_training_is_plain_dpo(tmp_path):
@@ -150,57 +102,6 @@ def test_without_precompute_nothing_is_kept_and_the_numbers_are_the_same(tmp_pat
     assert not (tmp_path / "b" / "store").exists()
 
 
-def test_resume_goes_on_as_if_never_stopped(tmp_path):
-    saving = {"save_strategy": "steps", "save_steps": 2}
-    expected = train(make_trainer(tmp_path, options=saving))
-    resumed = make_trainer(tmp_path, options=saving)
-    resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-4"))
-    assert history(resumed) == expected  # the first four are read from the checkpoint
-    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
-    steps = [json.loads(line)["step"] for line in lines if "grad_norm" in line]
-    assert steps == [1, 2, 3, 4, 5, 6]
-
-
-def test_resumed_without_the_store_the_starts_reference_is_scored_again(tmp_path):
-    saving = {"save_strategy": "steps", "save_steps": 2}
-    expected = train(make_trainer(tmp_path, options=saving))
-    shutil.rmtree(tmp_path / "store")
-    resumed = make_trainer(tmp_path, options=saving)
-    resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-4"))
-    assert resumed.reference.provider.totals().rows_scored == 20
-    assert history(resumed) == expected
-
-
-def test_resumed_from_the_moved_policy_the_recorded_reference_is_read_or_the_run_stops(tmp_path):
-    saving = {"save_strategy": "steps", "save_steps": 2}
-    expected = train(make_trainer(tmp_path, options=saving))
-    checkpoint = str(tmp_path / "run" / "checkpoint-4")
-    moved = AutoModelForCausalLM.from_pretrained(checkpoint)
-    resumed = make_trainer(tmp_path, moved, options=saving)
-    resumed.train(resume_from_checkpoint=checkpoint)
-    assert history(resumed) == expected
-    shutil.rmtree(tmp_path / "store")
-    moved = AutoModelForCausalLM.from_pretrained(checkpoint)
-    with pytest.raises(ReferenceStoreError, match="before step 1"):
-        make_trainer(tmp_path, moved, options=saving).train(resume_from_checkpoint=checkpoint)
-
-
-def test_resume_true_passes_over_a_checkpoint_that_was_not_saved_to_its_end(tmp_path):
-    saving = {"save_strategy": "steps", "save_steps": 2}
-    expected = train(make_trainer(tmp_path, options=saving))
-    torn = tmp_path / "run" / "checkpoint-6" / "trainer_state.json"
-    whole = torn.read_text()
-    torn.write_text(whole[:200])
-    resumed = make_trainer(tmp_path, options=saving)
-    resumed.train(resume_from_checkpoint=True)
-    assert history(resumed) == expected
-    with pytest.raises(ConfigError, match="no whole checkpoint"):
-        make_trainer(tmp_path / "new").train(resume_from_checkpoint=True)
-    torn.write_text(whole)
-    with pytest.raises(ConfigError, match="step 6 of 6"):
-        make_trainer(tmp_path, options=saving).train(resume_from_checkpoint=True)
-
-
 def test_a_given_reference_model_is_used_and_never_moves(tmp_path):
     reference = tiny_llama(seed=5)
     before = copy.deepcopy(reference.state_dict())
@@ -234,28 +135,6 @@ def test_a_dataset_may_bring_its_own_reference_log_probs(tmp_path):
     broken = pairs.remove_columns("ref_chosen_logps").add_column("ref_chosen_logps", [math.nan] * 4)
     with pytest.raises(DPOFastError, match="ref_chosen_logps"):
         make_trainer(tmp_path, pairs=broken).train()
-
-
-def test_resumed_with_another_ref_model_the_run_stops(tmp_path):
-    saving = {"save_strategy": "steps", "save_steps": 2}
-    make_trainer(tmp_path, ref_model=tiny_llama(seed=5), options=saving).train()
-    other = make_trainer(tmp_path, ref_model=tiny_llama(seed=6), options=saving)
-    with pytest.raises(ReferenceStoreError, match="ref_model is not the reference"):
-        other.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
-
-
-@pytest.mark.parametrize("evaluate", ["train", "eval"])
-def test_an_evaluation_before_a_resume_does_not_change_the_reference(tmp_path, evaluate):
-    saving = {"save_strategy": "steps", "save_steps": 2}
-    held_out = token_pairs(4, seed=4)
-    straight = make_trainer(tmp_path, eval_dataset=held_out, options=saving)
-    expected = train(straight), straight.evaluate()["eval_loss"]
-    checkpoint = str(tmp_path / "run" / "checkpoint-4")
-    moved = AutoModelForCausalLM.from_pretrained(checkpoint)
-    resumed = make_trainer(tmp_path, moved, eval_dataset=held_out, options=saving)
-    resumed.evaluate(resumed.train_dataset if evaluate == "train" else None)
-    resumed.train(resume_from_checkpoint=checkpoint)
-    assert (history(resumed), resumed.evaluate()["eval_loss"]) == expected
 
 
 def test_a_second_train_counts_for_itself(tmp_path):
