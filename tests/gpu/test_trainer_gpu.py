@@ -1,0 +1,28 @@
+"""A short training on a GPU, in the precision that people use there."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from tests.support import make_trainer, tiny_llama, token_pairs, train
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA or ROCm device"),
+]
+
+
+@pytest.mark.parametrize(("bf16", "tolerance"), [(False, 1e-3), (True, 0.1)])
+def test_a_gpu_trains_as_the_cpu(tmp_path, bf16, tolerance):
+    pairs = token_pairs(10)
+    expected = train(make_trainer(tmp_path / "cpu", pairs=pairs))
+    options = {"use_cpu": False, "bf16": bf16, "gradient_checkpointing": True}
+    trainer = make_trainer(tmp_path / "gpu", tiny_llama(), pairs, options=options)
+    got = train(trainer)
+    assert next(trainer.model.parameters()).is_cuda
+    assert got[0][0] == pytest.approx(math.log(2), abs=2e-2)
+    np.testing.assert_allclose([x[0] for x in got], [x[0] for x in expected], rtol=tolerance)
