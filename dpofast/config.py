@@ -13,6 +13,7 @@ from typing import Any
 
 from huggingface_hub.constants import HF_HOME
 from transformers import TrainingArguments
+from transformers.integrations import get_available_reporting_integrations
 from transformers.utils import is_torch_bf16_gpu_available
 
 from dpofast.errors import ConfigError
@@ -192,7 +193,8 @@ class DPOConfig(TrainingArguments):
         try:
             return make_loss(self.loss_type[0], self.beta, self.label_smoothing)
         except (TypeError, ValueError) as error:
-            raise ConfigError(str(error)) from error
+            named = "loss_type: " if str(error).startswith("Unknown loss") else ""
+            raise ConfigError(f"{named}{error}") from error
 
     def loading_options(self) -> dict[str, Any]:
         """What `from_pretrained` gets, for policy and reference alike."""
@@ -248,6 +250,11 @@ class DPOConfig(TrainingArguments):
             is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
             if not is_number or (minimum is not None and value < minimum):
                 raise ConfigError(f"{name}: got {value!r}, expected a number {words}.")
+        if not self.num_train_epochs or not self.max_steps:
+            raise ConfigError(
+                f"num_train_epochs: got {self.num_train_epochs!r}, with max_steps "
+                f"{self.max_steps!r}: nothing would be trained; give one of them a number above 0."
+            )
         if self.truncation_mode not in TRUNCATION_MODES:
             raise ConfigError(
                 f"truncation_mode: got {self.truncation_mode!r}, expected one of "
@@ -260,12 +267,23 @@ class DPOConfig(TrainingArguments):
             "gradient_accumulation_steps": 1,
             "precompute_ref_batch_size": 1,
             "dataset_num_proc": 1,
+            "seed": 0,
         }
         for name, minimum in minima.items():
             value = getattr(self, name)
             is_int = isinstance(value, int) and not isinstance(value, bool)
             if value is not None and not (is_int and value >= minimum):
                 raise ConfigError(f"{name}: got {value!r}, expected a whole number >= {minimum}.")
+
+    def _check_report_to(self) -> None:
+        names = [self.report_to] if isinstance(self.report_to, str) else self.report_to or []
+        usable = {"all", "none", *get_available_reporting_integrations()}
+        for name in names:
+            if name not in usable:
+                raise ConfigError(
+                    f"report_to: {name!r} is unknown or not installed here; choose among "
+                    f"{', '.join(sorted(usable))}."
+                )
 
     def _check_unsupported(self) -> None:
         if self.auto_find_batch_size:
@@ -287,6 +305,7 @@ class DPOConfig(TrainingArguments):
         for name, remedy in remedies.items():
             if getattr(self, name, None):
                 raise ConfigError(f"{name} isn't supported: {remedy}.")
+        self._check_report_to()
         strategy = self.train_sampling_strategy
         if strategy not in ("random", "sequential"):
             raise ConfigError(

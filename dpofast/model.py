@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from dpofast.data.batch import PackedPairs, TokenIds, collate_padded
@@ -44,7 +45,7 @@ def load_policy(name_or_path: str, **options: Any) -> Any:
     _refuse_missing_folder(name_or_path)
     try:
         return AutoModelForCausalLM.from_pretrained(name_or_path, **options)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError, ImportError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"The model {name_or_path!r} can't be loaded: {error}") from error
 
 

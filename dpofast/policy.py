@@ -133,4 +133,7 @@ def _with_adapter(model: Any, peft_config: Any) -> Any:
             "peft_config: the model has an adapter already; leave peft_config out to train that "
             "one further, or merge it first with merge_and_unload()."
         )
-    return get_peft_model(model, peft_config)
+    try:
+        return get_peft_model(model, peft_config)
+    except ValueError as error:
+        raise ConfigError(f"peft_config: {error}") from error

@@ -12,7 +12,7 @@ from dpofast.cli.loading import (
     load_policy_model,
     load_reference_model,
     load_tokenizer_for,
-    load_training_data,
+    make_output_dir,
     refuse_missing_model,
 )
 from dpofast.cli.options import RunOptions, read_options
@@ -28,13 +28,16 @@ def evaluate(parsed: argparse.Namespace, overrides: list[str]) -> None:
     from dpofast.trainer import DPOTrainer
 
     options = _with_reference(read_options(parsed.config, overrides))
+    make_output_dir(options)
     tokenizer = load_tokenizer_for(options)
     for name in (options.script.model, options.script.ref_model_name_or_path):
         refuse_missing_model(str(name))
     dataset = load_held_out_data(options)
     if dataset is None:
-        options.require("dataset_name")
-        dataset = load_training_data(options)
+        raise ConfigError(
+            f"{options.source}: there are no held-out pairs to measure on; set eval_dataset_name "
+            "or dataset_test_split."
+        )
     trainer = DPOTrainer(
         model=load_policy_model(options),
         ref_model=load_reference_model(options),

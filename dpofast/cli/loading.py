@@ -33,7 +33,9 @@ def load_tokenizer_for(options: RunOptions) -> Any:
     """
     from dpofast.model import load_tokenizer
 
-    tokenizer = load_tokenizer(options.script.tokenizer, options.config.trust_remote_code)
+    script = options.script
+    revision = script.model_revision if script.tokenizer_name_or_path is None else None
+    tokenizer = load_tokenizer(script.tokenizer, options.config.trust_remote_code, revision)
     template = options.script.chat_template
     if template is not None:
         tokenizer.chat_template = _template_text(template)
@@ -104,7 +106,15 @@ def adapter_base(name_or_path: str) -> str | None:
     path = Path(name_or_path).expanduser() / ADAPTER_FILE
     if not path.is_file():
         return None
-    return str(json.loads(path.read_text(encoding="utf-8"))["base_model_name_or_path"])
+    try:
+        base = json.loads(path.read_text(encoding="utf-8"))["base_model_name_or_path"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"{path} can't be read: {error!r}; save the adapter again.") from error
+    if not isinstance(base, str) or not base:
+        raise ModelError(
+            f"{path} names no model below the adapter: write it to base_model_name_or_path."
+        )
+    return base
 
 
 def adapter_options(options: RunOptions) -> Any:
@@ -122,6 +132,11 @@ def adapter_options(options: RunOptions) -> Any:
         raise ConfigError(
             f"{options.source}: use_peft needs peft: pip install 'dpofast[peft]'."
         ) from error
+    if script.lora_r < 1 or not 0.0 <= script.lora_dropout < 1.0:
+        raise ConfigError(
+            f"{options.source}: got lora_r {script.lora_r} and lora_dropout {script.lora_dropout}, "
+            "expected a rank of at least 1 and a dropout from 0 to below 1."
+        )
     return LoraConfig(
         r=script.lora_r,
         lora_alpha=script.lora_alpha,
@@ -130,6 +145,21 @@ def adapter_options(options: RunOptions) -> Any:
         modules_to_save=script.lora_modules_to_save,
         task_type="CAUSAL_LM",
     )
+
+
+def make_output_dir(options: RunOptions) -> None:
+    """Make the output folder before anything is loaded.
+
+    Raises:
+        ConfigError: it can't be made.
+    """
+    folder = Path(options.config.output_dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"{options.source}: output_dir: {str(folder)!r} can't be made: {error.strerror}."
+        ) from error
 
 
 def refuse_missing_model(name_or_path: str) -> None:
@@ -149,6 +179,8 @@ def _load_model(options: RunOptions, name_or_path: str) -> Any:
 
     kwargs = options.config.loading_options()
     base = adapter_base(name_or_path)
+    if name_or_path != options.script.model or base is not None:
+        kwargs.pop("revision", None)  # the policy's, of no other model
     if base is None:
         return load_policy(name_or_path, **kwargs)
     try:
@@ -157,7 +189,11 @@ def _load_model(options: RunOptions, name_or_path: str) -> Any:
         raise ModelError(
             f"{name_or_path!r} holds an adapter, which needs peft: pip install 'dpofast[peft]'."
         ) from error
-    return PeftModel.from_pretrained(load_policy(base, **kwargs), name_or_path, is_trainable=True)
+    model = load_policy(base, **kwargs)
+    try:
+        return PeftModel.from_pretrained(model, name_or_path, is_trainable=True)
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise ModelError(f"The adapter in {name_or_path!r} can't be loaded: {error}") from error
 
 
 def _load(options: RunOptions, source: str | None, split: str) -> Any:

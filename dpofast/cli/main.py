@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -10,6 +11,8 @@ from collections.abc import Callable, Sequence
 from dpofast.cli.parser import build_parser, split_arguments
 from dpofast.errors import ConfigError, DPOFastError
 
+# No fault of the program: no room, no right, or a medium that can only be read.
+MACHINE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES}
 EXIT_USAGE = 2  # the input's fault
 EXIT_INTERRUPTED = 130  # what shells report for Ctrl-C
 EXIT_PIPE = 141  # and for a closed pipe
@@ -43,6 +46,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # who reads our output has seen enough, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_PIPE
+    except OSError as error:
+        if error.errno not in MACHINE_ERRORS:
+            raise
+        _report(DPOFastError(f"{error.filename or 'a file'} can't be written: {error.strerror}."))
+        return EXIT_USAGE
     return 0
 
 

@@ -61,8 +61,18 @@ def read_options(yaml_file: str | None, overrides: Sequence[str]) -> RunOptions:
     }
     script_names = {item.name for item in fields(ScriptOptions)}
     script = ScriptOptions(**{k: v for k, v in values.items() if k in script_names})
+    _refuse_idle_adapter_options(script, given)
     options = {k: v for k, v in values.items() if k not in script_names}
     return RunOptions(script, _config(options, given, script, source), source)
+
+
+def _refuse_idle_adapter_options(script: ScriptOptions, given: dict[str, Given]) -> None:
+    for name, option in given.items():
+        if name.startswith("lora_") and not script.use_peft:
+            raise ConfigError(
+                f"{option.where}: {name} has no effect without use_peft: true; add that, or leave "
+                f"{name} out to train the whole model."
+            )
 
 
 def _canonical(given: dict[str, Given]) -> dict[str, Given]:
@@ -82,6 +92,7 @@ def _known_types() -> dict[str, Any]:
     from dpofast.config import DPOConfig
 
     hints = get_type_hints(DPOConfig) | get_type_hints(ScriptOptions)
+    hints["resume_from_checkpoint"] = str | bool | None  # true: the newest of the output folder
     names = [item.name for item in (*fields(DPOConfig), *fields(ScriptOptions)) if item.init]
     return {name: hints[name] for name in names}
 
@@ -135,5 +146,6 @@ def _config(
     try:
         return DPOConfig(**options)
     except (ValueError, TypeError, ImportError) as error:
-        where = next((o.where for name, o in given.items() if name in str(error)), source)
+        named = [name for name in given if str(error).startswith(name)]
+        where = given[max(named, key=len)].where if named else source
         raise ConfigError(f"{where}: {error}") from error

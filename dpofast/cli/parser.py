@@ -48,7 +48,9 @@ def build_parser() -> Parser:
         "train it by DPO; compare before and after. Fetches nothing.",
         allow_abbrev=False,
     )
-    demo.add_argument("--output-dir", default="runs/demo", help="default: %(default)s")
+    demo.add_argument(
+        "--output-dir", "--output_dir", default="runs/demo", help="default: %(default)s"
+    )
     demo.add_argument("--seed", type=int, default=0, help="of data and weights")
     return parser
 

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from dpofast.cli.loading import adapter_options, load_inputs
+from dpofast.cli.loading import adapter_options, load_inputs, make_output_dir
 from dpofast.cli.options import RunOptions, read_options
 from dpofast.cli.quiet import is_main_process
 
@@ -26,6 +26,7 @@ def make_trainer(options: RunOptions) -> Any:
     """A DPOTrainer of the options."""
     from dpofast.trainer import DPOTrainer
 
+    make_output_dir(options)
     peft_config = adapter_options(options)
     inputs = load_inputs(options)
     return DPOTrainer(

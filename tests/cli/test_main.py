@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -138,7 +139,9 @@ def test_yaml_file_trains_an_adapter_and_eval_measures_it(
     assert main(["train", str(config), "--use_peft", "--lora_r", "2"]) == 0
     adapter = tmp_path / "run"
     assert (adapter / "adapter_config.json").is_file()
-    assert main(["eval", str(config), "--model_name_or_path", str(adapter)]) == 0
+    measure = ["eval", str(config), "--model_name_or_path", str(adapter)]
+    assert "no held-out pairs" in error_of(capsys, measure)
+    assert main([*measure, "--eval_dataset_name", str(tmp_path / "pairs.json")]) == 0
     evaluation = json.loads((adapter / "evaluation.json").read_text())
     assert evaluation["eval_rewards/margins"] != 0, "the base is the reference of an adapter"
     assert "rewards/accuracies" in capsys.readouterr().out
@@ -258,3 +261,45 @@ def test_a_reference_that_is_not_the_one_of_the_run_is_refused(
         f"--resume_from_checkpoint={tmp_path / 'run' / 'checkpoint-1'}",
     )
     assert "ref_model is not the reference" in error_of(capsys, resume)
+
+
+def test_resuming_takes_true(
+    tmp_path: Path, model_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = run_arguments(tmp_path, model_folder, "--resume_from_checkpoint", "true")
+    assert "no whole checkpoint" in error_of(capsys, arguments)
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("--lora_r=4", "use_peft"),
+        ("--output_dir=pairs.json", "output_dir"),
+        ("--loss_type=dpo", "command line: loss_type: Unknown loss"),
+        ("--num_train_epochs=0", "num_train_epochs"),
+        ("--report_to=tensorbord", "report_to"),
+        ("--attn_implementation=flash_attention_2", "can't be loaded"),
+    ],
+)
+def test_options_that_would_fail_later_are_named(
+    tmp_path: Path,
+    model_folder: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    option: str,
+    message: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    name = option.partition("=")[0]
+    words = [w for w in run_arguments(tmp_path, model_folder) if not w.startswith(f"{name}=")]
+    assert message in error_of(capsys, [*words, option])
+
+
+def test_a_truncated_model_file_is_named(
+    tmp_path: Path, model_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(model_folder, broken)
+    weights = broken / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    assert "can't be loaded" in error_of(capsys, run_arguments(tmp_path, broken))
