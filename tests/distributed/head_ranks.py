@@ -1,0 +1,222 @@
+"""Every case of `head_cases` on two ranks against one process; the main rank writes JSON.
+
+torchrun --nproc-per-node 2 head_ranks.py REPORT
+
+The report holds, per case, the relative errors of the loss and of each parameter's gradient; and,
+under "gathers", how often ZeRO-3 gathered each weight in each of a few micro-batches.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.utils import safe_get_full_grad
+from torch import Tensor, nn
+
+from dpofast.head import PairLossTask, head_options
+from dpofast.model import causal_lm, pair_step, run_batch
+from dpofast_kernels import HeadOptions, PairLossOutput, linear_pair_loss, make_loss
+from tests.distributed.gathers import count_gathers
+from tests.distributed.head_cases import (
+    AUTOCAST_CASES,
+    BETA,
+    CASES,
+    FP16_CASES,
+    NUM_PAIRS,
+    Case,
+    Deal,
+    make_batch,
+    make_model,
+)
+
+LOSS = make_loss("sigmoid", BETA, 0.0)
+LOSS_SCALE_POWER = 28
+# In fp16 the policy leads so far that a pair's coefficient is about e^-20, below all that fp16 can
+# hold; a loss scale of 2^28 brings it back to about 1.
+FP16_LEAD = 20.0 / BETA
+
+
+def run_model(model: nn.Module, wrapped: Any, indices: Any, case: Case) -> Tensor:
+    """The mean loss over all pairs of the step, as far as these pairs go."""
+    batch = make_batch(indices, FP16_LEAD if case.precision == "fp16" else 0.0)
+    options = head_options(causal_lm(model).config)
+    task = PairLossTask(batch.labels, batch.bounds, batch.ref_logps, LOSS, options)
+    with pair_step(model):
+        output = PairLossOutput(*run_batch(wrapped, batch, task))
+    return output.loss / NUM_PAIRS
+
+
+def autocast(case: Case) -> torch.autocast:
+    return torch.autocast("cpu", torch.bfloat16, enabled=case.precision == "autocast")
+
+
+def dealt(deal: Deal) -> list[Any]:
+    return [indices for rank in deal for indices in rank]
+
+
+def one_process(case: Case) -> tuple[float, dict[str, Tensor]]:
+    """The loss, and the gradient of every parameter that gets one.
+
+    In fp32 all pairs are one batch. Under autocast and in fp16 the body rounds otherwise if its
+    batches are otherwise, so they are those of the ranks, one after the other.
+    """
+    model = make_model(replace(case, checkpointing=None))
+    if case.precision == "fp16":  # what DeepSpeed will compute with, in fp32
+        model.half().float()
+    total = 0.0
+    for indices in [range(NUM_PAIRS)] if case.precision == "fp32" else dealt(case.deal):
+        with autocast(case):
+            loss = run_model(model, model, indices, case)
+        loss.backward()
+        total += loss.item()
+    named = model.named_parameters()
+    return total, {name: p.grad for name, p in named if p.grad is not None}
+
+
+def exact_head_gradient(case: Case) -> Tensor:
+    """Of the head's weight under autocast: [V, H] fp64, from both inputs rounded to bf16."""
+    model = make_model(case)
+    weight = model.lm_head.weight.detach().bfloat16().double().requires_grad_()
+    for indices in dealt(case.deal):
+        batch = make_batch(indices)
+        with pair_step(model), autocast(case):
+            hidden_states = run_batch(model, batch, lambda hidden_states, *_: hidden_states)
+        rounded = hidden_states.detach().bfloat16().double()  # [N, H]
+        options = HeadOptions(backend="naive")
+        output = linear_pair_loss(
+            rounded, weight, batch.labels, batch.bounds, batch.ref_logps, LOSS, options
+        )
+        (output.loss / NUM_PAIRS).backward()
+    assert weight.grad is not None
+    return weight.grad
+
+
+def zero_config(case: Case, **zero_options: Any) -> dict[str, Any]:
+    autocast_config = {"enabled": case.precision == "autocast", "dtype": "bfloat16"}
+    if case.sent_in == "fp32":
+        autocast_config["lower_precision_safe_modules"] = []
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": len(case.deal[0]),
+        # as small as the parameters are, ZeRO-3 would keep all of them gathered
+        "zero_optimization": {
+            "stage": case.stage,
+            "stage3_param_persistence_threshold": 0,
+            **zero_options,
+        },
+        "fp16": {"enabled": case.precision == "fp16", "initial_scale_power": LOSS_SCALE_POWER},
+        "torch_autocast": autocast_config,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+    }
+
+
+def make_engine(model: nn.Module, case: Case, **zero_options: Any) -> Any:
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=0.0)
+    config = zero_config(case, **zero_options)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+    return engine
+
+
+def under_zero(case: Case) -> tuple[Tensor, dict[str, Tensor]]:
+    model = make_model(case)
+    engine = make_engine(model, case)
+    total = torch.zeros((), dtype=torch.float64)
+    for indices in case.deal[dist.get_rank()]:
+        loss = run_model(model, engine, indices, case)
+        # gradients are averaged over ranks
+        engine.backward(loss * dist.get_world_size(), scale_wrt_gas=False)
+        if not engine.is_gradient_accumulation_boundary():
+            engine.step()
+        total += loss.detach()
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    scale = engine.optimizer.loss_scale if case.precision == "fp16" else 1.0
+    gradients = {name: safe_get_full_grad(p) / scale for name, p in named}
+    engine.destroy()
+    return total, gradients
+
+
+def under_ddp(case: Case) -> tuple[Tensor, dict[str, Tensor]]:
+    model = make_model(case)
+    wrapped = nn.parallel.DistributedDataParallel(model)
+    total = torch.zeros((), dtype=torch.float64)
+    batches = case.deal[dist.get_rank()]
+    for index, indices in enumerate(batches):
+        waits = index < len(batches) - 1
+        with wrapped.no_sync() if waits else contextlib.nullcontext():
+            with autocast(case):
+                loss = run_model(model, wrapped, indices, case)
+            (loss * dist.get_world_size()).backward()
+        total += loss.detach()
+    return total, {name: p.grad for name, p in model.named_parameters()}
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    return ((actual.double() - expected).norm() / expected.double().norm()).item()
+
+
+def compare(case: Case) -> dict[str, Any]:
+    total, gradients = under_ddp(case) if case.stage is None else under_zero(case)
+    dist.all_reduce(total)
+    expected_total, expected = one_process(case)
+    assert gradients.keys() == expected.keys(), gradients.keys() ^ expected.keys()
+    report = {
+        "loss": total.item(),
+        "loss_error": abs(total.item() / expected_total - 1.0),
+        "errors": {name: relative_error(gradients[name], g) for name, g in expected.items()},
+        "dtypes": sorted({str(gradient.dtype) for gradient in gradients.values()}),
+        "largest": max(gradient.abs().max().item() for gradient in expected.values()),
+    }
+    if case.precision == "autocast" and case.family != "tied":
+        exact = exact_head_gradient(case)
+        report["exact_head_error"] = relative_error(gradients["lm_head.weight"], exact)
+    return report
+
+
+def gathers_per_micro_batch(family: str, **zero_options: Any) -> list[dict[str, int]]:
+    """How often each weight is gathered in the forward and backward of each micro-batch."""
+    case = Case(3, family=family)
+    model = make_model(case)
+    engine = make_engine(model, case, **zero_options)
+    counts = []
+    with count_gathers(model) as gathers:
+        for _ in range(5):
+            gathers.clear()
+            engine.backward(run_model(model, engine, case.deal[dist.get_rank()][0], case))
+            counts.append(dict(gathers))
+            engine.step()
+    engine.destroy()
+    return counts
+
+
+def main(report: str) -> None:
+    torch.set_num_threads(1)
+    deepspeed.init_distributed("gloo", verbose=False)
+    cases = {**CASES, **AUTOCAST_CASES, **FP16_CASES}
+    if importlib.util.find_spec("peft") is None:
+        cases = {name: case for name, case in cases.items() if case.adapter is None}
+    results: dict[str, Any] = {name: compare(case) for name, case in cases.items()}
+    no_prefetch = {"stage3_prefetch_bucket_size": 0}
+    results["gathers"] = {
+        "default": gathers_per_micro_batch("llama"),
+        "tied": gathers_per_micro_batch("tied"),
+        "next": gathers_per_micro_batch("llama", stage3_max_reuse_distance=1, **no_prefetch),
+        "none": gathers_per_micro_batch("llama", stage3_max_reuse_distance=0, **no_prefetch),
+    }
+    if dist.get_rank() == 0:
+        Path(report).write_text(json.dumps(results))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
