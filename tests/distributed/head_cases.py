@@ -35,6 +35,9 @@ class Case:
         adapter: where LoRA stands: "attention", "head", "saved_head" or nowhere.
         checkpointing: of activations: "reentrant", "non_reentrant" or none.
         deal: which rank gets which pairs.
+        op: "pair_loss" in one pass, or "logps", whose backward needs the weight again.
+        steps: optimizer steps of rate 0, of which the last is compared. From the second on ZeRO-3
+            knows what will be used again, and keeps or fetches weights by that.
         precision: "fp32", "autocast" (fp32 weights, computed in bf16) or "fp16".
         sent_in: under autocast, the dtype in which DeepSpeed sends the weights and gradients of
             linear layers to other ranks; its own default is "bf16".
@@ -45,6 +48,8 @@ class Case:
     adapter: str | None = None
     checkpointing: str | None = None
     deal: Deal = HALVES
+    op: str = "pair_loss"
+    steps: int = 1
     precision: str = "fp32"
     sent_in: str = "fp32"
 
@@ -71,6 +76,13 @@ CASES = {
     "zero3_uneven": Case(3, deal=UNEVEN),
     "zero3_accumulation": Case(3, deal=TWO_MICRO_BATCHES),
     "zero3_one_without_pairs": Case(3, deal=ONE_WITHOUT_PAIRS),
+    "zero3_third_step": Case(3, steps=3),
+    "zero3_third_step_tied_non_reentrant": Case(
+        3, family="tied", checkpointing="non_reentrant", steps=3
+    ),
+    "zero3_logps": Case(3, op="logps"),
+    "zero3_logps_tied": Case(3, family="tied", op="logps"),
+    "zero3_logps_third_step": Case(3, op="logps", steps=3),
     "zero3_lora": Case(3, adapter="attention"),
     "zero3_lora_tied_non_reentrant": Case(
         3, family="tied", adapter="attention", checkpointing="non_reentrant"

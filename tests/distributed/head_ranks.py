@@ -19,12 +19,19 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from deepspeed.utils import safe_get_full_grad
 from torch import Tensor, nn
 
-from dpofast.head import PairLossTask, head_options
+from dpofast.head import PairLossTask, ScoreTask, head_options
 from dpofast.model import causal_lm, pair_step, run_batch
-from dpofast_kernels import HeadOptions, PairLossOutput, linear_pair_loss, make_loss
+from dpofast_kernels import (
+    HeadOptions,
+    PairLossOutput,
+    linear_pair_loss,
+    make_loss,
+    sum_per_sequence,
+)
 from tests.distributed.gathers import count_gathers
 from tests.distributed.head_cases import (
     AUTOCAST_CASES,
@@ -49,6 +56,11 @@ def run_model(model: nn.Module, wrapped: Any, indices: Any, case: Case) -> Tenso
     """The mean loss over all pairs of the step, as far as these pairs go."""
     batch = make_batch(indices, FP16_LEAD if case.precision == "fp16" else 0.0)
     options = head_options(causal_lm(model).config)
+    if case.op == "logps":
+        with pair_step(model):
+            per_token_logps = run_batch(wrapped, batch, ScoreTask(batch.labels, options))  # [N]
+        logratios = sum_per_sequence(per_token_logps, batch.bounds) - batch.ref_logps  # [2P]
+        return -F.logsigmoid(BETA * (logratios[0::2] - logratios[1::2])).sum() / NUM_PAIRS
     task = PairLossTask(batch.labels, batch.bounds, batch.ref_logps, LOSS, options)
     with pair_step(model):
         output = PairLossOutput(*run_batch(wrapped, batch, task))
@@ -69,7 +81,8 @@ def one_process(case: Case) -> tuple[float, dict[str, Tensor]]:
     In fp32 all pairs are one batch. Under autocast and in fp16 the body rounds otherwise if its
     batches are otherwise, so they are those of the ranks, one after the other.
     """
-    model = make_model(replace(case, checkpointing=None))
+    case = replace(case, checkpointing=None, op="pair_loss")
+    model = make_model(case)
     if case.precision == "fp16":  # what DeepSpeed will compute with, in fp32
         model.half().float()
     total = 0.0
@@ -131,14 +144,15 @@ def make_engine(model: nn.Module, case: Case, **zero_options: Any) -> Any:
 def under_zero(case: Case) -> tuple[Tensor, dict[str, Tensor]]:
     model = make_model(case)
     engine = make_engine(model, case)
-    total = torch.zeros((), dtype=torch.float64)
-    for indices in case.deal[dist.get_rank()]:
-        loss = run_model(model, engine, indices, case)
-        # gradients are averaged over ranks
-        engine.backward(loss * dist.get_world_size(), scale_wrt_gas=False)
-        if not engine.is_gradient_accumulation_boundary():
+    batches = case.deal[dist.get_rank()]
+    losses = []
+    for index, indices in enumerate(batches * case.steps):
+        if index > 0:  # not after the last one: a step clears the gradients
             engine.step()
-        total += loss.detach()
+        losses.append(run_model(model, engine, indices, case))
+        # gradients are averaged over ranks
+        engine.backward(losses[-1] * dist.get_world_size(), scale_wrt_gas=False)
+    total = torch.stack(losses[-len(batches) :]).detach().sum()
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     scale = engine.optimizer.loss_scale if case.precision == "fp16" else 1.0
     gradients = {name: safe_get_full_grad(p) / scale for name, p in named}
