@@ -1,0 +1,201 @@
+"""The sizes that the head's benchmark runs, and their inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+BETA = 0.1  # of the loss
+# hidden size and vocabulary of each model's head
+MODELS = {
+    "llama-3-8b": (4096, 128256),
+    "qwen2.5-7b": (3584, 152064),
+    "gemma-2-2b": (2304, 256000),
+    "qwen2.5-0.5b": (896, 151936),
+    "mistral-7b": (4096, 32768),
+}
+WEIGHT_STD = 0.02
+LOGIT_STD = (2.0, 3.0)  # of a row's logits, its aim aside
+AIM = 22.0  # up to this much a row's logits point at one token: from flat rows to p > 0.999
+SCORED_BLOCK = 64  # rows whose labels are drawn at once
+
+
+@dataclass(frozen=True)
+class Case:
+    """One size of the head's work.
+
+    Attributes:
+        model: whose hidden size and vocabulary these are.
+        num_tokens: N, scored tokens.
+        num_pairs: P.
+        dtype: of hidden states and weight, by its name in torch.
+        even: whether all answers are of the same length.
+    """
+
+    model: str
+    num_tokens: int
+    hidden_size: int
+    vocab_size: int
+    num_pairs: int
+    dtype: str
+    even: bool
+
+    @property
+    def name(self) -> str:
+        return f"{self.model}, N={self.num_tokens}, {self.dtype}"
+
+    @property
+    def product_flop(self) -> float:
+        """Operations of one of the head's products: 2NHV."""
+        return 2.0 * self.num_tokens * self.hidden_size * self.vocab_size
+
+
+@dataclass(frozen=True, eq=False)
+class Inputs:
+    """What every contender gets; hidden states and weight are leaves with gradients.
+
+    `ref_hidden_states` are what `ref_logps` were made from, with the same weight, for contenders
+    that take no reference log-probs.
+    """
+
+    hidden_states: Tensor  # [N, H]
+    weight: Tensor  # [V, H]
+    labels: Tensor  # [N]
+    bounds: Tensor  # [2P+1], on the CPU
+    ref_hidden_states: Tensor  # [N, H]
+    ref_logps: Tensor  # [2P] fp64
+
+    @property
+    def limits(self) -> list[int]:
+        return [int(limit) for limit in self.bounds]
+
+    @property
+    def gradient_bytes(self) -> int:
+        return self.hidden_states.nbytes + self.weight.nbytes
+
+
+@dataclass(frozen=True, eq=False)
+class Outputs:
+    """What a contender gives; None where it doesn't.
+
+    Attributes:
+        per_token_logps: [N].
+        logps: [2P].
+        loss: [], mean over pairs.
+        d_hidden_states: [N, H].
+        d_weight: [V, H].
+    """
+
+    per_token_logps: Tensor | None = None
+    logps: Tensor | None = None
+    loss: Tensor | None = None
+    d_hidden_states: Tensor | None = None
+    d_weight: Tensor | None = None
+
+
+def make_inputs(case: Case, device: str, targets: dict[str, Tensor] | None = None) -> Inputs:
+    """The inputs of a case: the same ones in every process.
+
+    The logits of a row spread by 2 to 3, and point at one token more or less; labels are drawn
+    from the model's own distribution, so that log-probs are those of a model that knows its text.
+
+    Args:
+        case: its size.
+        device: "cpu" or "cuda".
+        targets: labels and ref_logps of another process, which cost a pass to make.
+    """
+    generator = torch.Generator(device).manual_seed(0)
+    dtype = getattr(torch, case.dtype)
+    size = (case.num_tokens, case.hidden_size)
+    # In place: a temporary of this size would raise the peak that contenders are measured from.
+    weight = torch.empty(case.vocab_size, case.hidden_size, dtype=dtype, device=device)
+    weight.normal_(0.0, WEIGHT_STD, generator=generator)
+
+    def uniform(low: float, high: float) -> Tensor:
+        draws = torch.rand(case.num_tokens, 1, generator=generator, device=device)
+        return draws * (high - low) + low
+
+    unit = WEIGHT_STD * case.hidden_size**0.5  # spread of logits of a standard normal row
+    noise = torch.randn(size, generator=generator, device=device)
+    aimed = torch.randint(case.vocab_size, (case.num_tokens,), generator=generator, device=device)
+    hidden_states = noise * uniform(*LOGIT_STD) / unit
+    hidden_states += weight[aimed].float() * (uniform(0.0, AIM) / unit**2)
+    drift = torch.randn(size, generator=generator, device=device) * (0.1 / unit)
+    ref_hidden_states = (hidden_states + drift).to(dtype)
+    hidden_states = hidden_states.to(dtype)
+    bounds = _bounds(case)
+    if targets is None:
+        labels = _draw_labels(hidden_states, weight, generator)
+        per_token = _exact_logps(ref_hidden_states, weight.double(), labels, bounds)
+        targets = {"labels": labels.cpu(), "ref_logps": sequence_sums(per_token, bounds).cpu()}
+    return Inputs(
+        hidden_states.requires_grad_(),
+        weight.requires_grad_(),
+        targets["labels"].to(device),
+        bounds,
+        ref_hidden_states,
+        targets["ref_logps"].to(device),
+    )
+
+
+def _bounds(case: Case) -> Tensor:
+    """[2P+1] limits; uneven answers are of a quarter to seven quarters of the mean length."""
+    num_sequences = 2 * case.num_pairs
+    generator = torch.Generator().manual_seed(1)
+    shares = torch.rand(num_sequences, generator=generator, dtype=torch.float64) * 1.5 + 0.25
+    if case.even:
+        shares.fill_(1.0)
+    # At least one token each: the rest is shared out.
+    spare = case.num_tokens - num_sequences
+    ends = (shares.cumsum(0) / shares.sum() * spare).round().long()
+    return F.pad(ends + torch.arange(1, num_sequences + 1), (1, 0))
+
+
+def _draw_labels(hidden_states: Tensor, weight: Tensor, generator: torch.Generator) -> Tensor:
+    """[N] from the softmax of every row's logits."""
+    draws = []
+    for start in range(0, len(hidden_states), SCORED_BLOCK):
+        logits = hidden_states[start : start + SCORED_BLOCK] @ weight.t()
+        probs = logits.softmax(-1, torch.float32)
+        draws.append(torch.multinomial(probs, 1, generator=generator))
+    return torch.cat(draws)[:, 0]
+
+
+def _exact_logps(hidden_states: Tensor, weight: Tensor, labels: Tensor, bounds: Tensor) -> Tensor:
+    """[N] fp64 per-token log-probs, for a weight that is fp64 already."""
+    logps = []
+    for rows in sequence_rows(bounds):
+        z = hidden_states[rows].double() @ weight.t()
+        target_logits = z.gather(-1, labels[rows, None])[:, 0]
+        logps.append(target_logits - z.logsumexp(-1))
+    return torch.cat(logps)
+
+
+def sequence_sums(per_token_logps: Tensor, bounds: Tensor) -> Tensor:
+    """[2P] fp64."""
+    return torch.stack([per_token_logps[rows].double().sum() for rows in sequence_rows(bounds)])
+
+
+def sequence_rows(bounds: Tensor) -> Iterator[slice]:
+    for start, end in pairwise(bounds.tolist()):
+        yield slice(start, end)
+
+
+def case_dict(case: Case) -> dict[str, Any]:
+    """For JSON."""
+    return {
+        "name": case.name,
+        "model": case.model,
+        "N": case.num_tokens,
+        "H": case.hidden_size,
+        "V": case.vocab_size,
+        "pairs": case.num_pairs,
+        "dtype": case.dtype,
+        "even_lengths": case.even,
+    }

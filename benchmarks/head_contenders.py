@@ -1,0 +1,289 @@
+"""Who runs in the head's benchmark: ours, plain PyTorch, the peers, and the bare products.
+
+All do the same work on the same tensors: log-probs of the labels, and for forward and backward the
+sums per sequence in fp64, the sigmoid loss against cached reference log-probs, and the gradients of
+hidden states and weight. Where one can't, its note says what it does in place of that.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from benchmarks.harness import AbsentError, Contender, make_contender
+from benchmarks.head_cases import BETA, Inputs, Outputs, sequence_rows
+from dpofast_kernels import (
+    HeadOptions,
+    linear_logps,
+    linear_pair_loss,
+    make_loss,
+    sum_per_sequence,
+)
+
+TRL_VOCAB_CHUNK = 32768
+IGNORED = -100
+
+Step = Callable[[], Outputs]
+LogpsFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Work:
+    """The two passes that are raced, bound to their inputs."""
+
+    forward: Step
+    forward_backward: Step
+
+
+@dataclass(frozen=True)
+class Entry:
+    """How a contender is made.
+
+    Attributes:
+        make: imports what it needs and binds it to inputs; raises where it can't run.
+        note: what work it does, where that isn't the work asked for.
+        judged: see `Contender`.
+        on_cpu: whether it takes part on a CPU unless asked for.
+    """
+
+    make: Callable[[Inputs], Work]
+    note: str = ""
+    judged: bool = True
+    on_cpu: bool = True
+
+
+def contender(name: str, inputs: Inputs, step: str) -> Contender:
+    """The contender of that name; `step` is "forward" or "forward_backward"."""
+    entry = ENTRIES[name]
+
+    def make() -> Step:
+        run: Step = getattr(entry.make(inputs), step)
+        return run
+
+    return make_contender(name, make, entry.note, entry.judged)
+
+
+def _from_logps(function: LogpsFunction, inputs: Inputs) -> Work:
+    """The work of someone who gives per-token log-probs with a backward."""
+    loss_of = make_loss("sigmoid", beta=BETA)
+    lengths = inputs.bounds.diff().view(-1, 2).to(inputs.labels.device)  # [P, 2]
+
+    @torch.no_grad()
+    def forward() -> Outputs:
+        return Outputs(function(inputs.hidden_states, inputs.weight, inputs.labels))
+
+    def forward_backward() -> Outputs:
+        per_token_logps = function(inputs.hidden_states, inputs.weight, inputs.labels)
+        logps = sum_per_sequence(per_token_logps, inputs.bounds)
+        logratios = logps - inputs.ref_logps
+        losses, _, _ = loss_of.pair_loss(logratios[0::2], logratios[1::2], lengths)
+        loss = losses.mean()
+        gradients = torch.autograd.grad(loss, [inputs.hidden_states, inputs.weight])
+        return Outputs(per_token_logps.detach(), logps.detach(), loss.detach(), *gradients)
+
+    return Work(forward, forward_backward)
+
+
+def _ours(backend: str) -> Entry:
+    def make(inputs: Inputs) -> Work:
+        if backend != "torch" and os.environ.get("TRITON_INTERPRET") != "1":
+            _need_gpu(inputs)
+        options, loss_of = HeadOptions(backend=backend), make_loss("sigmoid", beta=BETA)
+        num_pairs = len(inputs.bounds) // 2
+
+        @torch.no_grad()
+        def forward() -> Outputs:
+            return Outputs(
+                linear_logps(inputs.hidden_states, inputs.weight, inputs.labels, options)
+            )
+
+        def forward_backward() -> Outputs:
+            output = linear_pair_loss(
+                inputs.hidden_states,
+                inputs.weight,
+                inputs.labels,
+                inputs.bounds,
+                inputs.ref_logps,
+                loss_of,
+                options,
+            )
+            loss = output.loss / num_pairs
+            gradients = torch.autograd.grad(loss, [inputs.hidden_states, inputs.weight])
+            return Outputs(None, output.logps, loss.detach(), *gradients)
+
+        return Work(forward, forward_backward)
+
+    return Entry(make)
+
+
+def _naive_logps(hidden_states: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """[N]; neither the logits nor all log-probs [N, V] have a name that outlives this."""
+    all_logps = (hidden_states @ weight.t()).log_softmax(-1, dtype=torch.float32)
+    return all_logps.gather(-1, labels[:, None])[:, 0]
+
+
+def _naive(inputs: Inputs) -> Work:
+    return _from_logps(_naive_logps, inputs)
+
+
+def _compiled(inputs: Inputs) -> Work:
+    return _from_logps(torch.compile(_naive_logps, fullgraph=True, dynamic=False), inputs)
+
+
+def _trl(inputs: Inputs) -> Work:
+    # Its backward imports the trainer, which belongs neither to its time nor to its memory.
+    import trl.trainer.utils  # noqa: F401
+    from trl.kernels.chunked_logprob import ChunkedLogProbFunction
+
+    def logps(hidden_states: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+        bias, temperature, softcap, logit_scale, extra_outputs = None, 1.0, None, 1.0, ()
+        per_token_logps: Tensor = ChunkedLogProbFunction.apply(
+            hidden_states,
+            weight,
+            bias,
+            labels,
+            temperature,
+            TRL_VOCAB_CHUNK,
+            softcap,
+            logit_scale,
+            extra_outputs,
+        )[0]
+        return per_token_logps
+
+    return _from_logps(logps, inputs)
+
+
+def _liger_flce(inputs: Inputs) -> Work:
+    _need_gpu(inputs)
+    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+    nll = LigerFusedLinearCrossEntropyLoss(reduction="none", accum_dtype=torch.float32)
+    return _from_logps(lambda x, weight, labels: -nll(weight, x, labels), inputs)
+
+
+def _liger_dpo(inputs: Inputs) -> Work:
+    from liger_kernel.chunked_loss import LigerFusedLinearDPOLoss
+
+    rows = list(sequence_rows(inputs.bounds))
+    rows = rows[0::2] + rows[1::2]  # all chosen, then all rejected
+
+    def padded(tensor: Tensor, padding: float) -> Tensor:
+        parts = [tensor.detach()[span] for span in rows]
+        return pad_sequence(parts, batch_first=True, padding_value=padding)  # [2P, T, ...]
+
+    is_compiled = inputs.weight.is_cuda
+    loss_of = LigerFusedLinearDPOLoss(beta=BETA, compiled=is_compiled)
+    hidden_states = padded(inputs.hidden_states, 0.0).requires_grad_()
+    labels = padded(inputs.labels, IGNORED)
+    ref_hidden_states, ref_weight = padded(inputs.ref_hidden_states, 0.0), inputs.weight.detach()
+    spans = [slice(0, span.stop - span.start) for span in rows]
+
+    def in_our_order(per_sequence: list[Tensor]) -> list[Tensor]:
+        half = len(per_sequence) // 2
+        return [per_sequence[half * (s % 2) + s // 2] for s in range(2 * half)]
+
+    def run(weight: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        loss, (chosen, rejected, *_) = loss_of(
+            weight, x, labels, ref_input=ref_hidden_states, ref_weight=ref_weight
+        )
+        return loss, torch.stack([chosen, rejected], 1).flatten()
+
+    @torch.no_grad()
+    def forward() -> Outputs:
+        return Outputs(logps=run(ref_weight, hidden_states.detach())[1])
+
+    def forward_backward() -> Outputs:
+        loss, logps = run(inputs.weight, hidden_states)
+        d_padded, d_weight = torch.autograd.grad(loss, [hidden_states, inputs.weight])
+        parts = [d_padded[index, span] for index, span in enumerate(spans)]
+        d_hidden_states = torch.cat(in_our_order(parts))
+        return Outputs(None, logps.detach(), loss.detach(), d_hidden_states, d_weight)
+
+    return Work(forward, forward_backward)
+
+
+def _cce(filter_eps: str | None) -> Callable[[Inputs], Work]:
+    def make(inputs: Inputs) -> Work:
+        _need_gpu(inputs)
+        from cut_cross_entropy import linear_cross_entropy
+
+        def logps(hidden_states: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+            nll: Tensor = linear_cross_entropy(
+                hidden_states,
+                weight,
+                labels,
+                reduction="none",
+                filter_eps=filter_eps,
+                impl="cce",
+            )
+            return -nll
+
+        return _from_logps(logps, inputs)
+
+    return make
+
+
+def _floor(fp32_d_weight: bool) -> Callable[[Inputs], Work]:
+    """The products of a head, each of whole matrices into an output that is there already."""
+
+    def make(inputs: Inputs) -> Work:
+        x, weight = inputs.hidden_states.detach(), inputs.weight.detach()
+        if fp32_d_weight and not (x.is_cuda and x.dtype == torch.bfloat16):
+            raise AbsentError("only bf16 products on a GPU have another dtype to sum in")
+        logits = x.new_zeros(len(x), len(weight))  # [N, V]; it stands for d_logits, too
+        d_x, d_weight = torch.zeros_like(x), torch.zeros_like(weight)
+        if fp32_d_weight:
+            d_weight = d_weight.float()
+
+        def forward() -> Outputs:
+            torch.mm(x, weight.t(), out=logits)
+            return Outputs()
+
+        def forward_backward() -> Outputs:
+            torch.mm(x, weight.t(), out=logits)
+            torch.mm(logits, weight, out=d_x)
+            if fp32_d_weight:
+                torch.mm(logits.t(), x, out_dtype=torch.float32, out=d_weight)
+            else:
+                torch.mm(logits.t(), x, out=d_weight)
+            return Outputs()
+
+        return Work(forward, forward_backward)
+
+    return make
+
+
+def _need_gpu(inputs: Inputs) -> None:
+    if not inputs.weight.is_cuda:
+        raise AbsentError("its Triton kernels need a GPU")
+
+
+ENTRIES: dict[str, Entry] = {
+    "ours_torch": _ours("torch"),
+    "ours_triton": _ours("triton"),
+    "ours_triton_fused": _ours("triton_fused"),
+    "naive": Entry(_naive),
+    "compile": Entry(_compiled, "torch.compile of naive, compiled before it is timed"),
+    "trl": Entry(_trl, "its chunked log-probs of the scored rows, without its extra outputs"),
+    "liger_dpo": Entry(
+        _liger_dpo,
+        "takes no cached reference log-probs: scores the reference's hidden states, too; answers "
+        "padded to the longest; compiled on a GPU",
+        on_cpu=False,
+    ),
+    "liger_flce": Entry(_liger_flce, "reduction none, d_weight summed in fp32"),
+    "cce_exact": Entry(_cce(None), "filter_eps=None: no gradient is dropped"),
+    "cce_filtered": Entry(_cce("high"), "its default: drops blocks of small gradients"),
+    "floor": Entry(_floor(False), "the bare products, outputs preallocated", judged=False),
+    "floor_fp32": Entry(
+        _floor(True), "the bare products with d_weight in fp32", judged=False, on_cpu=False
+    ),
+}
+OURS = tuple(name for name in ENTRIES if name.startswith("ours_"))
+# Who needs no memory of its own worth a process.
+FLOORS = tuple(name for name, entry in ENTRIES.items() if not entry.judged)

@@ -1,0 +1,111 @@
+"""Peak memory of one contender at a time, each in a process of its own.
+
+A benchmark starts itself again with hidden arguments; the child prints one JSON line a case.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.data import REPOSITORY
+
+# Written to clear_refs, this sets the peak VmHWM back to what is resident now (proc(5)).
+CLEAR_PEAK = "5"
+
+
+def peak_beyond_baseline(run: Callable[[], Any], device: str) -> int:
+    """Bytes that a call needs at its peak beyond what was held before the first call.
+
+    Inputs and imports must be there already. It runs twice, and the second call is measured: so
+    buffers that stay are counted, and what is needed once (compilation, tuning) is not. On the CPU
+    that takes a peak that can be reset; where it can't be, the first call is measured.
+
+    Args:
+        run: one round of a contender; its result counts, too, as long as the call holds it.
+        device: "cpu" or "cuda".
+    """
+    gc.collect()
+    if device == "cuda":
+        baseline = torch.cuda.memory_allocated()
+        run()
+        torch.cuda.synchronize()
+        gc.collect()
+        torch.cuda.reset_peak_memory_stats()
+        run()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - baseline
+    baseline = _resident_bytes()
+    if _can_reset_peak():
+        run()
+        gc.collect()
+        _reset_peak()
+        run()
+        return _status_bytes("VmHWM") - baseline
+    run()
+    return _process_peak_bytes() - baseline
+
+
+def measure_in_child(
+    module: str, arguments: Sequence[str], timeout_seconds: float
+) -> tuple[list[dict[str, Any]], str | None]:
+    """Run `python -m module arguments` and read what it prints.
+
+    Returns:
+        The JSON objects that it printed, one a line, and why it ended early, or None if it didn't.
+    """
+    paths = [str(REPOSITORY), str(REPOSITORY / "kernels"), *filter(None, sys.path)]
+    try:
+        child = subprocess.run(
+            [sys.executable, "-m", module, *arguments],
+            cwd=REPOSITORY,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+            capture_output=True,
+            timeout=timeout_seconds,
+            text=True,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        return [], f"took longer than {timeout_seconds:g} s"
+    objects = [json.loads(line) for line in child.stdout.splitlines() if line.startswith("{")]
+    if child.returncode == 0:
+        return objects, None
+    if child.returncode < 0:
+        return objects, f"ended by {signal.Signals(-child.returncode).name}"
+    lines = child.stderr.strip().splitlines()
+    return objects, f"exit code {child.returncode}: {lines[-1] if lines else 'nothing said'}"
+
+
+def _can_reset_peak() -> bool:
+    return os.access("/proc/self/clear_refs", os.W_OK)
+
+
+def _reset_peak() -> None:
+    Path("/proc/self/clear_refs").write_text(CLEAR_PEAK, encoding="ascii")
+
+
+def _resident_bytes() -> int:
+    """What is resident now; where there is no /proc, the peak until now."""
+    return _status_bytes("VmRSS") if Path("/proc/self/status").exists() else _process_peak_bytes()
+
+
+def _status_bytes(name: str) -> int:
+    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
+        if line.startswith(f"{name}:"):
+            return int(line.split()[1]) * 1024
+    raise OSError(f"/proc/self/status has no {name}")
+
+
+def _process_peak_bytes() -> int:
+    unit = 1 if sys.platform == "darwin" else 1024  # Linux counts in KiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
