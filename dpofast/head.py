@@ -45,13 +45,13 @@ class PairLossTask:
 
     def __call__(
         self, hidden_states: Tensor, weight: Tensor, bias: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """The fields of a PairLossOutput: summed loss [] and logps [2P]."""
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The fields of a PairLossOutput: summed loss [], logps [2P] and metrics [8, P]."""
         options = replace(self.options, bias=bias)
         output = linear_pair_loss(
             hidden_states, weight, self.labels, self.bounds, self.ref_logps, self.loss, options
         )
-        return output.loss, output.logps
+        return output.loss, output.logps, output.metrics
 
 
 @dataclass(frozen=True)

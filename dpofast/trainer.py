@@ -31,7 +31,7 @@ from dpofast.reference.provider import Ranks, ReferenceProvider
 from dpofast.run_reference import RunReference
 from dpofast.step_zero import StepZeroCheck
 from dpofast.summary import write_summary
-from dpofast_kernels import PairLossOutput, pair_metrics
+from dpofast_kernels import METRIC_NAMES, PairLossOutput
 
 
 class DPOTrainer(Trainer):
@@ -275,8 +275,8 @@ class DPOTrainer(Trainer):
         )
         with pair_step(self.model), self.accelerator.autocast():
             output = PairLossOutput(*run_batch(model, batch, task))
-        values = pair_metrics(output.logps, batch.ref_logps, batch.bounds, self.pair_loss.beta)
-        sums.add({**values, "loss": output.loss}, batch.num_pairs)
+        metrics = dict(zip(METRIC_NAMES, output.metrics, strict=True))
+        sums.add({**metrics, "loss": output.loss}, batch.num_pairs)
         return output
 
     def compute_loss(self, *args: Any, **kwargs: Any) -> Any:

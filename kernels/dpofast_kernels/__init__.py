@@ -26,10 +26,11 @@ from dpofast_kernels.head import (
     linear_pair_loss,
     sum_per_sequence,
 )
-from dpofast_kernels.preference import PairLoss, make_loss, pair_metrics
+from dpofast_kernels.preference import METRIC_NAMES, PairLoss, make_loss, pair_metrics
 
 __all__ = [
     "HEAD_VERSION",
+    "METRIC_NAMES",
     "HeadOptions",
     "PairLoss",
     "PairLossOutput",

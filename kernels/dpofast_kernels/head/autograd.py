@@ -27,7 +27,7 @@ class HeadCall:
         labels: [N].
         options: of the head.
         dtype: to compute in.
-        backend: "torch" or "triton".
+        backend: "torch", "triton" or "triton_fused".
         grad_enabled: whether autograd records this call.
         pairs: None for per-token log-probs.
     """
@@ -39,9 +39,9 @@ class HeadCall:
     grad_enabled: bool
     pairs: Pairs | None = None
 
-    def head(self, hidden_states: Tensor, weight: Tensor) -> ChunkedHead:
+    def head(self, hidden_states: Tensor, weight: Tensor, keep: bool) -> ChunkedHead:
         return ChunkedHead(
-            hidden_states, weight, self.labels, self.options, self.dtype, self.backend
+            hidden_states, weight, self.labels, self.options, self.dtype, self.backend, keep
         )
 
 
@@ -59,7 +59,7 @@ class LinearLogps(torch.autograd.Function):
         ctx.call = call
         ctx.save_for_backward(hidden_states, weight, bias)
         with torch.autocast(hidden_states.device.type, enabled=False):
-            head = call.head(hidden_states, weight)
+            head = call.head(hidden_states, weight, keep=False)
             chunks = head.row_chunks(0, len(call.labels))
             logps = [head.score(rows).per_token_logps for rows in chunks]
         return torch.cat(logps) if logps else hidden_states.new_empty(0, dtype=head.dtype)
@@ -70,7 +70,7 @@ class LinearLogps(torch.autograd.Function):
         call: HeadCall = ctx.call
         hidden_states, weight, bias = ctx.saved_tensors
         with torch.autocast(hidden_states.device.type, enabled=False):
-            head = call.head(hidden_states, weight)
+            head = call.head(hidden_states, weight, keep=True)
             wanted = Wanted(*ctx.needs_input_grad[:3])
             gradients = head.zero_gradients(wanted, call.options.weight_grad)
             for rows in head.row_chunks(0, len(call.labels)):
@@ -81,7 +81,7 @@ class LinearLogps(torch.autograd.Function):
 
 
 class LinearPairLoss(torch.autograd.Function):
-    """Summed loss and summed logps; the gradients are made in the forward.
+    """Summed loss, summed logps and metrics; the gradients are made in the forward.
 
     They stay in fp32 until the upstream gradient, which may carry a loss scale, was multiplied in.
     """
@@ -93,24 +93,24 @@ class LinearPairLoss(torch.autograd.Function):
         weight: Tensor,  # [V, H]
         bias: Tensor | None,  # [V]
         call: HeadCall,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         ctx.call = call
         ctx.save_for_backward(hidden_states, weight, bias)
         wanted = Wanted(*(needed and call.grad_enabled for needed in ctx.needs_input_grad[:3]))
-        loss, logps, ctx.gradients = _run_one_pass(call, hidden_states, weight, wanted)
-        ctx.mark_non_differentiable(logps)
-        return loss, logps
+        loss, logps, metrics, ctx.gradients = _run_one_pass(call, hidden_states, weight, wanted)
+        ctx.mark_non_differentiable(logps, metrics)
+        return loss, logps, metrics
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, d_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, d_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         call: HeadCall = ctx.call
         hidden_states, weight, bias = ctx.saved_tensors
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:
             # Handed over, scaled in place, to an earlier backward of a retained graph.
             wanted = Wanted(*ctx.needs_input_grad[:3])
-            _, _, gradients = _run_one_pass(call, hidden_states, weight, wanted)
+            gradients = _run_one_pass(call, hidden_states, weight, wanted)[-1]
         if call.options.weight_grad is not None and gradients.weight is not None:
             call.options.weight_grad.addcmul_(gradients.weight, d_loss)
             gradients.weight = None
@@ -122,10 +122,10 @@ class LinearPairLoss(torch.autograd.Function):
 
 def _run_one_pass(
     call: HeadCall, hidden_states: Tensor, weight: Tensor, wanted: Wanted
-) -> tuple[Tensor, Tensor, Gradients | None]:
+) -> tuple[Tensor, Tensor, Tensor, Gradients | None]:
     assert call.pairs is not None
     with torch.autocast(hidden_states.device.type, enabled=False):
-        return one_pass(call.head(hidden_states, weight), call.pairs, wanted)
+        return one_pass(call.head(hidden_states, weight, bool(wanted)), call.pairs, wanted)
 
 
 def _as_inputs(
@@ -146,5 +146,5 @@ def _as_inputs(
 # PyTorch gives `Function.apply` no type.
 apply_linear_logps: Callable[[Tensor, Tensor, Tensor | None, HeadCall], Tensor] = LinearLogps.apply
 apply_linear_pair_loss: Callable[
-    [Tensor, Tensor, Tensor | None, HeadCall], tuple[Tensor, Tensor]
+    [Tensor, Tensor, Tensor | None, HeadCall], tuple[Tensor, Tensor, Tensor]
 ] = LinearPairLoss.apply

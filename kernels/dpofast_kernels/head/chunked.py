@@ -7,13 +7,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from dpofast_kernels.head.chunks import max_chunk_rows, row_chunks
+from dpofast_kernels.head.chunks import max_chunk_rows, new_workspace, row_chunks
 from dpofast_kernels.head.matmul import (
     accumulate_dtype,
     add_weight_grad,
     hidden_grad_into,
-    logits_into,
-    product_dtype,
 )
 from dpofast_kernels.head.options import HeadOptions
 from dpofast_kernels.head.rows import RowOps, ScoredRows
@@ -56,7 +54,8 @@ class ChunkedHead:
         labels: [N].
         options: with a bias [V] or None.
         dtype: to compute in.
-        backend: "torch" or "triton".
+        backend: "torch", "triton" or "triton_fused".
+        keep: whether gradients will be asked for.
     """
 
     def __init__(
@@ -67,30 +66,38 @@ class ChunkedHead:
         options: HeadOptions,
         dtype: torch.dtype,
         backend: str,
+        keep: bool,
     ) -> None:
         self.hidden_states, self.weight = hidden_states.to(dtype), weight.to(dtype)
-        self.labels = labels
+        self.labels, self.keep = labels, keep
         self.dtype = accumulate_dtype(dtype)  # of logits and gradients
-        self.max_rows = max_chunk_rows(self.weight, self.dtype)
-        self.has_bias = options.bias is not None
         if options.bias is not None:
             # rounded as the other inputs are, then added in the logits' own dtype
             options = replace(options, bias=options.bias.to(dtype).to(self.dtype))
-        self._rows = _row_ops(backend, options, product_dtype(self.weight))
-        self.pair_loss = self._rows.pair_loss
-        self._buffer: Tensor | None = None
+        self._ops = _row_ops(backend, self.weight, options)
+        self.pair_loss = self._ops.pair_loss
+        self._workspace_dtype = self._ops.workspace_dtype(keep)
+        self.max_rows = max_chunk_rows(self.weight, self._workspace_dtype)
+        self._workspace: Tensor | None = None
 
     def row_chunks(self, start: int, end: int) -> list[slice]:
         return list(row_chunks(start, end, self.max_rows))
 
-    def score(self, rows: slice) -> ScoredRows:
-        """Of at most `max_rows` rows; the next call reuses its memory."""
-        num_rows = rows.stop - rows.start
-        if self._buffer is None:
+    def score(self, rows: slice, keep: bool | None = None) -> ScoredRows:
+        """Of at most `max_rows` rows; the next call reuses its memory.
+
+        Args:
+            rows: start and end.
+            keep: False where these rows need no gradients although others will.
+        """
+        keep = self.keep if keep is None else keep
+        if self._workspace is None and self._workspace_dtype is not None:
             capacity = min(len(self.labels), self.max_rows)
-            self._buffer = self.weight.new_empty(capacity, len(self.weight), dtype=self.dtype)
-        logits = logits_into(self._buffer[:num_rows], self.hidden_states[rows], self.weight)
-        return self._rows.score(logits, self.labels[rows])
+            self._workspace = new_workspace(self.weight, capacity, self._workspace_dtype)
+        workspace = None
+        if self._workspace is not None:
+            workspace = self._workspace[: rows.stop - rows.start]
+        return self._ops.score(self.hidden_states[rows], self.labels[rows], workspace, keep)
 
     def zero_gradients(self, wanted: Wanted, weight_grad: Tensor | None = None) -> Gradients:
         """Gradients to add to; the weight's is `weight_grad` where one is given.
@@ -114,8 +121,11 @@ class ChunkedHead:
         scored: ScoredRows,
         coefficients: Tensor,  # [n]
     ) -> None:
-        """Add those of sum(coefficients * per_token_logps) over `rows`; uses `scored` up."""
-        d_logits, factors = self._rows.d_logits(scored, coefficients.to(self.dtype))
+        """Add those of sum(coefficients * per_token_logps) over `rows`, which `scored` kept."""
+        d_logits = scored.d_logits
+        assert d_logits is not None
+        assert scored.factors is not None
+        factors = coefficients.to(self.dtype) * scored.factors
         if gradients.hidden_states is not None:
             out = gradients.hidden_states[rows]  # [n, H]
             hidden_grad_into(out, d_logits, self.weight).mul_(factors[:, None])
@@ -126,10 +136,14 @@ class ChunkedHead:
             gradients.bias.addmv_(d_logits.t().to(self.dtype), factors)
 
 
-def _row_ops(backend: str, options: HeadOptions, product: torch.dtype) -> RowOps:
+def _row_ops(backend: str, weight: Tensor, options: HeadOptions) -> RowOps:
+    # Triton's are imported here, as Triton exists on Linux alone.
     if backend == "triton":
-        # imported here, as Triton exists on Linux alone
         from dpofast_kernels.head.rows_triton import TritonRows
 
-        return TritonRows(options, product)
-    return TorchRows(options, product)
+        return TritonRows(weight, options)
+    if backend == "triton_fused":
+        from dpofast_kernels.head.fused_triton import FusedRows
+
+        return FusedRows(weight, options)
+    return TorchRows(weight, options)

@@ -1,4 +1,4 @@
-"""How rows are cut into chunks, so that a chunk's logits fit a workspace."""
+"""How rows are cut into chunks, and the memory that a chunk's logits are made in."""
 
 from __future__ import annotations
 
@@ -10,7 +10,11 @@ from torch import Tensor
 
 # Larger chunks don't make a CPU faster; on a GPU they keep the products wide.
 CPU_WORKSPACE_BYTES = 160 * 2**20
-DEVICE_WORKSPACE_BYTES = 2**30
+DEVICE_WORKSPACE_BYTES = 10**9
+# Where a chunk keeps nothing of the size of the vocabulary.
+FORWARD_ROWS = 2**15
+# Rows of logits start at multiples of this: matrix units and vector loads want them aligned.
+ROW_ALIGNMENT_BYTES = 128
 
 
 @dataclass(frozen=True)
@@ -27,10 +31,12 @@ class PairChunk:
         return self.end - self.start
 
 
-def max_chunk_rows(weight: Tensor, dtype: torch.dtype) -> int:
-    """Rows of logits [rows, V] of that dtype that the workspace holds, at least one."""
-    workspace = CPU_WORKSPACE_BYTES if weight.device.type == "cpu" else DEVICE_WORKSPACE_BYTES
-    return max(1, workspace // (max(len(weight), 1) * dtype.itemsize))
+def max_chunk_rows(weight: Tensor, dtype: torch.dtype | None) -> int:
+    """Rows of a workspace [rows, V] of that dtype that its limit allows, at least one."""
+    if dtype is None:
+        return FORWARD_ROWS
+    limit = CPU_WORKSPACE_BYTES if weight.device.type == "cpu" else DEVICE_WORKSPACE_BYTES
+    return max(1, limit // (_row_width(len(weight), dtype) * dtype.itemsize))
 
 
 def row_chunks(start: int, end: int, max_rows: int) -> Iterator[slice]:
@@ -56,3 +62,19 @@ def pair_chunks(limits: Sequence[int], max_rows: int) -> Iterator[PairChunk]:
             last += 1
         yield PairChunk(first, last, limits[2 * first], limits[2 * last])
         first = last
+
+
+def new_workspace(
+    weight: Tensor,  # [V, H]
+    num_rows: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """[num_rows, V] of nobody's numbers, on the device of the weight."""
+    width = _row_width(len(weight), dtype)
+    return weight.new_empty(num_rows, width, dtype=dtype)[:, : len(weight)]
+
+
+def _row_width(vocab_size: int, dtype: torch.dtype) -> int:
+    """Elements from one row of logits to the next."""
+    step = ROW_ALIGNMENT_BYTES // dtype.itemsize
+    return max(-(-vocab_size // step), 1) * step

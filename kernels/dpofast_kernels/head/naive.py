@@ -8,7 +8,7 @@ from torch import Tensor
 
 from dpofast_kernels.head.options import HeadOptions, PairLossOutput
 from dpofast_kernels.head.sequences import segment_sums
-from dpofast_kernels.preference import PairLoss
+from dpofast_kernels.preference import PairLoss, pair_metrics
 
 
 def naive_logits(
@@ -48,4 +48,5 @@ def naive_pair_loss(
     logratios = logps - ref_logps.to(logps)
     lengths = bounds.to(logps.device).diff().view(-1, 2)  # [P, 2]
     losses, _, _ = loss.pair_loss(logratios[0::2], logratios[1::2], lengths)
-    return PairLossOutput(losses.sum(), logps.detach())
+    metrics = pair_metrics(logps, ref_logps, bounds, loss.beta)
+    return PairLossOutput(losses.sum(), logps.detach(), torch.stack([*metrics.values()]))

@@ -15,7 +15,7 @@ from torch import Tensor
 from dpofast_kernels.head.chunked import ChunkedHead, Gradients, Wanted
 from dpofast_kernels.head.chunks import PairChunk, pair_chunks
 from dpofast_kernels.head.rows import PairTerms
-from dpofast_kernels.preference import PairLoss
+from dpofast_kernels.preference import METRIC_NAMES, PairLoss
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,8 +44,8 @@ class Pairs:
 
 def one_pass(
     head: ChunkedHead, pairs: Pairs, wanted: Wanted
-) -> tuple[Tensor, Tensor, Gradients | None]:
-    """The summed loss [] fp64, the summed logps [2P] fp64, and the gradients of that loss."""
+) -> tuple[Tensor, Tensor, Tensor, Gradients | None]:
+    """Summed loss [] fp64, summed logps [2P] fp64, metrics [8, P] fp64; gradients of that loss."""
     gradients = head.zero_gradients(wanted) if wanted else None
     terms = [
         _whole_chunk(head, pairs, chunk, gradients)
@@ -54,10 +54,11 @@ def one_pass(
         for chunk in pair_chunks(pairs.limits, head.max_rows)
     ]
     if not terms:
-        empty = pairs.ref_logps.new_zeros(0)
-        return empty.sum(), empty, gradients
+        empty = pairs.ref_logps.new_zeros(len(METRIC_NAMES), 0)
+        return empty.sum(), empty[0], empty, gradients
     losses = torch.cat([term.losses for term in terms])
-    return losses.sum(), torch.cat([term.logps for term in terms]), gradients
+    logps = torch.cat([term.logps for term in terms])
+    return losses.sum(), logps, torch.cat([term.metrics for term in terms], 1), gradients
 
 
 def _whole_chunk(
@@ -87,7 +88,9 @@ def _long_pair(
             head, pairs, chunk, gradients, direction.flatten().to(bounds.device)
         )
     subchunks = head.row_chunks(chunk.start, chunk.end)
-    per_token_logps = torch.cat([head.score(rows).per_token_logps for rows in subchunks])
+    per_token_logps = torch.cat(
+        [head.score(rows, keep=False).per_token_logps for rows in subchunks]
+    )
     terms = _pair_terms(head, pairs, chunk, per_token_logps)
     if gradients is not None:
         coefficients = _to_rows(terms.d_logps, bounds, chunk.num_rows)

@@ -11,7 +11,7 @@ from torch import Tensor
 # that depends on the machine, so that stored log-probs are made again.
 HEAD_VERSION = 1
 
-BACKENDS = ("auto", "torch", "triton", "naive")
+BACKENDS = ("auto", "torch", "triton", "triton_fused", "naive")
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,7 +29,9 @@ class HeadOptions:
         weight_grad: [V, H] fp32 (fp64 for fp64 weights). If given, the backward adds the weight's
             gradient, times the upstream gradient, to this buffer, and the weight itself gets none:
             nothing that waits for its `.grad`, such as DDP's hooks, will see one.
-        backend: "auto" is Triton on CUDA and ROCm, tiled PyTorch elsewhere; "naive" makes all
+        backend: "auto" is Triton on CUDA and ROCm, tiled PyTorch elsewhere. "triton" lets the
+            library multiply and runs one kernel over each chunk of logits; "triton_fused" is a
+            product of its own, bf16 and fp16 alone, that never writes logits. "naive" makes all
             logits at once and is there to compare with.
 
     Raises:
@@ -61,7 +63,9 @@ class PairLossOutput:
     Attributes:
         loss: [] fp64, the sum over pairs; differentiable.
         logps: [2P] fp64, summed log-probs of the policy in nats; without gradient.
+        metrics: [8, P] fp64, those of `pair_metrics` in the order of `METRIC_NAMES`; likewise.
     """
 
     loss: Tensor
     logps: Tensor
+    metrics: Tensor

@@ -1,10 +1,11 @@
-"""Sums per sequence and the loss of each pair, in one launch."""
+"""Sums per sequence, the loss of each pair and its metrics, in one launch."""
 
 # jit functions can't be typed, and Triton and torch.cuda.device_of are not
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call"
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -12,11 +13,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dpofast_kernels.head.launch import launch_options
 from dpofast_kernels.head.rows import PairTerms
-from dpofast_kernels.preference import PairLoss
+from dpofast_kernels.preference import METRIC_NAMES, PairLoss
 from dpofast_kernels.preference.formulas_triton import FORMULAS
-
-BLOCK_N = 1024
 
 
 @triton.jit
@@ -38,6 +38,7 @@ def pair_loss_kernel(
     p_losses,  # [P] fp64
     p_logps,  # [2P] fp64
     p_d_logps,  # [2P] fp64
+    p_metrics,  # [8, P] fp64, in the order of METRIC_NAMES
     FORMULA: tl.constexpr,
     BN: tl.constexpr,
 ):
@@ -48,12 +49,17 @@ def pair_loss_kernel(
     end = tl.load(p_bounds + 2 * i_pair + 2)
     chosen = _sum_rows(p_per_token_logps, start, middle, BN)
     rejected = _sum_rows(p_per_token_logps, middle, end, BN)
+    chosen_logratio = chosen - tl.load(p_ref_logps + 2 * i_pair)
+    rejected_logratio = rejected - tl.load(p_ref_logps + 2 * i_pair + 1)
+    chosen_length = (middle - start).to(tl.float64)
+    rejected_length = (end - middle).to(tl.float64)
+    beta = tl.load(p_settings)
     loss, d_chosen, d_rejected = FORMULA(
-        chosen - tl.load(p_ref_logps + 2 * i_pair),
-        rejected - tl.load(p_ref_logps + 2 * i_pair + 1),
-        (middle - start).to(tl.float64),
-        (end - middle).to(tl.float64),
-        tl.load(p_settings),
+        chosen_logratio,
+        rejected_logratio,
+        chosen_length,
+        rejected_length,
+        beta,
         tl.load(p_settings + 1),
     )
     tl.store(p_losses + i_pair, loss)
@@ -61,6 +67,18 @@ def pair_loss_kernel(
     tl.store(p_logps + 2 * i_pair + 1, rejected)
     tl.store(p_d_logps + 2 * i_pair, d_chosen)
     tl.store(p_d_logps + 2 * i_pair + 1, d_rejected)
+    # the metrics of dpofast_kernels.preference.pair_metrics
+    num_pairs = tl.num_programs(0)
+    p_metrics += i_pair
+    chosen_reward, rejected_reward = beta * chosen_logratio, beta * rejected_logratio
+    tl.store(p_metrics, chosen_reward)
+    tl.store(p_metrics + num_pairs, rejected_reward)
+    tl.store(p_metrics + 2 * num_pairs, chosen_reward - rejected_reward)
+    tl.store(p_metrics + 3 * num_pairs, (chosen_reward > rejected_reward).to(tl.float64))
+    tl.store(p_metrics + 4 * num_pairs, chosen)
+    tl.store(p_metrics + 5 * num_pairs, rejected)
+    tl.store(p_metrics + 6 * num_pairs, chosen_logratio / chosen_length)
+    tl.store(p_metrics + 7 * num_pairs, rejected_logratio / rejected_length)
 
 
 def pair_loss_fwd(
@@ -69,7 +87,7 @@ def pair_loss_fwd(
     ref_logps: Tensor,  # [2P]
     loss: PairLoss,
 ) -> PairTerms:
-    """Sums per sequence in fp64, and each pair's loss.
+    """Sums per sequence in fp64, each pair's loss, and its metrics.
 
     Raises:
         ValueError: the loss has no formula in Triton.
@@ -77,20 +95,27 @@ def pair_loss_fwd(
     num_pairs = len(ref_logps) // 2
     losses, logps = ref_logps.new_empty(num_pairs), torch.empty_like(ref_logps)
     d_logps = torch.empty_like(ref_logps)
-    settings = torch.tensor([loss.beta, loss.label_smoothing], dtype=torch.float64)
+    metrics = ref_logps.new_empty(len(METRIC_NAMES), num_pairs)
     with torch.cuda.device_of(per_token_logps):
         pair_loss_kernel[(num_pairs,)](
             per_token_logps,
             bounds.contiguous(),
             ref_logps.contiguous(),
-            settings.to(ref_logps.device, non_blocking=True),
+            _settings(loss.beta, loss.label_smoothing, ref_logps.device),
             losses,
             logps,
             d_logps,
+            metrics,
             FORMULA=formula_of(loss),
-            BN=BLOCK_N,
+            **launch_options("pair_loss", ref_logps.device),
         )
-    return PairTerms(losses, logps, d_logps)
+    return PairTerms(losses, logps, d_logps, metrics)
+
+
+@lru_cache(maxsize=64)
+def _settings(beta: float, label_smoothing: float, device: torch.device) -> Tensor:
+    """Kept, as a copy to the device for every chunk would be waited for."""
+    return torch.tensor([beta, label_smoothing], dtype=torch.float64, device=device)
 
 
 def formula_of(loss: PairLoss) -> Any:

@@ -1,10 +1,11 @@
-"""What a backend does with the logits of a chunk of rows, between the products around them."""
+"""What a backend does with a chunk of rows: from hidden states to log-probs, and their gradient."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from dpofast_kernels.preference import PairLoss
@@ -14,56 +15,54 @@ from dpofast_kernels.preference import PairLoss
 class ScoredRows:
     """A chunk's log-probs, and what its gradient needs.
 
+    The gradient of per_token_logps[r] by row r of hidden_states @ weight^T is
+    factors[r] * d_logits[r]. They stay apart, and so do a pair's coefficients: a small number
+    would be lost in a low-precision matrix, so it goes to the other side of each product.
+
     Attributes:
         per_token_logps: [n], in nats.
-        logits: [n, V]; what has become of them is the backend's own affair.
-        labels: [n].
-        row_max: [n], of the finished logits.
-        sums: [n] of exp(logits - row_max).
+        d_logits: [n, V], or None where no gradient is to follow.
+        factors: [n], likewise.
     """
 
     per_token_logps: Tensor
-    logits: Tensor
-    labels: Tensor
-    row_max: Tensor
-    sums: Tensor
+    d_logits: Tensor | None
+    factors: Tensor | None
 
 
 @dataclass(frozen=True, eq=False)
 class PairTerms:
-    """The loss of each pair and its derivatives.
+    """The loss of each pair, its derivatives, and what is logged of it.
 
     Attributes:
         losses: [P] fp64.
         logps: [2P] fp64, summed.
         d_logps: [2P] fp64, derivative of its pair's loss by each.
+        metrics: [8, P] fp64, in the order of `METRIC_NAMES`.
     """
 
     losses: Tensor
     logps: Tensor
     d_logps: Tensor
+    metrics: Tensor
 
 
 class RowOps(Protocol):
-    """The row operations of one backend, for one head."""
+    """The row operations of one backend, for one weight [V, H] and its options."""
+
+    def workspace_dtype(self, keep: bool) -> torch.dtype | None:
+        """Of the [n, V] workspace that `score` needs; None where it needs none."""
 
     def score(
         self,
-        logits: Tensor,  # [n, V]
+        hidden_states: Tensor,  # [n, H]
         labels: Tensor,  # [n]
+        workspace: Tensor | None,  # [n, V]
+        keep: bool,
     ) -> ScoredRows:
-        """Log-probs of the labels from hidden_states @ weight^T, which it may overwrite."""
+        """Log-probs of the labels, with `keep` also their gradient by the product.
 
-    def d_logits(
-        self,
-        scored: ScoredRows,
-        coefficients: Tensor,  # [n]
-    ) -> tuple[Tensor, Tensor]:
-        """d_logits [n, V] and factors [n], in place of the logits where dtypes allow.
-
-        The gradient of sum(coefficients * per_token_logps) by hidden_states @ weight^T is
-        factors[:, None] * d_logits. They stay apart, so that a small coefficient isn't rounded into
-        a low-precision matrix: the factors go to the other side of each product.
+        `d_logits` may lie in the workspace.
         """
 
     def pair_loss(
@@ -73,4 +72,4 @@ class RowOps(Protocol):
         ref_logps: Tensor,  # [2P]
         loss: PairLoss,
     ) -> PairTerms:
-        """Sums per sequence in fp64, and each pair's loss."""
+        """Sums per sequence in fp64, each pair's loss, and its metrics."""

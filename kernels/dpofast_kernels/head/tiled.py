@@ -7,10 +7,11 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from dpofast_kernels.head.matmul import accumulate_dtype, logits_into, product_dtype
 from dpofast_kernels.head.options import HeadOptions
 from dpofast_kernels.head.rows import PairTerms, ScoredRows
 from dpofast_kernels.head.sequences import segment_sums
-from dpofast_kernels.preference import PairLoss
+from dpofast_kernels.preference import PairLoss, pair_metrics
 
 # Rows are taken a few at a time, so that the passes over them find them in the cache.
 CPU_CACHE_BYTES = 4 * 2**20
@@ -19,45 +20,46 @@ CPU_CACHE_BYTES = 4 * 2**20
 class TorchRows:
     """`RowOps` of PyTorch operations.
 
-    The logits become E = exp(z - max) in place. With S the sum of a row's E, the gradient of a
-    log-prob by z is onehot - E / S = -(E - S onehot) / S: one scatter, and -1 / S goes to the
-    factors. Under a softcap z is kept and E made again, as the cap's derivative needs z.
+    In place, logits become E = exp(z - max), with the label's entry left out of their sum R. Then
+    log p = -softplus(log R + max - z_label), which loses nothing where p is close to 1, and the
+    gradient by z is -(E - S onehot) / S, S the sum with the label's entry. There E - S is -R.
     """
 
-    def __init__(self, options: HeadOptions, product_dtype: torch.dtype) -> None:
+    def __init__(self, weight: Tensor, options: HeadOptions) -> None:
+        self.weight = weight
         self.bias, self.softcap = options.bias, options.softcap
         self.scale = options.logit_scale / options.temperature
         self.temperature = options.temperature
-        self.product_dtype = product_dtype
 
-    def score(self, logits: Tensor, labels: Tensor) -> ScoredRows:
+    def workspace_dtype(self, keep: bool) -> torch.dtype:
+        return accumulate_dtype(self.weight.dtype)
+
+    def score(
+        self, hidden_states: Tensor, labels: Tensor, workspace: Tensor | None, keep: bool
+    ) -> ScoredRows:
+        assert workspace is not None
+        logits = logits_into(workspace, hidden_states, self.weight)  # [n, V]
+        num_rows, dtype = len(labels), logits.dtype
         targets = labels[:, None]  # [n, 1]
-        target_logits = logits.new_empty(len(logits), 1)
-        row_max, sums = torch.empty_like(target_logits), torch.empty_like(target_logits)
+        target_logits, row_max, rest = logits.new_empty(3, num_rows, 1).unbind()
         for rows in _cache_blocks(logits):
             z = self._finish_logits(logits[rows])
             torch.amax(z, -1, keepdim=True, out=row_max[rows])
             target_logits[rows] = z.gather(-1, targets[rows])
-            shifted = z - row_max[rows] if self.softcap else z.sub_(row_max[rows])
-            torch.sum(shifted.exp_(), -1, keepdim=True, out=sums[rows])
-        per_token_logps = target_logits.double() - row_max - sums.double().log()
-        return ScoredRows(
-            per_token_logps[:, 0].to(logits.dtype), logits, labels, row_max[:, 0], sums[:, 0]
-        )
-
-    def d_logits(self, scored: ScoredRows, coefficients: Tensor) -> tuple[Tensor, Tensor]:
-        d_logits, targets = scored.logits, scored.labels[:, None]
-        row_max, sums = scored.row_max[:, None], scored.sums[:, None]
-        if self.softcap is None:
-            d_logits.scatter_add_(-1, targets, -sums)
-        else:
-            for rows in _cache_blocks(d_logits):
-                z = d_logits[rows]
-                cap_slopes = 1.0 - (z * (self.temperature / self.softcap)).square()
-                z.sub_(row_max[rows]).exp_().scatter_add_(-1, targets[rows], -sums[rows])
-                z.mul_(cap_slopes)
-        factors = coefficients * (-self.scale / scored.sums)
-        return d_logits.to(self.product_dtype), factors
+            slopes = self._cap_slopes(z) if keep and self.softcap else None
+            z.sub_(row_max[rows]).exp_().scatter_(-1, targets[rows], 0.0)
+            torch.sum(z, -1, keepdim=True, out=rest[rows])
+            if keep:
+                z.scatter_(-1, targets[rows], -rest[rows])
+                if slopes is not None:
+                    z.mul_(slopes)
+        gaps = row_max.double() - target_logits
+        logps = -torch.logaddexp(gaps.new_zeros(()), rest.double().log() + gaps)
+        if not keep:
+            return ScoredRows(logps[:, 0].to(dtype), None, None)
+        factors = -self.scale / (rest + gaps.neg().exp())
+        d_logits = logits.to(product_dtype(self.weight))
+        return ScoredRows(logps[:, 0].to(dtype), d_logits, factors[:, 0].to(dtype))
 
     def pair_loss(
         self, per_token_logps: Tensor, bounds: Tensor, ref_logps: Tensor, loss: PairLoss
@@ -66,7 +68,10 @@ class TorchRows:
         logratios = logps - ref_logps
         lengths = bounds.diff().view(-1, 2)  # [P, 2]
         losses, *slopes = loss.pair_loss(logratios[0::2], logratios[1::2], lengths)
-        return PairTerms(losses, logps, torch.stack(slopes, 1).flatten())
+        metrics = pair_metrics(logps, ref_logps, bounds, loss.beta)
+        return PairTerms(
+            losses, logps, torch.stack(slopes, 1).flatten(), torch.stack([*metrics.values()])
+        )
 
     def _finish_logits(self, z: Tensor) -> Tensor:
         """Bias, scale, cap and temperature, in place."""
@@ -78,6 +83,11 @@ class TorchRows:
         elif self.scale != 1.0:
             z.mul_(self.scale)
         return z
+
+    def _cap_slopes(self, z: Tensor) -> Tensor:
+        """The derivative of tanh at each finished logit."""
+        assert self.softcap is not None
+        return 1.0 - (z * (self.temperature / self.softcap)).square()
 
 
 def _cache_blocks(logits: Tensor) -> Iterator[slice]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dpofast_kernels.preference.loss import PairLoss
-from dpofast_kernels.preference.metrics import pair_metrics
+from dpofast_kernels.preference.metrics import METRIC_NAMES, pair_metrics
 from dpofast_kernels.preference.registry import LOSSES, make_loss
 
-__all__ = ["LOSSES", "PairLoss", "make_loss", "pair_metrics"]
+__all__ = ["LOSSES", "METRIC_NAMES", "PairLoss", "make_loss", "pair_metrics"]

@@ -16,7 +16,7 @@ import triton.language as tl
 
 
 @triton.jit
-def _softplus(x):
+def softplus(x):
     """log(1 + exp(x)) for any x, exact to rounding also where it is close to 0."""
     e = tl.exp(-tl.abs(x))
     one_more = 1.0 + e
@@ -37,7 +37,7 @@ def _sigmoid(x):
 @triton.jit
 def _sigmoid_formula(chosen, rejected, chosen_length, rejected_length, beta, smoothing):
     margin = beta * (chosen - rejected)
-    loss = (1.0 - smoothing) * _softplus(-margin) + smoothing * _softplus(margin)
+    loss = (1.0 - smoothing) * softplus(-margin) + smoothing * softplus(margin)
     slope = beta * (smoothing * _sigmoid(margin) - (1.0 - smoothing) * _sigmoid(-margin))
     return loss, slope, -slope
 

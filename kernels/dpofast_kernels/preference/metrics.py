@@ -5,6 +5,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+METRIC_NAMES = (
+    "rewards/chosen",
+    "rewards/rejected",
+    "rewards/margins",
+    "rewards/accuracies",
+    "logps/chosen",
+    "logps/rejected",
+    "logratios/chosen",
+    "logratios/rejected",
+)
+
 
 def pair_metrics(
     logps: Tensor,  # [2P]
@@ -21,9 +32,10 @@ def pair_metrics(
         beta: of the loss; a reward is beta times a log-ratio.
 
     Returns:
-        [P] fp64 each, on the device of `logps`: rewards/chosen, rewards/rejected, rewards/margins,
-        rewards/accuracies (1 where chosen is above rejected; a tie counts 0), logps/chosen,
-        logps/rejected, and logratios/chosen, logratios/rejected (means per token).
+        METRIC_NAMES in their order, [P] fp64 each, on the device of `logps`: rewards/chosen,
+        rewards/rejected, rewards/margins, rewards/accuracies (1 where chosen is above rejected; a
+        tie counts 0), logps/chosen, logps/rejected, and logratios/chosen, logratios/rejected (means
+        per token).
 
     Raises:
         ValueError: the shapes don't belong together.
@@ -40,14 +52,14 @@ def pair_metrics(
     mean_logratios = logratios / bounds.to(logps.device).diff()
     rewards = beta * logratios
     chosen, rejected = slice(0, None, 2), slice(1, None, 2)
-    margins = rewards[chosen] - rewards[rejected]
-    return {
-        "rewards/chosen": rewards[chosen],
-        "rewards/rejected": rewards[rejected],
-        "rewards/margins": margins,
-        "rewards/accuracies": (rewards[chosen] > rewards[rejected]).to(torch.float64),
-        "logps/chosen": logps[chosen],
-        "logps/rejected": logps[rejected],
-        "logratios/chosen": mean_logratios[chosen],
-        "logratios/rejected": mean_logratios[rejected],
-    }
+    values = (
+        rewards[chosen],
+        rewards[rejected],
+        rewards[chosen] - rewards[rejected],
+        (rewards[chosen] > rewards[rejected]).to(torch.float64),
+        logps[chosen],
+        logps[rejected],
+        mean_logratios[chosen],
+        mean_logratios[rejected],
+    )
+    return dict(zip(METRIC_NAMES, values, strict=True))

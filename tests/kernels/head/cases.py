@@ -8,7 +8,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from dpofast_kernels import HeadOptions, PairLoss, linear_logps, linear_pair_loss
+from dpofast_kernels import HeadOptions, PairLoss, linear_logps, linear_pair_loss, pair_metrics
 from dpofast_kernels.head import chunks
 
 LENGTHS = (5, 1, 17, 9, 2, 29)  # scored tokens of three pairs
@@ -90,6 +90,8 @@ def run_pair_loss(
     )
     assert output.loss.dtype == output.logps.dtype == torch.float64
     assert not output.logps.requires_grad
+    metrics = pair_metrics(output.logps, inputs.ref_logps, inputs.bounds, loss.beta)
+    torch.testing.assert_close(output.metrics, torch.stack([*metrics.values()]), rtol=1e-12, atol=0)
     (output.loss * upstream).backward()
     return {"loss": output.loss.detach(), "logps": output.logps, **gradients(inputs)}
 
@@ -119,7 +121,9 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
 
 def set_chunk_rows(monkeypatch: object, rows: int, vocab_size: int, itemsize: int) -> None:
     """Let chunks have that many rows of logits."""
-    monkeypatch.setattr(chunks, "CPU_WORKSPACE_BYTES", rows * vocab_size * itemsize)
+    row_bytes = -(-vocab_size * itemsize // chunks.ROW_ALIGNMENT_BYTES) * chunks.ROW_ALIGNMENT_BYTES
+    monkeypatch.setattr(chunks, "CPU_WORKSPACE_BYTES", rows * row_bytes)
+    monkeypatch.setattr(chunks, "FORWARD_ROWS", rows)
 
 
 def allowed_error(naive_error: float, dtype: torch.dtype) -> float:

@@ -16,7 +16,7 @@ from tests.kernels.head.cases import (
     run_pair_loss,
 )
 
-BACKENDS = ("torch", "triton")
+BACKENDS = ("torch", "triton", "triton_fused")
 SIGMOID = make_loss("sigmoid", beta=0.3)
 
 

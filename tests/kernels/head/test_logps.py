@@ -18,7 +18,7 @@ from tests.kernels.head.cases import (
     set_chunk_rows,
 )
 
-BACKENDS = ("torch", "triton")
+BACKENDS = ("torch", "triton", "triton_fused")
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -96,7 +96,7 @@ def test_no_tensor_of_the_size_of_all_logits(backend, dtype, monkeypatch):
     if backend == "naive":
         assert largest.num_bytes >= 120 * 507 * 4
     else:
-        assert largest.num_bytes <= 16 * 507 * 4
+        assert largest.num_bytes <= 16 * 512 * 4  # rows are aligned to 128 bytes
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dpofast_kernels import make_loss
-from dpofast_kernels.head import chunked, matmul
+from dpofast_kernels.head import fused_triton, matmul, rows_triton, tiled
 from tests.kernels.head.cases import make_inputs, options_for, relative_error, run_pair_loss
 
 SIGMOID = make_loss("sigmoid", beta=0.3)
@@ -30,7 +30,7 @@ def device_products(monkeypatch):
 
     monkeypatch.setattr(torch, "mm", with_out_dtype(torch.mm))
     monkeypatch.setattr(torch, "addmm", with_out_dtype(torch.addmm))
-    for module in (chunked, matmul):
+    for module in (fused_triton, matmul, rows_triton, tiled):
         monkeypatch.setattr(module, "product_dtype", lambda weight: weight.dtype)
     return calls
 

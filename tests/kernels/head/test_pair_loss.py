@@ -27,7 +27,7 @@ from tests.kernels.head.cases import (
     set_chunk_rows,
 )
 
-BACKENDS = ("torch", "triton")
+BACKENDS = ("torch", "triton", "triton_fused")
 LOSS_CASES = {
     "sigmoid": make_loss("sigmoid", beta=0.3),
     "cdpo": make_loss("sigmoid", beta=0.3, label_smoothing=0.2),
@@ -146,7 +146,7 @@ def test_long_pairs_make_their_logits_once(monkeypatch):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_loss_unknown_to_the_backend(backend):
     inputs = make_inputs()
-    if backend == "triton":
+    if backend != "torch":
         with pytest.raises(ValueError, match="'uneven' has no formula in Triton"):
             run_pair_loss(inputs, UnevenLoss(), options_for(inputs, backend))
     else:
@@ -276,6 +276,11 @@ def test_inputs_that_are_not_contiguous():
         weight=inputs.weight.detach().t().contiguous().t().requires_grad_(),
         labels=inputs.labels.repeat_interleave(2)[::2],
     )
-    for backend in BACKENDS:
+    for backend in ("torch", "triton"):
         found = run_pair_loss(strided, SIGMOID, options_for(strided, backend))
         assert_close(found, expected, 1e-12)
+    with pytest.raises(ValueError, match=r"weight has strides \(1, 507\).*'triton_fused' expects"):
+        run_pair_loss(strided, SIGMOID, options_for(strided, "triton_fused"))
+    strided = replace(strided, weight=inputs.weight)
+    found = run_pair_loss(strided, SIGMOID, options_for(strided, "triton_fused"))
+    assert_close(found, expected, 1e-12)

@@ -1,0 +1,348 @@
+"""Way B: a product whose epilogue writes exp(z - k) and its sums; logits are never written.
+
+k is one reference value per row: the label's own logit, made first by a dot product per row. Then
+exp(z - k) is p / p_label, its sum 1 / p_label, and no maximum is needed on the way. A row whose sum
+is past `MAX_REST` (its label has a probability below 1e-28), or is not finite, is made again with
+its maximum for k.
+"""
+
+# jit functions can't be typed, and Triton and torch.cuda.device_of are not
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call"
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dpofast_kernels.head.launch import launch_options
+from dpofast_kernels.head.logits_triton import finish_logits, label_logp, logit_constants
+from dpofast_kernels.head.matmul import accumulate_dtype, product_dtype
+from dpofast_kernels.head.options import HeadOptions
+from dpofast_kernels.head.pairs_triton import pair_loss_fwd
+from dpofast_kernels.head.rows import PairTerms, ScoredRows
+from dpofast_kernels.head.rows_triton import is_interpreted
+from dpofast_kernels.preference import PairLoss
+
+# exp(z - k) up to this, times hidden states and weights, stays far inside the range of fp32 and
+# bf16, and so do the factors that undo it.
+MAX_REST = 2.0**96
+
+
+@triton.jit
+def target_products_kernel(
+    p_hidden_states,  # [n, H]
+    p_weight,  # [V, H]
+    p_labels,  # [n] int64
+    p_targets,  # [n]
+    stride_x,
+    stride_w,
+    H,
+    BH: tl.constexpr,
+):
+    """hidden_states[r] . weight[labels[r]]; one program a row."""
+    i_n = tl.program_id(0).to(tl.int64)
+    dtype: tl.constexpr = p_targets.dtype.element_ty
+    p_x = p_hidden_states + i_n * stride_x
+    p_w = p_weight + tl.load(p_labels + i_n) * stride_w
+    b_sum = tl.zeros([BH], dtype=dtype)
+    for i_h in range(0, H, BH):
+        o_h = i_h + tl.arange(0, BH)
+        b_x = tl.load(p_x + o_h, mask=o_h < H, other=0.0).to(dtype)
+        b_w = tl.load(p_w + o_h, mask=o_h < H, other=0.0).to(dtype)
+        b_sum += b_x * b_w
+    tl.store(p_targets + i_n, tl.sum(b_sum, axis=0))
+
+
+@triton.jit
+def _load_block(
+    rows,  # a matrix [?, H]: its descriptor, or a pointer to it
+    i_row,
+    i_h,
+    stride,
+    num_rows,
+    H,
+    BR: tl.constexpr,
+    BH: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+):
+    """[BR, BH] from row i_row and column i_h on, with zeros beyond the columns.
+
+    Without a descriptor, rows beyond the last are the last: nobody uses them, and they need no
+    mask.
+    """
+    if DESCRIPTORS:
+        b_rows = rows.load([i_row, i_h])
+    else:
+        o_row = tl.minimum(i_row + tl.arange(0, BR), num_rows - 1).to(tl.int64)
+        o_h = i_h + tl.arange(0, BH)
+        p_rows = rows + o_row[:, None] * stride + o_h[None, :]
+        b_rows = tl.load(p_rows, mask=(o_h < H)[None, :], other=0.0)
+    return b_rows
+
+
+@triton.jit
+def score_tiles_kernel(
+    hidden_states,  # [n, H]: a descriptor of blocks [BM, BK], or a pointer
+    weight,  # [V, H]: a descriptor of blocks [BN, BK], or a pointer
+    p_bias,  # [V]
+    p_labels,  # [n] int64
+    p_targets,  # [n] products of hidden states and the labels' weights
+    p_d_logits,  # [n, V], rows `stride_d` apart
+    p_sums,  # [tiles of V, n]
+    n,
+    V,
+    H,
+    stride_x,
+    stride_w,
+    stride_d,
+    num_programs,
+    HAS_BIAS: tl.constexpr,
+    SCALE: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    TEMPERATURE: tl.constexpr,
+    KEEP: tl.constexpr,
+    UPCAST: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+    GROUP: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+):
+    """exp(z - k) times the slope of z, and its sums over tiles of the vocabulary, labels left out.
+
+    Persistent: a program takes every num_programs-th tile. Tiles are numbered down columns of
+    GROUP blocks of rows, so that those running at one time share what they read.
+    """
+    dtype: tl.constexpr = p_targets.dtype.element_ty
+    num_m, num_n = tl.cdiv(n, BM), tl.cdiv(V, BN)
+    for i_tile in tl.range(tl.program_id(0), num_m * num_n, num_programs, flatten=True):
+        first_m = i_tile // (GROUP * num_n) * GROUP
+        group = tl.minimum(num_m - first_m, GROUP)
+        i_m = (first_m + i_tile % (GROUP * num_n) % group) * BM
+        i_n = i_tile % (GROUP * num_n) // group
+        b_z = tl.zeros([BM, BN], dtype=dtype)
+        for i_h in range(0, H, BK):
+            b_x = _load_block(hidden_states, i_m, i_h, stride_x, n, H, BM, BK, DESCRIPTORS)
+            b_w = _load_block(weight, i_n * BN, i_h, stride_w, V, H, BN, BK, DESCRIPTORS)
+            if UPCAST:
+                b_x, b_w = b_x.to(dtype), b_w.to(dtype)
+            # [BM, BK] @ [BK, BN] -> [BM, BN]
+            b_z = tl.dot(b_x, b_w.T, b_z, input_precision="ieee", out_dtype=dtype)
+        o_m, o_v = i_m + tl.arange(0, BM), i_n * BN + tl.arange(0, BN)
+        m_m, m_v = o_m < n, o_v < V
+        b_label = tl.load(p_labels + o_m, mask=m_m, other=0)  # [BM]
+        b_target = tl.load(p_targets + o_m, mask=m_m, other=0.0)
+        b_reference, _ = finish_logits(
+            b_target, p_bias, b_label, m_m, HAS_BIAS, SCALE, SOFTCAP, TEMPERATURE
+        )
+        b_z, b_slope = finish_logits(
+            b_z, p_bias, o_v[None, :], m_v[None, :], HAS_BIAS, SCALE, SOFTCAP, TEMPERATURE
+        )
+        m_rest = m_v[None, :] & (o_v[None, :] != b_label[:, None])
+        b_e = tl.where(m_rest, tl.exp(b_z - b_reference[:, None]), 0.0)
+        tl.store(p_sums + i_n.to(tl.int64) * n + o_m, tl.sum(b_e, axis=1), mask=m_m)
+        if KEEP:
+            p_d = p_d_logits + o_m[:, None].to(tl.int64) * stride_d + o_v[None, :]
+            b_d = (b_e * b_slope).to(p_d_logits.dtype.element_ty)
+            tl.store(p_d, b_d, mask=m_m[:, None] & m_v[None, :])
+
+
+@triton.jit
+def _row_logits(
+    p_x,  # [H]
+    p_weight,
+    p_bias,
+    o_v,  # [BV]
+    m_v,
+    stride_w,
+    H,
+    dtype: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    SCALE: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    TEMPERATURE: tl.constexpr,
+    BV: tl.constexpr,
+    BH: tl.constexpr,
+):
+    """[BV] finished logits of one row, and their slope."""
+    b_z = tl.zeros([BV], dtype=dtype)
+    for i_h in range(0, H, BH):
+        o_h = i_h + tl.arange(0, BH)
+        b_x = tl.load(p_x + o_h, mask=o_h < H, other=0.0).to(dtype)  # [BH]
+        p_w = p_weight + o_v[:, None].to(tl.int64) * stride_w + o_h[None, :]
+        b_w = tl.load(p_w, mask=m_v[:, None] & (o_h < H)[None, :], other=0.0).to(dtype)
+        b_z += tl.sum(b_w * b_x[None, :], axis=1)
+    return finish_logits(b_z, p_bias, o_v, m_v, HAS_BIAS, SCALE, SOFTCAP, TEMPERATURE)
+
+
+@triton.jit
+def finish_rows_kernel(
+    p_hidden_states,  # [n, H]
+    p_weight,  # [V, H]
+    p_bias,  # [V]
+    p_labels,  # [n] int64
+    p_targets,  # [n] products of hidden states and the labels' weights
+    p_d_logits,  # [n, V], rows `stride_d` apart
+    p_sums,  # [num_tiles, n]
+    p_logps,  # [n]
+    p_factors,  # [n]
+    n,
+    V,
+    H,
+    num_tiles,
+    stride_x,
+    stride_w,
+    stride_d,
+    MAX_REST: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    SCALE: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    TEMPERATURE: tl.constexpr,
+    KEEP: tl.constexpr,
+    BT: tl.constexpr,
+    BV: tl.constexpr,
+    BH: tl.constexpr,
+):
+    """Log-probs from the tiles' sums, in fixed order; the label's gradient; one program a row."""
+    i_n = tl.program_id(0).to(tl.int64)
+    dtype: tl.constexpr = p_targets.dtype.element_ty
+    p_d = p_d_logits + i_n * stride_d
+    b_rest = tl.zeros([BT], dtype=tl.float64)
+    for i_t in range(0, num_tiles, BT):
+        o_t = i_t + tl.arange(0, BT)
+        p_t = p_sums + o_t.to(tl.int64) * n + i_n
+        b_rest += tl.load(p_t, mask=o_t < num_tiles, other=0.0).to(tl.float64)
+    rest = tl.sum(b_rest, axis=0)
+    label = tl.load(p_labels + i_n)
+    target, slope = finish_logits(
+        tl.load(p_targets + i_n), p_bias, label, True, HAS_BIAS, SCALE, SOFTCAP, TEMPERATURE
+    )
+    reference = target
+    if (rest <= MAX_REST) == 0:  # NaN, too
+        p_x = p_hidden_states + i_n * stride_x
+        reference = tl.full([], float("-inf"), dtype=dtype)
+        for i_v in range(0, V, BV):
+            o_v = i_v + tl.arange(0, BV)
+            m_v = o_v < V
+            b_z, _ = _row_logits(
+                p_x, p_weight, p_bias, o_v, m_v, stride_w, H, dtype,
+                HAS_BIAS, SCALE, SOFTCAP, TEMPERATURE, BV, BH,
+            )  # fmt: skip
+            reference = tl.maximum(reference, tl.max(tl.where(m_v, b_z, float("-inf")), axis=0))
+        rest = tl.full([], 0.0, dtype=tl.float64)
+        for i_v in range(0, V, BV):
+            o_v = i_v + tl.arange(0, BV)
+            m_v = o_v < V
+            b_z, b_slope = _row_logits(
+                p_x, p_weight, p_bias, o_v, m_v, stride_w, H, dtype,
+                HAS_BIAS, SCALE, SOFTCAP, TEMPERATURE, BV, BH,
+            )  # fmt: skip
+            m_rest = m_v & (o_v != label)
+            b_e = tl.where(m_rest, tl.exp(b_z - reference), 0.0)
+            rest += tl.sum(b_e.to(tl.float64), axis=0)
+            if KEEP:
+                tl.store(p_d + o_v, (b_e * b_slope).to(p_d.dtype.element_ty), mask=m_rest)
+    logp, factor = label_logp(target, reference, rest)
+    tl.store(p_logps + i_n, logp.to(dtype))
+    if KEEP:
+        tl.store(p_factors + i_n, factor.to(dtype))
+        # exp(z_label - k) - S in full precision, then its one rounding
+        tl.store(p_d + label, (-rest * slope).to(p_d.dtype.element_ty))
+
+
+class FusedRows:
+    """`RowOps` of the three kernels above."""
+
+    def __init__(self, weight: Tensor, options: HeadOptions) -> None:
+        if weight.stride(1) != 1:
+            raise ValueError(
+                f"weight has strides {weight.stride()}, but backend 'triton_fused' expects rows "
+                "without gaps: pass weight.contiguous(), or choose another backend."
+            )
+        if weight.dtype not in (torch.bfloat16, torch.float16) and not is_interpreted():
+            raise ValueError(
+                f"weight is {weight.dtype}, but backend 'triton_fused' multiplies bfloat16 and "
+                "float16 alone: choose backend 'triton' or 'auto'."
+            )
+        self.weight = weight
+        self.bias = None if options.bias is None else options.bias.contiguous()
+        self.constants = logit_constants(options)
+
+    def workspace_dtype(self, keep: bool) -> torch.dtype | None:
+        return product_dtype(self.weight) if keep else None
+
+    def score(
+        self, hidden_states: Tensor, labels: Tensor, workspace: Tensor | None, keep: bool
+    ) -> ScoredRows:
+        weight, device = self.weight, self.weight.device
+        hidden_states, labels = hidden_states.contiguous(), labels.contiguous()
+        num_rows, (vocab_size, hidden_size) = len(labels), weight.shape
+        tiles = dict(launch_options("score_tiles", device))
+        tiles["DESCRIPTORS"] &= _have_descriptors(hidden_states, weight)
+        num_tiles = triton.cdiv(vocab_size, tiles["BN"])
+        dtype = accumulate_dtype(weight.dtype)
+        targets, logps, factors = weight.new_empty(3, num_rows, dtype=dtype).unbind()
+        sums = weight.new_empty(num_tiles, num_rows, dtype=dtype)
+        d_logits = workspace if keep else None
+        p_bias = targets if self.bias is None else self.bias
+        p_d_logits, stride_d = (targets, 0) if d_logits is None else (d_logits, d_logits.stride(0))
+        strides = (hidden_states.stride(0), weight.stride(0))
+        num_programs = _num_programs(device, triton.cdiv(num_rows, tiles["BM"]) * num_tiles)
+        with torch.cuda.device_of(weight):
+            target_products_kernel[(num_rows,)](
+                hidden_states, weight, labels, targets, *strides, hidden_size,
+                **launch_options("target_products", device),
+            )  # fmt: skip
+            score_tiles_kernel[(num_programs,)](
+                *_tile_sources(hidden_states, weight, tiles),
+                p_bias, labels, targets, p_d_logits, sums,
+                num_rows, vocab_size, hidden_size, *strides, stride_d, num_programs,
+                **self.constants, KEEP=keep, UPCAST=is_interpreted(), **tiles,
+            )  # fmt: skip
+            finish_rows_kernel[(num_rows,)](
+                hidden_states, weight, p_bias, labels, targets, p_d_logits, sums, logps, factors,
+                num_rows, vocab_size, hidden_size, num_tiles, *strides, stride_d,
+                MAX_REST=MAX_REST, **self.constants, KEEP=keep,
+                **launch_options("finish_rows", device),
+            )  # fmt: skip
+        return ScoredRows(logps, d_logits, factors if keep else None)
+
+    def pair_loss(
+        self, per_token_logps: Tensor, bounds: Tensor, ref_logps: Tensor, loss: PairLoss
+    ) -> PairTerms:
+        return pair_loss_fwd(per_token_logps, bounds, ref_logps, loss)
+
+
+def _have_descriptors(*matrices: Tensor) -> bool:
+    """Whether the hardware's block loads can read them: all rows aligned to 16 bytes."""
+    return all(
+        matrix.data_ptr() % 16 == 0 and matrix.stride(0) * matrix.element_size() % 16 == 0
+        for matrix in matrices
+    )
+
+
+def _tile_sources(hidden_states: Tensor, weight: Tensor, tiles: dict[str, Any]) -> tuple[Any, Any]:
+    if not tiles["DESCRIPTORS"]:
+        return hidden_states, weight
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    return (
+        TensorDescriptor.from_tensor(hidden_states, [tiles["BM"], tiles["BK"]]),
+        TensorDescriptor.from_tensor(weight, [tiles["BN"], tiles["BK"]]),
+    )
+
+
+def _num_programs(device: torch.device, num_tiles: int) -> int:
+    return min(_num_cores(device), num_tiles)
+
+
+@lru_cache(maxsize=16)
+def _num_cores(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 4  # the interpreter's programs run one after another
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)

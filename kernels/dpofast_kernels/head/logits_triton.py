@@ -1,0 +1,78 @@
+"""What all Triton kernels of the head do with a logit."""
+
+# jit functions can't be typed
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
+
+from __future__ import annotations
+
+from typing import Any
+
+import triton
+import triton.language as tl
+
+from dpofast_kernels.head.options import HeadOptions
+from dpofast_kernels.preference.formulas_triton import softplus
+
+
+def logit_constants(options: HeadOptions) -> dict[str, Any]:
+    """The constexprs of `finish_logits`; as arguments, floats would be rounded to fp32."""
+    return {
+        "HAS_BIAS": options.bias is not None,
+        "SCALE": options.logit_scale,
+        "SOFTCAP": options.softcap,
+        "TEMPERATURE": options.temperature,
+    }
+
+
+@triton.jit
+def _tanh(x):
+    """tanh(x) and its slope; libdevice's tanh is unknown to the interpreter."""
+    e = tl.exp(-2.0 * tl.abs(x))
+    magnitude = (1.0 - e) / (1.0 + e)
+    tanh = tl.where(x >= 0.0, magnitude, -magnitude)
+    slope = 4.0 * e / ((1.0 + e) * (1.0 + e))
+    if x.dtype != tl.float64:
+        # 1 - e cancels close to 0; there Taylor's series is exact to fp32
+        y = x * x
+        series = 1.0 + y * (-1.0 / 3 + y * (2.0 / 15 + y * (-17.0 / 315 + y * (62.0 / 2835))))
+        tanh = tl.where(tl.abs(x) < 0.25, x * series, tanh)
+    return tanh, slope
+
+
+@triton.jit
+def finish_logits(
+    b_z,  # products of hidden states and weight
+    p_bias,  # [V]
+    o_v,  # where in the vocabulary they are; broadcasts to b_z
+    m_v,
+    HAS_BIAS: tl.constexpr,
+    SCALE: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    TEMPERATURE: tl.constexpr,
+):
+    """Finished logits, and their slope by the product."""
+    b_slope = tl.full(b_z.shape, SCALE / TEMPERATURE, dtype=b_z.dtype)
+    if HAS_BIAS:
+        b_z += tl.load(p_bias + o_v, mask=m_v, other=0.0)
+    if SOFTCAP is None:
+        b_z = b_z * (SCALE / TEMPERATURE)
+    else:
+        b_tanh, b_tanh_slope = _tanh(b_z * (SCALE / SOFTCAP))
+        b_z = b_tanh * (SOFTCAP / TEMPERATURE)
+        b_slope = b_slope * b_tanh_slope
+    return b_z, b_slope
+
+
+@triton.jit
+def label_logp(
+    target,  # the label's logit z_label
+    reference,  # k
+    rest,  # R, the sum of exp(z - k) over all but the label
+):
+    """log p and -1 / S in fp64, S = R + exp(z_label - k).
+
+    log p = -softplus(log R + k - z_label) loses nothing where p is close to 1.
+    """
+    gap = reference.to(tl.float64) - target.to(tl.float64)
+    rest = rest.to(tl.float64)
+    return -softplus(tl.log(rest) + gap), -1.0 / (rest + tl.exp(-gap))
