@@ -44,8 +44,8 @@ format: setup  ## put the code into shape
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: setup  ## time the head with its loss against plain logits, on this machine
-	$(BIN)/python -m benchmarks.head
+bench: setup  ## race the head with its loss against plain PyTorch and peers, on this machine (minutes)
+	$(BIN)/python -m benchmarks.head --json runs/bench/head.json
 
 wheel: setup  ## build the wheel into dist/
 	$(BIN)/python -m pip --disable-pip-version-check wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
