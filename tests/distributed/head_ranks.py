@@ -219,7 +219,10 @@ def main(report: str) -> None:
     cases = {**CASES, **AUTOCAST_CASES, **FP16_CASES}
     if importlib.util.find_spec("peft") is None:
         cases = {name: case for name, case in cases.items() if case.adapter is None}
-    results: dict[str, Any] = {name: compare(case) for name, case in cases.items()}
+    results: dict[str, Any] = {}
+    for name, case in cases.items():
+        print(name, file=sys.stderr, flush=True)  # should a rank fail, this says where
+        results[name] = compare(case)
     no_prefetch = {"stage3_prefetch_bucket_size": 0}
     results["gathers"] = {
         "default": gathers_per_micro_batch("llama"),
@@ -229,6 +232,7 @@ def main(report: str) -> None:
     }
     if dist.get_rank() == 0:
         Path(report).write_text(json.dumps(results))
+    dist.barrier()  # a rank that leaves early would break what the other still has under way
     dist.destroy_process_group()
 
 
