@@ -259,7 +259,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--skip", nargs="+", choices=ENTRIES, default=[], metavar="NAME", help="all but these")
     add("--ours", choices=OURS, help="whose ratios; default: that of the default backend")
     add("--rounds", type=int, help="that count; default: 7 on a CPU, 15 on a GPU")
-    add("--warmup", type=int, default=1, help="rounds before them; default: %(default)s")
+    add("--warmup", type=int, help="rounds between the judged call and those that count")
     add("--limit", type=float, default=60.0, help="seconds for a first call, compilation included")
     add("--threads", type=int, default=2, help="of PyTorch on the CPU; default: %(default)s")
     add("--no-memory", dest="memory", action="store_false", help="start no processes for memory")
@@ -274,6 +274,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     options.tokens = options.tokens or (list(GPU_TOKENS) if is_gpu else [1024])
     options.dtype = options.dtype or ("bfloat16" if is_gpu else "float32")
     options.rounds = options.rounds or (15 if is_gpu else 7)
+    if options.warmup is None:
+        options.warmup = 2 if is_gpu else 0  # on a CPU the judged call is warm-up enough
     return options
 
 
