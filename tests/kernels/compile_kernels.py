@@ -1,69 +1,183 @@
-"""Cross-compiles every Triton kernel for every target; run by test_aot.py in a process of its own.
+"""Cross-compiles every Triton kernel for every entry of the launch table; run by test_aot.py.
 
-Prints one line a kernel: name, target, bytes of shared memory.
+A process of its own, as Triton decides at import whether kernels are interpreted. Prints one line
+of JSON a kernel: name, target, bytes of shared memory, spills, matrix instructions.
 """
 
 from __future__ import annotations
 
+import json
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from dpofast_kernels.head.pairs_triton import BLOCK_N, pair_loss_kernel
-from dpofast_kernels.head.rows_triton import MAX_BLOCK_V, d_logits_kernel, row_logps_kernel
+from dpofast_kernels import HeadOptions
+from dpofast_kernels.head import fused_triton, pairs_triton, rows_triton
+from dpofast_kernels.head.launch import launch_table
+from dpofast_kernels.head.logits_triton import logit_constants
 from dpofast_kernels.preference.formulas_triton import FORMULAS
 
-TARGETS = {
-    "sm_80": GPUTarget("cuda", 80, 32),
-    "sm_90": GPUTarget("cuda", 90, 32),
-    "sm_100": GPUTarget("cuda", 100, 32),
-    "gfx942": GPUTarget("hip", "gfx942", 64),
+KERNELS = {
+    name.removesuffix("_kernel"): kernel
+    for module in (pairs_triton, rows_triton, fused_triton)
+    for name, kernel in vars(module).items()
+    if name.endswith("_kernel")
 }
-PLAIN_HEAD = {"HAS_BIAS": False, "SCALE": 1.0, "SOFTCAP": None, "TEMPERATURE": 1.0}
-FULL_HEAD = {"HAS_BIAS": True, "SCALE": 0.0625, "SOFTCAP": 30.0, "TEMPERATURE": 0.7}
+CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+TYPES = {
+    "p_labels": "*i64",
+    "p_bounds": "*i64",
+    "n": "i32",
+    "V": "i32",
+    "H": "i32",
+    "num_tiles": "i32",
+    "num_programs": "i32",
+    "stride": "i64",
+    "d_stride": "i64",
+    "stride_x": "i64",
+    "stride_w": "i64",
+    "stride_d": "i64",
+}
+# As at run time, where Triton finds them to be multiples of 16: pointers, H and rows' strides.
+ALIGNED = ("p_", "stride", "d_stride", "H", "hidden_states", "weight")
+HEADS = {
+    "plain": logit_constants(HeadOptions()),
+    "scaled": logit_constants(HeadOptions(logit_scale=0.25, temperature=0.7)),
+    "bias": {**logit_constants(HeadOptions()), "HAS_BIAS": True},
+    "full": {
+        **logit_constants(HeadOptions(softcap=30.0, logit_scale=0.0625, temperature=0.7)),
+        "HAS_BIAS": True,
+    },
+}
+Variant = tuple[str, dict[str, str], dict[str, Any]]
 
 
-def kernel_sources() -> list[tuple[str, ASTSource]]:
-    """(name, source) of each kernel with each set of options that changes its code."""
-    sources = []
-    for loss, formula in FORMULAS.items():
-        types = {"p_per_token_logps": "*fp32", "p_bounds": "*i64"}
-        constants = {"FORMULA": formula, "BN": BLOCK_N}
-        sources.append((f"pair_loss:{loss}", source(pair_loss_kernel, types, constants, "*fp64")))
-    for head, logits in product((PLAIN_HEAD, FULL_HEAD), ("fp32", "fp64")):
-        name = f"{'full' if head['HAS_BIAS'] else 'plain'}:{logits}"
-        constants = {**head, "BV": MAX_BLOCK_V}
-        types = {"p_labels": "*i64", "stride": "i64", "V": "i32"}
-        sources.append(
-            (f"row_logps:{name}", source(row_logps_kernel, types, constants, f"*{logits}"))
-        )
-        for output in ("fp32", "bf16") if logits == "fp32" else ("fp64",):
-            types = {**types, "d_stride": "i64", "p_d_logits": f"*{output}"}
-            sources.append(
-                (
-                    f"d_logits:{name}:{output}",
-                    source(d_logits_kernel, types, constants, f"*{logits}"),
-                )
-            )
-    return sources
+def variants(kernel: str) -> Iterator[Variant]:
+    """(name, types, constants) of each set of options that changes a kernel's code."""
+    if kernel == "pair_loss":
+        for loss, formula in FORMULAS.items():
+            yield loss, {"p_per_token_logps": "*fp32", "*": "*fp64"}, {"FORMULA": formula}
+    elif kernel == "target_products":
+        for dtype in ("bf16", "fp16"):
+            yield dtype, {"p_targets": "*fp32", "*": f"*{dtype}"}, {}
+    elif kernel == "score_rows":
+        for logits, d_logits in (("fp32", "bf16"), ("fp32", "fp32"), ("fp64", "fp64")):
+            types = {"p_d_logits": f"*{d_logits}", "*": f"*{logits}"}
+            yield from head_variants(f"{logits}:{d_logits}", types, ("plain", "full"), {})
+    elif kernel == "finish_rows":
+        constants = {"MAX_REST": fused_triton.MAX_REST}
+        yield from head_variants("bf16", input_types("bf16", "bf16"), ("plain", "full"), constants)
+        yield from head_variants("fp16", input_types("fp16", "fp32"), ("full",), constants)
+    elif kernel == "score_tiles":
+        heads = ("plain", "scaled")
+        yield from head_variants("bf16", input_types("bf16", "bf16"), heads, {"UPCAST": False})
+    else:
+        heads = ("bias", "full")
+        yield from head_variants("bf16", input_types("bf16", "bf16"), heads, {"UPCAST": False})
+        yield from head_variants("fp16", input_types("fp16", "fp32"), heads, {"UPCAST": False})
 
 
-def source(kernel: Any, types: dict[str, str], constants: dict[str, Any], rest: str) -> ASTSource:
-    """A kernel's source; arguments named in neither dict are pointers of the type `rest`."""
+def head_variants(
+    name: str, types: dict[str, str], heads: tuple[str, ...], constants: dict[str, Any]
+) -> Iterator[Variant]:
+    for head, keep in product(heads, (True, False)):
+        yield f"{name}:{head}:{keep}", types, {**HEADS[head], "KEEP": keep, **constants}
+
+
+def input_types(inputs: str, d_logits: str) -> dict[str, str]:
+    names = ("p_hidden_states", "p_weight", "hidden_states", "weight")
+    return {**dict.fromkeys(names, f"*{inputs}"), "p_d_logits": f"*{d_logits}", "*": "*fp32"}
+
+
+def compiled(
+    kernel: str, architecture: str, types: dict[str, str], constants: dict[str, Any]
+) -> Any:
+    options = dict(launch_table()[architecture][kernel])
+    launch = {name: options.pop(name) for name in ("num_warps", "num_stages")}
+    constants = {**constants, **options}
+    types = {**TYPES, **types}
+    if options.get("DESCRIPTORS"):
+        dtype = types["weight"].removeprefix("*")
+        for name, rows in (("hidden_states", "BM"), ("weight", "BN")):
+            types[name] = f"tensordesc<{dtype}[{options[rows]}, {options['BK']}]>"
+    function = KERNELS[kernel.removesuffix("_wide")]
     signature = {
-        name: "constexpr" if name in constants else types.get(name, rest)
-        for name in kernel.arg_names
+        name: "constexpr" if name in constants else types.get(name, types["*"])
+        for name in function.arg_names
     }
-    return ASTSource(kernel, signature=signature, constexprs=constants)
+    aligned = {
+        (index,): [["tt.divisibility", 16]]
+        for index, name in enumerate(function.arg_names)
+        if name.startswith(ALIGNED) and not signature[name].startswith(("tensordesc", "constexpr"))
+    }
+    source = ASTSource(function, signature=signature, constexprs=constants, attrs=aligned)
+    return triton.compile(source, target=target(architecture), options=launch)
+
+
+def target(architecture: str) -> GPUTarget:
+    if architecture.startswith("gfx"):
+        return GPUTarget("hip", architecture, 64)
+    return GPUTarget("cuda", int(architecture.removeprefix("sm_")), 32)
+
+
+def inspected(binary: Any) -> dict[str, int]:
+    """Spills to memory and matrix instructions, counted in the machine code."""
+    if "amdgcn" in binary.asm:
+        code = binary.asm["amdgcn"]
+        # scalar registers spill into vector registers, not into memory
+        spills = re.findall(r"\.vgpr_spill_count:\s*(\d+)", code)
+        return {"spills": sum(map(int, spills)), "matrix": len(re.findall(r"\bv_mfma", code))}
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(binary.asm["cubin"])
+        file.flush()
+        code = subprocess.run(
+            [CUOBJDUMP, "-sass", file.name], capture_output=True, text=True, check=True
+        ).stdout
+    return {
+        "spills": len(re.findall(r"\b(?:STL|LDL)\b", code)),
+        "matrix": len(re.findall(r"\b(?:HMMA|HGMMA|UTCHMMA)\b", code)),
+    }
+
+
+def report(job: tuple[str, str, str]) -> dict[str, Any]:
+    kernel, architecture, variant = job
+    types, constants = {name: rest for name, *rest in variants(kernel)}[variant]
+    binary = compiled(kernel, architecture, types, constants)
+    return {
+        "kernel": kernel,
+        "variant": variant,
+        "target": architecture,
+        "shared": binary.metadata.shared,
+        **inspected(binary),
+    }
+
+
+def jobs() -> Iterator[tuple[str, str, str]]:
+    """(kernel, architecture, variant) of all there is; an entry that repeats another's is left."""
+    table = {name: entry for name, entry in launch_table().items() if name != "cpu"}
+    for architecture, entry in table.items():
+        for kernel in entry:
+            is_repeat = architecture in ("sm_86", "sm_120") and entry[kernel] == table["sm_80"].get(
+                kernel
+            )
+            if kernel != "measured" and not is_repeat:
+                for variant, *_ in variants(kernel):
+                    yield kernel, architecture, variant
 
 
 def main() -> None:
-    for (name, kernel), (target_name, target) in product(kernel_sources(), TARGETS.items()):
-        compiled = triton.compile(kernel, target=target)
-        print(name, target_name, compiled.metadata.shared)
+    with ProcessPoolExecutor(max_workers=2) as pool:
+        for line in pool.map(report, jobs()):
+            print(json.dumps(line), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
-"""Every Triton kernel compiles for every target, without a GPU."""
+"""Every launch configuration compiles for its target without a GPU, fits, and does not spill."""
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -9,40 +10,74 @@ from pathlib import Path
 
 import pytest
 
-from dpofast_kernels.head import rows_triton
+from dpofast_kernels.head import fused_triton, pairs_triton, rows_triton
+from dpofast_kernels.head.launch import launch_table
 from dpofast_kernels.preference import LOSSES
 
 ROOT = Path(__file__).resolve().parents[2]
-SHARED_MEMORY = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448, "gfx942": 65_536}
+# Bytes that a block may have.
+SHARED_MEMORY = {
+    "sm_80": 166_912,
+    "sm_86": 101_376,
+    "sm_90": 232_448,
+    "sm_100": 232_448,
+    "sm_120": 101_376,
+    "gfx942": 65_536,
+}
+WITH_DOT = {"score_tiles", "score_tiles_wide"}
 
 
-@pytest.mark.aot
-def test_kernels_compile_for_every_target(tmp_path):
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     result = subprocess.run(
         [sys.executable, ROOT / "tests" / "kernels" / "compile_kernels.py"],
         env={
             **environment,
             "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")]),
-            "TRITON_CACHE_DIR": str(tmp_path),
+            "TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("triton")),
         },
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=900,
         check=False,
     )
-    assert result.returncode == 0, result.stderr
-    print(result.stdout)
-    compiled = [line.split() for line in result.stdout.splitlines()]
-    names = {name.split(":")[0] for name, _, _ in compiled}
-    jitted = {
-        name.removesuffix("_kernel") for name in vars(rows_triton) if name.endswith("_kernel")
+    assert result.returncode == 0, result.stderr[-4000:]
+    return [json.loads(line) for line in result.stdout.splitlines()]
+
+
+@pytest.mark.aot
+@pytest.mark.timeout(960)
+@pytest.mark.parametrize("target", SHARED_MEMORY)
+def test_configurations_fit_without_spills(compiled, target):
+    found = [line for line in compiled if line["target"] == target]
+    for line in found:
+        print(*line.values())
+    assert {line["kernel"] for line in found} >= WITH_DOT
+    for line in found:
+        assert line["shared"] <= SHARED_MEMORY[target], line
+        assert line["spills"] == 0, line
+        assert (line["matrix"] > 0) == (line["kernel"] in WITH_DOT), line
+
+
+@pytest.mark.aot
+@pytest.mark.timeout(960)
+def test_nothing_is_left_out(compiled):
+    kernels = {
+        name.removesuffix("_kernel")
+        for module in (fused_triton, pairs_triton, rows_triton)
+        for name in vars(module)
+        if name.endswith("_kernel")
     }
-    assert names == {*jitted, "pair_loss"}
-    assert {name.split(":")[1] for name, _, _ in compiled if name.startswith("pair_loss")} == set(
-        LOSSES
-    )
-    for name in {name for name, _, _ in compiled}:
-        assert {target for other, target, _ in compiled if other == name} == set(SHARED_MEMORY)
-    for name, target, shared in compiled:
-        assert int(shared) <= SHARED_MEMORY[target], (name, target)
+    assert set(SHARED_MEMORY) == set(launch_table()) - {"cpu"}
+    for target in ("sm_80", "sm_90", "sm_100", "gfx942"):
+        names = {line["kernel"] for line in compiled if line["target"] == target}
+        assert names == kernels | {"score_tiles_wide"}
+        losses = {line["variant"] for line in compiled if line["kernel"] == "pair_loss"}
+        assert losses == set(LOSSES)
+
+
+def test_what_was_never_measured_says_so():
+    """An entry of the table is either unmeasured or names the device that it was measured on."""
+    for entry in launch_table().values():
+        assert entry["measured"] is None or entry["measured"]["device"]

@@ -272,6 +272,10 @@ class FusedRows:
         self.weight = weight
         self.bias = None if options.bias is None else options.bias.contiguous()
         self.constants = logit_constants(options)
+        # A bias, a cap's slopes and gradients in fp32 take registers that the largest tiles lack.
+        is_wide = self.bias is not None or options.softcap is not None
+        is_wide = is_wide or weight.dtype != torch.bfloat16
+        self.tile_entry = "score_tiles_wide" if is_wide else "score_tiles"
 
     def workspace_dtype(self, keep: bool) -> torch.dtype | None:
         return product_dtype(self.weight) if keep else None
@@ -282,7 +286,7 @@ class FusedRows:
         weight, device = self.weight, self.weight.device
         hidden_states, labels = hidden_states.contiguous(), labels.contiguous()
         num_rows, (vocab_size, hidden_size) = len(labels), weight.shape
-        tiles = dict(launch_options("score_tiles", device))
+        tiles = dict(launch_options(self.tile_entry, device))
         tiles["DESCRIPTORS"] &= _have_descriptors(hidden_states, weight)
         num_tiles = triton.cdiv(vocab_size, tiles["BN"])
         dtype = accumulate_dtype(weight.dtype)

@@ -1,6 +1,6 @@
 """How each Triton kernel is launched on each architecture: launch.json, and who reads it.
 
-The table stands in for tuning at every start; `python -m benchmarks.tune` measures its entries anew.
+The table stands in for tuning at every start; `python -m benchmarks.tune` measures it anew.
 """
 
 from __future__ import annotations

@@ -26,17 +26,13 @@ def logit_constants(options: HeadOptions) -> dict[str, Any]:
 
 @triton.jit
 def _tanh(x):
-    """tanh(x) and its slope; libdevice's tanh is unknown to the interpreter."""
+    """tanh(x); libdevice's is unknown to the interpreter.
+
+    Its absolute error is that of 1, some 1e-7 of the cap: the product's own rounding is no smaller.
+    """
     e = tl.exp(-2.0 * tl.abs(x))
     magnitude = (1.0 - e) / (1.0 + e)
-    tanh = tl.where(x >= 0.0, magnitude, -magnitude)
-    slope = 4.0 * e / ((1.0 + e) * (1.0 + e))
-    if x.dtype != tl.float64:
-        # 1 - e cancels close to 0; there Taylor's series is exact to fp32
-        y = x * x
-        series = 1.0 + y * (-1.0 / 3 + y * (2.0 / 15 + y * (-17.0 / 315 + y * (62.0 / 2835))))
-        tanh = tl.where(tl.abs(x) < 0.25, x * series, tanh)
-    return tanh, slope
+    return tl.where(x >= 0.0, magnitude, -magnitude)
 
 
 @triton.jit
@@ -57,9 +53,9 @@ def finish_logits(
     if SOFTCAP is None:
         b_z = b_z * (SCALE / TEMPERATURE)
     else:
-        b_tanh, b_tanh_slope = _tanh(b_z * (SCALE / SOFTCAP))
+        b_tanh = _tanh(b_z * (SCALE / SOFTCAP))
         b_z = b_tanh * (SOFTCAP / TEMPERATURE)
-        b_slope = b_slope * b_tanh_slope
+        b_slope = b_slope * (1.0 - b_tanh * b_tanh)
     return b_z, b_slope
 
 
