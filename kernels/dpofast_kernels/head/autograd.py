@@ -72,9 +72,10 @@ class LinearLogps(torch.autograd.Function):
         with torch.autocast(hidden_states.device.type, enabled=False):
             head = call.head(hidden_states, weight, keep=True)
             wanted = Wanted(*ctx.needs_input_grad[:3])
-            gradients = head.zero_gradients(wanted, call.options.weight_grad)
+            gradients = head.new_gradients(wanted, call.options.weight_grad)
             for rows in head.row_chunks(0, len(call.labels)):
                 head.add_gradients(gradients, rows, head.score(rows), d_per_token_logps[rows])
+            gradients.fill_empty()
         if call.options.weight_grad is not None:
             gradients.weight = None
         return *_as_inputs(gradients, hidden_states, weight, bias), None

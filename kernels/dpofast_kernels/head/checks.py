@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 from torch import Tensor
 
 from dpofast_kernels.head.options import HeadOptions
 from dpofast_kernels.head.sequences import check_bounds
 
+# Labels on a device are checked where this is 1; it waits for the device.
+CHECK_LABELS = "DPOFAST_CHECK_LABELS"
+IGNORED_LABEL = -100
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -62,16 +67,43 @@ def check_head_inputs(
     _check_tensor(
         "weight_grad", options.weight_grad, hidden_states.device, weight.shape, grad_dtype
     )
-    # On a device this would wait for everything before it.
-    if labels.device.type == "cpu" and len(labels):
-        low, high = int(labels.min()), int(labels.max())
-        if low < 0 or high >= weight.shape[0]:
-            wrong = low if low < 0 else high
-            row = int((labels == wrong).nonzero()[0])
-            raise ValueError(
-                f"labels[{row}] is {wrong}, expected 0 to {weight.shape[0] - 1}, as weight has "
-                f"{weight.shape[0]} rows."
-            )
+    weight_grad = options.weight_grad
+    if weight_grad is not None and not weight_grad.is_contiguous():
+        raise ValueError(
+            f"weight_grad has strides {weight_grad.stride()}, expected a contiguous buffer."
+        )
+    _check_labels(labels, weight.shape[0])
+
+
+def check_padded_inputs(
+    hidden_states: Tensor,  # [B, T, H]
+    weight: Tensor,  # [V, H]
+    labels: Tensor,  # [B, T]
+) -> None:
+    """Raise ValueError unless there is a label, or IGNORED_LABEL, for each position."""
+    if labels.shape != hidden_states.shape[:2] or labels.dtype != torch.int64:
+        raise ValueError(
+            f"labels is {list(labels.shape)} {labels.dtype}, expected "
+            f"{list(hidden_states.shape[:2])} torch.int64, as hidden_states is "
+            f"{list(hidden_states.shape)}; {IGNORED_LABEL} where there is nothing to score."
+        )
+    _check_tensor("labels", labels, hidden_states.device, labels.shape)
+    _check_labels(labels, len(weight), (labels != IGNORED_LABEL))
+
+
+def _check_labels(labels: Tensor, vocab_size: int, scored: Tensor | None = None) -> None:
+    """Raise ValueError for a label out of range, unless `scored` is False there."""
+    if labels.device.type != "cpu" and os.environ.get(CHECK_LABELS) != "1":
+        return
+    wrong = (labels < 0) | (labels >= vocab_size)
+    if scored is not None:
+        wrong &= scored
+    if wrong.any():
+        place = wrong.nonzero()[0].tolist()
+        raise ValueError(
+            f"labels{place} is {int(labels[tuple(place)])}, expected 0 to {vocab_size - 1}, as "
+            f"weight has {vocab_size} rows."
+        )
 
 
 def check_pairs(

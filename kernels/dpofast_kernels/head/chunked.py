@@ -12,6 +12,7 @@ from dpofast_kernels.head.matmul import (
     accumulate_dtype,
     add_weight_grad,
     hidden_grad_into,
+    weight_grad_into,
 )
 from dpofast_kernels.head.options import HeadOptions
 from dpofast_kernels.head.rows import RowOps, ScoredRows
@@ -38,11 +39,28 @@ class Gradients:
         hidden_states: [N, H].
         weight: [V, H].
         bias: [V].
+        weight_is_empty: whether nothing was written to `weight` yet; its memory is nobody's then.
     """
 
     hidden_states: Tensor | None
     weight: Tensor | None
     bias: Tensor | None
+    weight_is_empty: bool
+
+    def add_to_weight(self, d_weight: Tensor, factor: Tensor) -> None:
+        """weight += factor * d_weight."""
+        assert self.weight is not None
+        if self.weight_is_empty:
+            torch.mul(d_weight, factor, out=self.weight)
+        else:
+            self.weight.addcmul_(d_weight, factor)
+        self.weight_is_empty = False
+
+    def fill_empty(self) -> None:
+        """Zeros where no row has left a gradient."""
+        if self.weight is not None and self.weight_is_empty:
+            self.weight.zero_()
+            self.weight_is_empty = False
 
 
 class ChunkedHead:
@@ -99,19 +117,22 @@ class ChunkedHead:
             workspace = self._workspace[: rows.stop - rows.start]
         return self._ops.score(self.hidden_states[rows], self.labels[rows], workspace, keep)
 
-    def zero_gradients(self, wanted: Wanted, weight_grad: Tensor | None = None) -> Gradients:
+    def new_gradients(self, wanted: Wanted, weight_grad: Tensor | None = None) -> Gradients:
         """Gradients to add to; the weight's is `weight_grad` where one is given.
 
         The rows of hidden_states' gradient are set by `add_gradients`, each row once.
         """
+        is_empty = weight_grad is None
         if weight_grad is None and wanted.weight:
-            weight_grad = torch.zeros_like(self.weight, dtype=self.dtype)
+            # Zeroing this much memory takes longer than it looks: the first rows are written to it.
+            weight_grad = torch.empty_like(self.weight, dtype=self.dtype)
         return Gradients(
             torch.empty_like(self.hidden_states, dtype=self.dtype)
             if wanted.hidden_states
             else None,
             weight_grad if wanted.weight else None,
             self.weight.new_zeros(len(self.weight), dtype=self.dtype) if wanted.bias else None,
+            is_empty,
         )
 
     def add_gradients(
@@ -131,7 +152,12 @@ class ChunkedHead:
             hidden_grad_into(out, d_logits, self.weight).mul_(factors[:, None])
         if gradients.weight is not None:
             scaled = self.hidden_states[rows] * factors[:, None]  # [n, H]
-            add_weight_grad(gradients.weight, d_logits, scaled.to(d_logits.dtype))
+            scaled = scaled.to(d_logits.dtype)
+            if gradients.weight_is_empty:
+                weight_grad_into(gradients.weight, d_logits, scaled)
+            else:
+                add_weight_grad(gradients.weight, d_logits, scaled)
+            gradients.weight_is_empty = False
         if gradients.bias is not None:
             gradients.bias.addmv_(d_logits.t().to(self.dtype), factors)
 

@@ -9,7 +9,13 @@ import torch
 from torch import Tensor
 
 from dpofast_kernels.head.autograd import HeadCall, apply_linear_logps, apply_linear_pair_loss
-from dpofast_kernels.head.checks import check_head_inputs, check_pairs, compute_dtype
+from dpofast_kernels.head.checks import (
+    IGNORED_LABEL,
+    check_head_inputs,
+    check_padded_inputs,
+    check_pairs,
+    compute_dtype,
+)
 from dpofast_kernels.head.naive import naive_linear_logps, naive_pair_loss
 from dpofast_kernels.head.one_pass import Pairs
 from dpofast_kernels.head.options import HeadOptions, PairLossOutput
@@ -19,7 +25,7 @@ DEFAULT_OPTIONS = HeadOptions()
 
 
 def backend_for(tensor: Tensor, options: HeadOptions = DEFAULT_OPTIONS) -> str:
-    """The backend that runs for tensors on this one's device: "torch", "triton" or "naive".
+    """The backend that runs for tensors on this one's device, by its name; never "auto".
 
     Raises:
         ValueError: the backend asked for can't take an option, or no such device.
@@ -32,46 +38,50 @@ def backend_for(tensor: Tensor, options: HeadOptions = DEFAULT_OPTIONS) -> str:
     if options.backend == "auto":
         # ROCm's devices are called cuda, too
         return "triton" if tensor.is_cuda and _has_triton() else "torch"
-    if options.backend == "triton":
+    if options.backend in ("triton", "triton_fused"):
         if not _has_triton():
             raise RuntimeError(
-                "backend 'triton' was asked for, but Triton isn't installed: install it (Linux "
-                "only), or choose backend 'torch'."
+                f"backend {options.backend!r} was asked for, but Triton isn't installed: install "
+                "it (Linux only), or choose backend 'torch'."
             )
         if not tensor.is_cuda and not _is_interpreted():
             raise ValueError(
-                f"backend 'triton' was asked for, but the tensors are on {tensor.device}: move "
-                "them to a CUDA or ROCm device, set TRITON_INTERPRET=1 before Triton is imported "
-                "(for tests), or choose backend 'torch'."
+                f"backend {options.backend!r} was asked for, but the tensors are on "
+                f"{tensor.device}: move them to a CUDA or ROCm device, set TRITON_INTERPRET=1 "
+                "before Triton is imported (for tests), or choose backend 'torch'."
             )
     return options.backend
 
 
 def linear_logps(
-    hidden_states: Tensor,  # [N, H]
+    hidden_states: Tensor,  # [N, H] or [B, T, H]
     weight: Tensor,  # [V, H]
-    labels: Tensor,  # [N]
+    labels: Tensor,  # [N] or [B, T]
     options: HeadOptions = DEFAULT_OPTIONS,
 ) -> Tensor:
     """Per-token log-probs of `labels`, without materialising the logits.
 
     Args:
-        hidden_states: [N, H] fp64, fp32, bf16 or fp16.
+        hidden_states: [N, H] fp64, fp32, bf16 or fp16; or [B, T, H], of which only the positions
+            that have a label are worked on (finding them waits for a device).
         weight: [V, H], the same dtype, but under torch.autocast, where both are cast to its dtype.
-        labels: [N] int64, already shifted.
+        labels: [N] int64, already shifted; or [B, T], -100 where there is nothing to score.
         options: what the model does to its logits, and the backend.
 
     Returns:
-        [N] fp32 (fp64 for fp64 inputs), in nats; differentiable for any upstream gradient.
+        [N] or [B, T] fp32 (fp64 for fp64 inputs), in nats, 0 where the label is -100;
+        differentiable for any upstream gradient.
 
     Raises:
         ValueError: shapes, dtypes or devices don't belong together, a label is out of range (seen
-            on the CPU alone), or the backend can't be had.
+            on the CPU, on a device with DPOFAST_CHECK_LABELS=1), or the backend can't be had.
         RuntimeError: Triton was asked for and isn't installed.
 
     Numerics: logits are made and kept in fp32; gradients accumulate in fp32 and come back in the
     inputs' dtypes. The backward makes the logits again: 8NHV operations in all.
     """
+    if hidden_states.dim() == 3:
+        return _padded_logps(hidden_states, weight, labels, options)
     check_head_inputs(hidden_states, weight, labels, options)
     backend = backend_for(hidden_states, options)
     dtype = compute_dtype(hidden_states, weight)
@@ -108,8 +118,8 @@ def linear_pair_loss(
 
     Raises:
         ValueError: shapes, dtypes or devices don't belong together, bounds don't cover the rows or
-            are not of whole pairs, a sequence is empty, a label is out of range (seen on the CPU
-            alone), or the backend can't be had.
+            are not of whole pairs, a sequence is empty, a label is out of range (seen on the CPU,
+            on a device with DPOFAST_CHECK_LABELS=1), or the backend can't be had.
         RuntimeError: Triton was asked for and isn't installed.
 
     Numerics: logits are made and kept in fp32 (fp64 for fp64 inputs), sums per sequence and losses
@@ -132,6 +142,21 @@ def linear_pair_loss(
     )
     call = HeadCall(labels, options, dtype, backend, torch.is_grad_enabled(), pairs)
     return PairLossOutput(*apply_linear_pair_loss(hidden_states, weight, options.bias, call))
+
+
+def _padded_logps(
+    hidden_states: Tensor,  # [B, T, H]
+    weight: Tensor,  # [V, H]
+    labels: Tensor,  # [B, T]
+    options: HeadOptions,
+) -> Tensor:
+    """[B, T]: log-probs where there is a label, else 0."""
+    check_padded_inputs(hidden_states, weight, labels)
+    flat_labels = labels.flatten()  # [BT]
+    rows = (flat_labels != IGNORED_LABEL).nonzero()[:, 0]  # [N]
+    scored = hidden_states.flatten(0, 1).index_select(0, rows)  # [N, H]
+    logps = linear_logps(scored, weight, flat_labels[rows], options)  # [N]
+    return logps.new_zeros(len(flat_labels)).index_copy(0, rows, logps).view(labels.shape)
 
 
 def _naive_logps(

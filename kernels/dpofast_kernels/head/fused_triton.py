@@ -252,7 +252,7 @@ def finish_rows_kernel(
     if KEEP:
         tl.store(p_factors + i_n, factor.to(dtype))
         # exp(z_label - k) - S in full precision, then its one rounding
-        tl.store(p_d + label, (-rest * slope).to(p_d.dtype.element_ty))
+        tl.store(p_d + label, (-rest.to(dtype) * slope).to(p_d.dtype.element_ty))
 
 
 class FusedRows:

@@ -61,6 +61,18 @@ def hidden_grad_into(
     return out
 
 
+def weight_grad_into(
+    out: Tensor,  # [V, H]
+    d_logits: Tensor,  # [n, V]
+    hidden_states: Tensor,  # [n, H]
+) -> None:
+    """out = d_logits^T @ hidden_states, both of them in `product_dtype`."""
+    if d_logits.dtype == out.dtype:
+        torch.mm(d_logits.t(), hidden_states, out=out)
+    else:
+        torch.mm(d_logits.t(), hidden_states, out_dtype=out.dtype, out=out)
+
+
 def add_weight_grad(
     d_weight: Tensor,  # [V, H]
     d_logits: Tensor,  # [n, V]

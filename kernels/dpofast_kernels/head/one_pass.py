@@ -46,13 +46,15 @@ def one_pass(
     head: ChunkedHead, pairs: Pairs, wanted: Wanted
 ) -> tuple[Tensor, Tensor, Tensor, Gradients | None]:
     """Summed loss [] fp64, summed logps [2P] fp64, metrics [8, P] fp64; gradients of that loss."""
-    gradients = head.zero_gradients(wanted) if wanted else None
+    gradients = head.new_gradients(wanted) if wanted else None
     terms = [
         _whole_chunk(head, pairs, chunk, gradients)
         if chunk.num_rows <= head.max_rows
         else _long_pair(head, pairs, chunk, gradients)
         for chunk in pair_chunks(pairs.limits, head.max_rows)
     ]
+    if gradients is not None:
+        gradients.fill_empty()
     if not terms:
         empty = pairs.ref_logps.new_zeros(len(METRIC_NAMES), 0)
         return empty.sum(), empty[0], empty, gradients
@@ -109,7 +111,7 @@ def _long_pair_along(
 ) -> PairTerms:
     """One pass over a long pair whose derivatives are a multiple of `direction`."""
     # Rows of hidden states are this pair's alone; what sums over pairs needs its own memory.
-    own = head.zero_gradients(
+    own = head.new_gradients(
         Wanted(False, gradients.weight is not None, gradients.bias is not None)
     )
     own.hidden_states = gradients.hidden_states
@@ -125,7 +127,7 @@ def _long_pair_along(
     if own.hidden_states is not None:
         own.hidden_states[chunk.start : chunk.end].mul_(length)
     if own.weight is not None and gradients.weight is not None:
-        gradients.weight.addcmul_(own.weight, length)
+        gradients.add_to_weight(own.weight, length)
     if own.bias is not None and gradients.bias is not None:
         gradients.bias.addcmul_(own.bias, length)
     return terms

@@ -91,7 +91,9 @@ def run_pair_loss(
     assert output.loss.dtype == output.logps.dtype == torch.float64
     assert not output.logps.requires_grad
     metrics = pair_metrics(output.logps, inputs.ref_logps, inputs.bounds, loss.beta)
-    torch.testing.assert_close(output.metrics, torch.stack([*metrics.values()]), rtol=1e-12, atol=0)
+    torch.testing.assert_close(
+        output.metrics, torch.stack([*metrics.values()]), rtol=1e-12, atol=0, equal_nan=True
+    )
     (output.loss * upstream).backward()
     return {"loss": output.loss.detach(), "logps": output.logps, **gradients(inputs)}
 

@@ -13,7 +13,7 @@ from dpofast_kernels import (
     make_loss,
     sum_per_sequence,
 )
-from dpofast_kernels.head import rows_triton
+from dpofast_kernels.head import checks, rows_triton
 from tests.kernels.head.cases import make_inputs
 
 
@@ -69,6 +69,10 @@ def labels_with(value):
         (
             {"options": HeadOptions(weight_grad=torch.zeros(11, 6).bfloat16())},
             r"weight_grad is \[11, 6\] torch.bfloat16, expected \[11, 6\] torch.float32",
+        ),
+        (
+            {"options": HeadOptions(weight_grad=torch.zeros(6, 11).t())},
+            r"weight_grad has strides \(1, 11\), expected a contiguous",
         ),
         (
             {"options": HeadOptions(weight_grad=torch.zeros(11, 6), backend="naive")},
@@ -150,3 +154,30 @@ class TestSumPerSequence:
             sum_per_sequence(torch.zeros(4), torch.tensor([0, 3]))
         with pytest.raises(ValueError, match=r"per_token_logps is \[2, 2\]"):
             sum_per_sequence(torch.zeros(2, 2), torch.tensor([0, 4]))
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (torch.zeros(2, 4).long(), r"labels is \[2, 4\] torch.int64, expected \[2, 5\]"),
+        (torch.zeros(2, 5), r"labels is \[2, 5\] torch.float32, expected \[2, 5\] torch.int64"),
+        (torch.tensor([[0] * 5, [-100, 0, 11, 0, 0]]), r"labels\[1, 2\] is 11, expected 0 to 10"),
+        (torch.tensor([[0] * 5, [-100, 0, -1, 0, 0]]), r"labels\[1, 2\] is -1, expected 0 to 10"),
+    ],
+)
+def test_misuse_of_padded_inputs(labels, message):
+    with pytest.raises(ValueError, match=message):
+        linear_logps(torch.zeros(2, 5, 6), torch.zeros(11, 6), labels)
+
+
+def test_labels_on_a_device_are_checked_when_asked_for(monkeypatch):
+    """A device is stood in for by a tensor that says it is on one."""
+
+    class OnDevice(torch.Tensor):
+        device = torch.device("cuda")
+
+    labels = torch.tensor([0, 3, 11]).as_subclass(OnDevice)
+    checks._check_labels(labels, 11)
+    monkeypatch.setenv("DPOFAST_CHECK_LABELS", "1")
+    with pytest.raises(ValueError, match=r"labels\[2\] is 11, expected 0 to 10"):
+        checks._check_labels(labels, 11)

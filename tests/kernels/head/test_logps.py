@@ -104,6 +104,7 @@ def test_frozen_head_does_no_work_for_the_weight(backend, monkeypatch):
     inputs = make_inputs()
     inputs.weight.requires_grad_(False)
     monkeypatch.setattr(chunked, "add_weight_grad", None)
+    monkeypatch.setattr(chunked, "weight_grad_into", None)
     assert run_logps(inputs, options_for(inputs, backend)).keys() == {"logps", "hidden_states"}
 
 
@@ -132,3 +133,37 @@ def test_certain_tokens_keep_their_gradient(backend):
     linear_logps(hidden_states, weight, labels, options).sum().backward()
     assert exact.grad.abs().max() < 2e-3
     assert relative_error(hidden_states.grad.double(), exact.grad) <= 4e-3
+
+
+@pytest.mark.parametrize("backend", ["naive", *BACKENDS])
+def test_padded_positions_without_a_label_cost_nothing_and_get_zero(backend):
+    inputs = make_inputs(bias=True)
+    hidden_states = inputs.hidden_states.detach()[:60].view(4, 15, 63).requires_grad_()
+    scored = torch.rand(4, 15, generator=torch.Generator().manual_seed(1)) < 0.6
+    hidden_states.data[~scored] = float("nan")  # must never be read
+    labels = torch.where(scored, inputs.labels[:60].view(4, 15), -100)
+    upstream = torch.linspace(-1.0, 2.0, 60, dtype=torch.float64).view(4, 15)
+    options = options_for(inputs, backend)
+    logps = linear_logps(hidden_states, inputs.weight, labels, options)
+    assert logps.shape == (4, 15)
+    assert not logps[~scored].any()
+    (logps * upstream).sum().backward()
+    d_weight, inputs.weight.grad = inputs.weight.grad, None
+
+    rows = hidden_states.detach()[scored].requires_grad_()
+    expected = linear_logps(rows, inputs.weight, labels[scored], options_for(inputs, "naive"))
+    (expected * upstream[scored]).sum().backward()
+    assert relative_error(logps[scored].detach(), expected.detach()) <= 1e-12
+    assert relative_error(hidden_states.grad[scored], rows.grad) <= 1e-12
+    assert not hidden_states.grad[~scored].any()
+    assert relative_error(d_weight, inputs.weight.grad) <= 1e-12
+
+
+def test_nothing_to_score_in_a_padded_batch():
+    inputs = make_inputs()
+    hidden_states = inputs.hidden_states.detach()[:6].view(2, 3, 63).requires_grad_()
+    logps = linear_logps(hidden_states, inputs.weight, torch.full((2, 3), -100))
+    logps.sum().backward()
+    assert not logps.any()
+    assert not hidden_states.grad.any()
+    assert not inputs.weight.grad.any()

@@ -1,0 +1,110 @@
+"""What only the fused product has: block loads in two ways, and rows that are made again."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from dpofast_kernels import make_loss
+from dpofast_kernels.head import fused_triton
+from dpofast_kernels.head.launch import launch_table
+from tests.kernels.head.cases import (
+    FULL_OPTIONS,
+    make_inputs,
+    options_for,
+    relative_error,
+    run_pair_loss,
+)
+
+SIGMOID = make_loss("sigmoid", beta=0.3)
+
+
+@pytest.fixture
+def tiles(monkeypatch):
+    """Sets entries of the table's configurations of the fused product."""
+
+    def change(**changes):
+        for name in ("score_tiles", "score_tiles_wide"):
+            monkeypatch.setitem(
+                launch_table()["cpu"], name, {**launch_table()["cpu"][name], **changes}
+            )
+
+    return change
+
+
+def compare(inputs, tolerance, **options):
+    expected = run_pair_loss(inputs, SIGMOID, options_for(inputs, "naive", **options))
+    found = run_pair_loss(inputs, SIGMOID, options_for(inputs, "triton_fused", **options))
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert relative_error(found[name], value) <= tolerance, name
+
+
+@pytest.mark.parametrize("by_descriptor", [True, False])
+@pytest.mark.parametrize(("hidden_size", "vocab_size"), [(64, 507), (72, 512)])
+def test_block_loads_by_descriptor_and_by_pointer(
+    by_descriptor, hidden_size, vocab_size, tiles, monkeypatch
+):
+    tiles(DESCRIPTORS=by_descriptor)
+    used = []
+    sources = fused_triton._tile_sources
+    monkeypatch.setattr(
+        fused_triton,
+        "_tile_sources",
+        lambda *given: used.append(given[-1]["DESCRIPTORS"]) or sources(*given),
+    )
+    compare(make_inputs(hidden_size=hidden_size, vocab_size=vocab_size), 1e-12)
+    assert used == [by_descriptor]
+
+
+def test_rows_that_are_not_aligned_are_loaded_by_pointer(tiles):
+    tiles(DESCRIPTORS=True)
+    compare(make_inputs(hidden_size=63), 1e-12)
+
+
+@pytest.mark.parametrize("blocks", [(16, 64, 16, 1), (64, 32, 32, 3), (128, 256, 64, 8)], ids=str)
+def test_any_tiles_give_the_same(blocks, tiles):
+    tiles(**dict(zip(("BM", "BN", "BK", "GROUP"), blocks, strict=True)))
+    compare(make_inputs(hidden_size=48, bias=True), 1e-12, **FULL_OPTIONS)
+
+
+@pytest.mark.parametrize("full", [False, True], ids=["plain", "full"])
+def test_rows_made_again_equal_the_others(full, monkeypatch):
+    """With no sum small enough, every row takes the path of labels of vanishing probability."""
+    monkeypatch.setattr(fused_triton, "MAX_REST", 0.0)
+    compare(make_inputs(bias=full), 1e-12, **(FULL_OPTIONS if full else {}))
+
+
+def test_labels_of_vanishing_probability():
+    """exp(z - z_label) overflows fp32 in some rows, and passes MAX_REST in others."""
+    inputs = make_inputs(torch.float32, spread=1.0)
+    with torch.no_grad():
+        inputs.hidden_states[::5] *= 60.0
+        inputs.hidden_states[1::5] *= 25.0
+    exact = inputs.to(torch.float64)
+    truth = run_pair_loss(exact, SIGMOID, options_for(exact, "naive"))
+    found = run_pair_loss(inputs, SIGMOID, options_for(inputs, "triton_fused"))
+    gaps = (inputs.hidden_states @ inputs.weight.t()).detach()
+    gaps = gaps.amax(-1) - gaps.gather(-1, inputs.labels[:, None])[:, 0]
+    assert gaps.max() > 89.0
+    assert ((gaps > 67.0) & (gaps < 88.0)).any()
+    for name in ("logps", "hidden_states", "weight"):
+        assert relative_error(found[name], truth[name]) <= 1e-5, name
+
+
+def test_a_row_of_nan_stays_alone():
+    inputs = make_inputs(torch.float32)
+    clean = run_pair_loss(inputs, SIGMOID, options_for(inputs, "triton_fused"))
+    inputs.hidden_states.data[0] = float("nan")
+    found = run_pair_loss(inputs, SIGMOID, options_for(inputs, "triton_fused"))
+    assert found["logps"][0].isnan()
+    assert torch.equal(found["logps"][1:], clean["logps"][1:])
+    later = inputs.bounds[2]
+    assert torch.equal(found["hidden_states"][later:], clean["hidden_states"][later:])
+
+
+def test_float32_is_refused_where_kernels_are_compiled(monkeypatch):
+    monkeypatch.setattr(fused_triton, "is_interpreted", lambda: False)
+    inputs = make_inputs(torch.float32)
+    with pytest.raises(ValueError, match=r"weight is torch.float32.*choose backend 'triton'"):
+        fused_triton.FusedRows(inputs.weight, options_for(inputs, "triton_fused"))
