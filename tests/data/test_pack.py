@@ -99,7 +99,7 @@ def test_rows_are_evened_out_by_the_best_swap_and_after_a_search():
 
     tokens = [7, 6, 3, 4, 9]
     assert fullest(tokens, pack_step(tokens, 2, 19)) == 15
-    # Here only a search finds nine rows; the fullest it leaves holds 10, which one swap lowers.
+    # Here only a search finds nine rows; it leaves some of 10 tokens, which swaps bring down to 9.
     tokens = [3, 4, 3, 6, 9, 9, 9, 5, 4, 3, 5, 3, 9, 8]
     slots = pack_step(tokens, 3, 10)
     assert len(slots) == 3
