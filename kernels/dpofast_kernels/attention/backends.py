@@ -1,0 +1,105 @@
+"""Which backend runs where."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from dataclasses import dataclass
+
+import torch
+
+from dpofast_kernels.attention.flash import MAX_HEAD_DIM
+from dpofast_kernels.attention.options import AttentionOptions
+
+# The first that can run is taken.
+PREFERENCE = ("flash3", "varlen", "flash_attn", "flex", "sdpa", "plain")
+
+
+@dataclass(frozen=True)
+class Machine:
+    """A device, as far as the choice depends on it.
+
+    Attributes:
+        device_type: "cpu", "cuda" (ROCm's devices are called so, too), ...
+        is_rocm: PyTorch is built for ROCm.
+        capability: CUDA's compute capability, (0, 0) elsewhere.
+        packages: those of flash attention that are installed.
+    """
+
+    device_type: str
+    is_rocm: bool = False
+    capability: tuple[int, int] = (0, 0)
+    packages: frozenset[str] = frozenset()
+
+
+@functools.cache
+def machine_of(device: torch.device) -> Machine:
+    """What stands on this machine."""
+    is_cuda = device.type == "cuda"
+    packages = ("flash_attn", "flash_attn_interface")
+    return Machine(
+        device_type=device.type,
+        is_rocm=torch.version.hip is not None,
+        capability=torch.cuda.get_device_capability(device) if is_cuda else (0, 0),
+        packages=frozenset(name for name in packages if importlib.util.find_spec(name)),
+    )
+
+
+def choose_backend(
+    machine: Machine, dtype: torch.dtype, head_dim: int, options: AttentionOptions
+) -> str:
+    """The backend's name; `head_dim` is the padded size of heads.
+
+    Raises:
+        ValueError: the one asked for can't run, with the reason.
+    """
+    if options.backend == "auto":
+        return next(
+            name for name in PREFERENCE if why_not(name, machine, dtype, head_dim, options) is None
+        )
+    reason = why_not(options.backend, machine, dtype, head_dim, options)
+    if reason is not None:
+        raise ValueError(
+            f"Attention backend {options.backend!r} was asked for, but {reason}: choose another, "
+            "or 'auto'."
+        )
+    return options.backend
+
+
+def why_not(
+    name: str, machine: Machine, dtype: torch.dtype, head_dim: int, options: AttentionOptions
+) -> str | None:
+    """Why a backend can't run, or None if it can."""
+    if name in ("flash3", "varlen", "flash_attn"):
+        return _why_no_flash(name, machine, dtype, head_dim, options)
+    if name == "flex":
+        if machine.device_type != "cuda":
+            return f"it has no backward on {machine.device_type}"
+        return "it has no float64" if dtype == torch.float64 else None
+    if name == "sdpa" and (options.softcap is not None or options.sinks is not None):
+        return "it knows no softcap and no sinks"
+    return None
+
+
+def _why_no_flash(
+    name: str, machine: Machine, dtype: torch.dtype, head_dim: int, options: AttentionOptions
+) -> str | None:
+    package = {"flash3": "flash_attn_interface", "flash_attn": "flash_attn"}.get(name)
+    major = machine.capability[0]
+    if machine.device_type != "cuda" or machine.is_rocm:
+        return f"it runs on CUDA alone, not on {'ROCm' if machine.is_rocm else machine.device_type}"
+    if package is not None and package not in machine.packages:
+        return f"the package {package} isn't installed"
+    if name == "flash3" and major != 9:
+        return f"it needs compute capability 9 (Hopper), and this is {major}"
+    if major < 8:
+        return f"it needs compute capability 8 or above, and this is {major}"
+    if dtype not in (torch.float16, torch.bfloat16):
+        return f"it takes float16 and bfloat16, not {dtype}"
+    if head_dim > MAX_HEAD_DIM:
+        return f"it takes heads of at most {MAX_HEAD_DIM}, not {head_dim}"
+    if options.sinks is not None:
+        return "it knows no sinks"
+    if options.softcap is not None and name != "flash_attn":
+        return "it knows no softcap"
+    return None

@@ -1,0 +1,91 @@
+"""A short check, at start-up, that the chosen backend gives what the naive twin gives."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from dpofast_kernels.attention.dispatch import DEFAULT_OPTIONS, backend_for, shared_attention
+from dpofast_kernels.attention.layout import SharedLayout, build_layout
+from dpofast_kernels.attention.options import AttentionOptions
+
+# One tail and several, of no tokens, of one, and across the kernels' blocks of 64 and 128.
+_GROUPS = ((150, (70, 33)), (1, (1, 1)), (40, (0, 130)), (5, (3, 0, 17)), (9, (0,)))
+# A model's own window may be longer than any row that the naive twin has memory for. With one of 1
+# the softmax is constant, and its gradients are nothing but rounding.
+_WINDOWS = (2, 48)
+# Of the norm of the difference over that of the truth. Rounding inputs of a product to bf16 gives
+# up to 1e-2, a wrong mask, scale or copy gives over 1e-1.
+_TOLERANCES = {
+    torch.bfloat16: 3e-2,
+    torch.float16: 5e-3,
+    torch.float32: 1e-3,
+    torch.float64: 1e-10,
+}
+
+
+def probe(
+    device: torch.device | str,
+    dtype: torch.dtype,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    value_dim: int,
+    options: AttentionOptions = DEFAULT_OPTIONS,
+) -> None:
+    """Compare the backend that `options` choose with the naive twin, gradients included.
+
+    Raises:
+        RuntimeError: they differ by more than rounding does, with the backend's name, what differs
+            and by how much.
+        ValueError: the backend asked for can't run.
+    """
+    device = torch.device(device)
+    layout = build_layout(_GROUPS).to(device)
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(device, dtype)
+
+    num_tokens = layout.num_tokens
+    leaves = {
+        "query": random(num_tokens, num_heads, head_dim),
+        "key": random(num_tokens, num_kv_heads, head_dim),
+        "value": random(num_tokens, num_kv_heads, value_dim),
+    }
+    if options.sinks is not None:
+        leaves["sinks"] = random(num_heads)
+    if options.window is not None:
+        shortest, longest = _WINDOWS
+        options = replace(options, window=max(shortest, min(options.window, longest)))
+    d_output = random(num_tokens, num_heads, value_dim)
+    backend = backend_for(leaves["query"], leaves["value"], options)
+    got = _run(leaves, d_output, layout, replace(options, backend=backend))
+    exact = torch.promote_types(dtype, torch.float32)
+    leaves = {name: leaf.to(exact) for name, leaf in leaves.items()}
+    expected = _run(leaves, d_output.to(exact), layout, replace(options, backend="naive"))
+    for name, truth in expected.items():
+        error = ((got[name].to(exact) - truth).norm() / truth.norm()).item()
+        if not error <= _TOLERANCES[dtype]:  # NaN is an error, too
+            raise RuntimeError(
+                f"Attention backend {backend!r} is wrong on {device}: its {name} in {dtype} is off "
+                f"by {error:.1e}, expected at most {_TOLERANCES[dtype]:.0e}: choose another, or "
+                "another layout."
+            )
+
+
+def _run(
+    leaves: dict[str, Tensor], d_output: Tensor, layout: SharedLayout, options: AttentionOptions
+) -> dict[str, Tensor]:
+    """The output, and the gradient of each leaf."""
+    leaves = {name: leaf.detach().requires_grad_() for name, leaf in leaves.items()}
+    options = replace(options, sinks=leaves.get("sinks"))
+    with torch.autocast(d_output.device.type, enabled=False), torch.enable_grad():
+        out = shared_attention(leaves["query"], leaves["key"], leaves["value"], layout, options)
+        gradients = torch.autograd.grad(out, list(leaves.values()), d_output)
+    return {
+        "output": out.detach(),
+        **{f"gradient of {n}": g for n, g in zip(leaves, gradients, strict=True)},
+    }
