@@ -17,6 +17,9 @@ from dpofast_kernels.attention.options import AttentionOptions
 
 BLOCK_SIZE = 128
 _MIN_HEAD_DIM = 16  # the least that its kernels multiply
+# It compiles anew for each kind of options, with and without gradients, and up to three times for
+# row lengths. PyTorch stops at 8 and would then make all T x T scores; here that is an error.
+_MAX_VARIANTS = 64
 _BLOCK_MASKS: WeakKeyDictionary[SharedLayout, dict[int | None, BlockMask]] = WeakKeyDictionary()
 
 
@@ -34,16 +37,17 @@ def flex_attention_on_row(
     """
     head_dim, value_dim = query.shape[-1], value.shape[-1]
     query, key, value = (_batched(states) for states in (query, key, value))
-    out, aux = _compiled()(
-        query,
-        key,
-        value,
-        score_mod=None if options.softcap is None else _capped(options.softcap),
-        block_mask=block_mask(layout, options.window),
-        scale=options.scale_for(head_dim),
-        enable_gqa=query.shape[1] != key.shape[1],
-        return_aux=AuxRequest(lse=True),
-    )
+    with torch._dynamo.config.patch(recompile_limit=_MAX_VARIANTS):
+        out, aux = _compiled()(
+            query,
+            key,
+            value,
+            score_mod=None if options.softcap is None else _capped(options.softcap),
+            block_mask=block_mask(layout, options.window),
+            scale=options.scale_for(head_dim),
+            enable_gqa=query.shape[1] != key.shape[1],
+            return_aux=AuxRequest(lse=True),
+        )
     if options.sinks is not None:
         sinks = options.sinks.to(aux.lse.dtype).view(1, -1, 1)
         out = out * torch.sigmoid(aux.lse - sinks)[..., None].to(out.dtype)
@@ -149,5 +153,5 @@ def _batched(
 
 @functools.cache
 def _compiled() -> Callable[..., Any]:
-    compiled: Callable[..., Any] = torch.compile(flex_attention)
+    compiled: Callable[..., Any] = torch.compile(flex_attention, fullgraph=True)
     return compiled

@@ -1,0 +1,160 @@
+"""Rows and inputs for attention, and runs of it that give everything there is to compare."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dpofast_kernels.attention import (
+    AttentionOptions,
+    SharedLayout,
+    build_layout,
+    shared_attention,
+)
+
+Groups = Sequence[tuple[int, Sequence[int]]]
+Attention = Callable[[Tensor, Tensor, Tensor, SharedLayout, AttentionOptions], Tensor]
+
+# Pairs, one tail, five tails, empty ones at any place, prefixes of one token.
+GROUPS: Groups = ((7, (5, 3)), (1, (1, 1)), (4, (9,)), (3, (0, 6)), (6, (2, 0)), (1, (0, 0)))
+MANY_TAILS: Groups = ((5, (3, 0, 7, 1, 2)), (1, (4,)), (9, (0,)), (2, (0, 1, 0, 4)))
+WINDOWS = (None, 1, 3, 6, 1000)
+LENGTHS = Path(__file__).resolve().parents[3] / "benchmarks" / "lengths.json"
+
+
+def real_groups(num_pairs: int, skip: int = 0) -> Groups:
+    """Real pairs' prompts, chosen and rejected answers."""
+    rows = json.loads(LENGTHS.read_text())["dpo_en_demo"][skip : skip + num_pairs]
+    assert len(rows) == num_pairs
+    return [(prompt, (chosen, rejected)) for _, prompt, chosen, rejected in rows]
+
+
+@dataclass(frozen=True)
+class Heads:
+    """How many heads there are, and their sizes."""
+
+    query: int
+    key: int
+    dim: int
+    value_dim: int
+
+
+HEADS = {
+    "mha": Heads(3, 3, 8, 8),
+    "gqa": Heads(6, 2, 10, 10),
+    "mqa": Heads(5, 1, 7, 7),
+    "narrow values": Heads(4, 2, 12, 5),
+    "wide values": Heads(2, 2, 5, 16),
+}
+
+
+@dataclass
+class Inputs:
+    """Leaves of autograd, and the upstream gradient."""
+
+    layout: SharedLayout
+    query: Tensor  # [T, Hq, D]
+    key: Tensor  # [T, Hkv, D]
+    value: Tensor  # [T, Hkv, Dv]
+    sinks: Tensor  # [Hq]
+    d_output: Tensor  # [T, Hq, Dv]
+
+    def to(self, device: str, dtype: torch.dtype) -> Inputs:
+        """The same numbers elsewhere."""
+        names = ("query", "key", "value", "sinks", "d_output")
+        moved = {name: getattr(self, name).to(device, dtype) for name in names}
+        return Inputs(self.layout.to(device), **moved)
+
+
+def make_inputs(groups: Groups, heads: Heads, dtype: torch.dtype = torch.float64) -> Inputs:
+    layout = build_layout(groups)
+    generator = torch.Generator().manual_seed(len(groups))
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    num_tokens = layout.num_tokens
+    return Inputs(
+        layout,
+        query=random(num_tokens, heads.query, heads.dim),
+        key=random(num_tokens, heads.key, heads.dim),
+        value=random(num_tokens, heads.key, heads.value_dim),
+        sinks=random(heads.query),
+        d_output=random(num_tokens, heads.query, heads.value_dim),
+    )
+
+
+def run(
+    inputs: Inputs,
+    options: AttentionOptions,
+    attention: Attention = shared_attention,
+    with_sinks: bool = False,
+) -> dict[str, Tensor]:
+    """The output, and the gradient of every input."""
+    names = ("query", "key", "value", *(("sinks",) if with_sinks else ()))
+    leaves = {name: getattr(inputs, name).detach().requires_grad_() for name in names}
+    options = replace(options, sinks=leaves.get("sinks"))
+    out = attention(leaves["query"], leaves["key"], leaves["value"], inputs.layout, options)
+    gradients = torch.autograd.grad(out, list(leaves.values()), inputs.d_output.to(out.dtype))
+    return {"output": out.detach(), **dict(zip(names, gradients, strict=True))}
+
+
+def assert_close(got: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """Within 1e-12 in the output and 1e-11 in gradients."""
+    assert got.keys() == expected.keys()
+    for name, truth in expected.items():
+        assert got[name].shape == truth.shape, name
+        assert got[name].dtype == truth.dtype == torch.float64, name
+        assert truth.isfinite().all(), name
+        error = (got[name] - truth).abs().max().item()
+        assert error <= (1e-12 if name == "output" else 1e-11), (name, error)
+
+
+def relative_errors(got: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, float]:
+    """Norm of the difference over the norm of the truth."""
+    return {
+        name: ((got[name].double() - truth.double()).norm() / truth.double().norm()).item()
+        for name, truth in expected.items()
+    }
+
+
+def sequences_of(groups: Groups) -> list[Tensor]:
+    """Of every sequence, alone: the rows of its tokens, written without the layout."""
+    sequences, start = [], 0
+    for prefix, tails in groups:
+        shared = list(range(start, start + prefix))
+        start += prefix
+        for tail in tails:
+            sequences.append(torch.tensor([*shared, *range(start, start + tail)]))
+            start += tail
+    return sequences
+
+
+def run_alone(inputs: Inputs, groups: Groups, window: int | None) -> dict[str, Tensor]:
+    """As `run`, by PyTorch's attention for each sequence alone, a prefix once per tail.
+
+    The upstream gradient of a prefix' output belongs to its first sequence.
+    """
+    leaves = [t.detach().requires_grad_() for t in (inputs.query, inputs.key, inputs.value)]
+    out = torch.zeros_like(inputs.d_output)
+    loss = torch.zeros((), dtype=out.dtype)
+    seen: set[int] = set()
+    for rows in sequences_of(groups):
+        query, key, value = (leaf[rows].transpose(0, 1)[None] for leaf in leaves)
+        position = torch.arange(len(rows))
+        distance = position[:, None] - position
+        mask = (distance >= 0) & (distance < (window or len(rows)))
+        alone = F.scaled_dot_product_attention(query, key, value, mask, enable_gqa=True)
+        alone = alone[0].transpose(0, 1)  # [n, Hq, Dv]
+        out[rows] = alone.detach()
+        new = torch.tensor([row not in seen for row in rows.tolist()])
+        seen |= set(rows.tolist())
+        loss = loss + (alone * inputs.d_output[rows])[new].sum()
+    gradients = torch.autograd.grad(loss, leaves)
+    return {"output": out, **dict(zip(("query", "key", "value"), gradients, strict=True))}

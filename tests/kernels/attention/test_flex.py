@@ -1,0 +1,102 @@
+"""FlexAttention: the block mask, and what surrounds the kernel."""
+
+from __future__ import annotations
+
+import gc
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounter
+from torch.nn.attention import flex_attention as torch_flex
+from torch.nn.attention.flex_attention import create_block_mask
+
+from dpofast_kernels.attention import AttentionOptions, attends, build_layout, flex
+from tests.kernels.attention.cases import (
+    GROUPS,
+    HEADS,
+    MANY_TAILS,
+    WINDOWS,
+    Groups,
+    assert_close,
+    make_inputs,
+    run,
+)
+
+LONG: Groups = ((300, (200, 500)), (17, (0, 40)), (700, (128, 128, 0, 9)), (1, (1, 2)))
+
+
+@pytest.fixture
+def uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """FlexAttention's own definition in PyTorch, whose backward it refuses to run on CPUs."""
+    monkeypatch.setattr(torch_flex, "_validate_device", lambda *tensors: None)
+    monkeypatch.setattr(torch_flex, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True)
+    monkeypatch.setattr(flex, "_compiled", lambda: torch_flex.flex_attention)
+
+
+@pytest.mark.parametrize("window", [None, 1, 30, 128, 200, 1000])
+@pytest.mark.parametrize("groups", [LONG, GROUPS, [(128, (128, 128))]])
+def test_block_mask_is_the_one_of_a_dense_mask(groups: Groups, window: int | None):
+    layout = build_layout(groups)
+    mask, num_tokens = attends(layout, window), layout.num_tokens
+    expected = create_block_mask(
+        lambda batch, head, query, key: mask[query, key],
+        None,
+        None,
+        num_tokens,
+        num_tokens,
+        device="cpu",
+    )
+    got = flex.block_mask(layout, window)
+    assert got.seq_lengths == expected.seq_lengths == (num_tokens, num_tokens)
+    for of in ("kv", "q", "full_kv", "full_q"):
+        for name in (f"{of}_num_blocks", f"{of}_indices"):
+            assert torch.equal(getattr(got, name), getattr(expected, name)), name
+    rows = torch.arange(num_tokens)
+    zero = torch.zeros((), dtype=torch.int64)
+    assert torch.equal(got.mask_mod(zero, zero, rows[:, None], rows), mask)
+
+
+def test_block_mask_is_made_once_and_goes_with_its_layout():
+    layout = build_layout(GROUPS)
+    first = flex.block_mask(layout, None)
+    assert flex.block_mask(layout, None) is first
+    assert flex.block_mask(layout, 3) is not first
+    gc.collect()
+    kept = len(flex._BLOCK_MASKS)
+    del layout
+    gc.collect()
+    assert len(flex._BLOCK_MASKS) == kept - 1
+
+
+@pytest.mark.usefixtures("uncompiled")
+@pytest.mark.parametrize("window", WINDOWS)
+@pytest.mark.parametrize("heads", HEADS)
+@pytest.mark.parametrize("with_sinks", [False, True])
+@pytest.mark.parametrize("softcap", [None, 0.8])
+def test_equals_naive(softcap: float | None, with_sinks: bool, heads: str, window: int | None):
+    inputs = make_inputs(MANY_TAILS, HEADS[heads])
+    options = AttentionOptions(window=window, softcap=softcap)
+    naive = AttentionOptions(window=window, softcap=softcap, backend="naive")
+    got = run(inputs, options, flex.flex_attention_on_row, with_sinks)
+    assert_close(got, run(inputs, naive, with_sinks=with_sinks))
+
+
+@pytest.mark.usefixtures("uncompiled")
+def test_rows_of_all_lengths_share_what_is_compiled(monkeypatch: pytest.MonkeyPatch):
+    """Few programs for many rows, and more of them than PyTorch's own limit of 8."""
+    counter = CompileCounter()
+    compiled = torch.compile(torch_flex.flex_attention, backend=counter, fullgraph=True)
+    monkeypatch.setattr(flex, "_compiled", lambda: compiled)
+    counts = []
+    kinds = [(window, cap) for window in (None, 3) for cap in (None, 0.8)]
+    for extra in (0, 40, 150, 77, 300, 9):
+        inputs = make_inputs(((7 + extra, (5, 3)), (1, (1,))), HEADS["gqa"])
+        for window, softcap in kinds:
+            options = AttentionOptions(window=window, softcap=softcap)
+            out = flex.flex_attention_on_row(
+                inputs.query, inputs.key, inputs.value, inputs.layout, options
+            )
+            assert out.isfinite().all()
+        counts.append(counter.frame_count)
+    assert 8 < counts[-1] <= 3 * len(kinds)
+    assert counts[2] == counts[-1], counts
