@@ -24,7 +24,7 @@ Attention = Callable[[Tensor, Tensor, Tensor, SharedLayout, AttentionOptions], T
 # Pairs, one tail, five tails, empty ones at any place, prefixes of one token.
 GROUPS: Groups = ((7, (5, 3)), (1, (1, 1)), (4, (9,)), (3, (0, 6)), (6, (2, 0)), (1, (0, 0)))
 MANY_TAILS: Groups = ((5, (3, 0, 7, 1, 2)), (1, (4,)), (9, (0,)), (2, (0, 1, 0, 4)))
-WINDOWS = (None, 1, 3, 6, 1000)
+WINDOWS = (None, 1, 3, 6, 11, 1000)  # the longest sequence has 12 tokens
 LENGTHS = Path(__file__).resolve().parents[3] / "benchmarks" / "lengths.json"
 
 
