@@ -73,6 +73,9 @@ def variants(kernel: str) -> Iterator[Variant]:
         for logits, d_logits in (("fp32", "bf16"), ("fp32", "fp32"), ("fp64", "fp64")):
             types = {"p_d_logits": f"*{d_logits}", "*": f"*{logits}"}
             yield from head_variants(f"{logits}:{d_logits}", types, ("plain", "full"), {})
+            # a vocabulary that is a multiple of 16
+            name, types = f"{logits}:{d_logits}:even", {**types, "V": "i32 aligned"}
+            yield from head_variants(name, types, ("plain",), {})
     elif kernel == "finish_rows":
         constants = {"MAX_REST": fused_triton.MAX_REST}
         yield from head_variants("bf16", input_types("bf16", "bf16"), ("plain", "full"), constants)
@@ -84,6 +87,11 @@ def variants(kernel: str) -> Iterator[Variant]:
         heads = ("bias", "full")
         yield from head_variants("bf16", input_types("bf16", "bf16"), heads, {"UPCAST": False})
         yield from head_variants("fp16", input_types("fp16", "fp32"), heads, {"UPCAST": False})
+        # rows that aren't aligned, which no descriptor can read
+        odd = {**input_types("bf16", "bf16"), "H": "i32 odd", "stride_x": "i64 odd"}
+        odd |= {"stride_w": "i64 odd"}
+        constants = {"UPCAST": False, "DESCRIPTORS": False}
+        yield from head_variants("bf16:odd", odd, ("plain", "full"), constants)
 
 
 def head_variants(
@@ -103,21 +111,24 @@ def compiled(
 ) -> Any:
     options = dict(launch_table()[architecture][kernel])
     launch = {name: options.pop(name) for name in ("num_warps", "num_stages")}
-    constants = {**constants, **options}
+    constants = {**options, **constants}
     types = {**TYPES, **types}
-    if options.get("DESCRIPTORS"):
+    if constants.get("DESCRIPTORS"):
         dtype = types["weight"].removeprefix("*")
         for name, rows in (("hidden_states", "BM"), ("weight", "BN")):
             types[name] = f"tensordesc<{dtype}[{options[rows]}, {options['BK']}]>"
     function = KERNELS[kernel.removesuffix("_wide")]
+    kinds = {name: types.get(name, types["*"]) for name in function.arg_names}
     signature = {
-        name: "constexpr" if name in constants else types.get(name, types["*"])
-        for name in function.arg_names
+        name: "constexpr" if name in constants else kind.split(" ")[0]
+        for name, kind in kinds.items()
     }
     aligned = {
         (index,): [["tt.divisibility", 16]]
-        for index, name in enumerate(function.arg_names)
-        if name.startswith(ALIGNED) and not signature[name].startswith(("tensordesc", "constexpr"))
+        for index, (name, kind) in enumerate(kinds.items())
+        if (name.startswith(ALIGNED) or "aligned" in kind)
+        and "odd" not in kind
+        and not signature[name].startswith(("tensordesc", "constexpr"))
     }
     source = ASTSource(function, signature=signature, constexprs=constants, attrs=aligned)
     return triton.compile(source, target=target(architecture), options=launch)

@@ -57,7 +57,8 @@ class LinearLogps(torch.autograd.Function):
         call: HeadCall,
     ) -> Tensor:
         ctx.call = call
-        ctx.save_for_backward(hidden_states, weight, bias)
+        # the labels, too: whoever overwrites them before the backward is told so
+        ctx.save_for_backward(hidden_states, weight, bias, call.labels)
         with torch.autocast(hidden_states.device.type, enabled=False):
             head = call.head(hidden_states, weight, keep=False)
             chunks = head.row_chunks(0, len(call.labels))
@@ -68,7 +69,7 @@ class LinearLogps(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, d_per_token_logps: Tensor) -> tuple[Tensor | None, ...]:
         call: HeadCall = ctx.call
-        hidden_states, weight, bias = ctx.saved_tensors
+        hidden_states, weight, bias, _ = ctx.saved_tensors
         with torch.autocast(hidden_states.device.type, enabled=False):
             head = call.head(hidden_states, weight, keep=True)
             wanted = Wanted(*ctx.needs_input_grad[:3])
@@ -78,7 +79,7 @@ class LinearLogps(torch.autograd.Function):
             gradients.fill_empty()
         if call.options.weight_grad is not None:
             gradients.weight = None
-        return *_as_inputs(gradients, hidden_states, weight, bias), None
+        return *_as_inputs(gradients, hidden_states, weight, bias, None), None
 
 
 class LinearPairLoss(torch.autograd.Function):
@@ -96,7 +97,8 @@ class LinearPairLoss(torch.autograd.Function):
         call: HeadCall,
     ) -> tuple[Tensor, Tensor, Tensor]:
         ctx.call = call
-        ctx.save_for_backward(hidden_states, weight, bias)
+        # the labels, too: whoever overwrites them before the backward is told so
+        ctx.save_for_backward(hidden_states, weight, bias, call.labels)
         wanted = Wanted(*(needed and call.grad_enabled for needed in ctx.needs_input_grad[:3]))
         loss, logps, metrics, ctx.gradients = _run_one_pass(call, hidden_states, weight, wanted)
         ctx.mark_non_differentiable(logps, metrics)
@@ -106,7 +108,7 @@ class LinearPairLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, d_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         call: HeadCall = ctx.call
-        hidden_states, weight, bias = ctx.saved_tensors
+        hidden_states, weight, bias, _ = ctx.saved_tensors
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:
             # Handed over, scaled in place, to an earlier backward of a retained graph.
@@ -115,10 +117,7 @@ class LinearPairLoss(torch.autograd.Function):
         if call.options.weight_grad is not None and gradients.weight is not None:
             call.options.weight_grad.addcmul_(gradients.weight, d_loss)
             gradients.weight = None
-        for gradient in (gradients.hidden_states, gradients.weight, gradients.bias):
-            if gradient is not None:
-                gradient.mul_(d_loss)
-        return *_as_inputs(gradients, hidden_states, weight, bias), None
+        return *_as_inputs(gradients, hidden_states, weight, bias, d_loss), None
 
 
 def _run_one_pass(
@@ -130,12 +129,22 @@ def _run_one_pass(
 
 
 def _as_inputs(
-    gradients: Gradients, hidden_states: Tensor, weight: Tensor, bias: Tensor | None
+    gradients: Gradients,
+    hidden_states: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    factor: Tensor | None,  # []
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Each gradient in its input's dtype."""
+    """Each gradient times a factor, in its input's dtype: one pass and one rounding."""
 
     def cast(gradient: Tensor | None, like: Tensor | None) -> Tensor | None:
-        return None if gradient is None or like is None else gradient.to(like.dtype)
+        if gradient is None or like is None:
+            return None
+        if factor is None:
+            return gradient.to(like.dtype)
+        if gradient.dtype == like.dtype:
+            return gradient.mul_(factor)
+        return torch.mul(gradient, factor, out=torch.empty_like(gradient, dtype=like.dtype))
 
     return (
         cast(gradients.hidden_states, hidden_states),

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from dpofast_kernels.head.options import HeadOptions
 from dpofast_kernels.head.sequences import check_bounds
+from dpofast_kernels.preference import PairLoss
 
 # Labels on a device are checked where this is 1; it waits for the device.
 CHECK_LABELS = "DPOFAST_CHECK_LABELS"
@@ -47,7 +48,10 @@ def check_head_inputs(
     labels: Tensor,  # [N]
     options: HeadOptions,
 ) -> None:
-    """Raise ValueError, naming the argument, unless these belong together."""
+    """Raise ValueError or TypeError, naming the argument, unless these belong together."""
+    _check_types(hidden_states=hidden_states, weight=weight, labels=labels)
+    if not isinstance(options, HeadOptions):
+        raise TypeError(f"options is a {type(options).__name__}, expected HeadOptions.")
     if hidden_states.dim() != 2:
         raise ValueError(f"hidden_states is {list(hidden_states.shape)}, expected [N, H].")
     if weight.dim() != 2 or weight.shape[1] != hidden_states.shape[1]:
@@ -81,6 +85,7 @@ def check_padded_inputs(
     labels: Tensor,  # [B, T]
 ) -> None:
     """Raise ValueError unless there is a label, or IGNORED_LABEL, for each position."""
+    _check_types(weight=weight, labels=labels)
     if labels.shape != hidden_states.shape[:2] or labels.dtype != torch.int64:
         raise ValueError(
             f"labels is {list(labels.shape)} {labels.dtype}, expected "
@@ -88,7 +93,14 @@ def check_padded_inputs(
             f"{list(hidden_states.shape)}; {IGNORED_LABEL} where there is nothing to score."
         )
     _check_tensor("labels", labels, hidden_states.device, labels.shape)
-    _check_labels(labels, len(weight), (labels != IGNORED_LABEL))
+    if weight.dim() == 2:  # else the op itself complains
+        _check_labels(labels, len(weight), (labels != IGNORED_LABEL))
+
+
+def _check_types(**tensors: object) -> None:
+    for name, value in tensors.items():
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name} is a {type(value).__name__}, expected a tensor.")
 
 
 def _check_labels(labels: Tensor, vocab_size: int, scored: Tensor | None = None) -> None:
@@ -109,6 +121,7 @@ def _check_labels(labels: Tensor, vocab_size: int, scored: Tensor | None = None)
 def check_pairs(
     bounds: Tensor,  # [2P+1]
     ref_logps: Tensor,  # [2P]
+    loss: PairLoss,
     num_rows: int,
 ) -> list[int]:
     """The bounds as a list, if they are of whole pairs without an empty sequence.
@@ -116,7 +129,11 @@ def check_pairs(
     Raises:
         ValueError: a pair without its partner, an empty sequence, bounds that don't cover the rows,
             or reference log-probs of another number of sequences.
+        TypeError: no tensors, or no loss.
     """
+    _check_types(bounds=bounds, ref_logps=ref_logps)
+    if not isinstance(loss, PairLoss):
+        raise TypeError(f"loss is a {type(loss).__name__}, expected one from make_loss.")
     limits = check_bounds(bounds, num_rows)
     num_sequences = len(limits) - 1
     if num_sequences % 2:

@@ -12,6 +12,7 @@ from dpofast_kernels.head.matmul import (
     accumulate_dtype,
     add_weight_grad,
     hidden_grad_into,
+    vocab_blocks,
     weight_grad_into,
 )
 from dpofast_kernels.head.options import HeadOptions
@@ -95,8 +96,9 @@ class ChunkedHead:
         self._ops = _row_ops(backend, self.weight, options)
         self.pair_loss = self._ops.pair_loss
         self._workspace_dtype = self._ops.workspace_dtype(keep)
-        self.max_rows = max_chunk_rows(self.weight, self._workspace_dtype)
+        self.max_rows = max_chunk_rows(self.weight, self._workspace_dtype, options.workspace_bytes)
         self._workspace: Tensor | None = None
+        self._pair_gradients: Gradients | None = None
 
     def row_chunks(self, start: int, end: int) -> list[slice]:
         return list(row_chunks(start, end, self.max_rows))
@@ -135,6 +137,21 @@ class ChunkedHead:
             is_empty,
         )
 
+    def gradients_of_one_pair(self, gradients: Gradients) -> Gradients:
+        """As `gradients`, but empty, and with memory of its own for what sums over pairs.
+
+        The next call reuses that memory. Rows of hidden states are one pair's alone.
+        """
+        own = self._pair_gradients
+        if own is None:
+            wanted = Wanted(False, gradients.weight is not None, gradients.bias is not None)
+            own = self._pair_gradients = self.new_gradients(wanted)
+            own.hidden_states = gradients.hidden_states
+        own.weight_is_empty = True
+        if own.bias is not None:
+            own.bias.zero_()
+        return own
+
     def add_gradients(
         self,
         gradients: Gradients,
@@ -159,7 +176,8 @@ class ChunkedHead:
                 add_weight_grad(gradients.weight, d_logits, scaled)
             gradients.weight_is_empty = False
         if gradients.bias is not None:
-            gradients.bias.addmv_(d_logits.t().to(self.dtype), factors)
+            for block in vocab_blocks(self.weight):  # upcast, a copy of all would be large
+                gradients.bias[block].addmv_(d_logits[:, block].t().to(self.dtype), factors)
 
 
 def _row_ops(backend: str, weight: Tensor, options: HeadOptions) -> RowOps:

@@ -12,7 +12,7 @@ from torch import Tensor
 CPU_WORKSPACE_BYTES = 160 * 2**20
 DEVICE_WORKSPACE_BYTES = 10**9
 # Where a chunk keeps nothing of the size of the vocabulary.
-FORWARD_ROWS = 2**15
+FORWARD_ROWS = 2**13
 # Rows of logits start at multiples of this: matrix units and vector loads want them aligned.
 ROW_ALIGNMENT_BYTES = 128
 
@@ -31,11 +31,15 @@ class PairChunk:
         return self.end - self.start
 
 
-def max_chunk_rows(weight: Tensor, dtype: torch.dtype | None) -> int:
-    """Rows of a workspace [rows, V] of that dtype that its limit allows, at least one."""
+def max_chunk_rows(weight: Tensor, dtype: torch.dtype | None, limit: int | None) -> int:
+    """Rows of a workspace [rows, V] of that dtype that `limit` bytes allow, at least one.
+
+    Without a limit the device's own holds; without a dtype nothing of that size is kept.
+    """
     if dtype is None:
         return FORWARD_ROWS
-    limit = CPU_WORKSPACE_BYTES if weight.device.type == "cpu" else DEVICE_WORKSPACE_BYTES
+    if limit is None:
+        limit = CPU_WORKSPACE_BYTES if weight.device.type == "cpu" else DEVICE_WORKSPACE_BYTES
     return max(1, limit // (_row_width(len(weight), dtype) * dtype.itemsize))
 
 

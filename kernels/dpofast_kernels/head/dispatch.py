@@ -22,6 +22,7 @@ from dpofast_kernels.head.options import HeadOptions, PairLossOutput
 from dpofast_kernels.preference import PairLoss
 
 DEFAULT_OPTIONS = HeadOptions()
+TRITON_BACKENDS = ("triton", "triton_fused")
 
 
 def backend_for(tensor: Tensor, options: HeadOptions = DEFAULT_OPTIONS) -> str:
@@ -38,7 +39,7 @@ def backend_for(tensor: Tensor, options: HeadOptions = DEFAULT_OPTIONS) -> str:
     if options.backend == "auto":
         # ROCm's devices are called cuda, too
         return "triton" if tensor.is_cuda and _has_triton() else "torch"
-    if options.backend in ("triton", "triton_fused"):
+    if options.backend in TRITON_BACKENDS:
         if not _has_triton():
             raise RuntimeError(
                 f"backend {options.backend!r} was asked for, but Triton isn't installed: install "
@@ -80,7 +81,7 @@ def linear_logps(
     Numerics: logits are made and kept in fp32; gradients accumulate in fp32 and come back in the
     inputs' dtypes. The backward makes the logits again: 8NHV operations in all.
     """
-    if hidden_states.dim() == 3:
+    if isinstance(hidden_states, Tensor) and hidden_states.dim() == 3:
         return _padded_logps(hidden_states, weight, labels, options)
     check_head_inputs(hidden_states, weight, labels, options)
     backend = backend_for(hidden_states, options)
@@ -119,7 +120,9 @@ def linear_pair_loss(
     Raises:
         ValueError: shapes, dtypes or devices don't belong together, bounds don't cover the rows or
             are not of whole pairs, a sequence is empty, a label is out of range (seen on the CPU,
-            on a device with DPOFAST_CHECK_LABELS=1), or the backend can't be had.
+            on a device with DPOFAST_CHECK_LABELS=1), or the backend can't be had, or has no formula
+            for the loss.
+        TypeError: an argument is no tensor, no loss, or no options.
         RuntimeError: Triton was asked for and isn't installed.
 
     Numerics: logits are made and kept in fp32 (fp64 for fp64 inputs), sums per sequence and losses
@@ -127,8 +130,12 @@ def linear_pair_loss(
     back in the inputs' dtypes.
     """
     check_head_inputs(hidden_states, weight, labels, options)
-    limits = check_pairs(bounds, ref_logps, len(labels))
+    limits = check_pairs(bounds, ref_logps, loss, len(labels))
     backend = backend_for(hidden_states, options)
+    if backend in TRITON_BACKENDS:
+        from dpofast_kernels.head.pairs_triton import formula_of
+
+        formula_of(loss)  # raises where there is none
     dtype = compute_dtype(hidden_states, weight)
     if backend == "naive":
         per_token_logps = _naive_logps(hidden_states, weight, labels, options, dtype)

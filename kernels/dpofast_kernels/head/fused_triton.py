@@ -85,7 +85,8 @@ def _load_block(
     return b_rows
 
 
-@triton.jit
+# numbers that change from chunk to chunk: no kernel of its own for each alignment of theirs
+@triton.jit(do_not_specialize=["n", "num_programs"])
 def score_tiles_kernel(
     hidden_states,  # [n, H]: a descriptor of blocks [BM, BK], or a pointer
     weight,  # [V, H]: a descriptor of blocks [BN, BK], or a pointer
@@ -180,7 +181,7 @@ def _row_logits(
     return finish_logits(b_z, p_bias, o_v, m_v, HAS_BIAS, SCALE, SOFTCAP, TEMPERATURE)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n", "num_tiles"])
 def finish_rows_kernel(
     p_hidden_states,  # [n, H]
     p_weight,  # [V, H]
@@ -286,8 +287,10 @@ class FusedRows:
         weight, device = self.weight, self.weight.device
         hidden_states, labels = hidden_states.contiguous(), labels.contiguous()
         num_rows, (vocab_size, hidden_size) = len(labels), weight.shape
-        tiles = dict(launch_options(self.tile_entry, device))
-        tiles["DESCRIPTORS"] &= _have_descriptors(hidden_states, weight)
+        tiles = launch_options(self.tile_entry, device)
+        if tiles["DESCRIPTORS"] and not _have_descriptors(hidden_states, weight):
+            # pointers take registers that the largest tiles lack
+            tiles = {**launch_options("score_tiles_wide", device), "DESCRIPTORS": False}
         num_tiles = triton.cdiv(vocab_size, tiles["BN"])
         dtype = accumulate_dtype(weight.dtype)
         targets, logps, factors = weight.new_empty(3, num_rows, dtype=dtype).unbind()

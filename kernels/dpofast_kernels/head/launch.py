@@ -37,7 +37,8 @@ def architecture(device: torch.device) -> str:
 def launch_options(kernel: str, device: torch.device) -> dict[str, Any]:
     """Constexprs, num_warps and num_stages for a kernel on a device.
 
-    An architecture that the table lacks gets the entry of the next older one of its maker.
+    An architecture that the table lacks gets the entry of the nearest older one of its maker, or
+    of the oldest.
     """
     options: dict[str, Any] = launch_table()[table_entry(architecture(device))][kernel]
     return options

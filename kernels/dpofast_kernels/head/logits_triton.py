@@ -40,7 +40,7 @@ def finish_logits(
     b_z,  # products of hidden states and weight
     p_bias,  # [V]
     o_v,  # where in the vocabulary they are; broadcasts to b_z
-    m_v,
+    m_v,  # or None
     HAS_BIAS: tl.constexpr,
     SCALE: tl.constexpr,
     SOFTCAP: tl.constexpr,
@@ -49,7 +49,7 @@ def finish_logits(
     """Finished logits, and their slope by the product."""
     b_slope = tl.full(b_z.shape, SCALE / TEMPERATURE, dtype=b_z.dtype)
     if HAS_BIAS:
-        b_z += tl.load(p_bias + o_v, mask=m_v, other=0.0)
+        b_z += tl.load(p_bias + o_v, mask=m_v)
     if SOFTCAP is None:
         b_z = b_z * (SCALE / TEMPERATURE)
     else:

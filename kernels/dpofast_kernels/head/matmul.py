@@ -7,6 +7,7 @@ weight block by block, so that no copy of its size is made.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -22,11 +23,24 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
 def product_dtype(weight: Tensor) -> torch.dtype:
     """The dtype in which d_logits and scaled hidden states go into a product.
 
-    fp16 is upcast everywhere: scaled by a pair's coefficient, hidden states fall below its range.
+    fp16 is upcast: scaled by a pair's coefficient, hidden states fall below its range.
     """
-    if weight.is_cuda and weight.dtype == torch.bfloat16:
+    if weight.dtype == torch.bfloat16 and has_wide_products(weight.device, weight.dtype):
         return torch.bfloat16
     return accumulate_dtype(weight.dtype)
+
+
+@lru_cache(maxsize=32)
+def has_wide_products(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether a device multiplies matrices of that dtype with an fp32 result."""
+    if device.type != "cuda":
+        return False
+    small = torch.zeros(16, 16, dtype=dtype, device=device)
+    try:
+        torch.mm(small, small, out_dtype=torch.float32)
+    except RuntimeError:  # some builds for ROCm
+        return False
+    return True
 
 
 def logits_into(
@@ -37,10 +51,10 @@ def logits_into(
     """out = hidden_states @ weight^T; returns `out`."""
     if weight.dtype == out.dtype:
         return torch.mm(hidden_states, weight.t(), out=out)
-    if product_dtype(weight) == weight.dtype:
+    if has_wide_products(weight.device, weight.dtype):
         return torch.mm(hidden_states, weight.t(), out_dtype=out.dtype, out=out)
     upcast = hidden_states.to(out.dtype)
-    for block in _vocab_blocks(weight):
+    for block in vocab_blocks(weight):
         torch.mm(upcast, weight[block].to(out.dtype).t(), out=out[:, block])
     return out
 
@@ -56,7 +70,7 @@ def hidden_grad_into(
     if d_logits.dtype == weight.dtype:
         return torch.mm(d_logits, weight, out_dtype=out.dtype, out=out)
     out.zero_()
-    for block in _vocab_blocks(weight):
+    for block in vocab_blocks(weight):
         out.addmm_(d_logits[:, block], weight[block].to(out.dtype))
     return out
 
@@ -85,6 +99,6 @@ def add_weight_grad(
         torch.addmm(d_weight, d_logits.t(), hidden_states, out_dtype=d_weight.dtype, out=d_weight)
 
 
-def _vocab_blocks(weight: Tensor) -> Iterator[slice]:
+def vocab_blocks(weight: Tensor) -> Iterator[slice]:
     for start in range(0, len(weight), VOCAB_BLOCK):
         yield slice(start, start + VOCAB_BLOCK)

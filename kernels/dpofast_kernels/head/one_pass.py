@@ -83,19 +83,18 @@ def _long_pair(
     Where the loss' two derivatives keep one ratio, that direction takes their place and their
     length is multiplied in afterwards. Else the logits are made a second time.
     """
-    bounds = pairs.chunk_bounds(chunk)
-    direction = pairs.loss.direction(bounds.diff().view(1, 2))  # [1, 2]
+    # on the host: what is made there and sent to a device would be waited for
+    limits = torch.tensor(pairs.limits[2 * chunk.first : 2 * chunk.last + 1])
+    direction = pairs.loss.direction(limits.diff().view(1, 2))  # [1, 2]
     if gradients is not None and direction is not None:
-        return _long_pair_along(
-            head, pairs, chunk, gradients, direction.flatten().to(bounds.device)
-        )
+        return _long_pair_along(head, pairs, chunk, gradients, direction.flatten().tolist())
     subchunks = head.row_chunks(chunk.start, chunk.end)
     per_token_logps = torch.cat(
         [head.score(rows, keep=False).per_token_logps for rows in subchunks]
     )
     terms = _pair_terms(head, pairs, chunk, per_token_logps)
     if gradients is not None:
-        coefficients = _to_rows(terms.d_logps, bounds, chunk.num_rows)
+        coefficients = _to_rows(terms.d_logps, pairs.chunk_bounds(chunk), chunk.num_rows)
         for rows in subchunks:
             part = coefficients[rows.start - chunk.start : rows.stop - chunk.start]
             head.add_gradients(gradients, rows, head.score(rows), part)
@@ -107,15 +106,13 @@ def _long_pair_along(
     pairs: Pairs,
     chunk: PairChunk,
     gradients: Gradients,
-    direction: Tensor,  # [2]
+    direction: list[float],  # [2]
 ) -> PairTerms:
     """One pass over a long pair whose derivatives are a multiple of `direction`."""
-    # Rows of hidden states are this pair's alone; what sums over pairs needs its own memory.
-    own = head.new_gradients(
-        Wanted(False, gradients.weight is not None, gradients.bias is not None)
-    )
-    own.hidden_states = gradients.hidden_states
-    coefficients = _to_rows(direction, pairs.chunk_bounds(chunk), chunk.num_rows)
+    own = head.gradients_of_one_pair(gradients)
+    middle = pairs.limits[2 * chunk.first + 1] - chunk.start
+    coefficients = pairs.ref_logps.new_full((chunk.num_rows,), direction[0])  # [n]
+    coefficients[middle:] = direction[1]
     per_token_logps = []
     for rows in head.row_chunks(chunk.start, chunk.end):
         scored = head.score(rows)
@@ -123,7 +120,7 @@ def _long_pair_along(
         part = coefficients[rows.start - chunk.start : rows.stop - chunk.start]
         head.add_gradients(own, rows, scored, part)
     terms = _pair_terms(head, pairs, chunk, torch.cat(per_token_logps))
-    length = (terms.d_logps / direction)[0].to(head.dtype)  # []
+    length = (terms.d_logps[0] / direction[0]).to(head.dtype)  # []
     if own.hidden_states is not None:
         own.hidden_states[chunk.start : chunk.end].mul_(length)
     if own.weight is not None and gradients.weight is not None:

@@ -28,7 +28,12 @@ class HeadOptions:
         temperature: what they are divided by at last.
         weight_grad: [V, H] fp32 (fp64 for fp64 weights). If given, the backward adds the weight's
             gradient, times the upstream gradient, to this buffer, and the weight itself gets none:
-            nothing that waits for its `.grad`, such as DDP's hooks, will see one.
+            nothing that waits for its `.grad`, such as DDP's hooks, will see one. A backward adds
+            to it whenever the weight requires a gradient, also where only that of the hidden states
+            is asked for. `linear_pair_loss` sums over its own rows in memory of the same size
+            first, as the upstream gradient comes last.
+        workspace_bytes: that a chunk's logits may take; a row is the least. By default 1 GB, and on
+            a CPU, where larger chunks are no faster, 160 MiB.
         backend: "auto" is Triton on CUDA and ROCm, tiled PyTorch elsewhere. "triton" lets the
             library multiply and runs one kernel over each chunk of logits; "triton_fused" is a
             product of its own, bf16 and fp16 alone, that never writes logits. "naive" makes all
@@ -43,13 +48,19 @@ class HeadOptions:
     logit_scale: float = 1.0
     temperature: float = 1.0
     weight_grad: Tensor | None = None
+    workspace_bytes: int | None = None
     backend: str = "auto"
 
     def __post_init__(self) -> None:
         for name in ("softcap", "logit_scale", "temperature"):
             value = getattr(self, name)
-            if value is not None and not (math.isfinite(value) and value > 0.0):
-                raise ValueError(f"{name} is {value}, expected a finite number above 0.")
+            if value is None and name == "softcap":
+                continue
+            is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if not (is_number and math.isfinite(value) and value > 0.0):
+                raise ValueError(f"{name} is {value!r}, expected a finite number above 0.")
+        if self.workspace_bytes is not None and self.workspace_bytes < 1:
+            raise ValueError(f"workspace_bytes is {self.workspace_bytes}, expected at least 1.")
         if self.backend not in BACKENDS:
             raise ValueError(
                 f"Unknown backend {self.backend!r}, expected one of {', '.join(BACKENDS)}."

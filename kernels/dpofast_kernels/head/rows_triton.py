@@ -20,6 +20,66 @@ from dpofast_kernels.preference import PairLoss
 
 
 @triton.jit
+def _fold_block(
+    row_max,
+    rest,
+    p_row,
+    p_bias,
+    label,
+    i_v,
+    V,
+    HAS_BIAS: tl.constexpr,
+    SCALE: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    TEMPERATURE: tl.constexpr,
+    BV: tl.constexpr,
+    IS_WHOLE: tl.constexpr,
+):
+    """Maximum, and sum of exp(z - maximum) without the label's own, with one more block."""
+    o_v = i_v + tl.arange(0, BV)
+    m_v = None if IS_WHOLE else o_v < V
+    b_z = tl.load(p_row + o_v, mask=m_v)  # [BV]
+    b_z, _ = finish_logits(b_z, p_bias, o_v, m_v, HAS_BIAS, SCALE, SOFTCAP, TEMPERATURE)
+    if not IS_WHOLE:
+        b_z = tl.where(m_v, b_z, float("-inf"))
+    new_max = tl.maximum(row_max, tl.max(b_z, axis=0))
+    # a block of -inf alone, as from a bias that rules tokens out, has no maximum to subtract
+    reference = tl.where(new_max == float("-inf"), 0.0, new_max)
+    b_e = tl.where(o_v == label, 0.0, tl.exp(b_z - reference))
+    rest = rest * tl.exp(row_max - reference) + tl.sum(b_e, axis=0)
+    return new_max, rest
+
+
+@triton.jit
+def _store_block(
+    row_max,
+    rest,
+    p_row,
+    p_d_row,
+    p_bias,
+    label,
+    i_v,
+    V,
+    HAS_BIAS: tl.constexpr,
+    SCALE: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    TEMPERATURE: tl.constexpr,
+    BV: tl.constexpr,
+    IS_WHOLE: tl.constexpr,
+):
+    """exp(z - maximum) times the slope of z, in place of a block of logits."""
+    o_v = i_v + tl.arange(0, BV)
+    m_v = None if IS_WHOLE else o_v < V
+    b_z = tl.load(p_row + o_v, mask=m_v)  # [BV]
+    b_z, b_slope = finish_logits(b_z, p_bias, o_v, m_v, HAS_BIAS, SCALE, SOFTCAP, TEMPERATURE)
+    b_d = tl.where(o_v == label, -rest, tl.exp(b_z - row_max)) * b_slope
+    # A narrower dtype's block lies where this block's or an earlier one's logits do: all threads
+    # must have read theirs.
+    tl.debug_barrier()
+    tl.store(p_d_row + o_v, b_d.to(p_d_row.dtype.element_ty), mask=m_v)
+
+
+@triton.jit
 def score_rows_kernel(
     p_logits,  # [n, V], rows `stride` apart
     p_d_logits,  # [n, V], rows `d_stride` apart, in the memory of the logits
@@ -37,42 +97,44 @@ def score_rows_kernel(
     KEEP: tl.constexpr,
     BV: tl.constexpr,
 ):
-    """Log-softmax at the label, then the gradient in place of the logits; one program a row."""
+    """Log-softmax at the label, then the gradient in place of the logits; one program a row.
+
+    Whole blocks go without masks, so that any V is read and written in wide words.
+    """
     i_n = tl.program_id(0).to(tl.int64)  # n V passes 2^31
     dtype: tl.constexpr = p_logits.dtype.element_ty
     p_row = p_logits + i_n * stride
     label = tl.load(p_labels + i_n)
     row_max = tl.full([], float("-inf"), dtype=dtype)
-    rest = tl.full([], 0.0, dtype=dtype)  # the label's own entry is left out
-    for i_v in range(0, V, BV):
-        o_v = i_v + tl.arange(0, BV)
-        m_v = o_v < V
-        b_z = tl.load(p_row + o_v, mask=m_v, other=0.0)  # [BV]
-        b_z, _ = finish_logits(b_z, p_bias, o_v, m_v, HAS_BIAS, SCALE, SOFTCAP, TEMPERATURE)
-        b_z = tl.where(m_v, b_z, float("-inf"))
-        new_max = tl.maximum(row_max, tl.max(b_z, axis=0))
-        b_e = tl.where(o_v == label, 0.0, tl.exp(b_z - new_max))
-        rest = rest * tl.exp(row_max - new_max) + tl.sum(b_e, axis=0)
-        row_max = new_max
+    rest = tl.full([], 0.0, dtype=dtype)
+    end = V // BV * BV
+    for i_v in range(0, end, BV):
+        row_max, rest = _fold_block(
+            row_max, rest, p_row, p_bias, label, i_v, V,
+            HAS_BIAS, SCALE, SOFTCAP, TEMPERATURE, BV, True,
+        )  # fmt: skip
+    if end < V:
+        row_max, rest = _fold_block(
+            row_max, rest, p_row, p_bias, label, end, V,
+            HAS_BIAS, SCALE, SOFTCAP, TEMPERATURE, BV, False,
+        )  # fmt: skip
     target = tl.load(p_row + label)
     target, _ = finish_logits(target, p_bias, label, True, HAS_BIAS, SCALE, SOFTCAP, TEMPERATURE)
     logp, factor = label_logp(target, row_max, rest)
     tl.store(p_logps + i_n, logp.to(dtype))
     if KEEP:
         tl.store(p_factors + i_n, factor.to(dtype))
-        for i_v in range(0, V, BV):
-            o_v = i_v + tl.arange(0, BV)
-            m_v = o_v < V
-            b_z = tl.load(p_row + o_v, mask=m_v, other=0.0)  # [BV]
-            b_z, b_slope = finish_logits(
-                b_z, p_bias, o_v, m_v, HAS_BIAS, SCALE, SOFTCAP, TEMPERATURE
-            )
-            b_d = tl.where(o_v == label, -rest, tl.exp(b_z - row_max)) * b_slope
-            # A narrower dtype's block lies where this block's or an earlier one's logits do: all
-            # threads must have read theirs.
-            tl.debug_barrier()
-            p_d = p_d_logits + i_n * d_stride + o_v
-            tl.store(p_d, b_d.to(p_d_logits.dtype.element_ty), mask=m_v)
+        p_d_row = p_d_logits + i_n * d_stride
+        for i_v in range(0, end, BV):
+            _store_block(
+                row_max, rest, p_row, p_d_row, p_bias, label, i_v, V,
+                HAS_BIAS, SCALE, SOFTCAP, TEMPERATURE, BV, True,
+            )  # fmt: skip
+        if end < V:
+            _store_block(
+                row_max, rest, p_row, p_d_row, p_bias, label, end, V,
+                HAS_BIAS, SCALE, SOFTCAP, TEMPERATURE, BV, False,
+            )  # fmt: skip
 
 
 class TritonRows:
@@ -122,10 +184,8 @@ def _in_place(logits: Tensor, dtype: torch.dtype) -> Tensor:
     if dtype == logits.dtype:
         return logits
     num_rows, vocab_size = logits.shape
-    ratio = logits.element_size() // dtype.itemsize
     # a slice of columns can't be viewed as another dtype, so all of the memory is
     whole = logits.as_strided((num_rows, logits.stride(0)), (logits.stride(0), 1))
-    assert ratio * logits.stride(0) >= vocab_size
     return whole.view(dtype)[:, :vocab_size]
 
 

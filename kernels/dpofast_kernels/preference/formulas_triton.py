@@ -46,7 +46,7 @@ def _sigmoid_formula(chosen, rejected, chosen_length, rejected_length, beta, smo
 def _hinge_formula(chosen, rejected, chosen_length, rejected_length, beta, smoothing):
     gap = 1.0 - beta * (chosen - rejected)
     slope = tl.where(gap > 0.0, -beta, 0.0)
-    return tl.where(gap > 0.0, gap, 0.0), slope, -slope
+    return tl.where(gap <= 0.0, 0.0, gap), slope, -slope  # NaN stays NaN
 
 
 @triton.jit

@@ -181,3 +181,26 @@ def test_labels_on_a_device_are_checked_when_asked_for(monkeypatch):
     monkeypatch.setenv("DPOFAST_CHECK_LABELS", "1")
     with pytest.raises(ValueError, match=r"labels\[2\] is 11, expected 0 to 10"):
         checks._check_labels(labels, 11)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"loss": "sigmoid"}, "loss is a str, expected one from make_loss"),
+        ({"options": None}, "options is a NoneType, expected HeadOptions"),
+        ({"bounds": [0, 3, 8, 9, 16]}, "bounds is a list, expected a tensor"),
+        ({"ref_logps": None}, "ref_logps is a NoneType, expected a tensor"),
+        ({"hidden_states": None}, "hidden_states is a NoneType, expected a tensor"),
+    ],
+)
+def test_arguments_of_another_type(changes, message):
+    with pytest.raises(TypeError, match=message):
+        call(**changes)
+
+
+@pytest.mark.parametrize(
+    "options", [{"temperature": None}, {"logit_scale": True}, {"workspace_bytes": 0}]
+)
+def test_options_of_another_kind(options):
+    with pytest.raises(ValueError, match="expected"):
+        HeadOptions(**options)

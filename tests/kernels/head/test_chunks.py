@@ -31,6 +31,10 @@ def test_pair_chunks(pairs, max_rows):
         assert chunk.end - chunk.start <= max_rows or chunk.last == chunk.first + 1
 
 
-def test_a_row_always_fits():
-    assert max_chunk_rows(torch.zeros(2**20, 0), torch.float64) == 20
-    assert max_chunk_rows(torch.zeros(2**30, 0), torch.float64) == 1
+def test_rows_of_a_workspace():
+    """160 MiB on a CPU; rows are aligned to 128 bytes, and one always fits."""
+    weight = torch.zeros(2**20 - 3, 0)
+    assert max_chunk_rows(weight, torch.float64, None) == 20
+    assert max_chunk_rows(weight, torch.float64, 2**26) == 8
+    assert max_chunk_rows(weight, torch.float64, 1) == 1
+    assert max_chunk_rows(weight, None, 1) > 1000

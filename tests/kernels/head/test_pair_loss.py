@@ -285,3 +285,32 @@ def test_inputs_that_are_not_contiguous():
     strided = replace(strided, weight=inputs.weight)
     found = run_pair_loss(strided, SIGMOID, options_for(strided, "triton_fused"))
     assert_close(found, expected, 1e-12)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_tokens_that_a_bias_rules_out(backend):
+    """Whole blocks of the vocabulary are -inf."""
+    inputs = make_inputs(bias=True, vocab_size=1200)
+    with torch.no_grad():
+        inputs.bias[:1100] = float("-inf")
+    inputs.bias.requires_grad_(False)
+    inputs.labels.clamp_(min=1100)
+    expected = run_pair_loss(inputs, SIGMOID, options_for(inputs, "naive"))
+    assert expected["logps"].isfinite().all()
+    assert_close(run_pair_loss(inputs, SIGMOID, options_for(inputs, backend)), expected, 1e-11)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_smaller_workspace_changes_nothing(backend):
+    inputs = make_inputs(bias=True)
+    expected = run_pair_loss(inputs, SIGMOID, options_for(inputs, "naive"))
+    options = replace(options_for(inputs, backend), workspace_bytes=8 * 512 * 7)
+    assert_close(run_pair_loss(inputs, SIGMOID, options), expected, 1e-12)
+
+
+def test_labels_overwritten_before_the_backward_are_noticed():
+    inputs = make_inputs()
+    logps = linear_logps(inputs.hidden_states, inputs.weight, inputs.labels)
+    inputs.labels.zero_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        logps.sum().backward()

@@ -159,3 +159,12 @@ class TestMakeLoss:
             make_loss("sigmod")
         with pytest.raises(ValueError, match="The losses are: hinge, ipo, sigmoid"):
             make_loss("xyz")
+
+
+@pytest.mark.parametrize("loss", CASES, ids=CASE_NAMES)
+def test_a_run_gone_wrong_shows_in_the_loss(loss):
+    nan = torch.tensor([float("nan")]).double()
+    one = torch.ones(1).double()
+    assert loss.pair_loss(nan, one, torch.ones(1, 2))[0].isnan()
+    terms = pair_loss_fwd(torch.cat([nan, one]), torch.arange(3), torch.zeros(2).double(), loss)
+    assert terms.losses.isnan()
