@@ -16,10 +16,13 @@ from transformers import TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
 from transformers.utils import is_torch_bf16_gpu_available
 
+from dpofast.data.layout import LAYOUTS
 from dpofast.errors import ConfigError
 from dpofast_kernels import PairLoss, make_loss
 
 TRUNCATION_MODES = ("keep_start", "keep_end")
+DEFAULT_MAX_LENGTH = 1024
+CPU_MICROBATCH_TOKENS = 2048  # longer rows are no faster there, and take more memory
 
 # Options that TRL has or had: the values that change nothing and are therefore accepted, and what
 # to do instead of any other.
@@ -87,6 +90,13 @@ class DPOConfig(TrainingArguments):
             per_device_train_batch_size.
         reference_store: folder of the reference's log-probs; by default `dpofast/reference`
             in Hugging Face's cache (HF_HOME).
+        layout: how micro-batches are laid out: "shared" (packed into a row without padding, with
+            what the two sequences of a pair begin with once), "unshared" (packed, each sequence for
+            itself), "padded" (a row for each sequence), or "auto": shared wherever that is right
+            for the model. All of them train the same.
+        max_tokens_per_microbatch: tokens of a packed micro-batch; a longer pair has one of its own.
+            By default 2,048 on a CPU, and on a GPU as many as a padded micro-batch of
+            per_device_train_batch_size pairs of max_length could have.
         strict: stop at rows that would be reported and left out.
         pad_token: sets the tokenizer's pad token.
 
@@ -123,7 +133,8 @@ class DPOConfig(TrainingArguments):
         default=0.0, metadata={"help": "Probability of swapped labels (cDPO), below 0.5."}
     )
     max_length: int | None = field(
-        default=1024, metadata={"help": "Tokens of prompt + answer; None for no limit."}
+        default=DEFAULT_MAX_LENGTH,
+        metadata={"help": "Tokens of prompt + answer; None for no limit."},
     )
     truncation_mode: str = field(default="keep_start", metadata={"help": "keep_start or keep_end."})
     disable_dropout: bool = field(
@@ -140,6 +151,12 @@ class DPOConfig(TrainingArguments):
     )
     reference_store: str | None = field(
         default=None, metadata={"help": "Folder of the reference's log-probs."}
+    )
+    layout: str = field(
+        default="auto", metadata={"help": "auto, shared, unshared (both packed) or padded."}
+    )
+    max_tokens_per_microbatch: int | None = field(
+        default=None, metadata={"help": "Tokens of a packed micro-batch."}
     )
     strict: bool = field(default=False, metadata={"help": "Stop at rows that would be left out."})
     pad_token: str | None = field(default=None, metadata={"help": "The tokenizer's pad token."})
@@ -210,6 +227,15 @@ class DPOConfig(TrainingArguments):
             return Path(self.reference_store).expanduser()
         return Path(HF_HOME) / "dpofast" / "reference"
 
+    @property
+    def microbatch_tokens(self) -> int:
+        """max_tokens_per_microbatch, or what stands in for it."""
+        if self.max_tokens_per_microbatch is not None:
+            return self.max_tokens_per_microbatch
+        if self.device.type == "cpu":
+            return CPU_MICROBATCH_TOKENS
+        return 2 * self.per_device_train_batch_size * (self.max_length or DEFAULT_MAX_LENGTH)
+
     @contextlib.contextmanager
     def one_item_per_step(self) -> Iterator[None]:
         """Inside, the Trainer's loop takes one item of its loader for one optimizer step.
@@ -260,12 +286,15 @@ class DPOConfig(TrainingArguments):
                 f"truncation_mode: got {self.truncation_mode!r}, expected one of "
                 f"{TRUNCATION_MODES}."
             )
+        if self.layout not in LAYOUTS:
+            raise ConfigError(f"layout: got {self.layout!r}, expected one of {LAYOUTS}.")
         minima = {
             "max_length": 2,  # a token of the prompt and one of the answer
             "per_device_train_batch_size": 1,
             "per_device_eval_batch_size": 1,
             "gradient_accumulation_steps": 1,
             "precompute_ref_batch_size": 1,
+            "max_tokens_per_microbatch": 1,
             "dataset_num_proc": 1,
             "seed": 0,
         }

@@ -13,9 +13,12 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from dpofast.data.batch import PackedPairs, TokenIds, collate_padded
+from dpofast.attention import packed_attention
+from dpofast.data.batch import PackedPairs, TokenIds
+from dpofast.data.layout import Layout
 from dpofast.errors import ModelError
 from dpofast.head import HeadTask, ScoreTask, bind, head_forwards, head_options
+from dpofast_kernels.attention import SharedLayout
 from dpofast_kernels.head.naive import naive_logits
 
 # A part of the model may differ from stock by this much of the logits' size, by rounding alone.
@@ -124,10 +127,15 @@ def _pair_forward(
     rows: Tensor,  # [N]
     head_task: HeadTask,
     position_ids: Tensor | None = None,  # [B, L]
+    shared_layout: SharedLayout | None = None,
     **_unused: Any,  # PEFT adds arguments of its own, all None here
 ) -> Any:
     """The causal LM's forward during a step."""
-    inputs = {"attention_mask": attention_mask, "position_ids": position_ids}
+    inputs = {
+        "attention_mask": attention_mask,
+        "position_ids": position_ids,
+        "shared_layout": shared_layout,
+    }
     given = {name: value for name, value in inputs.items() if value is not None}
     hidden_states = body_of(model)(input_ids=input_ids, use_cache=False, **given)[0]  # [B, L, H]
     scored = hidden_states.flatten(0, 1).index_select(0, rows)  # [N, H]
@@ -157,11 +165,16 @@ def pair_step(model: nn.Module) -> Iterator[None]:
 
 
 def run_batch(wrapped: nn.Module, batch: PackedPairs, head_task: HeadTask) -> Any:
-    """One forward pass inside `pair_step`; -> what the head's task returns."""
+    """One forward pass inside `pair_step`, and for a packed row `packed_attention`.
+
+    Returns:
+        What the head's task returns.
+    """
     return wrapped(
         input_ids=batch.input_ids,
         attention_mask=batch.attention_mask,
         position_ids=batch.position_ids,
+        shared_layout=batch.shared_layout,
         rows=batch.rows,
         head_task=head_task,
     )
@@ -186,18 +199,19 @@ class SequenceScorer:
     Args:
         model: causal LM or PeftModel, on the device where it is to run.
         autocast: makes the context of a forward pass.
-        pad_token_id: fills the rows' ends.
+        layout: how answers are laid out; those of one prompt should be neighbours.
     """
 
-    def __init__(self, model: nn.Module, autocast: Any, pad_token_id: int) -> None:
-        self.model, self.autocast, self.pad_token_id = model, autocast, pad_token_id
+    def __init__(self, model: nn.Module, autocast: Any, layout: Layout) -> None:
+        self.model, self.autocast, self.layout = model, autocast, layout
         self.options = head_options(causal_lm(model).config)
 
     def __call__(self, sequences: Sequence[tuple[TokenIds, TokenIds]]) -> list[np.ndarray]:
         """One forward pass over (prompt ids, answer ids): -> per-token logps of each answer."""
-        batch = collate_padded(sequences, pad_token_id=self.pad_token_id)
+        batch = self.layout.collate(sequences, by_prompt=True)
         batch = batch.to(next(self.model.parameters()).device)
-        with evaluating(self.model), pair_step(self.model), self.autocast():
+        attention = packed_attention(causal_lm(self.model).config, batch.shared_layout)
+        with attention, evaluating(self.model), pair_step(self.model), self.autocast():
             task = ScoreTask(batch.labels, self.options)
             per_token_logps = run_batch(self.model, batch, task)  # [N]
         # float64, so that what is summed later is what the head gave, whatever its precision

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,9 @@ from torch import nn
 
 from dpofast.checkpoint import RunState, load_run_state
 from dpofast.data.batch import TokenIds
+from dpofast.data.layout import Layout
 from dpofast.errors import DataError, ReferenceStoreError
+from dpofast.layouts import check_layout, why_not_packed
 from dpofast.model import SequenceScorer, causal_lm, check_head
 from dpofast.reference.identity import ReferenceIdentity, model_identity
 from dpofast.reference.provider import ReferenceProvider
@@ -35,7 +38,7 @@ class RunReference:
         ref_model: a reference model; None for the policy's start.
         provider: of the stored log-probs.
         accelerator: knows the device and the autocast of a forward pass.
-        pad_token_id: fills the rows' ends.
+        layout: of the answers that are scored.
     """
 
     def __init__(
@@ -44,10 +47,10 @@ class RunReference:
         ref_model: nn.Module | None,
         provider: ReferenceProvider,
         accelerator: Accelerator,
-        pad_token_id: int,
+        layout: Layout,
     ) -> None:
         self.policy, self.ref_model, self.provider = policy, ref_model, provider
-        self.accelerator, self.pad_token_id = accelerator, pad_token_id
+        self.accelerator, self.layout = accelerator, layout
         self.is_gone = False
         self._believed: set[str] = set()  # datasets with log-probs of their own
         self._scored: set[str] = set()  # datasets without
@@ -59,6 +62,7 @@ class RunReference:
         if self.provider.identity is None:
             for model in {id(m): m for m in (self.policy, self._model)}.values():
                 check_head(model)
+                check_layout(self._layout_of(model), model)
             self.provider.fix(self._identity(self._model))
         assert self.provider.identity is not None
         return self.provider.identity
@@ -165,8 +169,14 @@ class RunReference:
         model = self._model
         if not _is_placed(model):
             model.to(self.accelerator.device)
-        score = SequenceScorer(model, self.accelerator.autocast, self.pad_token_id)
+        score = SequenceScorer(model, self.accelerator.autocast, self._layout_of(model))
         return score(sequences)
+
+    def _layout_of(self, model: nn.Module) -> Layout:
+        """A given reference is of another model type, perhaps, that can't be packed."""
+        if model is not self.policy and self.layout.is_packed and why_not_packed(model):
+            return replace(self.layout, name="padded")
+        return self.layout
 
     def _identity(self, model: nn.Module) -> ReferenceIdentity:
         return model_identity(

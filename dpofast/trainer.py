@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 import time
 from pathlib import Path
@@ -14,14 +15,16 @@ from transformers import Trainer, TrainerControl, TrainingArguments, set_seed
 from transformers.trainer_utils import EvalLoopOutput
 
 from dpofast import checkpoint as checkpoints
+from dpofast.attention import packed_attention
 from dpofast.callbacks import MetricsFile
 from dpofast.compat import refuse, resolve_config, resolve_tokenizer
 from dpofast.config import DPOConfig
 from dpofast.data.batch import PackedPairs, StepBatch
-from dpofast.data.loader import StepDataset, StepLoader, whole_step
-from dpofast.data.plan import BatchShape, StepSampler
+from dpofast.data.loader import StepDataset, StepLoader, token_limit, whole_step
+from dpofast.data.plan import BatchShape, StepSampler, TokenLimit
 from dpofast.errors import ConfigError
 from dpofast.head import PairLossTask, head_options
+from dpofast.layouts import choose_layout
 from dpofast.metrics import MetricSums
 from dpofast.model import causal_lm, dropouts, evaluating, pair_step, run_batch
 from dpofast.plots import PLOT_FILE, plot_run
@@ -32,6 +35,8 @@ from dpofast.run_reference import RunReference
 from dpofast.step_zero import StepZeroCheck
 from dpofast.summary import write_summary
 from dpofast_kernels import METRIC_NAMES, PairLossOutput
+
+logger = logging.getLogger(__name__)
 
 
 class DPOTrainer(Trainer):
@@ -89,6 +94,7 @@ class DPOTrainer(Trainer):
         self.pair_loss = config.make_loss()
         self.data = PreparedData(config, tokenizer)
         self._ref_logps: dict[int, tuple[Any, Any]] = {}  # id -> dataset, its [n, 2] log-probs
+        self._token_limits: dict[int, tuple[Any, TokenLimit | None]] = {}  # id -> dataset, limit
         self._start_counting()
         super().__init__(
             model=model,
@@ -100,13 +106,15 @@ class DPOTrainer(Trainer):
             callbacks=[MetricsFile(), *(callbacks or [])],
             optimizers=optimizers,
         )
-        self._head_options = head_options(causal_lm(self.model).config)
+        self._lm_config = causal_lm(self.model).config
+        self._head_options = head_options(self._lm_config)
+        self.layout = choose_layout(config.layout, self.model, self._pad_token_id)
         ranks = Ranks(config.process_index, config.world_size, self.accelerator.wait_for_everyone)
         pairs = config.precompute_ref_batch_size or config.per_device_train_batch_size
         self.ref_model = ref_model
         provider = ReferenceProvider(config.reference_folder(), ranks, 2 * pairs)
         self.reference = RunReference(
-            self.model, ref_model, provider, self.accelerator, self._pad_token_id
+            self.model, ref_model, provider, self.accelerator, self.layout
         )
 
     # Data
@@ -114,7 +122,13 @@ class DPOTrainer(Trainer):
     def _step_dataset(self, pairs: Any, name: str) -> StepDataset:
         if id(pairs) not in self._ref_logps:
             self._ref_logps[id(pairs)] = (pairs, self.reference.logps(pairs, name))
-        return StepDataset(pairs, self._ref_logps[id(pairs)][1], self._pad_token_id)
+        return StepDataset(pairs, self._ref_logps[id(pairs)][1], self.layout)
+
+    def _token_limit(self, pairs: Any) -> TokenLimit | None:
+        if id(pairs) not in self._token_limits:
+            limit = token_limit(pairs, self.layout, self.args.microbatch_tokens)
+            self._token_limits[id(pairs)] = (pairs, limit)
+        return self._token_limits[id(pairs)][1]
 
     @property
     def _pad_token_id(self) -> int:
@@ -123,7 +137,11 @@ class DPOTrainer(Trainer):
 
     def _loader(self, pairs: Any, name: str, shape: BatchShape, seed: int | None) -> StepLoader:
         drop_last = name == "train" and self.args.dataloader_drop_last
-        sampler = StepSampler(len(pairs), shape, self.args.process_index, seed, drop_last)
+        limit = self._token_limit(pairs)
+        sampler = StepSampler(len(pairs), shape, self.args.process_index, seed, drop_last, limit)
+        if name == "train":
+            words = sampler.describe() or "each sequence in a row of its own"
+            logger.info("Layout: %s; %s.", self.layout.name, words)
         workers = self.args.dataloader_num_workers
         return StepLoader(
             self._step_dataset(pairs, name),
@@ -250,7 +268,8 @@ class DPOTrainer(Trainer):
         for index, batch in enumerate(inputs.micro_batches):
             self.accelerator.gradient_state._set_sync_gradients(index == last)
             defer = index < last and not is_deepspeed
-            with self.accelerator.no_sync(model) if defer else contextlib.nullcontext():
+            attention = packed_attention(self._lm_config, batch.shared_layout)
+            with attention, self.accelerator.no_sync(model) if defer else contextlib.nullcontext():
                 output = self.compute_pair_loss(model, batch, self._metric_sums)
                 if self._step_zero is not None and batch.num_pairs:
                     self._step_zero.check(output, batch)
@@ -273,7 +292,8 @@ class DPOTrainer(Trainer):
         task = PairLossTask(
             batch.labels, batch.bounds, batch.ref_logps, self.pair_loss, self._head_options
         )
-        with pair_step(self.model), self.accelerator.autocast():
+        attention = packed_attention(self._lm_config, batch.shared_layout)
+        with attention, pair_step(self.model), self.accelerator.autocast():
             output = PairLossOutput(*run_batch(model, batch, task))
         metrics = dict(zip(METRIC_NAMES, output.metrics, strict=True))
         sums.add({**metrics, "loss": output.loss}, batch.num_pairs)

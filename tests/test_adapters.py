@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from dpofast.data.layout import Layout
 from dpofast.errors import ConfigError, ModelError
 from dpofast.head import head_forwards
 from dpofast.model import SequenceScorer
@@ -86,7 +87,7 @@ def test_an_adapter_on_the_head_keeps_its_own_rounding_in_bf16():
 
     def ours(model):
         context = partial(torch.autocast, "cpu", torch.bfloat16)
-        scores = SequenceScorer(model, context, pad_token_id=0)([(prompt, answer)])
+        scores = SequenceScorer(model, context, Layout("padded"))([(prompt, answer)])
         return torch.from_numpy(scores[0])
 
     def exact(model):

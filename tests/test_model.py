@@ -9,6 +9,7 @@ import transformers
 from torch import nn
 
 from dpofast.data.batch import collate_padded
+from dpofast.data.layout import Layout
 from dpofast.errors import ModelError
 from dpofast.head import PairLossTask, head_options
 from dpofast.model import (
@@ -94,7 +95,7 @@ def test_every_family_gives_its_own_log_probs_and_gradients(family):
         batch.labels, batch.bounds, batch.ref_logps, loss, head_options(model.config)
     )
     with pair_step(model):
-        total, logps = run_batch(model, batch, task)
+        total, logps, _ = run_batch(model, batch, task)
     total.backward()
     expected = [answer_logps(naive, *sequence) for sequence in sequences]
     np.testing.assert_allclose(logps.tolist(), [x.item() for x in expected], rtol=2e-5)
@@ -124,7 +125,7 @@ def test_what_a_family_does_to_its_logits_unknown_to_us_is_found():
 
 def test_scores_are_those_of_separate_sequences_and_leave_the_model_as_it_was():
     model = tiny_llama().train()
-    scorer = SequenceScorer(model, torch.no_grad, pad_token_id=0)
+    scorer = SequenceScorer(model, torch.no_grad, Layout("padded"))
     sequences = [([5, 6, 7], [8, 9]), ([3], [4, 4, 4, 4])]
     got = scorer(sequences)
     assert model.training

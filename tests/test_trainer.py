@@ -26,11 +26,22 @@ from tests.support import (
 )
 
 
-def test_float64_training_is_plain_dpo(tmp_path):
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"layout": "padded"},
+        {"layout": "unshared"},
+        {"layout": "shared"},
+        {"max_tokens_per_microbatch": 40},  # several micro-batches a step, and pairs beyond it
+        {"max_tokens_per_microbatch": 1, "gradient_checkpointing": True},
+    ],
+    ids=str,
+)
+def test_float64_training_is_plain_dpo(tmp_path, options):
     pairs = token_pairs(10)
     with float64_throughout():
         expected = PlainDPO(tiny_llama().double(), BETA, LEARNING_RATE).train(pairs, 4, 6, seed=3)
-        got = train(make_trainer(tmp_path, tiny_llama().double(), pairs))
+        got = train(make_trainer(tmp_path, tiny_llama().double(), pairs, options=options))
     assert abs(expected[-1][0] / math.log(2) - 1) > 0.05  # else there is nothing to compare
     np.testing.assert_allclose([x[0] for x in got], [x[0] for x in expected], atol=1e-9, rtol=0)
     np.testing.assert_allclose([x[1] for x in got], [x[1] for x in expected], rtol=1e-8)

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dpofast_kernels.attention import SharedLayout
+
 TokenIds = Sequence[int]
 
 
@@ -29,6 +31,8 @@ class PackedPairs:
         bounds: [S+1] int64 on the CPU, the scored tokens of sequence s are bounds[s]:bounds[s+1].
         ref_logps: [S] fp64, summed reference log-probs in nats; None while those are made.
         num_tokens: tokens that are not padding, over all sequences.
+        shared_layout: what attends to what in a packed row [1, L]; None where each sequence has a
+            row of its own.
     """
 
     input_ids: Tensor
@@ -39,18 +43,28 @@ class PackedPairs:
     bounds: Tensor
     ref_logps: Tensor | None
     num_tokens: int
+    shared_layout: SharedLayout | None = None
 
     @property
     def num_pairs(self) -> int:
         return (len(self.bounds) - 1) // 2
 
+    @property
+    def num_body_tokens(self) -> int:
+        """Positions that the model's body runs over, padding included."""
+        return self.input_ids.numel()
+
     def to(self, device: torch.device | str) -> PackedPairs:
         """A copy on `device`; the bounds stay on the CPU, where the head's chunks are cut."""
-        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+        moved = self._map(lambda tensor: tensor.to(device, non_blocking=True))
+        layout = self.shared_layout
+        return moved if layout is None else replace(moved, shared_layout=layout.to(device))
 
     def pin_memory(self) -> PackedPairs:
         """A copy in page-locked memory; PyTorch's DataLoader calls this where it was asked to."""
-        return self._map(Tensor.pin_memory)
+        pinned = self._map(Tensor.pin_memory)
+        layout = self.shared_layout
+        return pinned if layout is None else replace(pinned, shared_layout=layout.pin_memory())
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> PackedPairs:
         moved: dict[str, Any] = {

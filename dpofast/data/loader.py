@@ -7,8 +7,12 @@ from typing import Any
 import numpy as np
 from torch.utils.data import DataLoader, Dataset
 
-from dpofast.data.batch import PackedPairs, StepBatch, collate_padded
-from dpofast.data.plan import MicroBatch, PlannedStep, StepSampler
+from dpofast.data.batch import PackedPairs, StepBatch
+from dpofast.data.layout import Layout
+from dpofast.data.packed import packed_tokens
+from dpofast.data.plan import MicroBatch, PlannedStep, StepSampler, TokenLimit
+
+COLUMNS = ["prompt_ids", "chosen_ids", "rejected_ids"]
 
 
 class StepDataset(Dataset[StepBatch]):
@@ -17,12 +21,12 @@ class StepDataset(Dataset[StepBatch]):
     Args:
         pairs: datasets.Dataset with int lists prompt_ids, chosen_ids, rejected_ids.
         ref_logps: [n, 2] fp64, chosen and rejected of each pair, in nats.
-        pad_token_id: fills the rows' ends.
+        layout: of the micro-batches.
     """
 
-    def __init__(self, pairs: Any, ref_logps: np.ndarray, pad_token_id: int) -> None:
-        self.pairs = pairs.select_columns(["prompt_ids", "chosen_ids", "rejected_ids"])
-        self.ref_logps, self.pad_token_id = ref_logps, pad_token_id
+    def __init__(self, pairs: Any, ref_logps: np.ndarray, layout: Layout) -> None:
+        self.pairs = pairs.select_columns(COLUMNS)
+        self.ref_logps, self.layout = ref_logps, layout
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -35,8 +39,6 @@ class StepDataset(Dataset[StepBatch]):
         return StepBatch([self._lay_out(batch) for batch in step.micro_batches], step.num_pairs)
 
     def _lay_out(self, batch: MicroBatch) -> PackedPairs:
-        if not batch:
-            return collate_padded([], [], self.pad_token_id)
         columns = self.pairs[batch]
         answers = zip(columns["chosen_ids"], columns["rejected_ids"], strict=True)
         sequences = [
@@ -44,8 +46,21 @@ class StepDataset(Dataset[StepBatch]):
             for prompt, both in zip(columns["prompt_ids"], answers, strict=True)
             for answer in both
         ]
-        ref_logps = self.ref_logps[batch].reshape(-1).tolist()
-        return collate_padded(sequences, ref_logps, self.pad_token_id)
+        return self.layout.collate(sequences, self.ref_logps[batch].reshape(-1).tolist())
+
+
+def token_limit(pairs: Any, layout: Layout, max_tokens: int) -> TokenLimit | None:
+    """What the plan needs to know of a tokenised dataset's lengths; None for padded rows."""
+    if not layout.is_packed:
+        return None
+    lengths: list[int] = []
+    num_tokens = 0
+    for batch in pairs.select_columns(COLUMNS).iter(batch_size=1000):
+        for prompt, *answers in zip(*(batch[name] for name in COLUMNS), strict=True):
+            chosen, rejected = answers
+            lengths.append(packed_tokens(prompt, chosen, rejected, layout.shares))
+            num_tokens += packed_tokens(prompt, chosen, rejected, share=False)
+    return TokenLimit(lengths, max_tokens, num_tokens)
 
 
 class StepLoader(DataLoader[StepBatch]):

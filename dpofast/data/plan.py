@@ -8,14 +8,17 @@ same pairs.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.utils.data import Sampler
 
+from dpofast.data.pack import figures, pack_step
+
 MicroBatch = list[int]  # indices of pairs
+DESCRIBED_STEPS = 100  # enough to tell, and made in a moment
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,21 @@ class BatchShape:
         return self.pairs * self.micro_batches * self.world_size
 
 
+@dataclass(frozen=True)
+class TokenLimit:
+    """Packed micro-batches: as many pairs as their tokens allow.
+
+    Attributes:
+        lengths: tokens of each pair of the dataset in a packed row.
+        max_tokens: of a row; a longer pair has one of its own.
+        num_tokens: of all sequences, each for itself.
+    """
+
+    lengths: Sequence[int]
+    max_tokens: int
+    num_tokens: int
+
+
 def split_step(pairs: list[int], shape: BatchShape) -> list[list[MicroBatch]]:
     """Spread one step's pairs evenly: -> [micro-batch][rank], the same number on every rank.
 
@@ -71,6 +89,7 @@ class StepSampler(Sampler[Any]):
         rank: of this process, 0 to world_size - 1.
         seed: of the order; None keeps the dataset's own.
         drop_last: leave out a last step that isn't full.
+        limit: packs a step's pairs by their tokens; `shape` then says how many pairs a step has.
     """
 
     def __init__(
@@ -80,7 +99,9 @@ class StepSampler(Sampler[Any]):
         rank: int,
         seed: int | None,
         drop_last: bool = False,
+        limit: TokenLimit | None = None,
     ) -> None:
+        self.limit = limit
         self.num_pairs, self.shape, self.rank = num_pairs, shape, rank
         self.seed, self.drop_last, self.epoch = seed, drop_last, 0
 
@@ -96,8 +117,34 @@ class StepSampler(Sampler[Any]):
         for step in range(len(self)):
             start = step * self.shape.pairs_per_step
             pairs = order[start : start + self.shape.pairs_per_step]
-            slots = split_step(pairs, self.shape)
+            slots = self._slots(pairs)
             yield PlannedStep(tuple(slot[self.rank] for slot in slots), len(pairs))
+
+    def describe(self) -> str:
+        """How well the epoch's first steps are packed, in words; empty where nothing is."""
+        if self.limit is None or not len(self):
+            return ""
+        size, lengths = self.shape.pairs_per_step, self.limit.lengths
+        order = self._order()[: DESCRIBED_STEPS * size]
+        steps = [order[start : start + size] for start in range(0, len(order), size)]
+        tokens = [[lengths[pair] for pair in step] for step in steps]
+        packed = [pack_step(step, self.shape.world_size, self.limit.max_tokens) for step in tokens]
+        found = figures(zip(tokens, packed, strict=True), self.limit.max_tokens)
+        saved = 1.0 - sum(lengths) / max(self.limit.num_tokens, 1)
+        longer = f"; {found.over_cap} pairs are longer" if found.over_cap else ""
+        return (
+            f"{found.micro_batches} rows in {len(steps)} steps, filled to {found.fill:.0%} of "
+            f"{self.limit.max_tokens} tokens{longer}; the fullest of a step has "
+            f"{found.imbalance_mean:.3f} times the mean; {saved:.1%} fewer tokens than one "
+            "sequence at a time"
+        )
+
+    def _slots(self, pairs: list[int]) -> list[list[MicroBatch]]:
+        if self.limit is None:
+            return split_step(pairs, self.shape)
+        tokens = [self.limit.lengths[pair] for pair in pairs]
+        packed = pack_step(tokens, self.shape.world_size, self.limit.max_tokens)
+        return [[[pairs[place] for place in row] for row in slot] for slot in packed]
 
     def _order(self) -> list[int]:
         if self.seed is None:

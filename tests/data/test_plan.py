@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dpofast.data.plan import BatchShape, StepSampler, split_step
+from dpofast.data.plan import BatchShape, StepSampler, TokenLimit, split_step
 
 
 @pytest.mark.parametrize("num_pairs", [1, 2, 3, 7, 8, 9, 16])
@@ -46,3 +46,29 @@ def test_drop_last_leaves_the_partial_step_out():
 def test_without_a_seed_the_order_is_the_datasets():
     steps = list(StepSampler(5, BatchShape(2, 1, 1), 0, seed=None))
     assert [list(step.micro_batches) for step in steps] == [[[0, 1]], [[2, 3]], [[4]]]
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_packed_steps_have_the_same_pairs_as_others(world_size):
+    shape = BatchShape(2, 2, world_size)
+    lengths = [5 + 7 * index % 31 for index in range(21)]
+    limit = TokenLimit(lengths, 40, 2 * sum(lengths))
+    plain = [list(StepSampler(21, shape, rank, seed=5)) for rank in range(world_size)]
+    packed = [list(StepSampler(21, shape, rank, seed=5, limit=limit)) for rank in range(world_size)]
+    for step in range(len(plain[0])):
+        expected = sorted(
+            pair for rank in plain for row in rank[step].micro_batches for pair in row
+        )
+        rows = [row for rank in packed for row in rank[step].micro_batches]
+        assert sorted(pair for row in rows for pair in row) == expected
+        assert len({len(rank[step].micro_batches) for rank in packed}) == 1
+        assert {rank[step].num_pairs for rank in packed} == {len(expected)}
+        assert all(sum(lengths[pair] for pair in row) <= 40 or len(row) == 1 for row in rows)
+
+
+def test_a_packed_plan_in_words():
+    limit = TokenLimit([10, 20, 30, 50], 40, 200)
+    words = StepSampler(4, BatchShape(4, 1, 1), 0, seed=None, limit=limit).describe()
+    assert words.startswith("3 rows in 1 steps, filled to 92% of 40 tokens; 1 pairs are longer")
+    assert "45.0% fewer tokens" in words
+    assert StepSampler(4, BatchShape(4, 1, 1), 0, seed=None).describe() == ""

@@ -120,7 +120,9 @@ def compiled(
     function = KERNELS[kernel.removesuffix("_wide")]
     kinds = {name: types.get(name, types["*"]) for name in function.arg_names}
     signature = {
-        name: "constexpr" if name in constants else kind.split(" ")[0]
+        name: "constexpr"
+        if name in constants
+        else kind.removesuffix(" aligned").removesuffix(" odd")
         for name, kind in kinds.items()
     }
     aligned = {

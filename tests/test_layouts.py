@@ -1,0 +1,174 @@
+"""Packed rows against separate sequences: hidden states, loss and every gradient, in float64."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dpofast.attention import packed_attention
+from dpofast.data.layout import Layout
+from dpofast.errors import ConfigError
+from dpofast.head import PairLossTask, head_options
+from dpofast.layouts import check_layout, choose_layout, why_not_packed
+from dpofast.model import body_of, causal_lm, pair_step, run_batch
+from dpofast_kernels import make_loss
+from tests.families import PACKABLE_FAMILIES, UNPACKABLE_FAMILIES, VOCAB_SIZE, tiny_model
+from tests.support import float64_throughout
+
+BETA = 0.7
+# tokens of prompt, of what both answers begin with, and of the rest of chosen and rejected
+PAIRS = ((13, 0, 7, 9), (5, 3, 11, 1), (20, 0, 3, 17), (1, 2, 4, 6), (4, 5, 0, 3), (6, 4, 2, 0))
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def sequences() -> list[tuple[list[int], list[int]]]:
+    """(prompt ids, answer ids), chosen and rejected in turn."""
+    generator = torch.Generator().manual_seed(1)
+
+    def ids(count: int) -> list[int]:
+        return torch.randint(1, VOCAB_SIZE, (count,), generator=generator).tolist()
+
+    found = []
+    for prompt, common, chosen, rejected in PAIRS:
+        prompt_ids, common_ids = ids(prompt), ids(common)
+        found += [(prompt_ids, common_ids + ids(chosen)), (prompt_ids, common_ids + ids(rejected))]
+    return found
+
+
+REF_LOGPS = [-3.0 * len(answer) - 0.05 * index for index, (_, answer) in enumerate(sequences())]
+
+
+class Outcome:
+    """Loss, hidden states that predict the answers, and the gradients of all parameters."""
+
+    def __init__(self, model: Any, loss: Tensor, hidden_states: Tensor) -> None:
+        model.zero_grad()
+        loss.backward()
+        self.loss, self.hidden_states = loss.detach(), hidden_states.detach()
+        self.gradients = {
+            name: torch.zeros_like(p) if p.grad is None else p.grad.clone()
+            for name, p in model.named_parameters()
+        }
+
+
+def separate(model: Any) -> Outcome:
+    """Every sequence through the stock model alone, as a textbook writes DPO."""
+    logratios, hidden_states = [], []
+    for (prompt, answer), ref_logp in zip(sequences(), REF_LOGPS, strict=True):
+        output = model(
+            torch.tensor([[*prompt, *answer]]), use_cache=False, output_hidden_states=True
+        )
+        logps = output.logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+        logratios.append(logps.gather(-1, torch.tensor(answer)[:, None]).sum() - ref_logp)
+        states = body_of(causal_lm(model))(torch.tensor([[*prompt, *answer]]), use_cache=False)[0]
+        hidden_states.append(states[0, len(prompt) - 1 : -1])
+    margins = BETA * (torch.stack(logratios[0::2]) - torch.stack(logratios[1::2]))
+    return Outcome(model, -F.logsigmoid(margins).sum(), torch.cat(hidden_states))
+
+
+def laid_out(model: Any, layout: Layout) -> Outcome:
+    """All pairs in one micro-batch, by the way that the trainer takes."""
+    lm = causal_lm(model)
+    batch = layout.collate(sequences(), REF_LOGPS)
+    task = PairLossTask(
+        batch.labels,
+        batch.bounds,
+        batch.ref_logps,
+        make_loss("sigmoid", beta=BETA),
+        head_options(lm.config),
+    )
+    scored = []
+
+    def spy(hidden_states: Tensor, *weights: Any) -> Any:
+        scored.append(hidden_states)
+        return task(hidden_states, *weights)
+
+    with packed_attention(lm.config, batch.shared_layout):
+        with pair_step(model):
+            loss, *_ = run_batch(model, batch, spy)
+        return Outcome(model, loss, scored[0])
+
+
+def compare(model: Any, layout: Layout) -> None:
+    with float64_throughout():
+        expected = separate(model)
+        found = laid_out(model, layout)
+    scale = expected.hidden_states.abs().max()
+    assert (found.hidden_states - expected.hidden_states).abs().max() <= 1e-12 * scale
+    assert abs(found.loss - expected.loss) <= 1e-10 * expected.loss
+    largest = max(gradient.abs().max() for gradient in expected.gradients.values())
+    assert largest > 1e-3
+    for name, gradient in expected.gradients.items():
+        assert (found.gradients[name] - gradient).abs().max() <= 1e-10 * largest, name
+
+
+@pytest.mark.parametrize("name", ["shared", "unshared"])
+@pytest.mark.parametrize("family", PACKABLE_FAMILIES)
+def test_packed_rows_equal_separate_sequences(family, name):
+    compare(tiny_model(family).double(), Layout(name))
+
+
+@pytest.mark.parametrize("family", UNPACKABLE_FAMILIES)
+def test_what_cannot_be_packed_is_recognised_and_right_when_padded(family, caplog):
+    model = tiny_model(family).double()
+    caplog.set_level("INFO", logger="dpofast")
+    layout = choose_layout("auto", model, pad_token_id=0)
+    assert layout.name == "padded"
+    assert [record for record in caplog.records if "Layout: padded" in record.message]
+    with pytest.raises(ConfigError, match="layout: 'shared' would be wrong here, as"):
+        choose_layout("shared", model, pad_token_id=0)
+    compare(model, layout)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_oss"])
+def test_gradient_checkpointing(family, reentrant):
+    model = tiny_model(family).double()
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    if reentrant:
+        model.enable_input_require_grads()
+    compare(model, Layout("shared"))
+
+
+def test_every_packable_family_is_laid_out_shared():
+    for family in PACKABLE_FAMILIES:
+        model = tiny_model(family)
+        assert choose_layout("auto", model, 0) == Layout("shared", 0), family
+        check_layout(Layout("shared", 0), model)
+        check_layout(Layout("unshared", 0), model)
+
+
+def test_dropout_takes_the_padded_layout():
+    model = tiny_model("llama")
+    model.model.layers[1].self_attn.attention_dropout = 0.1
+    assert why_not_packed(model) == "LlamaAttention has a dropout above 0"
+
+
+def test_a_model_that_is_wrong_in_packed_rows_is_found_out():
+    """One whose layers look past the attention: each token also sees the one before it."""
+    model = tiny_model("llama")
+    layer = model.model.layers[1].mlp
+    forward = layer.forward
+    layer.forward = lambda x: forward(x + 0.3 * x.roll(1, 1))
+    with pytest.raises(ConfigError, match="shared rows give LlamaForCausalLM other hidden states"):
+        check_layout(Layout("shared"), model)
+
+
+def test_a_packed_row_outside_of_its_attention_is_not_run_silently():
+    """Stock eager attention would take the row for one long text; see `packed_attention`."""
+    model = tiny_model("llama")
+    batch = Layout("shared").collate(sequences())
+    with packed_attention(model.config, batch.shared_layout), pytest.raises(RuntimeError):
+        model(batch.input_ids, position_ids=batch.position_ids, use_cache=False)
+    assert model.config._attn_implementation == "eager"
