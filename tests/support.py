@@ -166,8 +166,7 @@ def make_trainer(
         tiny_llama() if model is None else model,
         args=config,
         train_dataset=token_pairs(10) if pairs is None else pairs,
-        processing_class=byte_tokenizer(),
-        **arguments,
+        **{"processing_class": byte_tokenizer(), **arguments},
     )
 
 
@@ -180,3 +179,19 @@ def history(trainer: DPOTrainer) -> list[tuple[float, float]]:
 def train(trainer: DPOTrainer) -> list[tuple[float, float]]:
     trainer.train()
     return history(trainer)
+
+
+def race_model(tokenizer: Any) -> LlamaForCausalLM:
+    """The model of the comparisons on real pairs: 4 layers of 256, with random weights."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=256,
+        intermediate_size=688,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=8192,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return LlamaForCausalLM(config)

@@ -8,12 +8,11 @@ import math
 
 import numpy as np
 import pytest
-import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.data import find_data, race_tokenizer
 from dpofast import DPOConfig, DPOTrainer
 from dpofast.data import load_preferences, tokenize_preferences
+from tests.support import race_model
 
 trl = pytest.importorskip("trl", reason="needs the extra `bench`")
 peft = pytest.importorskip("peft", reason="needs the extra `peft`")
@@ -58,21 +57,6 @@ def pairs(tokenizer):
     tokenised, _ = tokenize_preferences(data, tokenizer, max_length=None)
     columns = tokenised.select_columns(["prompt_ids", "chosen_ids", "rejected_ids"])
     return columns.select(range(STEPS * PAIRS_PER_STEP))
-
-
-def race_model(tokenizer):
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=256,
-        intermediate_size=688,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=8192,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    return LlamaForCausalLM(config)
 
 
 def logs_of(trainer):
