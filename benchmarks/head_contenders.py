@@ -285,5 +285,3 @@ ENTRIES: dict[str, Entry] = {
     ),
 }
 OURS = tuple(name for name in ENTRIES if name.startswith("ours_"))
-# Who needs no memory of its own worth a process.
-FLOORS = tuple(name for name, entry in ENTRIES.items() if not entry.judged)
