@@ -19,17 +19,19 @@ TRAINER_STATE_FILE = "trainer_state.json"
 
 @dataclass(frozen=True)
 class RunState:
-    """Which reference a run is trained against.
+    """What a resumed run can't tell from its options.
 
     Attributes:
         reference_digest: of the reference's identity.
         reference_description: the same in words.
         reference_store: folder that held its log-probs; None if they weren't kept.
+        row_tokens: most tokens of a packed row; None where rows are padded.
     """
 
     reference_digest: str
     reference_description: dict[str, Any]
     reference_store: str | None
+    row_tokens: int | None = None
 
     def save(self, checkpoint: str | Path) -> None:
         text = json.dumps(asdict(self), indent=2)

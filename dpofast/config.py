@@ -22,7 +22,6 @@ from dpofast_kernels import PairLoss, make_loss
 
 TRUNCATION_MODES = ("keep_start", "keep_end")
 DEFAULT_MAX_LENGTH = 1024
-CPU_MICROBATCH_TOKENS = 2048  # longer rows are no faster there, and take more memory
 
 # Options that TRL has or had: the values that change nothing and are therefore accepted, and what
 # to do instead of any other.
@@ -95,8 +94,7 @@ class DPOConfig(TrainingArguments):
             itself), "padded" (a row for each sequence), or "auto": shared wherever that is right
             for the model. All of them train the same.
         max_tokens_per_microbatch: tokens of a packed micro-batch; a longer pair has one of its own.
-            By default 2,048 on a CPU, and on a GPU as many as a padded micro-batch of
-            per_device_train_batch_size pairs of max_length could have.
+            By default 2,048 on a CPU, and on a GPU as many as fit its memory.
         strict: stop at rows that would be reported and left out.
         pad_token: sets the tokenizer's pad token.
 
@@ -226,15 +224,6 @@ class DPOConfig(TrainingArguments):
         if self.reference_store is not None:
             return Path(self.reference_store).expanduser()
         return Path(HF_HOME) / "dpofast" / "reference"
-
-    @property
-    def microbatch_tokens(self) -> int:
-        """max_tokens_per_microbatch, or what stands in for it."""
-        if self.max_tokens_per_microbatch is not None:
-            return self.max_tokens_per_microbatch
-        if self.device.type == "cpu":
-            return CPU_MICROBATCH_TOKENS
-        return 2 * self.per_device_train_batch_size * (self.max_length or DEFAULT_MAX_LENGTH)
 
     @contextlib.contextmanager
     def one_item_per_step(self) -> Iterator[None]:

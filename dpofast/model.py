@@ -264,6 +264,11 @@ class _LogitsTask:
         return naive_logits(hidden_states, weight, replace(self.options, bias=bias))
 
 
+def numel(parameter: Tensor) -> int:
+    """Elements of a parameter, also of one that ZeRO-3 has spread over the ranks."""
+    return int(getattr(parameter, "ds_numel", parameter.numel()))
+
+
 def dropouts(model: nn.Module) -> Iterator[tuple[nn.Module, str]]:
     """Every dropout above 0: (module, attribute), whether a layer or a number."""
     for module in model.modules():

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +12,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from dpofast.checkpoint import RunState, load_run_state
+from dpofast.checkpoint import RunState
 from dpofast.data.batch import TokenIds
 from dpofast.data.layout import Layout
 from dpofast.errors import DataError, ReferenceStoreError
@@ -104,22 +103,24 @@ class RunReference:
         """From here on the policy can't stand for the reference."""
         self.is_gone = self.ref_model is None
 
-    def save(self, checkpoint: Path, kept: bool) -> None:
-        """Write the identity into a checkpoint; `kept`: the store outlives the run."""
+    def run_state(self, kept: bool) -> RunState:
+        """What a checkpoint has to say of the reference; `kept`: the store outlives the run."""
         store = str(self.provider.folder) if kept else None
-        RunState(self.identity.digest, self.identity.description, store).save(checkpoint)
+        return RunState(self.identity.digest, self.identity.description, store)
 
-    def restore(self, checkpoint: str) -> bool:
+    def restore(self, recorded: RunState, checkpoint: str) -> bool:
         """Keep the reference of the run's start, also where another model was given.
+
+        Args:
+            recorded: what the checkpoint says.
+            checkpoint: its folder, to be named in errors.
 
         Returns:
             Whether the reference is another one than before this call.
 
         Raises:
-            ReferenceStoreError: the checkpoint doesn't name its reference, or names another one
-                than the ref_model given.
+            ReferenceStoreError: it was trained against another reference than the ref_model given.
         """
-        recorded = load_run_state(checkpoint)
         if self.identity.digest == recorded.reference_digest:
             return False
         if self.ref_model is not None:

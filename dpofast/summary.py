@@ -77,7 +77,8 @@ def run_summary(trainer: DPOTrainer) -> dict[str, Any]:
     return {
         **reference_summary(trainer),
         "data": {name: r.as_dict() for name, r in trainer.data.reports.items()},
-        "layout": "padded",
+        "layout": trainer.layout.name,
+        "packing": trainer.loaders.packing,
         "loss": repr(trainer.pair_loss),
         "world_size": trainer.args.world_size,
         "pairs_per_step": trainer.get_total_train_batch_size(trainer.args),
@@ -111,6 +112,7 @@ def write_summary(trainer: DPOTrainer, output: Any, wall_seconds: float) -> None
         "epochs": trainer.state.epoch,
         "pairs_trained": trainer.pairs_trained,
         "pairs_per_second": trainer.pairs_trained / seconds,
+        "throughput": trainer.throughput.summary(),
         "train_seconds": seconds,
         "wall_seconds": wall_seconds,
         "num_tokens": trainer.state.num_input_tokens_seen,

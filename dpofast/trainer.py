@@ -6,6 +6,7 @@ import contextlib
 import logging
 import math
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,12 @@ from dpofast.callbacks import MetricsFile
 from dpofast.compat import refuse, resolve_config, resolve_tokenizer
 from dpofast.config import DPOConfig
 from dpofast.data.batch import PackedPairs, StepBatch
-from dpofast.data.loader import StepDataset, StepLoader, token_limit, whole_step
-from dpofast.data.plan import BatchShape, StepSampler, TokenLimit
+from dpofast.data.loader import StepLoader, whole_step
 from dpofast.errors import ConfigError
 from dpofast.head import PairLossTask, head_options
 from dpofast.layouts import choose_layout
+from dpofast.loaders import StepLoaders
+from dpofast.memory import free_device_bytes, tokens_that_fit
 from dpofast.metrics import MetricSums
 from dpofast.model import causal_lm, dropouts, evaluating, pair_step, run_batch
 from dpofast.plots import PLOT_FILE, plot_run
@@ -34,6 +36,7 @@ from dpofast.reference.provider import Ranks, ReferenceProvider
 from dpofast.run_reference import RunReference
 from dpofast.step_zero import StepZeroCheck
 from dpofast.summary import write_summary
+from dpofast.throughput import Throughput
 from dpofast_kernels import METRIC_NAMES, PairLossOutput
 
 logger = logging.getLogger(__name__)
@@ -93,8 +96,6 @@ class DPOTrainer(Trainer):
         model = prepare_policy(model, config, peft_config)
         self.pair_loss = config.make_loss()
         self.data = PreparedData(config, tokenizer)
-        self._ref_logps: dict[int, tuple[Any, Any]] = {}  # id -> dataset, its [n, 2] log-probs
-        self._token_limits: dict[int, tuple[Any, TokenLimit | None]] = {}  # id -> dataset, limit
         self._start_counting()
         super().__init__(
             model=model,
@@ -116,52 +117,31 @@ class DPOTrainer(Trainer):
         self.reference = RunReference(
             self.model, ref_model, provider, self.accelerator, self.layout
         )
+        self.loaders = StepLoaders(config, self.layout, self.reference, self._tokens_that_fit)
+        self.throughput = Throughput(
+            self.model, self.reference.dtype(), config.device, config.world_size
+        )
 
     # Data
-
-    def _step_dataset(self, pairs: Any, name: str) -> StepDataset:
-        if id(pairs) not in self._ref_logps:
-            self._ref_logps[id(pairs)] = (pairs, self.reference.logps(pairs, name))
-        return StepDataset(pairs, self._ref_logps[id(pairs)][1], self.layout)
-
-    def _token_limit(self, pairs: Any) -> TokenLimit | None:
-        if id(pairs) not in self._token_limits:
-            limit = token_limit(pairs, self.layout, self.args.microbatch_tokens)
-            self._token_limits[id(pairs)] = (pairs, limit)
-        return self._token_limits[id(pairs)][1]
 
     @property
     def _pad_token_id(self) -> int:
         ids = (self.processing_class.pad_token_id, self.processing_class.eos_token_id)
         return next((token for token in ids if token is not None), 0)
 
-    def _loader(self, pairs: Any, name: str, shape: BatchShape, seed: int | None) -> StepLoader:
-        drop_last = name == "train" and self.args.dataloader_drop_last
-        limit = self._token_limit(pairs)
-        sampler = StepSampler(len(pairs), shape, self.args.process_index, seed, drop_last, limit)
-        if name == "train":
-            words = sampler.describe() or "each sequence in a row of its own"
-            logger.info("Layout: %s; %s.", self.layout.name, words)
-        workers = self.args.dataloader_num_workers
-        return StepLoader(
-            self._step_dataset(pairs, name),
-            batch_sampler=sampler,
-            collate_fn=whole_step,
-            num_workers=workers,
-            pin_memory=self.args.dataloader_pin_memory and torch.cuda.is_available(),
-            persistent_workers=workers > 0 and self.args.dataloader_persistent_workers,
-            prefetch_factor=self.args.dataloader_prefetch_factor if workers else None,
-        )
+    def _tokens_that_fit(self) -> int:
+        """Tokens of a packed row in this run's GPU memory; the least of all ranks."""
+        free = free_device_bytes(self.args.device)
+        autocast = self.accelerator.autocast
+        tokens = tokens_that_fit(self.model, self.layout, self.args, autocast, free)
+        own = torch.tensor([tokens], device=self.args.device)
+        return int(self.accelerator.gather(own).min())
 
     def get_train_dataloader(self) -> StepLoader:
         """One item is one step. Not prepared by accelerate, which would shard it again."""
         if self.train_dataset is None:
             raise ConfigError("DPOTrainer: train() needs a train_dataset.")
-        args = self.args
-        shape = BatchShape(args.per_device_train_batch_size, args.accumulation, args.world_size)
-        seed = args.seed if args.data_seed is None else args.data_seed
-        is_random = args.train_sampling_strategy == "random"
-        return self._loader(self.train_dataset, "train", shape, seed if is_random else None)
+        return self.loaders.train(self.train_dataset)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> StepLoader:
         name = eval_dataset if isinstance(eval_dataset, str) else "eval"
@@ -170,8 +150,7 @@ class DPOTrainer(Trainer):
             pairs = self.eval_dataset[eval_dataset]
         if pairs is None:
             raise ConfigError("DPOTrainer: evaluate() needs an eval_dataset.")
-        shape = BatchShape(self.args.per_device_eval_batch_size, 1, self.args.world_size)
-        return self._loader(pairs, name, shape, seed=None)
+        return self.loaders.evaluation(pairs, name)
 
     def get_test_dataloader(self, test_dataset: Any) -> StepLoader:
         return self.get_eval_dataloader(self.data.prepare(test_dataset, "test"))
@@ -193,8 +172,10 @@ class DPOTrainer(Trainer):
         checkpoint = checkpoints.resolve_checkpoint(resume_from_checkpoint, self.args.output_dir)
         if checkpoint is not None:
             checkpoints.refuse_finished(checkpoint, planned_steps)
-            if self.reference.restore(checkpoint):
-                self._ref_logps.clear()  # of the model that was given, not of the run's start
+            recorded = checkpoints.load_run_state(checkpoint)
+            self.loaders.resume(recorded.row_tokens)
+            if self.reference.restore(recorded, checkpoint):
+                self.loaders.forget_references()  # of the model given, not of the run's start
         self._score_references()
         if checkpoint is None:
             self._step_zero = self._step_zero_check()
@@ -232,11 +213,11 @@ class DPOTrainer(Trainer):
     def _score_references(self) -> None:
         """All that this run will read, before the policy moves."""
         _ = self.reference.identity
-        self._step_dataset(self.train_dataset, "train")
+        self.loaders.dataset(self.train_dataset, "train")
         sets = self.eval_dataset
         if sets is not None:
             for name, pairs in (sets if isinstance(sets, dict) else {"eval": sets}).items():
-                self._step_dataset(pairs, name)
+                self.loaders.dataset(pairs, name)
 
     def _step_zero_check(self) -> StepZeroCheck | None:
         """None where the policy needn't begin with zero log-ratios."""
@@ -264,6 +245,7 @@ class DPOTrainer(Trainer):
         # step's pairs, however they are spread.
         scale = self.args.world_size / inputs.num_pairs
         total = torch.zeros((), dtype=torch.float64, device=self.args.device)
+        self.throughput.start_step()
         last = len(inputs.micro_batches) - 1
         for index, batch in enumerate(inputs.micro_batches):
             self.accelerator.gradient_state._set_sync_gradients(index == last)
@@ -278,6 +260,7 @@ class DPOTrainer(Trainer):
                 self.accelerator.backward(loss, **options)
             total = total + loss.detach()
             self._tokens += batch.num_tokens
+            self.throughput.add(batch)
         self.pairs_trained += inputs.num_pairs
         if self.first_loss is None:
             self.first_loss = self._sum_over_ranks(total).item() / self.args.world_size
@@ -361,7 +344,8 @@ class DPOTrainer(Trainer):
             means = self._metric_sums.means(self._sum_over_ranks, self.args.device)
             self._count_tokens()
             # The Trainer's own loss is summed in float32; this one is the exact mean over pairs.
-            logs = {**logs, **means, "num_tokens": self.state.num_input_tokens_seen}
+            speed = self.throughput.metrics(self._sum_over_ranks)
+            logs = {**logs, **means, **speed, "num_tokens": self.state.num_input_tokens_seen}
         super().log(logs, start_time)
 
     def _count_tokens(self) -> None:
@@ -373,7 +357,8 @@ class DPOTrainer(Trainer):
         self._count_tokens()
         if self.args.should_save:
             folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
-            self.reference.save(folder, kept=self.args.precompute_ref_log_probs)
+            state = self.reference.run_state(kept=self.args.precompute_ref_log_probs)
+            replace(state, row_tokens=self.loaders.row_tokens).save(folder)
         super()._save_checkpoint(model, trial)
 
     # What the Trainer would look for in a dict of tensors, and an item is a whole step

@@ -89,7 +89,7 @@ def test_rows_hold_what_the_plan_counts(tmp_path, tokenizer, pairs):
         lambda _, inputs, __: head_rows.append(len(inputs[0]))
     )
     trainer.train()
-    limit = trainer._token_limit(trainer.train_dataset)
+    limit = trainer.loaders.token_limit(trainer.train_dataset)
     shape = BatchShape(2, 2, 1)
     sampler = StepSampler(NUM_PAIRS, shape, 0, seed=3, limit=limit)
     rows = [row for step in list(sampler)[:3] for row in step.micro_batches]

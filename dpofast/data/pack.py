@@ -31,6 +31,7 @@ class PackFigures:
     """How well steps are packed.
 
     Attributes:
+        steps: that were packed.
         micro_batches: rows of all ranks and steps, empty ones included.
         tokens: tokens of all pairs.
         fill: tokens over what the rows may hold; above 1 where pairs are longer than the cap.
@@ -40,6 +41,7 @@ class PackFigures:
         over_cap: pairs longer than the cap.
     """
 
+    steps: int
     micro_batches: int
     tokens: int
     fill: float
@@ -94,10 +96,11 @@ def figures(steps: Iterable[tuple[Sequence[int], PackedStep]], max_tokens: int) 
             step with fewer pairs than the others may be uneven for want of pairs.
         max_tokens: the cap they were packed under.
     """
-    micro_batches = total = longest = over_cap = 0
+    num_steps = micro_batches = total = longest = over_cap = 0
     imbalances = []
     for tokens, slots in steps:
         rows = [sum(tokens[position] for position in row) for slot in slots for row in slot]
+        num_steps += 1
         micro_batches += len(rows)
         total += sum(rows)
         longest = max(longest, *tokens, 0)
@@ -105,6 +108,7 @@ def figures(steps: Iterable[tuple[Sequence[int], PackedStep]], max_tokens: int) 
         if sum(rows):
             imbalances.append(max(rows) * len(rows) / sum(rows))
     return PackFigures(
+        steps=num_steps,
         micro_batches=micro_batches,
         tokens=total,
         fill=total / (micro_batches * max_tokens) if micro_batches else 0.0,

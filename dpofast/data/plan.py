@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch.utils.data import Sampler
 
-from dpofast.data.pack import figures, pack_step
+from dpofast.data.pack import PackFigures, figures, pack_step
 
 MicroBatch = list[int]  # indices of pairs
 DESCRIBED_STEPS = 100  # enough to tell, and made in a moment
@@ -61,6 +61,11 @@ class TokenLimit:
     lengths: Sequence[int]
     max_tokens: int
     num_tokens: int
+
+    @property
+    def saved(self) -> float:
+        """Share of all tokens that sharing leaves out."""
+        return 1.0 - sum(self.lengths) / max(self.num_tokens, 1)
 
 
 def split_step(pairs: list[int], shape: BatchShape) -> list[list[MicroBatch]]:
@@ -120,23 +125,26 @@ class StepSampler(Sampler[Any]):
             slots = self._slots(pairs)
             yield PlannedStep(tuple(slot[self.rank] for slot in slots), len(pairs))
 
-    def describe(self) -> str:
-        """How well the epoch's first steps are packed, in words; empty where nothing is."""
+    def figures(self) -> PackFigures | None:
+        """How well the epoch's first steps are packed; None where nothing is."""
         if self.limit is None or not len(self):
-            return ""
+            return None
         size, lengths = self.shape.pairs_per_step, self.limit.lengths
         order = self._order()[: DESCRIBED_STEPS * size]
         steps = [order[start : start + size] for start in range(0, len(order), size)]
         tokens = [[lengths[pair] for pair in step] for step in steps]
         packed = [pack_step(step, self.shape.world_size, self.limit.max_tokens) for step in tokens]
-        found = figures(zip(tokens, packed, strict=True), self.limit.max_tokens)
-        saved = 1.0 - sum(lengths) / max(self.limit.num_tokens, 1)
+        return figures(zip(tokens, packed, strict=True), self.limit.max_tokens)
+
+    def describe(self, found: PackFigures) -> str:
+        """Those figures in words."""
+        assert self.limit is not None
         longer = f"; {found.over_cap} pairs are longer" if found.over_cap else ""
         return (
-            f"{found.micro_batches} rows in {len(steps)} steps, filled to {found.fill:.0%} of "
+            f"{found.micro_batches} rows in {found.steps} steps, filled to {found.fill:.0%} of "
             f"{self.limit.max_tokens} tokens{longer}; the fullest of a step has "
-            f"{found.imbalance_mean:.3f} times the mean; {saved:.1%} fewer tokens than one "
-            "sequence at a time"
+            f"{found.imbalance_mean:.3f} times the mean; {self.limit.saved:.1%} fewer tokens than "
+            "one sequence at a time"
         )
 
     def _slots(self, pairs: list[int]) -> list[list[MicroBatch]]:
