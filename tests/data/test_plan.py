@@ -68,7 +68,8 @@ def test_packed_steps_have_the_same_pairs_as_others(world_size):
 
 def test_a_packed_plan_in_words():
     limit = TokenLimit([10, 20, 30, 50], 40, 200)
-    words = StepSampler(4, BatchShape(4, 1, 1), 0, seed=None, limit=limit).describe()
+    sampler = StepSampler(4, BatchShape(4, 1, 1), 0, seed=None, limit=limit)
+    words = sampler.describe(sampler.figures())
     assert words.startswith("3 rows in 1 steps, filled to 92% of 40 tokens; 1 pairs are longer")
     assert "45.0% fewer tokens" in words
-    assert StepSampler(4, BatchShape(4, 1, 1), 0, seed=None).describe() == ""
+    assert StepSampler(4, BatchShape(4, 1, 1), 0, seed=None).figures() is None
