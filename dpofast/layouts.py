@@ -122,7 +122,7 @@ def _scored_states(model: nn.Module, batch: PackedPairs) -> Tensor:
     """[N, H] float32 hidden states that predict the labels."""
     lm: Any = causal_lm(model)
     batch = batch.to(next(lm.parameters()).device)
-    inputs: dict[str, Any] = {"attention_mask": batch.attention_mask}
+    inputs: dict[str, Any] = {}
     if batch.shared_layout is not None:
         inputs = {"position_ids": batch.position_ids, "shared_layout": batch.shared_layout}
     with evaluating(lm), packed_attention(lm.config, batch.shared_layout):

@@ -123,7 +123,6 @@ def body_of(model: Any) -> nn.Module:
 def _pair_forward(
     model: Any,
     input_ids: Tensor,  # [B, L]
-    attention_mask: Tensor | None,  # [B, L]
     rows: Tensor,  # [N]
     head_task: HeadTask,
     position_ids: Tensor | None = None,  # [B, L]
@@ -131,11 +130,7 @@ def _pair_forward(
     **_unused: Any,  # PEFT adds arguments of its own, all None here
 ) -> Any:
     """The causal LM's forward during a step."""
-    inputs = {
-        "attention_mask": attention_mask,
-        "position_ids": position_ids,
-        "shared_layout": shared_layout,
-    }
+    inputs = {"position_ids": position_ids, "shared_layout": shared_layout}
     given = {name: value for name, value in inputs.items() if value is not None}
     hidden_states = body_of(model)(input_ids=input_ids, use_cache=False, **given)[0]  # [B, L, H]
     scored = hidden_states.flatten(0, 1).index_select(0, rows)  # [N, H]
@@ -172,7 +167,6 @@ def run_batch(wrapped: nn.Module, batch: PackedPairs, head_task: HeadTask) -> An
     """
     return wrapped(
         input_ids=batch.input_ids,
-        attention_mask=batch.attention_mask,
         position_ids=batch.position_ids,
         shared_layout=batch.shared_layout,
         rows=batch.rows,
@@ -231,7 +225,6 @@ def check_head(model: nn.Module) -> None:
     input_ids = torch.arange(8, device=device)[None] * 7 % vocab_size  # [1, 8]
     batch = PackedPairs(
         input_ids=input_ids,
-        attention_mask=torch.ones_like(input_ids),
         position_ids=None,
         rows=torch.arange(8, device=device),
         labels=input_ids[0],
@@ -241,7 +234,7 @@ def check_head(model: nn.Module) -> None:
     )
     options = head_options(lm.config)
     with evaluating(model):
-        stock = model(input_ids=input_ids, attention_mask=batch.attention_mask, use_cache=False)
+        stock = model(input_ids=input_ids, use_cache=False)
         with pair_step(model):
             ours = run_batch(model, batch, _LogitsTask(options))
     expected = stock.logits[0].float()  # [8, V]

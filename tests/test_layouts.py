@@ -16,12 +16,20 @@ from dpofast.head import PairLossTask, head_options
 from dpofast.layouts import check_layout, choose_layout, why_not_packed
 from dpofast.model import body_of, causal_lm, pair_step, run_batch
 from dpofast_kernels import make_loss
-from tests.families import PACKABLE_FAMILIES, UNPACKABLE_FAMILIES, VOCAB_SIZE, tiny_model
+from tests.families import (
+    FAMILIES,
+    PACKABLE_FAMILIES,
+    UNPACKABLE_FAMILIES,
+    VOCAB_SIZE,
+    tiny_model,
+)
 from tests.support import float64_throughout
 
 BETA = 0.7
 # tokens of prompt, of what both answers begin with, and of the rest of chosen and rejected
 PAIRS = ((13, 0, 7, 9), (5, 3, 11, 1), (20, 0, 3, 17), (1, 2, 4, 6), (4, 5, 0, 3), (6, 4, 2, 0))
+
+NO_SDPA = {"gemma2", "gpt_oss", "mamba", "bloom"}  # transformers refuses
 
 
 @pytest.fixture(autouse=True)
@@ -113,9 +121,9 @@ def compare(model: Any, layout: Layout) -> None:
         assert (found.gradients[name] - gradient).abs().max() <= 1e-10 * largest, name
 
 
-@pytest.mark.parametrize("name", ["shared", "unshared"])
+@pytest.mark.parametrize("name", ["shared", "unshared", "padded"])
 @pytest.mark.parametrize("family", PACKABLE_FAMILIES)
-def test_packed_rows_equal_separate_sequences(family, name):
+def test_every_layout_equals_separate_sequences(family, name):
     compare(tiny_model(family).double(), Layout(name))
 
 
@@ -129,6 +137,34 @@ def test_what_cannot_be_packed_is_recognised_and_right_when_padded(family, caplo
     with pytest.raises(ConfigError, match="layout: 'shared' would be wrong here, as"):
         choose_layout("shared", model, pad_token_id=0)
     compare(model, layout)
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES.keys() - NO_SDPA))
+def test_padded_rows_are_right_under_sdpa(family):
+    """Without a mask it takes the kernel that knows only of causal rows."""
+    compare(tiny_model(family, "sdpa").double(), Layout("padded"))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_padded_row_with_nothing_scored_moves_nothing(family):
+    """What a rank without pairs runs: one token."""
+    model = tiny_model(family)
+    batch = Layout("padded").collate([], [])
+    task = PairLossTask(
+        batch.labels,
+        batch.bounds,
+        batch.ref_logps,
+        make_loss("sigmoid", beta=BETA),
+        head_options(model.config),
+    )
+    with pair_step(model):
+        loss, *_ = run_batch(model, batch, task)
+    loss.backward()
+    assert batch.input_ids.shape == (1, 1)
+    assert loss == 0.0
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    assert gradients
+    assert all((gradient == 0.0).all() for gradient in gradients)
 
 
 @pytest.mark.parametrize("reentrant", [True, False])

@@ -19,12 +19,12 @@ TokenIds = Sequence[int]
 class PackedPairs:
     """Sequences of one micro-batch, chosen_0, rejected_0, chosen_1, ..., ready for the model.
 
+    None needs a mask: a packed row has its `shared_layout`, and padding stands behind all tokens.
     `rows` points into the hidden states flattened to [B*L, H]: the row whose hidden state predicts
     the label beside it. Prompt positions are never among them, so they never reach the head.
 
     Attributes:
         input_ids: [B, L] int64.
-        attention_mask: [B, L] int64, 1 on tokens and 0 on padding; None where nothing is padded.
         position_ids: [B, L] int64, or None where the model's own counting is right.
         rows: [N] int64, one per scored token.
         labels: [N] int64.
@@ -36,7 +36,6 @@ class PackedPairs:
     """
 
     input_ids: Tensor
-    attention_mask: Tensor | None
     position_ids: Tensor | None
     rows: Tensor
     labels: Tensor
@@ -93,8 +92,9 @@ def collate_padded(
 ) -> PackedPairs:
     """Lay out (prompt ids, answer ids) sequences one per row, padded on the right.
 
-    Right for every causal model: a token never looks at what stands behind it. No sequences give
-    one row of one padding token with nothing scored, for a rank that has no pairs in a step.
+    Right for every causal model, and without a mask: a token never looks at what stands behind it,
+    and nothing that stands on padding is scored. Attention is faster so. No sequences give one row
+    of one padding token with nothing scored, for a rank that has no pairs in a step.
 
     Args:
         sequences: S sequences; both parts of each have at least one token.
@@ -103,15 +103,10 @@ def collate_padded(
     """
     ids = [[*prompt, *answer] for prompt, answer in sequences]
     width = max(map(len, ids), default=1)
-    num_rows = max(len(ids), 1)
-    input_ids = torch.full((num_rows, width), pad_token_id)  # [S, L]
-    # A row without a single token would leave attention nothing to look at.
-    attention_mask = torch.zeros(num_rows, width, dtype=torch.int64)
-    attention_mask[:, 0] = 1
+    input_ids = torch.full((max(len(ids), 1), width), pad_token_id)  # [S, L]
     rows, labels = [], []
     for index, (sequence, (prompt, answer)) in enumerate(zip(ids, sequences, strict=True)):
         input_ids[index, : len(sequence)] = torch.tensor(sequence)
-        attention_mask[index, : len(sequence)] = 1
         first = index * width + len(prompt) - 1  # the prompt's last token predicts the first label
         rows.append(torch.arange(first, first + len(answer)))
         labels.append(torch.tensor(answer))
@@ -119,7 +114,6 @@ def collate_padded(
     bounds = list(accumulate((len(answer) for _, answer in sequences), initial=0))
     return PackedPairs(
         input_ids=input_ids,
-        attention_mask=attention_mask,
         position_ids=None,
         rows=torch.cat(rows) if rows else empty,
         labels=torch.cat(labels) if labels else empty.clone(),

@@ -54,7 +54,6 @@ def collate_packed(
     bounds = list(accumulate((len(answer) for _, answer in sequences), initial=0))
     return PackedPairs(
         input_ids=torch.tensor(row)[None],
-        attention_mask=None,
         position_ids=layout.position_ids[None],
         rows=torch.cat(rows) if rows else empty,
         labels=torch.cat(labels) if labels else empty.clone(),

@@ -10,7 +10,6 @@ SEQUENCES = [([5, 6, 7], [8, 9]), ([5, 6, 7], [8]), ([1], [2, 3, 4, 5]), ([1], [
 def test_rows_point_at_the_position_before_each_label():
     batch = collate_padded(SEQUENCES, [0.0, 1.0, 2.0, 3.0], pad_token_id=0)
     assert batch.input_ids.tolist()[1] == [5, 6, 7, 8, 0]
-    assert batch.attention_mask.tolist()[1] == [1, 1, 1, 1, 0]
     flat = batch.input_ids.flatten()
     # the label stands right behind the row that predicts it
     assert torch.equal(flat[batch.rows + 1], batch.labels)
@@ -24,7 +23,6 @@ def test_rows_point_at_the_position_before_each_label():
 def test_no_sequences_give_a_row_with_nothing_scored():
     batch = collate_padded([], [])
     assert batch.input_ids.shape == (1, 1)
-    assert batch.attention_mask.tolist() == [[1]]
     assert batch.rows.numel() == batch.labels.numel() == 0
     assert batch.bounds.tolist() == [0]
     assert batch.num_pairs == batch.num_tokens == 0
