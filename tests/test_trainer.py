@@ -91,6 +91,7 @@ def test_a_second_run_makes_no_reference_pass_whatever_changed_but_the_model(tmp
     summary = json.loads((tmp_path / "other" / "summary.json").read_text())
     assert summary["ref_forward_passes"] == summary["ref_rows_scored"] == 0
     assert summary["ref_store_hits"] == summary["ref_rows_needed"] == 20
+    assert summary["layout"] == "shared"
     other_model = make_trainer(tmp_path, tiny_llama(seed=1))
     other_model.train()
     assert other_model.reference.provider.totals().rows_scored == 20
