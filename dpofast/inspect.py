@@ -2,29 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Group, RenderableType
-from rich.table import Table
 from rich.text import Text
 
 from dpofast.data.prefix import common_prefix_length
 from dpofast.data.report import IDENTICAL, IDENTICAL_CUT, NO_ROOM
 from dpofast.data.tokenize import prepare_row
 from dpofast.data.truncate import Cut, check_truncation, plan_cut
-
-_MASKED, _SHARED, _CHOSEN, _REJECTED, _CUT = "dim", "cyan", "green", "red", "dim strike"
-
-
-@dataclass(frozen=True)
-class _Part:
-    """A stretch of tokens that is shown in one style."""
-
-    title: str
-    style: str
-    ids: Sequence[int]
+from dpofast.token_text import CHOSEN, CUT, MASKED, REJECTED, SHARED, TokenPart, token_table
 
 
 def render_row(
@@ -95,25 +83,20 @@ def render_pair(
     kept_rejected = rejected[: len(rejected) - cut.rejected]
     shared = common_prefix_length(kept_chosen, kept_rejected)
     parts = [
-        _Part("prompt, cut on the left", _CUT, prompt[: cut.prompt]),
-        _Part("prompt, masked", _MASKED, prompt[cut.prompt :]),
-        _Part("both answers begin", _SHARED, kept_chosen[:shared]),
-        _Part("chosen, scored", _CHOSEN, kept_chosen[shared:]),
-        _Part("chosen, cut", _CUT, chosen[len(kept_chosen) :]),
-        _Part("rejected, scored", _REJECTED, kept_rejected[shared:]),
-        _Part("rejected, cut", _CUT, rejected[len(kept_rejected) :]),
+        TokenPart("prompt, cut on the left", CUT, prompt[: cut.prompt]),
+        TokenPart("prompt, masked", MASKED, prompt[cut.prompt :]),
+        TokenPart("both answers begin", SHARED, kept_chosen[:shared]),
+        TokenPart("chosen, scored", CHOSEN, kept_chosen[shared:]),
+        TokenPart("chosen, cut", CUT, chosen[len(kept_chosen) :]),
+        TokenPart("rejected, scored", REJECTED, kept_rejected[shared:]),
+        TokenPart("rejected, cut", CUT, rejected[len(kept_rejected) :]),
     ]
-    table = Table.grid(padding=(0, 1))
-    for part in parts:
-        if part.ids:
-            title = Text(f"{part.title} ({len(part.ids)})", style="bold")
-            table.add_row(title, _tokens(part, tokenizer, max_tokens))
     lines = [_headline(example.get("row"), lengths, shared)]
     if max_length is not None:
         lines.append(_cut_line(cut, max_length, truncation_mode))
     if reason := _left_out(cut, chosen == rejected, kept_chosen == kept_rejected):
         lines.append(Text(f"left out of training: {reason}", style="bold yellow"))
-    return Group(*lines, table)
+    return Group(*lines, token_table(parts, tokenizer, max_tokens))
 
 
 def _headline(row: Any, lengths: tuple[int, int, int], shared: int) -> Text:
@@ -143,25 +126,3 @@ def _left_out(cut: Cut, identical: bool, identical_after_cut: bool) -> str | Non
     if not cut.fits:
         return NO_ROOM
     return IDENTICAL_CUT if identical_after_cut else None
-
-
-def _tokens(part: _Part, tokenizer: Any, max_tokens: int) -> Text:
-    ids = part.ids
-    head, tail = ids, ids[:0]
-    if len(ids) > max_tokens:
-        head, tail = ids[: max_tokens - max_tokens // 2], ids[len(ids) - max_tokens // 2 :]
-    text = _joined(head, part.style, tokenizer)
-    if hidden := len(ids) - len(head) - len(tail):
-        text.append(f" ... {hidden} tokens ... ", style="italic")
-        text.append_text(_joined(tail, part.style, tokenizer))
-    return text
-
-
-def _joined(ids: Sequence[int], style: str, tokenizer: Any) -> Text:
-    text = Text()
-    for index, token in enumerate(ids):
-        if index:
-            text.append("|", style="dim")
-        shown = tokenizer.decode([token], skip_special_tokens=False)
-        text.append(shown.replace("\r", "␍").replace("\n", "⏎").replace("\t", "⇥"), style=style)
-    return text

@@ -86,6 +86,14 @@ def why_not_packed(model: nn.Module) -> str | None:
     return None
 
 
+def attention_window(model: nn.Module) -> int | None:
+    """How many positions layers with a sliding window see, the query's own included, or None."""
+    config = causal_lm(model).config.get_text_config()
+    layer_types = getattr(config, "layer_types", None) or ["sliding_attention"]
+    window: int | None = getattr(config, "sliding_window", None)
+    return window if "sliding_attention" in layer_types else None
+
+
 def check_layout(layout: Layout, model: nn.Module) -> None:
     """Compare a packed row's hidden states with those of padded rows, on a few tokens.
 

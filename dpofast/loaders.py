@@ -14,6 +14,7 @@ from dpofast.data.layout import Layout
 from dpofast.data.loader import StepDataset, StepLoader, token_limit, whole_step
 from dpofast.data.plan import BatchShape, StepSampler, TokenLimit
 from dpofast.run_reference import RunReference
+from dpofast.steps import train_sampler
 
 logger = logging.getLogger(__name__)
 
@@ -79,17 +80,7 @@ class StepLoaders:
         return self._limits[id(pairs)][1]
 
     def train(self, pairs: Any) -> StepLoader:
-        config = self.config
-        shape = BatchShape(
-            config.per_device_train_batch_size, config.accumulation, config.world_size
-        )
-        seed = config.seed if config.data_seed is None else config.data_seed
-        is_random = config.train_sampling_strategy == "random"
-        loader = self._loader(
-            pairs, "train", shape, seed if is_random else None, config.dataloader_drop_last
-        )
-        sampler = loader.batch_sampler
-        assert isinstance(sampler, StepSampler)
+        sampler = train_sampler(self.config, len(pairs), self.token_limit(pairs))
         figures, limit = sampler.figures(), sampler.limit
         words = "each sequence in a row of its own"
         if figures is not None and limit is not None:
@@ -100,19 +91,17 @@ class StepLoaders:
                 "tokens_saved": limit.saved,
             }
         logger.info("Layout: %s; %s.", self.layout.name, words)
-        return loader
+        return self._loader(pairs, "train", sampler)
 
     def evaluation(self, pairs: Any, name: str) -> StepLoader:
-        shape = BatchShape(self.config.per_device_eval_batch_size, 1, self.config.world_size)
-        return self._loader(pairs, name, shape, seed=None, drop_last=False)
-
-    def _loader(
-        self, pairs: Any, name: str, shape: BatchShape, seed: int | None, drop_last: bool
-    ) -> StepLoader:
         config = self.config
-        sampler = StepSampler(
-            len(pairs), shape, config.process_index, seed, drop_last, self.token_limit(pairs)
-        )
+        shape = BatchShape(config.per_device_eval_batch_size, 1, config.world_size)
+        rank, limit = config.process_index, self.token_limit(pairs)
+        sampler = StepSampler(len(pairs), shape, rank, seed=None, limit=limit)
+        return self._loader(pairs, name, sampler)
+
+    def _loader(self, pairs: Any, name: str, sampler: StepSampler) -> StepLoader:
+        config = self.config
         workers = config.dataloader_num_workers
         return StepLoader(
             self.dataset(pairs, name),

@@ -29,6 +29,9 @@ HEAD_TOLERANCE = {
     torch.bfloat16: 5e-2,
 }
 
+# Options of loading that say nothing of what the model computes.
+_OF_WEIGHTS = {"dtype", "use_safetensors", "device_map", "low_cpu_mem_usage", "variant"}
+
 
 def load_policy(name_or_path: str, **options: Any) -> Any:
     """A causal LM from a folder or the hub: safetensors only, float32 unless `dtype` says else.
@@ -50,6 +53,31 @@ def load_policy(name_or_path: str, **options: Any) -> Any:
         return AutoModelForCausalLM.from_pretrained(name_or_path, **options)
     except (OSError, ValueError, TypeError, ImportError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"The model {name_or_path!r} can't be loaded: {error}") from error
+
+
+def load_skeleton(name_or_path: str, **options: Any) -> Any:
+    """A causal LM built from its config alone, on the device "meta": it has no weights.
+
+    Args:
+        name_or_path: folder or hub name.
+        options: what `load_policy` takes.
+
+    Raises:
+        ModelError: there is no config, or none that a causal LM can be built from.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    _refuse_missing_folder(name_or_path)
+    trusted = bool(options.get("trust_remote_code"))
+    own = {name: value for name, value in options.items() if name not in _OF_WEIGHTS}
+    try:
+        config = AutoConfig.from_pretrained(name_or_path, **own)
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=trusted)
+    except (OSError, ValueError, TypeError, ImportError, RuntimeError, KeyError) as error:
+        raise ModelError(
+            f"The model {name_or_path!r} can't be built from its config: {error}"
+        ) from error
 
 
 def _dtype_named(name: str) -> torch.dtype:

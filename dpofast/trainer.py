@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import math
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -35,6 +34,7 @@ from dpofast.prepared import PreparedData
 from dpofast.reference.provider import Ranks, ReferenceProvider
 from dpofast.run_reference import RunReference
 from dpofast.step_zero import StepZeroCheck
+from dpofast.steps import planned_steps, train_sampler
 from dpofast.summary import write_summary
 from dpofast.throughput import Throughput
 from dpofast_kernels import METRIC_NAMES, PairLossOutput
@@ -139,9 +139,12 @@ class DPOTrainer(Trainer):
 
     def get_train_dataloader(self) -> StepLoader:
         """One item is one step. Not prepared by accelerate, which would shard it again."""
+        return self.loaders.train(self._train_pairs())
+
+    def _train_pairs(self) -> Any:
         if self.train_dataset is None:
             raise ConfigError("DPOTrainer: train() needs a train_dataset.")
-        return self.loaders.train(self.train_dataset)
+        return self.train_dataset
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> StepLoader:
         name = eval_dataset if isinstance(eval_dataset, str) else "eval"
@@ -168,10 +171,11 @@ class DPOTrainer(Trainer):
         """
         started = time.monotonic()
         self._start_counting()
-        planned_steps = self._planned_steps()
+        epoch = train_sampler(self.args, len(self._train_pairs()), None)
+        total_steps = planned_steps(self.args, epoch)
         checkpoint = checkpoints.resolve_checkpoint(resume_from_checkpoint, self.args.output_dir)
         if checkpoint is not None:
-            checkpoints.refuse_finished(checkpoint, planned_steps)
+            checkpoints.refuse_finished(checkpoint, total_steps)
             recorded = checkpoints.load_run_state(checkpoint)
             self.loaders.resume(recorded.row_tokens)
             if self.reference.restore(recorded, checkpoint):
@@ -194,21 +198,6 @@ class DPOTrainer(Trainer):
         self._metric_sums = MetricSums()
         self._tokens = 0
         self._step_zero = None
-
-    def _planned_steps(self) -> int:
-        if self.train_dataset is None:
-            raise ConfigError("DPOTrainer: train() needs a train_dataset.")
-        size = self.get_total_train_batch_size(self.args)
-        pairs = len(self.train_dataset)
-        steps = pairs // size if self.args.dataloader_drop_last else math.ceil(pairs / size)
-        if not steps:
-            raise ConfigError(
-                f"dataloader_drop_last: the {pairs} pairs don't fill one step of {size}, so none "
-                "would be trained; leave it out, or make steps smaller."
-            )
-        if self.args.max_steps > 0:
-            return int(self.args.max_steps)
-        return math.ceil(self.args.num_train_epochs * steps)
 
     def _score_references(self) -> None:
         """All that this run will read, before the policy moves."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -13,9 +14,10 @@ from dpofast.attention import packed_attention
 from dpofast.data.layout import Layout
 from dpofast.errors import ConfigError
 from dpofast.head import PairLossTask, head_options
-from dpofast.layouts import check_layout, choose_layout, why_not_packed
-from dpofast.model import body_of, causal_lm, pair_step, run_batch
+from dpofast.layouts import attention_window, check_layout, choose_layout, why_not_packed
+from dpofast.model import body_of, causal_lm, load_skeleton, pair_step, run_batch
 from dpofast_kernels import make_loss
+from dpofast_kernels.attention import shared_attention
 from tests.families import (
     FAMILIES,
     PACKABLE_FAMILIES,
@@ -208,3 +210,41 @@ def test_a_packed_row_outside_of_its_attention_is_not_run_silently():
     with packed_attention(model.config, batch.shared_layout), pytest.raises(RuntimeError):
         model(batch.input_ids, position_ids=batch.position_ids, use_cache=False)
     assert model.config._attn_implementation == "eager"
+
+
+@pytest.mark.parametrize(
+    ("family", "window"),
+    [("llama", None), ("qwen2", None), ("mistral with window", 6), ("gemma3", 6), ("gpt_oss", 6)],
+)
+def test_the_window_that_layers_look_through(family, window):
+    """As what their attention is really called with."""
+    model = tiny_model(family)
+    assert attention_window(model) == window
+    batch = Layout("shared").collate(sequences())
+    with mock.patch("dpofast.attention.shared_attention", wraps=shared_attention) as spy:
+        with packed_attention(model.config, batch.shared_layout), torch.no_grad():
+            body_of(model)(
+                batch.input_ids,
+                position_ids=batch.position_ids,
+                shared_layout=batch.shared_layout,
+                use_cache=False,
+            )
+        seen = {call.args[4].window for call in spy.call_args_list}
+    assert max(seen, key=lambda each: each or 0) == window
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_model_without_weights_takes_the_layout_of_the_whole(tmp_path, family):
+    """And with dropouts above 0, those of the config included."""
+    for index, rate in enumerate((0.0, 0.1)):
+        model = tiny_model(family)
+        for name in ("attention_dropout", "hidden_dropout", "dropout", "resid_pdrop"):
+            if rate and hasattr(model.config, name):
+                setattr(model.config, name, rate)
+        model.config.save_pretrained(tmp_path / str(index))
+        whole = type(model)(model.config)
+        skeleton = load_skeleton(str(tmp_path / str(index)), dtype="bfloat16")
+        assert {parameter.device.type for parameter in skeleton.parameters()} == {"meta"}
+        assert type(skeleton) is type(whole)
+        assert why_not_packed(skeleton) == why_not_packed(whole)
+        assert (why_not_packed(whole) is None) == (family in PACKABLE_FAMILIES and not rate)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -92,13 +93,31 @@ def load_inputs(options: RunOptions) -> Inputs:
 
 def load_policy_model(options: RunOptions) -> Any:
     """The policy: a causal LM, or a PeftModel whose adapter is trained further."""
-    return _load_model(options, options.script.model)
+    from dpofast.model import load_policy
+
+    return _load_model(options, options.script.model, load_policy)
 
 
 def load_reference_model(options: RunOptions) -> Any:
     """The reference model; None where the policy's start is the reference."""
+    from dpofast.model import load_policy
+
     name = options.script.ref_model_name_or_path
-    return None if name is None else _load_model(options, name)
+    return None if name is None else _load_model(options, name, load_policy)
+
+
+def load_policy_skeleton(options: RunOptions) -> Any:
+    """The policy as it would train, adapter and dropout included, but without its weights.
+
+    Raises:
+        ModelError, ConfigError: as where it is loaded for training.
+    """
+    from dpofast.model import load_skeleton
+    from dpofast.policy import prepare_policy
+
+    refuse_missing_model(options.script.model)
+    model = _load_model(options, options.script.model, load_skeleton)
+    return prepare_policy(model, options.config, adapter_options(options))
 
 
 def adapter_base(name_or_path: str) -> str | None:
@@ -174,22 +193,20 @@ def refuse_missing_model(name_or_path: str) -> None:
         )
 
 
-def _load_model(options: RunOptions, name_or_path: str) -> Any:
-    from dpofast.model import load_policy
-
+def _load_model(options: RunOptions, name_or_path: str, load: Callable[..., Any]) -> Any:
     kwargs = options.config.loading_options()
     base = adapter_base(name_or_path)
     if name_or_path != options.script.model or base is not None:
         kwargs.pop("revision", None)  # the policy's, of no other model
     if base is None:
-        return load_policy(name_or_path, **kwargs)
+        return load(name_or_path, **kwargs)
     try:
         from peft import PeftModel
     except ImportError as error:
         raise ModelError(
             f"{name_or_path!r} holds an adapter, which needs peft: pip install 'dpofast[peft]'."
         ) from error
-    model = load_policy(base, **kwargs)
+    model = load(base, **kwargs)
     try:
         return PeftModel.from_pretrained(model, name_or_path, is_trainable=True)
     except (OSError, ValueError, RuntimeError, KeyError) as error:

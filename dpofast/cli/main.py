@@ -69,9 +69,9 @@ def _command(parsed: argparse.Namespace) -> Callable[[argparse.Namespace, list[s
 
             return evaluate
         case "inspect":
-            from dpofast.cli.show import show_pair
+            from dpofast.cli.show import show
 
-            return show_pair
+            return show
         case "ref":
             from dpofast.cli.reference import reference
 

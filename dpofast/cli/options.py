@@ -43,8 +43,15 @@ class RunOptions:
                 )
 
 
-def read_options(yaml_file: str | None, overrides: Sequence[str]) -> RunOptions:
+def read_options(
+    yaml_file: str | None, overrides: Sequence[str], own: Sequence[str] = ()
+) -> RunOptions:
     """Read, name-check and type-check all options; models and data aren't touched.
+
+    Args:
+        yaml_file: the file, if any.
+        overrides: words of the command line.
+        own: names of the command's own options, which were read before and may have been meant.
 
     Raises:
         ConfigError: with the file (or "command line") and the option.
@@ -53,7 +60,7 @@ def read_options(yaml_file: str | None, overrides: Sequence[str]) -> RunOptions:
     source = yaml_file or COMMAND_LINE
     given = _canonical(given) | _canonical(read_overrides(overrides))
     known = _known_types()
-    _refuse_unknown(given, known)
+    _refuse_unknown(given, known, own)
     values = {
         name: checked_value(name, option.value, known[name], option.where)
         for name, option in given.items()
@@ -107,19 +114,24 @@ def _own_names() -> list[str]:
     return [name for name in own if name not in inherited]
 
 
-def _refuse_unknown(given: dict[str, Given], known: dict[str, Any]) -> None:
+def _refuse_unknown(given: dict[str, Given], known: dict[str, Any], own: Sequence[str]) -> None:
     from dpofast.config import FOREIGN_OPTIONS, refuse_unknown_options
 
     for name, option in given.items():
         if name in known:
             continue
+        if name in own:
+            raise ConfigError(
+                f"{option.where}: {name} belongs on the command line, as `--{name} N`."
+            )
         if name in FOREIGN_KEYS:
             raise ConfigError(f"{option.where}: {name} isn't an option here: {FOREIGN_KEYS[name]}.")
         if name in FOREIGN_OPTIONS:
             refuse_unknown_options({name: option.value}, where=option.where)
             continue
         # of nearly equal matches, rather ours than one of the hundred of TrainingArguments
-        nearest = difflib.get_close_matches(name, [*_own_names(), *ALIASES], n=1, cutoff=0.75)
+        ours = [*own, *_own_names(), *ALIASES]
+        nearest = difflib.get_close_matches(name, ours, n=1, cutoff=0.75)
         nearest = nearest or difflib.get_close_matches(name, known, n=1)
         hint = f"; did you mean {nearest[0]!r}?" if nearest else "; see docs/configuration.md."
         raise ConfigError(f"{option.where}: there is no option {name!r}{hint}")

@@ -11,7 +11,7 @@ from dpofast.cli.script import script_help
 _CONFIGURED = {
     "train": "train a model on preference pairs",
     "eval": "measure a trained model on held-out pairs",
-    "inspect": "show a pair as the model will see it",
+    "inspect": "show a pair, or the packed rows of a step, as the model will see them",
 }
 _DPO_OPTIONS = """\
   beta, loss_type, label_smoothing, max_length, truncation_mode, learning_rate, max_steps,
@@ -87,7 +87,7 @@ def _add_reference(commands: argparse._SubParsersAction[Parser]) -> None:
 
 
 def _add_configured(commands: argparse._SubParsersAction[Parser], name: str, summary: str) -> None:
-    extra = " --row N" if name == "inspect" else ""
+    extra = " [--row N | --step N [--rank R/RANKS]]" if name == "inspect" else ""
     command = commands.add_parser(
         name,
         help=summary,

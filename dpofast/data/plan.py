@@ -119,11 +119,12 @@ class StepSampler(Sampler[Any]):
 
     def __iter__(self) -> Iterator[PlannedStep]:
         order = self._order()
-        for step in range(len(self)):
-            start = step * self.shape.pairs_per_step
-            pairs = order[start : start + self.shape.pairs_per_step]
-            slots = self._slots(pairs)
-            yield PlannedStep(tuple(slot[self.rank] for slot in slots), len(pairs))
+        for index in range(len(self)):
+            yield self._planned(order, index)
+
+    def step(self, index: int) -> PlannedStep:
+        """What iterating yields at this place of the epoch."""
+        return self._planned(self._order(), index)
 
     def figures(self) -> PackFigures | None:
         """How well the epoch's first steps are packed; None where nothing is."""
@@ -146,6 +147,12 @@ class StepSampler(Sampler[Any]):
             f"{found.imbalance_mean:.3f} times the mean; {self.limit.saved:.1%} fewer tokens than "
             "one sequence at a time"
         )
+
+    def _planned(self, order: list[int], index: int) -> PlannedStep:
+        start = index * self.shape.pairs_per_step
+        pairs = order[start : start + self.shape.pairs_per_step]
+        slots = self._slots(pairs)
+        return PlannedStep(tuple(slot[self.rank] for slot in slots), len(pairs))
 
     def _slots(self, pairs: list[int]) -> list[list[MicroBatch]]:
         if self.limit is None:

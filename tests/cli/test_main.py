@@ -166,16 +166,6 @@ def test_ref_build_info_verify(
     assert "is damaged" in error_of(capsys, ["ref", "verify", str(store)])
 
 
-def test_inspect_shows_a_pair(
-    tmp_path: Path, model_folder: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    data = write_pairs(tmp_path / "pairs.json", PAIRS)
-    words = ["inspect", f"--dataset_name={data}", f"--model_name_or_path={model_folder}"]
-    assert main([*words, "--row", "3"]) == 0
-    assert "row 3" in capsys.readouterr().out
-    assert "--row: got 6, but the data's rows are 0 to 5" in error_of(capsys, [*words, "--row=6"])
-
-
 GOOD = {"prompt": "Say it.", "chosen": "yes", "rejected": "no"}
 
 

@@ -1,0 +1,59 @@
+"""Tokens as coloured text, parted by "|"."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rich.table import Table
+from rich.text import Text
+
+MASKED, SHARED, CHOSEN, REJECTED, CUT = "dim", "cyan", "green", "red", "dim strike"
+
+
+@dataclass(frozen=True)
+class TokenPart:
+    """A stretch of tokens that is shown in one style."""
+
+    title: str
+    style: str
+    ids: Sequence[int]
+
+
+def token_table(parts: Sequence[TokenPart], tokenizer: Any, max_tokens: int) -> Table:
+    """A line for each part that has tokens: its title, their number, and the tokens.
+
+    Args:
+        parts: from the first line to the last.
+        tokenizer: turns ids into text; line breaks are shown as "⏎".
+        max_tokens: of a longer part, the first and last tokens are shown, this many in all.
+    """
+    table = Table.grid(padding=(0, 1))
+    for part in parts:
+        if part.ids:
+            title = Text(f"{part.title} ({len(part.ids)})", style="bold")
+            table.add_row(title, _tokens(part, tokenizer, max_tokens))
+    return table
+
+
+def _tokens(part: TokenPart, tokenizer: Any, max_tokens: int) -> Text:
+    ids = part.ids
+    head, tail = ids, ids[:0]
+    if len(ids) > max_tokens:
+        head, tail = ids[: max_tokens - max_tokens // 2], ids[len(ids) - max_tokens // 2 :]
+    text = _joined(head, part.style, tokenizer)
+    if hidden := len(ids) - len(head) - len(tail):
+        text.append(f" ... {hidden} tokens ... ", style="italic")
+        text.append_text(_joined(tail, part.style, tokenizer))
+    return text
+
+
+def _joined(ids: Sequence[int], style: str, tokenizer: Any) -> Text:
+    text = Text()
+    for index, token in enumerate(ids):
+        if index:
+            text.append("|", style="dim")
+        shown = tokenizer.decode([token], skip_special_tokens=False)
+        text.append(shown.replace("\r", "␍").replace("\n", "⏎").replace("\t", "⇥"), style=style)
+    return text
