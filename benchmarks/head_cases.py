@@ -24,6 +24,7 @@ WEIGHT_STD = 0.02
 LOGIT_STD = (2.0, 3.0)  # of a row's logits, its aim aside
 AIM = 22.0  # up to this much a row's logits point at one token: from flat rows to p > 0.999
 SCORED_BLOCK = 64  # rows whose labels are drawn at once
+_PRODUCTS = {"forward": 1, "forward_backward": 3}
 
 
 @dataclass(frozen=True)
@@ -50,10 +51,22 @@ class Case:
     def name(self) -> str:
         return f"{self.model}, N={self.num_tokens}, {self.dtype}"
 
-    @property
-    def product_flop(self) -> float:
-        """Operations of one of the head's products: 2NHV."""
-        return 2.0 * self.num_tokens * self.hidden_size * self.vocab_size
+    def flop(self, step: str) -> float:
+        """Of the products that a pass needs, 2NHV each."""
+        return _PRODUCTS[step] * 2.0 * self.num_tokens * self.hidden_size * self.vocab_size
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {
+            "name": self.name,
+            "model": self.model,
+            "N": self.num_tokens,
+            "H": self.hidden_size,
+            "V": self.vocab_size,
+            "pairs": self.num_pairs,
+            "dtype": self.dtype,
+            "even_lengths": self.even,
+        }
 
 
 @dataclass(frozen=True, eq=False)
@@ -185,17 +198,3 @@ def sequence_sums(per_token_logps: Tensor, bounds: Tensor) -> Tensor:
 def sequence_rows(bounds: Tensor) -> Iterator[slice]:
     for start, end in pairwise(bounds.tolist()):
         yield slice(start, end)
-
-
-def case_dict(case: Case) -> dict[str, Any]:
-    """For JSON."""
-    return {
-        "name": case.name,
-        "model": case.model,
-        "N": case.num_tokens,
-        "H": case.hidden_size,
-        "V": case.vocab_size,
-        "pairs": case.num_pairs,
-        "dtype": case.dtype,
-        "even_lengths": case.even,
-    }

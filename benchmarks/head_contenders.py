@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from benchmarks.harness import AbsentError, Contender, make_contender
+from benchmarks.harness import AbsentError, Contender
 from benchmarks.head_cases import BETA, Inputs, Outputs, sequence_rows
+from benchmarks.suite import Entry, Work
+from benchmarks.suite import contender as make_contender
 from dpofast_kernels import (
     HeadOptions,
     linear_logps,
@@ -28,44 +29,12 @@ from dpofast_kernels import (
 TRL_VOCAB_CHUNK = 32768
 IGNORED = -100
 
-Step = Callable[[], Outputs]
 LogpsFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
-
-
-@dataclass(frozen=True)
-class Work:
-    """The two passes that are raced, bound to their inputs."""
-
-    forward: Step
-    forward_backward: Step
-
-
-@dataclass(frozen=True)
-class Entry:
-    """How a contender is made.
-
-    Attributes:
-        make: imports what it needs and binds it to inputs; raises where it can't run.
-        note: what work it does, where that isn't the work asked for.
-        judged: see `Contender`.
-        on_cpu: whether it takes part on a CPU unless asked for.
-    """
-
-    make: Callable[[Inputs], Work]
-    note: str = ""
-    judged: bool = True
-    on_cpu: bool = True
 
 
 def contender(name: str, inputs: Inputs, step: str) -> Contender:
     """The contender of that name; `step` is "forward" or "forward_backward"."""
-    entry = ENTRIES[name]
-
-    def make() -> Step:
-        run: Step = getattr(entry.make(inputs), step)
-        return run
-
-    return make_contender(name, make, entry.note, entry.judged)
+    return make_contender(name, ENTRIES[name], inputs, step)
 
 
 def _from_logps(function: LogpsFunction, inputs: Inputs) -> Work:

@@ -5,6 +5,7 @@ A benchmark starts itself again with hidden arguments; the child prints one JSON
 
 from __future__ import annotations
 
+import argparse
 import gc
 import json
 import os
@@ -12,6 +13,7 @@ import resource
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,9 +21,11 @@ from typing import Any
 import torch
 
 from benchmarks.data import REPOSITORY
+from benchmarks.harness import ratios
 
 # Written to clear_refs, this sets the peak VmHWM back to what is resident now (proc(5)).
 CLEAR_PEAK = "5"
+CHILD_SECONDS = 600.0
 
 
 def peak_beyond_baseline(run: Callable[[], Any], device: str) -> int:
@@ -84,6 +88,51 @@ def measure_in_child(
         return objects, f"ended by {signal.Signals(-child.returncode).name}"
     lines = child.stderr.strip().splitlines()
     return objects, f"exit code {child.returncode}: {lines[-1] if lines else 'nothing said'}"
+
+
+def peaks_in_children(
+    module: str, name: str, payloads: Sequence[Any], options: argparse.Namespace
+) -> list[dict[str, Any]]:
+    """Peaks of one contender in every case, or a reason.
+
+    On a GPU one process takes all cases, as the allocator's count can be set back; on a CPU each
+    case has its own, as what the C library keeps of one would count in the next.
+
+    Args:
+        module: the benchmark's, whose hidden options --memory-of and --child-file start it.
+        name: the contender's.
+        payloads: what the process makes each case's inputs from; pickled.
+        options: of the command line; the process gets device and threads.
+    """
+    if options.device == "cuda":
+        return _peaks_in_child(module, name, payloads, options)
+    return [peaks for each in payloads for peaks in _peaks_in_child(module, name, [each], options)]
+
+
+def memory_ratios(
+    memory: dict[str, dict[str, Any]], ours: str
+) -> tuple[dict[str, float | None], dict[str, str]]:
+    """Ours over theirs, beyond inputs and gradients."""
+    peaks = {name: each.get("beyond_inputs_and_gradients") for name, each in memory.items()}
+    # A peak that noise makes negative compares with nothing.
+    values = {name: peak if peak is not None and peak > 0 else None for name, peak in peaks.items()}
+    reasons = {name: each.get("reason") for name, each in memory.items()}
+    return ratios(values, reasons, ours, "memory")
+
+
+def _peaks_in_child(
+    module: str, name: str, payloads: Sequence[Any], options: argparse.Namespace
+) -> list[dict[str, Any]]:
+    if not payloads:
+        return []
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "cases.pt"
+        torch.save(list(payloads), file)
+        arguments = ["--device", options.device, "--threads", str(options.threads)]
+        arguments += ["--memory-of", name, "--child-file", str(file)]
+        found, reason = measure_in_child(module, arguments, CHILD_SECONDS)
+    missing = {"reason": reason or "its process said nothing"}
+    return [*found, *[missing] * (len(payloads) - len(found))]
 
 
 def _can_reset_peak() -> bool:

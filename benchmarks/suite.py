@@ -1,0 +1,323 @@
+"""A benchmark of several cases: all are judged, who was right is timed, then memory is measured.
+
+What a benchmark brings along: its cases, its contenders, a judge, and how a case is run
+(`Benchmark`). Command lines, tables and JSON have one form for all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from benchmarks.harness import (
+    TIMED,
+    Contender,
+    Result,
+    attempt,
+    clock_for,
+    make_contender,
+    one_line,
+    race,
+    time_ratios,
+    worst,
+)
+from benchmarks.memory import memory_ratios, peaks_in_children
+from benchmarks.report import print_peaks, print_times, stamps
+from dpofast.summary import write_json
+
+# Of each pass, the suffix in the names of its ratios.
+PASSES = {"forward": "forward_time", "forward_backward": "time"}
+# On a CPU the forward pass stands beside the point: a few rounds of it tell enough.
+CPU_FORWARD_ROUNDS = 3
+
+Step = Callable[[], Any]
+
+
+@dataclass(frozen=True)
+class Work:
+    """The two passes that are raced, bound to their inputs."""
+
+    forward: Step
+    forward_backward: Step
+
+
+@dataclass(frozen=True)
+class Entry:
+    """How a contender is made.
+
+    Attributes:
+        make: imports what it needs and binds it to inputs; raises where it can't run.
+        note: what work it does, where that isn't the work asked for.
+        judged: see `Contender`.
+        on_cpu: whether it takes part on a CPU unless asked for.
+    """
+
+    make: Callable[[Any], Work]
+    note: str = ""
+    judged: bool = True
+    on_cpu: bool = True
+
+
+class Case(Protocol):
+    """One size of the work."""
+
+    @property
+    def name(self) -> str: ...
+
+    def flop(self, step: str) -> float:
+        """Operations that a pass needs, whatever a contender really does."""
+        ...
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        ...
+
+
+@dataclass(eq=False)
+class CaseRun:
+    """What was found of one case.
+
+    Attributes:
+        ours: the contender that ratios are of.
+        payload: what a process that measures memory makes the inputs from.
+        results: by pass, then contender.
+        judge: errors of naive PyTorch, and the bounds made of them.
+        memory: by contender, peaks in bytes or a reason.
+        extra: figures that other benchmarks don't have.
+        reason: why there is nothing else.
+    """
+
+    case: Case
+    ours: str = ""
+    payload: Any = None
+    results: dict[str, dict[str, Result]] = field(default_factory=dict)
+    judge: dict[str, dict[str, float]] = field(default_factory=dict)
+    memory: dict[str, dict[str, Any]] = field(default_factory=dict)
+    extra: dict[str, Any] = field(default_factory=dict)
+    reason: str | None = None
+
+    @property
+    def is_good(self) -> bool:
+        """Whether ours was right, was timed in every pass, and its memory measured if asked for."""
+        timed = all(results[self.ours].status == TIMED for results in self.results.values())
+        measured = not self.memory or "reason" not in self.memory[self.ours]
+        return self.reason is None and timed and measured
+
+    def ratios(self) -> tuple[dict[str, float | None], dict[str, str]]:
+        """Ours over theirs, and why some are None."""
+        found: dict[str, float | None] = {}
+        why: dict[str, str] = {}
+        for step, results in self.results.items():
+            values, reasons = time_ratios(results, self.ours, PASSES[step])
+            found.update(values)
+            why.update(reasons)
+        if self.memory:
+            values, reasons = memory_ratios(self.memory, self.ours)
+            found.update(values)
+            why.update(reasons)
+        return found, why
+
+    def as_dict(self) -> dict[str, Any]:
+        found, why = self.ratios()
+        return {
+            **self.case.as_dict(),
+            "reason": self.reason,
+            "ours": self.ours,
+            "ratios": found,
+            "ratio_reasons": why,
+            **self.judge,
+            **self.extra,
+            **{
+                step: {name: self._timed(step, result) for name, result in results.items()}
+                for step, results in self.results.items()
+            },
+            "memory": self.memory,
+        }
+
+    def _timed(self, step: str, result: Result) -> dict[str, Any]:
+        """A result with its rate: operations that the work needs, not those that were done."""
+        rate = self.case.flop(step) / result.median / 1e12 if result.median else None
+        return {**result.as_dict(), "tflop_per_second": rate}
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """What one benchmark brings along.
+
+    Attributes:
+        name: in the JSON.
+        module: that `python -m` runs, also for memory.
+        entries: the contenders, by name.
+        run_case: everything of a case but its memory.
+        peaks: bytes of one contender, from its name, a case's payload and a device.
+        error_rule: of the judge, in words.
+    """
+
+    name: str
+    module: str
+    entries: Mapping[str, Entry]
+    run_case: Callable[[Any, argparse.Namespace], CaseRun]
+    peaks: Callable[[str, Any, str], dict[str, Any]]
+    error_rule: str
+
+    def run(self, cases: Sequence[Case], options: argparse.Namespace) -> int:
+        """Run everything; 0 if ours was right and measured, else 1."""
+        torch.set_num_threads(options.threads)
+        runs = []
+        for case in cases:
+            try:
+                run = self.run_case(case, options)
+            except torch.OutOfMemoryError as error:
+                run = CaseRun(case, options.ours or "", reason=one_line(error))
+            runs.append(run)
+            for step, results in run.results.items():
+                title = f"{case.name}: {step.replace('_', ' + ')}"
+                print_times(title, results, run.ratios()[0], PASSES[step], case.flop(step))
+            if run.reason:
+                print(f"{case.name}: {run.reason}")
+            self._write(runs, options)
+        if options.memory:
+            if options.device == "cuda":
+                torch.cuda.empty_cache()
+            self._measure_memory(runs, options)
+            self._write(runs, options)
+        return 0 if all(run.is_good for run in runs) else 1
+
+    def child(self, options: argparse.Namespace) -> None:
+        """In the process that `peaks_in_children` starts: measure, and print a JSON line a case."""
+        torch.set_num_threads(options.threads)
+        for payload in torch.load(options.child_file, weights_only=False):
+            try:
+                peaks = self.peaks(options.memory_of, payload, options.device)
+            except Exception as error:  # a peer may raise anything; the next case may do
+                peaks = {"reason": one_line(error)}
+            print(json.dumps(peaks), flush=True)
+            gc.collect()
+
+    def report(self, runs: list[CaseRun], options: argparse.Namespace) -> dict[str, Any]:
+        """The whole JSON."""
+        all_ratios = [run.ratios()[0] for run in runs]
+        return {
+            "benchmark": self.name,
+            "device": options.device,
+            "dry_run": options.dry_run,
+            "ours": runs[0].ours,
+            # of several cases the worst; each case has its own
+            "ratios": worst(all_ratios),
+            "ratio_reasons": {key: why for run in runs for key, why in run.ratios()[1].items()},
+            "error_rule": self.error_rule,
+            "cases": [run.as_dict() for run in runs],
+            "stamps": stamps(self.module),
+        }
+
+    def _write(self, runs: list[CaseRun], options: argparse.Namespace) -> None:
+        if options.json:
+            write_json(options.json, self.report(runs, options))
+
+    def _measure_memory(self, runs: list[CaseRun], options: argparse.Namespace) -> None:
+        """Of everyone who was timed forward and backward."""
+        step = "forward_backward"
+        runs = [run for run in runs if step in run.results]
+        for name, entry in self.entries.items():
+            if not entry.judged:
+                continue
+            racing = [run for run in runs if run.results[step][name].status == TIMED]
+            for run in runs:
+                run.memory[name] = {"reason": run.results[step][name].reason}
+            payloads = [run.payload for run in racing]
+            found = peaks_in_children(self.module, name, payloads, options)
+            for run, peaks in zip(racing, found, strict=True):
+                run.memory[name] = peaks
+        for run in runs:
+            print_peaks(f"{run.case.name}: memory", run.memory, run.ratios()[0])
+
+
+def judge_all(
+    run: CaseRun, entries: Mapping[str, Entry], inputs: Any, judge: Any, options: argparse.Namespace
+) -> dict[str, list[Contender]]:
+    """Every pass' contenders; what they gave is judged by the judge's method of the pass' name."""
+    entered = {
+        step: [_enter(name, entries[name], inputs, step, run.ours, options) for name in entries]
+        for step in options.passes
+    }
+    for step, contenders in entered.items():
+        judged = getattr(judge, step)
+        run.results[step] = {each.name: attempt(each, judged, options.limit) for each in contenders}
+    return entered
+
+
+def time_all(
+    run: CaseRun, entered: dict[str, list[Contender]], options: argparse.Namespace
+) -> None:
+    """Time who was right, in interleaved rounds."""
+    for step, contenders in entered.items():
+        short = options.device == "cpu" and step == "forward"
+        rounds = min(options.rounds, CPU_FORWARD_ROUNDS) if short else options.rounds
+        race(contenders, run.results[step], clock_for(options.device), rounds, options.warmup)
+
+
+def contender(name: str, entry: Entry, inputs: Any, step: str) -> Contender:
+    """The contender of that name; `step` is "forward" or "forward_backward"."""
+
+    def make() -> Step:
+        run: Step = getattr(entry.make(inputs), step)
+        return run
+
+    return make_contender(name, make, entry.note, entry.judged)
+
+
+def _enter(
+    name: str, entry: Entry, inputs: Any, step: str, ours: str, options: argparse.Namespace
+) -> Contender:
+    """The contender, unless it is to stay out."""
+    if name != ours:
+        if name in options.skip or (options.contenders and name not in options.contenders):
+            return Contender(name, reason="left out by the command line")
+        on_cpu = entry.on_cpu or options.dry_run or options.contenders
+        if options.device == "cpu" and not on_cpu:
+            return Contender(
+                name, reason=f"left out on a CPU unless asked for: --contenders {name}"
+            )
+    return contender(name, entry, inputs, step)
+
+
+def add_options(
+    parser: argparse.ArgumentParser, entries: Mapping[str, Entry], ours: Sequence[str]
+) -> None:
+    """The options that every benchmark has."""
+    add = parser.add_argument
+    add("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
+    add("--json", type=Path, help="write everything to this file, too")
+    add("--dry-run", action="store_true", help="tiny bf16 cases on the CPU, all contenders, fast")
+    add("--dtype", choices=("float32", "bfloat16"), help="default: float32 on a CPU")
+    add("--passes", nargs="+", choices=PASSES, default=list(PASSES), metavar="PASS")
+    add("--contenders", nargs="+", choices=entries, default=[], metavar="NAME", help="only these")
+    add("--skip", nargs="+", choices=entries, default=[], metavar="NAME", help="all but these")
+    add("--ours", choices=ours, help="whose ratios; default: that of the default backend")
+    add("--rounds", type=int, help="that count; default: 7 on a CPU, 15 on a GPU")
+    add("--warmup", type=int, help="rounds between the judged call and those that count")
+    add("--limit", type=float, default=60.0, help="seconds for a first call, compilation included")
+    add("--threads", type=int, default=2, help="of PyTorch on the CPU; default: %(default)s")
+    add("--no-memory", dest="memory", action="store_false", help="start no processes for memory")
+    add("--memory-of", choices=entries, help=argparse.SUPPRESS)
+    add("--child-file", type=Path, help=argparse.SUPPRESS)
+
+
+def settle(options: argparse.Namespace) -> argparse.Namespace:
+    """Fill in what wasn't given and depends on the device; a dry run is on the CPU."""
+    if options.dry_run:
+        options.device, options.rounds = "cpu", options.rounds or 2
+    options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    is_gpu = options.device == "cuda"
+    options.dtype = options.dtype or ("bfloat16" if is_gpu or options.dry_run else "float32")
+    options.rounds = options.rounds or (15 if is_gpu else 7)
+    if options.warmup is None:
+        options.warmup = 2 if is_gpu else 0  # on a CPU the judged call is warm-up enough
+    return options
