@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
+from dpofast.errors import ModelError
 from dpofast_kernels.attention import AttentionOptions, SharedLayout, shared_attention
 
 # transformers gives names with flash, sdpa, flex_attention, "paged|" or "/" a meaning of their own,
@@ -16,10 +19,45 @@ from dpofast_kernels.attention import AttentionOptions, SharedLayout, shared_att
 NAME = "dpofast_shared"
 
 
-class AttentionCalls:
-    """Counts calls of our attention, to see that every layer of a model makes one."""
+@dataclass(frozen=True)
+class AttentionCall:
+    """What a layer asked of our attention, sizes and numbers alone.
+
+    Attributes:
+        dtype: of the query.
+        num_heads, num_kv_heads: of queries, and of keys and values.
+        head_dim, value_dim: sizes of their heads.
+        scale, window, softcap: those of AttentionOptions.
+        has_sinks: the layer has a sink per head.
+    """
+
+    dtype: torch.dtype
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    value_dim: int
+    scale: float | None
+    window: int | None
+    softcap: float | None
+    has_sinks: bool
+
+
+class Calls:
+    """Counts the calls of our attention, to see that a packed row reaches no other."""
 
     count = 0
+    recorded: list[AttentionCall] | None = None
+
+
+@contextlib.contextmanager
+def recorded_calls() -> Iterator[list[AttentionCall]]:
+    """Inside, every call of our attention is noted, and runs the plain way on any device."""
+    calls: list[AttentionCall] = []
+    Calls.recorded = calls
+    try:
+        yield calls
+    finally:
+        Calls.recorded = None
 
 
 def _attention(
@@ -37,14 +75,32 @@ def _attention(
     **_others: Any,
 ) -> tuple[Tensor, None]:
     """[1, T, Hq, Dv]; what transformers calls in every layer."""
+    layer = type(module).__name__
     if shared_layout is None:
-        raise RuntimeError(f"{type(module).__name__} doesn't hand the packed layout on.")
+        raise ModelError(f"{layer} doesn't hand the packed layout on; set layout: padded.")
     if attention_mask is not None or dropout:
-        raise RuntimeError(f"{type(module).__name__} gives packed rows a mask, or dropout.")
-    AttentionCalls.count += 1
+        raise ModelError(f"{layer} gives packed rows a mask, or dropout; set layout: padded.")
+    Calls.count += 1
     options = AttentionOptions(scale=scaling, window=sliding_window, softcap=softcap, sinks=s_aux)
     query, key, value = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+    if Calls.recorded is not None:
+        Calls.recorded.append(_call(query, key, value, options))
+        options = replace(options, backend="plain")
     return shared_attention(query, key, value, shared_layout, options)[None], None
+
+
+def _call(query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions) -> AttentionCall:
+    return AttentionCall(
+        dtype=query.dtype,
+        num_heads=query.shape[1],
+        num_kv_heads=key.shape[1],
+        head_dim=query.shape[2],
+        value_dim=value.shape[2],
+        scale=options.scale,
+        window=options.window,
+        softcap=options.softcap,
+        has_sinks=options.sinks is not None,
+    )
 
 
 AttentionInterface.register(NAME, _attention)

@@ -41,7 +41,6 @@ FOREIGN_OPTIONS: dict[str, tuple[tuple[Any, ...], str]] = {
     "ref_model_sync_steps": ((512,), "leave it out; the reference stays fixed during a run"),
     "reference_free": ((False,), "leave it out; a reference is always used"),
     "force_use_ref_model": ((False, True), "leave it out"),
-    "router_aux_loss_coef": ((None, 0.0), "leave it out; the auxiliary loss isn't supported"),
     "padding_free": ((False,), "leave it out; no batch has to be padding-free"),
     "pad_to_multiple_of": ((None, "auto"), "leave it out; rows are as long as they need to be"),
     "use_logits_to_keep": ((False, True), "leave it out; only answers ever reach the head"),
@@ -81,6 +80,8 @@ class DPOConfig(TrainingArguments):
         max_length: tokens of prompt + answer; None for no limit.
         truncation_mode: keep_start cuts longer sequences on the right; keep_end first cuts the
             prompt from its left, once for the pair.
+        router_aux_loss_coef: what the auxiliary loss of a mixture of experts' routers is multiplied
+            with; None for what the model's config says, 0 to leave that loss out.
         disable_dropout: set every dropout of the policy to 0.
         dataset_num_proc: processes that tokenise.
         precompute_ref_log_probs: keep the reference's log-probs for later runs. They are computed
@@ -135,6 +136,9 @@ class DPOConfig(TrainingArguments):
         metadata={"help": "Tokens of prompt + answer; None for no limit."},
     )
     truncation_mode: str = field(default="keep_start", metadata={"help": "keep_start or keep_end."})
+    router_aux_loss_coef: float | None = field(
+        default=None, metadata={"help": "Weight of the routers' auxiliary loss; 0 for none."}
+    )
     disable_dropout: bool = field(
         default=True, metadata={"help": "Set every dropout of the policy to 0."}
     )
@@ -259,9 +263,12 @@ class DPOConfig(TrainingArguments):
             "label_smoothing": (None, "at least 0 and below 0.5"),
             "learning_rate": (0.0, "at least 0"),
             "num_train_epochs": (0.0, "above 0"),
+            "router_aux_loss_coef": (0.0, "at least 0"),
         }
         for name, (minimum, words) in ranges.items():
             value = getattr(self, name)
+            if value is None and name == "router_aux_loss_coef":
+                continue
             is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
             if not is_number or (minimum is not None and value < minimum):
                 raise ConfigError(f"{name}: got {value!r}, expected a number {words}.")

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import logging
-from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from dpofast.attention import AttentionCalls, packed_attention
-from dpofast.data.batch import PackedPairs, collate_padded
 from dpofast.data.layout import Layout
 from dpofast.errors import ConfigError
-from dpofast.model import body_of, causal_lm, dropouts, evaluating
+from dpofast.model import causal_lm, dropouts
 
 logger = logging.getLogger(__name__)
 
@@ -28,18 +24,19 @@ PACKABLE = frozenset(
     solar_open starcoder2 vaultgemma youtu
     """.split()  # noqa: SIM905  a list of them would fill pages
 )
-# Layers that look at other tokens by attention alone. State-space, convolution and chunked layers
-# would carry one sequence's tokens into the next.
+# Why others aren't among them. State-space, convolution and chunked layers would carry one
+# sequence's tokens into the next; those are known by `layer_types`, or by the names below.
+NOT_REPLACEABLE = "its attention can't be replaced"
+NOT_TOLD = "its layers don't hand on to attention what it needs to know"
+NOT_PACKABLE = {
+    **dict.fromkeys(("codegen", "falcon", "gpt_neox_japanese", "gptj", "xglm"), NOT_REPLACEABLE),
+    **dict.fromkeys(("bloom", "mpt"), f"{NOT_REPLACEABLE}, and its ALiBi counts along the row"),
+    **dict.fromkeys(("nemotron", "stablelm"), NOT_TOLD),
+}
+# Layers that look at other tokens by attention alone.
 PACKABLE_LAYERS = {"full_attention", "sliding_attention"}
 # RoPE whose frequencies depend on the longest position of a row.
 ROW_DEPENDENT_ROPE = {"dynamic", "longrope"}
-# Packed and padded hidden states may differ by this much of their size, by rounding alone.
-TOLERANCE = {
-    torch.float64: 1e-10,
-    torch.float32: 1e-4,
-    torch.float16: 2e-2,
-    torch.bfloat16: 1e-1,
-}
 
 
 def choose_layout(wanted: str, model: nn.Module, pad_token_id: int) -> Layout:
@@ -68,11 +65,13 @@ def why_not_packed(model: nn.Module) -> str | None:
     """Why packed rows would be wrong for a model, or None where they are right."""
     lm = causal_lm(model)
     config = lm.config
-    if config.model_type not in PACKABLE:
-        return f"model type {config.model_type!r} isn't known to be right in packed rows"
     others = set(getattr(config, "layer_types", None) or ()) - PACKABLE_LAYERS
     if others:
         return f"its layers of type {', '.join(sorted(others))} mix the sequences of a row"
+    if config.model_type in NOT_PACKABLE:
+        return NOT_PACKABLE[config.model_type]
+    if config.model_type not in PACKABLE:
+        return f"model type {config.model_type!r} isn't known to be right in packed rows"
     if getattr(config, "alibi", False):
         return "its ALiBi counts distances along the row"
     rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
@@ -92,47 +91,3 @@ def attention_window(model: nn.Module) -> int | None:
     layer_types = getattr(config, "layer_types", None) or ["sliding_attention"]
     window: int | None = getattr(config, "sliding_window", None)
     return window if "sliding_attention" in layer_types else None
-
-
-def check_layout(layout: Layout, model: nn.Module) -> None:
-    """Compare a packed row's hidden states with those of padded rows, on a few tokens.
-
-    Raises:
-        ConfigError: they differ, or a layer doesn't call our attention.
-    """
-    if not layout.is_packed:
-        return
-    vocab_size = causal_lm(model).get_input_embeddings().weight.shape[0]
-    ids = [(7 * index + 1) % vocab_size for index in range(14)]
-    # two pairs; the second one's answers begin alike
-    sequences = [
-        (ids[:5], ids[5:9]),
-        (ids[:5], ids[9:12]),
-        (ids[2:4], ids[6:12]),
-        (ids[2:4], [*ids[6:8], *ids[1:4]]),
-    ]
-    before = AttentionCalls.count
-    packed = _scored_states(model, layout.collate(sequences))
-    calls = AttentionCalls.count - before
-    padded = _scored_states(model, collate_padded(sequences))
-    error = ((packed - padded).norm() / padded.norm().clamp_min(1e-12)).item()
-    dtype = causal_lm(model).get_output_embeddings().weight.dtype
-    if calls == 0 or not error <= TOLERANCE[dtype]:
-        raise ConfigError(
-            f"layout: {layout.name} rows give {type(causal_lm(model)).__name__} other hidden "
-            f"states than padded ones (by {error:.1%}); use layout: padded, and please report "
-            "this model type."
-        )
-
-
-@torch.no_grad()
-def _scored_states(model: nn.Module, batch: PackedPairs) -> Tensor:
-    """[N, H] float32 hidden states that predict the labels."""
-    lm: Any = causal_lm(model)
-    batch = batch.to(next(lm.parameters()).device)
-    inputs: dict[str, Any] = {}
-    if batch.shared_layout is not None:
-        inputs = {"position_ids": batch.position_ids, "shared_layout": batch.shared_layout}
-    with evaluating(lm), packed_attention(lm.config, batch.shared_layout):
-        hidden_states = body_of(lm)(input_ids=batch.input_ids, use_cache=False, **inputs)[0]
-    return hidden_states.flatten(0, 1).index_select(0, batch.rows).float()

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from dpofast.attention import packed_attention
+from dpofast.attention import Calls, packed_attention
 from dpofast.data.batch import PackedPairs, TokenIds
 from dpofast.data.layout import Layout
 from dpofast.errors import ModelError
@@ -31,6 +32,16 @@ HEAD_TOLERANCE = {
 
 # Options of loading that say nothing of what the model computes.
 _OF_WEIGHTS = {"dtype", "use_safetensors", "device_map", "low_cpu_mem_usage", "variant"}
+
+
+class BodyTask(Protocol):
+    """What else is made of the body's outputs than the head does: a tensor."""
+
+    def __call__(
+        self,
+        outputs: Any,
+        uses: Tensor,  # [B, L], those of PackedPairs
+    ) -> Tensor: ...
 
 
 def load_policy(name_or_path: str, **options: Any) -> Any:
@@ -143,9 +154,16 @@ def body_of(model: Any) -> nn.Module:
     body = model.get_decoder()
     if body is None or body is model:
         body = model.base_model
+    if body is model:
+        body = getattr(model, "model", model)  # Llama4 names another attribute than it has
     if body is model or model.get_output_embeddings() is None:
         raise ModelError(f"{type(model).__name__} has no body and head to be called apart.")
     return body
+
+
+def num_layers(model: Any) -> int:
+    """Decoder layers; each calls attention once at least, where it has any."""
+    return int(model.config.get_text_config().num_hidden_layers)
 
 
 def _pair_forward(
@@ -155,14 +173,26 @@ def _pair_forward(
     head_task: HeadTask,
     position_ids: Tensor | None = None,  # [B, L]
     shared_layout: SharedLayout | None = None,
+    body_task: Callable[[Any], Tensor] | None = None,
     **_unused: Any,  # PEFT adds arguments of its own, all None here
 ) -> Any:
     """The causal LM's forward during a step."""
-    inputs = {"position_ids": position_ids, "shared_layout": shared_layout}
+    inputs = {
+        "position_ids": position_ids,
+        "shared_layout": shared_layout,
+        "output_router_logits": None if body_task is None else True,
+    }
     given = {name: value for name, value in inputs.items() if value is not None}
-    hidden_states = body_of(model)(input_ids=input_ids, use_cache=False, **given)[0]  # [B, L, H]
-    scored = hidden_states.flatten(0, 1).index_select(0, rows)  # [N, H]
-    return model.get_output_embeddings()(scored, head_task)
+    calls = Calls.count
+    outputs = body_of(model)(input_ids=input_ids, use_cache=False, **given)
+    if shared_layout is not None and Calls.count - calls < num_layers(model):
+        raise ModelError(
+            f"{type(model).__name__} ran a packed row through an attention that would mix its "
+            "sequences; set layout: padded."
+        )
+    scored = outputs[0].flatten(0, 1).index_select(0, rows)  # [N, H]
+    result = model.get_output_embeddings()(scored, head_task)
+    return result if body_task is None else (*result, body_task(outputs))
 
 
 @contextlib.contextmanager
@@ -187,11 +217,17 @@ def pair_step(model: nn.Module) -> Iterator[None]:
                 module.forward = forward
 
 
-def run_batch(wrapped: nn.Module, batch: PackedPairs, head_task: HeadTask) -> Any:
+def run_batch(
+    wrapped: nn.Module,
+    batch: PackedPairs,
+    head_task: HeadTask,
+    body_task: BodyTask | None = None,
+) -> Any:
     """One forward pass inside `pair_step`, and for a packed row `packed_attention`.
 
     Returns:
-        What the head's task returns.
+        What the head's task returns: where there is a `body_task`, too, a tuple, and behind it what
+        that one returns.
     """
     return wrapped(
         input_ids=batch.input_ids,
@@ -199,6 +235,7 @@ def run_batch(wrapped: nn.Module, batch: PackedPairs, head_task: HeadTask) -> An
         shared_layout=batch.shared_layout,
         rows=batch.rows,
         head_task=head_task,
+        body_task=None if body_task is None else partial(body_task, uses=batch.uses),
     )
 
 
@@ -259,6 +296,7 @@ def check_head(model: nn.Module) -> None:
         bounds=torch.tensor([0, 8]),
         ref_logps=None,
         num_tokens=8,
+        uses=torch.ones_like(input_ids),
     )
     options = head_options(lm.config)
     with evaluating(model):

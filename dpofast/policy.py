@@ -106,8 +106,6 @@ def prepare_policy(model: Any, config: DPOConfig, peft_config: Any) -> nn.Module
     if config.disable_dropout:
         disable_dropout(model)
     lm = causal_lm(model)
-    if getattr(lm.config.get_text_config(), "output_router_logits", False):
-        logger.warning("The auxiliary loss of this mixture of experts isn't added to DPO's.")
     body_of(lm)
     head_forwards(lm.get_output_embeddings())
     if config.label_smoothing:

@@ -13,13 +13,15 @@ from accelerate import Accelerator
 from torch import nn
 
 from dpofast.checkpoint import RunState
+from dpofast.checks import check_model
 from dpofast.data.batch import TokenIds
 from dpofast.data.layout import Layout
 from dpofast.errors import DataError, ReferenceStoreError
-from dpofast.layouts import check_layout, why_not_packed
-from dpofast.model import SequenceScorer, causal_lm, check_head
+from dpofast.layouts import why_not_packed
+from dpofast.model import SequenceScorer, causal_lm
 from dpofast.reference.identity import ReferenceIdentity, model_identity
 from dpofast.reference.provider import ReferenceProvider
+from dpofast.router import RouterLoss, check_router_loss
 from dpofast_kernels import HEAD_VERSION
 
 logger = logging.getLogger(__name__)
@@ -38,6 +40,7 @@ class RunReference:
         provider: of the stored log-probs.
         accelerator: knows the device and the autocast of a forward pass.
         layout: of the answers that are scored.
+        router_loss: that the policy's training adds, if any; for the check alone.
     """
 
     def __init__(
@@ -47,9 +50,10 @@ class RunReference:
         provider: ReferenceProvider,
         accelerator: Accelerator,
         layout: Layout,
+        router_loss: RouterLoss | None = None,
     ) -> None:
         self.policy, self.ref_model, self.provider = policy, ref_model, provider
-        self.accelerator, self.layout = accelerator, layout
+        self.accelerator, self.layout, self.router_loss = accelerator, layout, router_loss
         self.is_gone = False
         self._believed: set[str] = set()  # datasets with log-probs of their own
         self._scored: set[str] = set()  # datasets without
@@ -60,8 +64,10 @@ class RunReference:
         """Settled at the first call, for the whole run."""
         if self.provider.identity is None:
             for model in {id(m): m for m in (self.policy, self._model)}.values():
-                check_head(model)
-                check_layout(self._layout_of(model), model)
+                device, autocast = self.accelerator.device, self._autocast_dtype
+                check_model(model, self._layout_of(model), device, autocast)
+            if self.router_loss is not None:
+                check_router_loss(self.router_loss, self.policy)
             self.provider.fix(self._identity(self._model))
         assert self.provider.identity is not None
         return self.provider.identity
@@ -136,8 +142,11 @@ class RunReference:
 
     def dtype(self) -> torch.dtype:
         """In which the forward pass computes."""
-        dtype = causal_lm(self.policy).dtype
-        return AUTOCAST_DTYPES.get(self.accelerator.mixed_precision, dtype)
+        return self._autocast_dtype or causal_lm(self.policy).dtype
+
+    @property
+    def _autocast_dtype(self) -> torch.dtype | None:
+        return AUTOCAST_DTYPES.get(self.accelerator.mixed_precision)
 
     def _sum_over_ranks(self, counts: list[int]) -> list[int]:
         vector = torch.tensor(counts, device=self.accelerator.device)
@@ -182,7 +191,7 @@ class RunReference:
     def _identity(self, model: nn.Module) -> ReferenceIdentity:
         return model_identity(
             model,
-            autocast_dtype=AUTOCAST_DTYPES.get(self.accelerator.mixed_precision),
+            autocast_dtype=self._autocast_dtype,
             attention=causal_lm(model).config._attn_implementation,
             head_version=HEAD_VERSION,
         )

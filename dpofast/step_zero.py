@@ -36,13 +36,17 @@ class StepZeroCheck:
         """Raise ModelError if the log-ratios of the first batch aren't zero but for rounding."""
         assert batch.ref_logps is not None
         lengths = batch.bounds.diff()  # [2P]
-        logratios = (output.logps.cpu() - batch.ref_logps.cpu()).abs()  # [2P]
-        per_token = (logratios / lengths).mean().item()
+        logratios = output.logps.cpu() - batch.ref_logps.cpu()  # [2P]
+        per_token = (logratios.abs() / lengths).mean().item()
         if per_token <= self.tolerance:
             return
-        zeros = torch.zeros(batch.num_pairs, dtype=torch.float64)
-        expected = self.loss.pair_loss(zeros, zeros, lengths.view(-1, 2))[0].mean().item()
-        got = output.loss.item() / batch.num_pairs
+        got, expected = (
+            self.loss.pair_loss(chosen, rejected, lengths.view(-1, 2))[0].mean().item()
+            for chosen, rejected in (
+                (logratios[0::2], logratios[1::2]),
+                (torch.zeros_like(logratios[0::2]), torch.zeros_like(logratios[1::2])),
+            )
+        )
         raise ModelError(
             f"The first batch's loss is {got:.6f}, but the policy is its own reference before "
             f"step 1, which gives {expected:.6f} (log-ratios of {per_token:.3g} nats per token, "

@@ -32,6 +32,7 @@ from dpofast.plots import PLOT_FILE, plot_run
 from dpofast.policy import model_name, prepare_policy, resolve_model, resolve_ref_model
 from dpofast.prepared import PreparedData
 from dpofast.reference.provider import Ranks, ReferenceProvider
+from dpofast.router import join, make_router_loss
 from dpofast.run_reference import RunReference
 from dpofast.step_zero import StepZeroCheck
 from dpofast.steps import planned_steps, train_sampler
@@ -110,12 +111,13 @@ class DPOTrainer(Trainer):
         self._lm_config = causal_lm(self.model).config
         self._head_options = head_options(self._lm_config)
         self.layout = choose_layout(config.layout, self.model, self._pad_token_id)
+        self._router_loss = make_router_loss(self.model, config)
         ranks = Ranks(config.process_index, config.world_size, self.accelerator.wait_for_everyone)
         pairs = config.precompute_ref_batch_size or config.per_device_train_batch_size
         self.ref_model = ref_model
         provider = ReferenceProvider(config.reference_folder(), ranks, 2 * pairs)
         self.reference = RunReference(
-            self.model, ref_model, provider, self.accelerator, self.layout
+            self.model, ref_model, provider, self.accelerator, self.layout, self._router_loss
         )
         self.loaders = StepLoaders(config, self.layout, self.reference, self._tokens_that_fit)
         self.throughput = Throughput(
@@ -266,9 +268,10 @@ class DPOTrainer(Trainer):
         )
         attention = packed_attention(self._lm_config, batch.shared_layout)
         with attention, pair_step(self.model), self.accelerator.autocast():
-            output = PairLossOutput(*run_batch(model, batch, task))
+            results = run_batch(model, batch, task, self._router_loss)
+        output, more = join(results, self._router_loss, batch.num_pairs)
         metrics = dict(zip(METRIC_NAMES, output.metrics, strict=True))
-        sums.add({**metrics, "loss": output.loss}, batch.num_pairs)
+        sums.add({**metrics, **more, "loss": output.loss}, batch.num_pairs)
         return output
 
     def compute_loss(self, *args: Any, **kwargs: Any) -> Any:

@@ -55,6 +55,138 @@ PACKABLE_FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt_oss": ("GptOssConfig", {**BASE, **HEAD_8, **WINDOW, **MIXED, **EXPERTS}),
     "olmo2": ("Olmo2Config", {**BASE, "pad_token_id": 0}),
 }
+# The model types that are left of those that packed rows are right for, in the same way.
+_PAD = {**BASE, "pad_token_id": 0}
+_PAD_8 = {**_PAD, **HEAD_8}
+_ROUTED = {
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+    "n_shared_experts": 1,
+    "n_group": 1,
+    "topk_group": 1,
+}
+_FIRST_DENSE = {**_ROUTED, "first_k_dense_replace": 1}
+_NUMBERED = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+_LATENT = {
+    "num_key_value_heads": 4,
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 8,
+}
+_GPT2 = {
+    **{"vocab_size": VOCAB_SIZE, "n_embd": 32, "n_head": 4, "n_layer": 3, "n_positions": 128},
+    **{"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
+}
+_YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 16,
+    "llama_4_scaling_beta": 0.1,
+}
+_LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+OTHER_PACKABLE_FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "afmoe": (
+        "AfmoeConfig",
+        {**_PAD_8, **_NUMBERED, **WINDOW, **MIXED, "num_shared_experts": 1},
+    ),
+    "apertus": ("ApertusConfig", _PAD),
+    "arcee": ("ArceeConfig", _PAD_8),
+    "bitnet": ("BitNetConfig", _PAD),
+    "cohere": ("CohereConfig", _PAD),
+    "cohere2": ("Cohere2Config", {**_PAD, **WINDOW, **MIXED}),
+    "cohere2_moe": ("Cohere2MoeConfig", {**_PAD_8, **_NUMBERED, **WINDOW, **MIXED}),
+    "cwm": ("CwmConfig", {**_PAD_8, **WINDOW, **MIXED, "rope_parameters": _LLAMA3}),
+    "deepseek_v3": ("DeepseekV3Config", {**_PAD, **_LATENT, **_FIRST_DENSE}),
+    "ernie4_5": ("Ernie4_5Config", _PAD_8),
+    "ernie4_5_moe": (
+        "Ernie4_5_MoeConfig",
+        {**_PAD, "moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 16},
+    ),
+    "exaone4": ("Exaone4Config", {**_PAD, **WINDOW, **MIXED}),
+    "exaone_moe": (
+        "ExaoneMoeConfig",
+        {
+            **{**_PAD, **_NUMBERED, **WINDOW, **MIXED},
+            "mlp_layer_types": ["dense", "sparse", "sparse"],
+        },
+    ),
+    "flex_olmo": ("FlexOlmoConfig", {**_PAD, "num_experts": 4, "num_experts_per_tok": 2}),
+    "gemma": ("GemmaConfig", _PAD_8),
+    "glm": ("GlmConfig", _PAD_8),
+    "glm4": ("Glm4Config", _PAD_8),
+    "glm4_moe": ("Glm4MoeConfig", {**_PAD_8, **_FIRST_DENSE}),
+    "gpt2": ("GPT2Config", _GPT2),
+    "gpt_bigcode": ("GPTBigCodeConfig", _GPT2),
+    "granite": ("GraniteConfig", {**_PAD, "attention_multiplier": 0.3, "logits_scaling": 2.0}),
+    "granitemoe": ("GraniteMoeConfig", {**_PAD, **EXPERTS}),
+    "granitemoeshared": (
+        "GraniteMoeSharedConfig",
+        {**_PAD, **EXPERTS, "shared_intermediate_size": 16},
+    ),
+    "helium": ("HeliumConfig", _PAD_8),
+    "internlm3": ("InternLM3Config", _PAD_8),
+    "jetmoe": ("JetMoeConfig", {**_PAD, **EXPERTS, "kv_channels": 8}),
+    "longcat_flash": (
+        "LongcatFlashConfig",
+        {
+            **{**_PAD_8, **_LATENT, "num_layers": 2, "ffn_hidden_size": 48},
+            **{"expert_ffn_hidden_size": 16, "n_routed_experts": 4, "zero_expert_num": 2},
+            "moe_topk": 2,
+        },
+    ),
+    "mimo_v2_flash": (
+        "MiMoV2FlashConfig",
+        {
+            **{**_PAD_8, **_ROUTED, **WINDOW, **MIXED, "v_head_dim": 4},
+            "mlp_layer_types": ["dense", "sparse", "sparse"],
+        },
+    ),
+    "minicpm3": ("MiniCPM3Config", {**_PAD, **_LATENT}),
+    "minimax_m2": ("MiniMaxM2Config", {**_PAD_8, **EXPERTS}),
+    "ministral3": ("Ministral3Config", {**_PAD_8, "rope_parameters": _YARN}),
+    "nanochat": ("NanoChatConfig", _PAD),
+    "olmo": ("OlmoConfig", _PAD),
+    "olmo3": ("Olmo3Config", {**_PAD, **WINDOW, **MIXED}),
+    "olmoe": ("OlmoeConfig", {**_PAD, "num_experts": 4, "num_experts_per_tok": 2}),
+    "persimmon": ("PersimmonConfig", {**MULTI_HEAD, "hidden_dropout": 0.0}),
+    "phi": ("PhiConfig", {**_PAD, "resid_pdrop": 0.0, "embd_pdrop": 0.0}),
+    "qwen2_moe": (
+        "Qwen2MoeConfig",
+        {**_PAD, **_NUMBERED, "shared_expert_intermediate_size": 16, "mlp_only_layers": [1]},
+    ),
+    "qwen3_moe": ("Qwen3MoeConfig", {**_PAD_8, **_NUMBERED}),
+    "seed_oss": ("SeedOssConfig", {**_PAD_8, "residual_dropout": 0.0}),
+    "smollm3": ("SmolLM3Config", {**_PAD, "no_rope_layer_interval": 2}),
+    "solar_open": ("SolarOpenConfig", {**_PAD_8, **_ROUTED}),
+    "starcoder2": ("Starcoder2Config", {**_PAD, **WINDOW}),
+    "vaultgemma": (
+        "VaultGemmaConfig",
+        {**_PAD_8, **WINDOW, **MIXED, "attn_logit_softcapping": 5.0, "query_pre_attn_scalar": 8},
+    ),
+    "youtu": ("YoutuConfig", {**_PAD, **_LATENT}),
+    # variants of families above
+    "llama3 rope": ("LlamaConfig", {**BASE, "rope_parameters": _LLAMA3}),
+    "qwen2 with window": (
+        "Qwen2Config",
+        {**BASE, **WINDOW, "use_sliding_window": True, "max_window_layers": 1},
+    ),
+    "phi3 with window": ("Phi3Config", {**PACKABLE_FAMILIES["phi3"][1], **WINDOW}),
+    "opt, norms last": (
+        "OPTConfig",
+        {**PACKABLE_FAMILIES["opt"][1], "do_layer_norm_before": False, "word_embed_proj_dim": 16},
+    ),
+}
 UNPACKABLE_FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "mamba": ("MambaConfig", {**SIZES, "num_hidden_layers": 2, "state_size": 4}),
     "jamba": (
@@ -94,7 +226,45 @@ UNPACKABLE_FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         {**SIZES, "n_layer": 2, "n_head": 4, "hidden_dropout": 0.0, "attention_dropout": 0.0},
     ),
 }
-FAMILIES = {**PACKABLE_FAMILIES, **UNPACKABLE_FAMILIES}
+# Those whose attention can't be replaced, or doesn't hear of the layout.
+DEAF_FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "bloom": UNPACKABLE_FAMILIES["bloom"],
+    "codegen": ("CodeGenConfig", {**_GPT2, "rotary_dim": 4}),
+    "falcon": (
+        "FalconConfig",
+        {**SIZES, "num_hidden_layers": 2, "num_attention_heads": 4, "hidden_dropout": 0.0},
+    ),
+    "gptj": ("GPTJConfig", {**_GPT2, "rotary_dim": 4}),
+    "mpt": (
+        "MptConfig",
+        {"vocab_size": VOCAB_SIZE, "d_model": 32, "n_layers": 2, "n_heads": 4, "max_seq_len": 128},
+    ),
+    "nemotron": ("NemotronConfig", {**_PAD, "hidden_dropout": 0.0}),
+    "stablelm": ("StableLmConfig", {**_PAD, "hidden_dropout": 0.0}),
+}
+# Those in which something else than attention looks at other tokens, or attention at chunks.
+MIXING_FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "lfm2": ("Lfm2Config", {**_PAD, "layer_types": ["conv", "full_attention", "conv"]}),
+    "llama4": (
+        "Llama4TextConfig",
+        {
+            **{**_PAD_8, "num_local_experts": 2, "intermediate_size_mlp": 48},
+            **{"attention_chunk_size": 8, "interleave_moe_layer_step": 2},
+        },
+    ),
+    "minimax": (
+        "MiniMaxConfig",
+        {**_PAD_8, **EXPERTS, "layer_types": ["linear_attention", "full_attention"] * 2}
+        | {"num_hidden_layers": 4, "block_size": 16},
+    ),
+}
+FAMILIES = {
+    **DEAF_FAMILIES,
+    **MIXING_FAMILIES,
+    **PACKABLE_FAMILIES,
+    **OTHER_PACKABLE_FAMILIES,
+    **UNPACKABLE_FAMILIES,
+}
 
 
 def tiny_model(family: str, attention: str = "eager") -> Any:

@@ -14,7 +14,13 @@ import torch
 import torch.nn.functional as F
 from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 from dpofast import DPOConfig, DPOTrainer
 
@@ -49,6 +55,22 @@ def tiny_llama(seed: int = 0, **overrides: Any) -> LlamaForCausalLM:
         "max_position_embeddings": 256,
     }
     return LlamaForCausalLM(LlamaConfig(**{**fields, **overrides}))
+
+
+def tiny_mixtral(seed: int = 0) -> MixtralForCausalLM:
+    """A mixture of four experts, two of them for each token."""
+    torch.manual_seed(seed)
+    config = MixtralConfig(
+        vocab_size=VOCAB_SIZE,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=4,
+        max_position_embeddings=256,
+    )
+    return MixtralForCausalLM(config)
 
 
 def token_pairs(num_pairs: int = 12, seed: int = 0) -> Dataset:

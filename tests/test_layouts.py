@@ -8,18 +8,23 @@ from unittest import mock
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from torch import Tensor
 
 from dpofast.attention import packed_attention
+from dpofast.checks import check_layout
 from dpofast.data.layout import Layout
 from dpofast.errors import ConfigError
 from dpofast.head import PairLossTask, head_options
-from dpofast.layouts import attention_window, check_layout, choose_layout, why_not_packed
+from dpofast.layouts import PACKABLE, attention_window, choose_layout, why_not_packed
 from dpofast.model import body_of, causal_lm, load_skeleton, pair_step, run_batch
 from dpofast_kernels import make_loss
 from dpofast_kernels.attention import shared_attention
 from tests.families import (
+    DEAF_FAMILIES,
     FAMILIES,
+    MIXING_FAMILIES,
+    OTHER_PACKABLE_FAMILIES,
     PACKABLE_FAMILIES,
     UNPACKABLE_FAMILIES,
     VOCAB_SIZE,
@@ -31,7 +36,18 @@ BETA = 0.7
 # tokens of prompt, of what both answers begin with, and of the rest of chosen and rejected
 PAIRS = ((13, 0, 7, 9), (5, 3, 11, 1), (20, 0, 3, 17), (1, 2, 4, 6), (4, 5, 0, 3), (6, 4, 2, 0))
 
-NO_SDPA = {"gemma2", "gpt_oss", "mamba", "bloom"}  # transformers refuses
+# transformers refuses
+NO_SDPA = {
+    "bloom",
+    "codegen",
+    "gemma2",
+    "gpt_oss",
+    "gptj",
+    "mamba",
+    "mimo_v2_flash",
+    "mpt",
+    "vaultgemma",
+}
 
 
 @pytest.fixture(autouse=True)
@@ -129,6 +145,41 @@ def test_every_layout_equals_separate_sequences(family, name):
     compare(tiny_model(family).double(), Layout(name))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["shared", "unshared"])
+@pytest.mark.parametrize("family", OTHER_PACKABLE_FAMILIES)
+def test_all_model_types_that_are_packed_equal_separate_sequences(family, name):
+    class_name, _ = OTHER_PACKABLE_FAMILIES[family]
+    if not hasattr(transformers, class_name):
+        pytest.skip(f"transformers {transformers.__version__} has no {class_name}")
+    model = tiny_model(family).double()
+    assert choose_layout("auto", model, 0).name == "shared"
+    compare(model, Layout(name))
+
+
+def test_every_packable_model_type_is_compared():
+    """Whoever adds one to the list adds a model to the tests, too."""
+    families = {**PACKABLE_FAMILIES, **OTHER_PACKABLE_FAMILIES}
+    classes = {getattr(transformers, name, None) for name, _ in families.values()} - {None}
+    missing = {"internlm3"} if not hasattr(transformers, "InternLM3Config") else set()
+    assert {each.model_type for each in classes} == PACKABLE - missing
+
+
+@pytest.mark.parametrize("family", {**DEAF_FAMILIES, **MIXING_FAMILIES})
+def test_the_reason_why_a_model_is_padded_is_named(family, caplog):
+    caplog.set_level("INFO", logger="dpofast")
+    assert choose_layout("auto", tiny_model(family), 0).name == "padded"
+    (line,) = [record.message for record in caplog.records if "Layout: padded" in record.message]
+    reason = {
+        "llama4": "its layers of type chunked_attention",
+        "lfm2": "its layers of type conv",
+        "minimax": "its layers of type linear_attention",
+        "nemotron": "its layers don't hand on to attention what it needs to know",
+        "stablelm": "its layers don't hand on to attention what it needs to know",
+    }.get(family, "its attention can't be replaced")
+    assert reason in line
+
+
 @pytest.mark.parametrize("family", UNPACKABLE_FAMILIES)
 def test_what_cannot_be_packed_is_recognised_and_right_when_padded(family, caplog):
     model = tiny_model(family).double()
@@ -193,25 +244,6 @@ def test_dropout_takes_the_padded_layout():
     assert why_not_packed(model) == "LlamaAttention has a dropout above 0"
 
 
-def test_a_model_that_is_wrong_in_packed_rows_is_found_out():
-    """One whose layers look past the attention: each token also sees the one before it."""
-    model = tiny_model("llama")
-    layer = model.model.layers[1].mlp
-    forward = layer.forward
-    layer.forward = lambda x: forward(x + 0.3 * x.roll(1, 1))
-    with pytest.raises(ConfigError, match="shared rows give LlamaForCausalLM other hidden states"):
-        check_layout(Layout("shared"), model)
-
-
-def test_a_packed_row_outside_of_its_attention_is_not_run_silently():
-    """Stock eager attention would take the row for one long text; see `packed_attention`."""
-    model = tiny_model("llama")
-    batch = Layout("shared").collate(sequences())
-    with packed_attention(model.config, batch.shared_layout), pytest.raises(RuntimeError):
-        model(batch.input_ids, position_ids=batch.position_ids, use_cache=False)
-    assert model.config._attn_implementation == "eager"
-
-
 @pytest.mark.parametrize(
     ("family", "window"),
     [("llama", None), ("qwen2", None), ("mistral with window", 6), ("gemma3", 6), ("gpt_oss", 6)],
@@ -233,7 +265,7 @@ def test_the_window_that_layers_look_through(family, window):
     assert max(seen, key=lambda each: each or 0) == window
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*PACKABLE_FAMILIES, *UNPACKABLE_FAMILIES])
 def test_a_model_without_weights_takes_the_layout_of_the_whole(tmp_path, family):
     """And with dropouts above 0, those of the config included."""
     for index, rate in enumerate((0.0, 0.1)):

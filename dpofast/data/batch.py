@@ -31,6 +31,7 @@ class PackedPairs:
         bounds: [S+1] int64 on the CPU, the scored tokens of sequence s are bounds[s]:bounds[s+1].
         ref_logps: [S] fp64, summed reference log-probs in nats; None while those are made.
         num_tokens: tokens that are not padding, over all sequences.
+        uses: [B, L] int64, how many sequences a position belongs to; 0 on padding.
         shared_layout: what attends to what in a packed row [1, L]; None where each sequence has a
             row of its own.
     """
@@ -42,6 +43,7 @@ class PackedPairs:
     bounds: Tensor
     ref_logps: Tensor | None
     num_tokens: int
+    uses: Tensor
     shared_layout: SharedLayout | None = None
 
     @property
@@ -104,9 +106,12 @@ def collate_padded(
     ids = [[*prompt, *answer] for prompt, answer in sequences]
     width = max(map(len, ids), default=1)
     input_ids = torch.full((max(len(ids), 1), width), pad_token_id)  # [S, L]
+    uses = torch.zeros_like(input_ids)
+    uses[:, 0] = 1  # a token that runs along alone counts, as nothing else would
     rows, labels = [], []
     for index, (sequence, (prompt, answer)) in enumerate(zip(ids, sequences, strict=True)):
         input_ids[index, : len(sequence)] = torch.tensor(sequence)
+        uses[index, : len(sequence)] = 1
         first = index * width + len(prompt) - 1  # the prompt's last token predicts the first label
         rows.append(torch.arange(first, first + len(answer)))
         labels.append(torch.tensor(answer))
@@ -120,4 +125,5 @@ def collate_padded(
         bounds=torch.tensor(bounds),
         ref_logps=None if ref_logps is None else torch.tensor(ref_logps, dtype=torch.float64),
         num_tokens=sum(map(len, ids)),
+        uses=uses,
     )

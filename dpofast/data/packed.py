@@ -33,21 +33,24 @@ def collate_packed(
     """
     row: list[int] = []
     groups: list[tuple[int, list[int]]] = []
+    uses: list[int] = []
     rows: list[Tensor] = []
     for group in _groups(sequences, share, by_prompt):
         ids = [[*prompt, *answer] for prompt, answer in group]
         prefix = _common_prefix(ids)
         prefix_start = len(row)
         row += ids[0][:prefix]
+        uses += [len(group)] * prefix
         for sequence, (prompt, _) in zip(ids, group, strict=True):
             # A position before the prefix' end stands there, a later one in the sequence's rest.
             positions = torch.arange(len(prompt) - 1, len(sequence) - 1)
             tail_start = len(row) - prefix
             rows.append(positions + torch.where(positions < prefix, prefix_start, tail_start))
             row += sequence[prefix:]
+            uses += [1] * (len(sequence) - prefix)
         groups.append((prefix, [len(sequence) - prefix for sequence in ids]))
     if not groups:
-        row, groups = [0], [(1, [0])]  # something to run, for a rank without pairs
+        row, uses, groups = [0], [1], [(1, [0])]  # something to run, for a rank without pairs
     layout = build_layout(groups)
     empty = torch.empty(0, dtype=torch.int64)
     labels = [torch.tensor(answer) for _, answer in sequences]
@@ -60,6 +63,7 @@ def collate_packed(
         bounds=torch.tensor(bounds),
         ref_logps=None if ref_logps is None else torch.tensor(ref_logps, dtype=torch.float64),
         num_tokens=sum(len(prompt) + len(answer) for prompt, answer in sequences),
+        uses=torch.tensor(uses)[None],
         shared_layout=layout,
     )
 

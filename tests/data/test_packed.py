@@ -24,6 +24,7 @@ def test_each_label_is_predicted_from_its_own_sequence(some_pairs, share, by_pro
     batch = collate_packed(sequences, share=share, by_prompt=by_prompt)
     row, positions = batch.input_ids[0], batch.position_ids[0]
     looks_at = attends(batch.shared_layout)
+    uses = torch.zeros_like(row)
     for index, (prompt, answer) in enumerate(sequences):
         start, end = batch.bounds[index : index + 2]
         assert batch.labels[start:end].tolist() == answer
@@ -32,6 +33,12 @@ def test_each_label_is_predicted_from_its_own_sequence(some_pairs, share, by_pro
             seen = looks_at[place].nonzero()[:, 0]
             assert row[seen].tolist() == expected
             assert positions[seen].tolist() == list(range(len(expected)))
+        reaches = looks_at[batch.rows[end - 1]]  # all that the sequence but its last token is
+        uses[reaches] += 1
+    ends = [len(prompt) + len(answer) for prompt, answer in sequences]
+    assert batch.uses.sum() == sum(ends)
+    assert (batch.uses[0] >= uses).all()
+    assert batch.uses.max() <= (len(sequences) if by_prompt else 2)
     assert batch.num_pairs == len(some_pairs)
     assert batch.num_tokens == sum(len(prompt) + len(answer) for prompt, answer in sequences)
 
@@ -48,6 +55,7 @@ def test_all_neighbours_of_one_prompt_share_it_when_asked_to():
     batch = collate_packed(sequences, by_prompt=True)
     assert batch.input_ids.tolist() == [[1, 2, 3, 3, 4, 5, 1, 2]]
     assert batch.rows.tolist() == [1, 1, 3, 1, 6]
+    assert batch.uses.tolist() == [[3, 3, 1, 1, 1, 1, 1, 1]]
 
 
 def test_what_answers_begin_with_is_shared_too():
@@ -55,12 +63,14 @@ def test_what_answers_begin_with_is_shared_too():
     assert batch.input_ids.tolist() == [[1, 2, 3, 4, 5, 6, 7]]
     assert batch.position_ids.tolist() == [[0, 1, 2, 3, 4, 4, 5]]
     assert batch.rows.tolist() == [1, 2, 3, 1, 2, 3, 5]
+    assert batch.uses.tolist() == [[2, 2, 2, 2, 1, 1, 1]]
 
 
 def test_an_answer_that_the_other_one_begins_with():
     batch = collate_packed([([1, 2], [3, 4]), ([1, 2], [3, 4, 6])])
     assert batch.input_ids.tolist() == [[1, 2, 3, 4, 6]]
     assert batch.rows.tolist() == [1, 2, 1, 2, 3]
+    assert batch.uses.tolist() == [[2, 2, 2, 2, 1]]
 
 
 def test_no_sequences_give_a_row_with_nothing_scored():

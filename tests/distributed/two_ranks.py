@@ -1,6 +1,9 @@
 """One training run on however many ranks started it; the main one writes its logs as JSON.
 
-torchrun --nproc-per-node 2 two_ranks.py FOLDER PAIRS_PER_DEVICE ACCUMULATION [ZERO_STAGE]
+torchrun --nproc-per-node 2 two_ranks.py FOLDER PAIRS_PER_DEVICE ACCUMULATION [ZERO_STAGE [MODEL]]
+
+MODEL is llama, or mixtral: padded, so that micro-batches are the same on however many ranks, with
+gradient checkpointing and the routers' auxiliary loss.
 """
 
 from __future__ import annotations
@@ -12,7 +15,7 @@ from pathlib import Path
 import torch
 
 from dpofast import DPOConfig, DPOTrainer
-from tests.support import byte_tokenizer, tiny_llama, token_pairs
+from tests.support import byte_tokenizer, tiny_llama, tiny_mixtral, token_pairs
 
 
 def zero_config(stage: str) -> dict[str, object]:
@@ -26,8 +29,11 @@ def zero_config(stage: str) -> dict[str, object]:
     }
 
 
-def main(folder: str, pairs_per_device: str, accumulation: str, stage: str = "") -> None:
+def main(
+    folder: str, pairs_per_device: str, accumulation: str, stage: str = "", model: str = "llama"
+) -> None:
     torch.set_num_threads(1)
+    is_mixture = model == "mixtral"
     config = DPOConfig(
         output_dir=f"{folder}/run",
         reference_store=f"{folder}/store",
@@ -43,14 +49,16 @@ def main(folder: str, pairs_per_device: str, accumulation: str, stage: str = "")
         save_strategy="no",
         report_to=[],
         bf16=False,
-        gradient_checkpointing=False,
+        gradient_checkpointing=is_mixture,
+        router_aux_loss_coef=0.5 if is_mixture else None,
+        layout="padded" if is_mixture else "auto",
         use_cpu=True,
         disable_tqdm=True,
         seed=3,
         deepspeed=zero_config(stage) if stage else None,
     )
     trainer = DPOTrainer(
-        tiny_llama(),
+        tiny_mixtral() if is_mixture else tiny_llama(),
         args=config,
         train_dataset=token_pairs(9),  # the last step has one pair: a rank is left without
         eval_dataset=token_pairs(5, seed=4),

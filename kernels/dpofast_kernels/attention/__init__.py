@@ -16,11 +16,12 @@ from dpofast_kernels.attention.dispatch import backend_for, shared_attention
 from dpofast_kernels.attention.layout import SharedLayout, build_layout
 from dpofast_kernels.attention.naive import attends
 from dpofast_kernels.attention.options import AttentionOptions
-from dpofast_kernels.attention.probe import probe
+from dpofast_kernels.attention.probe import WrongBackendError, probe
 
 __all__ = [
     "AttentionOptions",
     "SharedLayout",
+    "WrongBackendError",
     "attends",
     "backend_for",
     "build_layout",

@@ -1,0 +1,155 @@
+"""Short checks of a model before a run: what would train it wrongly stops the run instead."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dpofast.attention import AttentionCall, packed_attention, recorded_calls
+from dpofast.data.batch import PackedPairs, TokenIds, collate_padded
+from dpofast.data.layout import Layout
+from dpofast.errors import ConfigError
+from dpofast.model import body_of, causal_lm, check_head, evaluating, num_layers
+from dpofast_kernels.attention import AttentionOptions, WrongBackendError, probe
+
+logger = logging.getLogger(__name__)
+
+# Packed and padded hidden states may differ by this much of their size, by rounding alone. Models
+# of transformers compute their norms in float32, whatever their dtype.
+TOLERANCE = {
+    torch.float64: 1e-5,
+    torch.float32: 1e-4,
+    torch.float16: 2e-2,
+    torch.bfloat16: 1e-1,
+}
+
+
+def check_model(
+    model: nn.Module, layout: Layout, device: torch.device, autocast_dtype: torch.dtype | None
+) -> None:
+    """All checks that a model must pass before it trains, or scores.
+
+    Args:
+        model: policy or reference.
+        layout: of its micro-batches.
+        device: where it is to run.
+        autocast_dtype: of its forward pass; None without autocast.
+
+    Raises:
+        ModelError: its head does what we don't know.
+        ConfigError: packed rows would be wrong for it, or attention is on this device.
+    """
+    check_head(model)
+    if layout.is_packed:
+        check_attention(check_layout(layout, model), device, autocast_dtype)
+
+
+def some_sequences(model: nn.Module) -> list[tuple[TokenIds, TokenIds]]:
+    """Two pairs of (prompt ids, answer ids) that any model knows; the second's begin alike."""
+    vocab_size = causal_lm(model).get_input_embeddings().weight.shape[0]
+    ids = [(7 * index + 1) % vocab_size for index in range(14)]
+    return [
+        (ids[:5], ids[5:9]),
+        (ids[:5], ids[9:12]),
+        (ids[2:4], ids[6:12]),
+        (ids[2:4], [*ids[6:8], *ids[1:4]]),
+    ]
+
+
+def check_layout(layout: Layout, model: nn.Module) -> list[AttentionCall]:
+    """Compare a packed row's hidden states with those of padded rows, on a few tokens.
+
+    Attention runs the plain way here, whatever the device: `check_attention` looks at the other.
+
+    Returns:
+        What the model's layers asked of our attention.
+
+    Raises:
+        ConfigError: they differ, or a layer doesn't call our attention.
+    """
+    lm = causal_lm(model)
+    sequences = some_sequences(model)
+    with recorded_calls() as calls:
+        packed = _scored_states(model, layout.collate(sequences))
+    padded = _scored_states(model, collate_padded(sequences))
+    error = ((packed - padded).norm() / padded.norm().clamp_min(1e-12)).item()
+    dtype = lm.get_output_embeddings().weight.dtype
+    if len(calls) < num_layers(lm) or not error <= TOLERANCE[dtype]:
+        raise ConfigError(
+            f"layout: {layout.name} rows give {type(lm).__name__} other hidden "
+            f"states than padded ones (by {error:.1%}); use layout: padded, and please report "
+            "this model type."
+        )
+    return calls
+
+
+@torch.no_grad()
+def _scored_states(model: nn.Module, batch: PackedPairs) -> Tensor:
+    """[N, H] float32 hidden states that predict the labels."""
+    lm: Any = causal_lm(model)
+    batch = batch.to(next(lm.parameters()).device)
+    inputs: dict[str, Any] = {}
+    if batch.shared_layout is not None:
+        inputs = {"position_ids": batch.position_ids, "shared_layout": batch.shared_layout}
+    with evaluating(lm), packed_attention(lm.config, batch.shared_layout):
+        hidden_states = body_of(lm)(input_ids=batch.input_ids, use_cache=False, **inputs)[0]
+    return hidden_states.flatten(0, 1).index_select(0, batch.rows).float()
+
+
+def check_attention(
+    calls: list[AttentionCall], device: torch.device, autocast_dtype: torch.dtype | None
+) -> None:
+    """Compare the attention that will run with its naive twin, for each kind of layer; say which.
+
+    Args:
+        calls: what the layers ask for.
+        device: where they run.
+        autocast_dtype: in which they run, where not in their tensors' own.
+
+    Raises:
+        ConfigError: it is wrong on this device.
+    """
+    kinds = dict.fromkeys(_as_run(call, autocast_dtype) for call in calls)
+    try:
+        found = dict.fromkeys(_words(_probed(device, kind), kind) for kind in kinds)
+    except WrongBackendError as error:
+        remedy = "use layout: padded, and please report this"
+        raise ConfigError(f"layout: {error}; {remedy}.") from error
+    logger.info("Attention: %s; compared with its naive twin on %s.", ", ".join(found), device)
+
+
+def _as_run(call: AttentionCall, autocast_dtype: torch.dtype | None) -> AttentionCall:
+    """Autocast leaves float64 alone."""
+    if autocast_dtype is None or call.dtype == torch.float64:
+        return call
+    return replace(call, dtype=autocast_dtype)
+
+
+@functools.cache
+def _probed(device: torch.device, call: AttentionCall) -> str:
+    """The name of the backend that a layer gets, found right; once in a process."""
+    options = AttentionOptions(
+        scale=call.scale,
+        window=call.window,
+        softcap=call.softcap,
+        sinks=torch.zeros(call.num_heads) if call.has_sinks else None,
+    )
+    heads = (call.num_heads, call.num_kv_heads, call.head_dim, call.value_dim)
+    return probe(device, call.dtype, *heads, options)
+
+
+def _words(backend: str, call: AttentionCall) -> str:
+    """One kind of layer, and the backend that it gets."""
+    asked = {"window": call.window, "softcap": call.softcap, "sinks": call.has_sinks or None}
+    more = "".join(
+        f", {name}" if value is True else f", {name} {value:g}"
+        for name, value in asked.items()
+        if value is not None
+    )
+    dtype = str(call.dtype).removeprefix("torch.")
+    return f"{backend} ({dtype}, {call.num_heads} heads of {call.head_dim}{more})"

@@ -1,0 +1,169 @@
+"""What a run checks before it begins: packed rows, and the attention for them on this device."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import torch
+
+from dpofast import checks
+from dpofast.attention import Calls, packed_attention
+from dpofast.checks import check_attention, check_layout
+from dpofast.data.layout import Layout
+from dpofast.errors import ConfigError, ModelError
+from dpofast.model import pair_step, run_batch
+from dpofast_kernels.attention import dispatch
+from dpofast_kernels.attention.segments import sdpa_attention
+from tests.families import DEAF_FAMILIES, MIXING_FAMILIES, tiny_model
+from tests.support import make_trainer
+from tests.test_layouts import compare, sequences
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def forget_what_was_probed():
+    checks._probed.cache_clear()
+    yield
+    checks._probed.cache_clear()
+
+
+def run_packed(model):
+    """One packed micro-batch through the model's body, whatever attention it has."""
+    batch = Layout("shared").collate(sequences())
+    with pair_step(model):
+        return run_batch(model, batch, lambda hidden_states, *_: hidden_states)
+
+
+def test_the_trainer_names_its_attention_once(tmp_path, caplog):
+    caplog.set_level("INFO", logger="dpofast")
+    trainer = make_trainer(tmp_path, options={"max_steps": 2})
+    trainer.train()
+    lines = [record.message for record in caplog.records if "Attention:" in record.message]
+    words = "Attention: sdpa (float32, 4 heads of 8); compared with its naive twin on cpu."
+    assert lines == [words]
+
+
+def test_a_padded_run_names_none(tmp_path, caplog):
+    caplog.set_level("INFO", logger="dpofast")
+    make_trainer(tmp_path, options={"max_steps": 1, "layout": "padded"}).train()
+    assert not [record for record in caplog.records if "Attention:" in record.message]
+
+
+def test_a_wrong_backend_stops_the_run_before_it_begins(tmp_path, monkeypatch):
+    def unscaled(query, key, value, layout, options):
+        return sdpa_attention(query * 1.5, key, value, layout, options)
+
+    monkeypatch.setitem(dispatch._ATTENTION, "sdpa", unscaled)
+    trainer = make_trainer(tmp_path)
+    with pytest.raises(ConfigError, match=r"'sdpa' is wrong on cpu: its output .*layout: padded"):
+        trainer.train()
+    make_trainer(tmp_path, options={"layout": "padded", "max_steps": 1}).train()
+
+
+def test_each_kind_of_layer_is_probed_as_the_model_has_it(monkeypatch, caplog):
+    caplog.set_level("INFO", logger="dpofast")
+    probed = []
+
+    def spy(device, dtype, *heads_and_options):
+        *heads, options = heads_and_options
+        probed.append((dtype, tuple(heads), options.window, options.softcap, options.sinks))
+        return "some"
+
+    monkeypatch.setattr(checks, "probe", spy)
+    calls = check_layout(Layout("shared"), tiny_model("gemma2"))
+    check_attention(calls, CPU, torch.bfloat16)
+    heads = (4, 2, 8, 8)
+    expected = {(torch.bfloat16, heads, window, 5.0, None) for window in (6, None)}
+    assert set(probed) == expected
+    probed.clear()
+    check_attention(check_layout(Layout("shared"), tiny_model("gpt_oss")), CPU, None)
+    assert {(window, len(sinks)) for *_, window, _, sinks in probed} == {(6, 4), (None, 4)}
+    line = caplog.records[-1].message
+    assert "some (float32, 4 heads of 8, window 6, sinks), some (float32, 4 heads of 8, sinks)" in (
+        line
+    )
+
+
+def test_float64_stays_float64_under_autocast(caplog):
+    caplog.set_level("INFO", logger="dpofast")
+    calls = check_layout(Layout("shared"), tiny_model("llama").double())
+    check_attention(calls, CPU, torch.bfloat16)
+    assert "sdpa (float64" in caplog.records[-1].message
+
+
+def test_the_check_of_attention_takes_a_moment_on_a_cpu():
+    model = tiny_model("llama")
+    calls = check_layout(Layout("shared"), model)
+    check_attention(calls, CPU, None)
+    checks._probed.cache_clear()
+    start = time.process_time()
+    check_attention(calls, CPU, None)
+    assert time.process_time() - start < 0.5  # measured: 0.005
+    start = time.process_time()
+    check_attention(calls, CPU, None)
+    assert time.process_time() - start < 0.01, "once in a process"
+
+
+def test_a_model_that_is_wrong_in_packed_rows_is_found_out():
+    """One whose layers look past the attention: each token also sees the one before it."""
+    model = tiny_model("llama")
+    layer = model.model.layers[1].mlp
+    forward = layer.forward
+    layer.forward = lambda x: forward(x + 0.3 * x.roll(1, 1))
+    with pytest.raises(ConfigError, match="shared rows give LlamaForCausalLM other hidden states"):
+        check_layout(Layout("shared"), model)
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_a_packed_row_that_reaches_another_attention_raises(attention):
+    """Stock attention would take the row for one long text, or for documents that it isn't."""
+    model = tiny_model("llama", attention)
+    with pytest.raises(ModelError, match="through an attention that would mix its sequences"):
+        run_packed(model)
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa", "flex_attention", "flash_attention_2"])
+def test_packed_rows_are_right_whatever_attention_the_model_has(attention):
+    model = tiny_model("llama").double()
+    batch = Layout("shared").collate(sequences())
+    model.config._attn_implementation = attention  # as loaded; the flash package isn't needed here
+    with torch.no_grad(), packed_attention(model.config, batch.shared_layout):
+        got = run_packed(model)
+    assert model.config._attn_implementation == attention
+    model.config._attn_implementation = "eager"
+    with torch.no_grad(), packed_attention(model.config, batch.shared_layout):
+        assert torch.equal(got, run_packed(model))
+
+
+@pytest.mark.parametrize("method", ["forward", "generate"])
+def test_no_layout_no_packed_attention(method):
+    """Our attention runs for packed rows alone: anything else in its place stops."""
+    model = tiny_model("llama")
+    input_ids = torch.arange(6)[None]
+    layout = Layout("shared").collate(sequences()).shared_layout
+    with (
+        packed_attention(model.config, layout),
+        pytest.raises(ModelError, match="LlamaAttention doesn't hand the packed layout on"),
+    ):
+        getattr(model, method)(input_ids)
+    count = Calls.count
+    getattr(model, method)(input_ids, attention_mask=torch.ones_like(input_ids))
+    assert Calls.count == count
+
+
+@pytest.mark.parametrize("family", DEAF_FAMILIES)
+def test_models_that_cannot_take_our_attention_raise_in_packed_rows(family):
+    """Some have no settable attention, which transformers only warns of; some drop arguments."""
+    model = tiny_model(family)
+    layout = Layout("shared").collate(sequences()).shared_layout
+    # Falcon and MPT stumble over the mask that isn't there, before they get to attention
+    expected = {"falcon": TypeError, "mpt": AttributeError}.get(family, ModelError)
+    with packed_attention(model.config, layout), pytest.raises(expected):
+        run_packed(model)
+
+
+@pytest.mark.parametrize("family", {**DEAF_FAMILIES, **MIXING_FAMILIES})
+def test_they_are_right_when_padded(family):
+    compare(tiny_model(family).double(), Layout("padded"))
