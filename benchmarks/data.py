@@ -20,11 +20,11 @@ from huggingface_hub.constants import HF_HOME
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from benchmarks import REPOSITORY
 from dpofast.data import load_preferences
 from dpofast.data.files import data_suffix
 from dpofast.data.messages import to_template
 
-REPOSITORY = Path(__file__).resolve().parents[1]
 REAL, GENERATED = "file", "generated"
 # A change of what is generated needs a new number: files of the old one may lie in the cache.
 GENERATOR_VERSION = 1

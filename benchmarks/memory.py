@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.data import REPOSITORY
+from benchmarks import REPOSITORY
 from benchmarks.harness import ratios
 
 # Written to clear_refs, this sets the peak VmHWM back to what is resident now (proc(5)).

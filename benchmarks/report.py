@@ -15,7 +15,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.data import REPOSITORY
+from benchmarks import REPOSITORY
 from benchmarks.harness import Result
 from dpofast.summary import hardware, versions
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from benchmarks.data import REPOSITORY
+from benchmarks import REPOSITORY
 from benchmarks.head import benchmark, cases_of, parse
 from benchmarks.head_cases import BETA, MODELS, Case, Outputs, make_inputs, sequence_rows
 from benchmarks.head_contenders import ENTRIES, contender

@@ -12,8 +12,8 @@ from dataclasses import replace
 import pytest
 import torch
 
+from benchmarks import REPOSITORY
 from benchmarks import tune as tuner
-from benchmarks.data import REPOSITORY
 from benchmarks.head_cases import MODELS, make_inputs
 from dpofast_kernels.head import fused_triton, launch, pairs_triton, rows_triton
 
