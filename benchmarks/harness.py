@@ -13,7 +13,7 @@ import signal
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any
@@ -37,6 +37,8 @@ class Contender:
         reason: why it can't run.
         note: what work it does where that isn't just the work asked for.
         judged: False for a floor, which has no result.
+        holding: entered around each round, outside its time: memory that a round finds ready, and
+            that must not lack while others run.
     """
 
     name: str
@@ -44,6 +46,7 @@ class Contender:
     reason: str | None = None
     note: str = ""
     judged: bool = True
+    holding: Callable[[], AbstractContextManager[None]] = nullcontext
 
 
 @dataclass(frozen=True)
@@ -173,14 +176,12 @@ def one_line(error: BaseException) -> str:
     return line if isinstance(error, AbsentError) else f"{type(error).__name__}: {line}"
 
 
-def make_contender(
-    name: str, make: Callable[[], Callable[[], Any]], note: str = "", judged: bool = True
-) -> Contender:
+def make_contender(name: str, make: Callable[[], Contender], note: str = "") -> Contender:
     """A contender from what imports it and sets it up; if that fails, one that can't run."""
     try:
-        return Contender(name, make(), note=note, judged=judged)
+        return make()
     except Exception as error:  # a peer's import may raise anything
-        return Contender(name, reason=one_line(error), note=note, judged=judged)
+        return Contender(name, reason=one_line(error), note=note)
 
 
 def attempt(
@@ -194,7 +195,7 @@ def attempt(
         result.drop(ABSENT, contender.reason or "no reason given")
         return result
     try:
-        with time_limit(limit_seconds):
+        with contender.holding(), time_limit(limit_seconds):
             given = contender.run()
             _synchronize()
         if contender.judged:
@@ -231,7 +232,8 @@ def race(
             assert contender.run is not None
             result = attempts[contender.name]
             try:
-                elapsed = clock(contender.run)
+                with contender.holding():
+                    elapsed = clock(contender.run)
             except Exception as error:  # likewise
                 result.drop(FAILED, one_line(error))
             else:

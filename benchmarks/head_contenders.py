@@ -8,7 +8,8 @@ hidden states and weight. Where one can't, its note says what it does in place o
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -198,22 +199,37 @@ def _cce(filter_eps: str | None) -> Callable[[Inputs], Work]:
 
 
 def _floor(fp32_d_weight: bool) -> Callable[[Inputs], Work]:
-    """The products of a head, each of whole matrices into an output that is there already."""
+    """The products of a head, each of whole matrices into an output that is there already.
+
+    It is there for a round alone: on a GPU, logits of all rows would lack the others.
+    """
 
     def make(inputs: Inputs) -> Work:
         x, weight = inputs.hidden_states.detach(), inputs.weight.detach()
         if fp32_d_weight and not (x.is_cuda and x.dtype == torch.bfloat16):
             raise AbsentError("only bf16 products on a GPU have another dtype to sum in")
-        logits = x.new_zeros(len(x), len(weight))  # [N, V]; it stands for d_logits, too
-        d_x, d_weight = torch.zeros_like(x), torch.zeros_like(weight)
-        if fp32_d_weight:
-            d_weight = d_weight.float()
+        outputs: list[Tensor] = []
+
+        @contextmanager
+        def holding() -> Iterator[None]:
+            dtype = torch.float32 if fp32_d_weight else x.dtype
+            try:
+                # [N, V], which stands for d_logits, too; [N, H]; [V, H]
+                outputs.append(x.new_empty(len(x), len(weight)))
+                outputs.append(torch.empty_like(x))
+                outputs.append(torch.empty_like(weight, dtype=dtype))
+                for output in outputs:
+                    output.zero_()  # a CPU has no memory until it is written to
+                yield
+            finally:
+                outputs.clear()
 
         def forward() -> Outputs:
-            torch.mm(x, weight.t(), out=logits)
+            torch.mm(x, weight.t(), out=outputs[0])
             return Outputs()
 
         def forward_backward() -> Outputs:
+            logits, d_x, d_weight = outputs
             torch.mm(x, weight.t(), out=logits)
             torch.mm(logits, weight, out=d_x)
             if fp32_d_weight:
@@ -222,7 +238,7 @@ def _floor(fp32_d_weight: bool) -> Callable[[Inputs], Work]:
                 torch.mm(logits.t(), x, out=d_weight)
             return Outputs()
 
-        return Work(forward, forward_backward)
+        return Work(forward, forward_backward, holding)
 
     return make
 

@@ -10,6 +10,7 @@ import argparse
 import gc
 import json
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -42,10 +43,11 @@ Step = Callable[[], Any]
 
 @dataclass(frozen=True)
 class Work:
-    """The two passes that are raced, bound to their inputs."""
+    """The two passes that are raced, bound to their inputs; `holding` as in `Contender`."""
 
     forward: Step
     forward_backward: Step
+    holding: Callable[[], AbstractContextManager[None]] = nullcontext
 
 
 @dataclass(frozen=True)
@@ -266,11 +268,12 @@ def time_all(
 def contender(name: str, entry: Entry, inputs: Any, step: str) -> Contender:
     """The contender of that name; `step` is "forward" or "forward_backward"."""
 
-    def make() -> Step:
-        run: Step = getattr(entry.make(inputs), step)
-        return run
+    def make() -> Contender:
+        work = entry.make(inputs)
+        run: Step = getattr(work, step)
+        return Contender(name, run, note=entry.note, judged=entry.judged, holding=work.holding)
 
-    return make_contender(name, make, entry.note, entry.judged)
+    return make_contender(name, make, entry.note)
 
 
 def _enter(

@@ -6,6 +6,7 @@ import json
 import math
 import subprocess
 import time
+from contextlib import contextmanager
 
 import pytest
 
@@ -153,6 +154,43 @@ def test_what_cannot_be_made_says_why():
 def test_a_judge_that_raises_fails_the_contender():
     result = attempt(Contender("a", lambda: None), lambda given: raise_error("lacks logps"), 60.0)
     assert (result.status, result.reason) == (FAILED, "RuntimeError: lacks logps")
+
+
+def test_what_a_round_finds_ready_is_made_outside_its_time_and_given_back():
+    events = []
+
+    @contextmanager
+    def holding():
+        events.append("made")
+        yield
+        events.append("given back")
+
+    def clock(run):
+        events.append("clock")
+        run()
+        return 1.0
+
+    floor = Contender("floor", lambda: events.append("run"), judged=False, holding=holding)
+    other = Contender("other", lambda: events.append("other") or 1.0)
+    attempts = attempts_of([floor, other])
+    assert events == ["made", "run", "given back", "other"]
+    events.clear()
+    race([floor, other], attempts, clock, rounds=1, warmup=0)
+    assert events == ["made", "clock", "run", "given back", "clock", "other"]
+
+
+def test_memory_that_cannot_be_had_fails_the_contender():
+    @contextmanager
+    def holding():
+        raise_error("out of memory")
+        yield
+
+    contenders = [Contender("floor", lambda: None, judged=False, holding=holding)]
+    attempts = attempts_of(contenders)
+    assert (attempts["floor"].status, attempts["floor"].reason) == (
+        FAILED,
+        "RuntimeError: out of memory",
+    )
 
 
 def test_what_is_not_judged_is_timed():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import subprocess
@@ -129,6 +130,20 @@ def test_peers_without_a_gpu_say_so(inputs):
     for name in ("liger_flce", "cce_exact", "cce_filtered"):
         assert contender(name, inputs, "forward").reason == "its Triton kernels need a GPU"
     assert "bf16" in contender("floor_fp32", inputs, "forward").reason
+
+
+@pytest.mark.parametrize("step", ["forward", "forward_backward"])
+def test_the_floor_takes_no_memory_from_others(step, inputs):
+    def all_logits():
+        tensors = [each for each in gc.get_objects() if type(each) is torch.Tensor]
+        return sum(each.shape == (41, 507) for each in tensors)
+
+    made = contender("floor", inputs, step)
+    assert all_logits() == 0
+    with made.holding():
+        assert all_logits() == 1
+        made.run()
+    assert all_logits() == 0
 
 
 def test_default_cases():
