@@ -26,6 +26,7 @@ from benchmarks.harness import ratios
 # Written to clear_refs, this sets the peak VmHWM back to what is resident now (proc(5)).
 CLEAR_PEAK = "5"
 CHILD_SECONDS = 600.0
+CASE_SECONDS = 120.0  # for each case more
 
 
 def peak_beyond_baseline(run: Callable[[], Any], device: str) -> int:
@@ -79,15 +80,20 @@ def measure_in_child(
             text=True,
             check=False,
         )
-    except subprocess.TimeoutExpired:
-        return [], f"took longer than {timeout_seconds:g} s"
-    objects = [json.loads(line) for line in child.stdout.splitlines() if line.startswith("{")]
+    except subprocess.TimeoutExpired as expired:
+        printed = (expired.stdout or b"").decode()  # bytes, whatever was asked for
+        return _objects(printed), f"took longer than {timeout_seconds:g} s"
+    objects = _objects(child.stdout)
     if child.returncode == 0:
         return objects, None
     if child.returncode < 0:
         return objects, f"ended by {signal.Signals(-child.returncode).name}"
     lines = child.stderr.strip().splitlines()
     return objects, f"exit code {child.returncode}: {lines[-1] if lines else 'nothing said'}"
+
+
+def _objects(printed: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in printed.splitlines() if line.startswith("{")]
 
 
 def peaks_in_children(
@@ -130,7 +136,8 @@ def _peaks_in_child(
         torch.save(list(payloads), file)
         arguments = ["--device", options.device, "--threads", str(options.threads)]
         arguments += ["--memory-of", name, "--child-file", str(file)]
-        found, reason = measure_in_child(module, arguments, CHILD_SECONDS)
+        seconds = CHILD_SECONDS + CASE_SECONDS * (len(payloads) - 1)
+        found, reason = measure_in_child(module, arguments, seconds)
     missing = {"reason": reason or "its process said nothing"}
     return [*found, *[missing] * (len(payloads) - len(found))]
 

@@ -196,6 +196,7 @@ class Benchmark:
         """In the process that `peaks_in_children` starts: measure, and print a JSON line a case."""
         torch.set_num_threads(options.threads)
         for payload in torch.load(options.child_file, weights_only=False):
+            torch.compiler.reset()  # beyond a number of sizes nothing more is compiled
             try:
                 peaks = self.peaks(options.memory_of, payload, options.device)
             except Exception as error:  # a peer may raise anything; the next case may do
