@@ -15,9 +15,9 @@ from dpofast.errors import ConfigError, ModelError
 from dpofast.model import pair_step, run_batch
 from dpofast_kernels.attention import dispatch
 from dpofast_kernels.attention.segments import sdpa_attention
+from tests.exactness import SHORT, compare
 from tests.families import DEAF_FAMILIES, MIXING_FAMILIES, tiny_model
 from tests.support import make_trainer
-from tests.test_layouts import compare, sequences
 
 CPU = torch.device("cpu")
 
@@ -31,7 +31,7 @@ def forget_what_was_probed():
 
 def run_packed(model):
     """One packed micro-batch through the model's body, whatever attention it has."""
-    batch = Layout("shared").collate(sequences())
+    batch = Layout("shared").collate(SHORT.sequences)
     with pair_step(model):
         return run_batch(model, batch, lambda hidden_states, *_: hidden_states)
 
@@ -127,7 +127,7 @@ def test_a_packed_row_that_reaches_another_attention_raises(attention):
 @pytest.mark.parametrize("attention", ["eager", "sdpa", "flex_attention", "flash_attention_2"])
 def test_packed_rows_are_right_whatever_attention_the_model_has(attention):
     model = tiny_model("llama").double()
-    batch = Layout("shared").collate(sequences())
+    batch = Layout("shared").collate(SHORT.sequences)
     model.config._attn_implementation = attention  # as loaded; the flash package isn't needed here
     with torch.no_grad(), packed_attention(model.config, batch.shared_layout):
         got = run_packed(model)
@@ -142,7 +142,7 @@ def test_no_layout_no_packed_attention(method):
     """Our attention runs for packed rows alone: anything else in its place stops."""
     model = tiny_model("llama")
     input_ids = torch.arange(6)[None]
-    layout = Layout("shared").collate(sequences()).shared_layout
+    layout = Layout("shared").collate(SHORT.sequences).shared_layout
     with (
         packed_attention(model.config, layout),
         pytest.raises(ModelError, match="LlamaAttention doesn't hand the packed layout on"),
@@ -157,7 +157,7 @@ def test_no_layout_no_packed_attention(method):
 def test_models_that_cannot_take_our_attention_raise_in_packed_rows(family):
     """Some have no settable attention, which transformers only warns of; some drop arguments."""
     model = tiny_model(family)
-    layout = Layout("shared").collate(sequences()).shared_layout
+    layout = Layout("shared").collate(SHORT.sequences).shared_layout
     # Falcon and MPT stumble over the mask that isn't there, before they get to attention
     expected = {"falcon": TypeError, "mpt": AttributeError}.get(family, ModelError)
     with packed_attention(model.config, layout), pytest.raises(expected):
@@ -166,4 +166,4 @@ def test_models_that_cannot_take_our_attention_raise_in_packed_rows(family):
 
 @pytest.mark.parametrize("family", {**DEAF_FAMILIES, **MIXING_FAMILIES})
 def test_they_are_right_when_padded(family):
-    compare(tiny_model(family).double(), Layout("padded"))
+    compare(tiny_model(family).double(), SHORT, Layout("padded"))

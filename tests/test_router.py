@@ -19,9 +19,9 @@ from dpofast.head import PairLossTask, head_options
 from dpofast.model import pair_step, run_batch
 from dpofast.router import RouterLoss, check_router_loss, join, make_router_loss
 from dpofast_kernels import make_loss
+from tests.exactness import SHORT
 from tests.families import tiny_model
 from tests.support import float64_throughout, make_trainer, tiny_mixtral, token_pairs
-from tests.test_layouts import BETA, REF_LOGPS, sequences
 
 COEFFICIENT = 0.3
 FAMILIES = (
@@ -43,21 +43,21 @@ def gradients(model: Any, loss: Tensor) -> dict[str, Tensor]:
 
 def stock(model: Any) -> tuple[Tensor, Tensor]:
     """Loss of the pairs and auxiliary loss of one padded batch, by transformers' own forward."""
-    batch = collate_padded(sequences(), REF_LOGPS)
+    batch = collate_padded(SHORT.sequences, SHORT.ref_logps)
     inputs = {"input_ids": batch.input_ids, "attention_mask": batch.uses}
     output = model(**inputs, use_cache=False, output_router_logits=True)
     logps = output.logits.flatten(0, 1)[batch.rows].log_softmax(-1)
     scored = logps.gather(-1, batch.labels[:, None])[:, 0]
     sums = torch.stack([part.sum() for part in scored.split(batch.bounds.diff().tolist())])
     logratios = sums - batch.ref_logps
-    margins = BETA * (logratios[0::2] - logratios[1::2])
+    margins = SHORT.beta * (logratios[0::2] - logratios[1::2])
     return -F.logsigmoid(margins).sum(), output.aux_loss
 
 
 def ours(model: Any, layout: Layout, router_loss: RouterLoss) -> tuple[Tensor, Tensor]:
     """The loss that is trained and the auxiliary loss, both sums over pairs."""
-    batch = layout.collate(sequences(), REF_LOGPS)
-    loss = make_loss("sigmoid", beta=BETA)
+    batch = layout.collate(SHORT.sequences, SHORT.ref_logps)
+    loss = make_loss("sigmoid", beta=SHORT.beta)
     options = head_options(model.config)
     task = PairLossTask(batch.labels, batch.bounds, batch.ref_logps, loss, options)
     with packed_attention(model.config, batch.shared_layout), pair_step(model):
@@ -71,7 +71,7 @@ def ours(model: Any, layout: Layout, router_loss: RouterLoss) -> tuple[Tensor, T
 def test_loss_and_gradients_are_those_of_a_padded_batch(tmp_path, family, name):
     with float64_throughout():
         model = tiny_model(family).double()
-        num_pairs = len(sequences()) // 2
+        num_pairs = len(SHORT.sequences) // 2
         router_loss = make_router_loss(model, config(tmp_path, router_aux_loss_coef=COEFFICIENT))
         pairs, aux = stock(model)
         if not isinstance(aux, Tensor):  # GraniteMoE's logits are lost in transformers 5.17
@@ -99,7 +99,7 @@ def test_gradient_checkpointing_keeps_the_auxiliary_gradient(tmp_path):
         router_loss = make_router_loss(model, config(tmp_path, router_aux_loss_coef=COEFFICIENT))
         expected = gradients(model, ours(model, Layout("shared"), router_loss)[0])
         model.gradient_checkpointing_enable({"use_reentrant": False})
-        batch = Layout("shared").collate(sequences(), REF_LOGPS)
+        batch = Layout("shared").collate(SHORT.sequences, SHORT.ref_logps)
         with packed_attention(model.config, batch.shared_layout):
             got = gradients(model, ours(model, Layout("shared"), router_loss)[0])
     for key, gradient in expected.items():
@@ -111,7 +111,7 @@ def test_a_rank_without_pairs_adds_nothing(tmp_path, name):
     model = tiny_model("mixtral")
     router_loss = make_router_loss(model, config(tmp_path, router_aux_loss_coef=COEFFICIENT))
     batch = Layout(name).collate([], [])
-    loss, options = make_loss("sigmoid", beta=BETA), head_options(model.config)
+    loss, options = make_loss("sigmoid", beta=SHORT.beta), head_options(model.config)
     task = PairLossTask(batch.labels, batch.bounds, batch.ref_logps, loss, options)
     with packed_attention(model.config, batch.shared_layout), pair_step(model):
         results = run_batch(model, batch, task, router_loss)

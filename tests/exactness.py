@@ -1,0 +1,137 @@
+"""One micro-batch, laid out, against every sequence alone: hidden states, loss, gradients."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dpofast.attention import packed_attention
+from dpofast.data.batch import TokenIds
+from dpofast.data.layout import Layout
+from dpofast.head import PairLossTask, head_options
+from dpofast.model import body_of, causal_lm, pair_step, run_batch
+from dpofast_kernels import make_loss
+from tests.families import VOCAB_SIZE
+from tests.support import float64_throughout
+
+# tokens of prompt, of what both answers begin with, and of the rest of chosen and rejected
+_SHORT_PAIRS = (
+    *((13, 0, 7, 9), (5, 3, 11, 1), (20, 0, 3, 17)),
+    *((1, 2, 4, 6), (4, 5, 0, 3), (6, 4, 2, 0)),
+)
+Sequences = Sequence[tuple[TokenIds, TokenIds]]
+
+
+@dataclass(frozen=True)
+class Case:
+    """Pairs as (prompt ids, answer ids), chosen and rejected in turn, and a loss for them."""
+
+    sequences: Sequences
+    ref_logps: list[float]
+    beta: float
+
+
+def _short_sequences() -> list[tuple[list[int], list[int]]]:
+    generator = torch.Generator().manual_seed(1)
+
+    def ids(count: int) -> list[int]:
+        return torch.randint(1, VOCAB_SIZE, (count,), generator=generator).tolist()
+
+    found = []
+    for prompt, common, chosen, rejected in _SHORT_PAIRS:
+        prompt_ids, common_ids = ids(prompt), ids(common)
+        found += [(prompt_ids, common_ids + ids(chosen)), (prompt_ids, common_ids + ids(rejected))]
+    return found
+
+
+def case_of(sequences: Sequences, beta: float, per_token: float = -3.0) -> Case:
+    """With reference log-probs about as a model would give, other ones for each pair."""
+    ref_logps = [per_token * len(answer) - 0.05 * i for i, (_, answer) in enumerate(sequences)]
+    return Case(sequences, ref_logps, beta)
+
+
+SHORT = case_of(_short_sequences(), beta=0.7)
+
+
+class Outcome:
+    """Loss, hidden states that predict the answers, and the gradients of all parameters."""
+
+    def __init__(self, model: Any, loss: Tensor, hidden_states: Tensor) -> None:
+        self.loss, self.hidden_states = loss.detach(), hidden_states.detach()
+        self.gradients = {
+            name: torch.zeros_like(p) if p.grad is None else p.grad.clone()
+            for name, p in model.named_parameters()
+            if p.requires_grad
+        }
+
+
+def separate(model: Any, case: Case) -> Outcome:
+    """Every sequence through the stock model alone, as a textbook writes DPO."""
+    model.zero_grad()
+    losses, states = [], []
+    body = body_of(causal_lm(model))
+    handle = body.register_forward_hook(lambda _, __, output: states.append(output[0][0]))
+    scored, logratios = [], []
+    for (prompt, answer), ref_logp in zip(case.sequences, case.ref_logps, strict=True):
+        input_ids = torch.tensor([[*prompt, *answer]])
+        logits = model(input_ids, use_cache=False, **_logits_kept(model, len(answer) + 1)).logits
+        logps = logits[0, -len(answer) - 1 : -1].log_softmax(-1)
+        logratios.append(logps.gather(-1, torch.tensor(answer)[:, None]).sum() - ref_logp)
+        scored.append(states.pop()[len(prompt) - 1 : -1].detach())
+        if len(logratios) == 2:
+            losses.append(-F.logsigmoid(case.beta * (logratios[0] - logratios[1])))
+            losses[-1].backward()
+            logratios.clear()
+    handle.remove()
+    return Outcome(model, torch.stack(losses).sum(), torch.cat(scored))
+
+
+def _logits_kept(model: Any, count: int) -> dict[str, int]:
+    """Those of a prompt are work for nothing; not all models can leave them out."""
+    parameters = inspect.signature(causal_lm(model).forward).parameters
+    return {"logits_to_keep": count} if "logits_to_keep" in parameters else {}
+
+
+def laid_out(model: Any, case: Case, layout: Layout) -> Outcome:
+    """All pairs in one micro-batch, by the way that the trainer takes."""
+    model.zero_grad()
+    lm = causal_lm(model)
+    batch = layout.collate(case.sequences, case.ref_logps)
+    loss = make_loss("sigmoid", beta=case.beta)
+    options = head_options(lm.config)
+    task = PairLossTask(batch.labels, batch.bounds, batch.ref_logps, loss, options)
+    scored = []
+
+    def spy(hidden_states: Tensor, *weights: Any) -> Any:
+        scored.append(hidden_states)
+        return task(hidden_states, *weights)
+
+    with packed_attention(lm.config, batch.shared_layout):
+        with pair_step(model):
+            total, *_ = run_batch(model, batch, spy)
+        total.backward()
+    return Outcome(model, total, scored[0])
+
+
+def compare(model: Any, case: Case, layout: Layout) -> None:
+    """Within 1e-12 in the hidden states and 1e-10 in loss and gradients, of the largest of each."""
+    with float64_throughout():
+        expected = separate(model, case)
+        found = laid_out(model, case, layout)
+    assert_alike(found, expected)
+
+
+def assert_alike(found: Outcome, expected: Outcome) -> None:
+    scale = expected.hidden_states.abs().max()
+    assert (found.hidden_states - expected.hidden_states).abs().max() <= 1e-12 * scale
+    assert abs(found.loss - expected.loss) <= 1e-10 * expected.loss
+    largest = max(gradient.abs().max() for gradient in expected.gradients.values())
+    assert largest > 1e-3
+    for name, gradient in expected.gradients.items():
+        assert (found.gradients[name] - gradient).abs().max() <= 1e-10 * largest, name
