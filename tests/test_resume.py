@@ -12,10 +12,12 @@ from dpofast.errors import ConfigError, ReferenceStoreError
 from tests.support import history, make_trainer, tiny_llama, token_pairs, train
 
 
-def test_resume_goes_on_as_if_never_stopped(tmp_path):
-    saving = {"save_strategy": "steps", "save_steps": 2}
+@pytest.mark.parametrize("workers", [0, 2])
+def test_resume_goes_on_as_if_never_stopped(tmp_path, workers):
+    """From the first of an epoch's three steps, whoever lays out the batches."""
+    saving = {"save_strategy": "steps", "save_steps": 2, "max_tokens_per_microbatch": 60}
     expected = train(make_trainer(tmp_path, options=saving))
-    resumed = make_trainer(tmp_path, options=saving)
+    resumed = make_trainer(tmp_path, options={**saving, "dataloader_num_workers": workers})
     resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-4"))
     assert history(resumed) == expected  # the first four are read from the checkpoint
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()

@@ -183,6 +183,24 @@ def test_drop_last_with_too_few_pairs_is_named(tmp_path):
         make_trainer(tmp_path, options=options).train()
 
 
+def test_a_pair_longer_than_the_limit_runs_alone(tmp_path):
+    long = {"prompt_ids": [5] * 30, "chosen_ids": [6] * 20, "rejected_ids": [7] * 20}
+    pairs = Dataset.from_list([long, *token_pairs(3)])
+    options = {"max_steps": 1, "max_tokens_per_microbatch": 60}
+    trainer = make_trainer(tmp_path, pairs=pairs, options=options)
+    trainer._score_references()  # these passes, and those of the checks, are counted by nobody
+    rows = []
+    trainer.model.model.embed_tokens.register_forward_hook(
+        lambda _, inputs, __: rows.append(inputs[0].numel())
+    )
+    trainer.train()
+    lengths = trainer._token_limit(trainer.train_dataset).lengths
+    assert lengths[0] == 70
+    assert sorted(rows, reverse=True)[0] == 70
+    assert sum(rows) == sum(lengths)
+    assert all(row <= 60 for row in rows if row != 70)
+
+
 def test_workers_lay_out_the_same_steps(tmp_path):
     expected = train(make_trainer(tmp_path))
     assert train(make_trainer(tmp_path, options={"dataloader_num_workers": 2})) == expected

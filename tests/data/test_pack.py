@@ -149,14 +149,16 @@ def test_real_steps_are_balanced(world_size, seed):
 @pytest.mark.parametrize("max_tokens", [2_048, 8_192, 32_768])
 @pytest.mark.parametrize("world_size", [1, 8])
 def test_planning_takes_a_few_milliseconds(world_size, max_tokens):
-    seconds = []
-    for seed in range(7):
-        (tokens,) = epoch(seed, 256, real_tokens())
-        start = time.process_time()
-        pack_step(tokens, world_size, max_tokens)
-        seconds.append(time.process_time() - start)
-    # Measured: 0.5 to 6 ms; twice the target, because machines differ.
-    assert statistics.median(seconds) < 0.020
+    def fastest(tokens):
+        seconds = []
+        for _ in range(3):  # other processes can only make it slower
+            start = time.process_time()
+            pack_step(tokens, world_size, max_tokens)
+            seconds.append(time.process_time() - start)
+        return min(seconds)
+
+    steps = [epoch(seed, 256, real_tokens())[0] for seed in range(7)]
+    assert statistics.median(map(fastest, steps)) < 0.010  # measured: 0.5 to 6 ms
 
 
 def test_a_step_that_is_hard_to_pack_is_planned_in_bounded_time():
