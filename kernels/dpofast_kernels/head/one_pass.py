@@ -120,7 +120,8 @@ def _long_pair_along(
         part = coefficients[rows.start - chunk.start : rows.stop - chunk.start]
         head.add_gradients(own, rows, scored, part)
     terms = _pair_terms(head, pairs, chunk, torch.cat(per_token_logps))
-    length = (terms.d_logps[0] / direction[0]).to(head.dtype)  # []
+    longer = int(abs(direction[1]) > abs(direction[0]))  # either may be 0
+    length = (terms.d_logps[longer] / direction[longer]).to(head.dtype)  # []
     if own.hidden_states is not None:
         own.hidden_states[chunk.start : chunk.end].mul_(length)
     if own.weight is not None and gradients.weight is not None:

@@ -40,6 +40,7 @@ class HeadOptions:
             logits at once and is there to compare with.
 
     Raises:
+        TypeError: bias or weight_grad is no tensor.
         ValueError: an option out of range, or an unknown backend.
     """
 
@@ -59,8 +60,14 @@ class HeadOptions:
             is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
             if not (is_number and math.isfinite(value) and value > 0.0):
                 raise ValueError(f"{name} is {value!r}, expected a finite number above 0.")
-        if self.workspace_bytes is not None and self.workspace_bytes < 1:
-            raise ValueError(f"workspace_bytes is {self.workspace_bytes}, expected at least 1.")
+        for name in ("bias", "weight_grad"):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, Tensor):
+                raise TypeError(f"{name} is a {type(value).__name__}, expected a tensor.")
+        limit = self.workspace_bytes
+        is_whole = isinstance(limit, int) and not isinstance(limit, bool)
+        if limit is not None and not (is_whole and limit >= 1):
+            raise ValueError(f"workspace_bytes is {limit!r}, expected a whole number above 0.")
         if self.backend not in BACKENDS:
             raise ValueError(
                 f"Unknown backend {self.backend!r}, expected one of {', '.join(BACKENDS)}."

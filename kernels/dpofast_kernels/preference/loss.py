@@ -18,6 +18,7 @@ class PairLoss:
         label_smoothing: probability that a pair's labels are swapped, in [0, 0.5).
 
     Raises:
+        TypeError: beta or label_smoothing is no number.
         ValueError: beta or label_smoothing out of range, or smoothing where the loss has none.
     """
 
@@ -28,6 +29,10 @@ class PairLoss:
     label_smoothing: float = 0.0
 
     def __post_init__(self) -> None:
+        for name in ("beta", "label_smoothing"):
+            value = getattr(self, name)
+            if not isinstance(value, (int, float)) or isinstance(value, bool):
+                raise TypeError(f"{name} is {value!r}, expected a number.")
         if not (math.isfinite(self.beta) and self.beta > 0.0):
             raise ValueError(f"beta is {self.beta}, expected a finite number above 0.")
         if not 0.0 <= self.label_smoothing < 0.5:

@@ -21,9 +21,10 @@ def make_loss(name: str, beta: float = 0.1, label_smoothing: float = 0.0) -> Pai
         label_smoothing: in [0, 0.5), with sigmoid only.
 
     Raises:
+        TypeError: beta or label_smoothing is no number.
         ValueError: an unknown name, or an option out of range.
     """
-    if name not in LOSSES:
+    if not isinstance(name, str) or name not in LOSSES:
         near = difflib.get_close_matches(str(name), LOSSES, n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
         raise ValueError(

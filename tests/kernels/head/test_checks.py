@@ -199,8 +199,23 @@ def test_arguments_of_another_type(changes, message):
 
 
 @pytest.mark.parametrize(
-    "options", [{"temperature": None}, {"logit_scale": True}, {"workspace_bytes": 0}]
+    "options",
+    [
+        {"temperature": None},
+        {"logit_scale": True},
+        {"workspace_bytes": 0},
+        {"workspace_bytes": 1.5},
+        {"workspace_bytes": True},
+        {"workspace_bytes": "1GB"},
+    ],
 )
 def test_options_of_another_kind(options):
-    with pytest.raises(ValueError, match="expected"):
+    (name,) = options
+    with pytest.raises(ValueError, match=f"{name} is .*, expected"):
         HeadOptions(**options)
+
+
+@pytest.mark.parametrize("name", ["bias", "weight_grad"])
+def test_options_that_are_no_tensors(name):
+    with pytest.raises(TypeError, match=f"{name} is a float, expected a tensor"):
+        HeadOptions(**{name: 0.5})

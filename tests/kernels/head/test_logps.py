@@ -36,6 +36,20 @@ def test_float64_equals_naive(backend, full, rows, monkeypatch):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", [*FULL_OPTIONS, "bias", "all but the cap"])
+def test_each_option_alone(backend, name):
+    inputs = make_inputs(hidden_size=9, vocab_size=130, lengths=(3, 4), bias=name == "bias")
+    options = {key: value for key, value in FULL_OPTIONS.items() if key == name}
+    if name == "all but the cap":
+        options = {key: value for key, value in FULL_OPTIONS.items() if key != "softcap"}
+    expected = run_logps(inputs, options_for(inputs, "naive", **options))
+    actual = run_logps(inputs, options_for(inputs, backend, **options))
+    assert actual.keys() == expected.keys()
+    for key, value in expected.items():
+        assert relative_error(actual[key], value) <= 1e-12, key
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("full", [False, True], ids=["plain", "full"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_no_less_exact_than_naive_in_the_same_dtype(backend, full, dtype):

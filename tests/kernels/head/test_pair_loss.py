@@ -48,6 +48,23 @@ class UnevenLoss(PairLoss):
         return loss, 2.0 * self.beta * chosen_logratios, -self.beta * rejected_logratios.exp()
 
 
+@dataclass(frozen=True)
+class OneSidedLoss(PairLoss):
+    """A loss of one side's log-ratio alone: the other's derivative is 0."""
+
+    name = "one-sided"
+    side: int = 0
+
+    def pair_loss(self, chosen_logratios, rejected_logratios, lengths):
+        logratios = (chosen_logratios, rejected_logratios)[self.side]
+        slopes = [torch.zeros_like(logratios), torch.zeros_like(logratios)]
+        slopes[self.side] = 2.0 * self.beta * logratios
+        return self.beta * logratios.square(), *slopes
+
+    def direction(self, lengths):
+        return torch.eye(2, dtype=torch.float64)[self.side].expand(len(lengths), 2)
+
+
 def assert_close(actual, expected, tolerance):
     assert actual.keys() == expected.keys()
     for name, value in expected.items():
@@ -128,6 +145,14 @@ def test_long_pair_of_a_loss_without_direction(rows, monkeypatch):
     assert loss.direction(inputs.bounds.diff().view(-1, 2)) is None
     expected = run_pair_loss(inputs, loss, options_for(inputs, "naive"))
     set_chunk_rows(monkeypatch, rows, 507, 8)
+    assert_close(run_pair_loss(inputs, loss, options_for(inputs, "torch")), expected, 1e-12)
+
+
+@pytest.mark.parametrize("side", [0, 1])
+def test_long_pair_of_a_loss_of_one_side(side, monkeypatch):
+    inputs, loss = make_inputs(bias=True), OneSidedLoss(beta=0.2, side=side)
+    expected = run_pair_loss(inputs, loss, options_for(inputs, "naive"))
+    set_chunk_rows(monkeypatch, 7, 507, 8)
     assert_close(run_pair_loss(inputs, loss, options_for(inputs, "torch")), expected, 1e-12)
 
 

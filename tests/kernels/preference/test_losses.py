@@ -154,11 +154,19 @@ class TestMakeLoss:
         with pytest.raises(ValueError, match=f"the {name} loss has none"):
             make_loss(name, label_smoothing=0.1)
 
+    @pytest.mark.parametrize("value", ["0.1", None, True, torch.tensor(0.1)], ids=str)
+    @pytest.mark.parametrize("name", ["beta", "label_smoothing"])
+    def test_what_is_no_number(self, name, value):
+        with pytest.raises(TypeError, match=f"{name} is .*, expected a number"):
+            make_loss("sigmoid", **{name: value})
+
     def test_unknown_name(self):
         with pytest.raises(ValueError, match="Did you mean 'sigmoid'"):
             make_loss("sigmod")
         with pytest.raises(ValueError, match="The losses are: hinge, ipo, sigmoid"):
             make_loss("xyz")
+        with pytest.raises(ValueError, match=r"Unknown loss \['sigmoid'\]"):
+            make_loss(["sigmoid"])
 
 
 @pytest.mark.parametrize("loss", CASES, ids=CASE_NAMES)
