@@ -67,7 +67,7 @@ BENCHMARK = Benchmark(
 
 
 def benchmark(options: argparse.Namespace) -> int:
-    """Run everything; 0 if ours was right and measured, else 1."""
+    """As `Benchmark.run`, on the command line's cases."""
     return BENCHMARK.run(cases_of(options), options)
 
 

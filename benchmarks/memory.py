@@ -102,7 +102,7 @@ def peaks_in_children(
     """Peaks of one contender in every case, or a reason.
 
     On a GPU one process takes all cases, as the allocator's count can be set back; on a CPU each
-    case has its own, as what the C library keeps of one would count in the next.
+    case has its own, as what the C library keeps of one would count in the next (but in a dry run).
 
     Args:
         module: the benchmark's, whose hidden options --memory-of and --child-file start it.
@@ -110,7 +110,7 @@ def peaks_in_children(
         payloads: what the process makes each case's inputs from; pickled.
         options: of the command line; the process gets device and threads.
     """
-    if options.device == "cuda":
+    if options.device == "cuda" or options.dry_run:
         return _peaks_in_child(module, name, payloads, options)
     return [peaks for each in payloads for peaks in _peaks_in_child(module, name, [each], options)]
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 
 from benchmarks.harness import (
     TIMED,
@@ -43,10 +45,18 @@ Step = Callable[[], Any]
 
 @dataclass(frozen=True)
 class Work:
-    """The two passes that are raced, bound to their inputs; `holding` as in `Contender`."""
+    """The two passes that are raced, bound to their inputs.
+
+    Attributes:
+        forward: without gradients.
+        forward_backward: with them.
+        leaves: inputs that are the contender's own and get gradients.
+        holding: as in `Contender`.
+    """
 
     forward: Step
     forward_backward: Step
+    leaves: Sequence[Tensor] = ()
     holding: Callable[[], AbstractContextManager[None]] = nullcontext
 
 
@@ -170,7 +180,10 @@ class Benchmark:
     error_rule: str
 
     def run(self, cases: Sequence[Case], options: argparse.Namespace) -> int:
-        """Run everything; 0 if ours was right and measured, else 1."""
+        """Run everything; 0 if ours was right and measured, 1 if not, 2 where it can't begin."""
+        if options.device == "cuda" and not torch.cuda.is_available():
+            print("--device: there is no CUDA device here; take cpu, or --dry-run", file=sys.stderr)
+            return 2
         torch.set_num_threads(options.threads)
         runs = []
         for case in cases:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
-from benchmarks.data import REAL, find_data, race_tokenizer
+from benchmarks.data import REAL, REPOSITORY, find_data, race_tokenizer
 from dpofast.data import load_preferences, tokenize_preferences
+from dpofast.data.prefix import common_prefix_length
 from dpofast.errors import DataError
 
+LENGTHS = REPOSITORY / "benchmarks" / "lengths.json"
 IDENTICAL_ROWS = (122, 226, 400, 566, 628, 676)
 
 
@@ -56,3 +60,15 @@ def test_strict_names_the_first_identical_pair():
 def test_the_unpaired_file_is_refused_with_the_remedy():
     with pytest.raises(DataError, match=r"kto_en_demo\.json, row 0 .*\(KTO\).*chosen and rejected"):
         load_preferences(real("kto_en_demo"))
+
+
+def test_the_benchmarks_know_the_lengths_of_the_short_pairs(tokenised):
+    name, _, pairs, _ = tokenised
+    known = json.loads(LENGTHS.read_text(encoding="utf-8"))[name]
+    assert len(known) == len(pairs)
+    if name != "instruction_preference":
+        return  # known are those of the texts, without a chat template
+    for lengths, pair in zip(known, pairs, strict=True):
+        chosen, rejected = pair["chosen_ids"], pair["rejected_ids"]
+        common = common_prefix_length(chosen, rejected)
+        assert lengths == [len(pair["prompt_ids"]), common, len(chosen), len(rejected)]

@@ -34,7 +34,7 @@ def varlen_attention(
     options: AttentionOptions,
 ) -> Tensor:
     """[T, Hq, Dv] by what PyTorch has built in."""
-    return _attend(_varlen, query, key, value, layout, options)
+    return _attend(varlen_on_gathered, query, key, value, layout, options)
 
 
 def flash3_attention(
@@ -91,9 +91,14 @@ def _keys_before(options: AttentionOptions) -> int:
     return -1 if options.window is None else options.window - 1
 
 
-def _varlen(
-    query: Tensor, key: Tensor, value: Tensor, layout: SharedLayout, options: AttentionOptions
+def varlen_on_gathered(
+    query: Tensor,  # [T, Hq, D]
+    key: Tensor,  # [G, Hkv, D]
+    value: Tensor,  # [G, Hkv, D]
+    layout: SharedLayout,
+    options: AttentionOptions,
 ) -> Tensor:
+    """[T, Hq, D]; the keys are gathered already, D is a multiple of 8, and the scale is set."""
     gqa: dict[str, Any] = (
         {"enable_gqa": True} if _WANTS_GQA and query.shape[1] != key.shape[1] else {}
     )
