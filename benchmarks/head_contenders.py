@@ -238,7 +238,7 @@ def _floor(fp32_d_weight: bool) -> Callable[[Inputs], Work]:
                 torch.mm(logits.t(), x, out=d_weight)
             return Outputs()
 
-        return Work(forward, forward_backward, holding)
+        return Work(forward, forward_backward, holding=holding)
 
     return make
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 from typing import Any
 
 from dpofast.config import DPOConfig
+from dpofast.context import context_of, refuse_longer
 from dpofast.data import PreparationReport, load_preferences, tokenize_preferences
 from dpofast.errors import DataError
 from dpofast.run_reference import OWN_COLUMNS
@@ -19,10 +21,13 @@ class PreparedData:
     Args:
         config: options of the run.
         tokenizer: of the policy.
+        models: that will run the pairs; None among them is left out.
     """
 
-    def __init__(self, config: DPOConfig, tokenizer: Any) -> None:
+    def __init__(self, config: DPOConfig, tokenizer: Any, models: Iterable[Any] = ()) -> None:
         self.config, self.tokenizer = config, tokenizer
+        found = [context_of(model) for model in models if model is not None]
+        self._contexts = dict.fromkeys(context for context in found if context is not None)
         self.reports: dict[str, PreparationReport] = {}
         self._seen: dict[int, tuple[Any, Any]] = {}  # id -> the dataset given, its pairs
 
@@ -30,7 +35,7 @@ class PreparedData:
         """A datasets.Dataset of prompt_ids, chosen_ids, rejected_ids; None stays None.
 
         Raises:
-            DataError: the data can't be used, with file and row.
+            DataError: the data can't be used, or not by the model; with file and row.
         """
         if dataset is None:
             return None
@@ -51,6 +56,7 @@ class PreparedData:
                 name=name,
             )
         self._refuse_cut_scores(pairs, report)
+        refuse_longer(pairs, name, self._contexts)
         self.reports[name] = report
         self._seen[id(dataset)] = (dataset, pairs)
         if config.should_log:

@@ -96,7 +96,7 @@ class DPOTrainer(Trainer):
         model, tokenizer = resolve_model(model, config, processing_class)
         model = prepare_policy(model, config, peft_config)
         self.pair_loss = config.make_loss()
-        self.data = PreparedData(config, tokenizer)
+        self.data = PreparedData(config, tokenizer, (model, ref_model))
         self._start_counting()
         super().__init__(
             model=model,

@@ -15,7 +15,7 @@ BASE: dict[str, Any] = {
     "num_hidden_layers": 3,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
+    "max_position_embeddings": 64,  # fewer than a packed row has
     "attention_dropout": 0.0,
 }
 MULTI_HEAD = {key: value for key, value in BASE.items() if key != "num_key_value_heads"}
@@ -77,7 +77,7 @@ _LATENT = {
     "v_head_dim": 8,
 }
 _GPT2 = {
-    **{"vocab_size": VOCAB_SIZE, "n_embd": 32, "n_head": 4, "n_layer": 3, "n_positions": 128},
+    **{"vocab_size": VOCAB_SIZE, "n_embd": 32, "n_head": 4, "n_layer": 3, "n_positions": 64},
     **{"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
 }
 _YARN = {
@@ -237,7 +237,7 @@ DEAF_FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "gptj": ("GPTJConfig", {**_GPT2, "rotary_dim": 4}),
     "mpt": (
         "MptConfig",
-        {"vocab_size": VOCAB_SIZE, "d_model": 32, "n_layers": 2, "n_heads": 4, "max_seq_len": 128},
+        {"vocab_size": VOCAB_SIZE, "d_model": 32, "n_layers": 2, "n_heads": 4, "max_seq_len": 64},
     ),
     "nemotron": ("NemotronConfig", {**_PAD, "hidden_dropout": 0.0}),
     "stablelm": ("StableLmConfig", {**_PAD, "hidden_dropout": 0.0}),
