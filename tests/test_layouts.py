@@ -27,6 +27,7 @@ from tests.families import (
     UNPACKABLE_FAMILIES,
     tiny_model,
 )
+from tests.support import make_trainer, tiny_llama, train
 
 # transformers refuses
 NO_SDPA = {
@@ -191,3 +192,14 @@ def test_a_model_without_weights_takes_the_layout_of_the_whole(tmp_path, family)
         assert type(skeleton) is type(whole)
         assert why_not_packed(skeleton) == why_not_packed(whole)
         assert (why_not_packed(whole) is None) == (family in PACKABLE_FAMILIES and not rate)
+
+
+def test_training_with_dropout_is_padded_and_says_so_once(tmp_path, caplog):
+    caplog.set_level("INFO", logger="dpofast")
+    options = {"max_steps": 2, "disable_dropout": False}
+    trainer = make_trainer(tmp_path, tiny_llama(attention_dropout=0.3), options=options)
+    assert trainer.layout.name == "padded"
+    with_dropout = train(trainer)
+    lines = [record.message for record in caplog.records if "Layout: padded, as" in record.message]
+    assert lines == ["Layout: padded, as LlamaAttention has a dropout above 0."]
+    assert with_dropout != train(make_trainer(tmp_path / "without", options=options))
