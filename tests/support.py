@@ -27,6 +27,15 @@ from dpofast import DPOConfig, DPOTrainer
 VOCAB_SIZE = 259  # 256 bytes and three special tokens
 BETA = 0.5
 LEARNING_RATE = 5e-3
+TINY_FIELDS: dict[str, Any] = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+}
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
@@ -45,31 +54,13 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
 def tiny_llama(seed: int = 0, **overrides: Any) -> LlamaForCausalLM:
     torch.manual_seed(seed)
-    fields = {
-        "vocab_size": VOCAB_SIZE,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 256,
-    }
-    return LlamaForCausalLM(LlamaConfig(**{**fields, **overrides}))
+    return LlamaForCausalLM(LlamaConfig(**{**TINY_FIELDS, **overrides}))
 
 
-def tiny_mixtral(seed: int = 0) -> MixtralForCausalLM:
+def tiny_mixtral(seed: int = 0, **overrides: Any) -> MixtralForCausalLM:
     """A mixture of four experts, two of them for each token."""
     torch.manual_seed(seed)
-    config = MixtralConfig(
-        vocab_size=VOCAB_SIZE,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        num_local_experts=4,
-        max_position_embeddings=256,
-    )
+    config = MixtralConfig(**{**TINY_FIELDS, "num_local_experts": 4, **overrides})
     return MixtralForCausalLM(config)
 
 

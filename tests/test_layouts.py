@@ -27,7 +27,7 @@ from tests.families import (
     UNPACKABLE_FAMILIES,
     tiny_model,
 )
-from tests.support import make_trainer, tiny_llama, train
+from tests.support import make_trainer, tiny_llama, tiny_mixtral, train
 
 # transformers refuses
 NO_SDPA = {
@@ -203,3 +203,29 @@ def test_training_with_dropout_is_padded_and_says_so_once(tmp_path, caplog):
     lines = [record.message for record in caplog.records if "Layout: padded, as" in record.message]
     assert lines == ["Layout: padded, as LlamaAttention has a dropout above 0."]
     assert with_dropout != train(make_trainer(tmp_path / "without", options=options))
+
+
+def test_a_routers_noise_is_a_dropout(tmp_path):
+    expected = train(make_trainer(tmp_path, tiny_mixtral(), options={"max_steps": 2}))
+    noisy = tiny_mixtral(router_jitter_noise=0.3)
+    assert "has a dropout above 0" in why_not_packed(noisy)
+    assert train(make_trainer(tmp_path, noisy, options={"max_steps": 2})) == expected
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+@pytest.mark.parametrize("nested", [False, True])
+def test_rope_that_depends_on_the_row_is_padded(kind, nested):
+    model = tiny_model("gemma3" if nested else "llama")
+    rope = {"rope_type": kind, "rope_theta": 10000.0}
+    model.config.rope_parameters = {"full_attention": rope} if nested else rope
+    assert why_not_packed(model) == "its RoPE depends on the longest position of a row"
+
+
+def test_alibi_and_unknown_types_are_padded():
+    model = tiny_model("llama")
+    model.config.alibi = True
+    assert why_not_packed(model) == "its ALiBi counts distances along the row"
+    model.config.model_type = "marvellous"
+    assert why_not_packed(model) == (
+        "model type 'marvellous' isn't known to be right in packed rows"
+    )
