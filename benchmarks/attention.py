@@ -113,7 +113,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--tokens", nargs="+", type=int, metavar="T", help="of a row; several are several cases")
     add("--kinds", nargs="+", choices=KINDS, metavar="KIND", help=f"of {', '.join(KINDS)}")
     add("--side-tokens", type=int, metavar="T", help="of rows of further data and of other kinds")
-    options = settle(parser.parse_args(arguments))
+    options = settle(parser, arguments)
     is_small = options.device == "cpu" and not options.dry_run
     tokens, side_tokens = list(GPU_TOKENS), GPU_SIDE_TOKENS
     if options.dry_run:

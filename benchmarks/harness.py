@@ -7,6 +7,7 @@ benchmarks/report.py.
 
 from __future__ import annotations
 
+import argparse
 import gc
 import math
 import signal
@@ -290,6 +291,13 @@ def worst(all_ratios: Sequence[dict[str, float | None]]) -> dict[str, float | No
     found = {key: [each.get(key) for each in all_ratios] for key in keys}
     known = {key: [v for v in values if v is not None] for key, values in found.items()}
     return {key: max(values) if values else None for key, values in known.items()}
+
+
+def positive(text: str) -> int:
+    """A whole number above 0, for a command line."""
+    if not (text.isdecimal() and int(text) > 0):
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number above 0")
+    return int(text)
 
 
 def quantile(values: Sequence[float], share: float) -> float | None:

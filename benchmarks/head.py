@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.harness import positive
 from benchmarks.head_cases import MODELS, Case, Inputs, make_inputs
 from benchmarks.head_contenders import ENTRIES, OURS, contender
 from benchmarks.head_truth import MULTIPLE, Judge
@@ -48,9 +49,13 @@ def peaks(name: str, payload: Any, device: str) -> dict[str, Any]:
     if made.run is None:
         return {"reason": made.reason}
     peak = peak_beyond_baseline(made.run, device)
+    beyond_gradients = peak - inputs.gradient_bytes
+    # an fp32 weight's gradient is such a sum itself
+    fp32_sum = 4 * inputs.weight.numel() if inputs.weight.itemsize < 4 else 0
     return {
         "beyond_inputs": peak,
-        "beyond_inputs_and_gradients": peak - inputs.gradient_bytes,
+        "beyond_inputs_and_gradients": beyond_gradients,
+        "beyond_inputs_gradients_and_fp32_d_weight": beyond_gradients - fp32_sum,
         "gradients": inputs.gradient_bytes,
         "fp32_d_weight": 4 * inputs.weight.numel(),
     }
@@ -104,24 +109,30 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add(
         "--tokens",
         nargs="+",
-        type=int,
+        type=positive,
         metavar="N",
         help="scored tokens; several are several cases",
     )
-    add("--hidden", type=int, help="hidden size in place of the first shape's")
-    add("--vocab", type=int, help="vocabulary in place of the first shape's")
-    add("--pairs", type=int, help="default: 8 on a CPU, a pair per 512 tokens on a GPU")
-    options = settle(parser.parse_args(arguments))
+    add("--hidden", type=positive, help="hidden size in place of the first shape's")
+    add("--vocab", type=positive, help="vocabulary in place of the first shape's")
+    add("--pairs", type=positive, help="default: 8 on a CPU, a pair per 512 tokens on a GPU")
+    options = settle(parser, arguments)
     is_gpu = options.device == "cuda"
     options.shapes = options.shapes or (list(MODELS) if is_gpu else ["qwen2.5-0.5b"])
     options.tokens = options.tokens or (list(GPU_TOKENS) if is_gpu else [1024])
+    for case in cases_of(options):
+        if case.num_tokens < 2 * case.num_pairs:
+            parser.error(
+                f"argument --tokens: {case.num_tokens} tokens are too few for {case.num_pairs} "
+                "pairs, each answer of which has one at least; lower --pairs"
+            )
     return options
 
 
 HELP = """Races the LM head with its DPO loss against plain PyTorch, TRL, Liger, CCE and the bare
-products. On a GPU all five heads run at four sizes, some 20 s each: pick with --shapes and
---tokens, leave out what compiles long with `--skip compile liger_dpo`, and what starts processes
-with --no-memory. Exit code 1 means that ours was wrong or failed; others may."""
+products. On a GPU all five heads run at four sizes: pick with --shapes and --tokens, leave out what
+compiles long with `--skip compile liger_dpo`, and what starts processes with --no-memory. Exit code
+1 means that ours was wrong or failed; others may."""
 
 
 def main() -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -27,6 +26,7 @@ from benchmarks.harness import (
     clock_for,
     make_contender,
     one_line,
+    positive,
     race,
     time_ratios,
     worst,
@@ -180,10 +180,7 @@ class Benchmark:
     error_rule: str
 
     def run(self, cases: Sequence[Case], options: argparse.Namespace) -> int:
-        """Run everything; 0 if ours was right and measured, 1 if not, 2 where it can't begin."""
-        if options.device == "cuda" and not torch.cuda.is_available():
-            print("--device: there is no CUDA device here; take cpu, or --dry-run", file=sys.stderr)
-            return 2
+        """Run everything; 0 if ours was right and measured, 1 if not."""
         torch.set_num_threads(options.threads)
         runs = []
         for case in cases:
@@ -318,21 +315,26 @@ def add_options(
     add("--contenders", nargs="+", choices=entries, default=[], metavar="NAME", help="only these")
     add("--skip", nargs="+", choices=entries, default=[], metavar="NAME", help="all but these")
     add("--ours", choices=ours, help="whose ratios; default: that of the default backend")
-    add("--rounds", type=int, help="that count; default: 7 on a CPU, 15 on a GPU")
+    add("--rounds", type=positive, help="that count; default: 7 on a CPU, 15 on a GPU")
     add("--warmup", type=int, help="rounds between the judged call and those that count")
     add("--limit", type=float, default=60.0, help="seconds for a first call, compilation included")
-    add("--threads", type=int, default=2, help="of PyTorch on the CPU; default: %(default)s")
+    add("--threads", type=positive, default=2, help="of PyTorch on the CPU; default: %(default)s")
     add("--no-memory", dest="memory", action="store_false", help="start no processes for memory")
     add("--memory-of", choices=entries, help=argparse.SUPPRESS)
     add("--child-file", type=Path, help=argparse.SUPPRESS)
 
 
-def settle(options: argparse.Namespace) -> argparse.Namespace:
-    """Fill in what wasn't given and depends on the device; a dry run is on the CPU."""
+def settle(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Read a command line, and fill in what depends on the device; a dry run is on the CPU."""
+    options = parser.parse_args(arguments)
     if options.dry_run:
         options.device, options.rounds = "cpu", options.rounds or 2
     options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     is_gpu = options.device == "cuda"
+    if is_gpu and not torch.cuda.is_available():
+        parser.error(
+            "argument --device: there is no CUDA or ROCm device here; take cpu, or --dry-run"
+        )
     options.dtype = options.dtype or ("bfloat16" if is_gpu or options.dry_run else "float32")
     options.rounds = options.rounds or (15 if is_gpu else 7)
     if options.warmup is None:

@@ -202,7 +202,8 @@ def test_the_default_of_a_gpu_has_no_softcap_in_varlen_attention(gpu):
     assert judge.forward_backward(made.run()).complaint is None
 
 
-def test_default_cases():
+def test_default_cases(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     sides = ("window", "softcap", "sinks")
     assert cases_of(parse(["--device", "cpu"])) == [
         Case("qwen2.5-0.5b", *row, "float32")
@@ -230,8 +231,9 @@ def test_what_cannot_be_run_is_said_in_a_sentence(monkeypatch, capsys):
         parse(["--device", "cpu", "--tokens", "9"])
     assert "no pair fits into a row of 9 tokens" in capsys.readouterr().err
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert benchmark(parse(["--device", "cuda"])) == 2
-    assert "--device: there is no CUDA device here" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        parse(["--device", "cuda"])
+    assert "--device: there is no CUDA or ROCm device here" in capsys.readouterr().err
 
 
 SMALL = ["--device", "cpu", "--models", "tiny", "--tokens", str(TOKENS), "--side-tokens", "160"]

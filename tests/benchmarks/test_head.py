@@ -146,7 +146,26 @@ def test_the_floor_takes_no_memory_from_others(step, inputs):
     assert all_logits() == 0
 
 
-def test_default_cases():
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--device", "cuda"], "argument --device: there is no CUDA or ROCm device here"),
+        (["--tokens", "0"], "argument --tokens: '0' is no whole number above 0"),
+        (["--rounds", "-1"], "argument --rounds: '-1' is no whole number above 0"),
+        (["--tokens", "9", "--pairs", "5"], "9 tokens are too few for 5 pairs"),
+        (["--tokens", "2"], "2 tokens are too few for 8 pairs"),
+    ],
+)
+def test_misuse_is_one_sentence(arguments, message, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit) as ended:
+        parse(arguments)
+    assert ended.value.code == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_default_cases(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     (case,) = cases_of(parse(["--device", "cpu"]))
     assert case == Case("qwen2.5-0.5b", 1024, 896, 151936, 8, "float32", even=True)
     cases = cases_of(parse(["--device", "cuda"]))
@@ -223,7 +242,12 @@ def test_a_dry_run_measures_everything_and_exits_0(tmp_path):
     given = json.loads(file.read_text())
     assert given["dry_run"] is True
     memory = given["cases"][0]["memory"]
-    assert memory["ours_torch"]["beyond_inputs"] > 0
+    peaks = memory["ours_torch"]
+    assert peaks["beyond_inputs"] > 0
+    gradients, fp32_d_weight = 2 * 64 * (96 + 1003), 4 * 64 * 1003
+    assert (peaks["gradients"], peaks["fp32_d_weight"]) == (gradients, fp32_d_weight)
+    beyond = peaks["beyond_inputs_gradients_and_fp32_d_weight"]
+    assert beyond == peaks["beyond_inputs"] - gradients - fp32_d_weight
     assert memory["trl"] == {"reason": "left out by the command line"}
     assert "naive_memory" in given["ratios"]
     assert "memory" in ended.stdout
