@@ -332,9 +332,7 @@ def settle(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> 
     options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     is_gpu = options.device == "cuda"
     if is_gpu and not torch.cuda.is_available():
-        parser.error(
-            "argument --device: there is no CUDA or ROCm device here; take cpu, or --dry-run"
-        )
+        parser.error("argument --device: there is no CUDA or ROCm device; take cpu, or --dry-run")
     options.dtype = options.dtype or ("bfloat16" if is_gpu or options.dry_run else "float32")
     options.rounds = options.rounds or (15 if is_gpu else 7)
     if options.warmup is None:

@@ -233,7 +233,7 @@ def test_what_cannot_be_run_is_said_in_a_sentence(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit, match="2"):
         parse(["--device", "cuda"])
-    assert "--device: there is no CUDA or ROCm device here" in capsys.readouterr().err
+    assert "--device: there is no CUDA or ROCm device" in capsys.readouterr().err
 
 
 SMALL = ["--device", "cpu", "--models", "tiny", "--tokens", str(TOKENS), "--side-tokens", "160"]

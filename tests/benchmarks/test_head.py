@@ -149,7 +149,7 @@ def test_the_floor_takes_no_memory_from_others(step, inputs):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--device", "cuda"], "argument --device: there is no CUDA or ROCm device here"),
+        (["--device", "cuda"], "argument --device: there is no CUDA or ROCm device"),
         (["--tokens", "0"], "argument --tokens: '0' is no whole number above 0"),
         (["--rounds", "-1"], "argument --rounds: '-1' is no whole number above 0"),
         (["--tokens", "9", "--pairs", "5"], "9 tokens are too few for 5 pairs"),
