@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import logging
 from dataclasses import replace
 from typing import Any
 
@@ -17,8 +16,6 @@ from dpofast.errors import ConfigError
 from dpofast.model import body_of, causal_lm, check_head, evaluating, num_layers
 from dpofast_kernels.attention import AttentionOptions, WrongBackendError, probe
 
-logger = logging.getLogger(__name__)
-
 # Packed and padded hidden states may differ by this much of their size, by rounding alone. Models
 # of transformers compute their norms in float32, whatever their dtype.
 TOLERANCE = {
@@ -31,7 +28,7 @@ TOLERANCE = {
 
 def check_model(
     model: nn.Module, layout: Layout, device: torch.device, autocast_dtype: torch.dtype | None
-) -> None:
+) -> str | None:
     """All checks that a model must pass before it trains, or scores.
 
     Args:
@@ -40,13 +37,17 @@ def check_model(
         device: where it is to run.
         autocast_dtype: of its forward pass; None without autocast.
 
+    Returns:
+        Which attention it runs on, in words; None where that is its own.
+
     Raises:
         ModelError: its head does what we don't know.
         ConfigError: packed rows would be wrong for it, or attention is on this device.
     """
     check_head(model)
-    if layout.is_packed:
-        check_attention(check_layout(layout, model), device, autocast_dtype)
+    if not layout.is_packed:
+        return None
+    return check_attention(check_layout(layout, model), device, autocast_dtype)
 
 
 def some_sequences(model: nn.Module) -> list[tuple[TokenIds, TokenIds]]:
@@ -103,13 +104,16 @@ def _scored_states(model: nn.Module, batch: PackedPairs) -> Tensor:
 
 def check_attention(
     calls: list[AttentionCall], device: torch.device, autocast_dtype: torch.dtype | None
-) -> None:
-    """Compare the attention that will run with its naive twin, for each kind of layer; say which.
+) -> str:
+    """Compare the attention that will run with its naive twin, for each kind of layer.
 
     Args:
         calls: what the layers ask for.
         device: where they run.
         autocast_dtype: in which they run, where not in their tensors' own.
+
+    Returns:
+        Which it is, in words.
 
     Raises:
         ConfigError: it is wrong on this device.
@@ -120,7 +124,7 @@ def check_attention(
     except WrongBackendError as error:
         remedy = "use layout: padded, and please report this"
         raise ConfigError(f"layout: {error}; {remedy}.") from error
-    logger.info("Attention: %s; compared with its naive twin on %s.", ", ".join(found), device)
+    return f"{', '.join(found)}; compared with its naive twin on {device}"
 
 
 def _as_run(call: AttentionCall, autocast_dtype: torch.dtype | None) -> AttentionCall:

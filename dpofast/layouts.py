@@ -16,12 +16,13 @@ logger = logging.getLogger(__name__)
 # compared for each. Every run compares its own model's hidden states again.
 PACKABLE = frozenset(
     """
-    afmoe apertus arcee bitnet cohere cohere2 cohere2_moe cwm deepseek_v3 ernie4_5 ernie4_5_moe
-    exaone4 exaone_moe flex_olmo gemma gemma2 gemma3_text glm glm4 glm4_moe gpt2 gpt_bigcode
-    gpt_neox gpt_oss granite granitemoe granitemoeshared helium internlm3 jetmoe llama
-    longcat_flash mimo_v2_flash minicpm3 minimax_m2 ministral3 mistral mixtral nanochat olmo
-    olmo2 olmo3 olmoe opt persimmon phi phi3 qwen2 qwen2_moe qwen3 qwen3_moe seed_oss smollm3
-    solar_open starcoder2 vaultgemma youtu
+    afmoe apertus arcee biogpt bitnet cohere cohere2 cohere2_moe cwm deepseek_v2 deepseek_v3 dots1
+    ernie4_5 ernie4_5_moe exaone4 exaone_moe flex_olmo gemma gemma2 gemma3_text glm glm4 glm4_moe
+    glm4_moe_lite gpt2 gpt_bigcode gpt_neox gpt_oss granite granite_swa granitemoe granitemoeshared
+    helium hunyuan_v1_dense hunyuan_v1_moe internlm3 jais2 jetmoe llama longcat_flash mimo_v2_flash
+    minicpm3 minimax_m2 ministral ministral3 mistral mixtral nanochat olmo olmo2 olmo3 olmoe opt
+    persimmon phi phi3 qwen2 qwen2_moe qwen3 qwen3_moe seed_oss smollm3 solar_open starcoder2
+    vaultgemma youtu
     """.split()  # noqa: SIM905  a list of them would fill pages
 )
 # Why others aren't among them. State-space, convolution and chunked layers would carry one
@@ -32,6 +33,8 @@ NOT_PACKABLE = {
     **dict.fromkeys(("codegen", "falcon", "gpt_neox_japanese", "gptj", "xglm"), NOT_REPLACEABLE),
     **dict.fromkeys(("bloom", "mpt"), f"{NOT_REPLACEABLE}, and its ALiBi counts along the row"),
     **dict.fromkeys(("nemotron", "stablelm"), NOT_TOLD),
+    **dict.fromkeys(("doge", "gpt_neo"), "its attention is told what to look at by a mask alone"),
+    "phimoe": "its routers draw experts at random while it is trained",
 }
 # Layers that look at other tokens by attention alone.
 PACKABLE_LAYERS = {"full_attention", "sliding_attention"}

@@ -331,14 +331,15 @@ def numel(parameter: Tensor) -> int:
 def dropouts(model: nn.Module) -> Iterator[tuple[nn.Module, str]]:
     """Every dropout above 0: (module, attribute), whether a layer or a number.
 
-    The noise that a mixture of experts adds to what its routers see counts as one.
+    The noise that a mixture of experts puts on what its routers see counts as one.
     """
+    noises = ("jitter_noise", "input_jitter_noise")
     for module in model.modules():
         for name, value in vars(module).items():
             is_rate = (
                 name == "p"
                 if isinstance(module, nn.modules.dropout._DropoutNd)
-                else ("drop" in name or "jitter" in name)
+                else ("drop" in name or name in noises)
             )
             if is_rate and isinstance(value, float) and value > 0.0:
                 yield module, name

@@ -63,9 +63,13 @@ class RunReference:
     def identity(self) -> ReferenceIdentity:
         """Settled at the first call, for the whole run."""
         if self.provider.identity is None:
-            for model in {id(m): m for m in (self.policy, self._model)}.values():
-                device, autocast = self.accelerator.device, self._autocast_dtype
-                check_model(model, self._layout_of(model), device, autocast)
+            device, autocast_dtype = self.accelerator.device, self._autocast_dtype
+            found = dict.fromkeys(
+                check_model(model, self._layout_of(model), device, autocast_dtype)
+                for model in {id(m): m for m in (self.policy, self._model)}.values()
+            )
+            for attention in filter(None, found):
+                logger.info("Attention: %s.", attention)
             if self.router_loss is not None:
                 check_router_loss(self.router_loss, self.policy)
             self.provider.fix(self._identity(self._model))

@@ -102,12 +102,18 @@ OTHER_PACKABLE_FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "apertus": ("ApertusConfig", _PAD),
     "arcee": ("ArceeConfig", _PAD_8),
+    "biogpt": (
+        "BioGptConfig",
+        {**_PAD, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
+    ),
     "bitnet": ("BitNetConfig", _PAD),
     "cohere": ("CohereConfig", _PAD),
     "cohere2": ("Cohere2Config", {**_PAD, **WINDOW, **MIXED}),
     "cohere2_moe": ("Cohere2MoeConfig", {**_PAD_8, **_NUMBERED, **WINDOW, **MIXED}),
     "cwm": ("CwmConfig", {**_PAD_8, **WINDOW, **MIXED, "rope_parameters": _LLAMA3}),
     "deepseek_v3": ("DeepseekV3Config", {**_PAD, **_LATENT, **_FIRST_DENSE}),
+    "deepseek_v2": ("DeepseekV2Config", {**_PAD, **_LATENT, **_FIRST_DENSE}),
+    "dots1": ("Dots1Config", {**_PAD_8, **_FIRST_DENSE, **WINDOW, **MIXED}),
     "ernie4_5": ("Ernie4_5Config", _PAD_8),
     "ernie4_5_moe": (
         "Ernie4_5_MoeConfig",
@@ -126,16 +132,21 @@ OTHER_PACKABLE_FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "glm": ("GlmConfig", _PAD_8),
     "glm4": ("Glm4Config", _PAD_8),
     "glm4_moe": ("Glm4MoeConfig", {**_PAD_8, **_FIRST_DENSE}),
+    "glm4_moe_lite": ("Glm4MoeLiteConfig", {**_PAD, **_LATENT, **_FIRST_DENSE}),
     "gpt2": ("GPT2Config", _GPT2),
     "gpt_bigcode": ("GPTBigCodeConfig", _GPT2),
     "granite": ("GraniteConfig", {**_PAD, "attention_multiplier": 0.3, "logits_scaling": 2.0}),
+    "granite_swa": ("GraniteSWAConfig", {**_PAD, **WINDOW, **MIXED}),
     "granitemoe": ("GraniteMoeConfig", {**_PAD, **EXPERTS}),
     "granitemoeshared": (
         "GraniteMoeSharedConfig",
         {**_PAD, **EXPERTS, "shared_intermediate_size": 16},
     ),
     "helium": ("HeliumConfig", _PAD_8),
+    "hunyuan_v1_dense": ("HunYuanDenseV1Config", _PAD_8),
+    "hunyuan_v1_moe": ("HunYuanMoEV1Config", {**_PAD_8, "num_experts": 4, "moe_topk": 2}),
     "internlm3": ("InternLM3Config", _PAD_8),
+    "jais2": ("Jais2Config", _PAD_8),
     "jetmoe": ("JetMoeConfig", {**_PAD, **EXPERTS, "kv_channels": 8}),
     "longcat_flash": (
         "LongcatFlashConfig",
@@ -154,6 +165,7 @@ OTHER_PACKABLE_FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "minicpm3": ("MiniCPM3Config", {**_PAD, **_LATENT}),
     "minimax_m2": ("MiniMaxM2Config", {**_PAD_8, **EXPERTS}),
+    "ministral": ("MinistralConfig", {**_PAD_8, **WINDOW, **MIXED}),
     "ministral3": ("Ministral3Config", {**_PAD_8, "rope_parameters": _YARN}),
     "nanochat": ("NanoChatConfig", _PAD),
     "olmo": ("OlmoConfig", _PAD),
@@ -242,6 +254,18 @@ DEAF_FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "nemotron": ("NemotronConfig", {**_PAD, "hidden_dropout": 0.0}),
     "stablelm": ("StableLmConfig", {**_PAD, "hidden_dropout": 0.0}),
 }
+# Those that packed rows would be wrong for, though they call our attention.
+MASKED_FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "doge": ("DogeConfig", _PAD),
+    "gpt_neo": (
+        "GPTNeoConfig",
+        {
+            **{"vocab_size": VOCAB_SIZE, "hidden_size": 32, "num_layers": 2, "num_heads": 4},
+            **{"attention_types": [[["global", "local"], 1]], "window_size": 6},
+            **{"max_position_embeddings": 64, "embed_dropout": 0.0, "resid_dropout": 0.0},
+        },
+    ),
+}
 # Those in which something else than attention looks at other tokens, or attention at chunks.
 MIXING_FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "lfm2": ("Lfm2Config", {**_PAD, "layer_types": ["conv", "full_attention", "conv"]}),
@@ -260,6 +284,7 @@ MIXING_FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 FAMILIES = {
     **DEAF_FAMILIES,
+    **MASKED_FAMILIES,
     **MIXING_FAMILIES,
     **PACKABLE_FAMILIES,
     **OTHER_PACKABLE_FAMILIES,

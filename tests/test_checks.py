@@ -16,8 +16,8 @@ from dpofast.model import pair_step, run_batch
 from dpofast_kernels.attention import dispatch
 from dpofast_kernels.attention.segments import sdpa_attention
 from tests.exactness import SHORT, compare
-from tests.families import DEAF_FAMILIES, MIXING_FAMILIES, tiny_model
-from tests.support import make_trainer
+from tests.families import DEAF_FAMILIES, MASKED_FAMILIES, MIXING_FAMILIES, tiny_model
+from tests.support import make_trainer, tiny_llama
 
 CPU = torch.device("cpu")
 
@@ -36,9 +36,11 @@ def run_packed(model):
         return run_batch(model, batch, lambda hidden_states, *_: hidden_states)
 
 
-def test_the_trainer_names_its_attention_once(tmp_path, caplog):
+@pytest.mark.parametrize("given", [False, True])
+def test_the_trainer_names_its_attention_once(tmp_path, caplog, given):
     caplog.set_level("INFO", logger="dpofast")
-    trainer = make_trainer(tmp_path, options={"max_steps": 2})
+    reference = tiny_llama(seed=5) if given else None
+    trainer = make_trainer(tmp_path, ref_model=reference, options={"max_steps": 2})
     trainer.train()
     lines = [record.message for record in caplog.records if "Attention:" in record.message]
     words = "Attention: sdpa (float32, 4 heads of 8); compared with its naive twin on cpu."
@@ -62,8 +64,7 @@ def test_a_wrong_backend_stops_the_run_before_it_begins(tmp_path, monkeypatch):
     make_trainer(tmp_path, options={"layout": "padded", "max_steps": 1}).train()
 
 
-def test_each_kind_of_layer_is_probed_as_the_model_has_it(monkeypatch, caplog):
-    caplog.set_level("INFO", logger="dpofast")
+def test_each_kind_of_layer_is_probed_as_the_model_has_it(monkeypatch):
     probed = []
 
     def spy(device, dtype, *heads_and_options):
@@ -78,19 +79,15 @@ def test_each_kind_of_layer_is_probed_as_the_model_has_it(monkeypatch, caplog):
     expected = {(torch.bfloat16, heads, window, 5.0, None) for window in (6, None)}
     assert set(probed) == expected
     probed.clear()
-    check_attention(check_layout(Layout("shared"), tiny_model("gpt_oss")), CPU, None)
+    words = check_attention(check_layout(Layout("shared"), tiny_model("gpt_oss")), CPU, None)
     assert {(window, len(sinks)) for *_, window, _, sinks in probed} == {(6, 4), (None, 4)}
-    line = caplog.records[-1].message
-    assert "some (float32, 4 heads of 8, window 6, sinks), some (float32, 4 heads of 8, sinks)" in (
-        line
-    )
+    kinds = "some (float32, 4 heads of 8, window 6, sinks), some (float32, 4 heads of 8, sinks)"
+    assert words == f"{kinds}; compared with its naive twin on cpu"
 
 
-def test_float64_stays_float64_under_autocast(caplog):
-    caplog.set_level("INFO", logger="dpofast")
+def test_float64_stays_float64_under_autocast():
     calls = check_layout(Layout("shared"), tiny_model("llama").double())
-    check_attention(calls, CPU, torch.bfloat16)
-    assert "sdpa (float64" in caplog.records[-1].message
+    assert check_attention(calls, CPU, torch.bfloat16).startswith("sdpa (float64")
 
 
 def test_the_check_of_attention_takes_a_moment_on_a_cpu():
@@ -164,6 +161,14 @@ def test_models_that_cannot_take_our_attention_raise_in_packed_rows(family):
         run_packed(model)
 
 
-@pytest.mark.parametrize("family", {**DEAF_FAMILIES, **MIXING_FAMILIES})
+@pytest.mark.parametrize("family", MASKED_FAMILIES)
+def test_models_that_need_a_mask_are_found_out(family):
+    with pytest.raises(
+        (ConfigError, ModelError), match=r"use layout: padded|gives packed rows a mask"
+    ):
+        check_layout(Layout("shared"), tiny_model(family))
+
+
+@pytest.mark.parametrize("family", {**DEAF_FAMILIES, **MASKED_FAMILIES, **MIXING_FAMILIES})
 def test_they_are_right_when_padded(family):
     compare(tiny_model(family).double(), SHORT, Layout("padded"))

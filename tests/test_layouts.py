@@ -21,6 +21,7 @@ from tests.exactness import SHORT, compare
 from tests.families import (
     DEAF_FAMILIES,
     FAMILIES,
+    MASKED_FAMILIES,
     MIXING_FAMILIES,
     OTHER_PACKABLE_FAMILIES,
     PACKABLE_FAMILIES,
@@ -29,18 +30,7 @@ from tests.families import (
 )
 from tests.support import make_trainer, tiny_llama, tiny_mixtral, train
 
-# transformers refuses
-NO_SDPA = {
-    "bloom",
-    "codegen",
-    "gemma2",
-    "gpt_oss",
-    "gptj",
-    "mamba",
-    "mimo_v2_flash",
-    "mpt",
-    "vaultgemma",
-}
+NO_SDPA = {"gemma2", "gpt_oss", "mamba", "bloom"}  # transformers refuses
 
 
 @pytest.fixture(autouse=True)
@@ -73,11 +63,11 @@ def test_every_packable_model_type_is_compared():
     """Whoever adds one to the list adds a model to the tests, too."""
     families = {**PACKABLE_FAMILIES, **OTHER_PACKABLE_FAMILIES}
     classes = {getattr(transformers, name, None) for name, _ in families.values()} - {None}
-    missing = {"internlm3"} if not hasattr(transformers, "InternLM3Config") else set()
+    missing = {family for family, (name, _) in families.items() if not hasattr(transformers, name)}
     assert {each.model_type for each in classes} == PACKABLE - missing
 
 
-@pytest.mark.parametrize("family", {**DEAF_FAMILIES, **MIXING_FAMILIES})
+@pytest.mark.parametrize("family", {**DEAF_FAMILIES, **MASKED_FAMILIES, **MIXING_FAMILIES})
 def test_the_reason_why_a_model_is_padded_is_named(family, caplog):
     caplog.set_level("INFO", logger="dpofast")
     assert choose_layout("auto", tiny_model(family), 0).name == "padded"
@@ -87,6 +77,8 @@ def test_the_reason_why_a_model_is_padded_is_named(family, caplog):
         "lfm2": "its layers of type conv",
         "minimax": "its layers of type linear_attention",
         "nemotron": "its layers don't hand on to attention what it needs to know",
+        "doge": "its attention is told what to look at by a mask alone",
+        "gpt_neo": "its attention is told what to look at by a mask alone",
         "stablelm": "its layers don't hand on to attention what it needs to know",
     }.get(family, "its attention can't be replaced")
     assert reason in line
@@ -104,7 +96,7 @@ def test_what_cannot_be_packed_is_recognised_and_right_when_padded(family, caplo
     compare(model, SHORT, layout)
 
 
-@pytest.mark.parametrize("family", sorted(FAMILIES.keys() - NO_SDPA))
+@pytest.mark.parametrize("family", sorted({*PACKABLE_FAMILIES, *UNPACKABLE_FAMILIES} - NO_SDPA))
 def test_padded_rows_are_right_under_sdpa(family):
     """Without a mask it takes the kernel that knows only of causal rows."""
     compare(tiny_model(family, "sdpa").double(), SHORT, Layout("padded"))
