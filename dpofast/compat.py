@@ -7,8 +7,9 @@ from typing import Any
 
 from transformers import TrainingArguments
 
-from dpofast.config import DPOConfig, refuse_unknown_options
+from dpofast.config import DPOConfig, option_names
 from dpofast.errors import ConfigError
+from dpofast.foreign import refuse_unknown_options
 
 
 def resolve_config(
@@ -24,7 +25,7 @@ def resolve_config(
     Raises:
         ConfigError: an option that is unknown, or that can't be honoured.
     """
-    options = refuse_unknown_options(options, where="DPOTrainer")
+    options = refuse_unknown_options(options, option_names(), where="DPOTrainer")
     if args is None:
         return DPOConfig(**{"output_dir": f"{model_name.split('/')[-1]}-DPO", **options})
     if isinstance(args, DPOConfig) and not options:

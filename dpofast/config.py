@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
 import functools
 import json
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -18,51 +18,13 @@ from transformers.utils import is_torch_bf16_gpu_available
 
 from dpofast.data.layout import LAYOUTS
 from dpofast.errors import ConfigError
+from dpofast.foreign import refuse_unknown_options
+from dpofast.zero.batch import ShownBatch, settle_deepspeed
+from dpofast.zero.config import read_deepspeed
 from dpofast_kernels import PairLoss, make_loss
 
 TRUNCATION_MODES = ("keep_start", "keep_end")
 DEFAULT_MAX_LENGTH = 1024
-
-# Options that TRL has or had: the values that change nothing and are therefore accepted, and what
-# to do instead of any other.
-FOREIGN_OPTIONS: dict[str, tuple[tuple[Any, ...], str]] = {
-    "max_prompt_length": ((None,), "set max_length, which counts prompt + answer"),
-    "max_completion_length": ((None,), "set max_length, which counts prompt + answer"),
-    "max_target_length": ((None,), "set max_length, which counts prompt + answer"),
-    "loss_weights": ((None, [1.0], (1.0,)), "train with one loss_type"),
-    "ld_alpha": ((None, 1.0), "leave it out; length desensitisation isn't supported"),
-    "f_divergence_type": (("reverse_kl",), "leave it out; only reverse_kl is supported"),
-    "f_alpha_divergence_coef": ((0.5, 1.0), "leave it out; only reverse_kl is supported"),
-    "use_weighting": ((False,), "leave it out; WPO weights aren't supported"),
-    "discopop_tau": ((0.05,), "leave it out; discopop isn't supported"),
-    "rpo_alpha": ((None,), "leave it out; the extra likelihood term isn't supported"),
-    "sync_ref_model": ((False,), "leave it out; the reference stays fixed during a run"),
-    "ref_model_mixup_alpha": ((0.6,), "leave it out; the reference stays fixed during a run"),
-    "ref_model_sync_steps": ((512,), "leave it out; the reference stays fixed during a run"),
-    "reference_free": ((False,), "leave it out; a reference is always used"),
-    "force_use_ref_model": ((False, True), "leave it out"),
-    "padding_free": ((False,), "leave it out; no batch has to be padding-free"),
-    "pad_to_multiple_of": ((None, "auto"), "leave it out; rows are as long as they need to be"),
-    "use_logits_to_keep": ((False, True), "leave it out; only answers ever reach the head"),
-    "activation_offloading": ((False,), "use gradient_checkpointing"),
-    "is_encoder_decoder": ((None, False), "use a decoder-only model"),
-    "generate_during_eval": ((False,), "generate in a callback, or after training"),
-    "label_pad_token_id": ((-100,), "leave it out; labels aren't padded"),
-    "padding_value": ((None,), "set the tokenizer's pad_token"),
-    "model_adapter_name": ((None,), "leave it out; the active adapter is trained"),
-    "ref_adapter_name": ((None,), "leave it out; the reference is the model before step 1"),
-    "ref_model_init_kwargs": ((None,), "load the reference yourself and pass it as ref_model"),
-    "base_model_attribute_name": (("model",), "leave it out"),
-    "model_init": ((None,), "pass the model"),
-    "preprocess_logits_for_metrics": ((None,), "no logits exist; use a callback"),
-    "overwrite_output_dir": ((False,), "name another output_dir, or resume_from_checkpoint"),
-    "save_safetensors": ((True,), "leave it out; checkpoints are always safetensors"),
-    "logging_dir": ((None,), "set TENSORBOARD_LOGGING_DIR in the environment"),
-    "no_cuda": ((False,), "set use_cpu"),
-    "group_by_length": ((False,), "leave it out; steps see the pairs in the shuffled order"),
-    "evaluation_strategy": ((), "transformers calls it eval_strategy now"),
-    "tools": ((None,), "put the tools into a column `tools` of the dataset"),
-}
 
 
 @dataclass
@@ -174,12 +136,24 @@ class DPOConfig(TrainingArguments):
         self._check_numbers()
         self.make_loss()
         self._check_unsupported()
-        super().__post_init__()
+        self._post_init_with_deepspeed()
         if self.n_gpu > 1:
             raise ConfigError(
                 f"{self.n_gpu} GPUs are visible to one process; launch with torchrun "
                 "--nproc-per-node, or choose one with CUDA_VISIBLE_DEVICES."
             )
+
+    def _post_init_with_deepspeed(self) -> None:
+        """The parent's, with a DeepSpeed configuration that it can read and ours has checked."""
+        given: Any = self.deepspeed  # type: ignore[has-type]
+        if given:
+            self.deepspeed = read_deepspeed(given)
+        try:
+            super().__post_init__()
+        finally:
+            self.deepspeed = given  # what logs and checkpoints show
+        if self.deepspeed_plugin is not None:
+            settle_deepspeed(self)
 
     def _name_checkpointing(self) -> None:
         """transformers 5.23 renamed the option: both names are taken, and neither is warned of."""
@@ -233,16 +207,19 @@ class DPOConfig(TrainingArguments):
     def one_item_per_step(self) -> Iterator[None]:
         """Inside, the Trainer's loop takes one item of its loader for one optimizer step.
 
-        An item holds all micro-batches of the step, so the loop must not accumulate on top.
-        Logs and checkpoints go on to show the value that the user gave.
+        An item holds all micro-batches of the step, so the loop must not accumulate on top, nor may
+        DeepSpeed. Logs and checkpoints go on to show the values that the user gave.
         """
+        pairs_per_rank = self.per_device_train_batch_size * self.accumulation
         self._shown_accumulation: int = self.gradient_accumulation_steps  # type: ignore[has-type]
         self.gradient_accumulation_steps = 1
+        self._shown_batch = ShownBatch(self.deepspeed_plugin, pairs_per_rank, self.world_size)
         try:
-            yield
+            with self._shown_batch.one_item():
+                yield
         finally:
             self.gradient_accumulation_steps = self._shown_accumulation
-            del self._shown_accumulation
+            del self._shown_accumulation, self._shown_batch
 
     @property
     def accumulation(self) -> int:
@@ -255,7 +232,8 @@ class DPOConfig(TrainingArguments):
     def __getstate__(self) -> dict[str, Any]:
         state = {**self.__dict__, "gradient_accumulation_steps": self.accumulation}
         state.pop("_shown_accumulation", None)
-        return state
+        shown_batch = state.pop("_shown_batch", None)
+        return state if shown_batch is None else {**state, **shown_batch.as_shown()}
 
     def _check_numbers(self) -> None:
         ranges = {
@@ -326,10 +304,13 @@ class DPOConfig(TrainingArguments):
             "neftune_noise_alpha": "leave it out; the policy would differ from its reference",
             "use_liger_kernel": "leave it out; only dpofast's own kernels are supported yet",
             "parallelism_config": "leave it out; ranks share a step's pairs, not a sequence",
+            "fsdp": "set deepspeed to zero2 or zero3, which spread gradients and weights likewise",
         }
         for name, remedy in remedies.items():
             if getattr(self, name, None):
                 raise ConfigError(f"{name} isn't supported: {remedy}.")
+        if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
+            raise ConfigError("accelerate launch --use_fsdp isn't supported: use --use_deepspeed.")
         self._check_report_to()
         strategy = self.train_sampling_strategy
         if strategy not in ("random", "sequential"):
@@ -338,33 +319,16 @@ class DPOConfig(TrainingArguments):
             )
 
 
-def refuse_unknown_options(options: dict[str, Any], where: str = "DPOConfig") -> dict[str, Any]:
-    """Drop TRL's options whose value changes nothing; raise ConfigError at any other unknown one.
-
-    Args:
-        options: names and values as the user gave them.
-        where: named in the error: a file, or the class.
-    """
-    known = {item.name for item in fields(DPOConfig) if item.init}
-    kept = {}
-    for name, value in options.items():
-        if name in known:
-            kept[name] = value
-        elif name in FOREIGN_OPTIONS:
-            neutral, remedy = FOREIGN_OPTIONS[name]
-            if value not in neutral:
-                raise ConfigError(f"{where}: {name}={value!r} isn't supported: {remedy}.")
-        else:
-            nearest = difflib.get_close_matches(name, known, n=1)
-            hint = f"; did you mean {nearest[0]!r}?" if nearest else "; see docs/configuration.md."
-            raise ConfigError(f"{where}: there is no option {name!r}{hint}")
-    return kept
+@functools.cache
+def option_names() -> frozenset[str]:
+    """Names of the options that a DPOConfig takes."""
+    return frozenset(item.name for item in fields(DPOConfig) if item.init)
 
 
 def _checked(init: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(init)
     def checked_init(self: DPOConfig, *args: Any, **options: Any) -> None:
-        init(self, *args, **refuse_unknown_options(options))
+        init(self, *args, **refuse_unknown_options(options, option_names()))
 
     return checked_init
 

@@ -18,6 +18,7 @@ from dpofast.model import (
     load_policy,
     load_tokenizer,
 )
+from dpofast.zero.batch import refuse_missing_launcher
 
 logger = logging.getLogger(__name__)
 
@@ -26,8 +27,10 @@ def resolve_model(model: Any, config: DPOConfig, tokenizer: Any) -> tuple[nn.Mod
     """The model and its tokenizer, loaded where they were named.
 
     Raises:
+        ConfigError: DeepSpeed is asked for, and no launcher has started this process.
         ModelError: the model can't be loaded, or no tokenizer belongs to it.
     """
+    refuse_missing_launcher(config)
     options = config.loading_options()
     if tokenizer is None:
         name = model_name(model)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from torch import nn
 
 from dpofast.checkpoint import RunState
@@ -22,6 +24,7 @@ from dpofast.model import SequenceScorer, causal_lm
 from dpofast.reference.identity import ReferenceIdentity, model_identity
 from dpofast.reference.provider import ReferenceProvider
 from dpofast.router import RouterLoss, check_router_loss
+from dpofast.zero.weights import cast_weights, gathered, whole
 from dpofast_kernels import HEAD_VERSION
 
 logger = logging.getLogger(__name__)
@@ -58,20 +61,24 @@ class RunReference:
         self._believed: set[str] = set()  # datasets with log-probs of their own
         self._scored: set[str] = set()  # datasets without
         self._home = next(self._model.parameters()).device
+        if self._is_under_deepspeed:
+            for model in {id(m): m for m in (policy, self._model)}.values():
+                cast_weights(model, accelerator.deepspeed_plugin.deepspeed_config)
 
     @property
     def identity(self) -> ReferenceIdentity:
         """Settled at the first call, for the whole run."""
         if self.provider.identity is None:
             device, autocast_dtype = self.accelerator.device, self._autocast_dtype
-            found = dict.fromkeys(
-                check_model(model, self._layout_of(model), device, autocast_dtype)
-                for model in {id(m): m for m in (self.policy, self._model)}.values()
-            )
-            for attention in filter(None, found):
+            found: set[str | None] = set()
+            for model in {id(m): m for m in (self.policy, self._model)}.values():
+                with whole(model):
+                    found.add(check_model(model, self._layout_of(model), device, autocast_dtype))
+            for attention in sorted(filter(None, found)):
                 logger.info("Attention: %s.", attention)
             if self.router_loss is not None:
-                check_router_loss(self.router_loss, self.policy)
+                with whole(self.policy):
+                    check_router_loss(self.router_loss, self.policy)
             self.provider.fix(self._identity(self._model))
         assert self.provider.identity is not None
         return self.provider.identity
@@ -96,7 +103,8 @@ class RunReference:
             )
         self._scored.add(name)
         scorer = None if self.is_gone else self._score
-        logps = self.provider.logps(pairs, name, scorer, self._sum_over_ranks)
+        with contextlib.nullcontext() if scorer is None else whole(self._model):
+            logps = self.provider.logps(pairs, name, scorer, self._sum_over_ranks)
         if self.ref_model is not None and not _is_placed(self.ref_model):
             self.ref_model.to(self._home)  # its memory is what the store saves
         return logps
@@ -150,6 +158,9 @@ class RunReference:
 
     @property
     def _autocast_dtype(self) -> torch.dtype | None:
+        """DeepSpeed gives the weights themselves their precision: nothing is cast on the way."""
+        if self._is_under_deepspeed:
+            return None
         return AUTOCAST_DTYPES.get(self.accelerator.mixed_precision)
 
     def _sum_over_ranks(self, counts: list[int]) -> list[int]:
@@ -198,7 +209,12 @@ class RunReference:
             autocast_dtype=self._autocast_dtype,
             attention=causal_lm(model).config._attn_implementation,
             head_version=HEAD_VERSION,
+            gather=gathered if self._is_under_deepspeed else None,
         )
+
+    @property
+    def _is_under_deepspeed(self) -> bool:
+        return bool(self.accelerator.distributed_type == DistributedType.DEEPSPEED)
 
 
 def _is_placed(model: nn.Module) -> bool:

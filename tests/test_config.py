@@ -10,8 +10,8 @@ from transformers import HfArgumentParser, TrainingArguments
 
 from dpofast import DPOConfig
 from dpofast.compat import resolve_config, resolve_tokenizer
-from dpofast.config import FOREIGN_OPTIONS
 from dpofast.errors import ConfigError
+from dpofast.foreign import FOREIGN_OPTIONS
 
 
 def config(tmp_path, **options):

@@ -2,84 +2,63 @@
 
 from __future__ import annotations
 
-import math
-
-import numpy as np
 import pytest
-import torch
 
-from benchmarks.data import find_data, race_tokenizer
-from dpofast.data import load_preferences, tokenize_preferences
 from dpofast.data.plan import BatchShape, StepSampler
-from tests.support import PlainDPO, make_trainer, race_model, train
+from tests.real_pairs import (
+    NUM_PAIRS,
+    OPTIONS,
+    assert_is_plain_dpo,
+    checkpoint,
+    real_pairs,
+    real_tokenizer,
+    two_threads,
+)
+from tests.support import history, make_trainer, race_model, train
 
 pytestmark = pytest.mark.slow  # textbook DPO runs every sequence alone, through two models
 
-STEPS = 20
-PAIRS_PER_STEP = 4
-NUM_PAIRS = 78  # the last step of the epoch has two
-BETA, LEARNING_RATE = 0.1, 2e-4
-
 
 @pytest.fixture(autouse=True)
-def two_threads():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(threads)
+def threads():
+    with two_threads():
+        yield
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return race_tokenizer(find_data("dpo_en_demo")[0])
+    return real_tokenizer()
 
 
 @pytest.fixture(scope="module")
 def pairs(tokenizer):
-    data = load_preferences(str(find_data("dpo_en_demo")[0]))
-    tokenised, _ = tokenize_preferences(data, tokenizer, max_length=1024)
-    columns = tokenised.select_columns(["prompt_ids", "chosen_ids", "rejected_ids"])
-    return columns.select(range(NUM_PAIRS))
+    return real_pairs(tokenizer)
 
 
-@pytest.fixture(scope="module")
-def plain(tokenizer, pairs):
-    history = PlainDPO(race_model(tokenizer), BETA, LEARNING_RATE).train(
-        pairs, PAIRS_PER_STEP, STEPS, seed=3
+def make(folder, tokenizer, pairs, **options):
+    return make_trainer(
+        folder,
+        race_model(tokenizer),
+        pairs,
+        options=OPTIONS | options,
+        processing_class=tokenizer,
     )
-    losses = [loss for loss, _ in history]
-    assert max(abs(loss / math.log(2) - 1) for loss in losses) > 0.05
-    return history
 
 
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("layout", ["shared", "padded"])
-def test_twenty_steps_are_those_of_plain_dpo(tmp_path, tokenizer, pairs, plain, layout):
-    options = {
-        "layout": layout,
-        "max_steps": STEPS,
-        "max_length": 1024,
-        "beta": BETA,
-        "learning_rate": LEARNING_RATE,
-        "max_tokens_per_microbatch": 2048,
-    }
-    trainer = make_trainer(
-        tmp_path, race_model(tokenizer), pairs, options=options, processing_class=tokenizer
-    )
-    got = train(trainer)
-    worst = np.abs(np.asarray(got) / np.asarray(plain) - 1.0).max(0)
-    print(
-        f"{layout}: worst relative difference of the loss {worst[0]:.1e}, the norm {worst[1]:.1e}"
-    )
-    assert (worst <= 1e-5).all()
+def test_twenty_steps_are_those_of_plain_dpo(tmp_path, tokenizer, pairs, plain_history, layout):
+    whole = train(make(tmp_path, tokenizer, pairs, layout=layout))
+    assert_is_plain_dpo(layout, whole, plain_history)
+    if layout == "shared":
+        resumed = make(tmp_path, tokenizer, pairs, layout=layout)
+        resumed.train(resume_from_checkpoint=checkpoint(tmp_path / "run"))
+        assert_is_plain_dpo("resumed in mid-epoch", history(resumed), plain_history)
 
 
 def test_rows_hold_what_the_plan_counts(tmp_path, tokenizer, pairs):
     """Tokens of the body and rows of the head, counted as they reach the modules."""
-    options = {"max_steps": 3, "max_length": 1024, "max_tokens_per_microbatch": 2048}
-    trainer = make_trainer(
-        tmp_path, race_model(tokenizer), pairs, options=options, processing_class=tokenizer
-    )
+    trainer = make(tmp_path, tokenizer, pairs, max_steps=3, save_strategy="no")
     body_tokens, head_rows = [], []
     trainer._score_references()  # these passes are counted by nobody
     trainer.model.model.embed_tokens.register_forward_hook(

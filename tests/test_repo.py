@@ -23,6 +23,7 @@ ALLOWED = {
     "demo": {"demo", "data"} | _TRAINER,
     "data": {"data"} | _BASE,
     "reference": {"reference"} | _BASE,
+    "zero": {"zero"} | _BASE,
 }
 # Inside `reference` only these look at data or model.
 REFERENCE_READERS = {"builder.py"}

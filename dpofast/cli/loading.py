@@ -194,6 +194,9 @@ def refuse_missing_model(name_or_path: str) -> None:
 
 
 def _load_model(options: RunOptions, name_or_path: str, load: Callable[..., Any]) -> Any:
+    from dpofast.zero.batch import refuse_missing_launcher
+
+    refuse_missing_launcher(options.config)  # ZeRO-3 loads a model in parts
     kwargs = options.config.loading_options()
     base = adapter_base(name_or_path)
     if name_or_path != options.script.model or base is not None:

@@ -115,7 +115,7 @@ def _own_names() -> list[str]:
 
 
 def _refuse_unknown(given: dict[str, Given], known: dict[str, Any], own: Sequence[str]) -> None:
-    from dpofast.config import FOREIGN_OPTIONS, refuse_unknown_options
+    from dpofast.foreign import FOREIGN_OPTIONS, refuse_unknown_options
 
     for name, option in given.items():
         if name in known:
@@ -127,7 +127,7 @@ def _refuse_unknown(given: dict[str, Given], known: dict[str, Any], own: Sequenc
         if name in FOREIGN_KEYS:
             raise ConfigError(f"{option.where}: {name} isn't an option here: {FOREIGN_KEYS[name]}.")
         if name in FOREIGN_OPTIONS:
-            refuse_unknown_options({name: option.value}, where=option.where)
+            refuse_unknown_options({name: option.value}, known, where=option.where)
             continue
         # of nearly equal matches, rather ours than one of the hundred of TrainingArguments
         ours = [*own, *_own_names(), *ALIASES]

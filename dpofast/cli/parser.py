@@ -56,7 +56,11 @@ def build_parser() -> Parser:
 
 
 def split_arguments(arguments: list[str]) -> tuple[list[str], list[str]]:
-    """Split a command line into what the parser reads and the overrides after it."""
+    """Split a command line into what the parser reads and the overrides after it.
+
+    A rank that DeepSpeed's launcher has put in front is dropped: the environment tells it, too.
+    """
+    arguments = [word for word in arguments if not word.startswith("--local_rank=")]
     is_configured = bool(arguments) and arguments[0] in _CONFIGURED
     takes_overrides = is_configured or arguments[:2] == ["ref", "build"]
     if not takes_overrides or {"-h", "--help"} & set(arguments):

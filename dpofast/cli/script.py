@@ -77,7 +77,7 @@ ALIASES = {
     "roles": "dataset_roles",
 }
 
-# Options of other tools, and what to do instead; TRL's own stand in config.FOREIGN_OPTIONS.
+# Options of other tools, and what to do instead; TRL's own stand in dpofast/foreign.py.
 FOREIGN_KEYS = {
     "evaluation_strategy": "transformers calls it eval_strategy now",
     "use_flash_attention_2": "set attn_implementation: flash_attention_2",

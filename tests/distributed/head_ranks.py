@@ -20,6 +20,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import safe_get_full_grad
 from torch import Tensor, nn
 
@@ -137,6 +138,8 @@ def make_engine(model: nn.Module, case: Case, **zero_options: Any) -> Any:
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=0.0)
     config = zero_config(case, **zero_options)
+    # DeepSpeed asks for a CPU with instructions for fp16; PyTorch does without.
+    get_accelerator().is_fp16_supported = lambda: True
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
     return engine
 

@@ -1,8 +1,9 @@
-"""Starts a script on several ranks of this machine's CPU."""
+"""Starts commands on several ranks of this machine's CPU."""
 
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -10,11 +11,17 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 
 
-def launch(script: Path, ranks: int, *arguments: str, timeout: float = 300.0) -> None:
-    """Run `script` under torchrun, one thread a rank, and wait for it.
+def torchrun(ranks: int) -> list[str]:
+    """The beginning of a command that runs a script, or `-m` and a module, on so many ranks."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    return [sys.executable, *launcher]
+
+
+def run_ranks(command: list[str], timeout: float = 300.0) -> None:
+    """Run a launcher's command, one thread a rank, and wait for all of its processes.
 
     Raises:
-        AssertionError: a rank failed; the message ends with what the ranks printed last.
+        AssertionError: a rank failed, or there was no end; the message ends with what was printed.
     """
     environment = {
         **os.environ,
@@ -22,12 +29,22 @@ def launch(script: Path, ranks: int, *arguments: str, timeout: float = 300.0) ->
         "DS_ACCELERATOR": "cpu",
         "OMP_NUM_THREADS": "1",
     }
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    done = subprocess.run(
-        [sys.executable, *launcher, str(script), *arguments],
+    with subprocess.Popen(
+        command,
         env=environment,
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
         text=True,
-        timeout=timeout,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+        start_new_session=True,
+    ) as process:
+        try:
+            output, _ = process.communicate(timeout=timeout)
+        except BaseException:
+            os.killpg(process.pid, signal.SIGTERM)  # the launcher ends its ranks
+            raise
+    assert process.returncode == 0, output[-6000:]
+
+
+def launch(script: Path, ranks: int, *arguments: str, timeout: float = 300.0) -> None:
+    """Run `script` under torchrun; raises as `run_ranks`."""
+    run_ranks([*torchrun(ranks), str(script), *arguments], timeout)

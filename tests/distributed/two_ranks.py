@@ -1,16 +1,20 @@
-"""One training run on however many ranks started it; the main one writes its logs as JSON.
+"""Trains in several ways, one after the other, on however many ranks started it.
 
-torchrun --nproc-per-node 2 two_ranks.py FOLDER PAIRS_PER_DEVICE ACCUMULATION [ZERO_STAGE [MODEL]]
+torchrun --nproc-per-node 2 two_ranks.py FOLDER PAIRS_PER_DEVICE ACCUMULATION WAY...
 
-MODEL is llama, or mixtral: padded, so that micro-batches are the same on however many ranks, with
-gradient checkpointing and the routers' auxiliary loss.
+A way is "ddp", the name of a DeepSpeed configuration, or "own": a configuration with its own batch;
+with ".bf16" behind it, in that precision, with ".mixtral" a mixture of experts: padded, so that
+micro-batches are the same on however many ranks, with gradient checkpointing and the routers'
+auxiliary loss. The main rank writes what each has logged to FOLDER/WAY.json.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -18,28 +22,30 @@ from dpofast import DPOConfig, DPOTrainer
 from tests.support import byte_tokenizer, tiny_llama, tiny_mixtral, token_pairs
 
 
-def zero_config(stage: str) -> dict[str, object]:
+def deepspeed_option(way: str, pairs_per_device: int, accumulation: int) -> Any:
+    if way == "ddp":
+        return None
+    if way != "own":
+        return way
     return {
-        "train_micro_batch_size_per_gpu": "auto",
-        "gradient_accumulation_steps": "auto",
-        "gradient_clipping": "auto",
-        "zero_optimization": {"stage": int(stage)},
-        "zero_force_ds_cpu_optimizer": False,
-        "zero_allow_untested_optimizer": True,
+        "train_micro_batch_size_per_gpu": pairs_per_device,
+        "gradient_accumulation_steps": accumulation,
+        "train_batch_size": pairs_per_device * accumulation * int(os.environ["WORLD_SIZE"]),
+        "zero_optimization": {"stage": 2},
     }
 
 
-def main(
-    folder: str, pairs_per_device: str, accumulation: str, stage: str = "", model: str = "llama"
-) -> None:
-    torch.set_num_threads(1)
-    is_mixture = model == "mixtral"
+def train(way: str, folder: Path, pairs_per_device: int, accumulation: int) -> None:
+    kind, _, variant = way.partition(".")
+    os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)  # left behind by the way before
+    is_mixture = variant == "mixtral"
     config = DPOConfig(
-        output_dir=f"{folder}/run",
-        reference_store=f"{folder}/store",
-        per_device_train_batch_size=int(pairs_per_device),
+        output_dir=str(folder / way),
+        reference_store=str(folder / "store" / way),
+        per_device_train_batch_size=pairs_per_device,
         per_device_eval_batch_size=2,
-        gradient_accumulation_steps=int(accumulation),
+        gradient_accumulation_steps=accumulation,
+        max_tokens_per_microbatch=30,  # several micro-batches a step
         beta=0.5,
         learning_rate=5e-3,
         lr_scheduler_type="constant",
@@ -48,14 +54,14 @@ def main(
         logging_steps=1,
         save_strategy="no",
         report_to=[],
-        bf16=False,
+        bf16=variant == "bf16",
         gradient_checkpointing=is_mixture,
         router_aux_loss_coef=0.5 if is_mixture else None,
         layout="padded" if is_mixture else "auto",
         use_cpu=True,
         disable_tqdm=True,
         seed=3,
-        deepspeed=zero_config(stage) if stage else None,
+        deepspeed=deepspeed_option(kind, pairs_per_device, accumulation),
     )
     trainer = DPOTrainer(
         tiny_mixtral() if is_mixture else tiny_llama(),
@@ -65,11 +71,22 @@ def main(
         processing_class=byte_tokenizer(),
     )
     trainer.train()
+    assert trainer.is_deepspeed_enabled is (kind != "ddp")
+    reference = trainer.reference.identity.description
+    # under DeepSpeed the reference is scored by the weights as they are trained, without autocast
+    dtype = "bfloat16" if variant == "bf16" and kind != "ddp" else "float32"
+    assert (reference["autocast_dtype"], list(reference["tensors"])) == (None, [dtype])
     evaluation = trainer.evaluate()
     if trainer.is_world_process_zero():
         logs = [log for log in trainer.state.log_history if "grad_norm" in log]
         report = {"logs": logs, "evaluation": evaluation}
-        Path(folder, "report.json").write_text(json.dumps(report))
+        (folder / f"{way}.json").write_text(json.dumps(report))
+
+
+def main(folder: str, pairs_per_device: str, accumulation: str, *ways: str) -> None:
+    torch.set_num_threads(1)
+    for way in ways:
+        train(way, Path(folder), int(pairs_per_device), int(accumulation))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,41 @@
+"""Gradient clipping by a norm that is summed in float64, as DeepSpeed's is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor, nn
+
+CHUNK_ELEMENTS = 1 << 20  # cast at a time: on a CPU PyTorch makes a float64 copy of what it sums
+
+
+def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
+    """Scale the gradients down where their joint norm is above `max_norm`.
+
+    As `torch.nn.utils.clip_grad_norm_`, whose sum on a CPU loses digits: it is off by 1e-4 with a
+    matrix of 4 million elements, by 5e-3 with one of 60 million.
+
+    Args:
+        parameters: those without a gradient are passed over.
+        max_norm: infinity only measures.
+
+    Returns:
+        [] float64, the norm before; inf or NaN where a gradient is.
+    """
+    parameters = [p for p in parameters if p.grad is not None]
+    squares = [_sum_of_squares(p.grad) for p in parameters if p.grad is not None]
+    if not squares:
+        return torch.zeros((), dtype=torch.float64)
+    norm = torch.stack([square.to(squares[0].device) for square in squares]).sum().sqrt()
+    torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+    return norm
+
+
+def _sum_of_squares(gradient: Tensor) -> Tensor:
+    norms = [torch.linalg.vector_norm(part, dtype=torch.float64) for part in _parts(gradient)]
+    return torch.stack(norms).square().sum()
+
+
+def _parts(gradient: Tensor) -> Iterator[Tensor]:
+    yield from torch.split(gradient.flatten(), CHUNK_ELEMENTS) if gradient.is_cpu else (gradient,)

@@ -1,0 +1,47 @@
+"""Trains on real pairs in several ways, one after the other; the main rank writes what it logged.
+
+torchrun --nproc-per-node 2 real_ranks.py whole|resumed FOLDER WAY...
+
+A way is "ddp" or the name of a DeepSpeed configuration. `resumed` goes on from the checkpoints that
+`whole` has left in the same folder.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+from tests.real_pairs import OPTIONS, checkpoint, real_pairs, real_tokenizer
+from tests.support import history, make_trainer, race_model
+
+
+def main(phase: str, folder: str, *ways: str) -> None:
+    torch.set_num_threads(1)
+    tokenizer = real_tokenizer()
+    pairs = real_pairs(tokenizer)
+    for way in ways:
+        os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)  # left behind by the way before
+        options = {
+            "output_dir": f"{folder}/{way}",
+            "gradient_accumulation_steps": 1,  # two ranks of two pairs
+            "deepspeed": None if way == "ddp" else way,
+        }
+        trainer = make_trainer(
+            Path(folder),  # all ways read one reference store
+            race_model(tokenizer),
+            pairs,
+            options=OPTIONS | options,
+            processing_class=tokenizer,
+        )
+        run = Path(folder, way)
+        trainer.train(resume_from_checkpoint=checkpoint(run) if phase == "resumed" else None)
+        if trainer.is_world_process_zero():
+            Path(folder, f"{phase}-{way}.json").write_text(json.dumps(history(trainer)))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

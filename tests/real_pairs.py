@@ -1,0 +1,78 @@
+"""Twenty steps on real pairs, by textbook DPO and by ours: what the tests of both compare.
+
+The 77 pairs make 20 steps of 4, of which the last has a single pair: on two ranks one has none.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+
+from benchmarks.data import find_data, race_tokenizer
+from dpofast.data import load_preferences, tokenize_preferences
+from tests.support import PlainDPO, race_model
+
+STEPS = 20
+PAIRS_PER_STEP = 4
+NUM_PAIRS = 77
+SAVED_STEP = 12  # in the middle of the epoch
+TOLERANCE = 1e-5
+OPTIONS: dict[str, Any] = {
+    "max_steps": STEPS,
+    "max_length": 1024,
+    "beta": 0.1,
+    "learning_rate": 2e-4,
+    "max_tokens_per_microbatch": 2048,
+    "save_strategy": "steps",
+    "save_steps": SAVED_STEP,
+}
+
+
+def real_tokenizer() -> Any:
+    return race_tokenizer(find_data("dpo_en_demo")[0])
+
+
+def real_pairs(tokenizer: Any) -> Dataset:
+    data = load_preferences(str(find_data("dpo_en_demo")[0]))
+    tokenised, _ = tokenize_preferences(data, tokenizer, max_length=OPTIONS["max_length"])
+    columns = tokenised.select_columns(["prompt_ids", "chosen_ids", "rejected_ids"])
+    return columns.select(range(NUM_PAIRS))
+
+
+def plain_history() -> np.ndarray:
+    """[20, 2] fp64: loss and gradient norm of each step of two-model DPO, a sequence at a time."""
+    tokenizer = real_tokenizer()
+    plain = PlainDPO(race_model(tokenizer), OPTIONS["beta"], OPTIONS["learning_rate"])
+    with two_threads():
+        history = np.asarray(plain.train(real_pairs(tokenizer), PAIRS_PER_STEP, STEPS, seed=3))
+    assert np.abs(history[:, 0] / math.log(2) - 1.0).max() > 0.05  # it learns
+    return history
+
+
+def assert_is_plain_dpo(name: str, got: list[tuple[float, float]], plain: np.ndarray) -> None:
+    """Every step's loss and gradient norm are those of `plain_history` within 1e-5."""
+    worst = np.abs(np.asarray(got) / plain - 1.0).max(0)
+    print(f"{name}: worst relative difference of loss {worst[0]:.1e}, norm {worst[1]:.1e}")
+    assert (worst <= TOLERANCE).all(), name
+
+
+def checkpoint(run: Path) -> str:
+    return str(run / f"checkpoint-{SAVED_STEP}")
+
+
+@contextlib.contextmanager
+def two_threads() -> Iterator[None]:
+    """A fault of gathering keys showed on real lengths with threads alone."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

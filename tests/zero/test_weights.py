@@ -1,0 +1,32 @@
+"""Weights under DeepSpeed; tests/distributed has those that ZeRO-3 spreads over two ranks."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from dpofast.zero.weights import cast_weights, gathered, whole
+from tests.support import tiny_llama
+
+
+@pytest.mark.parametrize(
+    ("config", "dtype"),
+    [
+        ({"bf16": {"enabled": True}, "fp16": {"enabled": False}}, torch.bfloat16),
+        ({"bf16": {"enabled": False}, "fp16": {"enabled": True}}, torch.float16),
+        ({"bf16": {"enabled": False}}, torch.float32),
+        ({}, torch.float32),
+    ],
+)
+def test_parameters_get_the_precision_that_deepspeed_trains_in(config, dtype):
+    model = tiny_llama()
+    cast_weights(model, config)
+    assert {parameter.dtype for parameter in model.parameters()} == {dtype}
+    # as its engine does: the frequencies of RoPE stay
+    assert {buffer.dtype for buffer in model.buffers()} == {torch.float32}
+
+
+def test_what_no_one_has_spread_is_whole():
+    model = tiny_llama()
+    with whole(model), gathered(model.lm_head.weight) as weight:
+        assert weight is model.lm_head.weight
