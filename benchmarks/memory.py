@@ -58,7 +58,7 @@ def peak_beyond_baseline(run: Callable[[], Any], device: str) -> int:
         run()
         return _status_bytes("VmHWM") - baseline
     run()
-    return _process_peak_bytes() - baseline
+    return process_peak_bytes() - baseline
 
 
 def measure_in_child(
@@ -142,6 +142,18 @@ def _peaks_in_child(
     return [*found, *[missing] * (len(payloads) - len(found))]
 
 
+def process_peak_bytes() -> int:
+    """The largest resident set that this process had so far, imports included.
+
+    Read from /proc where there is one: `ru_maxrss` starts with what the parent had when it started
+    this process.
+    """
+    if _has_status():
+        return _status_bytes("VmHWM")
+    unit = 1 if sys.platform == "darwin" else 1024  # Linux counts in KiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
 def _can_reset_peak() -> bool:
     return os.access("/proc/self/clear_refs", os.W_OK)
 
@@ -152,7 +164,11 @@ def _reset_peak() -> None:
 
 def _resident_bytes() -> int:
     """What is resident now; where there is no /proc, the peak until now."""
-    return _status_bytes("VmRSS") if Path("/proc/self/status").exists() else _process_peak_bytes()
+    return _status_bytes("VmRSS") if _has_status() else process_peak_bytes()
+
+
+def _has_status() -> bool:
+    return Path("/proc/self/status").exists()
 
 
 def _status_bytes(name: str) -> int:
@@ -160,8 +176,3 @@ def _status_bytes(name: str) -> int:
         if line.startswith(f"{name}:"):
             return int(line.split()[1]) * 1024
     raise OSError(f"/proc/self/status has no {name}")
-
-
-def _process_peak_bytes() -> int:
-    unit = 1 if sys.platform == "darwin" else 1024  # Linux counts in KiB
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -94,6 +94,33 @@ def print_peaks(
     _console().print(table)
 
 
+def print_race(title: str, standings: dict[str, Any], ratios: dict[str, float | None]) -> None:
+    """A table of a race of whole steps.
+
+    Args:
+        title: of the table.
+        standings: by contender, as `benchmarks.train_rounds.Standing`.
+        ratios: by "<contender>_speed" and "<contender>_memory", ours over theirs.
+    """
+    table = Table(title=title, title_justify="left")
+    table.add_column("contender", no_wrap=True)
+    for name in ("pairs", "pairs/s", "ours/theirs", "peak GB", "ours/theirs"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("error nearest to its bound, or why there is no speed", overflow="fold")
+    for name, standing in standings.items():
+        result = standing.result
+        table.add_row(
+            name,
+            str(standing.batch_size or "-"),
+            _number(standing.speed, 3),
+            _number(ratios.get(f"{name}_speed"), 2),
+            _number(None if standing.peak is None else standing.peak / 1e9, 2),
+            _number(ratios.get(f"{name}_memory"), 3),
+            f"{result.status}: {result.reason}" if result.reason else _closest(result),
+        )
+    _console().print(table)
+
+
 def _console() -> Console:
     """As wide as the terminal; wide enough for the tables where there is none."""
     return Console(width=None if sys.stdout.isatty() else 132)

@@ -22,6 +22,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from benchmarks.train_cases import Case
 from dpofast import DPOConfig, DPOTrainer
 
 VOCAB_SIZE = 259  # 256 bytes and three special tokens
@@ -204,15 +205,4 @@ def train(trainer: DPOTrainer) -> list[tuple[float, float]]:
 
 def race_model(tokenizer: Any) -> LlamaForCausalLM:
     """The model of the comparisons on real pairs: 4 layers of 256, with random weights."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=256,
-        intermediate_size=688,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=8192,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    return LlamaForCausalLM(config)
+    return Case("race").model(tokenizer)

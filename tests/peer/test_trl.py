@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from benchmarks.data import find_data, race_tokenizer
+from benchmarks.train_contenders import token_trainer
 from dpofast import DPOConfig, DPOTrainer
 from dpofast.data import load_preferences, tokenize_preferences
 from tests.support import clip_exactly, race_model
@@ -39,11 +40,8 @@ OPTIONS = {
 }
 
 
-class TokenTrainer(trl.DPOTrainer):
-    """TRL's trainer on token ids as they are, and with a norm that doesn't lose digits on a CPU."""
-
-    def _prepare_dataset(self, dataset, *args):
-        return dataset
+class TokenTrainer(token_trainer()):
+    """With a norm that doesn't lose digits on a CPU."""
 
     def _clip_grad_norm(self, model):
         return clip_exactly(model.parameters(), self.args.max_grad_norm)

@@ -1,0 +1,286 @@
+"""What is trained in the race of whole DPO steps: the model, the pairs, the steps, as data.
+
+The process that runs the race writes a case and its pairs into a folder; those of the contenders
+read them there, so that none of them reads texts or trains a tokenizer.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset, concatenate_datasets, load_from_disk
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+BETA = 0.1
+MAX_GRAD_NORM = 1.0
+SEED = 0
+TINY_VOCABULARY = 300
+LORA_LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+# By dtype, how much a step's loss and gradient norm may differ from naive's, relative.
+TOLERANCES = {
+    "float32": {"loss": 1e-4, "grad_norm": 1e-3},
+    "bfloat16": {"loss": 5e-2, "grad_norm": 1e-1},
+}
+
+
+def _shape(
+    model_type: str,
+    hidden_size: int,
+    intermediate_size: int,
+    num_layers: int,
+    num_heads: tuple[int, int],  # of queries, of keys
+    **others: Any,
+) -> tuple[str, dict[str, Any]]:
+    """A model type of transformers, and fields of its config."""
+    return model_type, {
+        "hidden_size": hidden_size,
+        "intermediate_size": intermediate_size,
+        "num_hidden_layers": num_layers,
+        "num_attention_heads": num_heads[0],
+        "num_key_value_heads": num_heads[1],
+        "max_position_embeddings": 8192,
+        **others,
+    }
+
+
+# Where there is no vocabulary the model gets the tokenizer's.
+_TIED = {"vocab_size": 151936, "tie_word_embeddings": True}
+SHAPES = {
+    "tiny": _shape("llama", 32, 48, 2, (4, 2)),
+    "race": _shape("llama", 256, 688, 4, (4, 2)),
+    "0.5b": _shape("qwen2", 896, 4864, 24, (14, 2), **_TIED),
+    "3b": _shape("qwen2", 2048, 11008, 36, (16, 2), **_TIED),
+    "7b": _shape("qwen2", 3584, 18944, 28, (28, 4), vocab_size=152064),
+    "8b": _shape("llama", 4096, 14336, 32, (32, 8), vocab_size=128256, rope_theta=500000.0),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One race.
+
+    Attributes:
+        shape: of the model, by its name in SHAPES.
+        layers: in place of the shape's; None for those.
+        dtype: of the weights and of all arithmetic, by its name in torch.
+        data: the preference file whose first pairs are trained; "random" for short ones.
+        pairs_per_step: of an optimizer step.
+        steps: that are timed, each over pairs of its own. One that isn't comes before them, over
+            the first step's pairs.
+        max_length: tokens of prompt and answer.
+        max_tokens: of a packed micro-batch (`max_tokens_per_microbatch`).
+        checkpointing: whether activations are computed again in the backward, in all contenders.
+        learning_rate: constant.
+        lora: train adapters on all layers but the head in place of the weights.
+        fixed_batch: pairs in a micro-batch of contenders that `batch_sizes` doesn't name.
+        batch_sizes: by contender, the numbers of pairs in a micro-batch of which it gets the best.
+    """
+
+    shape: str
+    layers: int | None = None
+    dtype: str = "float32"
+    data: str = "dpo_en_demo"
+    pairs_per_step: int = 8
+    steps: int = 4
+    max_length: int = 4096
+    max_tokens: int = 2048
+    checkpointing: bool = False
+    lora: bool = False
+    learning_rate: float = 2e-5
+    fixed_batch: int = 4
+    batch_sizes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name, sizes in {"ours": (self.fixed_batch,), **self.batch_sizes}.items():
+            if all(self.pairs_per_step % size for size in sizes):
+                raise ValueError(
+                    f"Steps of {self.pairs_per_step} pairs can't be made of micro-batches of "
+                    f"{' or '.join(map(str, sizes))} pairs ({name})."
+                )
+
+    @property
+    def tolerances(self) -> dict[str, float]:
+        return TOLERANCES[self.dtype]
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        dtype: torch.dtype = getattr(torch, self.dtype)
+        return dtype
+
+    def batches_of(self, contender: str) -> tuple[int, ...]:
+        """Pairs in a micro-batch that are tried for a contender: those that fill a step."""
+        wanted = self.batch_sizes.get(contender, (self.fixed_batch,))
+        return tuple(dict.fromkeys(size for size in wanted if self.pairs_per_step % size == 0))
+
+    def config(self, vocab_size: int, pad_token_id: int) -> Any:
+        """The model's config; `vocab_size` counts where the shape has none."""
+        model_type, shape = SHAPES[self.shape]
+        fields = {"vocab_size": vocab_size, **shape}
+        if self.layers is not None:
+            fields["num_hidden_layers"] = self.layers
+        return AutoConfig.for_model(model_type, pad_token_id=pad_token_id, **fields)
+
+    def model(self, tokenizer: Any, device: str = "cpu", attention: str = "sdpa") -> Any:
+        """The causal LM with random weights, the same ones in every process."""
+        torch.manual_seed(SEED)
+        with torch.device(device):
+            return AutoModelForCausalLM.from_config(
+                self.config(len(tokenizer), tokenizer.pad_token_id),
+                dtype=self.torch_dtype,
+                attn_implementation=attention,
+            )
+
+
+@dataclass(frozen=True, eq=False)
+class Work:
+    """A case with its pairs, as a contender's process finds it in the folder.
+
+    Attributes:
+        folder: that `prepare` has filled; contenders write their files there, too.
+        device: that the steps run on, "cpu" or "cuda".
+        batch_size: pairs in a micro-batch, where tokens don't decide.
+        num_steps: that are timed; the case's or fewer.
+    """
+
+    folder: Path
+    device: str
+    batch_size: int
+    num_steps: int
+
+    @cached_property
+    def case(self) -> Case:
+        fields = json.loads((self.folder / "case.json").read_text(encoding="utf-8"))
+        sizes = {name: tuple(each) for name, each in fields.pop("batch_sizes").items()}
+        return Case(**fields, batch_sizes=sizes)
+
+    @cached_property
+    def pairs(self) -> Dataset:
+        """With prompt_ids, chosen_ids and rejected_ids, in the order in which they are trained."""
+        return load_from_disk(str(self.folder / "pairs"))
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerFast:
+        return PreTrainedTokenizerFast.from_pretrained(str(self.folder / "tokenizer"))
+
+    @property
+    def attention(self) -> str:
+        """The fastest attention that transformers has here, by the name it has there."""
+        from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
+
+        if self.device == "cuda" and is_flash_attn_3_available():
+            return "flash_attention_3"
+        if self.device == "cuda" and is_flash_attn_2_available():
+            return "flash_attention_2"
+        return "sdpa"
+
+    def model(self) -> Any:
+        return self.case.model(self.tokenizer, self.device, self.attention)
+
+    def adapter(self) -> Any:
+        """The config of the LoRA adapter that is trained; None where the weights are."""
+        if not self.case.lora:
+            return None
+        from peft import LoraConfig
+
+        return LoraConfig(r=16, lora_alpha=32, lora_dropout=0.0, target_modules=LORA_LAYERS)
+
+    def steps(self) -> Iterator[list[list[dict[str, list[int]]]]]:
+        """The micro-batches of each optimizer step, the untimed one first."""
+        rows, per_step = self.pairs.to_list(), self.case.pairs_per_step
+        for number in range(1 + self.num_steps):
+            step = rows[number * per_step : (number + 1) * per_step]
+            starts = range(0, per_step, self.batch_size)
+            yield [step[first : first + self.batch_size] for first in starts]
+
+
+def prepare(case: Case, folder: Path, data: Path | None) -> str:
+    """Write what `Work` reads; -> "file", "generated" or "random", what the pairs are.
+
+    Args:
+        case: to be run.
+        folder: a new one.
+        data: folder of the preference files, None for the usual places.
+    """
+    tokenizer, pairs, origin = _texts(case, data) if case.data != "random" else _random(case)
+    first_again = pairs.select(range(case.pairs_per_step))
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "case.json").write_text(json.dumps(asdict(case)), encoding="utf-8")
+    concatenate_datasets([first_again, pairs]).save_to_disk(str(folder / "pairs"))
+    tokenizer.save_pretrained(str(folder / "tokenizer"))
+    return origin
+
+
+def _texts(case: Case, data: Path | None) -> tuple[Any, Dataset, str]:
+    from benchmarks.data import find_data, race_tokenizer
+    from dpofast.data import load_preferences, tokenize_preferences
+
+    path, origin = find_data(case.data, data)
+    tokenizer = race_tokenizer(path)
+    wanted = case.pairs_per_step * case.steps
+    rows = load_preferences(str(path))
+    if len(rows) < wanted:
+        raise ValueError(f"{path} has {len(rows)} pairs, but {wanted} are to be trained.")
+    pairs, _ = tokenize_preferences(
+        rows.select(range(wanted)), tokenizer, max_length=case.max_length
+    )
+    if len(pairs) < wanted:
+        raise ValueError(f"{path}: {wanted - len(pairs)} of its first {wanted} pairs can't be run.")
+    return tokenizer, pairs.select_columns(["prompt_ids", "chosen_ids", "rejected_ids"]), origin
+
+
+def _random(case: Case) -> tuple[Any, Dataset, str]:
+    """Short pairs of random tokens."""
+    from benchmarks.data import train_bpe
+
+    rng = random.Random(SEED)
+
+    def ids() -> list[int]:
+        return [rng.randrange(10, 250) for _ in range(rng.randint(1, 12))]
+
+    rows = [
+        {"prompt_ids": ids(), "chosen_ids": ids(), "rejected_ids": ids()}
+        for _ in range(case.pairs_per_step * case.steps)
+    ]
+    return train_bpe(["some words"], TINY_VOCABULARY), Dataset.from_list(rows), "random"
+
+
+def race_case() -> Case:
+    """The race on a CPU."""
+    sizes = (1, 2, 4, 8)
+    return Case("race", batch_sizes={"trl": sizes, "trl_compact": sizes})
+
+
+def gpu_case(shape: str, batch_sizes: tuple[int, ...]) -> Case:
+    """The race on a GPU: bf16, larger steps, everyone at the best batch size for them."""
+    names = ("padded", "trl", "trl_plain", "naive")
+    return Case(
+        shape,
+        dtype="bfloat16",
+        learning_rate=1e-6,
+        pairs_per_step=32,
+        max_tokens=16384,
+        checkpointing=True,
+        batch_sizes=dict.fromkeys(names, batch_sizes),
+    )
+
+
+def tiny(case: Case) -> Case:
+    """The same race with a tiny model and few short pairs, for a dry run."""
+    sizes = {name: (1, 2) if len(each) > 1 else each for name, each in case.batch_sizes.items()}
+    return replace(
+        case,
+        shape="tiny",
+        data="random",
+        pairs_per_step=4,
+        steps=2,
+        max_tokens=64,
+        fixed_batch=2,
+        batch_sizes=sizes,
+    )

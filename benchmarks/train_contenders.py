@@ -1,0 +1,339 @@
+"""Who runs in the race of whole DPO steps: our layouts, TRL, and PyTorch as a textbook writes it.
+
+All train the same model on the same pairs in the same steps, with the same AdamW. A contender runs
+all steps and tells its `Meter` when each has ended, with what loss and gradient norm.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+from transformers import TrainerCallback, set_seed
+
+from benchmarks.harness import AbsentError
+from benchmarks.train_cases import BETA, MAX_GRAD_NORM, SEED, Work
+
+IGNORED = -100
+CHECKPOINTING = {"use_reentrant": False}
+
+
+class Meter:
+    """Time, tokens and losses of a contender's steps; of the first step only the loss counts.
+
+    Attributes:
+        losses: of every step, the mean over its pairs.
+        grad_norms: of every step, before clipping.
+        body_tokens: positions that went through the embedding, padding and reference included.
+        head_rows: positions that went through the head.
+        seconds: of all steps but the first.
+        attention: what ran it, as far as the contender says.
+    """
+
+    def __init__(self, device: str) -> None:
+        self.device = device
+        self.losses: list[float] = []
+        self.grad_norms: list[float] = []
+        self.body_tokens = self.head_rows = 0
+        self.seconds = 0.0
+        self.attention: str | None = None
+        self._started: float | None = None
+
+    def watch(self, model: Any, head: bool = True) -> None:
+        """Count what passes a causal LM's embedding and, unless told not to, its head."""
+
+        def count_tokens(_: nn.Module, inputs: tuple[Tensor, ...], __: Any) -> None:
+            self.body_tokens += inputs[0].numel()
+
+        def count_rows(_: nn.Module, inputs: tuple[Tensor, ...], __: Any) -> None:
+            self.head_rows += inputs[0].shape[:-1].numel()
+
+        model.get_input_embeddings().register_forward_hook(count_tokens)
+        if head:
+            model.get_output_embeddings().register_forward_hook(count_rows)
+
+    def step_ends(self) -> None:
+        """To be called once the weights have moved."""
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+        now = time.perf_counter()
+        if self._started is not None:
+            self.seconds = now - self._started
+            return
+        self.body_tokens = self.head_rows = 0
+        if self.device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        self._started = time.perf_counter()
+
+
+class StepCallback(TrainerCallback):
+    """Tells a meter of a Trainer's steps."""
+
+    def __init__(self, meter: Meter) -> None:
+        self.meter = meter
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        self.meter.step_ends()
+
+    def on_log(self, *_: Any, logs: dict[str, Any] | None = None, **__: Any) -> None:
+        if logs and "grad_norm" in logs:  # of a step, not of the whole run
+            self.meter.losses.append(float(logs["loss"]))
+            self.meter.grad_norms.append(float(logs["grad_norm"]))
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A contender.
+
+    Attributes:
+        run: trains all steps and tells the meter; raises where it can't.
+        note: what it does.
+        layout: of ours.
+        on: the devices where it takes part unless asked for.
+    """
+
+    run: Callable[[Work, Meter], None]
+    note: str
+    layout: str | None = None
+    on: tuple[str, ...] = ("cpu", "cuda")
+
+
+def trainer_options(work: Work, name: str) -> dict[str, Any]:
+    """What our DPOConfig and TRL's get alike."""
+    case = work.case
+    return {
+        "output_dir": str(work.folder / "runs" / name),
+        "per_device_train_batch_size": work.batch_size,
+        "gradient_accumulation_steps": case.pairs_per_step // work.batch_size,
+        "max_steps": 1 + work.num_steps,
+        "train_sampling_strategy": "sequential",
+        "max_length": case.max_length,
+        "beta": BETA,
+        "learning_rate": case.learning_rate,
+        "lr_scheduler_type": "constant",
+        "optim": "adamw_torch_fused",
+        "weight_decay": 0.0,
+        "max_grad_norm": MAX_GRAD_NORM,
+        "gradient_checkpointing": case.checkpointing,
+        "gradient_checkpointing_kwargs": CHECKPOINTING,
+        "bf16": False,  # the weights are in the case's dtype, so nothing is left to autocast
+        "use_cpu": work.device == "cpu",
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": [],
+        "disable_tqdm": True,
+        "seed": SEED,
+    }
+
+
+def _ours(layout: str) -> Callable[[Work, Meter], None]:
+    """Our trainer; all layouts share one store of reference log-probs, filled by the first."""
+
+    def run(work: Work, meter: Meter) -> None:
+        from dpofast import DPOConfig, DPOTrainer
+
+        trainer = DPOTrainer(
+            work.model(),
+            args=DPOConfig(
+                **trainer_options(work, layout),
+                layout=layout,
+                max_tokens_per_microbatch=work.case.max_tokens,
+                reference_store=str(work.folder / "store"),
+            ),
+            train_dataset=work.pairs,
+            processing_class=work.tokenizer,
+            callbacks=[StepCallback(meter)],
+            peft_config=work.adapter(),
+        )
+        meter.watch(trainer.model)
+        meter.attention = work.attention if layout == "padded" else _packed_attention(work)
+        trainer.train()
+
+    return run
+
+
+def _packed_attention(work: Work) -> str:
+    """The back end that our attention takes in this case's layers."""
+    from dpofast_kernels.attention import backend_for
+
+    config = work.case.config(1, 0)
+    heads = config.num_attention_heads, config.num_key_value_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // heads[0]
+    query, key = (
+        torch.empty(1, number, size, dtype=work.case.torch_dtype, device=work.device)
+        for number in heads
+    )
+    return backend_for(query, key)
+
+
+def token_trainer() -> Any:
+    """TRL's DPOTrainer on token ids as they are; it would tokenise texts by itself."""
+    import trl
+
+    class TokenTrainer(trl.DPOTrainer):
+        def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
+            return dataset
+
+    return TokenTrainer
+
+
+def _trl(precompute: bool = True, compact: bool = False) -> Callable[[Work, Meter], None]:
+    """TRL's trainer.
+
+    Args:
+        precompute: the reference's log-probs, which TRL keeps beside the dataset; else a second
+            model runs on every step.
+        compact: score the rows of answers alone also where TRL scores all.
+    """
+
+    def run(work: Work, meter: Meter) -> None:
+        import trl
+        from trl.trainer import utils
+
+        names = ("_use_triton", "_ChunkedLogProbFunction")
+        if not all(hasattr(utils, name) for name in names):
+            raise AbsentError(f"TRL {trl.__version__} has another head than the one measured here")
+        if compact:
+            # Its head asks this to choose its rows, and its kernels ask the original for theirs.
+            utils._use_triton = lambda _device: True
+        utils._ChunkedLogProbFunction = _CountedHead(utils._ChunkedLogProbFunction, meter)
+        model = work.model()
+        needs_reference = not (precompute or work.case.lora)
+        trainer = token_trainer()(
+            model,
+            ref_model=copy.deepcopy(model) if needs_reference else None,
+            args=trl.DPOConfig(**trainer_options(work, "trl"), precompute_ref_log_probs=precompute),
+            train_dataset=work.pairs,
+            processing_class=work.tokenizer,
+            callbacks=[StepCallback(meter)],
+            peft_config=work.adapter(),
+        )
+        for watched in filter(None, (trainer.model, trainer.ref_model)):
+            meter.watch(watched, head=False)
+        meter.attention = work.attention
+        trainer.train()
+
+    return run
+
+
+class _CountedHead:
+    """TRL's head reads the weight of the head module and never calls it, so rows count here."""
+
+    def __init__(self, function: Any, meter: Meter) -> None:
+        self.function, self.meter = function, meter
+
+    def apply(self, hidden_states: Tensor, *others: Any) -> Any:
+        self.meter.head_rows += len(hidden_states)
+        return self.function.apply(hidden_states, *others)
+
+
+def _naive(work: Work, meter: Meter) -> None:
+    """Two models, or with an adapter one with it off; padded rows; all logits; reference each step.
+
+    Written as DPO's authors did (github.com/eric-mitchell/direct-preference-optimization), but that
+    rows run without a mask, which is faster, and which causal models don't need where padding is
+    on the right.
+    """
+    model, adapter, reference = work.model(), work.adapter(), None
+    if adapter is None:
+        reference = copy.deepcopy(model).eval()
+        meter.watch(reference)
+    else:
+        from peft import get_peft_model
+
+        set_seed(SEED)
+        model = get_peft_model(model, adapter)
+    meter.watch(model)
+    meter.attention = work.attention
+    model.train()
+    if work.case.checkpointing:
+        model.gradient_checkpointing_enable(CHECKPOINTING)
+        if adapter is not None:
+            model.enable_input_require_grads()
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=work.case.learning_rate, weight_decay=0.0, fused=True)
+    for step in work.steps():
+        total = 0.0
+        for pairs in step:
+            batch = naive_batch(pairs, work.tokenizer.pad_token_id, work.device)
+            logps = naive_logps(model, *batch)
+            with torch.no_grad(), _adapter_off(model, reference) as ref_model:
+                ref_logps = naive_logps(ref_model, *batch)
+            loss = naive_loss(logps, ref_logps) / len(step)
+            loss.backward()  # type: ignore[no-untyped-call]
+            total += loss.item()
+            del logps, loss  # with all that the backward kept
+        norm = torch.nn.utils.clip_grad_norm_(trained, MAX_GRAD_NORM)
+        optimizer.step()
+        optimizer.zero_grad()
+        meter.step_ends()
+        meter.losses.append(total)
+        meter.grad_norms.append(norm.item())
+
+
+@contextlib.contextmanager
+def _adapter_off(model: Any, reference: Any) -> Any:
+    """The reference model, or inside the model without its adapter."""
+    if reference is not None:
+        yield reference
+        return
+    with model.disable_adapter():
+        yield model
+
+
+def naive_batch(
+    pairs: list[dict[str, list[int]]], pad_token_id: int, device: str
+) -> tuple[Tensor, Tensor]:
+    """Chosen, then rejected sequences, padded on the right.
+
+    Returns:
+        input ids and labels, [2P, L] int64; labels are IGNORED where nothing is scored.
+    """
+    input_ids, labels = [], []
+    for side in ("chosen_ids", "rejected_ids"):
+        for pair in pairs:
+            input_ids.append(torch.tensor(pair["prompt_ids"] + pair[side]))
+            labels.append(torch.tensor([IGNORED] * len(pair["prompt_ids"]) + pair[side]))
+    return (
+        pad_sequence(input_ids, batch_first=True, padding_value=pad_token_id).to(device),
+        pad_sequence(labels, batch_first=True, padding_value=IGNORED).to(device),
+    )
+
+
+def naive_logps(model: Any, input_ids: Tensor, labels: Tensor) -> Tensor:
+    """[2P] fp64: each answer's log-prob, in nats, from all logits [2P, L, V]."""
+    logits = model(input_ids, use_cache=False).logits.float()[:, :-1]
+    labels = labels[:, 1:]
+    targets = labels.clamp(min=0)[..., None]
+    per_token_logps = logits.log_softmax(-1).gather(-1, targets)[..., 0]  # [2P, L-1]
+    return per_token_logps.double().masked_fill(labels == IGNORED, 0.0).sum(-1)
+
+
+def naive_loss(logps: Tensor, ref_logps: Tensor) -> Tensor:
+    """The mean over pairs of DPO's loss."""
+    chosen, rejected = (logps - ref_logps).chunk(2)
+    return -F.logsigmoid(BETA * (chosen - rejected)).mean()
+
+
+ENTRIES: dict[str, Entry] = {
+    "shared": Entry(_ours("shared"), "ours: packed rows, what a pair begins with once", "shared"),
+    "unshared": Entry(_ours("unshared"), "ours: packed rows, each sequence for itself", "unshared"),
+    "padded": Entry(_ours("padded"), "ours: a row for each sequence", "padded"),
+    "trl": Entry(_trl(), "TRL, reference log-probs precomputed"),
+    "trl_compact": Entry(
+        _trl(compact=True),
+        "the same, its head made to score answers alone, as on a GPU",
+        on=("cpu",),
+    ),
+    "trl_plain": Entry(_trl(precompute=False), "TRL, reference on every step", on=("cuda",)),
+    "naive": Entry(_naive, "plain PyTorch: two models, padded, all logits"),
+}
+OURS, TRUTH = "shared", "naive"
