@@ -5,7 +5,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constr
 STAMP := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow torture lint format bench wheel freeze
+.PHONY: help setup demo test test-slow torture lint format bench race wheel freeze
 
 help:  ## list these commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 12
@@ -46,6 +46,9 @@ format: setup  ## put the code into shape
 
 bench: setup  ## race the head with its loss against plain PyTorch and peers, on this machine (minutes)
 	$(BIN)/python -m benchmarks.head --json runs/bench/head.json
+
+race: setup  ## race whole training steps against TRL and plain PyTorch, on this machine (15 minutes)
+	$(BIN)/python -m benchmarks.train --json runs/bench/train.json
 
 wheel: setup  ## build the wheel into dist/
 	$(BIN)/python -m pip --disable-pip-version-check wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
