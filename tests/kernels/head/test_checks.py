@@ -50,6 +50,7 @@ def labels_with(value):
         ({"weight": torch.zeros(11, 6).bfloat16()}, "hidden_states is torch.float32 but weight"),
         ({"weight": torch.zeros(11, 6).long()}, "weight torch.int64, expected float64"),
         ({"weight": torch.zeros(11, 6, device="meta")}, "weight is on meta"),
+        ({"labels": torch.zeros(16, device="meta").long()}, "labels is on meta"),
         ({"labels": torch.zeros(15).long()}, r"labels is \[15\] torch.int64, expected \[16\]"),
         ({"labels": torch.zeros(16)}, r"labels is \[16\] torch.float32"),
         ({"labels": labels_with(11)}, r"labels\[5\] is 11, expected 0 to 10"),

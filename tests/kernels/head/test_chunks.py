@@ -38,3 +38,10 @@ def test_rows_of_a_workspace():
     assert max_chunk_rows(weight, torch.float64, 2**26) == 8
     assert max_chunk_rows(weight, torch.float64, 1) == 1
     assert max_chunk_rows(weight, None, 1) > 1000
+
+
+def test_rows_of_a_workspace_on_a_device():
+    """1 GB, where a row of 152,064 fp32 numbers has 608,256 bytes."""
+    weight = torch.empty(152_064, 0, device="meta")
+    assert max_chunk_rows(weight, torch.float32, None) == 1644
+    assert max_chunk_rows(weight, torch.bfloat16, None) == 3288

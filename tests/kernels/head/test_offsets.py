@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from dpofast_kernels import HeadOptions
+from dpofast_kernels.head import fused_triton
 from dpofast_kernels.head.fused_triton import FusedRows
+from dpofast_kernels.head.launch import launch_table
 from dpofast_kernels.head.rows_triton import TritonRows
 from tests.kernels.head.cases import make_inputs
 
@@ -39,3 +41,19 @@ def test_rows_far_apart(ops, keep, far_rows):
     if keep:
         assert found.d_logits.data_ptr() == far_rows.data_ptr()
         assert torch.equal(found.d_logits, expected.d_logits)
+
+
+@pytest.mark.parametrize("max_rest", [fused_triton.MAX_REST, 0.0], ids=["once", "made again"])
+@pytest.mark.parametrize("hidden_size", [63, 64])
+def test_weights_far_apart(hidden_size, max_rest, far_rows, monkeypatch):
+    """The rows of a weight so large, read by the fused product and by what is around it."""
+    monkeypatch.setattr(fused_triton, "MAX_REST", max_rest)
+    for name in ("score_tiles", "score_tiles_wide"):
+        by_pointer = {**launch_table()["cpu"][name], "DESCRIPTORS": False}
+        monkeypatch.setitem(launch_table()["cpu"], name, by_pointer)
+    inputs = make_inputs(torch.float32, hidden_size=hidden_size, vocab_size=3, lengths=(2, 1))
+    weight = far_rows[:, :hidden_size].copy_(inputs.weight.detach())  # [3, H]
+    arguments = (inputs.hidden_states.detach(), torch.arange(3))
+    expected = FusedRows(inputs.weight.detach(), HeadOptions()).score(*arguments, None, False)
+    found = FusedRows(weight, HeadOptions()).score(*arguments, None, False)
+    assert torch.equal(found.per_token_logps, expected.per_token_logps)

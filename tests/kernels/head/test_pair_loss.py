@@ -313,6 +313,52 @@ def test_inputs_that_are_not_contiguous():
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_inputs_that_are_slices_of_larger_ones(backend):
+    """Rows with gaps that start off any alignment, and every other number of the small ones."""
+    inputs = make_inputs(bias=True, hidden_size=16, vocab_size=130, lengths=(3, 4))
+    expected = run_pair_loss(inputs, SIGMOID, options_for(inputs, "naive"))
+
+    def spread(tensor, *places):
+        larger = tensor.new_full([2 * size + 9 for size in tensor.shape], 77)
+        larger[places] = tensor.detach()
+        return larger[places].requires_grad_(tensor.requires_grad)
+
+    sliced = replace(
+        inputs,
+        hidden_states=spread(inputs.hidden_states, slice(7), slice(3, 19)),
+        weight=spread(inputs.weight, slice(130), slice(7, 23)),
+        bias=spread(inputs.bias, slice(0, 260, 2)),
+        labels=spread(inputs.labels, slice(0, 14, 2)),
+        bounds=spread(inputs.bounds, slice(0, 6, 2)),
+        ref_logps=spread(inputs.ref_logps, slice(0, 4, 2)),
+    )
+    assert not sliced.weight.is_contiguous()
+    assert sliced.ref_logps.stride() == (2,)
+    assert_close(run_pair_loss(sliced, SIGMOID, options_for(sliced, backend)), expected, 1e-12)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_label_that_a_bias_rules_out(backend):
+    """Its log-prob is -inf; the other rows and all gradients are as ever."""
+    inputs = make_inputs(bias=True, hidden_size=16, vocab_size=600, lengths=(3, 4))
+    unscored = next(token for token in range(600) if token not in inputs.labels)
+    inputs.bias.data[[int(inputs.labels[2]), unscored]] = float("-inf")
+
+    def run(backend):
+        options = options_for(inputs, backend)
+        logps = linear_logps(inputs.hidden_states, inputs.weight, inputs.labels, options)
+        leaves = (inputs.hidden_states, inputs.weight, inputs.bias)
+        return logps, torch.autograd.grad(logps, leaves, torch.ones_like(logps))
+
+    logps, found = run(backend)
+    expected_logps, expected = run("naive")
+    assert expected_logps.isinf().tolist() == [row == 2 for row in range(7)]
+    torch.testing.assert_close(logps, expected_logps, rtol=1e-12, atol=0.0)
+    for gradient, exact in zip(found, expected, strict=True):
+        assert relative_error(gradient, exact) <= 1e-12
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_tokens_that_a_bias_rules_out(backend):
     """Whole blocks of the vocabulary are -inf."""
     inputs = make_inputs(bias=True, vocab_size=1200)
