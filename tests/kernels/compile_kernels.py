@@ -70,12 +70,13 @@ def variants(kernel: str) -> Iterator[Variant]:
         for dtype in ("bf16", "fp16"):
             yield dtype, {"p_targets": "*fp32", "*": f"*{dtype}"}, {}
     elif kernel == "score_rows":
-        for logits, d_logits in (("fp32", "bf16"), ("fp32", "fp32"), ("fp64", "fp64")):
-            types = {"p_d_logits": f"*{d_logits}", "*": f"*{logits}"}
-            yield from head_variants(f"{logits}:{d_logits}", types, ("plain", "full"), {})
+        for d_logits in ("bf16", "fp32"):
+            types = {"p_d_logits": f"*{d_logits}", "*": "*fp32"}
+            yield from head_variants(d_logits, types, ("plain", "full"), {})
             # a vocabulary that is a multiple of 16
-            name, types = f"{logits}:{d_logits}:even", {**types, "V": "i32 aligned"}
-            yield from head_variants(name, types, ("plain",), {})
+            even = {**types, "V": "i32 aligned"}
+            yield from head_variants(f"{d_logits}:even", even, ("plain",), {})
+        yield from head_variants("fp64", {"*": "*fp64"}, ("full",), {})
     elif kernel == "finish_rows":
         constants = {"MAX_REST": fused_triton.MAX_REST}
         yield from head_variants("bf16", input_types("bf16", "bf16"), ("plain", "full"), constants)
@@ -88,10 +89,12 @@ def variants(kernel: str) -> Iterator[Variant]:
         yield from head_variants("bf16", input_types("bf16", "bf16"), heads, {"UPCAST": False})
         yield from head_variants("fp16", input_types("fp16", "fp32"), heads, {"UPCAST": False})
         # rows that aren't aligned, which no descriptor can read
-        odd = {**input_types("bf16", "bf16"), "H": "i32 odd", "stride_x": "i64 odd"}
-        odd |= {"stride_w": "i64 odd"}
+        odd = {"H": "i32 odd", "stride_x": "i64 odd", "stride_w": "i64 odd"}
         constants = {"UPCAST": False, "DESCRIPTORS": False}
-        yield from head_variants("bf16:odd", odd, ("plain", "full"), constants)
+        types = {**input_types("bf16", "bf16"), **odd}
+        yield from head_variants("bf16:odd", types, ("plain", "full"), constants)
+        types = {**input_types("fp16", "fp32"), **odd}
+        yield from head_variants("fp16:odd", types, ("full",), constants)
 
 
 def head_variants(
@@ -175,13 +178,14 @@ def report(job: tuple[str, str, str]) -> dict[str, Any]:
 
 
 def jobs() -> Iterator[tuple[str, str, str]]:
-    """(kernel, architecture, variant) of all there is; an entry that repeats another's is left."""
+    """(kernel, architecture, variant) of all there is.
+
+    But for what sm_86 has in common with sm_80, whose machine code it runs.
+    """
     table = {name: entry for name, entry in launch_table().items() if name != "cpu"}
     for architecture, entry in table.items():
         for kernel in entry:
-            is_repeat = architecture in ("sm_86", "sm_120") and entry[kernel] == table["sm_80"].get(
-                kernel
-            )
+            is_repeat = architecture == "sm_86" and entry[kernel] == table["sm_80"][kernel]
             if kernel != "measured" and not is_repeat:
                 for variant, *_ in variants(kernel):
                     yield kernel, architecture, variant

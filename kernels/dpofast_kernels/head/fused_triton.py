@@ -288,8 +288,8 @@ class FusedRows:
         hidden_states, labels = hidden_states.contiguous(), labels.contiguous()
         num_rows, (vocab_size, hidden_size) = len(labels), weight.shape
         tiles = launch_options(self.tile_entry, device)
-        if tiles["DESCRIPTORS"] and not _have_descriptors(hidden_states, weight):
-            # pointers take registers that the largest tiles lack
+        if not _are_aligned(hidden_states, weight):
+            # no descriptor can read them, and pointers take registers that the largest tiles lack
             tiles = {**launch_options("score_tiles_wide", device), "DESCRIPTORS": False}
         num_tiles = triton.cdiv(vocab_size, tiles["BN"])
         dtype = accumulate_dtype(weight.dtype)
@@ -325,8 +325,8 @@ class FusedRows:
         return pair_loss_fwd(per_token_logps, bounds, ref_logps, loss)
 
 
-def _have_descriptors(*matrices: Tensor) -> bool:
-    """Whether the hardware's block loads can read them: all rows aligned to 16 bytes."""
+def _are_aligned(*matrices: Tensor) -> bool:
+    """Whether all rows are, to the 16 bytes that the hardware's block loads need."""
     return all(
         matrix.data_ptr() % 16 == 0 and matrix.stride(0) * matrix.element_size() % 16 == 0
         for matrix in matrices

@@ -40,26 +40,45 @@ def compare(inputs, tolerance, **options):
         assert relative_error(found[name], value) <= tolerance, name
 
 
+def noted_tiles(monkeypatch):
+    """The configurations of tiles that will be launched."""
+    used = []
+    sources = fused_triton._tile_sources
+
+    def noting(*given):
+        used.append(given[-1])
+        return sources(*given)
+
+    monkeypatch.setattr(fused_triton, "_tile_sources", noting)
+    return used
+
+
 @pytest.mark.parametrize("by_descriptor", [True, False])
 @pytest.mark.parametrize(("hidden_size", "vocab_size"), [(64, 507), (72, 512)])
 def test_block_loads_by_descriptor_and_by_pointer(
     by_descriptor, hidden_size, vocab_size, tiles, monkeypatch
 ):
     tiles(DESCRIPTORS=by_descriptor)
-    used = []
-    sources = fused_triton._tile_sources
-    monkeypatch.setattr(
-        fused_triton,
-        "_tile_sources",
-        lambda *given: used.append(given[-1]["DESCRIPTORS"]) or sources(*given),
-    )
+    used = noted_tiles(monkeypatch)
     compare(make_inputs(hidden_size=hidden_size, vocab_size=vocab_size), 1e-12)
-    assert used == [by_descriptor]
+    assert [each["DESCRIPTORS"] for each in used] == [by_descriptor]
 
 
-def test_rows_that_are_not_aligned_are_loaded_by_pointer(tiles):
-    tiles(DESCRIPTORS=True)
-    compare(make_inputs(hidden_size=63), 1e-12)
+@pytest.mark.parametrize("by_descriptor", [True, False])
+def test_rows_that_are_not_aligned_are_loaded_by_pointer_in_smaller_tiles(
+    by_descriptor, tiles, monkeypatch
+):
+    """Whatever the table's largest tiles are loaded by: only the smaller ones are compiled so."""
+    tiles(DESCRIPTORS=by_descriptor)
+    wide = {**launch_table()["cpu"]["score_tiles_wide"], "BM": 16}
+    monkeypatch.setitem(launch_table()["cpu"], "score_tiles_wide", wide)
+    used = noted_tiles(monkeypatch)
+    inputs = make_inputs(torch.bfloat16, hidden_size=63)
+    exact = inputs.to(torch.float64)
+    truth = run_pair_loss(exact, SIGMOID, options_for(exact, "naive"))
+    found = run_pair_loss(inputs, SIGMOID, options_for(inputs, "triton_fused"))
+    assert relative_error(found["logps"], truth["logps"]) <= 1e-6
+    assert [(each["BM"], each["DESCRIPTORS"]) for each in used] == [(16, False)]
 
 
 @pytest.mark.parametrize("blocks", [(16, 64, 16, 1), (64, 32, 32, 3), (128, 256, 64, 8)], ids=str)
