@@ -29,6 +29,9 @@ from dpofast_kernels import (
 
 TRL_VOCAB_CHUNK = 32768
 IGNORED = -100
+# Relative, of a gradient that is rounded to bf16 after each of a vocabulary's thousand or two of
+# blocks: each rounding adds up to 2^-9, in any direction.
+BF16_SUMS = 0.2
 
 LogpsFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -262,8 +265,16 @@ ENTRIES: dict[str, Entry] = {
         on_cpu=False,
     ),
     "liger_flce": Entry(_liger_flce, "reduction none, d_weight summed in fp32"),
-    "cce_exact": Entry(_cce(None), "filter_eps=None: no gradient is dropped"),
-    "cce_filtered": Entry(_cce("high"), "its default: drops blocks of small gradients"),
+    "cce_exact": Entry(
+        _cce(None),
+        "filter_eps=None: no gradient is dropped; sums them in bf16, block by block",
+        gradient_error=BF16_SUMS,
+    ),
+    "cce_filtered": Entry(
+        _cce("high"),
+        "its default: drops blocks of small gradients; sums the others in bf16, block by block",
+        gradient_error=BF16_SUMS,
+    ),
     "floor": Entry(_floor(False), "the bare products, outputs preallocated", judged=False),
     "floor_fp32": Entry(
         _floor(True), "the bare products with d_weight in fp32", judged=False, on_cpu=False

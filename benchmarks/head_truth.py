@@ -142,20 +142,24 @@ class Judge:
         floors = FLOORS[inputs.weight.dtype]
         self.bounds = {name: MULTIPLE * errors[name] + floor for name, floor in floors.items()}
 
-    def forward(self, outputs: Outputs) -> Verdict:
+    def forward(self, outputs: Outputs, gradient_error: float = 0.0) -> Verdict:
         """Of log-probs alone."""
-        return self._verdict(outputs, ())
+        return self._verdict(outputs, (), gradient_error)
 
-    def forward_backward(self, outputs: Outputs) -> Verdict:
-        """Of log-probs, loss and gradients."""
-        return self._verdict(outputs, ("loss", *GRADIENTS))
+    def forward_backward(self, outputs: Outputs, gradient_error: float = 0.0) -> Verdict:
+        """Of log-probs, loss and gradients; the last may have that error, if the rule says less."""
+        return self._verdict(outputs, ("loss", *GRADIENTS), gradient_error)
 
-    def _verdict(self, outputs: Outputs, needed: tuple[str, ...]) -> Verdict:
+    def _verdict(self, outputs: Outputs, needed: tuple[str, ...], gradient_error: float) -> Verdict:
         lacking = [name for name in needed if getattr(outputs, name) is None]
         if lacking or (outputs.per_token_logps is None and outputs.logps is None):
             raise ValueError(f"the result lacks {', '.join(lacking) or 'log-probs'}")
         errors = errors_of(self.truth, outputs)
-        return Verdict(errors, {name: self.bounds[name] for name in errors})
+        bounds = {name: self.bounds[name] for name in errors}
+        for name in GRADIENTS:
+            if name in bounds:
+                bounds[name] = max(bounds[name], gradient_error)
+        return Verdict(errors, bounds)
 
 
 def errors_of(truth: Truth, outputs: Outputs) -> dict[str, float]:

@@ -118,6 +118,33 @@ def test_each_wrong_part_is_found(inputs, judge):
         assert name in judge.forward_backward(wrong).complaint
 
 
+def test_sums_in_bf16_are_timed_with_their_errors_and_mistakes_are_not(inputs, judge):
+    """d_hidden_states summed over the vocabulary in bf16, as Cut Cross-Entropy does."""
+    right = contender("naive", inputs, "forward_backward").run()
+    d_hidden_states, weight = right.d_hidden_states, inputs.weight.detach()
+    logits = inputs.hidden_states.detach() @ weight.t()
+    d_logits = -logits.softmax(-1).scatter_add_(
+        -1, inputs.labels[:, None], -torch.ones(len(logits), 1)
+    )
+    coefficients = (d_hidden_states * (d_logits @ weight)).sum(-1)
+    coefficients /= (d_logits @ weight).square().sum(-1)
+    summed = torch.zeros_like(d_hidden_states, dtype=torch.bfloat16)
+    for token in range(len(weight)):
+        part = (coefficients * d_logits[:, token])[:, None] * weight[token]
+        summed += part.bfloat16()
+    rough = replace(right, d_hidden_states=summed)
+    allowed = ENTRIES["cce_exact"].gradient_error
+    assert "d_hidden_states" in judge.forward_backward(rough).complaint
+    assert judge.forward_backward(rough, allowed).complaint is None
+    assert {name for name, entry in ENTRIES.items() if entry.gradient_error} == {
+        "cce_exact",
+        "cce_filtered",
+    }
+    for factor in (-1.0, 0.5, 2.0):
+        wrong = replace(right, d_hidden_states=right.d_hidden_states * factor)
+        assert "d_hidden_states" in judge.forward_backward(wrong, allowed).complaint
+
+
 def test_a_result_that_lacks_a_part_is_refused(inputs, judge):
     right = contender("naive", inputs, "forward_backward").run()
     with pytest.raises(ValueError, match="lacks d_weight"):
