@@ -5,7 +5,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constr
 STAMP := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow torture lint format bench race wheel freeze
+.PHONY: help setup demo test test-slow test-gpu torture lint format bench race wheel freeze
 
 help:  ## list these commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 12
@@ -26,11 +26,15 @@ $(STAMP): pyproject.toml setup.py constraints.txt
 demo: setup  ## train a small model by DPO on generated pairs and see that it learnt (minutes)
 	$(BIN)/dpofast demo
 
+# Without a GPU to see, Triton's kernels are interpreted, on CPU tensors: one process can't do both.
 test: setup  ## all tests but the slow ones, those that need a GPU and the torture tests
-	$(BIN)/python -m pytest -q -m 'not slow and not torture and not gpu'
+	CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest -q -m 'not slow and not torture and not gpu'
 
 test-slow: setup  ## the slow tests, among them the step by step comparison with TRL
-	$(BIN)/python -m pytest -q -m 'slow and not torture and not gpu'
+	CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest -q -m 'slow and not torture and not gpu'
+
+test-gpu: setup  ## the tests that need a GPU, with compiled kernels
+	$(BIN)/python -m pytest -q -m gpu
 
 torture: setup  ## kill, corrupt and resume, many times over
 	$(BIN)/python -m pytest -q -m torture

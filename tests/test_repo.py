@@ -110,3 +110,11 @@ def test_constraints_are_exact_and_cover_what_is_declared() -> None:
     names = {re.match(r"[A-Za-z0-9._-]+", spec)[0] for spec in declared}  # type: ignore[index]
     assert {re.sub(r"[-_.]+", "-", name).lower() for name in names} <= pinned
     assert "torch==2.13.0" in lines
+
+
+def test_tests_without_a_gpu_do_not_see_one() -> None:
+    """Where one is seen, Triton's kernels are compiled, and refuse the CPU tensors of the tests."""
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    lines = [line for line in makefile.splitlines() if "pytest" in line and "not gpu" in line]
+    assert len(lines) == 2
+    assert all(line.startswith("\tCUDA_VISIBLE_DEVICES= ") for line in lines)
