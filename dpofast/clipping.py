@@ -2,12 +2,34 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 CHUNK_ELEMENTS = 1 << 20  # cast at a time: on a CPU PyTorch makes a float64 copy of what it sums
+
+
+class ClipsExactly:
+    """Part of a transformers Trainer: what it clips by, and logs, is summed in float64."""
+
+    args: Any
+    accelerator: Any
+    is_deepspeed_enabled: bool
+
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        return self._clipped(model, self.args.max_grad_norm)
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        return self._clipped(model, math.inf) if grad_norm is None else grad_norm
+
+    def _clipped(self, model: nn.Module, max_norm: float) -> Any:
+        if self.is_deepspeed_enabled:  # its engine has clipped, and tells its norm
+            return self.accelerator.clip_grad_norm_(model.parameters(), max_norm)
+        self.accelerator.unscale_gradients()
+        return clip_grad_norm(model.parameters(), max_norm)
 
 
 def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:

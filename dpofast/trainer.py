@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import math
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +17,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from dpofast import checkpoint as checkpoints
 from dpofast.attention import packed_attention
 from dpofast.callbacks import MetricsFile
-from dpofast.clipping import clip_grad_norm
+from dpofast.clipping import ClipsExactly
 from dpofast.compat import refuse, resolve_config, resolve_tokenizer
 from dpofast.config import DPOConfig
 from dpofast.data.batch import PackedPairs, StepBatch
@@ -40,13 +39,13 @@ from dpofast.step_zero import StepZeroCheck
 from dpofast.steps import planned_steps, train_sampler
 from dpofast.summary import write_summary
 from dpofast.throughput import Throughput
-from dpofast.zero.weights import standalone, whole
+from dpofast.zero.weights import runnable
 from dpofast_kernels import METRIC_NAMES, PairLossOutput
 
 logger = logging.getLogger(__name__)
 
 
-class DPOTrainer(Trainer):
+class DPOTrainer(ClipsExactly, Trainer):
     """Direct Preference Optimization (Rafailov et al. 2023, arXiv:2305.18290).
 
     The signature is TRL's. Where no `ref_model` is given the reference is the policy as it stands
@@ -138,7 +137,7 @@ class DPOTrainer(Trainer):
         """Tokens of a packed row in this run's GPU memory; the least of all ranks."""
         free = free_device_bytes(self.args.device)
         autocast = self.accelerator.autocast
-        with whole(self.model):
+        with runnable(self):
             tokens = tokens_that_fit(self.model, self.layout, self.args, autocast, free)
         own = torch.tensor([tokens], device=self.args.device)
         return int(self.accelerator.gather(own).min())
@@ -278,19 +277,6 @@ class DPOTrainer(Trainer):
         sums.add({**metrics, **more, "loss": output.loss}, batch.num_pairs)
         return output
 
-    def _clip_grad_norm(self, model: nn.Module) -> Any:
-        return self._clipped(model, self.args.max_grad_norm)
-
-    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        return self._clipped(model, math.inf) if grad_norm is None else grad_norm
-
-    def _clipped(self, model: nn.Module, max_norm: float) -> Any:
-        """The norm before clipping, summed in float64 in either case."""
-        if self.is_deepspeed_enabled:
-            return super()._clip_grad_norm(model)  # its engine has clipped
-        self.accelerator.unscale_gradients()
-        return clip_grad_norm(model.parameters(), max_norm)
-
     def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
         raise NotImplementedError("The loss is computed by compute_pair_loss.")
 
@@ -327,9 +313,7 @@ class DPOTrainer(Trainer):
     ) -> EvalLoopOutput:
         self.callback_handler.eval_dataloader = dataloader
         sums = MetricSums()
-        is_bare = self.is_deepspeed_enabled and self.model_wrapped is self.model
-        bare = standalone(self.model, self.args.device) if is_bare else contextlib.nullcontext()
-        with bare, evaluating(self.model):
+        with runnable(self), evaluating(self.model):
             for step in dataloader:
                 for batch in step.micro_batches:
                     self.compute_pair_loss(self.model, batch, sums)

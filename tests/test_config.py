@@ -69,12 +69,20 @@ def test_defaults_are_trls(tmp_path):
         ({"lerning_rate": 1e-5}, "did you mean 'learning_rate'"),
         ({"max_prompt_length": 512}, "max_length"),
         ({"sync_ref_model": True}, "sync_ref_model"),
+        ({"fsdp": "full_shard"}, "zero2 or zero3"),
+        ({"deepspeed": "zero4"}, "did you mean 'zero3'"),
         ({"f_divergence_type": "js_divergence"}, "reverse_kl"),
     ],
 )
 def test_a_wrong_value_or_name_is_refused_with_the_option(tmp_path, options, message):
     with pytest.raises(ConfigError, match=message):
         config(tmp_path, **options)
+
+
+def test_fsdp_that_the_launcher_brings_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ConfigError, match="--use_deepspeed"):
+        config(tmp_path)
 
 
 def test_trls_options_at_values_that_change_nothing_are_taken(tmp_path):

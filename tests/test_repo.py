@@ -19,7 +19,7 @@ SOURCES = sorted([*ROOT.glob("dpofast/**/*.py"), *ROOT.glob("kernels/dpofast_ker
 _BASE = {"errors"}
 _TRAINER = {path.stem for path in ROOT.glob("dpofast/*.py")} - {"__init__", "__main__"}
 ALLOWED = {
-    "cli": {"cli", "demo", "data", "reference"} | _TRAINER,
+    "cli": {"cli", "demo", "data", "reference", "zero"} | _TRAINER,
     "demo": {"demo", "data"} | _TRAINER,
     "data": {"data"} | _BASE,
     "reference": {"reference"} | _BASE,

@@ -31,10 +31,17 @@ def whole(model: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def standalone(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """Inside, a model that DeepSpeed is to train runs on `device` before its engine exists."""
+def runnable(trainer: Any) -> Iterator[None]:
+    """Inside, the model of a transformers Trainer runs, also if DeepSpeed has no engine for it yet.
+
+    All ranks enter and leave together.
+    """
+    model = trainer.model
+    if not trainer.is_deepspeed_enabled or trainer.model_wrapped is not model:
+        yield
+        return
     with whole(model):
-        model.to(device)
+        model.to(trainer.args.device)
         yield
 
 

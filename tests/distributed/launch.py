@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -17,15 +18,23 @@ def torchrun(ranks: int) -> list[str]:
     return [sys.executable, *launcher]
 
 
+def free_port() -> str:
+    """A port for a launcher that would otherwise take its usual one."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
 def run_ranks(command: list[str], timeout: float = 300.0) -> None:
     """Run a launcher's command, one thread a rank, and wait for all of its processes.
 
     Raises:
         AssertionError: a rank failed, or there was no end; the message ends with what was printed.
     """
+    paths = [str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]
     environment = {
         **os.environ,
-        "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}",
+        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
         "DS_ACCELERATOR": "cpu",
         "OMP_NUM_THREADS": "1",
     }

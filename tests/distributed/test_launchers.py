@@ -10,12 +10,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from transformers import AutoModelForCausalLM
 
 from dpofast import DPOConfig, DPOTrainer
 from dpofast.demo.model import make_tokenizer
-from tests.distributed.launch import run_ranks, torchrun
+from dpofast.zero.config import BATCH_FIELDS
+from tests.distributed.launch import free_port, run_ranks, torchrun
 from tests.support import history, tiny_llama
 
 pytestmark = pytest.mark.distributed
@@ -32,21 +34,28 @@ OPTIONS = {
     "gradient_accumulation_steps": 2,
     "learning_rate": 1e-3,
     "logging_steps": 1,
-    "save_strategy": "no",
+    "save_strategy": "steps",
     "report_to": "none",
     "use_cpu": True,
     "bf16": False,
 }
-ACCELERATE = [
-    str(BIN / "accelerate"), "launch", "--num_processes", "2", "--num_machines", "1",
-    "--mixed_precision", "no", "--dynamo_backend", "no",
-]  # fmt: skip
-LAUNCHERS = {
-    "torchrun": torchrun(2),
-    "accelerate": [*ACCELERATE, "--multi_gpu"],
-    "accelerate, ZeRO-2": [*ACCELERATE, "--use_deepspeed", "--zero_stage", "2"],
-    "deepspeed": [str(BIN / "deepspeed"), "--num_gpus", "2"],
-}
+
+
+def command(launcher):
+    """How a command begins that runs on two ranks."""
+    accelerate = [
+        str(BIN / "accelerate"), "launch", "--num_processes", "2", "--num_machines", "1",
+        "--main_process_port", free_port(), "--mixed_precision", "no", "--dynamo_backend", "no",
+    ]  # fmt: skip
+    match launcher:
+        case "torchrun":
+            return torchrun(2)
+        case "accelerate":
+            return [*accelerate, "--multi_gpu"]
+        case "accelerate, ZeRO-2":
+            return [*accelerate, "--use_deepspeed", "--zero_stage", "2"]
+        case _:
+            return [str(BIN / "deepspeed"), "--num_gpus", "2", "--master_port", free_port()]
 
 
 @pytest.fixture(scope="module")
@@ -121,9 +130,16 @@ def test_a_launcher_starts_the_command_line(folder, expected, launcher, deepspee
     module = "--module" if launcher == "deepspeed" else "-m"
     words = [module, "dpofast", "train", str(folder / "run.yaml")]
     more = ["--deepspeed", deepspeed] if deepspeed else []
-    run_ranks([*LAUNCHERS[launcher], *words, *more])
+    run_ranks([*command(launcher), *words, *more])
     # spread over ranks by ZeRO-3 or not, the reference is known again
     check(folder, expected, rows_scored=0)
+    checkpoint = folder / "run" / "checkpoint-3"
+    args = torch.load(checkpoint / "training_args.bin", weights_only=False)
+    assert (args.deepspeed, args.gradient_accumulation_steps) == (deepspeed, 2)
+    if args.deepspeed_plugin is not None:
+        told = args.deepspeed_plugin.deepspeed_config
+        assert [told[name] for name in BATCH_FIELDS] == [4, 1, 2]
+    assert json.loads((checkpoint / "trainer_state.json").read_text())["train_batch_size"] == 1
 
 
 @pytest.mark.parametrize(
@@ -131,5 +147,5 @@ def test_a_launcher_starts_the_command_line(folder, expected, launcher, deepspee
     [("torchrun", None), ("accelerate", "zero1"), ("deepspeed", "zero3")],
 )
 def test_a_launcher_starts_a_script(folder, expected, launcher, deepspeed):
-    run_ranks([*LAUNCHERS[launcher], str(SCRIPT), str(folder), *([deepspeed] if deepspeed else [])])
+    run_ranks([*command(launcher), str(SCRIPT), str(folder), *([deepspeed] if deepspeed else [])])
     check(folder, expected, rows_scored=20)

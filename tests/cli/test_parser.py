@@ -1,0 +1,18 @@
+from __future__ import annotations
+
+import pytest
+
+from dpofast.cli.parser import split_arguments
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ("train run.yaml --beta 0.2", (["train", "run.yaml"], ["--beta", "0.2"])),
+        # as DeepSpeed's launcher starts a rank
+        ("--local_rank=1 train run.yaml --beta 0.2", (["train", "run.yaml"], ["--beta", "0.2"])),
+        ("--local_rank=1 ref info folder", (["ref", "info", "folder"], [])),
+    ],
+)
+def test_arguments_are_split_into_command_and_overrides(arguments, expected):
+    assert split_arguments(arguments.split()) == expected
