@@ -194,7 +194,7 @@ def test_a_pair_longer_than_the_limit_runs_alone(tmp_path):
         lambda _, inputs, __: rows.append(inputs[0].numel())
     )
     trainer.train()
-    lengths = trainer._token_limit(trainer.train_dataset).lengths
+    lengths = trainer.loaders.token_limit(trainer.train_dataset).lengths
     assert lengths[0] == 70
     assert sorted(rows, reverse=True)[0] == 70
     assert sum(rows) == sum(lengths)
