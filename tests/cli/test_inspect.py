@@ -116,7 +116,7 @@ def test_a_model_that_is_padded_has_no_packed_rows(
     tiny_model("mamba").config.save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
     words = [*words, "--step=0", f"--model_name_or_path={folder}"]
-    assert "the run's layout is padded, as model type 'mamba'" in error_of(capsys, words)
+    assert "layout is padded, as its layers of type linear_attention" in error_of(capsys, words)
     assert "'shared' would be wrong here" in error_of(capsys, [*words, "--layout=shared"])
 
 
