@@ -43,6 +43,16 @@ def test_autocast_computes_in_its_dtype_and_returns_gradients_in_the_inputs(back
             assert relative_error(values[name], truth[op][name]) <= 1e-5, (op, name)
 
 
+def test_autocast_of_the_naive_twin_casts_the_bias_too():
+    inputs = make_inputs(torch.float32, bias=True)
+    rounded = inputs.to(torch.bfloat16)
+    expected = run_both(rounded, options_for(rounded, "naive"))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = run_both(inputs, options_for(inputs, "naive"))
+    for op, values in found.items():
+        assert torch.equal(values["logps"], expected[op]["logps"])
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_autocast_takes_inputs_of_two_dtypes(backend):
     inputs = make_inputs(torch.float32)

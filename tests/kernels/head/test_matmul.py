@@ -74,6 +74,21 @@ def test_products_of_bf16_matrices_are_no_less_exact_than_naive(device_products)
         assert relative_error(found[name], truth[name]) <= error, name
 
 
+def test_fp16_gradients_are_never_products_of_fp16(monkeypatch):
+    """Also where a device has such products: a pair's coefficient lies below fp16's range."""
+    monkeypatch.setattr(matmul, "has_wide_products", lambda device, dtype: True)
+    found = {
+        dtype: matmul.product_dtype(torch.zeros(1, dtype=dtype))
+        for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+    }
+    assert found == {
+        torch.float16: torch.float32,
+        torch.bfloat16: torch.bfloat16,
+        torch.float32: torch.float32,
+        torch.float64: torch.float64,
+    }
+
+
 def test_the_weight_is_upcast_in_blocks(monkeypatch):
     inputs = make_inputs(torch.bfloat16)
     expected = run_pair_loss(inputs, SIGMOID, options_for(inputs, "torch"))

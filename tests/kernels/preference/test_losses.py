@@ -62,6 +62,15 @@ def test_triton_formula_is_the_same(loss):
     torch.testing.assert_close(terms.d_logps, d_logps, rtol=1e-13, atol=atol)
 
 
+def test_triton_formula_of_the_hinge_is_the_same_at_its_kink():
+    loss = make_loss("hinge", beta=0.5)
+    logps = torch.tensor([2.0, 0.0]).double()  # beta times their difference is 1
+    terms = pair_loss_fwd(logps, torch.arange(3), torch.zeros_like(logps), loss)
+    expected = loss.pair_loss(logps[:1], logps[1:], torch.ones(1, 2))
+    assert (terms.losses.item(), terms.d_logps.tolist()) == (0.0, [0.0, 0.0])
+    assert [value.item() for value in expected] == [0.0, 0.0, 0.0]
+
+
 @pytest.mark.parametrize("loss", CASES, ids=CASE_NAMES)
 def test_triton_sums_and_lengths(loss):
     generator = torch.Generator().manual_seed(0)
