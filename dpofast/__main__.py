@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
+from dpofast.cli import command
 
-from dpofast.cli import main
-
-sys.exit(main())
+command()

@@ -2,6 +2,14 @@
 
 from __future__ import annotations
 
-from dpofast.cli.main import main
+from typing import NoReturn
 
-__all__ = ["main"]
+from dpofast.cli.main import main
+from dpofast.process_end import run_to_end
+
+__all__ = ["command", "main"]
+
+
+def command() -> NoReturn:
+    """The process of `dpofast ...`."""
+    run_to_end(main)

@@ -10,9 +10,10 @@ import sys
 from pathlib import Path
 
 from dpofast import DPOConfig, DPOTrainer
+from dpofast.process_end import run_to_end
 
 
-def main(folder: Path, deepspeed: str | None = None) -> None:
+def main(folder: Path, deepspeed: str | None = None) -> int:
     config = DPOConfig(
         output_dir=str(folder / "run"),
         reference_store=str(folder / "store"),
@@ -34,8 +35,9 @@ def main(folder: Path, deepspeed: str | None = None) -> None:
     assert abs(trainer.evaluate()["eval_loss"] - math.log(2)) < 1e-6  # before the first step
     trainer.train()
     trainer.save_model()
+    return 0
 
 
 if __name__ == "__main__":
     words = [word for word in sys.argv[1:] if not word.startswith("--local_rank=")]
-    main(Path(words[0]), *words[1:])
+    run_to_end(lambda: main(Path(words[0]), *words[1:]))

@@ -15,11 +15,12 @@ from pathlib import Path
 
 import torch
 
+from dpofast.process_end import run_to_end
 from tests.real_pairs import OPTIONS, checkpoint, real_pairs, real_tokenizer
 from tests.support import history, make_trainer, race_model
 
 
-def main(phase: str, folder: str, *ways: str) -> None:
+def main(phase: str, folder: str, *ways: str) -> int:
     torch.set_num_threads(1)
     tokenizer = real_tokenizer()
     pairs = real_pairs(tokenizer)
@@ -41,7 +42,8 @@ def main(phase: str, folder: str, *ways: str) -> None:
         trainer.train(resume_from_checkpoint=checkpoint(run) if phase == "resumed" else None)
         if trainer.is_world_process_zero():
             Path(folder, f"{phase}-{way}.json").write_text(json.dumps(history(trainer)))
+    return 0
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    run_to_end(lambda: main(*sys.argv[1:]))

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from dpofast import DPOConfig, DPOTrainer
+from dpofast.process_end import run_to_end
 from tests.support import byte_tokenizer, tiny_llama, tiny_mixtral, token_pairs
 
 
@@ -83,11 +84,12 @@ def train(way: str, folder: Path, pairs_per_device: int, accumulation: int) -> N
         (folder / f"{way}.json").write_text(json.dumps(report))
 
 
-def main(folder: str, pairs_per_device: str, accumulation: str, *ways: str) -> None:
+def main(folder: str, pairs_per_device: str, accumulation: str, *ways: str) -> int:
     torch.set_num_threads(1)
     for way in ways:
         train(way, Path(folder), int(pairs_per_device), int(accumulation))
+    return 0
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    run_to_end(lambda: main(*sys.argv[1:]))
