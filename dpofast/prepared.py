@@ -11,6 +11,7 @@ from dpofast.context import context_of, refuse_longer
 from dpofast.data import PreparationReport, load_preferences, tokenize_preferences
 from dpofast.errors import DataError
 from dpofast.run_reference import OWN_COLUMNS
+from dpofast.vocabulary import refuse_unknown_ids, vocabulary_of
 
 logger = logging.getLogger(__name__)
 
@@ -26,7 +27,9 @@ class PreparedData:
 
     def __init__(self, config: DPOConfig, tokenizer: Any, models: Iterable[Any] = ()) -> None:
         self.config, self.tokenizer = config, tokenizer
-        found = [context_of(model) for model in models if model is not None]
+        given = [model for model in models if model is not None]
+        self._vocabularies = dict.fromkeys(map(vocabulary_of, given))
+        found = map(context_of, given)
         self._contexts = dict.fromkeys(context for context in found if context is not None)
         self.reports: dict[str, PreparationReport] = {}
         self._seen: dict[int, tuple[Any, Any]] = {}  # id -> the dataset given, its pairs
@@ -56,6 +59,7 @@ class PreparedData:
                 name=name,
             )
         self._refuse_cut_scores(pairs, report)
+        refuse_unknown_ids(pairs, name, self._vocabularies)
         refuse_longer(pairs, name, self._contexts)
         self.reports[name] = report
         self._seen[id(dataset)] = (dataset, pairs)

@@ -72,7 +72,7 @@ def split_arguments(arguments: list[str]) -> tuple[list[str], list[str]]:
 def _add_reference(commands: argparse._SubParsersAction[Parser]) -> None:
     reference = commands.add_parser(
         "ref",
-        help="build, describe or verify stored reference log-probs",
+        help="build, describe, verify or prune stored reference log-probs",
         description="The reference store: log-probs of answers under reference models.",
         allow_abbrev=False,
     )
@@ -81,6 +81,7 @@ def _add_reference(commands: argparse._SubParsersAction[Parser]) -> None:
     for name, summary in (
         ("info", "say what a store holds"),
         ("verify", "read every byte of a store and check it"),
+        ("prune", "merge segments, drop rows that stand twice, forget references"),
     ):
         action = actions.add_parser(
             name, help=summary, description=f"{summary.capitalize()}.", allow_abbrev=False
@@ -88,6 +89,14 @@ def _add_reference(commands: argparse._SubParsersAction[Parser]) -> None:
         action.add_argument(
             "folder", nargs="?", help="of the store; by default dpofast/reference in HF_HOME"
         )
+        if name == "prune":
+            action.add_argument(
+                "--forget",
+                nargs="+",
+                default=[],
+                metavar="DIGEST",
+                help="references to delete, by the first 6 characters or more that `info` shows",
+            )
 
 
 def _add_configured(commands: argparse._SubParsersAction[Parser], name: str, summary: str) -> None:

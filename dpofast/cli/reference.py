@@ -1,4 +1,4 @@
-"""`dpofast ref build | info | verify`."""
+"""`dpofast ref build | info | verify | prune`."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ def reference(parsed: argparse.Namespace, overrides: list[str]) -> None:
             _build(parsed.config, overrides)
         case "info":
             _info(_folder(parsed.folder))
+        case "prune":
+            _prune(_folder(parsed.folder), parsed.forget)
         case _:
             _verify(_folder(parsed.folder))
 
@@ -54,6 +56,12 @@ def _verify(folder: Path) -> None:
     print("\n".join(report.lines()))
     if not report.ok:
         raise ReferenceStoreError(f"{folder} is damaged; what to do stands above.")
+
+
+def _prune(folder: Path, forget: list[str]) -> None:
+    from dpofast.reference.prune import prune
+
+    print("\n".join(prune(folder, forget).lines()))
 
 
 def _folder(given: str | None) -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import uuid
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -59,6 +60,30 @@ class Columns:
 
     def per_token(self, row: int) -> np.ndarray:  # [num_tokens[row]]
         return self.per_token_logps[self.offsets[row] : self.offsets[row + 1]]
+
+    def take(self, rows: np.ndarray) -> Columns:
+        """A copy of these rows [m], in their order."""
+        parts = [self.per_token(row) for row in rows.tolist()]
+        lengths = [len(part) for part in parts]
+        return Columns(
+            keys=self.keys[rows],
+            logps=self.logps[rows],
+            num_tokens=self.num_tokens[rows],
+            offsets=np.cumsum([0, *lengths], dtype=np.int32),
+            per_token_logps=np.concatenate([np.empty(0, np.float32), *parts]),
+        )
+
+    @classmethod
+    def concatenate(cls, parts: Sequence[Columns]) -> Columns:
+        """All rows of these, one after the other."""
+        lengths = [np.diff(part.offsets) for part in parts]
+        return cls(
+            keys=np.concatenate([part.keys for part in parts]),
+            logps=np.concatenate([part.logps for part in parts]),
+            num_tokens=np.concatenate([part.num_tokens for part in parts]),
+            offsets=np.concatenate([[0], np.cumsum(np.concatenate(lengths))]).astype(np.int32),
+            per_token_logps=np.concatenate([part.per_token_logps for part in parts]),
+        )
 
     def checksums(self, identity: bytes, rows: np.ndarray) -> list[int]:
         """XXH3-64 of the identity's digest and everything in each of these rows."""

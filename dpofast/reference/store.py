@@ -198,26 +198,36 @@ class Namespace:
         return bytes.fromhex(self.identity.digest)
 
     def refresh(self) -> None:
-        """See what was committed since, by this process or others.
+        """See what was committed since, by this process or others; also what was merged by `prune`.
 
         Raises:
-            ReferenceStoreError: a segment can't be opened, or one that was there is gone.
+            ReferenceStoreError: a segment can't be opened.
         """
-        names = {name for name in list_names(self.folder) if NAME_PATTERN.fullmatch(name)}
-        gone = sorted(self._segments.keys() - names)
-        if gone:
-            raise ReferenceStoreError(
-                f"{self.folder / gone[0]} was deleted while the store was in use: start again, and "
-                "its rows are scored anew."
-            )
-        new = sorted(names - self._segments.keys())
-        if not new:
+        names = self._names()
+        if self._segments.keys() - names:
+            names = self._names()  # what took their place stands before they are deleted
+        while True:
+            try:
+                new = {
+                    name: Segment(self.folder / name, self.digest)
+                    for name in sorted(names - self._segments.keys())
+                }
+                break
+            except ReferenceStoreError:
+                before, names = names, self._names()
+                if before <= names:  # none of them was merged meanwhile, so one is damaged
+                    raise
+        held = {name: part for name, part in self._segments.items() if name in names}
+        if not new and len(held) == len(self._segments):
             return
-        for name in new:
-            self._segments[name] = Segment(self.folder / name, self.digest)
+        self._segments = held | new
         self._order = list(self._segments.values())
         self._starts = np.cumsum([0, *map(len, self._order)], dtype=np.int64)
-        self._index = KeyIndex(np.concatenate([part.columns.keys for part in self._order]))
+        keys = [np.empty((0, KEY_BYTES), np.uint8), *(part.columns.keys for part in self._order)]
+        self._index = KeyIndex(np.concatenate(keys))
+
+    def _names(self) -> set[str]:
+        return {name for name in list_names(self.folder) if NAME_PATTERN.fullmatch(name)}
 
     def contains(self, keys: np.ndarray | Sequence[bytes]) -> np.ndarray:
         """[n, 16] uint8 or n times 16 bytes -> [n] bool; the rows themselves aren't looked at."""

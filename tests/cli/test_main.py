@@ -147,7 +147,7 @@ def test_yaml_file_trains_an_adapter_and_eval_measures_it(
     assert "rewards/accuracies" in capsys.readouterr().out
 
 
-def test_ref_build_info_verify(
+def test_ref_build_info_verify_prune(
     tmp_path: Path, model_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = run_arguments(tmp_path, model_folder)[1:]
@@ -159,6 +159,11 @@ def test_ref_build_info_verify(
     assert main(["ref", "info", str(store)]) == 0
     assert "12 rows" in capsys.readouterr().out
     assert main(["ref", "verify", str(store)]) == 0
+    assert main(["ref", "prune", str(store)]) == 0
+    assert "references: 1 kept, 0 deleted" in capsys.readouterr().out
+    assert "names 0 references" in error_of(
+        capsys, ["ref", "prune", str(store), "--forget", "0123456789"]
+    )
     segment = next(store.rglob("*.arrow"))
     content = bytearray(segment.read_bytes())
     content[len(content) // 2] ^= 1

@@ -22,6 +22,7 @@ import numpy as np
 from dpofast.reference.builder import BuildOptions, build_reference, reference_logps
 from dpofast.reference.files import TEMPORARY_PREFIX
 from dpofast.reference.keys import row_key
+from dpofast.reference.prune import prune
 from dpofast.reference.report import verify
 from dpofast.reference.store import ReferenceStore, Writer
 from tests.reference.stubs import expected_logps, identity, pairs, stub_logps
@@ -131,19 +132,25 @@ def kill_rounds(folder, rounds, rng):
 
 
 def together_rounds(folder, rounds, rng):
-    """Two builds that know nothing of each other, one of them killed."""
-    report = dict.fromkeys([*COUNTS, "incomplete"], 0)
+    """Four builds that know nothing of each other, one of them killed, beside a prune."""
+    report = dict.fromkeys([*COUNTS, "incomplete", "merged", "longest_wait"], 0)
     for index in range(rounds):
-        store, logs = folder / f"store{index}", [folder / f"log{index}.{i}" for i in (0, 1)]
+        store, logs = folder / f"store{index}", [folder / f"log{index}.{i}" for i in range(4)]
         for log in logs:
             log.mkdir(parents=True)
+        started = time.monotonic()
         pids = [start(store, log) for log in logs]
         time.sleep(rng.uniform(0, 0.2))
         os.kill(pids[0], signal.SIGKILL)
         os.waitpid(pids[0], 0)
-        _, status = os.waitpid(pids[1], 0)
-        assert os.WIFEXITED(status)
-        assert os.WEXITSTATUS(status) == 0
+        if (store / "store.json").exists():
+            prune(store)  # in the midst of the other builds
+        for pid in pids[1:]:
+            _, status = os.waitpid(pid, 0)
+            assert os.WIFEXITED(status)
+            assert os.WEXITSTATUS(status) == 0
+        report["longest_wait"] = max(report["longest_wait"], time.monotonic() - started)
+        report["merged"] += prune(store).duplicates
         for log in logs:
             check(store, log, report)
         right = reference_logps(namespace(store), DATASET) == expected_logps(DATASET)

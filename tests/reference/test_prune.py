@@ -1,0 +1,152 @@
+"""A pruned store holds the same rows, each once; no moment of a prune loses one."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+
+import numpy as np
+import pytest
+
+from dpofast.errors import ReferenceStoreError
+from dpofast.reference import files
+from dpofast.reference import prune as pruning
+from dpofast.reference.prune import prune
+from dpofast.reference.report import verify
+from dpofast.reference.store import ReferenceStore
+from tests.reference.stubs import identity
+from tests.reference.test_store import KEYS, ROWS, write
+
+
+def assert_rows(folder, rows=ROWS, reference=None):
+    """Exactly these rows, each once, and nothing damaged."""
+    namespace = ReferenceStore.open(folder).namespace(reference or identity())
+    stored = namespace.read(list(rows))
+    assert stored.found.all()
+    for got, wanted in zip(stored.per_token_logps, rows.values(), strict=True):
+        np.testing.assert_array_equal(got, wanted)
+    assert len(namespace) == namespace.num_unique_rows() == len(rows)
+    assert verify(folder).ok
+
+
+def segments(folder):
+    return sorted(path.name for path in folder.glob("*/*.arrow"))
+
+
+def test_segments_are_merged_and_double_rows_dropped(tmp_path):
+    write(tmp_path, commits=5)
+    write(tmp_path, commits=2)
+    report = prune(tmp_path)
+    assert (report.references, report.duplicates) == (1, 12)
+    assert (report.segments_before, report.segments_after) == (7, 1)
+    assert report.bytes_freed > 0
+    assert_rows(tmp_path)
+
+
+def test_a_second_prune_finds_nothing_to_do(tmp_path):
+    write(tmp_path, commits=5)
+    prune(tmp_path)
+    before = segments(tmp_path)
+    report = prune(tmp_path)
+    assert segments(tmp_path) == before
+    assert (report.duplicates, report.bytes_freed, report.segments_after) == (0, 0, 1)
+
+
+@pytest.mark.parametrize("most", [1, 2, 4, 7, 300])
+def test_large_segments_stay_and_what_is_written_anew_is_cut(tmp_path, monkeypatch, most):
+    write(tmp_path, commits=3)
+    more = {bytes([i] * 16): np.full(3, -float(i), np.float32) for i in range(100, 130)}
+    largest = {key: ROWS[key] for key in KEYS[::2]} | more
+    write(tmp_path, rows=largest)
+    before = segments(tmp_path)
+    monkeypatch.setattr(pruning, "MERGED_TOKENS", most)
+    assert prune(tmp_path).duplicates == 6
+    assert_rows(tmp_path, ROWS | more)
+    namespace = ReferenceStore.open(tmp_path).namespace(identity())
+    sizes = {name: len(part.columns.per_token_logps) for name, part in namespace._segments.items()}
+    kept = set(before) & set(sizes)
+    assert len(kept) == (0 if most == 300 else 1)  # 108 tokens are less than half of 300
+    longest = max(len(values) for values in ROWS.values())
+    assert max((sizes[name] for name in sizes if name not in kept), default=0) < most + longest
+
+
+def test_references_are_forgotten_by_the_beginning_of_their_digest(tmp_path):
+    other = identity(attention="eager")
+    write(tmp_path)
+    write(tmp_path, reference=other)
+    report = prune(tmp_path, [other.digest[:6]])
+    assert (report.references, report.forgotten) == (1, [other.digest])
+    assert ReferenceStore.open(tmp_path).digests() == [identity().digest]
+    assert_rows(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["", "12345", "no-digest"])
+def test_a_name_that_fits_no_reference_deletes_nothing(tmp_path, name):
+    write(tmp_path, commits=2)
+    before = segments(tmp_path)
+    with pytest.raises(ReferenceStoreError, match=rf"^'{name}' names \d references .*ref info"):
+        prune(tmp_path, [identity().digest, name])
+    assert segments(tmp_path) == before
+
+
+def test_files_of_killed_writers_go_once_they_are_a_day_old(tmp_path):
+    namespace = write(tmp_path)
+    for folder in (tmp_path, namespace.folder):
+        for name, age in (("old", 2 * 86_400), ("new", 60)):
+            path = folder / f"{files.TEMPORARY_PREFIX}{name}"
+            path.write_bytes(b"torn")
+            os.utime(path, (time.time() - age,) * 2)
+    assert prune(tmp_path).temporaries == 2
+    left = [path.name for path in tmp_path.rglob(f"{files.TEMPORARY_PREFIX}*")]
+    assert left == [f"{files.TEMPORARY_PREFIX}new"] * 2
+
+
+def test_a_damaged_row_stops_it_before_anything_is_deleted(tmp_path):
+    namespace = write(tmp_path, commits=2)
+    before = segments(tmp_path)
+    path = namespace.folder / before[0]
+    content = bytearray(path.read_bytes())
+    first = ReferenceStore.open(tmp_path).namespace(identity())._segments[path.name].columns
+    content[content.find(first.per_token(0).tobytes())] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ReferenceStoreError, match=rf"{path.name} is damaged"):
+        prune(tmp_path)
+    assert set(before) <= set(segments(tmp_path))
+
+
+@pytest.mark.parametrize("function", ["write_segment", "sync_folder"])
+@pytest.mark.parametrize("calls", [0, 1, 2])
+def test_an_end_at_any_moment_loses_no_row(tmp_path, monkeypatch, function, calls):
+    write(tmp_path, commits=4)
+    monkeypatch.setattr(pruning, "MERGED_TOKENS", 10)
+    original, count = getattr(pruning, function), iter(range(100))
+
+    def ends(*arguments, **options):
+        if next(count) == calls:
+            raise KeyboardInterrupt
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(pruning, function, ends)
+    with contextlib.suppress(KeyboardInterrupt):
+        prune(tmp_path)
+    monkeypatch.setattr(pruning, function, original)
+    namespace = ReferenceStore.open(tmp_path).namespace(identity())
+    assert namespace.contains(KEYS).all()
+    prune(tmp_path)
+    assert_rows(tmp_path)
+
+
+def test_readers_and_writers_go_on_beside_it(tmp_path):
+    reader = write(tmp_path, commits=4)
+    reader.refresh()
+    before = reader.lookup(KEYS)[0]
+    writer = reader.writer()
+    writer.add(b"n" * 16, np.array([-1.0], np.float32))
+    prune(tmp_path)
+    np.testing.assert_array_equal(reader.lookup(KEYS)[0], before)
+    writer.commit()
+    reader.refresh()
+    np.testing.assert_array_equal(reader.lookup(KEYS)[0], before)
+    assert reader.contains([b"n" * 16]).all()
+    assert len(reader) == len(ROWS) + 1
