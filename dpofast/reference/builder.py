@@ -187,18 +187,26 @@ class _Build:
         self.rows_scored = self.forward_passes = 0
 
     def batches(self, answers: np.ndarray, batch_sequences: int) -> list[np.ndarray]:
-        """Answers [m] -> those of each model call, longest first: little padding, early failure."""
+        """Answers [m] -> those of each model call.
+
+        Answers of one prompt are neighbours, so that a packed row has it once; prompts whose
+        longest answer is long come first, for little padding and an early failure.
+        """
         lengths = self.answers.lengths(answers)
-        order = np.argsort(-lengths, kind="stable")
-        longest_first, lengths = answers[order], lengths[order]
-        batches, start = [], 0
-        while start < len(answers):
-            size = batch_sequences
-            if self.options.max_tokens is not None:
-                size = min(size, max(1, self.options.max_tokens // int(lengths[start])))
-            batches.append(longest_first[start : start + size])
-            start += size
-        return batches
+        prompts = self.answers.prompts(answers)
+        longest = np.zeros(prompts.max(initial=-1) + 1, np.int64)
+        np.maximum.at(longest, prompts, lengths)
+        order = np.lexsort((-lengths, prompts, -longest[prompts]))
+        limit = self.options.max_tokens
+        batches: list[np.ndarray] = []
+        start = widest = 0
+        for end, place in enumerate(order.tolist()):
+            widest = max(widest, int(lengths[place]))
+            size = end + 1 - start
+            if size > batch_sequences or (size > 1 and limit is not None and size * widest > limit):
+                batches.append(answers[order[start:end]])
+                start, widest = end, int(lengths[place])
+        return [*batches, answers[order[start:]]] if len(answers) else []
 
     def run(self, batches: list[np.ndarray], description: str) -> None:
         """Score and commit; on an exception commit what was scored, then let it pass."""

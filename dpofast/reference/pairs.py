@@ -48,6 +48,16 @@ class PairAnswers:
         lengths: np.ndarray = self.tokens["prompt_ids"].lengths[pairs] + of_answer[sides, pairs]
         return lengths
 
+    def prompts(self, answers: np.ndarray) -> np.ndarray:
+        """A number for the prompt of each of these answers [m] int64, equal for equal prompts."""
+        prompt_ids = self.tokens["prompt_ids"]
+        numbers: dict[bytes, int] = {}
+        found = [
+            numbers.setdefault(prompt_ids[pair].tobytes(), len(numbers))
+            for pair in (answers // 2).tolist()
+        ]
+        return np.array(found, np.int64)
+
     def name(self, answer: int) -> str:
         pair, side = divmod(answer, 2)
         return f"row {self.source_rows[pair]} ({SIDES[side]})"

@@ -3,6 +3,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from itertools import groupby
 
 import numpy as np
 import pytest
@@ -77,15 +78,38 @@ def test_an_answer_in_many_pairs_is_scored_once(tmp_path):
     np.testing.assert_array_equal(got, expected_logps(dataset))
 
 
+def shared_prompts(num_prompts, answers_each):
+    """Pairs that share prompts, far apart in the dataset."""
+    rows = pairs(num_prompts * answers_each)
+    prompts = [row["prompt_ids"] for row in rows.select(range(num_prompts))]
+    return Dataset.from_list(
+        [row | {"prompt_ids": prompts[number % num_prompts]} for number, row in enumerate(rows)]
+    )
+
+
 def test_the_longest_come_first_and_calls_stay_under_the_token_limit(tmp_path):
     scorer = StubScorer()
-    build(namespace(tmp_path), pairs(40), scorer, 8, options=BuildOptions(max_tokens=40))
+    dataset = shared_prompts(10, 4)
+    build(namespace(tmp_path), dataset, scorer, 4, options=BuildOptions(max_tokens=50))
     lengths = [[len(p) + len(a) for p, a in call] for call in scorer.calls]
-    flat = [length for call in lengths for length in call]
-    assert flat == sorted(flat, reverse=True)
-    assert len(flat) == 80
-    assert all(len(call) <= 8 and len(call) * max(call) <= 40 for call in lengths)
-    assert max(map(len, lengths)) == 8
+    assert sum(map(len, lengths)) == 80
+    assert all(len(call) <= 4 and len(call) * max(call) <= 50 for call in lengths)
+    assert {len(call) for call in lengths[:-1]} == {2, 3, 4}
+    of_prompts = [
+        [len(prompt) + len(answer) for prompt, answer in group]
+        for _, group in groupby(scorer.scored, key=lambda sequence: sequence[0])
+    ]
+    longest = [max(group) for group in of_prompts]
+    assert longest == sorted(longest, reverse=True)
+
+
+@pytest.mark.parametrize("batch_sequences", [1, 3, 8, 100])
+def test_answers_of_one_prompt_are_neighbours(tmp_path, batch_sequences):
+    scorer = StubScorer()
+    build(namespace(tmp_path), shared_prompts(10, 4), scorer, batch_sequences)
+    prompts = [tuple(prompt) for prompt, _ in scorer.scored]
+    assert len([prompt for prompt, _ in groupby(prompts)]) == len(set(prompts)) == 10
+    assert {len(call) for call in scorer.calls[:-1]} <= {batch_sequences}  # all but the last full
 
 
 def test_a_sequence_above_the_token_limit_has_a_call_of_its_own(tmp_path):
