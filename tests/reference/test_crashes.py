@@ -30,8 +30,8 @@ def assert_nothing_lost(report):
     assert report["acknowledged"] > 0
 
 
-def check_kills(folder, rounds, seed):
-    report = run("kill", folder, rounds, seed)
+def check_kills(folder, rounds, seed, mode="kill"):
+    report = run(mode, folder, rounds, seed)
     assert report["killed"] == rounds
     assert report["complete"]
     assert report["duplicates"] == 0
@@ -61,6 +61,12 @@ def test_four_processes_write_at_once_and_one_is_killed(tmp_path):
 @pytest.mark.slow
 def test_many_kills(tmp_path):
     check_kills(tmp_path, rounds=1000, seed=1)
+
+
+@pytest.mark.torture
+@pytest.mark.slow
+def test_builds_with_a_model_killed_at_any_moment_lose_no_acknowledged_row(tmp_path):
+    check_kills(tmp_path, rounds=50, seed=0, mode="real")
 
 
 @pytest.mark.torture
