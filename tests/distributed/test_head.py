@@ -25,8 +25,11 @@ def results(tmp_path_factory):
     return json.loads(report.read_text())
 
 
-# Under ZeRO-3 and autocast a CPU without tiles for bf16 rounds gradients elsewhere than one process
-# does, by 4e-3; the loss is equal. Why is not known yet.
+# Under ZeRO-3 and autocast, on a CPU without tiles for bf16, the gradients of one process are met
+# to the last bit from the head to the last layer's MLP. From that layer's attention on some of what
+# is rounded to bf16 falls to the other side, 8e-5 of o_proj's gradient, which grows to 4e-3 on its
+# way to the embedding. Which of DeepSpeed's operations differs in its last bits isn't known.
+NEAR_THE_HEAD = ("lm_head.", "model.norm.", "model.layers.1.mlp.")
 AUTOCAST_TOLERANCE = 1e-6 if torch.cpu._is_amx_tile_supported() else 2.0**-7
 
 
@@ -55,6 +58,7 @@ def test_autocast_gives_the_gradients_of_one_process_in_fp32(results, name):
     assert result["loss_error"] <= 1e-6
     assert result["dtypes"] == ["torch.float32"]
     assert not wrong(result, AUTOCAST_TOLERANCE if name.startswith("zero3") else 1e-6)
+    assert not [each for each in wrong(result, 1e-6) if each.startswith(NEAR_THE_HEAD)]
 
 
 @pytest.mark.parametrize("name", ["ddp_autocast", "zero2_autocast", "zero3_autocast"])
