@@ -12,8 +12,7 @@ from torch import nn
 
 from dpofast.errors import DataError
 from dpofast.model import causal_lm
-
-COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
+from dpofast.reference.pairs import COLUMNS
 
 
 @dataclass(frozen=True)
