@@ -109,6 +109,8 @@ def _compact(folder: Path, identity: bytes, report: PruneReport) -> None:
     report.segments_before += len(names)
     segments = [Segment(folder / name, identity) for name in names]
     merged, kept = _to_merge(segments, report)
+    for segment, rows in merged:  # all of them, before any is written anew
+        segment.check(rows)
     num_new = 0
     for columns in _gathered(merged):
         write_segment(folder, identity, columns, rank=0)
@@ -151,11 +153,10 @@ def _to_merge(
 
 
 def _gathered(merged: Sequence[tuple[Segment, np.ndarray]]) -> Iterator[Columns]:
-    """The rows to keep, checked, in portions of about `MERGED_TOKENS` tokens."""
+    """The rows to keep in portions of about `MERGED_TOKENS` tokens."""
     parts: list[Columns] = []
     tokens = 0
     for segment, rows in merged:
-        segment.check(rows)
         # a large segment is cut, too
         ends = np.cumsum(segment.columns.num_tokens[rows], dtype=np.int64)
         for portion in np.split(rows, np.flatnonzero(np.diff(ends // MERGED_TOKENS)) + 1):
