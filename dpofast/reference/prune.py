@@ -71,8 +71,8 @@ def prune(folder: str | Path, forget: Sequence[str] = ()) -> PruneReport:
 
     Raises:
         ReferenceStoreError: the folder is no store; a name in `forget` fits no reference, or
-            several; a segment is damaged. The references before that one are done by then, its own
-            rows are as they were.
+            several; a segment to merge is damaged. The references before that one are done by
+            then, its own rows are as they were.
     """
     store = ReferenceStore.open(folder)
     digests = store.digests()

@@ -103,7 +103,7 @@ def test_files_of_killed_writers_go_once_they_are_a_day_old(tmp_path):
 
 @pytest.mark.parametrize("place", [0, 1, 2, 3])
 def test_a_damaged_row_stops_it_before_anything_changes(tmp_path, monkeypatch, place):
-    monkeypatch.setattr(pruning, "MERGED_TOKENS", 20)  # two would be written
+    monkeypatch.setattr(pruning, "MERGED_TOKENS", 24)  # none is large; two would be written
     namespace = write(tmp_path, commits=4)
     before = segments(tmp_path)
     path = namespace.folder / before[place]
@@ -121,7 +121,7 @@ def test_a_damaged_row_stops_it_before_anything_changes(tmp_path, monkeypatch, p
 )
 def test_an_end_at_any_moment_loses_no_row(tmp_path, monkeypatch, function, calls):
     write(tmp_path, commits=4)
-    monkeypatch.setattr(pruning, "MERGED_TOKENS", 20)  # two segments are written
+    monkeypatch.setattr(pruning, "MERGED_TOKENS", 24)  # none is large; two are written
     original, count = getattr(pruning, function), iter(range(100))
 
     def ends(*arguments, **options):
