@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dpofast_kernels.attention.gather import gather_keys
 from dpofast_kernels.attention.layout import SharedLayout
+from dpofast_kernels.attention.merged import can_merge, merged_attention
 from dpofast_kernels.attention.options import AttentionOptions
 
 _Attend = Callable[[Tensor, Tensor, Tensor, AttentionOptions], Tensor]
@@ -23,6 +24,8 @@ def sdpa_attention(
     options: AttentionOptions,
 ) -> Tensor:
     """[T, Hq, Dv] by scaled_dot_product_attention, which knows no softcap and no sinks."""
+    if can_merge(query, value, options):
+        return merged_attention(query, key, value, layout, options)
     return _by_segments(_sdpa, query, key, value, layout, options)
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from dpofast_kernels.head.chunks import max_chunk_rows, new_workspace, row_chunks
+from dpofast_kernels.head.chunks import kept_workspace, max_chunk_rows, new_workspace, row_chunks
 from dpofast_kernels.head.matmul import (
     accumulate_dtype,
     add_weight_grad,
@@ -113,11 +113,11 @@ class ChunkedHead:
         keep = self.keep if keep is None else keep
         if self._workspace is None and self._workspace_dtype is not None:
             capacity = min(len(self.labels), self.max_rows)
-            self._workspace = new_workspace(self.weight, capacity, self._workspace_dtype)
-        workspace = None
-        if self._workspace is not None:
-            workspace = self._workspace[: rows.stop - rows.start]
-        return self._ops.score(self.hidden_states[rows], self.labels[rows], workspace, keep)
+            # Triton's interpreter would copy all memory behind a tensor that it is given
+            make = kept_workspace if isinstance(self._ops, TorchRows) else new_workspace
+            self._workspace = make(self.weight, capacity, self._workspace_dtype)
+        logits = None if self._workspace is None else self._workspace[: rows.stop - rows.start]
+        return self._ops.score(self.hidden_states[rows], self.labels[rows], logits, keep)
 
     def new_gradients(self, wanted: Wanted, weight_grad: Tensor | None = None) -> Gradients:
         """Gradients to add to; the weight's is `weight_grad` where one is given.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -11,6 +12,9 @@ from torch import Tensor
 # Larger chunks don't make a CPU faster; on a GPU they keep the products wide.
 CPU_WORKSPACE_BYTES = 160 * 2**20
 DEVICE_WORKSPACE_BYTES = 10**9
+# A CPU's large tensors go back to the system when freed, and come back as zeroed pages one by one,
+# which costs as much as a pass over the logits. So each thread keeps what it worked in.
+_kept = threading.local()
 # Where a chunk keeps nothing of the size of the vocabulary.
 FORWARD_ROWS = 2**13
 # Rows of logits start at multiples of this: matrix units and vector loads want them aligned.
@@ -76,6 +80,26 @@ def new_workspace(
     """[num_rows, V] of nobody's numbers, on the device of the weight."""
     width = _row_width(len(weight), dtype)
     return weight.new_empty(num_rows, width, dtype=dtype)[:, : len(weight)]
+
+
+def kept_workspace(
+    weight: Tensor,  # [V, H]
+    num_rows: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """As `new_workspace`, but on a CPU it is this thread's next one, too.
+
+    What is made in it must be used up by then.
+    """
+    width = _row_width(len(weight), dtype)
+    num_bytes = num_rows * width * dtype.itemsize
+    if weight.device.type != "cpu" or num_bytes > CPU_WORKSPACE_BYTES:
+        return new_workspace(weight, num_rows, dtype)
+    memory: Tensor | None = getattr(_kept, "memory", None)
+    if memory is None or len(memory) < num_bytes:
+        with torch.inference_mode(False):  # what is made inside can't be written to outside
+            memory = _kept.memory = torch.empty(num_bytes, dtype=torch.uint8, device="cpu")
+    return memory[:num_bytes].view(dtype).view(num_rows, width)[:, : len(weight)]
 
 
 def _row_width(vocab_size: int, dtype: torch.dtype) -> int:
