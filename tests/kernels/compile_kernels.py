@@ -58,6 +58,7 @@ HEADS = {
         "HAS_BIAS": True,
     },
 }
+EVEN_VOCABULARY = {"V": "i32 aligned", "*": "*fp32"}  # a multiple of 16
 Variant = tuple[str, dict[str, str], dict[str, Any]]
 
 
@@ -70,13 +71,16 @@ def variants(kernel: str) -> Iterator[Variant]:
         for dtype in ("bf16", "fp16"):
             yield dtype, {"p_targets": "*fp32", "*": f"*{dtype}"}, {}
     elif kernel == "score_rows":
+        yield from head_variants("fp32", {"*": "*fp32"}, ("plain", "full"), {})
+        yield from head_variants("fp32:even", EVEN_VOCABULARY, ("plain",), {})
+        yield from head_variants("fp64", {"*": "*fp64"}, ("full",), {})
+    elif kernel == "differentiate_rows":
         for d_logits in ("bf16", "fp32"):
             types = {"p_d_logits": f"*{d_logits}", "*": "*fp32"}
-            yield from head_variants(d_logits, types, ("plain", "full"), {})
-            # a vocabulary that is a multiple of 16
-            even = {**types, "V": "i32 aligned"}
-            yield from head_variants(f"{d_logits}:even", even, ("plain",), {})
-        yield from head_variants("fp64", {"*": "*fp64"}, ("full",), {})
+            yield f"{d_logits}:plain", types, HEADS["plain"]
+            yield f"{d_logits}:full", types, HEADS["full"]
+            yield f"{d_logits}:even", {**types, **EVEN_VOCABULARY}, HEADS["plain"]
+        yield "fp64:full", {"*": "*fp64"}, HEADS["full"]
     elif kernel == "finish_rows":
         constants = {"MAX_REST": fused_triton.MAX_REST}
         yield from head_variants("bf16", input_types("bf16", "bf16"), ("plain", "full"), constants)

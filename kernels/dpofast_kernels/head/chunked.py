@@ -159,23 +159,30 @@ class ChunkedHead:
         scored: ScoredRows,
         coefficients: Tensor,  # [n]
     ) -> None:
-        """Add those of sum(coefficients * per_token_logps) over `rows`, which `scored` kept."""
-        d_logits = scored.d_logits
-        assert d_logits is not None
-        assert scored.factors is not None
-        factors = coefficients.to(self.dtype) * scored.factors
+        """Add those of sum(coefficients * per_token_logps) over `rows`.
+
+        What `scored` kept is used up.
+        """
+        labels = self.labels[rows]
+        made = self._ops.differentiate(scored, labels, coefficients.to(self.dtype))
+        d_logits, factors = made.d_logits, made.factors  # [n, V], [n]
         if gradients.hidden_states is not None:
-            out = gradients.hidden_states[rows]  # [n, H]
-            hidden_grad_into(out, d_logits, self.weight).mul_(factors[:, None])
+            out = hidden_grad_into(gradients.hidden_states[rows], d_logits, self.weight)  # [n, H]
+            if factors is not None:
+                out.mul_(factors[:, None])
         if gradients.weight is not None:
-            scaled = self.hidden_states[rows] * factors[:, None]  # [n, H]
-            scaled = scaled.to(d_logits.dtype)
+            hidden_states = self.hidden_states[rows]  # [n, H]
+            if factors is not None:
+                hidden_states = hidden_states * factors[:, None]
+            hidden_states = hidden_states.to(d_logits.dtype)
             if gradients.weight_is_empty:
-                weight_grad_into(gradients.weight, d_logits, scaled)
+                weight_grad_into(gradients.weight, d_logits, hidden_states)
             else:
-                add_weight_grad(gradients.weight, d_logits, scaled)
+                add_weight_grad(gradients.weight, d_logits, hidden_states)
             gradients.weight_is_empty = False
         if gradients.bias is not None:
+            if factors is None:
+                factors = d_logits.new_ones(len(d_logits), dtype=self.dtype)
             for block in vocab_blocks(self.weight):  # upcast, a copy of all would be large
                 gradients.bias[block].addmv_(d_logits[:, block].t().to(self.dtype), factors)
 

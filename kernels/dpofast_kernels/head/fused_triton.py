@@ -24,7 +24,7 @@ from dpofast_kernels.head.logits_triton import finish_logits, label_logp, logit_
 from dpofast_kernels.head.matmul import accumulate_dtype, product_dtype
 from dpofast_kernels.head.options import HeadOptions
 from dpofast_kernels.head.pairs_triton import pair_loss_fwd
-from dpofast_kernels.head.rows import PairTerms, ScoredRows
+from dpofast_kernels.head.rows import LogitGradients, PairTerms, ScoredRows
 from dpofast_kernels.head.rows_triton import is_interpreted
 from dpofast_kernels.preference import PairLoss
 
@@ -317,7 +317,13 @@ class FusedRows:
                 MAX_REST=MAX_REST, **self.constants, KEEP=keep,
                 **launch_options("finish_rows", device),
             )  # fmt: skip
-        return ScoredRows(logps, d_logits, factors if keep else None)
+        return ScoredRows(logps, () if d_logits is None else (d_logits, factors))
+
+    def differentiate(
+        self, scored: ScoredRows, labels: Tensor, coefficients: Tensor
+    ) -> LogitGradients:
+        d_logits, factors = scored.kept
+        return LogitGradients(d_logits, coefficients * factors)
 
     def pair_loss(
         self, per_token_logps: Tensor, bounds: Tensor, ref_logps: Tensor, loss: PairLoss

@@ -1,4 +1,4 @@
-"""What a backend does with a chunk of rows: from hidden states to log-probs, and their gradient."""
+"""What a backend does with a chunk of rows: from hidden states to log-probs and their gradient."""
 
 from __future__ import annotations
 
@@ -13,20 +13,29 @@ from dpofast_kernels.preference import PairLoss
 
 @dataclass(frozen=True, eq=False)
 class ScoredRows:
-    """A chunk's log-probs, and what its gradient needs.
-
-    The gradient of per_token_logps[r] by row r of hidden_states @ weight^T is
-    factors[r] * d_logits[r]. They stay apart, and so do a pair's coefficients: a small number
-    would be lost in a low-precision matrix, so it goes to the other side of each product.
+    """A chunk's log-probs, and what the backend keeps for their gradient.
 
     Attributes:
         per_token_logps: [n], in nats.
-        d_logits: [n, V], or None where no gradient is to follow.
-        factors: [n], likewise.
+        kept: as the backend's own `differentiate` wants it; empty where no gradient is to follow.
+            May lie in the workspace.
     """
 
     per_token_logps: Tensor
-    d_logits: Tensor | None
+    kept: tuple[Tensor, ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class LogitGradients:
+    """The gradient by row r of hidden_states @ weight^T is factors[r] * d_logits[r].
+
+    Attributes:
+        d_logits: [n, V], in the dtype that goes into products.
+        factors: [n], or None where all of them are 1. Apart from d_logits, small ones aren't lost
+            in a dtype of narrow range; but hidden states times factors are rounded once more.
+    """
+
+    d_logits: Tensor
     factors: Tensor | None
 
 
@@ -60,10 +69,15 @@ class RowOps(Protocol):
         workspace: Tensor | None,  # [n, V]
         keep: bool,
     ) -> ScoredRows:
-        """Log-probs of the labels, with `keep` also their gradient by the product.
+        """Log-probs of the labels, with `keep` also what `differentiate` needs."""
 
-        `d_logits` may lie in the workspace.
-        """
+    def differentiate(
+        self,
+        scored: ScoredRows,
+        labels: Tensor,  # [n]
+        coefficients: Tensor,  # [n]
+    ) -> LogitGradients:
+        """Of sum(coefficients * per_token_logps), in place of what `scored` kept: once alone."""
 
     def pair_loss(
         self,

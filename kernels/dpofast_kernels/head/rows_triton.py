@@ -1,4 +1,8 @@
-"""Way A: a chunk's logits by the library's own product, then one Triton kernel over its rows."""
+"""Way A: a chunk's logits by the library's own product, then Triton kernels over its rows.
+
+One makes log-probs. Once the pairs' losses are known, another makes gradients of the fp32 logits,
+times the coefficient of each row: rounded to bf16 once, as PyTorch's own are.
+"""
 
 # jit functions can't be typed, and Triton and torch.cuda.device_of are not
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call"
@@ -15,7 +19,7 @@ from dpofast_kernels.head.logits_triton import finish_logits, label_logp, logit_
 from dpofast_kernels.head.matmul import accumulate_dtype, logits_into, product_dtype
 from dpofast_kernels.head.options import HeadOptions
 from dpofast_kernels.head.pairs_triton import pair_loss_fwd
-from dpofast_kernels.head.rows import PairTerms, ScoredRows
+from dpofast_kernels.head.rows import LogitGradients, PairTerms, ScoredRows
 from dpofast_kernels.preference import PairLoss
 
 
@@ -54,6 +58,7 @@ def _fold_block(
 def _store_block(
     row_max,
     rest,
+    factor,
     p_row,
     p_d_row,
     p_bias,
@@ -67,12 +72,12 @@ def _store_block(
     BV: tl.constexpr,
     IS_WHOLE: tl.constexpr,
 ):
-    """exp(z - maximum) times the slope of z, in place of a block of logits."""
+    """factor exp(z - maximum) times the slope of z, in place of a block of logits."""
     o_v = i_v + tl.arange(0, BV)
     m_v = None if IS_WHOLE else o_v < V
     b_z = tl.load(p_row + o_v, mask=m_v)  # [BV]
     b_z, b_slope = finish_logits(b_z, p_bias, o_v, m_v, HAS_BIAS, SCALE, SOFTCAP, TEMPERATURE)
-    b_d = tl.where(o_v == label, -rest, tl.exp(b_z - row_max)) * b_slope
+    b_d = tl.where(o_v == label, -rest, tl.exp(b_z - row_max)) * b_slope * factor
     # A narrower dtype's block lies where this block's or an earlier one's logits do: all threads
     # must have read theirs.
     tl.debug_barrier()
@@ -82,13 +87,13 @@ def _store_block(
 @triton.jit
 def score_rows_kernel(
     p_logits,  # [n, V], rows `stride` apart
-    p_d_logits,  # [n, V], rows `d_stride` apart, in the memory of the logits
     p_bias,  # [V]
     p_labels,  # [n] int64
     p_logps,  # [n]
+    p_row_max,  # [n]
+    p_rest,  # [n]
     p_factors,  # [n]
     stride,
-    d_stride,
     V,
     HAS_BIAS: tl.constexpr,
     SCALE: tl.constexpr,
@@ -97,9 +102,9 @@ def score_rows_kernel(
     KEEP: tl.constexpr,
     BV: tl.constexpr,
 ):
-    """Log-softmax at the label, then the gradient in place of the logits; one program a row.
+    """Log-softmax at the label, and the numbers that its gradient needs; one program a row.
 
-    Whole blocks go without masks, so that any V is read and written in wide words.
+    Whole blocks go without masks, so that any V is read in wide words.
     """
     i_n = tl.program_id(0).to(tl.int64)  # n V passes 2^31
     dtype: tl.constexpr = p_logits.dtype.element_ty
@@ -123,18 +128,46 @@ def score_rows_kernel(
     logp, factor = label_logp(target, row_max, rest)
     tl.store(p_logps + i_n, logp.to(dtype))
     if KEEP:
+        tl.store(p_row_max + i_n, row_max)
+        tl.store(p_rest + i_n, rest)
         tl.store(p_factors + i_n, factor.to(dtype))
-        p_d_row = p_d_logits + i_n * d_stride
-        for i_v in range(0, end, BV):
-            _store_block(
-                row_max, rest, p_row, p_d_row, p_bias, label, i_v, V,
-                HAS_BIAS, SCALE, SOFTCAP, TEMPERATURE, BV, True,
-            )  # fmt: skip
-        if end < V:
-            _store_block(
-                row_max, rest, p_row, p_d_row, p_bias, label, end, V,
-                HAS_BIAS, SCALE, SOFTCAP, TEMPERATURE, BV, False,
-            )  # fmt: skip
+
+
+@triton.jit
+def differentiate_rows_kernel(
+    p_logits,  # [n, V], rows `stride` apart
+    p_d_logits,  # [n, V], rows `d_stride` apart, in the memory of the logits
+    p_bias,  # [V]
+    p_labels,  # [n] int64
+    p_row_max,  # [n]
+    p_rest,  # [n]
+    p_factors,  # [n]
+    stride,
+    d_stride,
+    V,
+    HAS_BIAS: tl.constexpr,
+    SCALE: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    TEMPERATURE: tl.constexpr,
+    BV: tl.constexpr,
+):
+    """Gradients in place of logits; one program a row, as narrow ones move to its beginning."""
+    i_n = tl.program_id(0).to(tl.int64)
+    p_row, p_d_row = p_logits + i_n * stride, p_d_logits + i_n * d_stride
+    label = tl.load(p_labels + i_n)
+    row_max, rest = tl.load(p_row_max + i_n), tl.load(p_rest + i_n)
+    factor = tl.load(p_factors + i_n)
+    end = V // BV * BV
+    for i_v in range(0, end, BV):
+        _store_block(
+            row_max, rest, factor, p_row, p_d_row, p_bias, label, i_v, V,
+            HAS_BIAS, SCALE, SOFTCAP, TEMPERATURE, BV, True,
+        )  # fmt: skip
+    if end < V:
+        _store_block(
+            row_max, rest, factor, p_row, p_d_row, p_bias, label, end, V,
+            HAS_BIAS, SCALE, SOFTCAP, TEMPERATURE, BV, False,
+        )  # fmt: skip
 
 
 class TritonRows:
@@ -153,25 +186,45 @@ class TritonRows:
     ) -> ScoredRows:
         assert workspace is not None
         logits = logits_into(workspace, hidden_states, self.weight)  # [n, V]
-        d_logits = _in_place(logits, product_dtype(self.weight))
-        num_rows, vocab_size = logits.shape
-        logps, factors = logits.new_empty(2, num_rows).unbind()
+        logps, row_max, rest, factors = logits.new_empty(4, len(logits)).unbind()
         with torch.cuda.device_of(logits):
-            score_rows_kernel[(num_rows,)](
+            score_rows_kernel[(len(logits),)](
                 logits,
-                d_logits,
                 logits if self.bias is None else self.bias,
                 labels.contiguous(),
                 logps,
+                row_max,
+                rest,
                 factors,
                 logits.stride(0),
-                d_logits.stride(0),
-                vocab_size,
+                logits.shape[1],
                 **self.constants,
                 KEEP=keep,
                 **launch_options("score_rows", logits.device),
             )
-        return ScoredRows(logps, d_logits, factors) if keep else ScoredRows(logps, None, None)
+        return ScoredRows(logps, (logits, row_max, rest, factors) if keep else ())
+
+    def differentiate(
+        self, scored: ScoredRows, labels: Tensor, coefficients: Tensor
+    ) -> LogitGradients:
+        logits, row_max, rest, factors = scored.kept
+        d_logits = _in_place(logits, product_dtype(self.weight))
+        with torch.cuda.device_of(logits):
+            differentiate_rows_kernel[(len(logits),)](
+                logits,
+                d_logits,
+                logits if self.bias is None else self.bias,
+                labels.contiguous(),
+                row_max,
+                rest,
+                coefficients * factors,
+                logits.stride(0),
+                d_logits.stride(0),
+                logits.shape[1],
+                **self.constants,
+                **launch_options("differentiate_rows", logits.device),
+            )
+        return LogitGradients(d_logits, None)
 
     def pair_loss(
         self, per_token_logps: Tensor, bounds: Tensor, ref_logps: Tensor, loss: PairLoss

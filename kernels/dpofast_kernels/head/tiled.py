@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dpofast_kernels.head.matmul import accumulate_dtype, logits_into, product_dtype
 from dpofast_kernels.head.options import HeadOptions
-from dpofast_kernels.head.rows import PairTerms, ScoredRows
+from dpofast_kernels.head.rows import LogitGradients, PairTerms, ScoredRows
 from dpofast_kernels.head.sequences import segment_sums
 from dpofast_kernels.preference import PairLoss, pair_metrics
 
@@ -55,11 +55,21 @@ class TorchRows:
                     z.mul_(slopes)
         gaps = row_max.double() - target_logits
         logps = -torch.logaddexp(gaps.new_zeros(()), rest.double().log() + gaps)
+        per_token_logps = logps[:, 0].to(dtype)
         if not keep:
-            return ScoredRows(logps[:, 0].to(dtype), None, None)
+            return ScoredRows(per_token_logps)
         factors = -self.scale / (rest + gaps.neg().exp())
-        d_logits = logits.to(product_dtype(self.weight))
-        return ScoredRows(logps[:, 0].to(dtype), d_logits, factors[:, 0].to(dtype))
+        return ScoredRows(per_token_logps, (logits, factors[:, 0].to(dtype)))
+
+    def differentiate(
+        self, scored: ScoredRows, labels: Tensor, coefficients: Tensor
+    ) -> LogitGradients:
+        logits, factors = scored.kept
+        factors = coefficients * factors  # [n]
+        dtype = product_dtype(self.weight)
+        if dtype == logits.dtype:
+            return LogitGradients(logits, factors)
+        return LogitGradients(logits.mul_(factors[:, None]).to(dtype), None)
 
     def pair_loss(
         self, per_token_logps: Tensor, bounds: Tensor, ref_logps: Tensor, loss: PairLoss

@@ -39,8 +39,13 @@ def test_rows_far_apart(ops, keep, far_rows):
     found = row_ops.score(*arguments, far_rows, keep)
     assert torch.equal(found.per_token_logps, expected.per_token_logps)
     if keep:
-        assert found.d_logits.data_ptr() == far_rows.data_ptr()
-        assert torch.equal(found.d_logits, expected.d_logits)
+        coefficients = torch.tensor([0.5, -2.0, 1.0])
+        made, wanted = (
+            row_ops.differentiate(scored, inputs.labels, coefficients)
+            for scored in (found, expected)
+        )
+        assert made.d_logits.data_ptr() == far_rows.data_ptr()
+        assert torch.equal(made.d_logits, wanted.d_logits)
 
 
 @pytest.mark.parametrize("max_rest", [fused_triton.MAX_REST, 0.0], ids=["once", "made again"])
