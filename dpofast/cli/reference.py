@@ -31,6 +31,7 @@ def _build(yaml_file: str | None, overrides: list[str]) -> None:
     options = read_options(yaml_file, overrides)
     options.require("model_name_or_path", "dataset_name")
     trainer = make_trainer(options)
+    trainer.reference.provider.rescore = True
     trainer.get_train_dataloader()
     if trainer.eval_dataset is not None:
         trainer.get_eval_dataloader()

@@ -12,12 +12,14 @@ import numpy as np
 
 from dpofast.errors import ReferenceStoreError
 from dpofast.reference.builder import (
+    BuildOptions,
     Ranks,
     ReferenceReport,
     Scorer,
     build_reference,
     reference_logps,
 )
+from dpofast.reference.detail import Detail
 from dpofast.reference.identity import ReferenceIdentity
 from dpofast.reference.pairs import read_answers
 from dpofast.reference.store import Namespace, ReferenceStore
@@ -32,9 +34,21 @@ class ReferenceProvider:
         folder: of the store; None for a temporary one that ends with this object.
         ranks: this process among those of the run.
         batch_sequences: answers in one forward pass of the reference.
+        detail: what is stored of what this run scores.
+
+    Attributes:
+        rescore: whether rows that the store has in less detail are scored again. A run needs the
+            sums alone, so to it any row is as good; `dpofast ref build` asks for the detail.
     """
 
-    def __init__(self, folder: Path | None, ranks: Ranks, batch_sequences: int) -> None:
+    def __init__(
+        self,
+        folder: Path | None,
+        ranks: Ranks,
+        batch_sequences: int,
+        detail: Detail = Detail.LOGPS,
+    ) -> None:
+        self.detail, self.rescore = detail, False
         self._temporary = None
         if folder is None:
             # Each rank of a run that keeps nothing scores what it needs for itself.
@@ -80,6 +94,7 @@ class ReferenceProvider:
                 scorer,
                 batch_sequences=self.batch_sequences,
                 ranks=self.ranks,
+                options=BuildOptions(detail=self.detail, rescore=self.rescore),
                 description=f"reference log-probs ({name})",
             )
             rows, passes = sum_over_ranks([report.rows_scored, report.forward_passes])

@@ -23,11 +23,13 @@ class ScoredRows:
         per_token_logps: [n], in nats.
         d_logits: [n, V], or None where no gradient is to follow.
         factors: [n], likewise.
+        logsumexps: [n], of the finished logits, or None where a gradient is to follow.
     """
 
     per_token_logps: Tensor
     d_logits: Tensor | None
     factors: Tensor | None
+    logsumexps: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,7 +62,7 @@ class RowOps(Protocol):
         workspace: Tensor | None,  # [n, V]
         keep: bool,
     ) -> ScoredRows:
-        """Log-probs of the labels, with `keep` also their gradient by the product.
+        """Log-probs of the labels; with `keep` their gradient by the product, else log-sum-exps.
 
         `d_logits` may lie in the workspace.
         """

@@ -87,6 +87,7 @@ def score_rows_kernel(
     p_labels,  # [n] int64
     p_logps,  # [n]
     p_factors,  # [n]
+    p_logsumexps,  # [n], without KEEP
     stride,
     d_stride,
     V,
@@ -135,6 +136,8 @@ def score_rows_kernel(
                 row_max, rest, p_row, p_d_row, p_bias, label, end, V,
                 HAS_BIAS, SCALE, SOFTCAP, TEMPERATURE, BV, False,
             )  # fmt: skip
+    else:
+        tl.store(p_logsumexps + i_n, (target.to(tl.float64) - logp).to(dtype))
 
 
 class TritonRows:
@@ -155,7 +158,7 @@ class TritonRows:
         logits = logits_into(workspace, hidden_states, self.weight)  # [n, V]
         d_logits = _in_place(logits, product_dtype(self.weight))
         num_rows, vocab_size = logits.shape
-        logps, factors = logits.new_empty(2, num_rows).unbind()
+        logps, factors, logsumexps = logits.new_empty(3, num_rows).unbind()
         with torch.cuda.device_of(logits):
             score_rows_kernel[(num_rows,)](
                 logits,
@@ -164,6 +167,7 @@ class TritonRows:
                 labels.contiguous(),
                 logps,
                 factors,
+                logsumexps,
                 logits.stride(0),
                 d_logits.stride(0),
                 vocab_size,
@@ -171,7 +175,9 @@ class TritonRows:
                 KEEP=keep,
                 **launch_options("score_rows", logits.device),
             )
-        return ScoredRows(logps, d_logits, factors) if keep else ScoredRows(logps, None, None)
+        if keep:
+            return ScoredRows(logps, d_logits, factors)
+        return ScoredRows(logps, None, None, logsumexps)
 
     def pair_loss(
         self, per_token_logps: Tensor, bounds: Tensor, ref_logps: Tensor, loss: PairLoss

@@ -56,7 +56,8 @@ class TorchRows:
         gaps = row_max.double() - target_logits
         logps = -torch.logaddexp(gaps.new_zeros(()), rest.double().log() + gaps)
         if not keep:
-            return ScoredRows(logps[:, 0].to(dtype), None, None)
+            logsumexps = (target_logits - logps)[:, 0].to(dtype)
+            return ScoredRows(logps[:, 0].to(dtype), None, None, logsumexps)
         factors = -self.scale / (rest + gaps.neg().exp())
         d_logits = logits.to(product_dtype(self.weight))
         return ScoredRows(logps[:, 0].to(dtype), d_logits, factors[:, 0].to(dtype))
