@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 from tqdm.auto import tqdm
 
-from dpofast.errors import ReferenceStoreError
+from dpofast.errors import MissingRowsError, ReferenceStoreError
 from dpofast.reference.detail import Detail
 from dpofast.reference.misses import why_missing
 from dpofast.reference.pairs import PairAnswers, read_answers
@@ -161,7 +161,8 @@ def reference_logps(namespace: Namespace, pairs: Dataset) -> np.ndarray:
     """Summed reference log-probs of each pair: [n, 2] fp64, chosen and rejected, in nats.
 
     Raises:
-        ReferenceStoreError: rows are missing (it says how many and why), or damaged.
+        MissingRowsError: rows are missing.
+        ReferenceStoreError: rows are damaged.
         DataError: the dataset isn't tokenised pairs.
     """
     answers = read_answers(pairs)
@@ -169,7 +170,7 @@ def reference_logps(namespace: Namespace, pairs: Dataset) -> np.ndarray:
     logps, found = namespace.lookup(answers.keys)
     if not found.all():
         lost = np.flatnonzero(~found)
-        raise ReferenceStoreError(
+        raise MissingRowsError(
             f"The reference store {namespace.store.folder} lacks {len(lost)} of {len(found)} "
             f"reference log-probs, the first of {answers.name(int(lost[0]))}: "
             f"{why_missing(namespace, int(found.sum()))}."

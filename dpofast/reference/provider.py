@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from dpofast.errors import ReferenceStoreError
+from dpofast.errors import MissingRowsError
 from dpofast.reference.builder import (
     BuildOptions,
     Ranks,
@@ -68,6 +68,12 @@ class ReferenceProvider:
         """Settle on the reference that a checkpoint names; its rows can be read, not made."""
         self.fix(ReferenceIdentity(digest, description))
 
+    @property
+    def namespace(self) -> Namespace:
+        """The rows of the run's reference."""
+        assert self._namespace is not None, "fix() comes first"
+        return self._namespace
+
     def logps(
         self,
         pairs: Any,
@@ -84,12 +90,12 @@ class ReferenceProvider:
             sum_over_ranks: adds up counts, so that the report is of all ranks.
 
         Raises:
-            ReferenceStoreError: a row is missing and there is no scorer; the store is damaged.
+            MissingRowsError: a row is missing and there is no scorer.
+            ReferenceStoreError: the store is damaged.
         """
-        assert self._namespace is not None, "fix() comes first"
         if scorer is not None:
             report = build_reference(
-                self._namespace,
+                self.namespace,
                 pairs,
                 scorer,
                 batch_sequences=self.batch_sequences,
@@ -99,14 +105,14 @@ class ReferenceProvider:
             )
             rows, passes = sum_over_ranks([report.rows_scored, report.forward_passes])
             self.reports[name] = replace(report, rows_scored=rows, forward_passes=passes)
-            return reference_logps(self._namespace, pairs)
+            return reference_logps(self.namespace, pairs)
         try:
-            logps = reference_logps(self._namespace, pairs)
+            logps = reference_logps(self.namespace, pairs)
             needed = len(read_answers(pairs).first)
             self.reports[name] = ReferenceReport(needed, needed, 0, 0, 0.0)
             return logps
-        except ReferenceStoreError as error:
-            raise ReferenceStoreError(
+        except MissingRowsError as error:
+            raise MissingRowsError(
                 f"{error} They can't be made now: without a ref_model the reference is the policy "
                 "as it stood before step 1, and it has moved since. Give this dataset to the "
                 "trainer before training, or pass that model as ref_model."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -68,3 +69,56 @@ def test_ref_build_asks_for_a_detail_and_a_run_takes_any(
     assert "expected one of ('sums', 'logps', 'logsumexps')" in error_of(
         capsys, ["ref", "build", *words, "--reference_store_detail=all"]
     )
+
+
+def test_ref_export_writes_what_trains_as_the_store_does(
+    tmp_path: Path, model_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = run_arguments(tmp_path, model_folder)[1:]
+    output = tmp_path / "exported.parquet"
+    exporting = ["ref", "export", *words, "--output", str(output)]
+    sentence = error_of(capsys, exporting)
+    assert "lacks 12 of 12 reference log-probs" in sentence
+    assert "run `dpofast ref build` with the same options first" in sentence
+    assert not output.exists()
+
+    def losses() -> list[float]:
+        lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+        return [log["loss"] for log in map(json.loads, lines) if "loss" in log]
+
+    assert main(["train", *words]) == 0
+    expected = losses()
+    capsys.readouterr()
+    assert main(exporting) == 0
+    assert f"6 of 6 pairs written to {output}" in capsys.readouterr().out
+    shutil.rmtree(tmp_path / "reference")
+    shutil.rmtree(tmp_path / "run")
+    words = [word for word in words if not word.startswith("--dataset_name=")]
+    assert main(["train", *words, f"--dataset_name={output}"]) == 0
+    assert losses() == expected
+    assert len(expected) == 2
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["ref_rows_needed"] == 0
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ([], "--output is missing; name the file to write, as `--output pairs.parquet`"),
+        (["--output=pairs.txt"], "got 'pairs.txt', expected a name that ends in one of .parquet"),
+        (["--output=pairs.json"], "pairs.json is the file that the pairs are read from"),
+        (["--output=a.json", "--precompute_ref_log_probs=false"], "no log-probs are kept"),
+        (["--output=1", "2"], "--output: got [1, 2], expected text"),
+    ],
+)
+def test_ref_export_refuses_before_anything_is_loaded(
+    tmp_path: Path,
+    model_folder: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    more: list[str],
+    message: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("dpofast.cli.train.make_trainer", None)
+    words = run_arguments(tmp_path, model_folder)[1:]
+    assert message in error_of(capsys, ["ref", "export", *words, *more])
