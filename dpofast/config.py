@@ -19,6 +19,7 @@ from transformers.utils import is_torch_bf16_gpu_available
 from dpofast.data.layout import LAYOUTS
 from dpofast.errors import ConfigError
 from dpofast.foreign import refuse_unknown_options
+from dpofast.reference.detail import DETAILS, Detail
 from dpofast.zero.batch import ShownBatch, settle_deepspeed
 from dpofast.zero.config import read_deepspeed
 from dpofast_kernels import PairLoss, make_loss
@@ -52,6 +53,10 @@ class DPOConfig(TrainingArguments):
             per_device_train_batch_size.
         reference_store: folder of the reference's log-probs; by default `dpofast/reference`
             in Hugging Face's cache (HF_HOME).
+        reference_store_detail: what is stored of each answer: "sums" (its summed log-prob, all that
+            training needs), "logps" (and each token's log-prob), or "logsumexps" (and the
+            log-sum-exp of the logits at each token). Training takes any row that is there; `dpofast
+            ref build` scores those again that lack what this asks for.
         layout: how micro-batches are laid out: "shared" (packed into a row without padding, with
             what the two sequences of a pair begin with once), "unshared" (packed, each sequence for
             itself), "padded" (a row for each sequence), or "auto": shared wherever that is right
@@ -115,6 +120,9 @@ class DPOConfig(TrainingArguments):
     )
     reference_store: str | None = field(
         default=None, metadata={"help": "Folder of the reference's log-probs."}
+    )
+    reference_store_detail: str = field(
+        default="logps", metadata={"help": "What is stored of answers: sums, logps or logsumexps."}
     )
     layout: str = field(
         default="auto", metadata={"help": "auto, shared, unshared (both packed) or padded."}
@@ -203,6 +211,10 @@ class DPOConfig(TrainingArguments):
             return Path(self.reference_store).expanduser()
         return Path(HF_HOME) / "dpofast" / "reference"
 
+    def reference_detail(self) -> Detail:
+        """What is stored of each answer that a run scores."""
+        return Detail(DETAILS.index(self.reference_store_detail))
+
     @contextlib.contextmanager
     def one_item_per_step(self) -> Iterator[None]:
         """Inside, the Trainer's loop takes one item of its loader for one optimizer step.
@@ -259,6 +271,11 @@ class DPOConfig(TrainingArguments):
             raise ConfigError(
                 f"truncation_mode: got {self.truncation_mode!r}, expected one of "
                 f"{TRUNCATION_MODES}."
+            )
+        if self.reference_store_detail not in DETAILS:
+            raise ConfigError(
+                f"reference_store_detail: got {self.reference_store_detail!r}, expected one of "
+                f"{DETAILS}."
             )
         if self.layout not in LAYOUTS:
             raise ConfigError(f"layout: got {self.layout!r}, expected one of {LAYOUTS}.")

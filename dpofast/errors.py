@@ -24,3 +24,7 @@ class ModelError(DPOFastError):
 
 class ReferenceStoreError(DPOFastError):
     """A reference store that can't be read or doesn't match; names its folder."""
+
+
+class MissingRowsError(ReferenceStoreError):
+    """Reference log-probs that the store lacks; says how many and why."""

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from dpofast.errors import ModelError
-from dpofast_kernels import HeadOptions, linear_logps, linear_pair_loss
+from dpofast_kernels import HeadOptions, linear_logps, linear_pair_loss, linear_scores
 
 
 class HeadTask(Protocol):
@@ -56,13 +56,18 @@ class PairLossTask:
 
 @dataclass(frozen=True)
 class ScoreTask:
-    """Log-probs of each label, [N] in nats."""
+    """Log-probs of each label, [N] in nats; or [2, N], with the logits' log-sum-exps below them.
+
+    With these there is no gradient.
+    """
 
     labels: Tensor  # [N]
     options: HeadOptions
+    with_logsumexps: bool = False
 
     def __call__(self, hidden_states: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return linear_logps(hidden_states, weight, self.labels, replace(self.options, bias=bias))
+        op = linear_scores if self.with_logsumexps else linear_logps
+        return op(hidden_states, weight, self.labels, replace(self.options, bias=bias))
 
 
 def head_options(config: Any) -> HeadOptions:

@@ -259,22 +259,31 @@ class SequenceScorer:
         model: causal LM or PeftModel, on the device where it is to run.
         autocast: makes the context of a forward pass.
         layout: how answers are laid out; those of one prompt should be neighbours.
+        with_logsumexps: give the log-sum-exps of the logits, too.
     """
 
-    def __init__(self, model: nn.Module, autocast: Any, layout: Layout) -> None:
+    def __init__(
+        self, model: nn.Module, autocast: Any, layout: Layout, with_logsumexps: bool = False
+    ) -> None:
         self.model, self.autocast, self.layout = model, autocast, layout
+        self.with_logsumexps = with_logsumexps
         self.options = head_options(causal_lm(model).config)
 
     def __call__(self, sequences: Sequence[tuple[TokenIds, TokenIds]]) -> list[np.ndarray]:
-        """One forward pass over (prompt ids, answer ids): -> per-token logps of each answer."""
+        """One forward pass over (prompt ids, answer ids).
+
+        Returns:
+            Of each answer [num_tokens] fp64, its per-token log-probs in nats; or [2, num_tokens],
+            the log-sum-exps below them.
+        """
         batch = self.layout.collate(sequences, by_prompt=True)
         batch = batch.to(next(self.model.parameters()).device)
         attention = packed_attention(causal_lm(self.model).config, batch.shared_layout)
         with attention, evaluating(self.model), pair_step(self.model), self.autocast():
-            task = ScoreTask(batch.labels, self.options)
-            per_token_logps = run_batch(self.model, batch, task)  # [N]
+            task = ScoreTask(batch.labels, self.options, self.with_logsumexps)
+            scores = run_batch(self.model, batch, task)  # [N] or [2, N]
         # float64, so that what is summed later is what the head gave, whatever its precision
-        return np.split(per_token_logps.double().cpu().numpy(), batch.bounds[1:-1].numpy())
+        return np.split(scores.double().cpu().numpy(), batch.bounds[1:-1].numpy(), axis=-1)
 
 
 def check_head(model: nn.Module) -> None:

@@ -21,6 +21,7 @@ from dpofast.data.layout import Layout
 from dpofast.errors import DataError, ReferenceStoreError
 from dpofast.layouts import why_not_packed
 from dpofast.model import SequenceScorer, causal_lm
+from dpofast.reference.detail import Detail
 from dpofast.reference.identity import ReferenceIdentity, model_identity
 from dpofast.reference.provider import ReferenceProvider
 from dpofast.router import RouterLoss, check_router_loss
@@ -194,7 +195,12 @@ class RunReference:
         model = self._model
         if not _is_placed(model):
             model.to(self.accelerator.device)
-        score = SequenceScorer(model, self.accelerator.autocast, self._layout_of(model))
+        score = SequenceScorer(
+            model,
+            self.accelerator.autocast,
+            self._layout_of(model),
+            with_logsumexps=self.provider.detail >= Detail.LOGSUMEXPS,
+        )
         return score(sequences)
 
     def _layout_of(self, model: nn.Module) -> Layout:

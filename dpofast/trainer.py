@@ -117,7 +117,9 @@ class DPOTrainer(ClipsExactly, Trainer):
         ranks = Ranks(config.process_index, config.world_size, self.accelerator.wait_for_everyone)
         pairs = config.precompute_ref_batch_size or config.per_device_train_batch_size
         self.ref_model = ref_model
-        provider = ReferenceProvider(config.reference_folder(), ranks, 2 * pairs)
+        provider = ReferenceProvider(
+            config.reference_folder(), ranks, 2 * pairs, config.reference_detail()
+        )
         self.reference = RunReference(
             self.model, ref_model, provider, self.accelerator, self.layout, self._router_loss
         )

@@ -136,6 +136,28 @@ def test_scores_are_those_of_separate_sequences_and_leave_the_model_as_it_was():
         assert values.sum() == pytest.approx(expected, rel=1e-6)
 
 
+@pytest.mark.parametrize("layout", ["padded", "shared"])
+def test_log_sum_exps_are_those_of_the_models_own_logits(layout):
+    model = transformers.Gemma2ForCausalLM(
+        transformers.Gemma2Config(
+            vocab_size=50, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
+            num_attention_heads=2, num_key_value_heads=1, head_dim=8, final_logit_softcapping=0.5,
+        )
+    ).eval()  # fmt: skip
+    model.get_input_embeddings().weight.data.mul_(50.0)  # the head's, too
+    sequences = [([5, 6, 7], [8, 9]), ([5, 6, 7], [8, 4, 4]), ([3], [4, 4, 4, 4])]
+    plain = SequenceScorer(model, torch.no_grad, Layout(layout))(sequences)
+    found = SequenceScorer(model, torch.no_grad, Layout(layout), True)(sequences)
+    for (prompt, answer), logps, scores in zip(sequences, plain, found, strict=True):
+        assert scores.shape == (2, len(answer))
+        np.testing.assert_array_equal(scores[0], logps)
+        with torch.no_grad():
+            output = model(torch.tensor([prompt + answer]), output_hidden_states=True)
+            assert model.lm_head(output.hidden_states[-1]).abs().max() > 1.0  # the cap has work
+        expected = output.logits[0, len(prompt) - 1 : -1].double().logsumexp(-1).numpy()
+        np.testing.assert_allclose(scores[1], expected, rtol=1e-6)
+
+
 def test_a_step_that_fails_leaves_the_model_stock():
     model = tiny_llama()
     with pytest.raises(RuntimeError, match="boom"), pair_step(model):

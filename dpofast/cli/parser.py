@@ -62,7 +62,7 @@ def split_arguments(arguments: list[str]) -> tuple[list[str], list[str]]:
     """
     arguments = [word for word in arguments if not word.startswith("--local_rank=")]
     is_configured = bool(arguments) and arguments[0] in _CONFIGURED
-    takes_overrides = is_configured or arguments[:2] == ["ref", "build"]
+    takes_overrides = is_configured or arguments[:2] in (["ref", "build"], ["ref", "export"])
     if not takes_overrides or {"-h", "--help"} & set(arguments):
         return arguments, []
     first = next((i for i, word in enumerate(arguments) if word.startswith("--")), len(arguments))
@@ -72,12 +72,13 @@ def split_arguments(arguments: list[str]) -> tuple[list[str], list[str]]:
 def _add_reference(commands: argparse._SubParsersAction[Parser]) -> None:
     reference = commands.add_parser(
         "ref",
-        help="build, describe, verify or prune stored reference log-probs",
+        help="build, describe, verify, prune or export stored reference log-probs",
         description="The reference store: log-probs of answers under reference models.",
         allow_abbrev=False,
     )
     actions = reference.add_subparsers(dest="action", metavar="ACTION", required=True)
     _add_configured(actions, "build", "score what a run will need, and keep it")
+    _add_configured(actions, "export", "write the training pairs with their stored log-probs")
     for name, summary in (
         ("info", "say what a store holds"),
         ("verify", "read every byte of a store and check it"),
@@ -100,12 +101,12 @@ def _add_reference(commands: argparse._SubParsersAction[Parser]) -> None:
 
 
 def _add_configured(commands: argparse._SubParsersAction[Parser], name: str, summary: str) -> None:
-    extra = " [--row N | --step N [--rank R/RANKS]]" if name == "inspect" else ""
+    own = {"inspect": " [--row N | --step N [--rank R/RANKS]]", "export": " --output FILE"}
     command = commands.add_parser(
         name,
         help=summary,
         description=f"{summary.capitalize()}.",
-        usage=f"%(prog)s [CONFIG.yaml]{extra} [--OPTION VALUE ...]",
+        usage=f"%(prog)s [CONFIG.yaml]{own.get(name, '')} [--OPTION VALUE ...]",
         epilog=_options_help(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,

@@ -92,6 +92,18 @@ def read_overrides(arguments: Sequence[str]) -> dict[str, Given]:
     return {name: Given(_value(name, words), COMMAND_LINE) for name, words in found.items()}
 
 
+def split_own(arguments: Sequence[str], own: Sequence[str]) -> tuple[dict[str, Given], list[str]]:
+    """What of the command line is a command's own options, and the other words."""
+    ours: list[str] = []
+    others: list[str] = []
+    words = others
+    for word in arguments:
+        if word.startswith("--"):
+            words = ours if word[2:].partition("=")[0].replace("-", "_") in own else others
+        words.append(word)
+    return read_overrides(ours), others
+
+
 def _value(name: str, words: list[str]) -> Any:
     if not words:
         return True

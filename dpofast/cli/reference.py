@@ -1,4 +1,4 @@
-"""`dpofast ref build | info | verify | prune`."""
+"""`dpofast ref build | info | verify | prune | export`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from pathlib import Path
 
 from dpofast.cli.options import read_options
 from dpofast.cli.quiet import is_main_process
-from dpofast.errors import ReferenceStoreError
+from dpofast.cli.reading import COMMAND_LINE, split_own
+from dpofast.cli.values import checked_value
+from dpofast.errors import ConfigError, ReferenceStoreError
 
 
 def reference(parsed: argparse.Namespace, overrides: list[str]) -> None:
@@ -15,6 +17,8 @@ def reference(parsed: argparse.Namespace, overrides: list[str]) -> None:
     match parsed.action:
         case "build":
             _build(parsed.config, overrides)
+        case "export":
+            _export(parsed.config, overrides)
         case "info":
             _info(_folder(parsed.folder))
         case "prune":
@@ -31,6 +35,7 @@ def _build(yaml_file: str | None, overrides: list[str]) -> None:
     options = read_options(yaml_file, overrides)
     options.require("model_name_or_path", "dataset_name")
     trainer = make_trainer(options)
+    trainer.reference.provider.rescore = True
     trainer.get_train_dataloader()
     if trainer.eval_dataset is not None:
         trainer.get_eval_dataloader()
@@ -40,6 +45,47 @@ def _build(yaml_file: str | None, overrides: list[str]) -> None:
             f"{done['ref_rows_needed']} answers: {done['ref_store_hits']} found, "
             f"{done['ref_rows_scored']} scored in {done['ref_forward_passes']} forward passes; "
             f"store: {done['reference_store']}"
+        )
+
+
+def _export(yaml_file: str | None, overrides: list[str]) -> None:
+    """Write the training pairs with their log-probs, all from the store."""
+    from dpofast.cli.train import make_trainer
+    from dpofast.export import Source, check_output, export_pairs
+
+    own, others = split_own(overrides, ("output",))
+    options = read_options(yaml_file, others, ("output",))
+    options.require("model_name_or_path", "dataset_name")
+    script = options.script
+    if "output" not in own:
+        raise ConfigError(
+            f"{COMMAND_LINE}: --output is missing; name the file to write, as `--output "
+            "pairs.parquet`."
+        )
+    output = check_output(
+        checked_value("--output", own["output"].value, str, COMMAND_LINE), script.dataset_name
+    )
+    if not options.config.precompute_ref_log_probs:
+        raise ConfigError(
+            f"{options.source}: precompute_ref_log_probs is false, so no log-probs are kept that "
+            "could be exported; leave it out, and run `dpofast ref build` first."
+        )
+    trainer = make_trainer(options)
+    identity = trainer.reference.identity
+    if is_main_process():
+        source = Source(
+            script.dataset_name,
+            columns=script.dataset_columns,
+            split=script.dataset_train_split,
+            roles=script.dataset_roles,
+            config_name=script.dataset_config,
+        )
+        report = trainer.data.reports["train"]
+        namespace = trainer.reference.provider.namespace
+        count = export_pairs(output, source, trainer.train_dataset, report, namespace)
+        print(
+            f"{count} of {report.pairs_read} pairs written to {output}, with the log-probs of "
+            f"reference {identity.digest[:12]} in ref_chosen_logps and ref_rejected_logps"
         )
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from dpofast.cli.loading import load_policy_skeleton, load_tokenizer_for, load_training_data
 from dpofast.cli.options import RunOptions, read_options
-from dpofast.cli.reading import COMMAND_LINE, Given, read_overrides
+from dpofast.cli.reading import COMMAND_LINE, Given, split_own
 from dpofast.cli.values import checked_value
 from dpofast.errors import ConfigError
 
@@ -18,7 +18,7 @@ OWN_OPTIONS = ("row", "step", "rank")
 
 def show(parsed: argparse.Namespace, overrides: list[str]) -> None:
     """Print a training pair with --row, or with --step the rows that a rank runs in it."""
-    own, others = _own_options(overrides)
+    own, others = split_own(overrides, OWN_OPTIONS)
     options = read_options(parsed.config, others, OWN_OPTIONS)
     options.require("dataset_name")
     if "step" in own and "row" in own:
@@ -113,18 +113,6 @@ def _packed_layout(wanted: str, model: Any) -> Any:
             "own and no row is packed; --row N shows a pair."
         )
     return choose_layout(wanted, model, pad_token_id=0)  # there is no padding
-
-
-def _own_options(overrides: list[str]) -> tuple[dict[str, Given], list[str]]:
-    """What is this command's own, and the other overrides."""
-    own: list[str] = []
-    others: list[str] = []
-    words = others
-    for word in overrides:
-        if word.startswith("--"):
-            words = own if word[2:].partition("=")[0] in OWN_OPTIONS else others
-        words.append(word)
-    return read_overrides(own), others
 
 
 def _number(name: str, given: Given) -> int:

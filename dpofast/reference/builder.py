@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 from tqdm.auto import tqdm
 
-from dpofast.errors import ReferenceStoreError
+from dpofast.errors import MissingRowsError, ReferenceStoreError
+from dpofast.reference.detail import Detail
 from dpofast.reference.misses import why_missing
 from dpofast.reference.pairs import PairAnswers, read_answers
-from dpofast.reference.store import Namespace, Writer
+from dpofast.reference.store import Namespace
+from dpofast.reference.writer import Writer
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -34,7 +36,8 @@ class Scorer(Protocol):
 
         Returns:
             For each sequence the log-probs of its answer's tokens, in nats: [num_tokens] fp32, or
-            fp64 where the sum is to keep more.
+            fp64 where the sum is to keep more; or [2, num_tokens], the log-sum-exps of the logits
+            below them.
         """
 
 
@@ -61,12 +64,16 @@ class BuildOptions:
         commit_rows, commit_seconds: what is scored is committed after so many rows, or seconds: a
             killed build loses that much work at most (and the call it was in).
         progress: show a bar, on rank 0, where there is something to score.
+        detail: what is stored of each row.
+        rescore: take a row that the store has in less detail for missing.
     """
 
     max_tokens: int | None = None
     commit_rows: int = 4096
     commit_seconds: float = 30.0
     progress: bool = True
+    detail: Detail = Detail.LOGPS
+    rescore: bool = True
 
 
 @dataclass(frozen=True)
@@ -75,7 +82,7 @@ class ReferenceReport:
 
     Attributes:
         rows_needed: different answers of the dataset.
-        rows_found: of these, in the store before.
+        rows_found: of these, in the store before, in the detail that was asked for.
         rows_scored: by this process.
         forward_passes: model calls of this process.
         seconds: of wall time.
@@ -102,6 +109,8 @@ def build_reference(
 ) -> ReferenceReport:
     """Score what `namespace` lacks of a dataset's answers; afterwards it has them all.
 
+    With `options.rescore` it has them all in `options.detail`, too.
+
     All ranks call this together, with the same dataset. When the build stops, by whatever
     exception, what was scored is committed first.
 
@@ -122,9 +131,11 @@ def build_reference(
     started = time.monotonic()
     answers = read_answers(pairs)
     namespace.refresh()
-    missing = _missing(namespace, answers)
+    least = options.detail if options.rescore else Detail.SUMS
+    missing = _missing(namespace, answers, least)
     needed, found = len(answers.first), len(answers.first) - len(missing)
-    reason = why_missing(namespace, found) if len(missing) else ""
+    held = namespace.contains(answers.keys[missing])
+    reason = why_missing(namespace, found, held, least) if len(missing) else ""
     if ranks.rank == 0:
         tail = f" ({reason})" if reason else "; no forward pass of the reference"
         logger.info(
@@ -139,7 +150,8 @@ def build_reference(
     ranks.barrier()
     namespace.refresh()
     # Where another job wrote at the same time, or ranks don't share the folder, rows may be left.
-    build.run(build.batches(_missing(namespace, answers), batch_sequences), description)
+    missing = _missing(namespace, answers, least)
+    build.run(build.batches(missing, batch_sequences), description)
     namespace.refresh()
     seconds = time.monotonic() - started
     return ReferenceReport(needed, found, build.rows_scored, build.forward_passes, seconds, reason)
@@ -149,7 +161,8 @@ def reference_logps(namespace: Namespace, pairs: Dataset) -> np.ndarray:
     """Summed reference log-probs of each pair: [n, 2] fp64, chosen and rejected, in nats.
 
     Raises:
-        ReferenceStoreError: rows are missing (it says how many and why), or damaged.
+        MissingRowsError: rows are missing.
+        ReferenceStoreError: rows are damaged.
         DataError: the dataset isn't tokenised pairs.
     """
     answers = read_answers(pairs)
@@ -157,7 +170,7 @@ def reference_logps(namespace: Namespace, pairs: Dataset) -> np.ndarray:
     logps, found = namespace.lookup(answers.keys)
     if not found.all():
         lost = np.flatnonzero(~found)
-        raise ReferenceStoreError(
+        raise MissingRowsError(
             f"The reference store {namespace.store.folder} lacks {len(lost)} of {len(found)} "
             f"reference log-probs, the first of {answers.name(int(lost[0]))}: "
             f"{why_missing(namespace, int(found.sum()))}."
@@ -165,9 +178,9 @@ def reference_logps(namespace: Namespace, pairs: Dataset) -> np.ndarray:
     return logps.reshape(-1, 2)
 
 
-def _missing(namespace: Namespace, answers: PairAnswers) -> np.ndarray:
-    """Of the different answers, those that the namespace lacks: [m] int64, sorted by key."""
-    rows: np.ndarray = answers.first[~namespace.contains(answers.keys[answers.first])]
+def _missing(namespace: Namespace, answers: PairAnswers, detail: Detail) -> np.ndarray:
+    """Of the different answers, those that lack in this detail: [m] int64, sorted by key."""
+    rows: np.ndarray = answers.first[~namespace.contains(answers.keys[answers.first], detail)]
     return rows
 
 
@@ -212,7 +225,7 @@ class _Build:
         """Score and commit; on an exception commit what was scored, then let it pass."""
         if not batches:
             return
-        writer = self.namespace.writer(self.rank)
+        writer = self.namespace.writer(self.rank, self.options.detail)
         next_commit = time.monotonic() + self.options.commit_seconds
         try:
             for batch in self._with_progress(batches, description):
@@ -231,17 +244,17 @@ class _Build:
         sequences = [self.answers.ids(answer) for answer in batch.tolist()]
         scored = self.scorer(sequences)
         self.forward_passes += 1
-        got, expected = [len(x) for x in scored], [len(ids) for _, ids in sequences]
+        got, expected = [np.shape(x)[-1] for x in scored], [len(ids) for _, ids in sequences]
         if got != expected:
             raise ReferenceStoreError(
                 f"The scorer returned {got} log-probs for answers of {expected} tokens; it must "
                 "give one for each token of each answer."
             )
         refused = None
-        for answer, per_token_logps in zip(batch.tolist(), scored, strict=True):
+        for answer, scores in zip(batch.tolist(), scored, strict=True):
             try:
                 key = self.answers.keys[answer].tobytes()
-                writer.add(key, per_token_logps, self.answers.name(answer))
+                writer.add(key, scores, self.answers.name(answer))
                 self.rows_scored += 1
             except ReferenceStoreError as error:
                 refused = refused or error  # the others of this call are kept first

@@ -90,13 +90,17 @@ class KeyIndex:
     """Where each key stands among the store's rows: sorted, looked up by bisection.
 
     Args:
-        keys: [n, 16] uint8; of equal keys the first is found.
+        keys: [n, 16] uint8.
+        ranks: [n] int8; of equal keys the one of highest rank is found, of these the first.
     """
 
-    def __init__(self, keys: np.ndarray) -> None:
+    def __init__(self, keys: np.ndarray, ranks: np.ndarray | None = None) -> None:
         words = np.ascontiguousarray(keys).view(">u8").astype(np.uint64)  # [n, 2]
         # A hash's first half alone orders the rows but for the rarest collisions.
-        self._order = np.argsort(words[:, 0], kind="stable")
+        if ranks is None:
+            self._order = np.argsort(words[:, 0], kind="stable")
+        else:
+            self._order = np.lexsort((-ranks, words[:, 0]))
         self._words = words[self._order]
 
     def __len__(self) -> int:

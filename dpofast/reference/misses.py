@@ -4,19 +4,39 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
 from dpofast.errors import ReferenceStoreError
+from dpofast.reference.detail import Detail
 from dpofast.reference.store import Namespace
 
 MOST_DIFFERENCES = 4
 
 
-def why_missing(namespace: Namespace, found: int) -> str:
+def why_missing(
+    namespace: Namespace,
+    found: int,
+    held: np.ndarray | None = None,
+    detail: Detail = Detail.SUMS,
+) -> str:
     """One clause about the rows of a dataset that a namespace lacks.
 
     Args:
         namespace: that was asked.
-        found: rows of the dataset that it has.
+        found: rows of the dataset that it has, in the detail asked for.
+        held: [m] bool, which of the others it has in less detail; None for none.
+        detail: that was asked for.
     """
+    poorer = 0 if held is None else int(held.sum())
+    if held is not None and poorer:
+        reason = f"{poorer} of them are stored without {detail.words}"
+        rest = len(held) - poorer
+        return f"{reason}; {_why_absent(namespace, found + poorer)}" if rest else reason
+    return _why_absent(namespace, found)
+
+
+def _why_absent(namespace: Namespace, found: int) -> str:
+    """Of rows that the namespace has in no detail; `found` of the dataset's it has."""
     if found:
         return "the rest are new answers, or were cut or tokenised in another way"
     if len(namespace):

@@ -10,14 +10,16 @@ from typing import Any
 
 import numpy as np
 
-from dpofast.errors import ReferenceStoreError
+from dpofast.errors import MissingRowsError
 from dpofast.reference.builder import (
+    BuildOptions,
     Ranks,
     ReferenceReport,
     Scorer,
     build_reference,
     reference_logps,
 )
+from dpofast.reference.detail import Detail
 from dpofast.reference.identity import ReferenceIdentity
 from dpofast.reference.pairs import read_answers
 from dpofast.reference.store import Namespace, ReferenceStore
@@ -32,9 +34,21 @@ class ReferenceProvider:
         folder: of the store; None for a temporary one that ends with this object.
         ranks: this process among those of the run.
         batch_sequences: answers in one forward pass of the reference.
+        detail: what is stored of what this run scores.
+
+    Attributes:
+        rescore: whether rows that the store has in less detail are scored again. A run needs the
+            sums alone, so to it any row is as good; `dpofast ref build` asks for the detail.
     """
 
-    def __init__(self, folder: Path | None, ranks: Ranks, batch_sequences: int) -> None:
+    def __init__(
+        self,
+        folder: Path | None,
+        ranks: Ranks,
+        batch_sequences: int,
+        detail: Detail = Detail.LOGPS,
+    ) -> None:
+        self.detail, self.rescore = detail, False
         self._temporary = None
         if folder is None:
             # Each rank of a run that keeps nothing scores what it needs for itself.
@@ -54,6 +68,12 @@ class ReferenceProvider:
         """Settle on the reference that a checkpoint names; its rows can be read, not made."""
         self.fix(ReferenceIdentity(digest, description))
 
+    @property
+    def namespace(self) -> Namespace:
+        """The rows of the run's reference."""
+        assert self._namespace is not None, "fix() comes first"
+        return self._namespace
+
     def logps(
         self,
         pairs: Any,
@@ -70,28 +90,29 @@ class ReferenceProvider:
             sum_over_ranks: adds up counts, so that the report is of all ranks.
 
         Raises:
-            ReferenceStoreError: a row is missing and there is no scorer; the store is damaged.
+            MissingRowsError: a row is missing and there is no scorer.
+            ReferenceStoreError: the store is damaged.
         """
-        assert self._namespace is not None, "fix() comes first"
         if scorer is not None:
             report = build_reference(
-                self._namespace,
+                self.namespace,
                 pairs,
                 scorer,
                 batch_sequences=self.batch_sequences,
                 ranks=self.ranks,
+                options=BuildOptions(detail=self.detail, rescore=self.rescore),
                 description=f"reference log-probs ({name})",
             )
             rows, passes = sum_over_ranks([report.rows_scored, report.forward_passes])
             self.reports[name] = replace(report, rows_scored=rows, forward_passes=passes)
-            return reference_logps(self._namespace, pairs)
+            return reference_logps(self.namespace, pairs)
         try:
-            logps = reference_logps(self._namespace, pairs)
+            logps = reference_logps(self.namespace, pairs)
             needed = len(read_answers(pairs).first)
             self.reports[name] = ReferenceReport(needed, needed, 0, 0, 0.0)
             return logps
-        except ReferenceStoreError as error:
-            raise ReferenceStoreError(
+        except MissingRowsError as error:
+            raise MissingRowsError(
                 f"{error} They can't be made now: without a ref_model the reference is the policy "
                 "as it stood before step 1, and it has moved since. Give this dataset to the "
                 "trainer before training, or pass that model as ref_model."

@@ -21,7 +21,7 @@ from dpofast.reference.report import human_bytes
 from dpofast.reference.segments import NAME_PATTERN, Columns, Segment, write_segment
 from dpofast.reference.store import ReferenceStore
 
-MERGED_TOKENS = 1 << 26  # of a merged segment, 256 MiB
+MERGED_BYTES = 1 << 28  # of a merged segment
 ABANDONED_SECONDS = 86_400.0  # no writer needs that long for one file
 SHORTEST_DIGEST = 6  # characters that name a reference
 
@@ -129,45 +129,49 @@ def _to_merge(
 ) -> tuple[list[tuple[Segment, np.ndarray]], int]:
     """Segments to be replaced with their rows to keep, and how many others stay as they are.
 
-    Large ones without a row that stands elsewhere stay, so that a store that grows isn't written
-    again each time.
+    Of rows with one key the fullest is kept. Large segments without a row too many stay, so that a
+    store that grows isn't written again each time.
     """
-    largest_first = sorted(segments, key=lambda s: (-len(s.columns.per_token_logps), s.path.name))
-    seen = np.empty((0, KEY_BYTES), np.uint8)
-    replaced, kept = [], 0
+    sizes = {segment.path: int(segment.columns.row_bytes.sum()) for segment in segments}
+    largest_first = sorted(segments, key=lambda s: (-sizes[s.path], s.path.name))
+    keys = np.concatenate([np.empty((0, KEY_BYTES), np.uint8), *_columns(largest_first, "keys")])
+    details = np.concatenate([np.empty(0, np.int8), *_columns(largest_first, "details")])
+    is_kept = KeyIndex(keys, details).find(keys) == np.arange(len(keys))
+    replaced, kept, start = [], 0, 0
     for segment in largest_first:
-        keys = segment.columns.keys
-        new = np.flatnonzero(KeyIndex(seen).find(keys) < 0)
-        own = KeyIndex(keys[new])
-        rows = new[own.find(keys[new]) == np.arange(len(new))]  # each key once
-        report.duplicates += len(keys) - len(rows)
-        is_large = len(segment.columns.per_token_logps) >= MERGED_TOKENS // 2
-        if is_large and len(rows) == len(keys):
+        rows = np.flatnonzero(is_kept[start : start + len(segment)])
+        start += len(segment)
+        report.duplicates += len(segment) - len(rows)
+        if sizes[segment.path] >= MERGED_BYTES // 2 and len(rows) == len(segment):
             kept += 1
         else:
             replaced.append((segment, rows))
-        seen = np.concatenate([seen, keys[rows]])
     if len(replaced) == 1 and len(replaced[0][1]) == len(replaced[0][0]):
         return [], kept + 1  # alone and without a row too many: it would be written as it is
     return replaced, kept
 
 
+def _columns(segments: Sequence[Segment], name: str) -> list[np.ndarray]:
+    return [getattr(segment.columns, name) for segment in segments]
+
+
 def _gathered(merged: Sequence[tuple[Segment, np.ndarray]]) -> Iterator[Columns]:
-    """The rows to keep in portions of about `MERGED_TOKENS` tokens."""
+    """The rows to keep in portions of about `MERGED_BYTES`."""
     parts: list[Columns] = []
-    tokens = 0
+    gathered = 0
     for segment, rows in merged:
+        sizes = segment.columns.row_bytes[rows]
         # a large segment is cut, too
-        ends = np.cumsum(segment.columns.num_tokens[rows], dtype=np.int64)
-        for portion in np.split(rows, np.flatnonzero(np.diff(ends // MERGED_TOKENS)) + 1):
-            if not len(portion):
+        cuts = np.flatnonzero(np.diff(np.cumsum(sizes) // MERGED_BYTES)) + 1
+        portions = zip(np.split(rows, cuts), np.split(sizes, cuts), strict=True)
+        for portion, size in ((portion, int(part.sum())) for portion, part in portions):
+            if not size:
                 continue
-            part = segment.columns.take(portion)
-            if parts and tokens + len(part.per_token_logps) > MERGED_TOKENS:
+            if parts and gathered + size > MERGED_BYTES:
                 yield Columns.concatenate(parts)
-                parts, tokens = [], 0
-            parts.append(part)
-            tokens += len(part.per_token_logps)
+                parts, gathered = [], 0
+            parts.append(segment.columns.take(portion))
+            gathered += size
     if parts:
         yield Columns.concatenate(parts)
 

@@ -16,17 +16,16 @@ from dpofast.errors import ReferenceStoreError
 from dpofast.reference.files import write_durably
 from dpofast.reference.keys import KEY_BYTES
 
-FORMAT_VERSION = 0
+FORMAT_VERSION = 1
+_FLOATS = pa.list_(pa.field("item", pa.float32(), nullable=False))
+# No column is nullable: a validity bitmap's bits would need a checksum of their own.
 SCHEMA = pa.schema(
     [
         pa.field("key", pa.binary(KEY_BYTES), nullable=False),
         pa.field("logp", pa.float64(), nullable=False),
         pa.field("num_tokens", pa.int32(), nullable=False),
-        pa.field(
-            "per_token_logps",
-            pa.list_(pa.field("item", pa.float32(), nullable=False)),
-            nullable=False,
-        ),
+        pa.field("per_token_logps", _FLOATS, nullable=False),
+        pa.field("per_token_logsumexps", _FLOATS, nullable=False),
         pa.field("checksum", pa.uint64(), nullable=False),
     ],
     metadata={"format": "dpofast reference segment", "version": str(FORMAT_VERSION)},
@@ -34,10 +33,59 @@ SCHEMA = pa.schema(
 # <unique>-<rank>-<XXH3-128 of the file's bytes>.arrow
 NAME_PATTERN = re.compile(r"[0-9a-f]{32}-[0-9]+-(?P<checksum>[0-9a-f]{32})\.arrow")
 
-# What of a row comes before its per-token log-probs under its checksum; packed, 44 bytes.
+_LENGTHS = ("num_logps", "num_logsumexps")
+# What of a row comes before its floats under its checksum; packed, 52 bytes.
 _ROW_HEAD = np.dtype(
-    [("identity", "V16"), ("key", "V16"), ("logp", "<f8"), ("num_tokens", "<i4")], align=False
+    [
+        ("identity", "V16"),
+        ("key", "V16"),
+        ("logp", "<f8"),
+        ("num_tokens", "<i4"),
+        *((name, "<i4") for name in _LENGTHS),
+    ],
+    align=False,
 )
+ROW_BYTES = 44  # of a segment, beside the floats: key, logp, num_tokens, two offsets, checksum
+
+
+@dataclass(frozen=True)
+class FloatLists:
+    """A list of floats for each row.
+
+    Attributes:
+        values: [T] fp32, the lists one after another.
+        offsets: [n + 1] int32; list i is values[offsets[i]:offsets[i + 1]].
+    """
+
+    values: np.ndarray
+    offsets: np.ndarray
+
+    @classmethod
+    def of(cls, lists: Sequence[np.ndarray]) -> FloatLists:
+        offsets = np.cumsum([0, *map(len, lists)], dtype=np.int32)
+        return cls(np.concatenate([np.empty(0, np.float32), *lists]), offsets)
+
+    def __getitem__(self, row: int) -> np.ndarray:
+        values: np.ndarray = self.values[self.offsets[row] : self.offsets[row + 1]]
+        return values
+
+    @property
+    def lengths(self) -> np.ndarray:  # [n] int64
+        return np.diff(self.offsets.astype(np.int64))
+
+    def take(self, rows: np.ndarray) -> FloatLists:
+        return FloatLists.of([self[row] for row in rows.tolist()])
+
+    @classmethod
+    def concatenate(cls, parts: Sequence[FloatLists]) -> FloatLists:
+        lengths = np.concatenate([part.lengths for part in parts])
+        offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+        return cls(np.concatenate([part.values for part in parts]), offsets)
+
+    def spans(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Where in `values` the list of each row [m] begins and ends: [m] int64 each."""
+        offsets = self.offsets
+        return offsets[rows].astype(np.int64), offsets[rows + 1].astype(np.int64)
 
 
 @dataclass(frozen=True)
@@ -48,41 +96,49 @@ class Columns:
         keys: [n, 16] uint8.
         logps: [n] fp64, summed over the answer, in nats.
         num_tokens: [n] int32, of the answer.
-        offsets: [n + 1] int32, where in `per_token_logps` each row begins.
-        per_token_logps: [T] fp32, in nats.
+        per_token_logps: in nats; of each row `num_tokens` values, or none where not stored.
+        per_token_logsumexps: likewise; none without `per_token_logps`.
     """
 
     keys: np.ndarray
     logps: np.ndarray
     num_tokens: np.ndarray
-    offsets: np.ndarray
-    per_token_logps: np.ndarray
+    per_token_logps: FloatLists
+    per_token_logsumexps: FloatLists
 
-    def per_token(self, row: int) -> np.ndarray:  # [num_tokens[row]]
-        return self.per_token_logps[self.offsets[row] : self.offsets[row + 1]]
+    @property
+    def details(self) -> np.ndarray:  # [n] int8, of the values of Detail
+        has_logps = self.per_token_logps.lengths == self.num_tokens
+        has_both = has_logps & (self.per_token_logsumexps.lengths == self.num_tokens)
+        return has_logps.astype(np.int8) + has_both
+
+    @property
+    def row_bytes(self) -> np.ndarray:  # [n] int64, that each row takes in a segment
+        return ROW_BYTES + 4 * (self.lists[0].lengths + self.lists[1].lengths)
+
+    @property
+    def lists(self) -> tuple[FloatLists, FloatLists]:
+        return self.per_token_logps, self.per_token_logsumexps
 
     def take(self, rows: np.ndarray) -> Columns:
         """A copy of these rows [m], in their order."""
-        parts = [self.per_token(row) for row in rows.tolist()]
-        lengths = [len(part) for part in parts]
         return Columns(
-            keys=self.keys[rows],
-            logps=self.logps[rows],
-            num_tokens=self.num_tokens[rows],
-            offsets=np.cumsum([0, *lengths], dtype=np.int32),
-            per_token_logps=np.concatenate([np.empty(0, np.float32), *parts]),
+            self.keys[rows],
+            self.logps[rows],
+            self.num_tokens[rows],
+            self.per_token_logps.take(rows),
+            self.per_token_logsumexps.take(rows),
         )
 
     @classmethod
     def concatenate(cls, parts: Sequence[Columns]) -> Columns:
         """All rows of these, one after the other."""
-        lengths = [np.diff(part.offsets) for part in parts]
         return cls(
-            keys=np.concatenate([part.keys for part in parts]),
-            logps=np.concatenate([part.logps for part in parts]),
-            num_tokens=np.concatenate([part.num_tokens for part in parts]),
-            offsets=np.concatenate([[0], np.cumsum(np.concatenate(lengths))]).astype(np.int32),
-            per_token_logps=np.concatenate([part.per_token_logps for part in parts]),
+            np.concatenate([part.keys for part in parts]),
+            np.concatenate([part.logps for part in parts]),
+            np.concatenate([part.num_tokens for part in parts]),
+            FloatLists.concatenate([part.per_token_logps for part in parts]),
+            FloatLists.concatenate([part.per_token_logsumexps for part in parts]),
         )
 
     def checksums(self, identity: bytes, rows: np.ndarray) -> list[int]:
@@ -92,14 +148,18 @@ class Columns:
         heads["key"] = self.keys[rows].view(f"V{KEY_BYTES}").ravel()
         heads["logp"] = self.logps[rows]
         heads["num_tokens"] = self.num_tokens[rows]
+        parts, spans = [], []
+        for name, lists in zip(_LENGTHS, self.lists, strict=True):
+            starts, ends = lists.spans(rows)
+            heads[name] = ends - starts
+            parts.append(lists.values.view(np.uint8).data)
+            # A damaged offset cuts out other bytes, or fewer: another checksum, never a crash.
+            spans += [(4 * starts).tolist(), (4 * ends).tolist()]
         head_bytes, size = heads.tobytes(), _ROW_HEAD.itemsize
-        values = self.per_token_logps.data.cast("B")
-        # A damaged offset cuts out other bytes, or fewer: another checksum, never a crash.
-        starts = (4 * self.offsets[rows].astype(np.int64)).tolist()
-        ends = (4 * self.offsets[rows + 1].astype(np.int64)).tolist()
+        logps, logsumexps = parts
         return [
-            xxh3_64_intdigest(head_bytes[size * i : size * (i + 1)] + values[start:end])
-            for i, (start, end) in enumerate(zip(starts, ends, strict=True))
+            xxh3_64_intdigest(head_bytes[i : i + size] + logps[a:b] + logsumexps[c:d])
+            for i, a, b, c, d in zip(range(0, len(head_bytes), size), *spans, strict=True)
         ]
 
 
@@ -122,10 +182,9 @@ def write_segment(folder: Path, identity: bytes, columns: Columns, rank: int) ->
         ),
         pa.array(columns.logps),
         pa.array(columns.num_tokens),
-        pa.ListArray.from_arrays(
-            pa.array(columns.offsets),
-            pa.array(columns.per_token_logps),
-            type=SCHEMA.field("per_token_logps").type,
+        *(
+            pa.ListArray.from_arrays(pa.array(lists.offsets), pa.array(lists.values), type=_FLOATS)
+            for lists in columns.lists
         ),
         pa.array(checksums, pa.uint64()),
     ]
@@ -146,7 +205,7 @@ def damaged(path: Path, what: str) -> ReferenceStoreError:
 
 
 class Segment:
-    """A segment that was opened for reading: mapped into memory, keys aside nothing is read yet.
+    """A segment that was opened for reading: mapped into memory, the floats aren't read yet.
 
     Args:
         path: of the file.
@@ -191,16 +250,22 @@ def _map_columns(path: Path) -> tuple[Columns, np.ndarray]:
     num_rows = batch.num_rows
     if not num_rows:
         raise ValueError("no rows")
-    per_token = batch.column(3)
-    values = per_token.values
     columns = Columns(
         keys=_view(batch.column(0), np.uint8, KEY_BYTES * num_rows).reshape(-1, KEY_BYTES),
         logps=_view(batch.column(1), np.dtype("<f8"), num_rows),
         num_tokens=_view(batch.column(2), np.dtype("<i4"), num_rows),
-        offsets=_view(per_token, np.dtype("<i4"), num_rows + 1),
-        per_token_logps=_view(values, np.dtype("<f4"), len(values)),
+        per_token_logps=_view_lists(batch.column(3)),
+        per_token_logsumexps=_view_lists(batch.column(4)),
     )
-    return columns, _view(batch.column(4), np.dtype("<u8"), num_rows)
+    return columns, _view(batch.column(5), np.dtype("<u8"), num_rows)
+
+
+def _view_lists(array: pa.ListArray) -> FloatLists:
+    values = array.values
+    return FloatLists(
+        values=_view(values, np.dtype("<f4"), len(values)),
+        offsets=_view(array, np.dtype("<i4"), len(array) + 1),
+    )
 
 
 def _view(array: pa.Array, dtype: np.dtype | type, count: int) -> np.ndarray:

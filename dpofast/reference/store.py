@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from dpofast.errors import ReferenceStoreError
+from dpofast.reference.detail import Detail
 from dpofast.reference.files import (
     TEMPORARY_PREFIX,
     list_names,
@@ -23,14 +24,9 @@ from dpofast.reference.files import (
     write_durably,
 )
 from dpofast.reference.identity import DIGEST_CHARS, ReferenceIdentity
-from dpofast.reference.keys import KEY_BYTES, KeyIndex, as_keys, unique_keys
-from dpofast.reference.segments import (
-    FORMAT_VERSION,
-    NAME_PATTERN,
-    Columns,
-    Segment,
-    write_segment,
-)
+from dpofast.reference.keys import KEY_BYTES, KeyIndex, as_keys
+from dpofast.reference.segments import FORMAT_VERSION, NAME_PATTERN, Columns, Segment
+from dpofast.reference.writer import Writer
 
 STORE_FILE = "store.json"
 IDENTITY_FILE = "identity.json"
@@ -144,8 +140,8 @@ def _check_version(path: Path) -> None:
     if name != FORMAT_NAME or version != FORMAT_VERSION:
         raise ReferenceStoreError(
             f"{path} says {name!r} version {version!r}, and this dpofast reads version "
-            f"{FORMAT_VERSION}: use the dpofast that wrote it, or choose another folder (the rows "
-            "are then scored again)."
+            f"{FORMAT_VERSION}: use the dpofast that wrote it, or choose another folder, or delete "
+            "this one (its rows are then scored again)."
         )
 
 
@@ -157,13 +153,32 @@ class StoredRows:
         found: [n] bool.
         logps: [n] fp64, summed over each answer, in nats; NaN where not found.
         num_tokens: [n] int32; 0 where not found.
-        per_token_logps: for each key [num_tokens] fp32, in nats; empty where not found.
+        details: [n] int8, of the values of Detail: what of the next two is stored.
+        per_token_logps: for each key [num_tokens] fp32, in nats; empty where not stored.
+        per_token_logsumexps: of the logits, likewise.
     """
 
     found: np.ndarray
     logps: np.ndarray
     num_tokens: np.ndarray
+    details: np.ndarray
     per_token_logps: list[np.ndarray]
+    per_token_logsumexps: list[np.ndarray]
+
+
+@dataclass(frozen=True)
+class RowCounts:
+    """The different answers of a namespace.
+
+    Attributes:
+        rows: in all.
+        tokens: of these answers.
+        of_detail: rows that have this detail, or more.
+    """
+
+    rows: int
+    tokens: int
+    of_detail: dict[Detail, int]
 
 
 class Namespace:
@@ -181,6 +196,7 @@ class Namespace:
         self._segments: dict[str, Segment] = {}
         self._order: list[Segment] = []
         self._starts = np.zeros(1, np.int64)  # first row of each segment, and the number of rows
+        self._details = np.empty(0, np.int8)
         self._index = KeyIndex(np.empty((0, KEY_BYTES), np.uint8))
         self.refresh()
 
@@ -190,8 +206,17 @@ class Namespace:
 
     def num_unique_rows(self) -> int:
         """Different answers among the rows."""
-        keys = [np.empty((0, KEY_BYTES), np.uint8), *(part.columns.keys for part in self._order)]
-        return len(unique_keys(np.concatenate(keys))[0])
+        return self.counts().rows
+
+    def counts(self) -> RowCounts:
+        """Each different answer once, by its fullest row."""
+        rows = np.unique(self._index.find(self._all("keys", np.empty((0, KEY_BYTES), np.uint8))))
+        details = self._details[rows]
+        return RowCounts(
+            rows=len(rows),
+            tokens=int(self._all("num_tokens", np.empty(0, np.int32))[rows].sum(dtype=np.int64)),
+            of_detail={detail: int((details >= detail).sum()) for detail in Detail},
+        )
 
     @property
     def digest(self) -> bytes:
@@ -223,15 +248,29 @@ class Namespace:
         self._segments = held | new
         self._order = list(self._segments.values())
         self._starts = np.cumsum([0, *map(len, self._order)], dtype=np.int64)
-        keys = [np.empty((0, KEY_BYTES), np.uint8), *(part.columns.keys for part in self._order)]
-        self._index = KeyIndex(np.concatenate(keys))
+        self._details = self._all("details", np.empty(0, np.int8))
+        # of equal keys the fullest
+        keys = self._all("keys", np.empty((0, KEY_BYTES), np.uint8))
+        self._index = KeyIndex(keys, self._details)
+
+    def _all(self, name: str, empty: np.ndarray) -> np.ndarray:
+        """One of the segments' columns, all rows."""
+        return np.concatenate([empty, *(getattr(part.columns, name) for part in self._order)])
 
     def _names(self) -> set[str]:
         return {name for name in list_names(self.folder) if NAME_PATTERN.fullmatch(name)}
 
-    def contains(self, keys: np.ndarray | Sequence[bytes]) -> np.ndarray:
-        """[n, 16] uint8 or n times 16 bytes -> [n] bool; the rows themselves aren't looked at."""
-        return self._index.find(as_keys(keys)) >= 0
+    def contains(
+        self, keys: np.ndarray | Sequence[bytes], detail: Detail = Detail.SUMS
+    ) -> np.ndarray:
+        """[n, 16] uint8 or n times 16 bytes -> [n] bool: whether there is a row of this detail.
+
+        The rows themselves aren't looked at.
+        """
+        rows = self._index.find(as_keys(keys))  # [n]
+        held = rows >= 0
+        held[held] = self._details[rows[held]] >= detail
+        return held
 
     def lookup(self, keys: np.ndarray | Sequence[bytes]) -> tuple[np.ndarray, np.ndarray]:
         """Summed log-probs [n] fp64 in nats (NaN where there is none), and which were found [n].
@@ -246,7 +285,7 @@ class Namespace:
         return logps, rows >= 0
 
     def read(self, keys: np.ndarray | Sequence[bytes]) -> StoredRows:
-        """All that is stored for these keys.
+        """All that is stored for these keys; of rows that stand twice the fullest.
 
         Raises:
             ReferenceStoreError: a row is damaged.
@@ -254,13 +293,19 @@ class Namespace:
         rows = self._index.find(as_keys(keys))  # [n]
         logps = np.full(len(rows), np.nan)
         num_tokens = np.zeros(len(rows), np.int32)
+        details = np.zeros(len(rows), np.int8)
         per_token_logps = [np.empty(0, np.float32)] * len(rows)
+        per_token_logsumexps = [np.empty(0, np.float32)] * len(rows)
         for places, columns, inside in self._checked(rows):
             logps[places] = columns.logps[inside]
             num_tokens[places] = columns.num_tokens[inside]
+            details[places] = columns.details[inside]
             for place, row in zip(places.tolist(), inside.tolist(), strict=True):
-                per_token_logps[place] = columns.per_token(row)
-        return StoredRows(rows >= 0, logps, num_tokens, per_token_logps)
+                per_token_logps[place] = columns.per_token_logps[row]
+                per_token_logsumexps[place] = columns.per_token_logsumexps[row]
+        return StoredRows(
+            rows >= 0, logps, num_tokens, details, per_token_logps, per_token_logsumexps
+        )
 
     def _checked(self, rows: np.ndarray) -> Iterator[tuple[np.ndarray, Columns, np.ndarray]]:
         """Rows [n] of the index, -1 for none, segment by segment, their checksums compared.
@@ -277,8 +322,12 @@ class Namespace:
                 segment.check(inside)
                 yield places, segment.columns, inside
 
-    def writer(self, rank: int = 0) -> Writer:
+    def writer(self, rank: int = 0, detail: Detail = Detail.LOGPS) -> Writer:
         """Adds rows. Any number of processes may write at once, none waits for another.
+
+        Args:
+            rank: of this process.
+            detail: what is stored of each row.
 
         Raises:
             ReferenceStoreError: the folder can't be made or written.
@@ -287,69 +336,4 @@ class Namespace:
         path = self.folder / IDENTITY_FILE
         if not path.exists():
             write_durably(path, identity_text(self.identity).encode())
-        return Writer(self, rank)
-
-
-class Writer:
-    """Gathers rows in memory and commits them, a segment at a time."""
-
-    def __init__(self, namespace: Namespace, rank: int) -> None:
-        self._namespace, self._rank = namespace, rank
-        self._keys: list[bytes] = []
-        self._logps: list[float] = []
-        self._per_token: list[np.ndarray] = []
-        self.pending_tokens = 0
-
-    @property
-    def pending_rows(self) -> int:
-        return len(self._keys)
-
-    def add(self, key: bytes, per_token_logps: np.ndarray, name: str = "") -> None:
-        """Take a row; it is safe only after `commit`.
-
-        Args:
-            key: 16 bytes.
-            per_token_logps: [num_tokens] fp32 or fp64, in nats. Summed in fp64 as they come, then
-                kept in fp32.
-            name: of the row, for the error.
-
-        Raises:
-            ReferenceStoreError: a log-prob is NaN or infinite.
-        """
-        with np.errstate(over="ignore"):  # what float32 can't hold is refused as infinite
-            kept = np.asarray(per_token_logps, np.float32)
-        if not np.isfinite(kept).all():
-            bad = int(np.flatnonzero(~np.isfinite(kept))[0])
-            raise ReferenceStoreError(
-                f"The reference's log-prob of {name or key.hex()} is {kept[bad]} at the answer's "
-                f"token {bad}, and is not stored: check the model's weights and its dtype (float16 "
-                "overflows where bfloat16 doesn't), or leave that row out."
-            )
-        self._keys.append(key)
-        self._logps.append(float(np.sum(per_token_logps, dtype=np.float64)))
-        self._per_token.append(kept)
-        self.pending_tokens += len(kept)
-
-    def commit(self) -> int:
-        """Write what was added as a segment; -> its rows, which now survive a kill.
-
-        Others see them after their `refresh`, this process's namespace too.
-
-        Raises:
-            ReferenceStoreError: the disk is full or can't be written; the rows are kept in memory,
-                so that another `commit` can follow.
-        """
-        num_rows = self.pending_rows
-        if not num_rows:
-            return 0
-        lengths = [len(values) for values in self._per_token]
-        columns = Columns(
-            keys=as_keys(self._keys),
-            logps=np.array(self._logps),
-            num_tokens=np.array(lengths, np.int32),
-            offsets=np.cumsum([0, *lengths], dtype=np.int32),
-            per_token_logps=np.concatenate(self._per_token),
-        )
-        write_segment(self._namespace.folder, self._namespace.digest, columns, self._rank)
-        self._keys, self._logps, self._per_token, self.pending_tokens = [], [], [], 0
-        return num_rows
+        return Writer(self, rank, detail)

@@ -24,6 +24,7 @@ from dpofast_kernels.head import (
     backend_for,
     linear_logps,
     linear_pair_loss,
+    linear_scores,
     sum_per_sequence,
 )
 from dpofast_kernels.preference import METRIC_NAMES, PairLoss, make_loss, pair_metrics
@@ -37,6 +38,7 @@ __all__ = [
     "backend_for",
     "linear_logps",
     "linear_pair_loss",
+    "linear_scores",
     "make_loss",
     "pair_metrics",
     "sum_per_sequence",

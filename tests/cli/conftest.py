@@ -1,4 +1,4 @@
-"""Leaves the process as it was: a command sets up logging and warnings for a process of its own."""
+"""A model for the commands; and a process as it was, whose logging and warnings they set up."""
 
 from __future__ import annotations
 
@@ -6,8 +6,12 @@ import logging
 import os
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+
+from dpofast.demo.model import make_tokenizer
+from tests.support import tiny_llama
 
 
 @pytest.fixture(autouse=True)
@@ -23,3 +27,13 @@ def restored_process() -> Iterator[None]:
     for name in set(os.environ) - set(environment):
         del os.environ[name]
     os.environ.update(environment)
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small model with the demo's tokenizer beside it."""
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    tokenizer = make_tokenizer()
+    tiny_llama(vocab_size=len(tokenizer)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder

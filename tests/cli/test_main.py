@@ -15,46 +15,8 @@ import pytest
 
 from dpofast.cli import main
 from dpofast.demo.model import make_tokenizer
+from tests.cli.runs import PAIRS, error_of, run_arguments, write_pairs
 from tests.support import tiny_llama
-
-PAIRS = [
-    {"prompt": f"Say {word}.", "chosen": word, "rejected": f"{word}, I guess"}
-    for word in ("one", "two", "three", "four", "five", "six")
-]
-
-
-@pytest.fixture(scope="module")
-def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small model with the demo's tokenizer beside it."""
-    folder = tmp_path_factory.mktemp("models") / "tiny"
-    tokenizer = make_tokenizer()
-    tiny_llama(vocab_size=len(tokenizer)).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
-def write_pairs(path: Path, rows: list[dict[str, Any]]) -> Path:
-    path.write_text(json.dumps(rows), encoding="utf-8")
-    return path
-
-
-def run_arguments(folder: Path, model_folder: Path, *more: str) -> list[str]:
-    """`dpofast train` on PAIRS, two steps of two pairs."""
-    data = write_pairs(folder / "pairs.json", PAIRS)
-    options = {
-        "model_name_or_path": model_folder,
-        "dataset_name": data,
-        "output_dir": folder / "run",
-        "reference_store": folder / "reference",
-        "max_steps": 2,
-        "per_device_train_batch_size": 2,
-        "learning_rate": "1e-3",
-        "logging_steps": 1,
-        "report_to": "none",
-        "use_cpu": "true",
-        "bf16": "false",
-    }
-    return ["train", *(f"--{name}={value}" for name, value in options.items()), *more]
 
 
 def run_process(*words: str) -> subprocess.CompletedProcess[str]:
@@ -62,15 +24,6 @@ def run_process(*words: str) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     command = [sys.executable, *words]
     return subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-
-
-def error_of(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> str:
-    """The sentence of a run that must end with exit code 2."""
-    capsys.readouterr()
-    assert main(arguments) == 2
-    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("dpofast: ")]
-    assert len(lines) == 1
-    return lines[0]
 
 
 @pytest.mark.parametrize("words", ["--help", "train --help", "ref build --help", "demo --help"])
@@ -145,30 +98,6 @@ def test_yaml_file_trains_an_adapter_and_eval_measures_it(
     evaluation = json.loads((adapter / "evaluation.json").read_text())
     assert evaluation["eval_rewards/margins"] != 0, "the base is the reference of an adapter"
     assert "rewards/accuracies" in capsys.readouterr().out
-
-
-def test_ref_build_info_verify_prune(
-    tmp_path: Path, model_folder: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    words = run_arguments(tmp_path, model_folder)[1:]
-    store = tmp_path / "reference"
-    assert main(["ref", "build", *words]) == 0
-    assert "12 answers: 0 found, 12 scored" in capsys.readouterr().out
-    assert main(["ref", "build", *words]) == 0
-    assert "12 answers: 12 found, 0 scored in 0 forward passes" in capsys.readouterr().out
-    assert main(["ref", "info", str(store)]) == 0
-    assert "12 rows" in capsys.readouterr().out
-    assert main(["ref", "verify", str(store)]) == 0
-    assert main(["ref", "prune", str(store)]) == 0
-    assert "references: 1 kept, 0 deleted" in capsys.readouterr().out
-    assert "names 0 references" in error_of(
-        capsys, ["ref", "prune", str(store), "--forget", "0123456789"]
-    )
-    segment = next(store.rglob("*.arrow"))
-    content = bytearray(segment.read_bytes())
-    content[len(content) // 2] ^= 1
-    segment.write_bytes(content)
-    assert "is damaged" in error_of(capsys, ["ref", "verify", str(store)])
 
 
 GOOD = {"prompt": "Say it.", "chosen": "yes", "rejected": "no"}

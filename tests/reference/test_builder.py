@@ -16,6 +16,7 @@ from dpofast.reference.builder import (
     build_reference,
     reference_logps,
 )
+from dpofast.reference.detail import Detail
 from dpofast.reference.store import ReferenceStore
 from tests.reference.stubs import StubScorer, expected_logps, identity, pairs
 
@@ -236,6 +237,56 @@ def test_missing_rows_are_counted_and_explained(tmp_path):
     other = namespace(tmp_path, config={"rope_theta": 5e5})
     with pytest.raises(ReferenceStoreError, match=r"1 other.*config.rope_theta: 10000.0 there, 5"):
         reference_logps(other, dataset)
+
+
+class DetailedScorer(StubScorer):
+    def __call__(self, sequences):
+        return [np.stack([logps, 3 - logps]) for logps in super().__call__(sequences)]
+
+
+def test_rows_in_less_detail_are_missing_to_a_build_that_asks_for_more(tmp_path):
+    dataset, more = pairs(6), pairs(8)
+    detailed = BuildOptions(progress=False, detail=Detail.LOGSUMEXPS)
+    build(namespace(tmp_path), dataset)
+    rows = namespace(tmp_path)
+    report = build(rows, dataset, DetailedScorer(), options=detailed)
+    assert (report.rows_found, report.rows_scored) == (0, 12)
+    assert report.reason == "12 of them are stored without log-sum-exps"
+    assert build(rows, dataset, DetailedScorer(), options=detailed).rows_scored == 0
+    assert build(rows, dataset).rows_scored == 0  # a fuller row serves
+    report = build(rows, concatenate_datasets([more, dataset]), options=QUIET)
+    assert (report.rows_found, report.rows_scored) == (12, 4)
+    report = build(
+        rows,
+        concatenate_datasets([more, dataset, pairs(1, seed=9)]),
+        DetailedScorer(),
+        options=detailed,
+    )
+    assert (report.rows_found, report.rows_scored) == (12, 6)
+    assert report.reason == (
+        "4 of them are stored without log-sum-exps; "
+        "the rest are new answers, or were cut or tokenised in another way"
+    )
+
+
+def test_any_row_serves_where_nothing_is_to_be_scored_again(tmp_path):
+    dataset = pairs(6)
+    rows = namespace(tmp_path)
+    build(rows, dataset, options=BuildOptions(progress=False, detail=Detail.SUMS))
+    assert rows.counts().of_detail == {Detail.SUMS: 12, Detail.LOGPS: 0, Detail.LOGSUMEXPS: 0}
+    options = BuildOptions(progress=False, rescore=False)
+    assert build(rows, dataset, options=options).rows_scored == 0
+    np.testing.assert_array_equal(reference_logps(rows, dataset), expected_logps(dataset))
+    more = concatenate_datasets([dataset, pairs(1, seed=9)])
+    assert build(rows, more, options=options).rows_scored == 2
+    assert rows.counts().of_detail[Detail.LOGPS] == 2  # what it scored, in its own detail
+
+
+def test_a_scorer_without_the_log_sum_exps_that_were_asked_for_is_refused(tmp_path):
+    options = BuildOptions(progress=False, detail=Detail.LOGSUMEXPS)
+    with pytest.raises(ReferenceStoreError, match=r"row \d \(\w+\) have no log-sum-exps"):
+        build(namespace(tmp_path), pairs(6), options=options)
+    assert len(namespace(tmp_path)) == 0
 
 
 def test_the_log_says_what_was_found_and_why_the_rest_is_missing(tmp_path, caplog):

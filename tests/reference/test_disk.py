@@ -63,7 +63,7 @@ def assert_sound(folder, rows, acknowledged):
 
 def lose_power(tmp_path, monkeypatch, seeds):
     """-> how many states there were; each is sound."""
-    monkeypatch.setattr(pruning, "MERGED_TOKENS", 200)  # so that a prune writes several segments
+    monkeypatch.setattr(pruning, "MERGED_BYTES", 1_000)  # so that a prune writes several segments
     states = 0
     for seed in seeds:
         root, rows = tmp_path / f"disk{seed}", rows_of(seed, 12)

@@ -10,9 +10,11 @@ import uuid
 
 import numpy as np
 import pyarrow as pa
+import pytest
 from xxhash import xxh3_64_intdigest, xxh3_128_digest, xxh3_128_hexdigest
 
 from dpofast.reference.builder import BuildOptions, build_reference
+from dpofast.reference.detail import Detail
 from dpofast.reference.report import verify
 from dpofast.reference.store import ReferenceStore
 from tests.reference.stubs import StubScorer, identity, pairs, stub_logps
@@ -23,9 +25,12 @@ def key_of(prompt, answer):
     return xxh3_128_digest(struct.pack(f"<{len(ids)}q", *ids))
 
 
-def checksum_of(digest, key, logp, values):
-    head = bytes.fromhex(digest) + key + struct.pack("<di", logp, len(values))
-    return xxh3_64_intdigest(head + struct.pack(f"<{len(values)}f", *values))
+def checksum_of(digest, key, logp, num_tokens, logps, logsumexps=()):
+    head = struct.pack("<diii", logp, num_tokens, len(logps), len(logsumexps))
+    floats = [*logps, *logsumexps]
+    return xxh3_64_intdigest(
+        bytes.fromhex(digest) + key + head + struct.pack(f"<{len(floats)}f", *floats)
+    )
 
 
 def test_a_store_reads_as_documented(tmp_path):
@@ -35,7 +40,7 @@ def test_a_store_reads_as_documented(tmp_path):
     build_reference(rows, dataset, StubScorer(), batch_sequences=4, options=options)
 
     content = json.loads((tmp_path / "store.json").read_text())
-    assert content == {"format": "dpofast reference store", "version": 0}
+    assert content == {"format": "dpofast reference store", "version": 1}
     (folder,) = (path for path in tmp_path.iterdir() if path.is_dir())
     content = json.loads((folder / "identity.json").read_text())
     text = json.dumps(content["description"], sort_keys=True, separators=(",", ":"))
@@ -46,42 +51,49 @@ def test_a_store_reads_as_documented(tmp_path):
     assert name[1] == "0"
     assert name[2] == xxh3_128_hexdigest(path.read_bytes())
     table = pa.ipc.open_file(path).read_all()
-    assert table.schema.metadata == {b"format": b"dpofast reference segment", b"version": b"0"}
+    assert table.schema.metadata == {b"format": b"dpofast reference segment", b"version": b"1"}
     stored = {row["key"]: row for row in table.to_pylist()}
     for pair in dataset:
         for side in ("chosen_ids", "rejected_ids"):
             row = stored.pop(key_of(pair["prompt_ids"], pair[side]))
             values = stub_logps(pair["prompt_ids"], pair[side])
             assert row["per_token_logps"] == values.tolist()
+            assert row["per_token_logsumexps"] == []
             assert row["num_tokens"] == len(values)
             assert row["logp"] == values.sum(dtype=np.float64)
-            assert row["checksum"] == checksum_of(folder.name, row["key"], row["logp"], values)
+            checksum = checksum_of(folder.name, row["key"], row["logp"], len(values), values)
+            assert row["checksum"] == checksum
     assert not stored
 
 
-def test_a_store_written_as_documented_is_read(tmp_path):
-    digest, prompt, answer, values = identity().digest, [1, 2], [3, 4], [-0.5, -1.25]
+@pytest.mark.parametrize("detail", Detail)
+def test_a_store_written_as_documented_is_read(tmp_path, detail):
+    digest, prompt, answer = identity().digest, [1, 2], [3, 4]
+    logps = [-0.5, -1.25] if detail >= Detail.LOGPS else []
+    logsumexps = [7.5, 0.25] if detail >= Detail.LOGSUMEXPS else []
     folder = tmp_path / digest
     folder.mkdir()
     for path, content in (
-        (tmp_path / "store.json", {"format": "dpofast reference store", "version": 0}),
+        (tmp_path / "store.json", {"format": "dpofast reference store", "version": 1}),
         (folder / "identity.json", {"digest": digest, "description": identity().description}),
     ):
         path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
-    item = pa.field("item", pa.float32(), nullable=False)
+    floats = pa.list_(pa.field("item", pa.float32(), nullable=False))
     types = {
         "key": pa.binary(16),
         "logp": pa.float64(),
         "num_tokens": pa.int32(),
-        "per_token_logps": pa.list_(item),
+        "per_token_logps": floats,
+        "per_token_logsumexps": floats,
         "checksum": pa.uint64(),
     }
     schema = pa.schema(
         [pa.field(name, type_, nullable=False) for name, type_ in types.items()],
-        metadata={"format": "dpofast reference segment", "version": "0"},
+        metadata={"format": "dpofast reference segment", "version": "1"},
     )
     key = key_of(prompt, answer)
-    row = [key, -1.75, 2, values, checksum_of(digest, key, -1.75, values)]
+    checksum = checksum_of(digest, key, -1.75, 2, logps, logsumexps)
+    row = [key, -1.75, 2, logps, logsumexps, checksum]
     sink = pa.BufferOutputStream()
     with pa.ipc.new_file(sink, schema) as writer:
         arrays = [pa.array([cell], type_) for cell, type_ in zip(row, types.values(), strict=True)]
@@ -92,5 +104,6 @@ def test_a_store_written_as_documented_is_read(tmp_path):
 
     assert verify(tmp_path).ok
     stored = ReferenceStore.open(tmp_path).namespace(identity()).read([key])
-    assert stored.logps[0] == -1.75
-    assert stored.per_token_logps[0].tolist() == values
+    assert (stored.logps[0], stored.num_tokens[0], stored.details[0]) == (-1.75, 2, detail)
+    assert stored.per_token_logps[0].tolist() == logps
+    assert stored.per_token_logsumexps[0].tolist() == logsumexps

@@ -11,6 +11,7 @@ import pytest
 from dpofast.errors import ReferenceStoreError
 from dpofast.reference import files
 from dpofast.reference import prune as pruning
+from dpofast.reference.detail import Detail
 from dpofast.reference.prune import prune
 from dpofast.reference.report import verify
 from dpofast.reference.store import ReferenceStore
@@ -43,6 +44,25 @@ def test_segments_are_merged_and_double_rows_dropped(tmp_path):
     assert_rows(tmp_path)
 
 
+@pytest.mark.parametrize("most", [60, 100_000])
+def test_of_rows_that_stand_twice_the_fullest_is_kept(tmp_path, monkeypatch, most):
+    monkeypatch.setattr(pruning, "MERGED_BYTES", most)
+    scores = {key: np.stack([values, 3 - values]) for key, values in ROWS.items()}
+    namespace = write(tmp_path)
+    for detail, keys in ((Detail.SUMS, KEYS), (Detail.LOGSUMEXPS, KEYS[:5])):
+        writer = namespace.writer(detail=detail)
+        for key in keys:
+            writer.add(key, scores[key])
+        writer.commit()
+    assert prune(tmp_path).duplicates == 17
+    namespace.refresh()
+    stored = namespace.read(KEYS)
+    assert stored.details.tolist() == [2] * 5 + [1] * 7
+    for place, key in enumerate(KEYS[:5]):
+        np.testing.assert_array_equal(stored.per_token_logsumexps[place], scores[key][1])
+    assert_rows(tmp_path)
+
+
 def test_a_second_prune_finds_nothing_to_do(tmp_path):
     write(tmp_path, commits=5)
     prune(tmp_path)
@@ -52,21 +72,22 @@ def test_a_second_prune_finds_nothing_to_do(tmp_path):
     assert (report.duplicates, report.bytes_freed, report.segments_after) == (0, 0, 1)
 
 
-@pytest.mark.parametrize("most", [1, 2, 4, 7, 300])
+@pytest.mark.parametrize("most", [1, 60, 110, 200, 5_000])
 def test_large_segments_stay_and_what_is_written_anew_is_cut(tmp_path, monkeypatch, most):
     write(tmp_path, commits=3)
     more = {bytes([i] * 16): np.full(3, -float(i), np.float32) for i in range(100, 130)}
     largest = {key: ROWS[key] for key in KEYS[::2]} | more
     write(tmp_path, rows=largest)
     before = segments(tmp_path)
-    monkeypatch.setattr(pruning, "MERGED_TOKENS", most)
+    monkeypatch.setattr(pruning, "MERGED_BYTES", most)
     assert prune(tmp_path).duplicates == 6
     assert_rows(tmp_path, ROWS | more)
     namespace = ReferenceStore.open(tmp_path).namespace(identity())
-    sizes = {name: len(part.columns.per_token_logps) for name, part in namespace._segments.items()}
+    sizes = {name: part.columns.row_bytes.sum() for name, part in namespace._segments.items()}
     kept = set(before) & set(sizes)
-    assert len(kept) == (0 if most == 300 else 1)  # 108 tokens are less than half of 300
-    longest = max(len(values) for values in ROWS.values())
+    # the largest has 36 rows of 44 bytes and 108 log-probs: less than half of 5,000 bytes
+    assert len(kept) == (0 if most == 5_000 else 1)
+    longest = 44 + 4 * max(len(values) for values in ROWS.values())
     assert max((sizes[name] for name in sizes if name not in kept), default=0) < most + longest
 
 
@@ -103,13 +124,13 @@ def test_files_of_killed_writers_go_once_they_are_a_day_old(tmp_path):
 
 @pytest.mark.parametrize("place", [0, 1, 2, 3])
 def test_a_damaged_row_stops_it_before_anything_changes(tmp_path, monkeypatch, place):
-    monkeypatch.setattr(pruning, "MERGED_TOKENS", 24)  # none is large; two would be written
+    monkeypatch.setattr(pruning, "MERGED_BYTES", 400)  # none is large; two would be written
     namespace = write(tmp_path, commits=4)
     before = segments(tmp_path)
     path = namespace.folder / before[place]
     content = bytearray(path.read_bytes())
     first = ReferenceStore.open(tmp_path).namespace(identity())._segments[path.name].columns
-    content[content.find(first.per_token(0).tobytes())] ^= 1
+    content[content.find(first.per_token_logps[0].tobytes())] ^= 1
     path.write_bytes(content)
     with pytest.raises(ReferenceStoreError, match=rf"{path.name} is damaged"):
         prune(tmp_path)
@@ -121,7 +142,7 @@ def test_a_damaged_row_stops_it_before_anything_changes(tmp_path, monkeypatch, p
 )
 def test_an_end_at_any_moment_loses_no_row(tmp_path, monkeypatch, function, calls):
     write(tmp_path, commits=4)
-    monkeypatch.setattr(pruning, "MERGED_TOKENS", 24)  # none is large; two are written
+    monkeypatch.setattr(pruning, "MERGED_BYTES", 400)  # none is large; two are written
     original, count = getattr(pruning, function), iter(range(100))
 
     def ends(*arguments, **options):

@@ -6,21 +6,26 @@ import numpy as np
 import pytest
 
 from dpofast.errors import ReferenceStoreError
+from dpofast.reference.detail import Detail
 from dpofast.reference.files import TEMPORARY_PREFIX
+from dpofast.reference.prune import prune
 from dpofast.reference.report import describe, human_bytes, info, verify
 from dpofast.reference.store import ReferenceStore
 from tests.reference.stubs import identity
 
 ROWS = {bytes([i] * 16): np.float32([-i, -1.5, -0.25][: i % 3 + 1]) for i in range(1, 4)}
+DETAILS = dict(zip(ROWS, Detail, strict=True))
 
 
 @pytest.fixture
 def store(tmp_path):
+    """One segment, its rows of every detail."""
     store = ReferenceStore.open(tmp_path / "store", create=True)
-    writer = store.namespace(identity()).writer()
     for key, values in ROWS.items():
-        writer.add(key, values)
-    writer.commit()
+        writer = store.namespace(identity()).writer(detail=DETAILS[key])
+        writer.add(key, np.stack([values, -7 * values]))
+        writer.commit()
+    prune(store.folder)
     return store
 
 
@@ -51,7 +56,11 @@ def refused_or_right(store):
         if rows.found[place]:
             assert rows.logps[place] == values.sum(dtype=np.float64), key
             assert rows.num_tokens[place] == len(values)
-            np.testing.assert_array_equal(rows.per_token_logps[place], values)
+            assert rows.details[place] == DETAILS[key]
+            logps = values if DETAILS[key] >= Detail.LOGPS else []
+            logsumexps = -7 * values if DETAILS[key] >= Detail.LOGSUMEXPS else []
+            np.testing.assert_array_equal(rows.per_token_logps[place], logps)
+            np.testing.assert_array_equal(rows.per_token_logsumexps[place], logsumexps)
 
 
 def problems_of(store):
@@ -141,7 +150,7 @@ def test_info_counts_and_says_what_the_reference_was(store):
         writer.add(bytes(16), np.float32([-1]))
         writer.commit()
     content = info(store.folder)
-    assert content["format_version"] == 0
+    assert content["format_version"] == 1
     assert content["rows"] == 4
     by_digest = {reference["digest"]: reference for reference in content["references"]}
     other = by_digest[identity(attention="eager").digest]

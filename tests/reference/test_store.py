@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 import os
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 
 from dpofast.errors import ReferenceStoreError
 from dpofast.reference import files
+from dpofast.reference.detail import Detail
 from dpofast.reference.store import ReferenceStore
 from tests.reference.stubs import identity
 
@@ -58,6 +60,75 @@ def test_the_sum_is_of_what_was_given_not_of_what_is_kept_in_float32(tmp_path):
     rows = namespace.read([b"k" * 16])
     assert rows.logps[0] == values.sum() != np.float32(values).sum(dtype=np.float64)
     np.testing.assert_array_equal(rows.per_token_logps[0], values.astype(np.float32))
+
+
+def scores_of(values):
+    """[2, num_tokens]: log-probs, and log-sum-exps that are none of the log-probs."""
+    return np.stack([values, 3 - 2 * values])
+
+
+@pytest.mark.parametrize("detail", Detail)
+def test_a_row_holds_what_its_detail_says(tmp_path, detail):
+    namespace = ReferenceStore.open(tmp_path, create=True).namespace(identity())
+    writer = namespace.writer(detail=detail)
+    for key, values in ROWS.items():
+        writer.add(key, scores_of(values))
+    writer.commit()
+    namespace.refresh()
+    rows = namespace.read(KEYS)
+    for place, values in enumerate(ROWS.values()):
+        logps, logsumexps = scores_of(values)
+        assert rows.logps[place] == logps.sum(dtype=np.float64)
+        assert rows.num_tokens[place] == len(logps)
+        assert rows.details[place] == detail
+        np.testing.assert_array_equal(
+            rows.per_token_logps[place], logps if detail >= Detail.LOGPS else []
+        )
+        np.testing.assert_array_equal(
+            rows.per_token_logsumexps[place], logsumexps if detail >= Detail.LOGSUMEXPS else []
+        )
+    for wanted in Detail:
+        assert namespace.contains(KEYS, wanted).all() == (wanted <= detail)
+        assert namespace.contains(KEYS, wanted).any() == (wanted <= detail)
+    assert not namespace.contains([b"n" * 16]).any()
+    counts = namespace.counts()
+    assert (counts.rows, counts.tokens) == (12, sum(map(len, ROWS.values())))
+    assert counts.of_detail == {wanted: 12 * (wanted <= detail) for wanted in Detail}
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations(Detail)))
+def test_of_rows_that_stand_twice_the_fullest_is_read(tmp_path, order):
+    namespace = ReferenceStore.open(tmp_path, create=True).namespace(identity())
+    for detail in order:
+        writer = namespace.writer(detail=detail)
+        for key, values in list(ROWS.items())[: 12 - 4 * detail]:
+            writer.add(key, scores_of(values) - detail * 2**-10)
+        writer.commit()
+        namespace.refresh()
+    rows = namespace.read(KEYS)
+    assert rows.details.tolist() == [2] * 4 + [1] * 4 + [0] * 4
+    logps, found = namespace.lookup(KEYS)
+    assert found.all()
+    for place, values in enumerate(ROWS.values()):
+        expected = scores_of(values)[0] - rows.details[place] * 2**-10
+        assert logps[place] == rows.logps[place] == expected.sum(dtype=np.float64)
+    assert namespace.counts().of_detail == {0: 12, 1: 8, 2: 4}
+
+
+def test_a_row_without_the_log_sum_exps_that_were_asked_for_is_refused(tmp_path):
+    namespace = ReferenceStore.open(tmp_path, create=True).namespace(identity())
+    writer = namespace.writer(detail=Detail.LOGSUMEXPS)
+    with pytest.raises(ReferenceStoreError, match=r"row 7 \(chosen\) have no log-sum-exps"):
+        writer.add(bytes(16), np.float32([-1]), "row 7 (chosen)")
+    assert writer.commit() == 0
+
+
+def test_a_log_sum_exp_that_is_not_finite_is_refused_where_it_is_stored(tmp_path):
+    namespace = ReferenceStore.open(tmp_path, create=True).namespace(identity())
+    scores = np.array([[-1.0, -2.0], [3.0, np.inf]])
+    with pytest.raises(ReferenceStoreError, match=r"log-sum-exp of row 7 is inf at .* token 1"):
+        namespace.writer(detail=Detail.LOGSUMEXPS).add(bytes(16), scores, "row 7")
+    namespace.writer(detail=Detail.LOGPS).add(bytes(16), scores, "row 7")
 
 
 def test_keys_are_taken_as_bytes_and_as_an_array(tmp_path):
@@ -110,9 +181,11 @@ def test_rows_that_are_not_committed_are_not_there(tmp_path):
     assert writer.commit() == writer.pending_rows == 0
 
 
+@pytest.mark.parametrize("detail", [Detail.SUMS, Detail.LOGPS])
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, -1e39])
-def test_a_log_prob_that_is_not_finite_is_refused_with_its_row(tmp_path, value):
-    writer = ReferenceStore.open(tmp_path, create=True).namespace(identity()).writer()
+def test_a_log_prob_that_is_not_finite_is_refused_with_its_row(tmp_path, value, detail):
+    namespace = ReferenceStore.open(tmp_path, create=True).namespace(identity())
+    writer = namespace.writer(detail=detail)
     with pytest.raises(ReferenceStoreError, match=r"row 7 \(chosen\).*token 1"):
         writer.add(bytes(16), np.array([-1.0, value]), "row 7 (chosen)")
     assert writer.commit() == 0
@@ -146,10 +219,11 @@ def test_a_folder_where_another_process_is_making_the_store_is_not_refused(tmp_p
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"format": "dpofast reference store", "version": 1}, "version 1.*reads version 0"),
-        ({"format": "dpofast reference store", "version": "0"}, "version '0'"),
-        ({"format": "another", "version": 0}, "another"),
-        ({"version": 0}, "damaged"),
+        ({"format": "dpofast reference store", "version": 0}, "version 0.*reads version 1.*delete"),
+        ({"format": "dpofast reference store", "version": 2}, "version 2.*use the dpofast that"),
+        ({"format": "dpofast reference store", "version": "1"}, "version '1'"),
+        ({"format": "another", "version": 1}, "another"),
+        ({"version": 1}, "damaged"),
         ([], "damaged"),
     ],
 )

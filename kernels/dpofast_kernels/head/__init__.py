@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dpofast_kernels.head.dispatch import backend_for, linear_logps, linear_pair_loss
+from dpofast_kernels.head.dispatch import backend_for, linear_logps, linear_pair_loss, linear_scores
 from dpofast_kernels.head.options import HEAD_VERSION, HeadOptions, PairLossOutput
 from dpofast_kernels.head.sequences import sum_per_sequence
 
@@ -13,5 +13,6 @@ __all__ = [
     "backend_for",
     "linear_logps",
     "linear_pair_loss",
+    "linear_scores",
     "sum_per_sequence",
 ]

@@ -45,6 +45,21 @@ class HeadCall:
         )
 
 
+def forward_only(
+    hidden_states: Tensor,  # [N, H]
+    weight: Tensor,  # [V, H]
+    call: HeadCall,
+) -> tuple[Tensor, Tensor]:
+    """Per-token log-probs and log-sum-exps, [N] each, without a gradient."""
+    with torch.autocast(hidden_states.device.type, enabled=False):
+        head = call.head(hidden_states, weight, keep=False)
+        scored = [head.score(rows) for rows in head.row_chunks(0, len(call.labels))]
+    nothing = hidden_states.new_empty(0, dtype=head.dtype)
+    logps = [nothing, *(chunk.per_token_logps for chunk in scored)]
+    logsumexps = [nothing, *(chunk.logsumexps for chunk in scored if chunk.logsumexps is not None)]
+    return torch.cat(logps), torch.cat(logsumexps)
+
+
 class LinearLogps(torch.autograd.Function):
     """Per-token log-probs; the backward makes the logits again, for any upstream gradient."""
 
@@ -59,11 +74,7 @@ class LinearLogps(torch.autograd.Function):
         ctx.call = call
         # the labels, too: whoever overwrites them before the backward is told so
         ctx.save_for_backward(hidden_states, weight, bias, call.labels)
-        with torch.autocast(hidden_states.device.type, enabled=False):
-            head = call.head(hidden_states, weight, keep=False)
-            chunks = head.row_chunks(0, len(call.labels))
-            logps = [head.score(rows).per_token_logps for rows in chunks]
-        return torch.cat(logps) if logps else hidden_states.new_empty(0, dtype=head.dtype)
+        return forward_only(hidden_states, weight, call)[0]
 
     @staticmethod
     @once_differentiable

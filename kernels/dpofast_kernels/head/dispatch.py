@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from dpofast_kernels.head.autograd import HeadCall, apply_linear_logps, apply_linear_pair_loss
+from dpofast_kernels.head.autograd import (
+    HeadCall,
+    apply_linear_logps,
+    apply_linear_pair_loss,
+    forward_only,
+)
 from dpofast_kernels.head.checks import (
     IGNORED_LABEL,
     check_head_inputs,
@@ -16,7 +22,11 @@ from dpofast_kernels.head.checks import (
     check_pairs,
     compute_dtype,
 )
-from dpofast_kernels.head.naive import naive_linear_logps, naive_pair_loss
+from dpofast_kernels.head.naive import (
+    naive_linear_logps,
+    naive_linear_scores,
+    naive_pair_loss,
+)
 from dpofast_kernels.head.one_pass import Pairs
 from dpofast_kernels.head.options import HeadOptions, PairLossOutput
 from dpofast_kernels.preference import PairLoss
@@ -87,9 +97,38 @@ def linear_logps(
     backend = backend_for(hidden_states, options)
     dtype = compute_dtype(hidden_states, weight)
     if backend == "naive":
-        return _naive_logps(hidden_states, weight, labels, options, dtype)
+        return _naive(naive_linear_logps, hidden_states, weight, labels, options, dtype)
     call = HeadCall(labels, options, dtype, backend, torch.is_grad_enabled())
     return apply_linear_logps(hidden_states, weight, options.bias, call)
+
+
+def linear_scores(
+    hidden_states: Tensor,  # [N, H]
+    weight: Tensor,  # [V, H]
+    labels: Tensor,  # [N]
+    options: HeadOptions = DEFAULT_OPTIONS,
+) -> Tensor:
+    """Per-token log-probs of `labels`, and the log-sum-exp of the finished logits; forward only.
+
+    Args:
+        hidden_states, weight, labels, options: as of `linear_logps`, the first as [N, H].
+
+    Returns:
+        [2, N] fp32 (fp64 for fp64 inputs), without gradient: the log-probs, in nats and bit for bit
+        those of `linear_logps`, and log sum exp z, z the logits that `HeadOptions` describes. Their
+        sum is the label's own logit.
+
+    Raises:
+        ValueError, RuntimeError: as `linear_logps`.
+    """
+    check_head_inputs(hidden_states, weight, labels, options)
+    backend = backend_for(hidden_states, options)
+    dtype = compute_dtype(hidden_states, weight)
+    with torch.no_grad():
+        if backend == "naive":
+            return _naive(naive_linear_scores, hidden_states, weight, labels, options, dtype)
+        call = HeadCall(labels, options, dtype, backend, grad_enabled=False)
+        return torch.stack(forward_only(hidden_states, weight, call))
 
 
 def linear_pair_loss(
@@ -138,7 +177,7 @@ def linear_pair_loss(
         formula_of(loss)  # raises where there is none
     dtype = compute_dtype(hidden_states, weight)
     if backend == "naive":
-        per_token_logps = _naive_logps(hidden_states, weight, labels, options, dtype)
+        per_token_logps = _naive(naive_linear_logps, hidden_states, weight, labels, options, dtype)
         return naive_pair_loss(per_token_logps, bounds, ref_logps, loss)
     device = hidden_states.device
     pairs = Pairs(
@@ -166,13 +205,19 @@ def _padded_logps(
     return logps.new_zeros(len(flat_labels)).index_copy(0, rows, logps).view(labels.shape)
 
 
-def _naive_logps(
-    hidden_states: Tensor, weight: Tensor, labels: Tensor, options: HeadOptions, dtype: torch.dtype
+def _naive(
+    op: Callable[[Tensor, Tensor, Tensor, HeadOptions], Tensor],
+    hidden_states: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    options: HeadOptions,
+    dtype: torch.dtype,
 ) -> Tensor:
+    """One of the plain twins, its inputs cast as the other backends cast them."""
     with torch.autocast(hidden_states.device.type, enabled=False):
         bias = None if options.bias is None else options.bias.to(dtype)
         cast = replace(options, bias=bias)
-        return naive_linear_logps(hidden_states.to(dtype), weight.to(dtype), labels, cast)
+        return op(hidden_states.to(dtype), weight.to(dtype), labels, cast)
 
 
 def _has_triton() -> bool:

@@ -192,6 +192,7 @@ def finish_rows_kernel(
     p_sums,  # [num_tiles, n]
     p_logps,  # [n]
     p_factors,  # [n]
+    p_logsumexps,  # [n], without KEEP
     n,
     V,
     H,
@@ -254,6 +255,8 @@ def finish_rows_kernel(
         tl.store(p_factors + i_n, factor.to(dtype))
         # exp(z_label - k) - S in full precision, then its one rounding
         tl.store(p_d + label, (-rest.to(dtype) * slope).to(p_d.dtype.element_ty))
+    else:
+        tl.store(p_logsumexps + i_n, (target.to(tl.float64) - logp).to(dtype))
 
 
 class FusedRows:
@@ -293,7 +296,7 @@ class FusedRows:
             tiles = {**launch_options("score_tiles_wide", device), "DESCRIPTORS": False}
         num_tiles = triton.cdiv(vocab_size, tiles["BN"])
         dtype = accumulate_dtype(weight.dtype)
-        targets, logps, factors = weight.new_empty(3, num_rows, dtype=dtype).unbind()
+        targets, logps, factors, logsumexps = weight.new_empty(4, num_rows, dtype=dtype).unbind()
         sums = weight.new_empty(num_tiles, num_rows, dtype=dtype)
         d_logits = workspace if keep else None
         p_bias = targets if self.bias is None else self.bias
@@ -312,12 +315,15 @@ class FusedRows:
                 **self.constants, KEEP=keep, UPCAST=is_interpreted(), **tiles,
             )  # fmt: skip
             finish_rows_kernel[(num_rows,)](
-                hidden_states, weight, p_bias, labels, targets, p_d_logits, sums, logps, factors,
+                hidden_states, weight, p_bias, labels, targets, p_d_logits, sums,
+                logps, factors, logsumexps,
                 num_rows, vocab_size, hidden_size, num_tiles, *strides, stride_d,
                 MAX_REST=MAX_REST, **self.constants, KEEP=keep,
                 **launch_options("finish_rows", device),
             )  # fmt: skip
-        return ScoredRows(logps, () if d_logits is None else (d_logits, factors))
+        if d_logits is None:
+            return ScoredRows(logps, logsumexps=logsumexps)
+        return ScoredRows(logps, (d_logits, factors))
 
     def differentiate(
         self, scored: ScoredRows, labels: Tensor, coefficients: Tensor

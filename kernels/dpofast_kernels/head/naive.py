@@ -37,6 +37,17 @@ def naive_linear_logps(
     return vocab_logps.gather(-1, labels[:, None])[:, 0]
 
 
+def naive_linear_scores(
+    hidden_states: Tensor,  # [N, H]
+    weight: Tensor,  # [V, H]
+    labels: Tensor,  # [N]
+    options: HeadOptions,
+) -> Tensor:
+    """[2, N] per-token log-probs and log-sum-exps; see `linear_scores`."""
+    logsumexps = naive_logits(hidden_states, weight, options).logsumexp(-1)  # [N]
+    return torch.stack([naive_linear_logps(hidden_states, weight, labels, options), logsumexps])
+
+
 def naive_pair_loss(
     per_token_logps: Tensor,  # [N]
     bounds: Tensor,  # [2P+1]

@@ -19,10 +19,12 @@ class ScoredRows:
         per_token_logps: [n], in nats.
         kept: as the backend's own `differentiate` wants it; empty where no gradient is to follow.
             May lie in the workspace.
+        logsumexps: [n], of the finished logits, or None where a gradient is to follow.
     """
 
     per_token_logps: Tensor
     kept: tuple[Tensor, ...] = ()
+    logsumexps: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,7 +71,7 @@ class RowOps(Protocol):
         workspace: Tensor | None,  # [n, V]
         keep: bool,
     ) -> ScoredRows:
-        """Log-probs of the labels, with `keep` also what `differentiate` needs."""
+        """Log-probs of the labels; with `keep` what `differentiate` needs, else log-sum-exps."""
 
     def differentiate(
         self,

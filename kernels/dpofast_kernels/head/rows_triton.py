@@ -93,6 +93,7 @@ def score_rows_kernel(
     p_row_max,  # [n]
     p_rest,  # [n]
     p_factors,  # [n]
+    p_logsumexps,  # [n], without KEEP
     stride,
     V,
     HAS_BIAS: tl.constexpr,
@@ -131,6 +132,8 @@ def score_rows_kernel(
         tl.store(p_row_max + i_n, row_max)
         tl.store(p_rest + i_n, rest)
         tl.store(p_factors + i_n, factor.to(dtype))
+    else:
+        tl.store(p_logsumexps + i_n, (target.to(tl.float64) - logp).to(dtype))
 
 
 @triton.jit
@@ -186,7 +189,7 @@ class TritonRows:
     ) -> ScoredRows:
         assert workspace is not None
         logits = logits_into(workspace, hidden_states, self.weight)  # [n, V]
-        logps, row_max, rest, factors = logits.new_empty(4, len(logits)).unbind()
+        logps, row_max, rest, factors, logsumexps = logits.new_empty(5, len(logits)).unbind()
         with torch.cuda.device_of(logits):
             score_rows_kernel[(len(logits),)](
                 logits,
@@ -196,13 +199,16 @@ class TritonRows:
                 row_max,
                 rest,
                 factors,
+                logsumexps,
                 logits.stride(0),
                 logits.shape[1],
                 **self.constants,
                 KEEP=keep,
                 **launch_options("score_rows", logits.device),
             )
-        return ScoredRows(logps, (logits, row_max, rest, factors) if keep else ())
+        if not keep:
+            return ScoredRows(logps, logsumexps=logsumexps)
+        return ScoredRows(logps, (logits, row_max, rest, factors))
 
     def differentiate(
         self, scored: ScoredRows, labels: Tensor, coefficients: Tensor

@@ -57,7 +57,8 @@ class TorchRows:
         logps = -torch.logaddexp(gaps.new_zeros(()), rest.double().log() + gaps)
         per_token_logps = logps[:, 0].to(dtype)
         if not keep:
-            return ScoredRows(per_token_logps)
+            logsumexps = (target_logits - logps)[:, 0].to(dtype)
+            return ScoredRows(per_token_logps, logsumexps=logsumexps)
         factors = -self.scale / (rest + gaps.neg().exp())
         return ScoredRows(per_token_logps, (logits, factors[:, 0].to(dtype)))
 

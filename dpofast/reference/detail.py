@@ -1,0 +1,21 @@
+"""How much of an answer's score is stored."""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+
+class Detail(IntEnum):
+    """What a row holds beside its summed log-prob; each includes those before it."""
+
+    SUMS = 0  # nothing
+    LOGPS = 1  # the log-prob of each token
+    LOGSUMEXPS = 2  # and the log-sum-exp of the logits at each token
+
+    @property
+    def words(self) -> str:
+        """What is added to the detail before."""
+        return ("summed log-probs", "per-token log-probs", "log-sum-exps")[self]
+
+
+DETAILS = tuple(detail.name.lower() for detail in Detail)  # as options name them
