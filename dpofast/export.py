@@ -14,6 +14,7 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet
 
+from dpofast.data.files import data_suffix
 from dpofast.data.load import load_preferences
 from dpofast.data.report import PreparationReport
 from dpofast.data.sources import read_records
@@ -110,7 +111,7 @@ def export_pairs(
             place, of_pair = next(wanted, (-1, []))
     temporary = path.with_name(f".tmp-{uuid.uuid4().hex}{path.suffix.lower()}")
     try:
-        WRITERS[path.suffix.lower()](temporary, rows, _schema(source.source))
+        WRITERS[path.suffix.lower()](temporary, rows, source.source)
         _check_written(temporary, path, source, pairs.select(places), logps)
         temporary.replace(path)
     except OSError as error:
@@ -165,19 +166,24 @@ def _places(pairs: datasets.Dataset, tokens: datasets.Dataset) -> list[int]:
 
 
 def _schema(source: Any) -> pa.Schema | None:
-    """The types of a Dataset's columns and of ours; None where they follow from the values."""
-    if not isinstance(source, datasets.Dataset):
+    """The types that a Dataset's or a Parquet file's columns have, and ours; None elsewhere."""
+    if isinstance(source, datasets.Dataset):
+        features = source.features
+    elif isinstance(source, str | Path) and data_suffix(Path(source)) == ".parquet":
+        schema = pa.parquet.read_schema(Path(source).expanduser())
+        features = datasets.Features.from_arrow_schema(schema)
+    else:
         return None
     added = dict.fromkeys(OWN_COLUMNS, datasets.Value("float64"))
-    return datasets.Features({**source.features, **added}).arrow_schema
+    return datasets.Features({**features, **added}).arrow_schema
 
 
-def _write_json_lines(path: Path, rows: Sequence[Row], _: pa.Schema | None) -> None:
+def _write_json_lines(path: Path, rows: Sequence[Row], _: Any) -> None:
     with path.open("w", encoding="utf-8") as file:
         file.writelines(f"{_json(row)}\n" for row in rows)
 
 
-def _write_json(path: Path, rows: Sequence[Row], _: pa.Schema | None) -> None:
+def _write_json(path: Path, rows: Sequence[Row], _: Any) -> None:
     text = ",\n".join(_json(row) for row in rows)
     path.write_text(f"[\n{text}\n]\n", encoding="utf-8")
 
@@ -192,21 +198,22 @@ def _json(row: Row) -> str:
         ) from error
 
 
-def _write_parquet(path: Path, rows: Sequence[Row], schema: pa.Schema | None) -> None:
+def _write_parquet(path: Path, rows: Sequence[Row], source: Any) -> None:
     names = dict.fromkeys(itertools.chain.from_iterable(rows))
     try:
+        schema = _schema(source)
         if schema is None:
             table = pa.table({name: [row.get(name) for row in rows] for name in names})
         else:
             table = pa.Table.from_pylist(rows, schema=schema)
         pa.parquet.write_table(table, path)
-    except (pa.ArrowException, OverflowError) as error:
+    except (pa.ArrowException, ValueError, OverflowError) as error:
         raise DataError(
             f"The rows can't be written as Parquet ({error}): write .jsonl instead."
         ) from error
 
 
-WRITERS: dict[str, Callable[[Path, Sequence[Row], pa.Schema | None], None]] = {
+WRITERS: dict[str, Callable[[Path, Sequence[Row], Any], None]] = {
     ".parquet": _write_parquet,
     ".jsonl": _write_json_lines,
     ".ndjson": _write_json_lines,

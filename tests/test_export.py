@@ -139,7 +139,8 @@ def test_json_keeps_rows_that_have_different_fields(folder, tokenizer):
     assert not (folder / "pairs.parquet").exists()
 
 
-def test_a_dataset_keeps_its_types(folder, tokenizer):
+@pytest.mark.parametrize("as_file", [False, True])
+def test_a_dataset_and_a_parquet_file_keep_their_types(folder, tokenizer, as_file):
     features = {
         **dict.fromkeys(("prompt", "chosen", "rejected"), Value("large_string")),
         "label": ClassLabel(names=["a", "b"]),
@@ -150,7 +151,8 @@ def test_a_dataset_keeps_its_types(folder, tokenizer):
         del row["id"]
     dataset = Dataset.from_list(rows, Features(features)).select([5, 0, 3])
     path = folder / "pairs.parquet"
-    export(path, Source(dataset), tokenizer)
+    dataset.to_parquet(folder / "given.parquet")
+    export(path, Source(folder / "given.parquet" if as_file else dataset), tokenizer)
     found = rows_of(path)
     expected = {
         **features,

@@ -9,6 +9,7 @@ import numpy as np
 from dpofast.errors import ReferenceStoreError
 from dpofast.reference.detail import Detail
 from dpofast.reference.store import Namespace
+from dpofast.reference.words import flatten, printable, shown
 
 MOST_DIFFERENCES = 4
 
@@ -75,16 +76,6 @@ def differences(wanted: dict[str, Any], stored: dict[str, Any]) -> list[str]:
     lines = []
     for name in sorted(ours.keys() | theirs.keys()):
         if name not in ours or name not in theirs or ours[name] != theirs[name]:
-            lines.append(f"{name}: {theirs.get(name, '-')} there, {ours.get(name, '-')} here")
+            there, here = shown(theirs.get(name, "-")), shown(ours.get(name, "-"))
+            lines.append(f"{printable(name)}: {there} there, {here} here")
     return lines
-
-
-def flatten(description: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested dicts -> one dict with dotted names."""
-    flat: dict[str, Any] = {}
-    for name, value in description.items():
-        if isinstance(value, dict):
-            flat.update(flatten(value, f"{prefix}{name}."))
-        else:
-            flat[prefix + name] = value
-    return flat

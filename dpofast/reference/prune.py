@@ -17,9 +17,9 @@ import numpy as np
 from dpofast.errors import ReferenceStoreError
 from dpofast.reference.files import TEMPORARY_PREFIX, list_names, naming_errors, sync_folder
 from dpofast.reference.keys import KEY_BYTES, KeyIndex
-from dpofast.reference.report import human_bytes
 from dpofast.reference.segments import NAME_PATTERN, Columns, Segment, write_segment
 from dpofast.reference.store import ReferenceStore
+from dpofast.reference.words import human_bytes
 
 MERGED_BYTES = 1 << 28  # of a merged segment
 ABANDONED_SECONDS = 86_400.0  # no writer needs that long for one file

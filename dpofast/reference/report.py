@@ -11,9 +11,9 @@ import numpy as np
 from xxhash import xxh3_128_hexdigest
 
 from dpofast.errors import ReferenceStoreError
+from dpofast.reference.detail import Detail
 from dpofast.reference.files import TEMPORARY_PREFIX, list_names, naming_errors
 from dpofast.reference.keys import unique_keys
-from dpofast.reference.misses import flatten
 from dpofast.reference.segments import FORMAT_VERSION, NAME_PATTERN, Columns, Segment, damaged
 from dpofast.reference.store import (
     IDENTITY_FILE,
@@ -23,6 +23,7 @@ from dpofast.reference.store import (
     ReferenceStore,
     identity_text,
 )
+from dpofast.reference.words import human_bytes, printable, reference_words
 
 # Nats per token by which two scorings of one answer may differ: what batching does in bfloat16.
 CONFLICT_TOLERANCE = 0.05
@@ -51,12 +52,14 @@ class VerifyReport:
 
     def lines(self) -> list[str]:
         verdict = "all as it was written" if self.ok else f"{len(self.problems)} problems"
-        return [
-            f"{self.folder}: {self.rows:,} rows of {self.references} references in "
-            f"{self.segments} segments, {human_bytes(self.bytes)} read: {verdict}",
+        lines = [
+            f"{self.folder}: {_count(self.rows, 'row')} of "
+            f"{_count(self.references, 'reference')} in "
+            f"{_count(self.segments, 'segment')}, {human_bytes(self.bytes)} read: {verdict}",
             *self.problems,
             *(f"Note: {note}" for note in self.notes),
         ]
+        return [printable(line) for line in lines]
 
 
 def verify(folder: str | Path) -> VerifyReport:
@@ -168,7 +171,8 @@ def info(folder: str | Path) -> dict[str, Any]:
 
     Returns:
         folder, format_version, rows, bytes, and `references`: for each its digest, description,
-        rows (each answer once), segments, bytes, first_written and last_written (ISO 8601, UTC).
+        rows (each answer once), tokens of these answers, rows_with_logps and rows_with_logsumexps
+        (of each token), segments, bytes, first_written and last_written (ISO 8601, UTC).
 
     Raises:
         ReferenceStoreError: the folder isn't a store, or is damaged.
@@ -183,11 +187,15 @@ def info(folder: str | Path) -> dict[str, Any]:
         namespace = Namespace(store, identity)
         stats = [(namespace.folder / name).stat() for name in names]
         times = sorted(stat.st_mtime for stat in stats)
+        counts = namespace.counts()
         references.append(
             {
                 "digest": digest,
                 "description": identity.description,
-                "rows": namespace.num_unique_rows(),
+                "rows": counts.rows,
+                "tokens": counts.tokens,
+                "rows_with_logps": counts.of_detail[Detail.LOGPS],
+                "rows_with_logsumexps": counts.of_detail[Detail.LOGSUMEXPS],
                 "segments": len(names),
                 "bytes": sum(stat.st_size for stat in stats),
                 "first_written": _iso(times[0]),
@@ -210,27 +218,36 @@ def describe(folder: str | Path) -> list[str]:
         ReferenceStoreError: the folder isn't a store, or is damaged.
     """
     content = info(folder)
+    references = content["references"]
     lines = [
-        f"{content['folder']}: {content['rows']:,} rows of {len(content['references'])} references,"
-        f" {human_bytes(content['bytes'])} (format version {content['format_version']})"
+        f"{printable(content['folder'])}: {_count(content['rows'], 'row')} of "
+        f"{_count(len(references), 'reference')}, {human_bytes(content['bytes'])} "
+        f"(format version {content['format_version']})"
     ]
-    for reference in content["references"]:
+    for reference in references:
+        rows, size = reference["rows"], reference["bytes"]
         lines += [
             "",
-            f"{reference['digest']}: {reference['rows']:,} rows in {reference['segments']} "
-            f"segments, {human_bytes(reference['bytes'])}, written "
-            f"{reference['first_written']} to {reference['last_written']}",
-            *(f"    {name}: {value}" for name, value in flatten(reference["description"]).items()),
+            reference["digest"],
+            f"  rows: {_count(rows, 'answer')} of {_count(reference['tokens'], 'token')} in "
+            f"{_count(reference['segments'], 'segment')}, {human_bytes(size)}, "
+            f"{human_bytes(round(size / rows))} a row",
+            f"  stored: summed log-probs of all rows, per-token log-probs of "
+            f"{_share(reference['rows_with_logps'], rows)}, log-sum-exps of "
+            f"{_share(reference['rows_with_logsumexps'], rows)}",
+            f"  written: {reference['first_written']} to {reference['last_written']}",
+            *(f"  {line}" for line in reference_words(reference["description"])),
         ]
     return lines
 
 
+def _count(number: int, noun: str) -> str:
+    return f"1 {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
+def _share(count: int, rows: int) -> str:
+    return {0: "none", rows: "all"}.get(count, f"{count:,}")
+
+
 def _iso(seconds: float) -> str:
     return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="seconds")
-
-
-def human_bytes(count: int) -> str:
-    size, units = float(count), ["B", "kB", "MB", "GB", "TB"]
-    while size >= 1000 and len(units) > 1:
-        size, units = size / 1000, units[1:]
-    return f"{size:.1f} {units[0]}" if units[0] != "B" else f"{count} B"

@@ -141,6 +141,15 @@ class Columns:
             FloatLists.concatenate([part.per_token_logsumexps for part in parts]),
         )
 
+    def are_whole(self, rows: np.ndarray) -> np.ndarray:  # [m] bool
+        """Whether the lists of these rows [m] have a float for each token, or none."""
+        num_tokens = self.num_tokens[rows]
+        (logp_starts, logp_ends), (sum_starts, sum_ends) = (x.spans(rows) for x in self.lists)
+        num_logps, num_logsumexps = logp_ends - logp_starts, sum_ends - sum_starts
+        whole: np.ndarray = (num_logps == num_tokens) | (num_logps == 0)
+        whole &= (num_logsumexps == num_logps) | (num_logsumexps == 0)
+        return whole
+
     def checksums(self, identity: bytes, rows: np.ndarray) -> list[int]:
         """XXH3-64 of the identity's digest and everything in each of these rows."""
         heads = np.empty(len(rows), _ROW_HEAD)
@@ -231,10 +240,13 @@ class Segment:
         """Raise ReferenceStoreError unless these rows [m] are as they were written."""
         made = self.columns.checksums(self.identity, rows)
         stored = self._checksums[rows].tolist()
-        if made == stored:
-            return
-        bad = [int(row) for row, a, b in zip(rows, made, stored, strict=True) if a != b]
-        raise damaged(self.path, f"wrong checksum of {len(bad)} rows, the first is {bad[0]}")
+        if made != stored:
+            bad = [int(row) for row, a, b in zip(rows, made, stored, strict=True) if a != b]
+            raise damaged(self.path, f"wrong checksum of {len(bad)} rows, the first is {bad[0]}")
+        whole = self.columns.are_whole(rows)
+        if not whole.all():
+            bad = rows[~whole].tolist()
+            raise damaged(self.path, f"row {bad[0]} has other floats than one for each token")
 
 
 def _map_columns(path: Path) -> tuple[Columns, np.ndarray]:

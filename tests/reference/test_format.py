@@ -13,6 +13,7 @@ import pyarrow as pa
 import pytest
 from xxhash import xxh3_64_intdigest, xxh3_128_digest, xxh3_128_hexdigest
 
+from dpofast.errors import ReferenceStoreError
 from dpofast.reference.builder import BuildOptions, build_reference
 from dpofast.reference.detail import Detail
 from dpofast.reference.report import verify
@@ -66,16 +67,14 @@ def test_a_store_reads_as_documented(tmp_path):
     assert not stored
 
 
-@pytest.mark.parametrize("detail", Detail)
-def test_a_store_written_as_documented_is_read(tmp_path, detail):
-    digest, prompt, answer = identity().digest, [1, 2], [3, 4]
-    logps = [-0.5, -1.25] if detail >= Detail.LOGPS else []
-    logsumexps = [7.5, 0.25] if detail >= Detail.LOGSUMEXPS else []
-    folder = tmp_path / digest
-    folder.mkdir()
+def write_one_row(folder, num_tokens, logps, logsumexps):
+    """A store with one row, which has an answer's key; -> that key."""
+    digest = identity().digest
+    namespace = folder / digest
+    namespace.mkdir()
     for path, content in (
-        (tmp_path / "store.json", {"format": "dpofast reference store", "version": 1}),
-        (folder / "identity.json", {"digest": digest, "description": identity().description}),
+        (folder / "store.json", {"format": "dpofast reference store", "version": 1}),
+        (namespace / "identity.json", {"digest": digest, "description": identity().description}),
     ):
         path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
     floats = pa.list_(pa.field("item", pa.float32(), nullable=False))
@@ -91,19 +90,40 @@ def test_a_store_written_as_documented_is_read(tmp_path, detail):
         [pa.field(name, type_, nullable=False) for name, type_ in types.items()],
         metadata={"format": "dpofast reference segment", "version": "1"},
     )
-    key = key_of(prompt, answer)
-    checksum = checksum_of(digest, key, -1.75, 2, logps, logsumexps)
-    row = [key, -1.75, 2, logps, logsumexps, checksum]
+    key = key_of([1, 2], [3, 4])
+    checksum = checksum_of(digest, key, -1.75, num_tokens, logps, logsumexps)
+    row = [key, -1.75, num_tokens, logps, logsumexps, checksum]
     sink = pa.BufferOutputStream()
     with pa.ipc.new_file(sink, schema) as writer:
         arrays = [pa.array([cell], type_) for cell, type_ in zip(row, types.values(), strict=True)]
         writer.write_batch(pa.record_batch(arrays, schema=schema))
     content = sink.getvalue()
     name = f"{uuid.uuid4().hex}-7-{xxh3_128_hexdigest(content)}.arrow"
-    (folder / name).write_bytes(content)
+    (namespace / name).write_bytes(content)
+    return key
 
+
+@pytest.mark.parametrize("detail", Detail)
+def test_a_store_written_as_documented_is_read(tmp_path, detail):
+    logps = [-0.5, -1.25] if detail >= Detail.LOGPS else []
+    logsumexps = [7.5, 0.25] if detail >= Detail.LOGSUMEXPS else []
+    key = write_one_row(tmp_path, 2, logps, logsumexps)
     assert verify(tmp_path).ok
     stored = ReferenceStore.open(tmp_path).namespace(identity()).read([key])
     assert (stored.logps[0], stored.num_tokens[0], stored.details[0]) == (-1.75, 2, detail)
     assert stored.per_token_logps[0].tolist() == logps
     assert stored.per_token_logsumexps[0].tolist() == logsumexps
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "logps", "logsumexps"),
+    [(2, [-0.5], []), (1, [-0.5, -1.25], []), (2, [-0.5, -1.25], [7.5]), (2, [], [7.5, 0.25])],
+)
+def test_a_row_with_other_floats_than_one_for_each_token_is_refused(
+    tmp_path, num_tokens, logps, logsumexps
+):
+    key = write_one_row(tmp_path, num_tokens, logps, logsumexps)
+    (problem,) = verify(tmp_path).problems
+    assert "row 0 has other floats than one for each token" in problem
+    with pytest.raises(ReferenceStoreError, match="row 0 has other floats"):
+        ReferenceStore.open(tmp_path).namespace(identity()).lookup([key])

@@ -9,8 +9,9 @@ from dpofast.errors import ReferenceStoreError
 from dpofast.reference.detail import Detail
 from dpofast.reference.files import TEMPORARY_PREFIX
 from dpofast.reference.prune import prune
-from dpofast.reference.report import describe, human_bytes, info, verify
+from dpofast.reference.report import describe, info, verify
 from dpofast.reference.store import ReferenceStore
+from dpofast.reference.words import human_bytes
 from tests.reference.stubs import identity
 
 ROWS = {bytes([i] * 16): np.float32([-i, -1.5, -0.25][: i % 3 + 1]) for i in range(1, 4)}
@@ -40,7 +41,7 @@ def test_an_undamaged_store_verifies(store):
     files = [path for path in store.folder.rglob("*") if path.is_file()]
     assert report.bytes == sum(path.stat().st_size for path in files)
     assert report.lines() == [
-        f"{store.folder}: 3 rows of 1 references in 1 segments, "
+        f"{store.folder}: 3 rows of 1 reference in 1 segment, "
         f"{human_bytes(report.bytes)} read: all as it was written"
     ]
 
@@ -120,12 +121,13 @@ def test_a_missing_identity_is_found_and_written_anew_by_the_next_build(store):
 
 
 def test_what_does_not_belong_to_the_store_is_told(store):
-    (store.folder / "notes.txt").write_text("x")
+    (store.folder / "notes\x1b[2J.txt").write_text("x")
     segment = segment_of(store)
     (segment.parent / f"{TEMPORARY_PREFIX}1").write_bytes(b"x")
     report = verify(store.folder)
     assert report.ok
     assert len(report.notes) == 2
+    assert all(map(str.isprintable, report.lines()))
     segment.rename(segment.with_name("copy.arrow"))
     (problem,) = verify(store.folder).problems
     assert "copy.arrow has a name" in problem
@@ -154,13 +156,20 @@ def test_info_counts_and_says_what_the_reference_was(store):
     assert content["rows"] == 4
     by_digest = {reference["digest"]: reference for reference in content["references"]}
     other = by_digest[identity(attention="eager").digest]
-    assert (other["rows"], other["segments"]) == (1, 2)
+    assert (other["rows"], other["tokens"], other["segments"]) == (1, 1, 2)
+    mixed = by_digest[identity().digest]
+    assert (mixed["rows_with_logps"], mixed["rows_with_logsumexps"]) == (2, 1)
+    assert mixed["tokens"] == sum(map(len, ROWS.values()))
     assert other["description"]["attention"] == "eager"
     assert other["first_written"] <= other["last_written"]
     text = "\n".join(describe(store.folder))
     assert "4 rows of 2 references" in text
-    assert "config.rope_theta: 10000.0" in text
+    assert "positions: rope_theta 10000.0" in text
     assert "attention: eager" in text
+    assert "rows: 1 answer of 1 token in 2 segments" in text
+    assert (
+        "stored: summed log-probs of all rows, per-token log-probs of 2, log-sum-exps of 1" in text
+    )
 
 
 def test_an_empty_store_has_nothing_to_say(tmp_path):
@@ -168,9 +177,3 @@ def test_an_empty_store_has_nothing_to_say(tmp_path):
     assert info(tmp_path)["references"] == []
     assert len(describe(tmp_path)) == 1
     assert verify(tmp_path).ok
-
-
-def test_sizes_are_written_for_people():
-    assert [human_bytes(n) for n in (0, 999, 1000, 12_345_678)] == [
-        "0 B", "999 B", "1.0 kB", "12.3 MB",
-    ]  # fmt: skip
