@@ -80,7 +80,7 @@ class ReferenceReport:
         rows_needed: different answers of the dataset.
         rows_found: of these, in the store before.
         rows_scored: by this process.
-        forward_passes: model calls of this process.
+        forward_passes: model calls of this process, those for other ranks' sake alone included.
         seconds: of wall time.
         reason: why rows were missing, in words; empty where none were.
     """
