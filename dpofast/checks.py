@@ -13,7 +13,7 @@ from dpofast.attention import AttentionCall, packed_attention, recorded_calls
 from dpofast.data.batch import PackedPairs, TokenIds, collate_padded
 from dpofast.data.layout import Layout
 from dpofast.errors import ConfigError
-from dpofast.model import body_of, causal_lm, check_head, evaluating, num_layers
+from dpofast.model import body_of, causal_lm, check_head, evaluating, num_layers, shape
 from dpofast_kernels.attention import AttentionOptions, WrongBackendError, probe
 
 # Packed and padded hidden states may differ by this much of their size, by rounding alone. Models
@@ -52,7 +52,7 @@ def check_model(
 
 def some_sequences(model: nn.Module) -> list[tuple[TokenIds, TokenIds]]:
     """Two pairs of (prompt ids, answer ids) that any model knows; the second's begin alike."""
-    vocab_size = causal_lm(model).get_input_embeddings().weight.shape[0]
+    vocab_size = shape(causal_lm(model).get_input_embeddings().weight)[0]
     ids = [(7 * index + 1) % vocab_size for index in range(14)]
     return [
         (ids[:5], ids[5:9]),

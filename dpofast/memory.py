@@ -49,7 +49,9 @@ def tokens_that_fit(
         A multiple of 256, from 512 to 65,536, whatever is free.
     """
     lm = causal_lm(model)
-    placed = sum(_num_bytes(p) for p in model.parameters() if p.device.type != "cpu")
+    # of what ZeRO-3 has spread, this rank's part
+    held: list[Tensor] = [getattr(p, "ds_tensor", p) for p in model.parameters()]
+    placed = sum(part.nbytes for part in held if part.device.type != "cpu")
     left = free_bytes + placed - training_bytes(model, config) - _head_bytes(lm)
     tokens = int(USED_SHARE * left / bytes_per_token(model, layout, config, autocast))
     tokens -= tokens % STEP
@@ -151,16 +153,18 @@ def _kept_by_body(
     inputs = {"position_ids": batch.position_ids, "shared_layout": batch.shared_layout}
     kept: dict[int, Tensor] = {}  # alive, so that no address is used twice
 
-    def keep(tensor: Tensor) -> Tensor:
-        kept.setdefault(tensor.untyped_storage().data_ptr(), tensor)
-        return tensor
+    def keep(tensor: Tensor) -> None:
+        address = tensor.untyped_storage().data_ptr()
+        # kept alive, the weights of a model that ZeRO-3 has spread would add up to the whole of it
+        if all(address != p.untyped_storage().data_ptr() for p in lm.parameters()):
+            kept.setdefault(address, tensor)
 
     with (
         evaluating(lm),  # where nothing is checkpointed
         packed_attention(lm.config, batch.shared_layout),
         autocast(),
         torch.enable_grad(),
-        saved_tensors_hooks(keep, lambda tensor: tensor),
+        saved_tensors_hooks(keep, lambda nothing: nothing),  # there is no backward
     ):
         hidden_states = body_of(lm)(input_ids=batch.input_ids, use_cache=False, **inputs)[0]
     total = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())

@@ -294,7 +294,7 @@ def check_head(model: nn.Module) -> None:
             `head_options` doesn't know; training on it would be wrong.
     """
     lm = causal_lm(model)
-    vocab_size = lm.get_input_embeddings().weight.shape[0]
+    vocab_size = shape(lm.get_input_embeddings().weight)[0]
     device = next(lm.parameters()).device
     input_ids = torch.arange(8, device=device)[None] * 7 % vocab_size  # [1, 8]
     batch = PackedPairs(
@@ -335,6 +335,11 @@ class _LogitsTask:
 def numel(parameter: Tensor) -> int:
     """Elements of a parameter, also of one that ZeRO-3 has spread over the ranks."""
     return int(getattr(parameter, "ds_numel", parameter.numel()))
+
+
+def shape(parameter: Tensor) -> torch.Size:
+    """Of a parameter, also of one that ZeRO-3 has spread over the ranks."""
+    return torch.Size(getattr(parameter, "ds_shape", parameter.shape))
 
 
 def dropouts(model: nn.Module) -> Iterator[tuple[nn.Module, str]]:

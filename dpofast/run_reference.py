@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
@@ -11,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, gather_object
 from torch import nn
 
 from dpofast.checkpoint import RunState
@@ -25,7 +24,8 @@ from dpofast.reference.detail import Detail
 from dpofast.reference.identity import ReferenceIdentity, model_identity
 from dpofast.reference.provider import ReferenceProvider
 from dpofast.router import RouterLoss, check_router_loss
-from dpofast.zero.weights import cast_weights, gathered, whole
+from dpofast.zero.blocks import in_blocks
+from dpofast.zero.weights import cast_weights, gathered, spread
 from dpofast_kernels import HEAD_VERSION
 
 logger = logging.getLogger(__name__)
@@ -73,12 +73,12 @@ class RunReference:
             device, autocast_dtype = self.accelerator.device, self._autocast_dtype
             found: set[str | None] = set()
             for model in {id(m): m for m in (self.policy, self._model)}.values():
-                with whole(model):
+                with in_blocks(model):
                     found.add(check_model(model, self._layout_of(model), device, autocast_dtype))
             for attention in sorted(filter(None, found)):
                 logger.info("Attention: %s.", attention)
             if self.router_loss is not None:
-                with whole(self.policy):
+                with in_blocks(self.policy):
                     check_router_loss(self.router_loss, self.policy)
             self.provider.fix(self._identity(self._model))
         assert self.provider.identity is not None
@@ -103,9 +103,11 @@ class RunReference:
                 "to all datasets, or to none."
             )
         self._scored.add(name)
-        scorer = None if self.is_gone else self._score
-        with contextlib.nullcontext() if scorer is None else whole(self._model):
-            logps = self.provider.logps(pairs, name, scorer, self._sum_over_ranks)
+        if self.is_gone:
+            return self.provider.logps(pairs, name, None)
+        exchange = _exchange if spread(self._model.parameters()) else None
+        with in_blocks(self._model):
+            logps = self.provider.logps(pairs, name, self._score, self._sum_over_ranks, exchange)
         if self.ref_model is not None and not _is_placed(self.ref_model):
             self.ref_model.to(self._home)  # its memory is what the store saves
         return logps
@@ -221,6 +223,11 @@ class RunReference:
     @property
     def _is_under_deepspeed(self) -> bool:
         return bool(self.accelerator.distributed_type == DistributedType.DEEPSPEED)
+
+
+def _exchange(word: Any) -> list[Any]:
+    words: list[Any] = gather_object([word])
+    return words
 
 
 def _is_placed(model: nn.Module) -> bool:

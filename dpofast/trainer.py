@@ -39,7 +39,7 @@ from dpofast.step_zero import StepZeroCheck
 from dpofast.steps import planned_steps, train_sampler
 from dpofast.summary import write_summary
 from dpofast.throughput import Throughput
-from dpofast.zero.weights import runnable
+from dpofast.zero.blocks import runnable
 from dpofast_kernels import METRIC_NAMES, PairLossOutput
 
 logger = logging.getLogger(__name__)
@@ -137,9 +137,9 @@ class DPOTrainer(ClipsExactly, Trainer):
 
     def _tokens_that_fit(self) -> int:
         """Tokens of a packed row in this run's GPU memory; the least of all ranks."""
-        free = free_device_bytes(self.args.device)
         autocast = self.accelerator.autocast
         with runnable(self):
+            free = free_device_bytes(self.args.device)
             tokens = tokens_that_fit(self.model, self.layout, self.args, autocast, free)
         own = torch.tensor([tokens], device=self.args.device)
         return int(self.accelerator.gather(own).min())

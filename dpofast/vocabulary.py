@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 from torch import nn
 
 from dpofast.errors import DataError
-from dpofast.model import causal_lm
+from dpofast.model import causal_lm, shape
 from dpofast.reference.pairs import COLUMNS
 
 
@@ -33,8 +33,7 @@ def vocabulary_of(model: nn.Module) -> Vocabulary:
     lm: Any = causal_lm(model)
     ends = (lm.get_input_embeddings(), lm.get_output_embeddings())
     weights = [end.weight for end in ends if end is not None]
-    sizes = [int(getattr(weight, "ds_shape", weight.shape)[0]) for weight in weights]
-    return Vocabulary(type(lm).__name__, min(sizes))
+    return Vocabulary(type(lm).__name__, min(shape(weight)[0] for weight in weights))
 
 
 def refuse_unknown_ids(pairs: Any, name: str, vocabularies: Iterable[Vocabulary]) -> None:

@@ -7,6 +7,7 @@ import logging
 
 import pytest
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from dpofast import DPOConfig
 from dpofast.data.layout import Layout
@@ -62,6 +63,32 @@ def test_checkpointing_keeps_the_inputs_of_its_layers(tmp_path):
     some.activation_checkpointing = True  # as transformers 5.23 names it
     some.activation_checkpointing_kwargs = {"every_n_layers": 2}
     assert checkpointed < per_token(model, some) < whole
+
+
+def test_weights_that_are_taken_away_after_their_layer_are_not_kept(tmp_path):
+    """As ZeRO-3 does; what waits for a backward must not keep them all alive."""
+    model, kept = tiny_llama(num_hidden_layers=4), {}
+    cost = per_token(model, config(tmp_path))
+    most = [0]
+
+    def give(module, _):
+        for parameter in module.parameters():
+            parameter.data = kept[parameter].clone()
+            given.append(StorageWeakRef(parameter.untyped_storage()))
+
+    def take(module, *_):
+        alive = [ref for ref in given if not ref.expired()]
+        most[0] = max(most[0], len(alive))
+        for parameter in module.parameters():
+            parameter.data = torch.empty(0)
+
+    given: list[StorageWeakRef] = []
+    for layer in model.model.layers:
+        kept |= {parameter: parameter.data for parameter in layer.parameters()}
+        layer.register_forward_pre_hook(give)
+        layer.register_forward_hook(take)
+    assert per_token(model, config(tmp_path)) == cost
+    assert most[0] == len(kept) / 4
 
 
 def test_adapters_and_autocast_are_counted_as_they_run(tmp_path):

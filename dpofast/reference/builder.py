@@ -6,6 +6,8 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import repeat
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -16,6 +18,7 @@ from dpofast.reference.detail import Detail
 from dpofast.reference.misses import why_missing
 from dpofast.reference.pairs import PairAnswers, read_answers
 from dpofast.reference.store import Namespace
+from dpofast.reference.together import Exchange, on_all_ranks
 from dpofast.reference.writer import Writer
 
 if TYPE_CHECKING:
@@ -84,7 +87,7 @@ class ReferenceReport:
         rows_needed: different answers of the dataset.
         rows_found: of these, in the store before, in the detail that was asked for.
         rows_scored: by this process.
-        forward_passes: model calls of this process.
+        forward_passes: model calls of this process, those for other ranks' sake alone included.
         seconds: of wall time.
         reason: why rows were missing, in words; empty where none were.
     """
@@ -106,6 +109,7 @@ def build_reference(
     ranks: Ranks | None = None,
     options: BuildOptions | None = None,
     description: str = "reference log-probs",
+    exchange: Exchange | None = None,
 ) -> ReferenceReport:
     """Score what `namespace` lacks of a dataset's answers; afterwards it has them all.
 
@@ -121,6 +125,8 @@ def build_reference(
         batch_sequences: answers in one model call.
         ranks: by default this process alone.
         description: for the progress bar and the log.
+        exchange: where each rank holds a part of the model only. The scorer is then called equally
+            often on all ranks, and where one can't go on, all stop.
 
     Raises:
         ReferenceStoreError: a log-prob is NaN or infinite (the row is named), the scorer returned
@@ -130,9 +136,8 @@ def build_reference(
     ranks, options = ranks or Ranks(), options or BuildOptions()
     started = time.monotonic()
     answers = read_answers(pairs)
-    namespace.refresh()
     least = options.detail if options.rescore else Detail.SUMS
-    missing = _missing(namespace, answers, least)
+    missing = on_all_ranks(lambda: _missing(namespace, answers, least), exchange)
     needed, found = len(answers.first), len(answers.first) - len(missing)
     held = namespace.contains(answers.keys[missing])
     reason = why_missing(namespace, found, held, least) if len(missing) else ""
@@ -144,13 +149,12 @@ def build_reference(
         )  # fmt: skip
     # Nobody commits before all have seen the same rows missing, so that the shares fit together.
     ranks.barrier()
-    build = _Build(namespace, answers, scorer, ranks.rank, options)
+    build = _Build(namespace, answers, scorer, ranks.rank, options, exchange)
     batches = build.batches(missing, batch_sequences)
     build.run(batches[ranks.rank :: ranks.world_size], description)
     ranks.barrier()
-    namespace.refresh()
     # Where another job wrote at the same time, or ranks don't share the folder, rows may be left.
-    missing = _missing(namespace, answers, least)
+    missing = on_all_ranks(lambda: _missing(namespace, answers, least), exchange)
     build.run(build.batches(missing, batch_sequences), description)
     namespace.refresh()
     seconds = time.monotonic() - started
@@ -179,7 +183,8 @@ def reference_logps(namespace: Namespace, pairs: Dataset) -> np.ndarray:
 
 
 def _missing(namespace: Namespace, answers: PairAnswers, detail: Detail) -> np.ndarray:
-    """Of the different answers, those that lack in this detail: [m] int64, sorted by key."""
+    """Of the different answers, those that lack in this detail by now: [m] int64, sorted by key."""
+    namespace.refresh()
     rows: np.ndarray = answers.first[~namespace.contains(answers.keys[answers.first], detail)]
     return rows
 
@@ -194,9 +199,10 @@ class _Build:
         scorer: Scorer,
         rank: int,
         options: BuildOptions,
+        exchange: Exchange | None,
     ) -> None:
         self.namespace, self.answers, self.scorer = namespace, answers, scorer
-        self.rank, self.options = rank, options
+        self.rank, self.options, self.exchange = rank, options, exchange
         self.rows_scored = self.forward_passes = 0
 
     def batches(self, answers: np.ndarray, batch_sequences: int) -> list[np.ndarray]:
@@ -223,28 +229,36 @@ class _Build:
 
     def run(self, batches: list[np.ndarray], description: str) -> None:
         """Score and commit; on an exception commit what was scored, then let it pass."""
-        if not batches:
+        exchange = self.exchange
+        rounds = len(batches) if exchange is None else max(exchange(len(batches)))
+        if not rounds:
             return
-        writer = self.namespace.writer(self.rank, self.options.detail)
-        next_commit = time.monotonic() + self.options.commit_seconds
+        detail = self.options.detail
+        writer = on_all_ranks(lambda: self.namespace.writer(self.rank, detail), exchange)
+        self._next_commit = time.monotonic() + self.options.commit_seconds
         try:
-            for batch in self._with_progress(batches, description):
-                self._score(batch, writer)
-                if (
-                    writer.pending_rows >= self.options.commit_rows
-                    or writer.pending_tokens >= COMMIT_TOKENS
-                    or time.monotonic() >= next_commit
-                ):
-                    writer.commit()
-                    next_commit = time.monotonic() + self.options.commit_seconds
+            for batch in self._with_progress(batches, rounds, description):
+                scored = self._forward(self._shortest() if batch is None else batch)
+                on_all_ranks(partial(self._keep, batch, scored, writer), exchange)
+            on_all_ranks(writer.commit, exchange)
         finally:
             writer.commit()
 
-    def _score(self, batch: np.ndarray, writer: Writer) -> None:
-        sequences = [self.answers.ids(answer) for answer in batch.tolist()]
-        scored = self.scorer(sequences)
+    def _shortest(self) -> np.ndarray:
+        """A batch for a rank that only has to call the model as often as the others."""
+        place = self.answers.lengths(self.answers.first).argmin()
+        return self.answers.first[place : place + 1]
+
+    def _forward(self, batch: np.ndarray) -> list[np.ndarray]:
         self.forward_passes += 1
-        got, expected = [np.shape(x)[-1] for x in scored], [len(ids) for _, ids in sequences]
+        return self.scorer([self.answers.ids(answer) for answer in batch.tolist()])
+
+    def _keep(self, batch: np.ndarray | None, scored: list[np.ndarray], writer: Writer) -> None:
+        """Hand log-probs to the writer, and commit when it is time."""
+        if batch is None:
+            return
+        got = [np.shape(per_token_scores)[-1] for per_token_scores in scored]
+        expected = [len(self.answers.ids(answer)[1]) for answer in batch.tolist()]
         if got != expected:
             raise ReferenceStoreError(
                 f"The scorer returned {got} log-probs for answers of {expected} tokens; it must "
@@ -260,9 +274,21 @@ class _Build:
                 refused = refused or error  # the others of this call are kept first
         if refused is not None:
             raise refused
+        if (
+            writer.pending_rows >= self.options.commit_rows
+            or writer.pending_tokens >= COMMIT_TOKENS
+            or time.monotonic() >= self._next_commit
+        ):
+            writer.commit()
+            self._next_commit = time.monotonic() + self.options.commit_seconds
 
-    def _with_progress(self, batches: list[np.ndarray], description: str) -> Iterator[np.ndarray]:
-        """Batches, with a bar that counts tokens: the time left is right though lengths fall."""
+    def _with_progress(
+        self, batches: list[np.ndarray], rounds: int, description: str
+    ) -> Iterator[np.ndarray | None]:
+        """Batches, with a bar that counts tokens: the time left is right though lengths fall.
+
+        Where there are more rounds than batches, each further one is None.
+        """
         tokens = [int(self.answers.lengths(batch).sum()) for batch in batches]
         num_answers = sum(map(len, batches))
         with tqdm(
@@ -275,3 +301,4 @@ class _Build:
             for batch, count in zip(batches, tokens, strict=True):
                 yield batch
                 bar.update(count)
+            yield from repeat(None, rounds - len(batches))

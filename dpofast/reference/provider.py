@@ -23,6 +23,7 @@ from dpofast.reference.detail import Detail
 from dpofast.reference.identity import ReferenceIdentity
 from dpofast.reference.pairs import read_answers
 from dpofast.reference.store import Namespace, ReferenceStore
+from dpofast.reference.together import Exchange
 
 __all__ = ["Ranks", "ReferenceProvider"]
 
@@ -80,6 +81,7 @@ class ReferenceProvider:
         name: str,
         scorer: Scorer | None,
         sum_over_ranks: Callable[[list[int]], list[int]] = lambda counts: counts,
+        exchange: Exchange | None = None,
     ) -> np.ndarray:
         """Summed reference log-probs of each pair: [n, 2] fp64, chosen and rejected, in nats.
 
@@ -88,6 +90,7 @@ class ReferenceProvider:
             name: of the dataset, for messages.
             scorer: makes rows that the store lacks; None where the reference is gone.
             sum_over_ranks: adds up counts, so that the report is of all ranks.
+            exchange: where ranks run the scorer together, each with a part of its model.
 
         Raises:
             MissingRowsError: a row is missing and there is no scorer.
@@ -102,6 +105,7 @@ class ReferenceProvider:
                 ranks=self.ranks,
                 options=BuildOptions(detail=self.detail, rescore=self.rescore),
                 description=f"reference log-probs ({name})",
+                exchange=exchange,
             )
             rows, passes = sum_over_ranks([report.rows_scored, report.forward_passes])
             self.reports[name] = replace(report, rows_scored=rows, forward_passes=passes)

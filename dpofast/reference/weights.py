@@ -19,7 +19,9 @@ from dpofast.reference.identity import dtype_name, scoring_options
 if TYPE_CHECKING:
     from dpofast.reference.identity import Gather
 
-CHUNK_ELEMENTS = 1 << 24  # copied, cast and hashed at a time
+# Copied, cast and hashed at a time. A copy of this size stays in the processor's cache, and the
+# next one takes its place; for one of 64 MiB the system would hand out new pages each time.
+CHUNK_ELEMENTS = 1 << 20
 
 LORA_FACTORS = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B")
 

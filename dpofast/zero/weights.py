@@ -1,13 +1,18 @@
-"""A model's weights under DeepSpeed, as long as no engine runs them: precision, and all parts."""
+"""Weights under DeepSpeed, as long as no engine runs them: their precision, and all their parts."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+
+def spread(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """Of some tensors those that ZeRO-3 has spread over the ranks, gathered or not."""
+    return [tensor for tensor in tensors if hasattr(tensor, "ds_status")]
 
 
 @contextlib.contextmanager
@@ -16,42 +21,18 @@ def gathered(tensor: Tensor) -> Iterator[Tensor]:
 
     All ranks enter and leave together.
     """
-    with _gathering([tensor]):
+    with gathering([tensor]):
         yield tensor
 
 
-@contextlib.contextmanager
-def whole(model: nn.Module) -> Iterator[None]:
-    """Inside, all weights of a model are here: each rank may run it as often as it likes.
-
-    All ranks enter and leave together.
-    """
-    with _gathering(list(model.parameters())):
-        yield
-
-
-@contextlib.contextmanager
-def runnable(trainer: Any) -> Iterator[None]:
-    """Inside, the model of a transformers Trainer runs, also if DeepSpeed has no engine for it yet.
-
-    All ranks enter and leave together.
-    """
-    model = trainer.model
-    if not trainer.is_deepspeed_enabled or trainer.model_wrapped is not model:
-        yield
-        return
-    with whole(model):
-        model.to(trainer.args.device)
-        yield
-
-
-def _gathering(tensors: list[Any]) -> contextlib.AbstractContextManager[Any]:
-    spread = [tensor for tensor in tensors if hasattr(tensor, "ds_status")]
-    if not spread:
+def gathering(tensors: Iterable[Tensor]) -> contextlib.AbstractContextManager[Any]:
+    """Inside, all of these tensors are here; all ranks enter and leave together."""
+    parts: list[Any] = spread(tensors)
+    if not parts:
         return contextlib.nullcontext()
     from deepspeed.runtime.zero.partition_parameters import GatheredParameters, ZeroParamStatus
 
-    absent = [tensor for tensor in spread if tensor.ds_status != ZeroParamStatus.AVAILABLE]
+    absent = [tensor for tensor in parts if tensor.ds_status != ZeroParamStatus.AVAILABLE]
     return GatheredParameters(absent) if absent else contextlib.nullcontext()
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dpofast.zero.weights import cast_weights, gathered, whole
+from dpofast.zero.weights import cast_weights, gathered, spread
 from tests.support import tiny_llama
 
 
@@ -28,5 +28,6 @@ def test_parameters_get_the_precision_that_deepspeed_trains_in(config, dtype):
 
 def test_what_no_one_has_spread_is_whole():
     model = tiny_llama()
-    with whole(model), gathered(model.lm_head.weight) as weight:
+    assert spread(model.parameters()) == []
+    with gathered(model.lm_head.weight) as weight:
         assert weight is model.lm_head.weight

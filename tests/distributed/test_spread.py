@@ -1,0 +1,124 @@
+"""A reference that ZeRO-3 has spread over two ranks is scored without ever being whole."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from transformers import BioGptConfig, BioGptForCausalLM, GPT2Config, GPT2LMHeadModel
+
+from dpofast.reference.builder import build_reference, reference_logps
+from dpofast.reference.store import ReferenceStore
+from tests.distributed.launch import launch
+from tests.distributed.spread_ranks import BATCH_SEQUENCES, QUIET, load, scorer_of
+from tests.reference.stubs import identity
+from tests.support import VOCAB_SIZE, tiny_llama, tiny_mixtral, token_pairs
+
+pytestmark = pytest.mark.distributed
+
+SCRIPT = Path(__file__).with_name("spread_ranks.py")
+LAYERS = 6
+GPT2: dict[str, Any] = {"n_embd": 32, "n_head": 4, "n_layer": LAYERS, "n_positions": 64}
+NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+BIOGPT = {"hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 48}
+MODELS = {
+    "llama": lambda: tiny_llama(num_hidden_layers=LAYERS),
+    "tied": lambda: tiny_llama(num_hidden_layers=LAYERS, tie_word_embeddings=True),
+    "checkpointed": lambda: tiny_llama(num_hidden_layers=LAYERS),
+    "mixtral": lambda: tiny_mixtral(num_hidden_layers=LAYERS),
+    "gpt2": lambda: GPT2LMHeadModel(GPT2Config(vocab_size=VOCAB_SIZE, **GPT2, **NO_DROPOUT)),
+    "lora": lambda: tiny_llama(num_hidden_layers=LAYERS),
+    "biogpt": lambda: BioGptForCausalLM(
+        BioGptConfig(vocab_size=VOCAB_SIZE, num_hidden_layers=LAYERS, **BIOGPT)
+    ),
+}
+if importlib.util.find_spec("peft") is None:
+    del MODELS["lora"]
+UNKNOWN_BLOCKS = {"biogpt"}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    root = tmp_path_factory.mktemp("spread")
+    for name, make in MODELS.items():
+        torch.manual_seed(0)
+        model = make()
+        model.save_pretrained(root / name)
+        if name == "lora":
+            import peft
+
+            lora = peft.LoraConfig(target_modules=["q_proj", "lm_head"], init_lora_weights=False)
+            adapter = root / name / "adapter"
+            peft.get_peft_model(model, lora).save_pretrained(adapter, save_embedding_layers=False)
+    launch(SCRIPT, 2, str(root))
+    return root
+
+
+@pytest.fixture(scope="module")
+def reports(folder):
+    return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in (0, 1)]
+
+
+def stored(folder):
+    return reference_logps(ReferenceStore.open(folder).namespace(identity()), token_pairs(6))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_log_probs_are_those_of_the_same_batches_under_the_whole_model(folder, tmp_path, name):
+    expected = ReferenceStore.open(tmp_path, create=True).namespace(identity())
+    scorer = scorer_of(load(folder / name))
+    options = {"batch_sequences": BATCH_SEQUENCES, "options": QUIET}
+    report = build_reference(expected, token_pairs(6), scorer, **options)
+    assert report.forward_passes == 3
+    got = stored(folder / name / "store")
+    np.testing.assert_allclose(got, reference_logps(expected, token_pairs(6)), rtol=1e-6)
+    assert len(np.unique(got)) == got.size
+
+
+def test_a_rank_with_fewer_batches_runs_the_model_as_often(reports):
+    for name in MODELS:
+        assert [report[name]["passes"] for report in reports] == [2, 2]
+        assert [report[name]["rows"] for report in reports] == [8, 4]
+    assert [report["one batch"] for report in reports] == [1, 1]
+
+
+def test_ranks_that_do_not_share_a_folder_score_the_rest_together(folder, reports):
+    assert [report["apart"] for report in reports] == [4, 4]  # 2 and 1 batches, then 1 and 2
+    expected = stored(folder / "llama" / "store")
+    for rank in (0, 1):
+        np.testing.assert_allclose(stored(folder / f"apart{rank}"), expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_no_more_than_the_largest_unit_is_whole_at_once(reports, name):
+    model: Any = MODELS[name]()
+    num_elements = sum(p.numel() for p in model.parameters())
+    if name in UNKNOWN_BLOCKS:
+        expected = num_elements
+    else:
+        ends = [model.get_input_embeddings(), model.get_output_embeddings()]
+        blocks = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == LAYERS]
+        units = [*ends, *blocks[0]]
+        expected = max(sum(p.numel() for p in unit.parameters()) for unit in units)
+        assert expected < num_elements / 3
+    assert [report[name]["most"] for report in reports] == [expected] * 2
+
+
+def test_nor_is_it_in_a_run_before_its_first_step(reports):
+    for report in reports:
+        assert report["trainer"]["most"] == report["llama"]["most"]
+        assert report["trainer"]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+
+
+def test_a_log_prob_that_is_not_finite_on_one_rank_stops_all(folder, reports):
+    assert "and is not stored" in reports[1]["nan"]
+    assert reports[0]["nan"] == f"Rank 1 stopped the build: {reports[1]['nan']}"
+    kept = ReferenceStore.open(folder / "nan").namespace(identity())
+    assert len(kept) == 7  # a batch of rank 0, and of rank 1's what is right
