@@ -12,6 +12,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from dpofast.errors import ReferenceStoreError
+from dpofast.reference.batches import Batch, Batches
 from dpofast.reference.misses import why_missing
 from dpofast.reference.pairs import PairAnswers, read_answers
 from dpofast.reference.store import Namespace, Writer
@@ -56,14 +57,11 @@ class BuildOptions:
     """How a build goes about its work; the rows don't depend on it but for rounding.
 
     Attributes:
-        max_tokens: in one model call, padding included; None for no limit. A longer sequence has
-            a call of its own.
         commit_rows, commit_seconds: what is scored is committed after so many rows, or seconds: a
             killed build loses that much work at most (and the call it was in).
         progress: show a bar, on rank 0, where there is something to score.
     """
 
-    max_tokens: int | None = None
     commit_rows: int = 4096
     commit_seconds: float = 30.0
     progress: bool = True
@@ -95,7 +93,7 @@ def build_reference(
     pairs: Dataset,
     scorer: Scorer,
     *,
-    batch_sequences: int,
+    batches: Batches,
     ranks: Ranks | None = None,
     options: BuildOptions | None = None,
     description: str = "reference log-probs",
@@ -109,7 +107,7 @@ def build_reference(
         namespace: of the reference that `scorer` is.
         pairs: columns prompt_ids, chosen_ids, rejected_ids.
         scorer: makes the log-probs.
-        batch_sequences: answers in one model call.
+        batches: says which answers share a model call, such as `BatchesOfTokens`.
         ranks: by default this process alone.
         description: for the progress bar and the log.
 
@@ -134,12 +132,11 @@ def build_reference(
     # Nobody commits before all have seen the same rows missing, so that the shares fit together.
     ranks.barrier()
     build = _Build(namespace, answers, scorer, ranks.rank, options)
-    batches = build.batches(missing, batch_sequences)
-    build.run(batches[ranks.rank :: ranks.world_size], description)
+    build.run(batches(answers, missing)[ranks.rank :: ranks.world_size], description)
     ranks.barrier()
     namespace.refresh()
     # Where another job wrote at the same time, or ranks don't share the folder, rows may be left.
-    build.run(build.batches(_missing(namespace, answers), batch_sequences), description)
+    build.run(batches(answers, _missing(namespace, answers)), description)
     namespace.refresh()
     seconds = time.monotonic() - started
     return ReferenceReport(needed, found, build.rows_scored, build.forward_passes, seconds, reason)
@@ -186,29 +183,7 @@ class _Build:
         self.rank, self.options = rank, options
         self.rows_scored = self.forward_passes = 0
 
-    def batches(self, answers: np.ndarray, batch_sequences: int) -> list[np.ndarray]:
-        """Answers [m] -> those of each model call.
-
-        Answers of one prompt are neighbours, so that a packed row has it once; prompts whose
-        longest answer is long come first, for little padding and an early failure.
-        """
-        lengths = self.answers.lengths(answers)
-        prompts = self.answers.prompts(answers)
-        longest = np.zeros(prompts.max(initial=-1) + 1, np.int64)
-        np.maximum.at(longest, prompts, lengths)
-        order = np.lexsort((-lengths, prompts, -longest[prompts]))
-        limit = self.options.max_tokens
-        batches: list[np.ndarray] = []
-        start = widest = 0
-        for end, place in enumerate(order.tolist()):
-            widest = max(widest, int(lengths[place]))
-            size = end + 1 - start
-            if size > batch_sequences or (size > 1 and limit is not None and size * widest > limit):
-                batches.append(answers[order[start:end]])
-                start, widest = end, int(lengths[place])
-        return [*batches, answers[order[start:]]] if len(answers) else []
-
-    def run(self, batches: list[np.ndarray], description: str) -> None:
+    def run(self, batches: list[Batch], description: str) -> None:
         """Score and commit; on an exception commit what was scored, then let it pass."""
         if not batches:
             return
@@ -216,7 +191,7 @@ class _Build:
         next_commit = time.monotonic() + self.options.commit_seconds
         try:
             for batch in self._with_progress(batches, description):
-                self._score(batch, writer)
+                self._score(batch.answers.tolist(), writer)
                 if (
                     writer.pending_rows >= self.options.commit_rows
                     or writer.pending_tokens >= COMMIT_TOKENS
@@ -227,8 +202,8 @@ class _Build:
         finally:
             writer.commit()
 
-    def _score(self, batch: np.ndarray, writer: Writer) -> None:
-        sequences = [self.answers.ids(answer) for answer in batch.tolist()]
+    def _score(self, batch: list[int], writer: Writer) -> None:
+        sequences = [self.answers.ids(answer) for answer in batch]
         scored = self.scorer(sequences)
         self.forward_passes += 1
         got, expected = [len(x) for x in scored], [len(ids) for _, ids in sequences]
@@ -238,7 +213,7 @@ class _Build:
                 "give one for each token of each answer."
             )
         refused = None
-        for answer, per_token_logps in zip(batch.tolist(), scored, strict=True):
+        for answer, per_token_logps in zip(batch, scored, strict=True):
             try:
                 key = self.answers.keys[answer].tobytes()
                 writer.add(key, per_token_logps, self.answers.name(answer))
@@ -248,17 +223,16 @@ class _Build:
         if refused is not None:
             raise refused
 
-    def _with_progress(self, batches: list[np.ndarray], description: str) -> Iterator[np.ndarray]:
+    def _with_progress(self, batches: list[Batch], description: str) -> Iterator[Batch]:
         """Batches, with a bar that counts tokens: the time left is right though lengths fall."""
-        tokens = [int(self.answers.lengths(batch).sum()) for batch in batches]
-        num_answers = sum(map(len, batches))
+        num_answers = sum(len(batch.answers) for batch in batches)
         with tqdm(
-            total=sum(tokens),
+            total=sum(batch.num_tokens for batch in batches),
             desc=f"{description}, {num_answers} answers",
             unit=" tokens",
             unit_scale=True,
             disable=not self.options.progress or self.rank != 0,
         ) as bar:
-            for batch, count in zip(batches, tokens, strict=True):
+            for batch in batches:
                 yield batch
-                bar.update(count)
+                bar.update(batch.num_tokens)

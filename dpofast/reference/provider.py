@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from dpofast.errors import ReferenceStoreError
+from dpofast.reference.batches import Batches
 from dpofast.reference.builder import (
     Ranks,
     ReferenceReport,
@@ -31,16 +32,15 @@ class ReferenceProvider:
     Args:
         folder: of the store; None for a temporary one that ends with this object.
         ranks: this process among those of the run.
-        batch_sequences: answers in one forward pass of the reference.
     """
 
-    def __init__(self, folder: Path | None, ranks: Ranks, batch_sequences: int) -> None:
+    def __init__(self, folder: Path | None, ranks: Ranks) -> None:
         self._temporary = None
         if folder is None:
             # Each rank of a run that keeps nothing scores what it needs for itself.
             self._temporary = tempfile.TemporaryDirectory(prefix="dpofast-reference-")
             folder, ranks = Path(self._temporary.name), Ranks()
-        self.folder, self.ranks, self.batch_sequences = folder, ranks, batch_sequences
+        self.folder, self.ranks = folder, ranks
         self.reports: dict[str, ReferenceReport] = {}
         self.identity: ReferenceIdentity | None = None
         self._namespace: Namespace | None = None
@@ -59,6 +59,7 @@ class ReferenceProvider:
         pairs: Any,
         name: str,
         scorer: Scorer | None,
+        batches: Batches,
         sum_over_ranks: Callable[[list[int]], list[int]] = lambda counts: counts,
     ) -> np.ndarray:
         """Summed reference log-probs of each pair: [n, 2] fp64, chosen and rejected, in nats.
@@ -67,6 +68,7 @@ class ReferenceProvider:
             pairs: datasets.Dataset with prompt_ids, chosen_ids, rejected_ids.
             name: of the dataset, for messages.
             scorer: makes rows that the store lacks; None where the reference is gone.
+            batches: says which answers share a call of the scorer.
             sum_over_ranks: adds up counts, so that the report is of all ranks.
 
         Raises:
@@ -78,7 +80,7 @@ class ReferenceProvider:
                 self._namespace,
                 pairs,
                 scorer,
-                batch_sequences=self.batch_sequences,
+                batches=batches,
                 ranks=self.ranks,
                 description=f"reference log-probs ({name})",
             )
