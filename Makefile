@@ -5,7 +5,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constr
 STAMP := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-gpu torture lint format bench race wheel freeze
+.PHONY: help setup demo test test-slow test-gpu torture lint format bench race race-ref wheel freeze
 
 help:  ## list these commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 12
@@ -53,6 +53,9 @@ bench: setup  ## race the head with its loss against plain PyTorch and peers, on
 
 race: setup  ## race whole training steps against TRL and plain PyTorch, on this machine (15 minutes)
 	$(BIN)/python -m benchmarks.train --json runs/bench/train.json
+
+race-ref: setup  ## race the making of reference log-probs against TRL's, on this machine (10 minutes)
+	$(BIN)/python -m benchmarks.reference --json runs/bench/reference.json
 
 wheel: setup  ## build the wheel into dist/
 	$(BIN)/python -m pip --disable-pip-version-check wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .

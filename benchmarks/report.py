@@ -99,7 +99,7 @@ def print_race(title: str, standings: dict[str, Any], ratios: dict[str, float | 
 
     Args:
         title: of the table.
-        standings: by contender, as `benchmarks.train_rounds.Standing`.
+        standings: by contender, as `benchmarks.rounds.Standing`.
         ratios: by "<contender>_speed" and "<contender>_memory", ours over theirs.
     """
     table = Table(title=title, title_justify="left")

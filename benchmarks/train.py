@@ -19,14 +19,26 @@ import torch
 from datasets import disable_progress_bars
 
 from benchmarks.data import add_data_option
-from benchmarks.harness import TIMED
 from benchmarks.report import print_race, stamps
+from benchmarks.rounds import (
+    Contest,
+    Counts,
+    Race,
+    child_runner,
+    memory_words,
+    print_targets,
+    targets,
+)
 from benchmarks.train_cases import SHAPES, Case, Work, gpu_case, prepare, race_case, tiny
+from benchmarks.train_child import MODULE as CHILD_MODULE
 from benchmarks.train_contenders import ENTRIES, OURS, TRUTH
-from benchmarks.train_rounds import Counts, Race, child_runner, planned_counts
+from dpofast.data.layout import Layout
+from dpofast.data.loader import token_limit
+from dpofast.data.plan import BatchShape, StepSampler
 from dpofast.summary import write_json
 
 MODULE = "benchmarks.train"
+CONTEST = Contest(ENTRIES, OURS, TRUTH, CHILD_MODULE)
 # What the race on a CPU is to show, of `ratios`.
 AT_LEAST = {"padded_speed": 2.0, "trl_speed": 3.5, "trl_compact_speed": 2.2, "naive_speed": 6.0}
 AT_MOST = {"trl_memory": 0.45, "naive_memory": 0.25}
@@ -40,8 +52,8 @@ def benchmark(options: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory(prefix="dpofast-race-") as name:
         folder = Path(name)
         origin = prepare(case, folder, options.data)
-        run_child = child_runner(folder, run_on, options.threads, options.limit)
-        race = Race(case, run_child, left_out(options))
+        run_child = child_runner(CONTEST, folder, run_on, options.threads, options.limit)
+        race = Race(CONTEST, case, run_child, CONTEST.left_out(options))
         race.choose_batches()
         planned = {
             name: planned_counts(Work(folder, run_on, standing.batch_size, case.steps), name)
@@ -53,46 +65,30 @@ def benchmark(options: argparse.Namespace) -> int:
             if options.json:
                 write_json(options.json, report(race, planned, origin, options))
     print_report(race, planned, options)
-    return 0 if is_good(race, planned) else 1
+    return 0 if race.is_good(planned) else 1
 
 
-def left_out(options: argparse.Namespace) -> dict[str, str]:
-    """Who takes no part, and why; ours and the one that knows the losses always do."""
-    found = {}
-    for name, entry in ENTRIES.items():
-        if name in (OURS, TRUTH):
-            continue
-        if name in options.skip or (options.contenders and name not in options.contenders):
-            found[name] = "left out by the command line"
-        elif options.device not in entry.on and name not in options.contenders:
-            found[name] = f"left out on {options.device} unless asked for: --contenders {name}"
-    return found
+def planned_counts(work: Work, name: str) -> Counts:
+    """Body tokens and head rows of one of our contenders' timed steps, as the plan says."""
+    case, pairs = work.case, work.pairs
+    layout = Layout(ENTRIES[name].layout or "")
+    limit = token_limit(pairs, layout, case.max_tokens)
+    shape = BatchShape(work.batch_size, case.pairs_per_step // work.batch_size, 1)
+    _, *timed = StepSampler(len(pairs), shape, rank=0, seed=None, limit=limit)
+    answers = [len(pair["chosen_ids"]) + len(pair["rejected_ids"]) for pair in pairs]
+    body_tokens = head_rows = 0
+    for step in timed:
+        for batch in step.micro_batches:
+            head_rows += sum(answers[pair] for pair in batch)
+            if limit is not None:
+                body_tokens += sum(limit.lengths[pair] for pair in batch)
+            else:
+                body_tokens += 2 * len(batch) * max(_longest(pairs[pair]) for pair in batch)
+    return {"body_tokens": body_tokens, "head_rows": head_rows}
 
 
-def miscounts(race: Race, planned: dict[str, Counts]) -> list[str]:
-    """Who of ours ran other tokens or rows than the plan says."""
-    return [
-        f"{name} ran {run['counts']}, planned were {planned[name]}"
-        for name in planned
-        for run in race.standings[name].runs
-        if run["counts"] != planned[name]
-    ]
-
-
-def is_good(race: Race, planned: dict[str, Counts]) -> bool:
-    return race.standings[OURS].result.status == TIMED and not miscounts(race, planned)
-
-
-def targets(ratios: dict[str, float | None]) -> dict[str, dict[str, Any]]:
-    """What the race on a CPU is to show, and whether it does; None where there is no ratio."""
-    found: dict[str, dict[str, Any]] = {}
-    for rule, bounds in (("at least", AT_LEAST), ("at most", AT_MOST)):
-        for name, bound in bounds.items():
-            value, holds = ratios[name], None
-            if value is not None:
-                holds = value >= bound if rule == "at least" else value <= bound
-            found[name] = {"value": value, "rule": rule, "bound": bound, "holds": holds}
-    return found
+def _longest(pair: dict[str, list[int]]) -> int:
+    return len(pair["prompt_ids"]) + max(len(pair["chosen_ids"]), len(pair["rejected_ids"]))
 
 
 def report(
@@ -101,6 +97,7 @@ def report(
     """The whole JSON."""
     ratios, why = race.ratios()
     case = race.case
+    peak = memory_words(options.device == "cuda" and not options.dry_run)
     return {
         "benchmark": "train",
         "device": options.device,
@@ -108,23 +105,16 @@ def report(
         "ours": OURS,
         "ratios": ratios,
         "ratio_reasons": why,
-        "targets": targets(ratios) if has_targets(options) else None,
+        "targets": targets(ratios, AT_LEAST, AT_MOST) if has_targets(options) else None,
         "counts": {name: standing.counts for name, standing in race.standings.items()},
         "planned_counts": planned,
-        "miscounts": miscounts(race, planned),
+        "miscounts": race.miscounts(planned),
         "max_tokens_per_microbatch": case.max_tokens,
-        "case": {**asdict(case), "pairs": origin, "model": SHAPES[case.shape], **_memory(options)},
+        "case": {**asdict(case), "pairs": origin, "model": SHAPES[case.shape], "peak_bytes": peak},
         "error_rule": f"of every step, relative to {TRUTH}'s: at most {case.tolerances}",
         "contenders": {name: standing.as_dict() for name, standing in race.standings.items()},
         "stamps": stamps(MODULE),
     }
-
-
-def _memory(options: argparse.Namespace) -> dict[str, str]:
-    allocated = "allocated by PyTorch in the timed steps"
-    of_process = "resident set of the process, imports included"
-    on_gpu = options.device == "cuda" and not options.dry_run
-    return {"peak_bytes": allocated if on_gpu else of_process}
 
 
 def has_targets(options: argparse.Namespace) -> bool:
@@ -139,13 +129,10 @@ def print_report(race: Race, planned: dict[str, Counts], options: argparse.Names
         f"max_tokens_per_microbatch {case.max_tokens}"
     )
     print_race(title, race.standings, ratios)
-    for line in miscounts(race, planned):
+    for line in race.miscounts(planned):
         print(f"Not what was planned: {line}")
     if has_targets(options):
-        words = {True: "holds", False: "is missed", None: "is unknown"}
-        for name, target in targets(ratios).items():
-            value = "-" if target["value"] is None else f"{target['value']:.2f}"
-            print(f"{name} {value}, {target['rule']} {target['bound']}: {words[target['holds']]}")
+        print_targets(targets(ratios, AT_LEAST, AT_MOST))
 
 
 def case_of(options: argparse.Namespace) -> Case:

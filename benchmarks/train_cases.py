@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from datasets import Dataset, concatenate_datasets, load_from_disk
@@ -153,17 +153,24 @@ class Work:
     device: str
     batch_size: int
     num_steps: int
+    case_type: ClassVar[type[Case]] = Case
 
     @cached_property
     def case(self) -> Case:
         fields = json.loads((self.folder / "case.json").read_text(encoding="utf-8"))
         sizes = {name: tuple(each) for name, each in fields.pop("batch_sizes").items()}
-        return Case(**fields, batch_sizes=sizes)
+        return self.case_type(**fields, batch_sizes=sizes)
+
+    @cached_property
+    def timed_pairs(self) -> Dataset:
+        """With prompt_ids, chosen_ids and rejected_ids, in their order."""
+        return load_from_disk(str(self.folder / "pairs"))
 
     @cached_property
     def pairs(self) -> Dataset:
-        """With prompt_ids, chosen_ids and rejected_ids, in the order in which they are trained."""
-        return load_from_disk(str(self.folder / "pairs"))
+        """In the order in which they are trained: those of the first step again before all."""
+        first_again = self.timed_pairs.select(range(self.case.pairs_per_step))
+        return concatenate_datasets([first_again, self.timed_pairs])
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerFast:
@@ -209,10 +216,9 @@ def prepare(case: Case, folder: Path, data: Path | None) -> str:
         data: folder of the preference files, None for the usual places.
     """
     tokenizer, pairs, origin = _texts(case, data) if case.data != "random" else _random(case)
-    first_again = pairs.select(range(case.pairs_per_step))
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "case.json").write_text(json.dumps(asdict(case)), encoding="utf-8")
-    concatenate_datasets([first_again, pairs]).save_to_disk(str(folder / "pairs"))
+    pairs.save_to_disk(str(folder / "pairs"))
     tokenizer.save_pretrained(str(folder / "tokenizer"))
     return origin
 

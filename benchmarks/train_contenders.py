@@ -94,13 +94,13 @@ class Entry:
     """A contender.
 
     Attributes:
-        run: trains all steps and tells the meter; raises where it can't.
+        run: does all the work and tells the meter; raises where it can't.
         note: what it does.
         layout: of ours.
         on: the devices where it takes part unless asked for.
     """
 
-    run: Callable[[Work, Meter], None]
+    run: Callable[[Work, Meter], Any]
     note: str
     layout: str | None = None
     on: tuple[str, ...] = ("cpu", "cuda")
@@ -154,13 +154,13 @@ def _ours(layout: str) -> Callable[[Work, Meter], None]:
             peft_config=work.adapter(),
         )
         meter.watch(trainer.model)
-        meter.attention = work.attention if layout == "padded" else _packed_attention(work)
+        meter.attention = work.attention if layout == "padded" else packed_attention_of(work)
         trainer.train()
 
     return run
 
 
-def _packed_attention(work: Work) -> str:
+def packed_attention_of(work: Work) -> str:
     """The back end that our attention takes in this case's layers."""
     from dpofast_kernels.attention import backend_for
 
@@ -198,13 +198,10 @@ def _trl(precompute: bool = True, compact: bool = False) -> Callable[[Work, Mete
         import trl
         from trl.trainer import utils
 
-        names = ("_use_triton", "_ChunkedLogProbFunction")
-        if not all(hasattr(utils, name) for name in names):
-            raise AbsentError(f"TRL {trl.__version__} has another head than the one measured here")
+        count_trl_rows(meter)
         if compact:
             # Its head asks this to choose its rows, and its kernels ask the original for theirs.
             utils._use_triton = lambda _device: True
-        utils._ChunkedLogProbFunction = _CountedHead(utils._ChunkedLogProbFunction, meter)
         model = work.model()
         needs_reference = not (precompute or work.case.lora)
         trainer = token_trainer()(
@@ -222,6 +219,17 @@ def _trl(precompute: bool = True, compact: bool = False) -> Callable[[Work, Mete
         trainer.train()
 
     return run
+
+
+def count_trl_rows(meter: Meter) -> None:
+    """Let a meter count the rows of TRL's head, in this process from here on."""
+    import trl
+    from trl.trainer import utils
+
+    names = ("_use_triton", "_ChunkedLogProbFunction")
+    if not all(hasattr(utils, name) for name in names):
+        raise AbsentError(f"TRL {trl.__version__} has another head than the one measured here")
+    utils._ChunkedLogProbFunction = _CountedHead(utils._ChunkedLogProbFunction, meter)
 
 
 class _CountedHead:

@@ -49,8 +49,8 @@ class DPOConfig(TrainingArguments):
         dataset_num_proc: processes that tokenise.
         precompute_ref_log_probs: keep the reference's log-probs for later runs. They are computed
             once in any case; False puts them into a temporary folder.
-        precompute_ref_batch_size: pairs in a forward pass of the reference; by default
-            per_device_train_batch_size.
+        precompute_ref_batch_size: pairs in a forward pass of the reference. By default as many
+            answers as fit a packed row; where rows are padded, per_device_train_batch_size pairs.
         reference_store: folder of the reference's log-probs; by default `dpofast/reference`
             in Hugging Face's cache (HF_HOME).
         reference_store_detail: what is stored of each answer: "sums" (its summed log-prob, all that

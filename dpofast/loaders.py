@@ -68,7 +68,9 @@ class StepLoaders:
     def dataset(self, pairs: Any, name: str) -> StepDataset:
         """Tokenised pairs with their reference log-probs; those that are missing are scored."""
         if id(pairs) not in self._ref_logps:
-            self._ref_logps[id(pairs)] = (pairs, self.reference.logps(pairs, name))
+            by_pairs = self.config.precompute_ref_batch_size is not None
+            row_tokens = None if by_pairs else self.row_tokens
+            self._ref_logps[id(pairs)] = (pairs, self.reference.logps(pairs, name, row_tokens))
         return StepDataset(pairs, self._ref_logps[id(pairs)][1], self.layout)
 
     def token_limit(self, pairs: Any) -> TokenLimit | None:

@@ -285,6 +285,10 @@ class SequenceScorer:
         # float64, so that what is summed later is what the head gave, whatever its precision
         return np.split(scores.double().cpu().numpy(), batch.bounds[1:-1].numpy(), axis=-1)
 
+    def num_tokens(self, sequences: Sequence[tuple[TokenIds, TokenIds]]) -> int:
+        """Positions that the body runs over in a call with these, padding included."""
+        return self.layout.num_tokens(sequences, by_prompt=True)
+
 
 def check_head(model: nn.Module) -> None:
     """Compare body, head and what follows it with the model's own forward, on a few tokens.

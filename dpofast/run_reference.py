@@ -20,6 +20,7 @@ from dpofast.data.layout import Layout
 from dpofast.errors import DataError, ReferenceStoreError
 from dpofast.layouts import why_not_packed
 from dpofast.model import SequenceScorer, causal_lm
+from dpofast.reference.batches import Batches, BatchesOfAnswers, BatchesOfTokens
 from dpofast.reference.detail import Detail
 from dpofast.reference.identity import ReferenceIdentity, model_identity
 from dpofast.reference.provider import ReferenceProvider
@@ -44,6 +45,7 @@ class RunReference:
         provider: of the stored log-probs.
         accelerator: knows the device and the autocast of a forward pass.
         layout: of the answers that are scored.
+        num_answers: in a forward pass, where their tokens don't decide.
         router_loss: that the policy's training adds, if any; for the check alone.
     """
 
@@ -54,10 +56,12 @@ class RunReference:
         provider: ReferenceProvider,
         accelerator: Accelerator,
         layout: Layout,
+        num_answers: int,
         router_loss: RouterLoss | None = None,
     ) -> None:
         self.policy, self.ref_model, self.provider = policy, ref_model, provider
         self.accelerator, self.layout, self.router_loss = accelerator, layout, router_loss
+        self.num_answers = num_answers
         self.is_gone = False
         self._believed: set[str] = set()  # datasets with log-probs of their own
         self._scored: set[str] = set()  # datasets without
@@ -84,10 +88,16 @@ class RunReference:
         assert self.provider.identity is not None
         return self.provider.identity
 
-    def logps(self, pairs: Any, name: str) -> np.ndarray:
+    def logps(self, pairs: Any, name: str, row_tokens: int | None = None) -> np.ndarray:
         """Summed log-probs [n, 2] fp64 of a tokenised dataset, scored where the store lacks them.
 
         A dataset that brings its own, in ref_chosen_logps and ref_rejected_logps, is believed.
+
+        Args:
+            pairs: tokenised.
+            name: of the dataset, for messages.
+            row_tokens: most tokens of a packed row; None for `num_answers` in each forward pass, as
+                always where rows are padded.
 
         Raises:
             ReferenceStoreError: they are missing and the reference is gone.
@@ -103,11 +113,14 @@ class RunReference:
                 "to all datasets, or to none."
             )
         self._scored.add(name)
+        batches = self._batches(row_tokens)
         if self.is_gone:
-            return self.provider.logps(pairs, name, None)
+            return self.provider.logps(pairs, name, None, batches)
         exchange = _exchange if spread(self._model.parameters()) else None
         with in_blocks(self._model):
-            logps = self.provider.logps(pairs, name, self._score, self._sum_over_ranks, exchange)
+            logps = self.provider.logps(
+                pairs, name, self._score, batches, self._sum_over_ranks, exchange
+            )
         if self.ref_model is not None and not _is_placed(self.ref_model):
             self.ref_model.to(self._home)  # its memory is what the store saves
         return logps
@@ -197,13 +210,21 @@ class RunReference:
         model = self._model
         if not _is_placed(model):
             model.to(self.accelerator.device)
-        score = SequenceScorer(
-            model,
+        return self._scorer()(sequences)
+
+    def _scorer(self) -> SequenceScorer:
+        return SequenceScorer(
+            self._model,
             self.accelerator.autocast,
-            self._layout_of(model),
+            self._layout_of(self._model),
             with_logsumexps=self.provider.detail >= Detail.LOGSUMEXPS,
         )
-        return score(sequences)
+
+    def _batches(self, row_tokens: int | None) -> Batches:
+        scorer = self._scorer()
+        if row_tokens is None or not scorer.layout.is_packed:
+            return BatchesOfAnswers(self.num_answers, scorer.num_tokens)
+        return BatchesOfTokens(row_tokens, scorer.num_tokens)
 
     def _layout_of(self, model: nn.Module) -> Layout:
         """A given reference is of another model type, perhaps, that can't be packed."""

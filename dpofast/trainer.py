@@ -117,11 +117,15 @@ class DPOTrainer(ClipsExactly, Trainer):
         ranks = Ranks(config.process_index, config.world_size, self.accelerator.wait_for_everyone)
         pairs = config.precompute_ref_batch_size or config.per_device_train_batch_size
         self.ref_model = ref_model
-        provider = ReferenceProvider(
-            config.reference_folder(), ranks, 2 * pairs, config.reference_detail()
-        )
+        detail = config.reference_detail()
         self.reference = RunReference(
-            self.model, ref_model, provider, self.accelerator, self.layout, self._router_loss
+            self.model,
+            ref_model,
+            ReferenceProvider(config.reference_folder(), ranks, detail),
+            self.accelerator,
+            self.layout,
+            num_answers=2 * pairs,
+            router_loss=self._router_loss,
         )
         self.loaders = StepLoaders(config, self.layout, self.reference, self._tokens_that_fit)
         self.throughput = Throughput(

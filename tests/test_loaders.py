@@ -11,6 +11,7 @@ import torch
 from dpofast import loaders, trainer
 from dpofast.data.layout import Layout
 from dpofast.loaders import StepLoaders
+from dpofast.model import SequenceScorer
 from tests.support import history, make_trainer, train
 
 SAVING = {"save_strategy": "steps", "save_steps": 2}
@@ -86,3 +87,34 @@ def test_any_number_of_workers_gives_the_same_steps(tmp_path, workers, monkeypat
         assert step.num_pairs == other.num_pairs
         rows = zip(step.micro_batches, other.micro_batches, strict=True)
         assert all(torch.equal(row.input_ids, same.input_ids) for row, same in rows)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"max_tokens_per_microbatch": 60}, "tokens"),
+        ({"max_tokens_per_microbatch": 60, "precompute_ref_batch_size": 3}, 6),
+        ({"layout": "padded"}, 4),
+        ({"layout": "padded", "precompute_ref_batch_size": 3}, 6),
+    ],
+    ids=["packed", "packed, by pairs", "padded", "padded, by pairs"],
+)
+def test_references_are_scored_in_rows_as_long_as_training_takes_them(
+    tmp_path, monkeypatch, options, expected
+):
+    calls, score = [], SequenceScorer.__call__
+
+    def counted(self, sequences):
+        calls.append((len(sequences), self.num_tokens(sequences)))
+        return score(self, sequences)
+
+    monkeypatch.setattr(SequenceScorer, "__call__", counted)
+    make_trainer(tmp_path, options=options).get_train_dataloader()
+    sizes, tokens = zip(*calls, strict=True)
+    assert sum(sizes) == 20
+    if expected == "tokens":
+        assert max(tokens) <= 60
+        assert len(calls) < 1.5 * sum(tokens) / 60
+    else:
+        assert max(sizes) == expected
+        assert len(calls) == -(-20 // expected)

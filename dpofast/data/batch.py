@@ -104,8 +104,8 @@ def collate_padded(
         pad_token_id: fills the rows' ends; any id of the vocabulary will do.
     """
     ids = [[*prompt, *answer] for prompt, answer in sequences]
-    width = max(map(len, ids), default=1)
-    input_ids = torch.full((max(len(ids), 1), width), pad_token_id)  # [S, L]
+    num_rows, width = padded_shape(sequences)
+    input_ids = torch.full((num_rows, width), pad_token_id)  # [S, L]
     uses = torch.zeros_like(input_ids)
     uses[:, 0] = 1  # a token that runs along alone counts, as nothing else would
     rows, labels = [], []
@@ -127,3 +127,9 @@ def collate_padded(
         num_tokens=sum(map(len, ids)),
         uses=uses,
     )
+
+
+def padded_shape(sequences: Sequence[tuple[TokenIds, TokenIds]]) -> tuple[int, int]:
+    """Rows and columns of what `collate_padded` makes of some sequences."""
+    width = max((len(prompt) + len(answer) for prompt, answer in sequences), default=1)
+    return max(len(sequences), 1), width

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from dpofast.data.batch import PackedPairs, TokenIds, collate_padded
-from dpofast.data.packed import collate_packed
+from dpofast.data.batch import PackedPairs, TokenIds, collate_padded, padded_shape
+from dpofast.data.packed import collate_packed, packed_tokens
 
 # What can be asked for; "auto" is "shared" wherever that is right.
 LAYOUTS = ("auto", "shared", "unshared", "padded")
@@ -42,3 +42,12 @@ class Layout:
         if self.is_packed:
             return collate_packed(sequences, ref_logps, self.shares, by_prompt)
         return collate_padded(sequences, ref_logps, self.pad_token_id)
+
+    def num_tokens(
+        self, sequences: Sequence[tuple[TokenIds, TokenIds]], by_prompt: bool = False
+    ) -> int:
+        """Positions of the micro-batch that `collate` makes of these, padding included."""
+        if self.is_packed:
+            return packed_tokens(sequences, self.shares, by_prompt)
+        rows, width = padded_shape(sequences)
+        return rows * width

@@ -9,7 +9,6 @@ from torch.utils.data import DataLoader, Dataset
 
 from dpofast.data.batch import PackedPairs, StepBatch
 from dpofast.data.layout import Layout
-from dpofast.data.packed import packed_tokens
 from dpofast.data.plan import MicroBatch, PlannedStep, StepSampler, TokenLimit
 
 COLUMNS = ["prompt_ids", "chosen_ids", "rejected_ids"]
@@ -57,9 +56,8 @@ def token_limit(pairs: Any, layout: Layout, max_tokens: int) -> TokenLimit | Non
     num_tokens = 0
     for batch in pairs.select_columns(COLUMNS).iter(batch_size=1000):
         for prompt, *answers in zip(*(batch[name] for name in COLUMNS), strict=True):
-            chosen, rejected = answers
-            lengths.append(packed_tokens(prompt, chosen, rejected, layout.shares))
-            num_tokens += packed_tokens(prompt, chosen, rejected, share=False)
+            lengths.append(layout.num_tokens([(prompt, answer) for answer in answers]))
+            num_tokens += sum(len(prompt) + len(answer) for answer in answers)
     return TokenLimit(lengths, max_tokens, num_tokens)
 
 

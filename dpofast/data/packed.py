@@ -37,7 +37,7 @@ def collate_packed(
     rows: list[Tensor] = []
     for group in _groups(sequences, share, by_prompt):
         ids = [[*prompt, *answer] for prompt, answer in group]
-        prefix = _common_prefix(ids)
+        prefix, rests = _lengths(ids)
         prefix_start = len(row)
         row += ids[0][:prefix]
         uses += [len(group)] * prefix
@@ -48,7 +48,7 @@ def collate_packed(
             rows.append(positions + torch.where(positions < prefix, prefix_start, tail_start))
             row += sequence[prefix:]
             uses += [1] * (len(sequence) - prefix)
-        groups.append((prefix, [len(sequence) - prefix for sequence in ids]))
+        groups.append((prefix, rests))
     if not groups:
         row, uses, groups = [0], [1], [(1, [0])]  # something to run, for a rank without pairs
     layout = build_layout(groups)
@@ -68,10 +68,15 @@ def collate_packed(
     )
 
 
-def packed_tokens(prompt: TokenIds, chosen: TokenIds, rejected: TokenIds, share: bool) -> int:
-    """Tokens of a pair in a packed row."""
-    both = 2 * len(prompt) + len(chosen) + len(rejected)
-    return both - (len(prompt) + common_prefix_length(chosen, rejected) if share else 0)
+def packed_tokens(
+    sequences: Sequence[tuple[TokenIds, TokenIds]], share: bool = True, by_prompt: bool = False
+) -> int:
+    """Tokens of the row that `collate_packed` makes of some sequences."""
+    lengths = [
+        _lengths([[*prompt, *answer] for prompt, answer in group])
+        for group in _groups(sequences, share, by_prompt)
+    ]
+    return sum(prefix + sum(rests) for prefix, rests in lengths) or 1  # without any, one that runs
 
 
 def _groups(
@@ -83,6 +88,10 @@ def _groups(
     return [list(sequences[start : start + size]) for start in range(0, len(sequences), size)]
 
 
-def _common_prefix(ids: Sequence[Sequence[int]]) -> int:
-    """Tokens that all sequences begin with; one sequence is all prefix."""
-    return min(common_prefix_length(ids[0], other) for other in ids)
+def _lengths(ids: Sequence[Sequence[int]]) -> tuple[int, list[int]]:
+    """Tokens that all sequences of a group begin with, and those of each one's rest.
+
+    One sequence is all prefix.
+    """
+    prefix = min(common_prefix_length(ids[0], other) for other in ids)
+    return prefix, [len(sequence) - prefix for sequence in ids]

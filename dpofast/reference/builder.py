@@ -14,6 +14,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from dpofast.errors import MissingRowsError, ReferenceStoreError
+from dpofast.reference.batches import Batch, Batches
 from dpofast.reference.detail import Detail
 from dpofast.reference.misses import why_missing
 from dpofast.reference.pairs import PairAnswers, read_answers
@@ -62,8 +63,6 @@ class BuildOptions:
     """How a build goes about its work; the rows don't depend on it but for rounding.
 
     Attributes:
-        max_tokens: in one model call, padding included; None for no limit. A longer sequence has
-            a call of its own.
         commit_rows, commit_seconds: what is scored is committed after so many rows, or seconds: a
             killed build loses that much work at most (and the call it was in).
         progress: show a bar, on rank 0, where there is something to score.
@@ -71,7 +70,6 @@ class BuildOptions:
         rescore: take a row that the store has in less detail for missing.
     """
 
-    max_tokens: int | None = None
     commit_rows: int = 4096
     commit_seconds: float = 30.0
     progress: bool = True
@@ -105,7 +103,7 @@ def build_reference(
     pairs: Dataset,
     scorer: Scorer,
     *,
-    batch_sequences: int,
+    batches: Batches,
     ranks: Ranks | None = None,
     options: BuildOptions | None = None,
     description: str = "reference log-probs",
@@ -122,7 +120,7 @@ def build_reference(
         namespace: of the reference that `scorer` is.
         pairs: columns prompt_ids, chosen_ids, rejected_ids.
         scorer: makes the log-probs.
-        batch_sequences: answers in one model call.
+        batches: says which answers share a model call, such as `BatchesOfTokens`.
         ranks: by default this process alone.
         description: for the progress bar and the log.
         exchange: where each rank holds a part of the model only. The scorer is then called equally
@@ -150,12 +148,11 @@ def build_reference(
     # Nobody commits before all have seen the same rows missing, so that the shares fit together.
     ranks.barrier()
     build = _Build(namespace, answers, scorer, ranks.rank, options, exchange)
-    batches = build.batches(missing, batch_sequences)
-    build.run(batches[ranks.rank :: ranks.world_size], description)
+    build.run(batches(answers, missing)[ranks.rank :: ranks.world_size], description)
     ranks.barrier()
     # Where another job wrote at the same time, or ranks don't share the folder, rows may be left.
     missing = on_all_ranks(lambda: _missing(namespace, answers, least), exchange)
-    build.run(build.batches(missing, batch_sequences), description)
+    build.run(batches(answers, missing), description)
     namespace.refresh()
     seconds = time.monotonic() - started
     return ReferenceReport(needed, found, build.rows_scored, build.forward_passes, seconds, reason)
@@ -205,29 +202,7 @@ class _Build:
         self.rank, self.options, self.exchange = rank, options, exchange
         self.rows_scored = self.forward_passes = 0
 
-    def batches(self, answers: np.ndarray, batch_sequences: int) -> list[np.ndarray]:
-        """Answers [m] -> those of each model call.
-
-        Answers of one prompt are neighbours, so that a packed row has it once; prompts whose
-        longest answer is long come first, for little padding and an early failure.
-        """
-        lengths = self.answers.lengths(answers)
-        prompts = self.answers.prompts(answers)
-        longest = np.zeros(prompts.max(initial=-1) + 1, np.int64)
-        np.maximum.at(longest, prompts, lengths)
-        order = np.lexsort((-lengths, prompts, -longest[prompts]))
-        limit = self.options.max_tokens
-        batches: list[np.ndarray] = []
-        start = widest = 0
-        for end, place in enumerate(order.tolist()):
-            widest = max(widest, int(lengths[place]))
-            size = end + 1 - start
-            if size > batch_sequences or (size > 1 and limit is not None and size * widest > limit):
-                batches.append(answers[order[start:end]])
-                start, widest = end, int(lengths[place])
-        return [*batches, answers[order[start:]]] if len(answers) else []
-
-    def run(self, batches: list[np.ndarray], description: str) -> None:
+    def run(self, batches: list[Batch], description: str) -> None:
         """Score and commit; on an exception commit what was scored, then let it pass."""
         exchange = self.exchange
         rounds = len(batches) if exchange is None else max(exchange(len(batches)))
@@ -238,14 +213,18 @@ class _Build:
         self._next_commit = time.monotonic() + self.options.commit_seconds
         try:
             for batch in self._with_progress(batches, rounds, description):
-                scored = self._forward(self._shortest() if batch is None else batch)
-                on_all_ranks(partial(self._keep, batch, scored, writer), exchange)
+                scored = self._forward(self._shortest() if batch is None else batch.answers)
+                if batch is None:
+                    on_all_ranks(lambda: None, exchange)
+                else:
+                    keep = partial(self._keep, batch.answers.tolist(), scored, writer)
+                    on_all_ranks(keep, exchange)
             on_all_ranks(writer.commit, exchange)
         finally:
             writer.commit()
 
     def _shortest(self) -> np.ndarray:
-        """A batch for a rank that only has to call the model as often as the others."""
+        """Answers for a rank that only has to call the model as often as the others."""
         place = self.answers.lengths(self.answers.first).argmin()
         return self.answers.first[place : place + 1]
 
@@ -253,19 +232,17 @@ class _Build:
         self.forward_passes += 1
         return self.scorer([self.answers.ids(answer) for answer in batch.tolist()])
 
-    def _keep(self, batch: np.ndarray | None, scored: list[np.ndarray], writer: Writer) -> None:
+    def _keep(self, batch: list[int], scored: list[np.ndarray], writer: Writer) -> None:
         """Hand log-probs to the writer, and commit when it is time."""
-        if batch is None:
-            return
         got = [np.shape(per_token_scores)[-1] for per_token_scores in scored]
-        expected = [len(self.answers.ids(answer)[1]) for answer in batch.tolist()]
+        expected = [len(self.answers.ids(answer)[1]) for answer in batch]
         if got != expected:
             raise ReferenceStoreError(
                 f"The scorer returned {got} log-probs for answers of {expected} tokens; it must "
                 "give one for each token of each answer."
             )
         refused = None
-        for answer, scores in zip(batch.tolist(), scored, strict=True):
+        for answer, scores in zip(batch, scored, strict=True):
             try:
                 key = self.answers.keys[answer].tobytes()
                 writer.add(key, scores, self.answers.name(answer))
@@ -283,22 +260,21 @@ class _Build:
             self._next_commit = time.monotonic() + self.options.commit_seconds
 
     def _with_progress(
-        self, batches: list[np.ndarray], rounds: int, description: str
-    ) -> Iterator[np.ndarray | None]:
+        self, batches: list[Batch], rounds: int, description: str
+    ) -> Iterator[Batch | None]:
         """Batches, with a bar that counts tokens: the time left is right though lengths fall.
 
         Where there are more rounds than batches, each further one is None.
         """
-        tokens = [int(self.answers.lengths(batch).sum()) for batch in batches]
-        num_answers = sum(map(len, batches))
+        num_answers = sum(len(batch.answers) for batch in batches)
         with tqdm(
-            total=sum(tokens),
+            total=sum(batch.num_tokens for batch in batches),
             desc=f"{description}, {num_answers} answers",
             unit=" tokens",
             unit_scale=True,
             disable=not self.options.progress or self.rank != 0,
         ) as bar:
-            for batch, count in zip(batches, tokens, strict=True):
+            for batch in batches:
                 yield batch
-                bar.update(count)
+                bar.update(batch.num_tokens)
             yield from repeat(None, rounds - len(batches))

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from dpofast.errors import MissingRowsError
+from dpofast.reference.batches import Batches
 from dpofast.reference.builder import (
     BuildOptions,
     Ranks,
@@ -34,7 +35,6 @@ class ReferenceProvider:
     Args:
         folder: of the store; None for a temporary one that ends with this object.
         ranks: this process among those of the run.
-        batch_sequences: answers in one forward pass of the reference.
         detail: what is stored of what this run scores.
 
     Attributes:
@@ -42,20 +42,14 @@ class ReferenceProvider:
             sums alone, so to it any row is as good; `dpofast ref build` asks for the detail.
     """
 
-    def __init__(
-        self,
-        folder: Path | None,
-        ranks: Ranks,
-        batch_sequences: int,
-        detail: Detail = Detail.LOGPS,
-    ) -> None:
+    def __init__(self, folder: Path | None, ranks: Ranks, detail: Detail = Detail.LOGPS) -> None:
         self.detail, self.rescore = detail, False
         self._temporary = None
         if folder is None:
             # Each rank of a run that keeps nothing scores what it needs for itself.
             self._temporary = tempfile.TemporaryDirectory(prefix="dpofast-reference-")
             folder, ranks = Path(self._temporary.name), Ranks()
-        self.folder, self.ranks, self.batch_sequences = folder, ranks, batch_sequences
+        self.folder, self.ranks = folder, ranks
         self.reports: dict[str, ReferenceReport] = {}
         self.identity: ReferenceIdentity | None = None
         self._namespace: Namespace | None = None
@@ -80,6 +74,7 @@ class ReferenceProvider:
         pairs: Any,
         name: str,
         scorer: Scorer | None,
+        batches: Batches,
         sum_over_ranks: Callable[[list[int]], list[int]] = lambda counts: counts,
         exchange: Exchange | None = None,
     ) -> np.ndarray:
@@ -89,6 +84,7 @@ class ReferenceProvider:
             pairs: datasets.Dataset with prompt_ids, chosen_ids, rejected_ids.
             name: of the dataset, for messages.
             scorer: makes rows that the store lacks; None where the reference is gone.
+            batches: says which answers share a call of the scorer.
             sum_over_ranks: adds up counts, so that the report is of all ranks.
             exchange: where ranks run the scorer together, each with a part of its model.
 
@@ -101,7 +97,7 @@ class ReferenceProvider:
                 self.namespace,
                 pairs,
                 scorer,
-                batch_sequences=self.batch_sequences,
+                batches=batches,
                 ranks=self.ranks,
                 options=BuildOptions(detail=self.detail, rescore=self.rescore),
                 description=f"reference log-probs ({name})",

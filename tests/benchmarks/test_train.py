@@ -10,11 +10,11 @@ import pytest
 
 from benchmarks import train
 from benchmarks.harness import ABSENT, FAILED, TIMED, WRONG, Result
-from benchmarks.train import benchmark, case_of, parse
+from benchmarks.rounds import TRIAL_STEPS, Race, Standing
+from benchmarks.train import CONTEST, benchmark, case_of, parse, planned_counts
 from benchmarks.train_cases import Case, Work, gpu_case, prepare, race_case, tiny
 from benchmarks.train_child import run
 from benchmarks.train_contenders import ENTRIES
-from benchmarks.train_rounds import TRIAL_STEPS, Race, Standing, planned_counts
 
 CASE = tiny(race_case())
 BATCH = CASE.fixed_batch
@@ -149,7 +149,7 @@ class Children:
 
 
 def raced(children, rounds=2, case=CASE):
-    race = Race(case, children, {})
+    race = Race(CONTEST, case, children, {})
     race.choose_batches()
     for number in range(rounds):
         race.run_round(number)
@@ -225,7 +225,7 @@ def test_a_batch_size_that_fails_is_not_taken():
 
 def test_without_the_right_losses_nobody_gets_a_speed():
     race = raced(Children(naive={"status": FAILED, "reason": "ended by SIGKILL"}))
-    assert race.standings["shared"].result.reason == "no losses of naive to compare with"
+    assert race.standings["shared"].result.reason == "no results of naive to compare with"
     assert not race.running
 
 

@@ -27,7 +27,7 @@ from dpofast.reference.keys import row_key
 from dpofast.reference.prune import prune
 from dpofast.reference.report import verify
 from dpofast.reference.store import ReferenceStore, Writer
-from tests.reference.stubs import identity, pairs, stub_logps
+from tests.reference.stubs import batches_of, identity, pairs, stub_logps
 
 COUNTS = ("acknowledged", "lost", "wrong", "most_redone", "duplicates", "torn", "bad_stores")
 NUM_PAIRS, BATCH, COMMIT_ROWS = 100, 4, 16
@@ -111,7 +111,7 @@ def build(store, log):
     Writer.commit = acknowledging_commit
     options = BuildOptions(commit_rows=COMMIT_ROWS, progress=False)
     return build_reference(
-        namespace(store), DATASET, scorer, batch_sequences=BATCH, options=options
+        namespace(store), DATASET, scorer, batches=batches_of(BATCH), options=options
     )
 
 

@@ -8,6 +8,7 @@ import zlib
 import numpy as np
 from datasets import Dataset
 
+from dpofast.reference.batches import BatchesOfAnswers
 from dpofast.reference.identity import ReferenceIdentity
 
 
@@ -35,6 +36,15 @@ def stub_logps(prompt, answer):
     """Per-token log-probs [len(answer)] fp32 that depend on every id."""
     seed = zlib.crc32(repr((list(prompt), list(answer))).encode())
     return -np.random.default_rng(seed).random(len(answer), dtype=np.float32) * 5
+
+
+def batches_of(num_answers):
+    """A stub's model call costs the tokens of its sequences."""
+
+    def num_tokens(sequences):
+        return sum(len(prompt) + len(answer) for prompt, answer in sequences)
+
+    return BatchesOfAnswers(num_answers, num_tokens)
 
 
 class StubScorer:

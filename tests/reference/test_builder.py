@@ -3,7 +3,6 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from itertools import groupby
 
 import numpy as np
 import pytest
@@ -18,7 +17,7 @@ from dpofast.reference.builder import (
 )
 from dpofast.reference.detail import Detail
 from dpofast.reference.store import ReferenceStore
-from tests.reference.stubs import StubScorer, expected_logps, identity, pairs
+from tests.reference.stubs import StubScorer, batches_of, expected_logps, identity, pairs
 
 QUIET = BuildOptions(progress=False)
 
@@ -27,11 +26,9 @@ def namespace(folder, **changes):
     return ReferenceStore.open(folder, create=True).namespace(identity(**changes))
 
 
-def build(rows, dataset, scorer=None, batch_sequences=4, **arguments):
-    arguments = {"options": QUIET, **arguments}
-    return build_reference(
-        rows, dataset, scorer or StubScorer(), batch_sequences=batch_sequences, **arguments
-    )
+def build(rows, dataset, scorer=None, num_answers=4, **arguments):
+    arguments = {"options": QUIET, "batches": batches_of(num_answers), **arguments}
+    return build_reference(rows, dataset, scorer or StubScorer(), **arguments)
 
 
 def test_the_second_build_scores_nothing_and_gives_the_same(tmp_path):
@@ -54,7 +51,7 @@ def test_order_and_batches_do_not_matter(tmp_path):
     dataset = pairs(10)
     build(namespace(tmp_path), dataset)
     shuffled = dataset.shuffle(seed=1)
-    assert build(namespace(tmp_path), shuffled, batch_sequences=1).rows_scored == 0
+    assert build(namespace(tmp_path), shuffled, num_answers=1).rows_scored == 0
     got = reference_logps(namespace(tmp_path), shuffled)
     np.testing.assert_array_equal(got, expected_logps(shuffled))
 
@@ -63,7 +60,7 @@ def test_one_added_pair_costs_one_call_and_two_rows(tmp_path):
     dataset = pairs(10)
     build(namespace(tmp_path), dataset)
     more = concatenate_datasets([pairs(1, seed=5), dataset])
-    report = build(namespace(tmp_path), more, batch_sequences=2)
+    report = build(namespace(tmp_path), more, num_answers=2)
     assert (report.rows_found, report.rows_scored, report.forward_passes) == (20, 2, 1)
 
 
@@ -77,46 +74,6 @@ def test_an_answer_in_many_pairs_is_scored_once(tmp_path):
     assert sorted(answer for _, answer in scorer.scored) == [[3], [4], [5], [6]]
     got = reference_logps(namespace(tmp_path), dataset)
     np.testing.assert_array_equal(got, expected_logps(dataset))
-
-
-def shared_prompts(num_prompts, answers_each):
-    """Pairs that share prompts, far apart in the dataset."""
-    rows = pairs(num_prompts * answers_each)
-    prompts = [row["prompt_ids"] for row in rows.select(range(num_prompts))]
-    return Dataset.from_list(
-        [row | {"prompt_ids": prompts[number % num_prompts]} for number, row in enumerate(rows)]
-    )
-
-
-def test_the_longest_come_first_and_calls_stay_under_the_token_limit(tmp_path):
-    scorer = StubScorer()
-    dataset = shared_prompts(10, 4)
-    build(namespace(tmp_path), dataset, scorer, 4, options=BuildOptions(max_tokens=50))
-    lengths = [[len(p) + len(a) for p, a in call] for call in scorer.calls]
-    assert sum(map(len, lengths)) == 80
-    assert all(len(call) <= 4 and len(call) * max(call) <= 50 for call in lengths)
-    assert {len(call) for call in lengths[:-1]} == {2, 3, 4}
-    of_prompts = [
-        [len(prompt) + len(answer) for prompt, answer in group]
-        for _, group in groupby(scorer.scored, key=lambda sequence: sequence[0])
-    ]
-    longest = [max(group) for group in of_prompts]
-    assert longest == sorted(longest, reverse=True)
-
-
-@pytest.mark.parametrize("batch_sequences", [1, 3, 8, 100])
-def test_answers_of_one_prompt_are_neighbours(tmp_path, batch_sequences):
-    scorer = StubScorer()
-    build(namespace(tmp_path), shared_prompts(10, 4), scorer, batch_sequences)
-    prompts = [tuple(prompt) for prompt, _ in scorer.scored]
-    assert len([prompt for prompt, _ in groupby(prompts)]) == len(set(prompts)) == 10
-    assert {len(call) for call in scorer.calls[:-1]} <= {batch_sequences}  # all but the last full
-
-
-def test_a_sequence_above_the_token_limit_has_a_call_of_its_own(tmp_path):
-    scorer = StubScorer()
-    build(namespace(tmp_path), pairs(3), scorer, 8, options=BuildOptions(max_tokens=1))
-    assert [len(call) for call in scorer.calls] == [1] * 6
 
 
 def test_ranks_share_the_work_and_all_see_all_rows(tmp_path):
@@ -210,7 +167,7 @@ def test_a_log_prob_that_is_not_finite_stops_the_build_and_names_the_row(tmp_pat
             return scored
 
     with pytest.raises(ReferenceStoreError, match=r"row 34 \(rejected\)"):
-        build(namespace(tmp_path), dataset, Broken(), batch_sequences=20)
+        build(namespace(tmp_path), dataset, Broken(), num_answers=20)
     report = build(namespace(tmp_path), dataset)
     assert (report.rows_found, report.rows_scored) == (19, 1)
 

@@ -18,7 +18,7 @@ from dpofast.reference.builder import BuildOptions, build_reference
 from dpofast.reference.detail import Detail
 from dpofast.reference.report import verify
 from dpofast.reference.store import ReferenceStore
-from tests.reference.stubs import StubScorer, identity, pairs, stub_logps
+from tests.reference.stubs import StubScorer, batches_of, identity, pairs, stub_logps
 
 
 def key_of(prompt, answer):
@@ -38,7 +38,7 @@ def test_a_store_reads_as_documented(tmp_path):
     dataset = pairs(5)
     rows = ReferenceStore.open(tmp_path, create=True).namespace(identity())
     options = BuildOptions(progress=False)
-    build_reference(rows, dataset, StubScorer(), batch_sequences=4, options=options)
+    build_reference(rows, dataset, StubScorer(), batches=batches_of(4), options=options)
 
     content = json.loads((tmp_path / "store.json").read_text())
     assert content == {"format": "dpofast reference store", "version": 1}

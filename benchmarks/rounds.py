@@ -1,7 +1,8 @@
-"""The rounds of the race: contenders in processes of their own, and who of them is right."""
+"""The rounds of a race: contenders in processes of their own, and who of them is right."""
 
 from __future__ import annotations
 
+import argparse
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -12,19 +13,46 @@ import torch
 
 from benchmarks.harness import ABSENT, FAILED, TIMED, WRONG, Result, Verdict, ratios, rotated
 from benchmarks.memory import measure_in_child
-from benchmarks.train_cases import Case, Work
-from benchmarks.train_child import MODULE as CHILD_MODULE
-from benchmarks.train_contenders import ENTRIES, OURS, TRUTH
-from dpofast.data.layout import Layout
-from dpofast.data.loader import token_limit
-from dpofast.data.plan import BatchShape, StepSampler
+from benchmarks.train_cases import Case
+from benchmarks.train_contenders import Entry
 
 Counts = dict[str, int]
-# What one process of a contender reports: see `benchmarks.train_child.run`.
+# What one process of a contender reports: see `benchmarks.train_child.measured`.
 Measured = dict[str, Any]
 RunChild = Callable[[str, int, int], Measured]  # of a contender, its batch size, timed steps
 # Timed steps of a run that looks for the best batch size.
 TRIAL_STEPS = 1
+# Under which name a process reports what is judged as ...
+REPORTED_AS = {"loss": "losses", "grad_norm": "grad_norms", "logps": "logps"}
+
+
+@dataclass(frozen=True)
+class Contest:
+    """Who races.
+
+    Attributes:
+        entries: all contenders.
+        ours: the one that ratios are of.
+        truth: the one whose results are right.
+        child: the module that runs one contender.
+    """
+
+    entries: dict[str, Entry]
+    ours: str
+    truth: str
+    child: str
+
+    def left_out(self, options: argparse.Namespace) -> dict[str, str]:
+        """Who takes no part, and why; ours and the one that is right always do."""
+        found = {}
+        for name, entry in self.entries.items():
+            if name in (self.ours, self.truth):
+                continue
+            if name in options.skip or (options.contenders and name not in options.contenders):
+                found[name] = "left out by the command line"
+            elif options.device not in entry.on and name not in options.contenders:
+                found[name] = f"left out on {options.device} unless asked for: --contenders {name}"
+        return found
 
 
 @dataclass(eq=False)
@@ -62,10 +90,11 @@ class Standing:
         return self.runs[0]["counts"] if self.runs else None
 
     def judge(self, truth: Measured, bounds: dict[str, float]) -> None:
-        """Compare every run's losses and gradient norms with the right ones, step by step."""
+        """Compare what every run gave with what is right, one by one."""
         errors = {}
-        for name, key in (("loss", "losses"), ("grad_norm", "grad_norms")):
-            right = torch.tensor(truth[key], dtype=torch.float64)  # [steps]
+        for name in bounds:
+            key = REPORTED_AS[name]
+            right = torch.tensor(truth[key], dtype=torch.float64)  # [n]
             got = torch.tensor([run[key] for run in self.runs], dtype=torch.float64)
             errors[name] = (got / right - 1.0).abs().max().item()  # NaN where any is
         self.result.verdict = Verdict(errors, bounds)
@@ -89,16 +118,20 @@ class Race:
     """All contenders of a case.
 
     Args:
+        contest: who they are.
         case: that is run.
         run_child: runs a contender at a batch size in a process of its own.
         left_out: by contender, why it takes no part.
     """
 
-    def __init__(self, case: Case, run_child: RunChild, left_out: dict[str, str]) -> None:
-        self.case, self.run_child = case, run_child
+    def __init__(
+        self, contest: Contest, case: Case, run_child: RunChild, left_out: dict[str, str]
+    ) -> None:
+        self.contest, self.case, self.run_child = contest, case, run_child
         num_pairs = case.steps * case.pairs_per_step
         self.standings = {
-            name: Standing(Result(name, entry.note), num_pairs) for name, entry in ENTRIES.items()
+            name: Standing(Result(name, entry.note), num_pairs)
+            for name, entry in contest.entries.items()
         }
         for name, reason in left_out.items():
             self.standings[name].result.drop(ABSENT, reason)
@@ -138,12 +171,13 @@ class Race:
                 continue
             standing.runs.append(found)
             standing.result.seconds.append(found["seconds"])
-        truth = self.standings[TRUTH].runs
+        truth = self.standings[self.contest.truth].runs
         for name in self.running:
             if truth:
                 self.standings[name].judge(truth[0], self.case.tolerances)
             else:
-                self.standings[name].result.drop(FAILED, f"no losses of {TRUTH} to compare with")
+                reason = f"no results of {self.contest.truth} to compare with"
+                self.standings[name].result.drop(FAILED, reason)
 
     def ratios(self) -> tuple[dict[str, float | None], dict[str, str]]:
         """Ours over theirs in pairs a second and in bytes at the peak, and why some are None."""
@@ -152,42 +186,63 @@ class Race:
         why: dict[str, str] = {}
         for suffix, attribute in (("speed", "speed"), ("memory", "peak")):
             values = {name: getattr(each, attribute) for name, each in self.standings.items()}
-            some, some_why = ratios(values, reasons, OURS, suffix)
+            some, some_why = ratios(values, reasons, self.contest.ours, suffix)
             found.update(some)
             why.update(some_why)
         return found, why
 
+    def miscounts(self, planned: dict[str, Counts]) -> list[str]:
+        """Who of ours ran other tokens or rows than the plan says."""
+        return [
+            f"{name} ran {run['counts']}, planned were {planned[name]}"
+            for name in planned
+            for run in self.standings[name].runs
+            if run["counts"] != planned[name]
+        ]
 
-def planned_counts(work: Work, name: str) -> Counts:
-    """Body tokens and head rows of one of our contenders' timed steps, as the plan says."""
-    case, pairs = work.case, work.pairs
-    layout = Layout(ENTRIES[name].layout or "")
-    limit = token_limit(pairs, layout, case.max_tokens)
-    shape = BatchShape(work.batch_size, case.pairs_per_step // work.batch_size, 1)
-    _, *timed = StepSampler(len(pairs), shape, rank=0, seed=None, limit=limit)
-    answers = [len(pair["chosen_ids"]) + len(pair["rejected_ids"]) for pair in pairs]
-    body_tokens = head_rows = 0
-    for step in timed:
-        for batch in step.micro_batches:
-            head_rows += sum(answers[pair] for pair in batch)
-            if limit is not None:
-                body_tokens += sum(limit.lengths[pair] for pair in batch)
-            else:
-                body_tokens += 2 * len(batch) * max(_longest(pairs[pair]) for pair in batch)
-    return {"body_tokens": body_tokens, "head_rows": head_rows}
+    def is_good(self, planned: dict[str, Counts]) -> bool:
+        """Whether ours was right and timed, and ran what the plan says."""
+        is_timed = self.standings[self.contest.ours].result.status == TIMED
+        return is_timed and not self.miscounts(planned)
 
 
-def _longest(pair: dict[str, list[int]]) -> int:
-    return len(pair["prompt_ids"]) + max(len(pair["chosen_ids"]), len(pair["rejected_ids"]))
+def targets(
+    ratios: dict[str, float | None], at_least: dict[str, float], at_most: dict[str, float]
+) -> dict[str, dict[str, Any]]:
+    """What a race is to show, and whether it does; None where there is no ratio."""
+    found: dict[str, dict[str, Any]] = {}
+    for rule, bounds in (("at least", at_least), ("at most", at_most)):
+        for name, bound in bounds.items():
+            value, holds = ratios[name], None
+            if value is not None:
+                holds = value >= bound if rule == "at least" else value <= bound
+            found[name] = {"value": value, "rule": rule, "bound": bound, "holds": holds}
+    return found
 
 
-def child_runner(folder: Path, device: str, threads: int, limit: float) -> RunChild:
+def print_targets(found: dict[str, dict[str, Any]]) -> None:
+    words = {True: "holds", False: "is missed", None: "is unknown"}
+    for name, target in found.items():
+        value = "-" if target["value"] is None else f"{target['value']:.2f}"
+        print(f"{name} {value}, {target['rule']} {target['bound']}: {words[target['holds']]}")
+
+
+def memory_words(on_gpu: bool) -> str:
+    """What `peak_bytes` are."""
+    if on_gpu:
+        return "allocated by PyTorch while the time ran"
+    return "resident set of the process, imports included"
+
+
+def child_runner(
+    contest: Contest, folder: Path, device: str, threads: int, limit: float
+) -> RunChild:
     """Runs contenders on the case in `folder`, in new processes of at most `limit` seconds."""
 
     def run(name: str, batch_size: int, steps: int) -> Measured:
         arguments = [str(folder), name, "--device", device, "--threads", str(threads)]
         arguments += ["--batch-size", str(batch_size), "--steps", str(steps)]
-        found, reason = measure_in_child(CHILD_MODULE, arguments, limit)
+        found, reason = measure_in_child(contest.child, arguments, limit)
         if found:
             return found[-1]
         return {"status": FAILED, "reason": reason or "its process said nothing"}

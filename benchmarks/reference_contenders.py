@@ -1,0 +1,124 @@
+"""Who runs in the race of reference log-probs: our builder, TRL's precompute, plain PyTorch.
+
+All score the same model on the same pairs. The clock of a contender's `Meter` starts once model
+and pairs are there and the model has run on a few tokens, and ends when all log-probs are there.
+Each returns them: [2n] fp64, chosen and rejected of each pair.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks.train_cases import Work
+from benchmarks.train_contenders import (
+    Entry,
+    Meter,
+    count_trl_rows,
+    naive_batch,
+    naive_logps,
+    packed_attention_of,
+    token_trainer,
+    trainer_options,
+)
+
+
+def _warm(model: Any) -> None:
+    """What the first forward pass of a process needs once; before anything is counted."""
+    with torch.no_grad():
+        model(input_ids=torch.ones(1, 8, dtype=torch.int64, device=model.device))
+
+
+def _ours(work: Work, meter: Meter) -> np.ndarray:
+    """The trainer's own way to its log-probs: rows that are missed, scored, committed, and read.
+
+    The model's identity and the checks of a run's start come before the clock, as TRL's hash of the
+    model does.
+    """
+    from dpofast import DPOConfig, DPOTrainer
+
+    trainer = DPOTrainer(
+        work.model(),
+        args=DPOConfig(
+            **trainer_options(work, "ours"),
+            layout="shared",
+            max_tokens_per_microbatch=work.case.max_tokens,
+            precompute_ref_log_probs=False,  # a store of its own, which the next round doesn't find
+        ),
+        train_dataset=work.timed_pairs,
+        processing_class=work.tokenizer,
+    )
+    _ = trainer.reference.identity
+    _warm(trainer.model)
+    meter.watch(trainer.model)
+    meter.attention = packed_attention_of(work)
+    meter.step_ends()
+    logps = trainer.loaders.dataset(trainer.train_dataset, "train").ref_logps
+    meter.step_ends()
+    return logps.reshape(-1)
+
+
+def _trl(work: Work, meter: Meter) -> np.ndarray:
+    """What TRL's trainer does where it is made; its hash of the model comes before the clock."""
+    import trl
+
+    count_trl_rows(meter)
+
+    class TimedTrainer(token_trainer()):  # type: ignore[misc]
+        def _precompute_ref_logps(self, *arguments: Any, **named: Any) -> Any:
+            _warm(self.model)
+            meter.watch(self.model, head=False)
+            meter.step_ends()
+            dataset = super()._precompute_ref_logps(*arguments, **named)
+            meter.step_ends()
+            return dataset
+
+    meter.attention = work.attention
+    trainer = TimedTrainer(
+        work.model(),
+        args=trl.DPOConfig(
+            **trainer_options(work, "trl"),
+            precompute_ref_log_probs=True,
+            precompute_ref_batch_size=work.batch_size,
+        ),
+        train_dataset=_uncached(work),
+        processing_class=work.tokenizer,
+    )
+    sides = ("ref_chosen_logps", "ref_rejected_logps")
+    return np.array([trainer.train_dataset[side] for side in sides]).T.reshape(-1)
+
+
+def _uncached(work: Work) -> Any:
+    """The pairs as no process has seen them: TRL would find a former round's log-probs."""
+    from datasets import Dataset
+
+    return Dataset.from_list(work.timed_pairs.to_list())
+
+
+def _naive(work: Work, meter: Meter) -> np.ndarray:
+    """All logits of padded rows."""
+    model, pairs = work.model().eval(), work.timed_pairs.to_list()
+    _warm(model)
+    meter.watch(model)
+    meter.attention = work.attention
+    meter.step_ends()
+    found = []
+    for start in range(0, len(pairs), work.batch_size):
+        batch = pairs[start : start + work.batch_size]
+        with torch.no_grad():
+            logps = naive_logps(
+                model, *naive_batch(batch, work.tokenizer.pad_token_id, work.device)
+            )
+        found.append(logps.cpu().numpy().reshape(2, -1).T)
+    meter.step_ends()
+    return np.concatenate(found).reshape(-1)
+
+
+ENTRIES: dict[str, Entry] = {
+    "ours": Entry(_ours, "ours: packed rows, each prompt once, kept in a store", "shared"),
+    "trl": Entry(_trl, "TRL's precompute, kept beside the dataset"),
+    "naive": Entry(_naive, "plain PyTorch: padded rows, all logits"),
+}
+OURS, TRUTH = "ours", "naive"
