@@ -33,7 +33,7 @@ from dpofast.reference.store import ReferenceStore
 from dpofast.zero.blocks import in_blocks
 from dpofast.zero.weights import spread
 from tests.distributed.identity_ranks import CONFIG
-from tests.reference.stubs import identity
+from tests.reference.stubs import batches_of, identity
 from tests.support import make_trainer, token_pairs
 
 BATCH_SEQUENCES = 4
@@ -70,7 +70,7 @@ def build(store: Path, num_pairs: int, scorer: Any) -> Any:
         ReferenceStore.open(store, create=True).namespace(identity()),
         token_pairs(num_pairs),
         scorer,
-        batch_sequences=BATCH_SEQUENCES,
+        batches=batches_of(BATCH_SEQUENCES),
         ranks=ranks,
         options=QUIET,
         exchange=exchange,

@@ -18,7 +18,7 @@ from dpofast.reference.builder import build_reference, reference_logps
 from dpofast.reference.store import ReferenceStore
 from tests.distributed.launch import launch
 from tests.distributed.spread_ranks import BATCH_SEQUENCES, QUIET, load, scorer_of
-from tests.reference.stubs import identity
+from tests.reference.stubs import batches_of, identity
 from tests.support import VOCAB_SIZE, tiny_llama, tiny_mixtral, token_pairs
 
 pytestmark = pytest.mark.distributed
@@ -74,7 +74,7 @@ def stored(folder):
 def test_log_probs_are_those_of_the_same_batches_under_the_whole_model(folder, tmp_path, name):
     expected = ReferenceStore.open(tmp_path, create=True).namespace(identity())
     scorer = scorer_of(load(folder / name))
-    options = {"batch_sequences": BATCH_SEQUENCES, "options": QUIET}
+    options = {"batches": batches_of(BATCH_SEQUENCES), "options": QUIET}
     report = build_reference(expected, token_pairs(6), scorer, **options)
     assert report.forward_passes == 3
     got = stored(folder / name / "store")

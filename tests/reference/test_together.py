@@ -14,7 +14,7 @@ from dpofast.reference import writer
 from dpofast.reference.builder import BuildOptions, Ranks, build_reference, reference_logps
 from dpofast.reference.store import ReferenceStore
 from dpofast.reference.together import on_all_ranks
-from tests.reference.stubs import StubScorer, expected_logps, identity, pairs
+from tests.reference.stubs import StubScorer, batches_of, expected_logps, identity, pairs
 
 WORLD = 3
 
@@ -91,7 +91,7 @@ def builder(folder, num_pairs, fail=nothing, commit_rows=4096, at_barrier=nothin
             ReferenceStore.open(where, create=True).namespace(identity()),
             pairs(num_pairs),
             score,
-            batch_sequences=4,
+            batches=batches_of(4),
             ranks=Ranks(rank, WORLD, barrier),
             options=BuildOptions(commit_rows=commit_rows, progress=False),
             exchange=meeting.exchange_of(rank),
