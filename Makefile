@@ -54,7 +54,7 @@ bench: setup  ## race the head with its loss against plain PyTorch and peers, on
 race: setup  ## race whole training steps against TRL and plain PyTorch, on this machine (15 minutes)
 	$(BIN)/python -m benchmarks.train --json runs/bench/train.json
 
-race-ref: setup  ## race the making of reference log-probs against TRL's, on this machine (10 minutes)
+race-ref: setup  ## race the making of reference log-probs against TRL's, on this machine (15 minutes)
 	$(BIN)/python -m benchmarks.reference --json runs/bench/reference.json
 
 wheel: setup  ## build the wheel into dist/

@@ -206,34 +206,6 @@ class Race:
         return is_timed and not self.miscounts(planned)
 
 
-def targets(
-    ratios: dict[str, float | None], at_least: dict[str, float], at_most: dict[str, float]
-) -> dict[str, dict[str, Any]]:
-    """What a race is to show, and whether it does; None where there is no ratio."""
-    found: dict[str, dict[str, Any]] = {}
-    for rule, bounds in (("at least", at_least), ("at most", at_most)):
-        for name, bound in bounds.items():
-            value, holds = ratios[name], None
-            if value is not None:
-                holds = value >= bound if rule == "at least" else value <= bound
-            found[name] = {"value": value, "rule": rule, "bound": bound, "holds": holds}
-    return found
-
-
-def print_targets(found: dict[str, dict[str, Any]]) -> None:
-    words = {True: "holds", False: "is missed", None: "is unknown"}
-    for name, target in found.items():
-        value = "-" if target["value"] is None else f"{target['value']:.2f}"
-        print(f"{name} {value}, {target['rule']} {target['bound']}: {words[target['holds']]}")
-
-
-def memory_words(on_gpu: bool) -> str:
-    """What `peak_bytes` are."""
-    if on_gpu:
-        return "allocated by PyTorch while the time ran"
-    return "resident set of the process, imports included"
-
-
 def child_runner(
     contest: Contest, folder: Path, device: str, threads: int, limit: float
 ) -> RunChild:

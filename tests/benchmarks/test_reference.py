@@ -9,7 +9,7 @@ from itertools import takewhile
 import numpy as np
 import pytest
 
-from benchmarks import reference
+from benchmarks import program, reference
 from benchmarks.harness import ABSENT, TIMED, WRONG, Result
 from benchmarks.reference import CONTEST, benchmark, case_of, parse, planned_counts
 from benchmarks.reference_cases import BATCH_SIZES, ReferenceCase, ReferenceWork, race_case, tiny
@@ -134,7 +134,7 @@ def test_speed_is_of_all_pairs_at_the_best_batch_size_of_trl():
 def write(monkeypatch, tmp_path, children, *arguments):
     """Run the command line with these children: exit code and JSON."""
     file = tmp_path / "results" / "reference.json"
-    monkeypatch.setattr(reference, "child_runner", lambda *_: children)
+    monkeypatch.setattr(program, "child_runner", lambda *_: children)
     planned = {"body_tokens": 10, "head_rows": 5}
     monkeypatch.setattr(reference, "planned_counts", lambda *_: planned)
     code = benchmark(parse(["--device", "cpu", "--dry-run", "--json", str(file), *arguments]))
@@ -142,7 +142,7 @@ def write(monkeypatch, tmp_path, children, *arguments):
 
 
 def test_what_is_written(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(reference, "has_targets", lambda _: True)
+    monkeypatch.setattr(program, "has_targets", lambda _: True)
     code, given = write(monkeypatch, tmp_path, Children(), "--rounds", "2")
     assert code == 0
     assert (given["benchmark"], given["ours"]) == ("reference", "ours")

@@ -8,7 +8,7 @@ from itertools import takewhile
 
 import pytest
 
-from benchmarks import train
+from benchmarks import program, train
 from benchmarks.harness import ABSENT, FAILED, TIMED, WRONG, Result
 from benchmarks.rounds import TRIAL_STEPS, Race, Standing
 from benchmarks.train import CONTEST, benchmark, case_of, parse, planned_counts
@@ -232,7 +232,7 @@ def test_without_the_right_losses_nobody_gets_a_speed():
 def write(monkeypatch, tmp_path, children, *arguments):
     """Run the command line with these children: exit code and JSON."""
     file = tmp_path / "results" / "train.json"
-    monkeypatch.setattr(train, "child_runner", lambda *_: children)
+    monkeypatch.setattr(program, "child_runner", lambda *_: children)
     planned = {"body_tokens": 10, "head_rows": 5}
     monkeypatch.setattr(train, "planned_counts", lambda *_: planned)
     monkeypatch.setattr(train, "tiny", lambda case: replace(CASE, batch_sizes=case.batch_sizes))
@@ -241,7 +241,7 @@ def write(monkeypatch, tmp_path, children, *arguments):
 
 
 def test_what_is_written(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(train, "has_targets", lambda _: True)
+    monkeypatch.setattr(program, "has_targets", lambda _: True)
     code, given = write(monkeypatch, tmp_path, Children(), "--rounds", "2", "--skip", "unshared")
     assert code == 0
     assert (given["benchmark"], given["ours"]) == ("train", "shared")
