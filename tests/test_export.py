@@ -15,7 +15,7 @@ from dpofast.errors import ConfigError, DataError, MissingRowsError
 from dpofast.export import Source, export_pairs
 from dpofast.reference.builder import BuildOptions, build_reference, reference_logps
 from dpofast.reference.store import ReferenceStore
-from tests.reference.stubs import StubScorer, identity
+from tests.reference.stubs import StubScorer, batches_of, identity
 from tests.support import make_trainer, token_pairs, train
 
 ENDINGS = [".parquet", ".jsonl", ".json"]
@@ -64,7 +64,7 @@ def namespace_of(folder, tokens=None):
     namespace = ReferenceStore.open(folder / "store", create=True).namespace(identity())
     if tokens is not None:
         options = BuildOptions(progress=False)
-        build_reference(namespace, tokens, StubScorer(), batch_sequences=4, options=options)
+        build_reference(namespace, tokens, StubScorer(), batches=batches_of(4), options=options)
     return namespace
 
 

@@ -14,7 +14,7 @@ from dpofast.demo.model import make_tokenizer
 from dpofast.export import Source, export_pairs
 from dpofast.reference.builder import BuildOptions, build_reference, reference_logps
 from dpofast.reference.store import ReferenceStore
-from tests.reference.stubs import StubScorer, identity
+from tests.reference.stubs import StubScorer, batches_of, identity
 
 trl = pytest.importorskip("trl", reason="needs the extra `bench`")
 
@@ -32,7 +32,7 @@ def test_trl_reads_the_columns_beside_the_same_ids(tmp_path):
     tokens, report = tokenize_preferences(load_preferences(ROWS), tokenizer, max_length=None)
     namespace = ReferenceStore.open(tmp_path / "store", create=True).namespace(identity())
     options = BuildOptions(progress=False)
-    build_reference(namespace, tokens, StubScorer(), batch_sequences=4, options=options)
+    build_reference(namespace, tokens, StubScorer(), batches=batches_of(4), options=options)
     path = tmp_path / "pairs.parquet"
     export_pairs(path, Source(ROWS), tokens, report, namespace)
 
