@@ -77,8 +77,10 @@ class BatchesOfTokens:
         row: list[int] = []
         filled = 0
         for group in _by_prompt(answers, wanted):
-            for part, tokens in self._parts(answers, group):
-                if row and filled + tokens > self.max_tokens:
+            for number, (part, tokens) in enumerate(self._parts(answers, group)):
+                # Parts of one prompt would be laid out as one, which may have more tokens: it
+                # shares what all its answers begin with alone.
+                if row and (number > 0 or filled + tokens > self.max_tokens):
                     batches.append(Batch(np.array(row), filled))
                     row, filled = [], 0
                 row, filled = row + part, filled + tokens

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from itertools import groupby, pairwise
 
 import pytest
 from datasets import Dataset
-from hypothesis import given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from dpofast.data.layout import Layout
@@ -22,6 +23,7 @@ some_pairs = st.lists(
 )
 
 
+@functools.cache
 def scorer(layout):
     return SequenceScorer(tiny_llama(), None, Layout(layout))
 
@@ -74,6 +76,8 @@ def test_the_longest_come_first(batches):
     assert longest == sorted(longest, reverse=True)
 
 
+@settings(deadline=None, max_examples=300)
+@example([([3], [3] * 3, [3] * 4), ([3], [3] * 5, [3, 3, 3, 4]), ([3], [4], [3])], 12, "shared")
 @given(some_pairs, st.sampled_from([1, 9, 20, 60]), st.sampled_from(["shared", "unshared"]))
 def test_calls_hold_what_fits_counted_as_it_is_laid_out(rows, max_tokens, layout):
     names = ("prompt_ids", "chosen_ids", "rejected_ids")
