@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from dpofast.cli.options import read_options
+from dpofast.cli.options import RunOptions, read_options
 from dpofast.cli.quiet import is_main_process
 from dpofast.cli.reading import COMMAND_LINE, split_own
 from dpofast.cli.values import checked_value
@@ -34,6 +34,7 @@ def _build(yaml_file: str | None, overrides: list[str]) -> None:
 
     options = read_options(yaml_file, overrides)
     options.require("model_name_or_path", "dataset_name")
+    _refuse_unkept(options, "the build would keep nothing; leave it out")
     trainer = make_trainer(options)
     trainer.reference.provider.rescore = True
     trainer.get_train_dataloader()
@@ -65,11 +66,7 @@ def _export(yaml_file: str | None, overrides: list[str]) -> None:
     output = check_output(
         checked_value("--output", own["output"].value, str, COMMAND_LINE), script.dataset_name
     )
-    if not options.config.precompute_ref_log_probs:
-        raise ConfigError(
-            f"{options.source}: precompute_ref_log_probs is false, so no log-probs are kept that "
-            "could be exported; leave it out, and run `dpofast ref build` first."
-        )
+    _refuse_unkept(options, "there is nothing to export; leave it out, and run `dpofast ref build`")
     trainer = make_trainer(options)
     identity = trainer.reference.identity
     if is_main_process():
@@ -86,6 +83,14 @@ def _export(yaml_file: str | None, overrides: list[str]) -> None:
         print(
             f"{count} of {report.pairs_read} pairs written to {output}, with the log-probs of "
             f"reference {identity.digest[:12]} in ref_chosen_logps and ref_rejected_logps"
+        )
+
+
+def _refuse_unkept(options: RunOptions, consequence: str) -> None:
+    if not options.config.precompute_ref_log_probs:
+        raise ConfigError(
+            f"{options.source}: precompute_ref_log_probs is false, so no log-probs are kept, and "
+            f"{consequence}."
         )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import shutil
 import time
+import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -81,7 +82,10 @@ def prune(folder: str | Path, forget: Sequence[str] = ()) -> PruneReport:
     before = _size(store.folder)
     for digest in dict.fromkeys(forgotten):
         with naming_errors("delete", store.folder / digest):
-            shutil.rmtree(store.folder / digest)
+            # out of sight at once: half a folder could not be described
+            hidden = store.folder / f"{TEMPORARY_PREFIX}{uuid.uuid4().hex}"
+            (store.folder / digest).rename(hidden)
+            shutil.rmtree(hidden)
         report.forgotten.append(digest)
     for digest in digests:
         if digest not in forgotten:
@@ -184,7 +188,10 @@ def _delete_abandoned(folder: Path, report: PruneReport) -> None:
         with naming_errors("delete", path):
             try:
                 age = time.time() - path.stat().st_mtime
-                if age > ABANDONED_SECONDS:
+                if path.is_dir():  # a reference that was being forgotten
+                    shutil.rmtree(path)
+                    report.temporaries += 1
+                elif age > ABANDONED_SECONDS:
                     path.unlink()
                     report.temporaries += 1
             except FileNotFoundError:  # its writer has given it its name

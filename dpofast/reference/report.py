@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -71,8 +74,8 @@ def verify(folder: str | Path) -> VerifyReport:
     store = ReferenceStore.open(folder)
     report = VerifyReport(store.folder)
     _verify_text(store.folder / STORE_FILE, STORE_TEXT, report)
-    digests = store.digests()
-    _note_strangers(store.folder, {STORE_FILE, *digests}, report)
+    names, digests = list_names(store.folder), store.digests()
+    _note_strangers(store.folder, set(names) - {STORE_FILE, *digests}, report)
     for digest in digests:
         _verify_namespace(store, digest, report)
     return report
@@ -82,7 +85,7 @@ def _verify_namespace(store: ReferenceStore, digest: str, report: VerifyReport) 
     folder = store.folder / digest
     names = list_names(folder)
     segments = [name for name in names if NAME_PATTERN.fullmatch(name)]
-    _note_strangers(folder, {IDENTITY_FILE, *segments}, report)
+    _note_strangers(folder, set(names) - {IDENTITY_FILE, *segments}, report)
     if segments or IDENTITY_FILE in names:
         report.references += 1
         try:
@@ -94,7 +97,8 @@ def _verify_namespace(store: ReferenceStore, digest: str, report: VerifyReport) 
         try:
             whole.append(_verify_segment(folder / name, bytes.fromhex(digest), report).columns)
         except ReferenceStoreError as error:
-            report.problems.append(str(error))
+            if (folder / name).exists():  # else a prune has merged it meanwhile
+                report.problems.append(str(error))
     report.problems += _conflicts(folder, whole)
 
 
@@ -124,11 +128,10 @@ def _verify_text(path: Path, expected: str, report: VerifyReport) -> None:
         )
 
 
-def _note_strangers(folder: Path, known: set[str], report: VerifyReport) -> None:
-    for name in list_names(folder):
+def _note_strangers(folder: Path, names: set[str], report: VerifyReport) -> None:
+    """Names of one listing: with a second one, what was written in between would be a stranger."""
+    for name in sorted(names):
         path = folder / name
-        if name in known:
-            continue
         if name.startswith(TEMPORARY_PREFIX):
             report.notes.append(
                 f"{path} was not written to its end; no reader looks at it. Delete it when no "
@@ -185,7 +188,9 @@ def info(folder: str | Path) -> dict[str, Any]:
             continue
         identity = store.identity(digest)
         namespace = Namespace(store, identity)
-        stats = [(namespace.folder / name).stat() for name in names]
+        stats = _stats([namespace.folder / name for name in names])
+        if not stats:
+            continue
         times = sorted(stat.st_mtime for stat in stats)
         counts = namespace.counts()
         references.append(
@@ -196,7 +201,7 @@ def info(folder: str | Path) -> dict[str, Any]:
                 "tokens": counts.tokens,
                 "rows_with_logps": counts.of_detail[Detail.LOGPS],
                 "rows_with_logsumexps": counts.of_detail[Detail.LOGSUMEXPS],
-                "segments": len(names),
+                "segments": len(stats),
                 "bytes": sum(stat.st_size for stat in stats),
                 "first_written": _iso(times[0]),
                 "last_written": _iso(times[-1]),
@@ -209,6 +214,15 @@ def info(folder: str | Path) -> dict[str, Any]:
         "bytes": sum(reference["bytes"] for reference in references),
         "references": references,
     }
+
+
+def _stats(paths: Sequence[Path]) -> list[os.stat_result]:
+    """Of the files that a prune hasn't merged meanwhile."""
+    stats = []
+    for path in paths:
+        with naming_errors("read", path), contextlib.suppress(FileNotFoundError):
+            stats.append(path.stat())
+    return stats
 
 
 def describe(folder: str | Path) -> list[str]:

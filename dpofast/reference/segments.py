@@ -13,7 +13,7 @@ import pyarrow as pa
 from xxhash import xxh3_64_intdigest, xxh3_128_hexdigest
 
 from dpofast.errors import ReferenceStoreError
-from dpofast.reference.files import write_durably
+from dpofast.reference.files import naming_errors, write_durably
 from dpofast.reference.keys import KEY_BYTES
 
 FORMAT_VERSION = 1
@@ -229,6 +229,9 @@ class Segment:
         try:
             self.columns, self._checksums = _map_columns(path)
         except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
+            if isinstance(error, OSError) and error.errno:  # the system's; Arrow's own have none
+                with naming_errors("read", path):
+                    raise
             raise damaged(
                 path, str(error).splitlines()[0] if str(error) else "unreadable"
             ) from error

@@ -98,6 +98,9 @@ class ReferenceStore:
             ReferenceStoreError: it lacks or is damaged.
         """
         path = self.folder / digest / IDENTITY_FILE
+        if path.exists():
+            with naming_errors("read", path):
+                path.read_bytes()
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
             identity = ReferenceIdentity(content["digest"], content["description"])

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -107,6 +107,11 @@ class _Reader:
         else:
             for name, tensor in _own_tensors(module):
                 self._line(prefix + name, tensor)
+            # Its numbers follow from the config. But `model.bfloat16()` rounds them, where loading
+            # in bfloat16 leaves rotary frequencies in float32: these are two references.
+            for name, buffer in module._buffers.items():
+                if name in module._non_persistent_buffers_set and _is_rounded(buffer):
+                    self.lines.append(f"{prefix}{name} {dtype_name(buffer.dtype)} not saved")
             for name, child in children.items():
                 if child is not None:
                     self.module(child, f"{prefix}{name}.")
@@ -192,6 +197,11 @@ def _own_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     for name, tensor in (*module._parameters.items(), *module._buffers.items()):
         if tensor is not None and name not in module._non_persistent_buffers_set:
             yield name, tensor
+
+
+def _is_rounded(buffer: Tensor | None) -> TypeGuard[Tensor]:
+    """Whether floats aren't in the dtype that models make them in."""
+    return buffer is not None and buffer.is_floating_point() and buffer.dtype != torch.float32
 
 
 def _tensors_below(module: nn.Module, skip: str) -> Iterator[tuple[str, Tensor]]:

@@ -100,6 +100,17 @@ def test_ref_export_writes_what_trains_as_the_store_does(
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["ref_rows_needed"] == 0
 
 
+def test_ref_build_refuses_to_keep_nothing(
+    tmp_path: Path,
+    model_folder: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("dpofast.cli.train.make_trainer", None)
+    words = [*run_arguments(tmp_path, model_folder)[1:], "--precompute_ref_log_probs=false"]
+    assert "the build would keep nothing" in error_of(capsys, ["ref", "build", *words])
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [

@@ -45,6 +45,7 @@ def check_together(folder, rounds, seed):
     report = run("together", folder, rounds, seed)
     assert report["incomplete"] == report["duplicates"] == 0
     assert report["merged"] > 0  # else they never scored the same row
+    assert report["killed"] == rounds
     assert report["longest_wait"] <= 30.0
     assert_nothing_lost(report)
 

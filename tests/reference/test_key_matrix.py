@@ -8,6 +8,7 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 
+from dpofast.model import load_policy
 from dpofast.reference.store import ReferenceStore
 from tests.support import byte_tokenizer, make_trainer, tiny_llama
 
@@ -118,6 +119,18 @@ def with_a_trained_adapter():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter)
     return model
+
+
+def test_a_model_that_was_cast_is_another_than_one_loaded_in_that_dtype(tmp_path):
+    """Casting rounds rotary frequencies, which loading leaves in float32."""
+    cast = tiny_llama().bfloat16()
+    cast.save_pretrained(tmp_path / "model")
+    loaded = load_policy(str(tmp_path / "model"), dtype="bfloat16")
+    for model, dtype in ((cast, torch.bfloat16), (loaded, torch.float32)):
+        assert model.model.rotary_emb.inv_freq.dtype == dtype
+    store = tmp_path / "store"
+    assert scored(store, model=cast) == 12
+    assert scored(store, model=loaded) == 12
 
 
 MODELS = {

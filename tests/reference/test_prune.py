@@ -13,7 +13,7 @@ from dpofast.reference import files
 from dpofast.reference import prune as pruning
 from dpofast.reference.detail import Detail
 from dpofast.reference.prune import prune
-from dpofast.reference.report import verify
+from dpofast.reference.report import info, verify
 from dpofast.reference.store import ReferenceStore
 from tests.reference.stubs import identity
 from tests.reference.test_store import KEYS, ROWS, write
@@ -98,6 +98,24 @@ def test_references_are_forgotten_by_the_beginning_of_their_digest(tmp_path):
     report = prune(tmp_path, [other.digest[:6]])
     assert (report.references, report.forgotten) == (1, [other.digest])
     assert ReferenceStore.open(tmp_path).digests() == [identity().digest]
+    assert_rows(tmp_path)
+
+
+def test_a_reference_that_is_half_forgotten_is_out_of_sight(tmp_path, monkeypatch):
+    other = identity(attention="eager")
+    write(tmp_path)
+    write(tmp_path, reference=other)
+
+    def ends(_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as context:
+        context.setattr(pruning.shutil, "rmtree", ends)
+        with pytest.raises(KeyboardInterrupt):
+            prune(tmp_path, [other.digest])
+    assert len(info(tmp_path)["references"]) == 1
+    assert prune(tmp_path).temporaries == 1
+    assert not list(tmp_path.rglob(f"{files.TEMPORARY_PREFIX}*"))
     assert_rows(tmp_path)
 
 

@@ -1,11 +1,15 @@
 from __future__ import annotations
 
+import errno
+import os
 import random
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from dpofast.errors import ReferenceStoreError
+from dpofast.reference import report as report_module
 from dpofast.reference.detail import Detail
 from dpofast.reference.files import TEMPORARY_PREFIX
 from dpofast.reference.prune import prune
@@ -131,6 +135,45 @@ def test_what_does_not_belong_to_the_store_is_told(store):
     segment.rename(segment.with_name("copy.arrow"))
     (problem,) = verify(store.folder).problems
     assert "copy.arrow has a name" in problem
+
+
+def test_what_is_written_while_it_verifies_is_no_stranger(store, monkeypatch):
+    """Between any two listings of a folder another segment is committed."""
+    listed = report_module.list_names
+
+    def commits_afterwards(folder):
+        names = listed(folder)
+        writer = store.namespace(identity()).writer()
+        writer.add(b"n" * 16, np.float32([-1.0]))
+        writer.commit()
+        return names
+
+    monkeypatch.setattr(report_module, "list_names", commits_afterwards)
+    found = verify(store.folder)
+    assert found.ok
+    assert not found.notes
+
+
+def test_what_a_prune_merges_meanwhile_is_no_damage(store, monkeypatch):
+    """Listed, then gone."""
+    name = segment_of(store).name.replace("-", "0-", 1)[1:]  # as a segment is called
+    listed = report_module.list_names
+    monkeypatch.setattr(
+        report_module,
+        "list_names",
+        lambda folder: [*listed(folder), *([name] if folder != store.folder else [])],
+    )
+    assert verify(store.folder).ok
+    assert info(store.folder)["references"][0]["segments"] == 1
+
+
+def test_a_segment_that_the_system_refuses_is_not_called_damaged(store, monkeypatch):
+    def refuses(path):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+
+    monkeypatch.setattr(pa, "memory_map", refuses)
+    with pytest.raises(ReferenceStoreError, match=r"can't read .*Permission denied\): check its"):
+        store.namespace(identity())
 
 
 def test_the_same_row_twice_is_fine_and_another_value_is_not(store):
