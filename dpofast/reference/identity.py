@@ -114,7 +114,8 @@ def model_identity(
 
     Args:
         model: transformers causal LM, or a PeftModel around one.
-        scoring_dtype: floating-point tensors are hashed as this; None for each tensor's own dtype.
+        scoring_dtype: floating-point tensors that are saved are hashed as this; None for each
+            tensor's own dtype.
         autocast_dtype: of the context that the model scores in; None without autocast.
         attention: name of the attention implementation.
         head_version: of the code that makes log-probs of hidden states.

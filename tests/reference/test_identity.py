@@ -131,9 +131,19 @@ def test_how_it_scores_belongs_to_the_identity(options):
     assert digest(tiny_llama(), **options) != digest(tiny_llama())
 
 
-def test_a_scoring_dtype_stands_for_a_model_cast_to_it():
-    in_bf16 = tiny_llama().bfloat16()
+def test_a_scoring_dtype_stands_for_weights_cast_to_it():
+    in_bf16 = tiny_llama()
+    for parameter in in_bf16.parameters():
+        parameter.data = parameter.data.bfloat16()
     assert digest(tiny_llama(), scoring_dtype=torch.bfloat16) == digest(in_bf16)
+
+
+def test_a_cast_that_rounds_what_is_not_saved_counts():
+    loaded, cast = tiny_llama(), tiny_llama().bfloat16()
+    for parameter in loaded.parameters():
+        parameter.data = parameter.data.bfloat16()
+    assert loaded.model.rotary_emb.inv_freq.dtype == torch.float32
+    assert digest(loaded) != digest(cast)
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 32, 100, 259, 1 << 14])  # the head's weight is [259, 32]
