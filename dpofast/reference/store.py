@@ -98,18 +98,16 @@ class ReferenceStore:
             ReferenceStoreError: it lacks or is damaged.
         """
         path = self.folder / digest / IDENTITY_FILE
-        if path.exists():
-            with naming_errors("read", path):
-                path.read_bytes()
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-            identity = ReferenceIdentity(content["digest"], content["description"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ReferenceStoreError(
-                f"{path} can't be read ({error}): delete that folder, its rows are scored again by "
-                "the next build; or delete this file alone, and the next build of that reference "
-                "writes it anew."
-            ) from error
+        with naming_errors("read", path):
+            try:
+                content = json.loads(path.read_text(encoding="utf-8"))
+                identity = ReferenceIdentity(content["digest"], content["description"])
+            except (FileNotFoundError, ValueError, KeyError, TypeError) as error:
+                raise ReferenceStoreError(
+                    f"{path} can't be read ({error}): delete that folder, its rows are scored "
+                    "again by the next build; or delete this file alone, and the next build of "
+                    "that reference writes it anew."
+                ) from error
         if identity.digest != digest:
             raise ReferenceStoreError(
                 f"{path} describes the reference {identity.digest}, not its folder's: give the "
