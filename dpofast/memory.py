@@ -14,7 +14,7 @@ from dpofast.attention import packed_attention
 from dpofast.config import DPOConfig
 from dpofast.data.layout import Layout
 from dpofast.model import body_of, causal_lm, evaluating, numel
-from dpofast_kernels.head.chunks import DEVICE_WORKSPACE_BYTES
+from dpofast_kernels.head.workspace import DEVICE_WORKSPACE_BYTES
 
 logger = logging.getLogger(__name__)
 

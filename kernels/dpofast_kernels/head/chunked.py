@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from dpofast_kernels.head.chunks import kept_workspace, max_chunk_rows, new_workspace, row_chunks
+from dpofast_kernels.head.chunks import max_chunk_rows, row_chunks
 from dpofast_kernels.head.matmul import (
     accumulate_dtype,
     add_weight_grad,
@@ -18,6 +18,7 @@ from dpofast_kernels.head.matmul import (
 from dpofast_kernels.head.options import HeadOptions
 from dpofast_kernels.head.rows import RowOps, ScoredRows
 from dpofast_kernels.head.tiled import TorchRows
+from dpofast_kernels.head.workspace import Workspace
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,7 @@ class ChunkedHead:
         self.pair_loss = self._ops.pair_loss
         self._workspace_dtype = self._ops.workspace_dtype(keep)
         self.max_rows = max_chunk_rows(self.weight, self._workspace_dtype, options.workspace_bytes)
-        self._workspace: Tensor | None = None
+        self._workspace: Workspace | None = None
         self._pair_gradients: Gradients | None = None
 
     def row_chunks(self, start: int, end: int) -> list[slice]:
@@ -113,10 +114,12 @@ class ChunkedHead:
         keep = self.keep if keep is None else keep
         if self._workspace is None and self._workspace_dtype is not None:
             capacity = min(len(self.labels), self.max_rows)
-            # Triton's interpreter would copy all memory behind a tensor that it is given
-            make = kept_workspace if isinstance(self._ops, TorchRows) else new_workspace
-            self._workspace = make(self.weight, capacity, self._workspace_dtype)
-        logits = None if self._workspace is None else self._workspace[: rows.stop - rows.start]
+            # Triton's interpreter would copy all memory behind a tensor that it is given, so it
+            # gets none that is kept.
+            vocab_major = isinstance(self._ops, TorchRows) and self.weight.device.type == "cpu"
+            self._workspace = Workspace(self.weight, capacity, self._workspace_dtype, vocab_major)
+        num_rows = rows.stop - rows.start
+        logits = None if self._workspace is None else self._workspace.logits(num_rows)
         return self._ops.score(self.hidden_states[rows], self.labels[rows], logits, keep)
 
     def new_gradients(self, wanted: Wanted, weight_grad: Tensor | None = None) -> Gradients:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -13,8 +14,10 @@ from dpofast_kernels.head.rows import LogitGradients, PairTerms, ScoredRows
 from dpofast_kernels.head.sequences import segment_sums
 from dpofast_kernels.preference import PairLoss, pair_metrics
 
-# Rows are taken a few at a time, so that the passes over them find them in the cache.
+# So many logits are taken at a time that the passes over them find them in the cache.
 CPU_CACHE_BYTES = 4 * 2**20
+# And so many of the weight's rows: a product is a little faster so, and leaves its result there.
+PRODUCT_COLUMNS = 2048
 
 
 class TorchRows:
@@ -38,29 +41,33 @@ class TorchRows:
         self, hidden_states: Tensor, labels: Tensor, workspace: Tensor | None, keep: bool
     ) -> ScoredRows:
         assert workspace is not None
-        logits = logits_into(workspace, hidden_states, self.weight)  # [n, V]
-        num_rows, dtype = len(labels), logits.dtype
-        targets = labels[:, None]  # [n, 1]
-        target_logits, row_max, rest = logits.new_empty(3, num_rows, 1).unbind()
-        for rows in _cache_blocks(logits):
-            z = self._finish_logits(logits[rows])
-            torch.amax(z, -1, keepdim=True, out=row_max[rows])
-            target_logits[rows] = z.gather(-1, targets[rows])
+        logits, targets = workspace, labels[:, None]  # [n, V], [n, 1]
+        row_max = logits.new_full(targets.shape, -math.inf)
+        for block in self._blocks(PRODUCT_COLUMNS):
+            z = logits_into(logits[:, block], hidden_states, self.weight[block])
+            self._finish_logits(z, block)
+            torch.maximum(row_max, z.amax(-1, keepdim=True), out=row_max)
+        target_logits = logits.gather(-1, targets)
+        logits.scatter_(-1, targets, -math.inf)  # left out of the sum
+        rest = torch.zeros_like(row_max, dtype=torch.float64)
+        for block in self._blocks(CPU_CACHE_BYTES // (max(len(labels), 1) * logits.itemsize)):
+            z = logits[:, block]
             slopes = self._cap_slopes(z) if keep and self.softcap else None
-            z.sub_(row_max[rows]).exp_().scatter_(-1, targets[rows], 0.0)
-            torch.sum(z, -1, keepdim=True, out=rest[rows])
-            if keep:
-                z.scatter_(-1, targets[rows], -rest[rows])
-                if slopes is not None:
-                    z.mul_(slopes)
+            rest += z.sub_(row_max).exp_().sum(-1, keepdim=True)
+            if slopes is not None:
+                z.mul_(slopes)
         gaps = row_max.double() - target_logits
-        logps = -torch.logaddexp(gaps.new_zeros(()), rest.double().log() + gaps)
-        per_token_logps = logps[:, 0].to(dtype)
+        logps = -torch.logaddexp(gaps.new_zeros(()), rest.log() + gaps)
+        per_token_logps = logps[:, 0].to(logits.dtype)
         if not keep:
-            logsumexps = (target_logits - logps)[:, 0].to(dtype)
+            logsumexps = (target_logits - logps)[:, 0].to(logits.dtype)
             return ScoredRows(per_token_logps, logsumexps=logsumexps)
+        d_target = rest.neg().to(logits.dtype)
+        if self.softcap:
+            d_target *= self._cap_slopes(target_logits)
+        logits.scatter_(-1, targets, d_target)
         factors = -self.scale / (rest + gaps.neg().exp())
-        return ScoredRows(per_token_logps, (logits, factors[:, 0].to(dtype)))
+        return ScoredRows(per_token_logps, (logits, factors[:, 0].to(logits.dtype)))
 
     def differentiate(
         self, scored: ScoredRows, labels: Tensor, coefficients: Tensor
@@ -84,27 +91,24 @@ class TorchRows:
             losses, logps, torch.stack(slopes, 1).flatten(), torch.stack([*metrics.values()])
         )
 
-    def _finish_logits(self, z: Tensor) -> Tensor:
+    def _blocks(self, num_columns: int) -> Iterator[slice]:
+        """All of the vocabulary, on a CPU that many of it at a time."""
+        vocab_size = len(self.weight)
+        step = max(num_columns, 1) if self.weight.device.type == "cpu" else vocab_size
+        for start in range(0, vocab_size, step):
+            yield slice(start, start + step)
+
+    def _finish_logits(self, z: Tensor, block: slice) -> None:
         """Bias, scale, cap and temperature, in place."""
         if self.bias is not None:
-            z.add_(self.bias)
+            z.add_(self.bias[block])
         if self.softcap is not None:
             z.mul_(self.scale * self.temperature / self.softcap).tanh_()
             z.mul_(self.softcap / self.temperature)
         elif self.scale != 1.0:
             z.mul_(self.scale)
-        return z
 
     def _cap_slopes(self, z: Tensor) -> Tensor:
         """The derivative of tanh at each finished logit."""
         assert self.softcap is not None
         return 1.0 - (z * (self.temperature / self.softcap)).square()
-
-
-def _cache_blocks(logits: Tensor) -> Iterator[slice]:
-    num_rows = len(logits)
-    size = max(num_rows, 1)
-    if logits.device.type == "cpu":
-        size = max(1, CPU_CACHE_BYTES // max(logits.shape[1] * logits.element_size(), 1))
-    for start in range(0, num_rows, size):
-        yield slice(start, min(start + size, num_rows))

@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from itertools import accumulate
 
+import pytest
 import torch
 from torch import Tensor
 
 from dpofast_kernels import HeadOptions, PairLoss, linear_logps, linear_pair_loss, pair_metrics
-from dpofast_kernels.head import chunks
+from dpofast_kernels.head import chunked
 
 LENGTHS = (5, 1, 17, 9, 2, 29)  # scored tokens of three pairs
 FULL_OPTIONS = {"softcap": 5.0, "logit_scale": 0.7, "temperature": 1.3}
@@ -121,11 +122,9 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
     return ((actual - expected).norm() / expected.norm().clamp_min(1e-300)).item()
 
 
-def set_chunk_rows(monkeypatch: object, rows: int, vocab_size: int, itemsize: int) -> None:
-    """Let chunks have that many rows of logits."""
-    row_bytes = -(-vocab_size * itemsize // chunks.ROW_ALIGNMENT_BYTES) * chunks.ROW_ALIGNMENT_BYTES
-    monkeypatch.setattr(chunks, "CPU_WORKSPACE_BYTES", rows * row_bytes)
-    monkeypatch.setattr(chunks, "FORWARD_ROWS", rows)
+def set_chunk_rows(monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
+    """Let chunks have that many rows, whatever a workspace could hold."""
+    monkeypatch.setattr(chunked, "max_chunk_rows", lambda *_: rows)
 
 
 def allowed_error(naive_error: float, dtype: torch.dtype) -> float:

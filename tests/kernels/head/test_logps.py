@@ -28,7 +28,7 @@ def test_float64_equals_naive(backend, full, rows, monkeypatch):
     options = FULL_OPTIONS if full else {}
     inputs = make_inputs(bias=full)
     expected = run_logps(inputs, options_for(inputs, "naive", **options))
-    set_chunk_rows(monkeypatch, rows, 507, 8)
+    set_chunk_rows(monkeypatch, rows)
     actual = run_logps(inputs, options_for(inputs, backend, **options))
     assert actual.keys() == expected.keys()
     for name, value in expected.items():
@@ -104,7 +104,7 @@ class LargestTensor(TorchDispatchMode):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_no_tensor_of_the_size_of_all_logits(backend, dtype, monkeypatch):
     inputs = make_inputs(dtype, hidden_size=8, lengths=(60, 60))
-    set_chunk_rows(monkeypatch, 16, 507, 4)
+    set_chunk_rows(monkeypatch, 16)
     with LargestTensor() as largest:
         run_logps(inputs, options_for(inputs, backend))
     if backend == "naive":

@@ -39,7 +39,7 @@ def plain_logsumexps(inputs, softcap=None, logit_scale=1.0, temperature=1.0):
 def test_float64_equals_the_formula(backend, full, rows, monkeypatch):
     options = FULL_OPTIONS if full else {}
     inputs = make_inputs(bias=full)
-    set_chunk_rows(monkeypatch, rows, 507, 8)
+    set_chunk_rows(monkeypatch, rows)
     found = scores(inputs, options_for(inputs, backend, **options))
     assert found.shape == (2, len(inputs.labels))
     assert not found.requires_grad
