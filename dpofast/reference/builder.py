@@ -141,9 +141,10 @@ def build_reference(
     reason = why_missing(namespace, found, held, least) if len(missing) else ""
     if ranks.rank == 0:
         tail = f" ({reason})" if reason else "; no forward pass of the reference"
+        enough = f" with {least.words}" if held.any() else ""
         logger.info(
-            "%s: %d answers needed, %d in the store, %d to score%s",
-            description, needed, found, len(missing), tail,
+            "%s: %d answers needed, %d in the store%s, %d to score%s",
+            description, needed, found, enough, len(missing), tail,
         )  # fmt: skip
     # Nobody commits before all have seen the same rows missing, so that the shares fit together.
     ranks.barrier()

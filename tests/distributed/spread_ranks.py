@@ -53,9 +53,20 @@ def load(folder: Path) -> Any:
     return model
 
 
-def scorer_of(model: nn.Module) -> SequenceScorer:
+def scorer_of(model: nn.Module, with_logsumexps: bool = False) -> SequenceScorer:
     layout = Layout("padded" if why_not_packed(model) else "shared", 0)
-    return SequenceScorer(model, contextlib.nullcontext, layout)
+    return SequenceScorer(model, contextlib.nullcontext, layout, with_logsumexps)
+
+
+def detailed_scores(model: nn.Module) -> list[Any]:
+    """Per-token log-probs and log-sum-exps of three pairs' answers."""
+    pairs = token_pairs(3)
+    sequences = [
+        (pair["prompt_ids"], pair[f"{side}_ids"])
+        for pair in pairs
+        for side in ("chosen", "rejected")
+    ]
+    return [scores.tolist() for scores in scorer_of(model, with_logsumexps=True)(sequences)]
 
 
 def exchange(word: Any) -> list[Any]:
@@ -145,6 +156,7 @@ def main(folder: str) -> int:
     model = models[root / "llama"]
     with in_blocks(model):
         report["one batch"] = build(root / "one", 2, scorer_of(model)).forward_passes
+        report["detailed"] = detailed_scores(model)
         # each has a folder of its own, and has to score the other's share for itself
         report["apart"] = build(root / f"apart{rank}", 6, scorer_of(model)).forward_passes
     report["nan"] = stopped(root / "nan", model)

@@ -17,7 +17,13 @@ from transformers import BioGptConfig, BioGptForCausalLM, GPT2Config, GPT2LMHead
 from dpofast.reference.builder import build_reference, reference_logps
 from dpofast.reference.store import ReferenceStore
 from tests.distributed.launch import launch
-from tests.distributed.spread_ranks import BATCH_SEQUENCES, QUIET, load, scorer_of
+from tests.distributed.spread_ranks import (
+    BATCH_SEQUENCES,
+    QUIET,
+    detailed_scores,
+    load,
+    scorer_of,
+)
 from tests.reference.stubs import batches_of, identity
 from tests.support import VOCAB_SIZE, tiny_llama, tiny_mixtral, token_pairs
 
@@ -80,6 +86,14 @@ def test_log_probs_are_those_of_the_same_batches_under_the_whole_model(folder, t
     got = stored(folder / name / "store")
     np.testing.assert_allclose(got, reference_logps(expected, token_pairs(6)), rtol=1e-6)
     assert len(np.unique(got)) == got.size
+
+
+def test_log_sum_exps_are_those_of_the_whole_model(folder, reports):
+    expected = detailed_scores(load(folder / "llama"))
+    for report in reports:
+        for got, wanted in zip(report["detailed"], expected, strict=True):
+            assert np.shape(got) == (2, len(wanted[0]))
+            np.testing.assert_allclose(got, wanted, rtol=1e-6)
 
 
 def test_a_rank_with_fewer_batches_runs_the_model_as_often(reports):

@@ -15,7 +15,7 @@ from dpofast_kernels import (
     linear_pair_loss,
     make_loss,
 )
-from dpofast_kernels.head import chunked, chunks
+from dpofast_kernels.head import chunked, workspace
 
 pytestmark = [
     pytest.mark.gpu,
@@ -135,13 +135,10 @@ def assert_close(
 
 @pytest.fixture
 def chunk_rows(monkeypatch):
-    """Lets chunks have that many rows of fp32 logits, about twice as many of bf16 gradients."""
+    """Lets chunks have that many rows, whatever a workspace could hold."""
 
     def limit(rows: int) -> None:
-        step = chunks.ROW_ALIGNMENT_BYTES
-        row_bytes = -(-VOCAB_SIZE * 4 // step) * step
-        monkeypatch.setattr(chunks, "DEVICE_WORKSPACE_BYTES", rows * row_bytes)
-        monkeypatch.setattr(chunks, "FORWARD_ROWS", rows)
+        monkeypatch.setattr(chunked, "max_chunk_rows", lambda *_: rows)
 
     return limit
 
@@ -204,7 +201,7 @@ def test_long_pairs_and_chunks(loss, rows, backend, chunk_rows, scored_rows):
     assert_close(got, truth, TOLERANCES[torch.bfloat16])
     assert len(scored_rows) >= 3
     assert sum(scored_rows) == sum(LENGTHS)
-    assert max(scored_rows) <= 2 * rows
+    assert max(scored_rows) <= rows
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -327,7 +324,7 @@ def test_the_device_is_never_waited_for(loss, rows, backend, chunk_rows):
 @pytest.mark.parametrize("op", ["pair_loss", "logps", "logps without gradient"])
 def test_peak_memory_is_far_below_that_of_all_logits(op, backend, monkeypatch):
     """32,768 tokens in a workspace of 64 MiB, among them a pair much longer than a chunk."""
-    monkeypatch.setattr(chunks, "DEVICE_WORKSPACE_BYTES", 2**26)
+    monkeypatch.setattr(workspace, "DEVICE_WORKSPACE_BYTES", 2**26)
     tensors = inputs(torch.bfloat16, hidden_size=64, lengths=(4096, 4096, *[256] * 96))
     leaves, options = leaves_of(tensors, torch.bfloat16), HeadOptions(backend=backend)
 

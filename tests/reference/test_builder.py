@@ -201,7 +201,8 @@ class DetailedScorer(StubScorer):
         return [np.stack([logps, 3 - logps]) for logps in super().__call__(sequences)]
 
 
-def test_rows_in_less_detail_are_missing_to_a_build_that_asks_for_more(tmp_path):
+def test_rows_in_less_detail_are_missing_to_a_build_that_asks_for_more(tmp_path, caplog):
+    caplog.set_level(logging.INFO, "dpofast.reference.builder")
     dataset, more = pairs(6), pairs(8)
     detailed = BuildOptions(progress=False, detail=Detail.LOGSUMEXPS)
     build(namespace(tmp_path), dataset)
@@ -209,6 +210,10 @@ def test_rows_in_less_detail_are_missing_to_a_build_that_asks_for_more(tmp_path)
     report = build(rows, dataset, DetailedScorer(), options=detailed)
     assert (report.rows_found, report.rows_scored) == (0, 12)
     assert report.reason == "12 of them are stored without log-sum-exps"
+    assert (
+        "12 answers needed, 0 in the store with log-sum-exps, 12 to score (12 of them are stored "
+        "without log-sum-exps)"
+    ) in caplog.messages[-1]
     assert build(rows, dataset, DetailedScorer(), options=detailed).rows_scored == 0
     assert build(rows, dataset).rows_scored == 0  # a fuller row serves
     report = build(rows, concatenate_datasets([more, dataset]), options=QUIET)

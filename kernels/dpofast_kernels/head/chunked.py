@@ -41,28 +41,39 @@ class Gradients:
         hidden_states: [N, H].
         weight: [V, H].
         bias: [V].
-        weight_is_empty: whether nothing was written to `weight` yet; its memory is nobody's then.
+        is_empty: whether nothing was added yet; the memory of `weight` is nobody's then.
     """
 
     hidden_states: Tensor | None
     weight: Tensor | None
     bias: Tensor | None
-    weight_is_empty: bool
+    is_empty: bool
 
-    def add_to_weight(self, d_weight: Tensor, factor: Tensor) -> None:
-        """weight += factor * d_weight."""
-        assert self.weight is not None
-        if self.weight_is_empty:
-            torch.mul(d_weight, factor, out=self.weight)
-        else:
-            self.weight.addcmul_(d_weight, factor)
-        self.weight_is_empty = False
+    def add_pair(self, own: Gradients, rows: slice, factor: Tensor) -> None:
+        """Add those of one pair times a factor.
+
+        Args:
+            own: the pair's; its hidden states' stand in `rows` of this one's. Or this one itself,
+                where nothing else was added.
+            rows: of the pair.
+            factor: [].
+        """
+        if self.hidden_states is not None:
+            self.hidden_states[rows].mul_(factor)
+        for name in ("weight", "bias"):
+            total, of_pair = getattr(self, name), getattr(own, name)
+            if total is None:
+                continue
+            if total is of_pair:
+                total.mul_(factor)
+            else:
+                total.addcmul_(of_pair, factor)
 
     def fill_empty(self) -> None:
         """Zeros where no row has left a gradient."""
-        if self.weight is not None and self.weight_is_empty:
+        if self.weight is not None and self.is_empty:
             self.weight.zero_()
-            self.weight_is_empty = False
+            self.is_empty = False
 
 
 class ChunkedHead:
@@ -141,16 +152,19 @@ class ChunkedHead:
         )
 
     def gradients_of_one_pair(self, gradients: Gradients) -> Gradients:
-        """As `gradients`, but empty, and with memory of its own for what sums over pairs.
+        """Where to add a pair's gradients before its factor is known; see `Gradients.add_pair`.
 
-        The next call reuses that memory. Rows of hidden states are one pair's alone.
+        `gradients` themselves while they are empty, else others with memory of their own for what
+        sums over pairs: the next call reuses that.
         """
+        if gradients.is_empty:
+            return gradients
         own = self._pair_gradients
         if own is None:
             wanted = Wanted(False, gradients.weight is not None, gradients.bias is not None)
             own = self._pair_gradients = self.new_gradients(wanted)
             own.hidden_states = gradients.hidden_states
-        own.weight_is_empty = True
+        own.is_empty = True
         if own.bias is not None:
             own.bias.zero_()
         return own
@@ -178,16 +192,16 @@ class ChunkedHead:
             if factors is not None:
                 hidden_states = hidden_states * factors[:, None]
             hidden_states = hidden_states.to(d_logits.dtype)
-            if gradients.weight_is_empty:
+            if gradients.is_empty:
                 weight_grad_into(gradients.weight, d_logits, hidden_states)
             else:
                 add_weight_grad(gradients.weight, d_logits, hidden_states)
-            gradients.weight_is_empty = False
         if gradients.bias is not None:
             if factors is None:
                 factors = d_logits.new_ones(len(d_logits), dtype=self.dtype)
             for block in vocab_blocks(self.weight):  # upcast, a copy of all would be large
                 gradients.bias[block].addmv_(d_logits[:, block].t().to(self.dtype), factors)
+        gradients.is_empty = False
 
 
 def _row_ops(backend: str, weight: Tensor, options: HeadOptions) -> RowOps:

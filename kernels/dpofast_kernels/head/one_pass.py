@@ -47,12 +47,15 @@ def one_pass(
 ) -> tuple[Tensor, Tensor, Tensor, Gradients | None]:
     """Summed loss [] fp64, summed logps [2P] fp64, metrics [8, P] fp64; gradients of that loss."""
     gradients = head.new_gradients(wanted) if wanted else None
-    terms = [
-        _whole_chunk(head, pairs, chunk, gradients)
+    chunks = list(pair_chunks(pairs.limits, head.max_rows))
+    # The first long pair is summed up where all will be, while that is empty: so it goes first.
+    terms_of = {
+        chunk.first: _whole_chunk(head, pairs, chunk, gradients)
         if chunk.num_rows <= head.max_rows
         else _long_pair(head, pairs, chunk, gradients)
-        for chunk in pair_chunks(pairs.limits, head.max_rows)
-    ]
+        for chunk in sorted(chunks, key=lambda chunk: chunk.num_rows <= head.max_rows)
+    }
+    terms = [terms_of[chunk.first] for chunk in chunks]
     if gradients is not None:
         gradients.fill_empty()
     if not terms:
@@ -122,12 +125,7 @@ def _long_pair_along(
     terms = _pair_terms(head, pairs, chunk, torch.cat(per_token_logps))
     longer = int(abs(direction[1]) > abs(direction[0]))  # either may be 0
     length = (terms.d_logps[longer] / direction[longer]).to(head.dtype)  # []
-    if own.hidden_states is not None:
-        own.hidden_states[chunk.start : chunk.end].mul_(length)
-    if own.weight is not None and gradients.weight is not None:
-        gradients.add_to_weight(own.weight, length)
-    if own.bias is not None and gradients.bias is not None:
-        gradients.bias.addcmul_(own.bias, length)
+    gradients.add_pair(own, slice(chunk.start, chunk.end), length)
     return terms
 
 

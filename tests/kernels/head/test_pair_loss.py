@@ -168,6 +168,22 @@ def test_long_pairs_make_their_logits_once(monkeypatch):
     assert sum(rows.stop - rows.start for rows in scored) == sum(LENGTHS)
 
 
+@pytest.mark.parametrize(("rows", "weight_grads"), [(62, 1), (30, 1), (7, 2)])
+def test_one_long_pair_needs_no_second_gradient_of_the_weight(rows, weight_grads, monkeypatch):
+    """Pairs of 6, 26 and 31 rows: none, one, and two are longer than a chunk."""
+    inputs = make_inputs(bias=True)
+    set_chunk_rows(monkeypatch, rows)
+    made = []
+    new_gradients = chunked.ChunkedHead.new_gradients
+    monkeypatch.setattr(
+        chunked.ChunkedHead,
+        "new_gradients",
+        lambda head, *args: made.append(args) or new_gradients(head, *args),
+    )
+    run_pair_loss(inputs, SIGMOID, options_for(inputs, "torch"))
+    assert len(made) == weight_grads
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_loss_unknown_to_the_backend(backend):
     inputs = make_inputs()
