@@ -1,8 +1,7 @@
 """Races between contenders that do the same work: judged first, then timed in interleaved rounds.
 
 A contender whose result is wrong gets no speed, one that can't run is reported with its reason, and
-neither ends the benchmark. Memory is in benchmarks/memory.py, tables and stamps in
-benchmarks/report.py.
+neither ends the benchmark. Memory is in benchmarks/memory.py, tables are in benchmarks/tables.py.
 """
 
 from __future__ import annotations

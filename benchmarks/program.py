@@ -13,8 +13,9 @@ import torch
 from datasets import disable_progress_bars
 
 from benchmarks.data import add_data_option
-from benchmarks.report import print_race, stamps
 from benchmarks.rounds import Contest, Counts, Race, child_runner
+from benchmarks.stamps import stamps
+from benchmarks.tables import print_race
 from benchmarks.train_cases import SHAPES, Case, prepare
 from dpofast.summary import write_json
 

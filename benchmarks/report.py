@@ -1,175 +1,188 @@
-"""What every benchmark says beside its figures, and how it prints them."""
+"""Writes the README's figures, from the results that are committed under benchmarks/results/.
+
+python -m benchmarks.report           # after a result was added or measured anew
+python -m benchmarks.report --check   # exit code 1 if the README says anything else
+"""
 
 from __future__ import annotations
 
-import os
-import shlex
-import subprocess
+import argparse
+import json
 import sys
-from datetime import UTC, datetime
-from importlib import metadata
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from rich.console import Console
-from rich.table import Table
-
 from benchmarks import REPOSITORY
-from benchmarks.harness import Result
-from dpofast.summary import hardware, versions
 
-PEERS = ("trl", "liger-kernel", "cut-cross-entropy")
+RESULTS = REPOSITORY / "benchmarks" / "results"
+README = REPOSITORY / "README.md"
+BEGIN = "<!-- figures: written by `python -m benchmarks.report`, from benchmarks/results/ -->"
+END = "<!-- end of figures -->"
+# Who is reported, in this order; the other contenders are our own variants and the bare products.
+RIVALS = {
+    "naive": "plain PyTorch",
+    "compile": "the same under torch.compile",
+    "trl": "TRL",
+    "trl_compact": "TRL, its head made to score answers alone, as on a GPU",
+    "trl_plain": "TRL, reference on every step",
+    "liger_dpo": "Liger's DPO loss",
+    "liger_flce": "Liger's fused linear cross-entropy",
+    "cce_exact": "Cut Cross-Entropy, exact",
+    "cce_filtered": "Cut Cross-Entropy, filtered",
+}
+TITLES = {
+    "head": "head and loss, forward and backward",
+    "train": "whole training steps, TRL with precomputed reference log-probs",
+    "reference": "reference log-probs of a dataset",
+}
 
 
-def stamps(module: str) -> dict[str, Any]:
-    """When, where, with which versions and by which command line a benchmark ran."""
-    return {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": shlex.join(["python", "-m", module, *sys.argv[1:]]),
-        "git": git_state(REPOSITORY),
-        "hardware": {**hardware(), "cpu": _cpu_name(), "cpu_count": os.cpu_count(), **_gpu()},
-        "versions": {**versions(), **{name: _version(name) for name in PEERS}},
-    }
+class ResultError(ValueError):
+    """A result file that can't be reported."""
 
 
-def git_state(folder: Path) -> dict[str, Any]:
-    """The commit that is checked out, and whether anything differs from it; None if unknown."""
-    commit = _git(folder, "rev-parse", "HEAD")
-    changes = _git(folder, "status", "--porcelain")
-    return {"commit": commit or None, "dirty": None if changes is None else bool(changes)}
+@dataclass(frozen=True)
+class Figures:
+    """What one result file says.
 
-
-def print_times(
-    title: str,
-    results: dict[str, Result],
-    ratios: dict[str, float | None],
-    suffix: str,
-    flop: float,
-) -> None:
-    """A table of one race.
-
-    Args:
-        title: of the table.
-        results: by contender.
-        ratios: by "<contender>_<suffix>", ours over theirs.
-        suffix: of this race in the names of ratios.
-        flop: floating-point operations that the work needs.
+    Attributes:
+        machine: hardware and versions, in words.
+        title: of the benchmark, and what it ran.
+        rows: (rival, how many times faster ours is, ours over its memory); None where unknown.
+        source: the file, the command, and the commit that it ran at.
     """
-    table = Table(title=title, title_justify="left")
-    table.add_column("contender", no_wrap=True)
-    for name in ("ms", "p20", "p80", "TFLOP/s", "ours/theirs"):
-        table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("error nearest to its bound, or why there is no time", overflow="fold")
-    for name, result in results.items():
-        seconds = [result.as_dict()[key] for key in ("median", "p20", "p80")]
-        rate = flop / result.median / 1e12 if result.median else None
-        table.add_row(
-            name,
-            *[_number(None if each is None else 1e3 * each, 2) for each in seconds],
-            _number(rate, 2),
-            _number(ratios.get(f"{name}_{suffix}"), 3),
-            f"{result.status}: {result.reason}" if result.reason else _closest(result),
-        )
-    _console().print(table)
+
+    machine: str
+    title: str
+    rows: tuple[tuple[str, float | None, float | None], ...]
+    source: str
 
 
-def print_peaks(
-    title: str, memory: dict[str, dict[str, Any]], ratios: dict[str, float | None]
-) -> None:
-    """A table of peaks beyond inputs and gradients."""
-    table = Table(title=title, title_justify="left")
-    table.add_column("contender", no_wrap=True)
-    table.add_column("GB beyond inputs and gradients", justify="right")
-    table.add_column("ours/theirs", justify="right")
-    table.add_column("why there is none", overflow="fold")
-    for name, peaks in memory.items():
-        peak = peaks.get("beyond_inputs_and_gradients")
-        table.add_row(
-            name,
-            _number(None if peak is None else peak / 1e9, 3),
-            _number(ratios.get(f"{name}_memory"), 3),
-            peaks.get("reason", ""),
-        )
-    _console().print(table)
+def read_figures(path: Path) -> Figures:
+    """The figures of a file that a benchmark wrote with --json.
 
-
-def print_race(title: str, standings: dict[str, Any], ratios: dict[str, float | None]) -> None:
-    """A table of a race of whole steps.
-
-    Args:
-        title: of the table.
-        standings: by contender, as `benchmarks.rounds.Standing`.
-        ratios: by "<contender>_speed" and "<contender>_memory", ours over theirs.
+    Raises:
+        ResultError: it isn't one, was a dry run, or ran in a changed checkout.
     """
-    table = Table(title=title, title_justify="left")
-    table.add_column("contender", no_wrap=True)
-    for name in ("pairs", "pairs/s", "ours/theirs", "peak GB", "ours/theirs"):
-        table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("error nearest to its bound, or why there is no speed", overflow="fold")
-    for name, standing in standings.items():
-        result = standing.result
-        table.add_row(
-            name,
-            str(standing.batch_size or "-"),
-            _number(standing.speed, 3),
-            _number(ratios.get(f"{name}_speed"), 2),
-            _number(None if standing.peak is None else standing.peak / 1e9, 2),
-            _number(ratios.get(f"{name}_memory"), 3),
-            f"{result.status}: {result.reason}" if result.reason else _closest(result),
+    name = path.name
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+        return _figures(result, name)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        if isinstance(error, ResultError):
+            raise
+        raise ResultError(
+            f"{path} can't be read as a benchmark's result ({error!r}): write it with "
+            "`python -m benchmarks.NAME --json FILE`."
+        ) from error
+
+
+def block(figures: list[Figures]) -> str:
+    """The part of the README between its two markers."""
+    lines = [BEGIN, ""]
+    for machine in sorted({each.machine for each in figures}):
+        lines += [f"On {machine}:", ""]
+        lines += ["| dpofast against | times as fast | of its memory |", "|---|---|---|"]
+        sources = []
+        for each in figures:
+            if each.machine == machine:
+                lines += [f"| **{each.title}** | | |"]
+                lines += [
+                    f"| {rival} | {_number(speed)} | {_number(memory)} |"
+                    for rival, speed, memory in each.rows
+                ]
+                sources.append(each.source)
+        lines += ["", f"({'; '.join(sources)})", ""]
+    if not figures:
+        lines += ["Nothing has been measured yet.", ""]
+    return "\n".join([*lines, END])
+
+
+def with_block(text: str, new: str) -> str:
+    """A README with that block in place of its own.
+
+    Raises:
+        ResultError: it has no markers.
+    """
+    begin, end = text.find(BEGIN), text.find(END)
+    if begin < 0 or end < begin:
+        raise ResultError(f"The README lacks the lines {BEGIN!r} and {END!r}: add them.")
+    return text[:begin] + new + text[end + len(END) :]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__)
+    parser.add_argument("--check", action="store_true", help="write nothing; 1 if out of step")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="default: %(default)s")
+    parser.add_argument("--readme", type=Path, default=README, help="default: %(default)s")
+    given = parser.parse_args(arguments)
+    try:
+        figures = [read_figures(path) for path in sorted(given.results.rglob("*.json"))]
+        old = given.readme.read_text(encoding="utf-8")
+        new = with_block(old, block(figures))
+    except (ResultError, OSError) as error:
+        print(error, file=sys.stderr)
+        return 2
+    if given.check:
+        if old != new:
+            print(
+                f"{given.readme} is out of step with {given.results}: run "
+                "`python -m benchmarks.report`.",
+                file=sys.stderr,
+            )
+        return int(old != new)
+    given.readme.write_text(new, encoding="utf-8")
+    return 0
+
+
+def _figures(result: dict[str, Any], name: str) -> Figures:
+    stamps, git = result["stamps"], result["stamps"]["git"]
+    if result["dry_run"]:
+        raise ResultError(f"{name} is of a dry run, whose figures say nothing: measure without.")
+    if git["commit"] is None or git["dirty"] is not False:
+        raise ResultError(
+            f"{name} was measured in a checkout with changes, or in none: commit them, and measure "
+            "again."
         )
-    _console().print(table)
+    benchmark = result["benchmark"]
+    title = f"{TITLES.get(benchmark, benchmark)}: {'; '.join(_what_ran(result))}"
+    command = stamps["command"].partition(" --json")[0]
+    source = f"`{command}` at {git['commit'][:7]}, {stamps['date'][:10]}"
+    return Figures(_machine(result), title, tuple(_rows(result["ratios"])), source)
 
 
-def _console() -> Console:
-    """As wide as the terminal; wide enough for the tables where there is none."""
-    return Console(width=None if sys.stdout.isatty() else 132)
+def _rows(ratios: dict[str, float | None]) -> Iterator[tuple[str, float | None, float | None]]:
+    for name, words in RIVALS.items():
+        time, speed = ratios.get(f"{name}_time"), ratios.get(f"{name}_speed")
+        speed = 1 / time if time else speed
+        memory = ratios.get(f"{name}_memory")
+        if speed or memory:
+            yield words, speed, memory
 
 
-def _closest(result: Result) -> str:
-    """The error that comes closest to its bound."""
-    if result.verdict is None:
-        return "not judged"
-    errors, bounds = result.verdict.errors, result.verdict.bounds
-    name = max(errors, key=lambda key: errors[key] / bounds[key])
-    return f"{name} {errors[name]:.1e} / {bounds[name]:.1e}"
+def _what_ran(result: dict[str, Any]) -> list[str]:
+    if "cases" in result:
+        return [case["name"] for case in result["cases"]]
+    case = result["case"]
+    family, shape = case["model"]
+    layers = case["layers"] or shape["num_hidden_layers"]
+    model = f"{family} of {layers} layers x {shape['hidden_size']}, {case['dtype']}"
+    return [f"{model}, on {case['data']}"]
 
 
-def _number(value: float | None, digits: int) -> str:
-    return "-" if value is None else f"{value:.{digits}f}"
+def _machine(result: dict[str, Any]) -> str:
+    hardware, versions = result["stamps"]["hardware"], result["stamps"]["versions"]
+    names = ", ".join(hardware["devices"])
+    if result["device"] == "cpu":
+        names = f"{hardware['threads']} cores of {hardware['cpu']}"
+    return f"{names} (PyTorch {versions['torch']}, TRL {versions['trl']})"
 
 
-def _git(folder: Path, *arguments: str) -> str | None:
-    try:
-        return subprocess.run(
-            ["git", *arguments], cwd=folder, capture_output=True, text=True, check=True
-        ).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
 
 
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
-
-
-def _gpu() -> dict[str, Any]:
-    if not torch.cuda.is_available():
-        return {}
-    properties = torch.cuda.get_device_properties()
-    return {
-        "gpu_memory_bytes": properties.total_memory,
-        "compute_capability": [properties.major, properties.minor],
-        "cuda": torch.version.cuda or torch.version.hip,
-    }
-
-
-def _cpu_name() -> str | None:
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
-        for line in cpuinfo.read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return None
+if __name__ == "__main__":
+    sys.exit(main())

@@ -33,7 +33,8 @@ from benchmarks.harness import (
     worst,
 )
 from benchmarks.memory import memory_ratios, peaks_in_children
-from benchmarks.report import print_peaks, print_times, stamps
+from benchmarks.stamps import stamps
+from benchmarks.tables import print_peaks, print_times
 from dpofast.summary import write_json
 
 # Of each pass, the suffix in the names of its ratios.

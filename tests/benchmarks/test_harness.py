@@ -32,7 +32,8 @@ from benchmarks.harness import (
     worst,
 )
 from benchmarks.memory import measure_in_child, peak_beyond_baseline
-from benchmarks.report import git_state, print_peaks, print_times, stamps
+from benchmarks.stamps import git_state, stamps
+from benchmarks.tables import print_peaks, print_times
 
 MEBIBYTE = 2**20
 

@@ -1,0 +1,110 @@
+"""How benchmarks print their figures."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.harness import Result
+
+
+def print_times(
+    title: str,
+    results: dict[str, Result],
+    ratios: dict[str, float | None],
+    suffix: str,
+    flop: float,
+) -> None:
+    """A table of one race.
+
+    Args:
+        title: of the table.
+        results: by contender.
+        ratios: by "<contender>_<suffix>", ours over theirs.
+        suffix: of this race in the names of ratios.
+        flop: floating-point operations that the work needs.
+    """
+    table = Table(title=title, title_justify="left")
+    table.add_column("contender", no_wrap=True)
+    for name in ("ms", "p20", "p80", "TFLOP/s", "ours/theirs"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("error nearest to its bound, or why there is no time", overflow="fold")
+    for name, result in results.items():
+        seconds = [result.as_dict()[key] for key in ("median", "p20", "p80")]
+        rate = flop / result.median / 1e12 if result.median else None
+        table.add_row(
+            name,
+            *[_number(None if each is None else 1e3 * each, 2) for each in seconds],
+            _number(rate, 2),
+            _number(ratios.get(f"{name}_{suffix}"), 3),
+            f"{result.status}: {result.reason}" if result.reason else _closest(result),
+        )
+    _console().print(table)
+
+
+def print_peaks(
+    title: str, memory: dict[str, dict[str, Any]], ratios: dict[str, float | None]
+) -> None:
+    """A table of peaks beyond inputs and gradients."""
+    table = Table(title=title, title_justify="left")
+    table.add_column("contender", no_wrap=True)
+    table.add_column("GB beyond inputs and gradients", justify="right")
+    table.add_column("ours/theirs", justify="right")
+    table.add_column("why there is none", overflow="fold")
+    for name, peaks in memory.items():
+        peak = peaks.get("beyond_inputs_and_gradients")
+        table.add_row(
+            name,
+            _number(None if peak is None else peak / 1e9, 3),
+            _number(ratios.get(f"{name}_memory"), 3),
+            peaks.get("reason", ""),
+        )
+    _console().print(table)
+
+
+def print_race(title: str, standings: dict[str, Any], ratios: dict[str, float | None]) -> None:
+    """A table of a race of whole steps.
+
+    Args:
+        title: of the table.
+        standings: by contender, as `benchmarks.rounds.Standing`.
+        ratios: by "<contender>_speed" and "<contender>_memory", ours over theirs.
+    """
+    table = Table(title=title, title_justify="left")
+    table.add_column("contender", no_wrap=True)
+    for name in ("pairs", "pairs/s", "ours/theirs", "peak GB", "ours/theirs"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("error nearest to its bound, or why there is no speed", overflow="fold")
+    for name, standing in standings.items():
+        result = standing.result
+        table.add_row(
+            name,
+            str(standing.batch_size or "-"),
+            _number(standing.speed, 3),
+            _number(ratios.get(f"{name}_speed"), 2),
+            _number(None if standing.peak is None else standing.peak / 1e9, 2),
+            _number(ratios.get(f"{name}_memory"), 3),
+            f"{result.status}: {result.reason}" if result.reason else _closest(result),
+        )
+    _console().print(table)
+
+
+def _console() -> Console:
+    """As wide as the terminal; wide enough for the tables where there is none."""
+    return Console(width=None if sys.stdout.isatty() else 132)
+
+
+def _closest(result: Result) -> str:
+    """The error that comes closest to its bound."""
+    if result.verdict is None:
+        return "not judged"
+    errors, bounds = result.verdict.errors, result.verdict.bounds
+    name = max(errors, key=lambda key: errors[key] / bounds[key])
+    return f"{name} {errors[name]:.1e} / {bounds[name]:.1e}"
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
