@@ -108,7 +108,10 @@ class ChunkedHead:
         self._ops = _row_ops(backend, self.weight, options)
         self.pair_loss = self._ops.pair_loss
         self._workspace_dtype = self._ops.workspace_dtype(keep)
-        self.max_rows = max_chunk_rows(self.weight, self._workspace_dtype, options.workspace_bytes)
+        self._vocab_major = isinstance(self._ops, TorchRows) and weight.device.type == "cpu"
+        self.max_rows = max_chunk_rows(
+            self.weight, self._workspace_dtype, options.workspace_bytes, self._vocab_major
+        )
         self._workspace: Workspace | None = None
         self._pair_gradients: Gradients | None = None
 
@@ -127,8 +130,9 @@ class ChunkedHead:
             capacity = min(len(self.labels), self.max_rows)
             # Triton's interpreter would copy all memory behind a tensor that it is given, so it
             # gets none that is kept.
-            vocab_major = isinstance(self._ops, TorchRows) and self.weight.device.type == "cpu"
-            self._workspace = Workspace(self.weight, capacity, self._workspace_dtype, vocab_major)
+            self._workspace = Workspace(
+                self.weight, capacity, self._workspace_dtype, self._vocab_major
+            )
         num_rows = rows.stop - rows.start
         logits = None if self._workspace is None else self._workspace.logits(num_rows)
         return self._ops.score(self.hidden_states[rows], self.labels[rows], logits, keep)

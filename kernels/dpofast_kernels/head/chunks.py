@@ -28,12 +28,14 @@ class PairChunk:
         return self.end - self.start
 
 
-def max_chunk_rows(weight: Tensor, dtype: torch.dtype | None, limit: int | None) -> int:
+def max_chunk_rows(
+    weight: Tensor, dtype: torch.dtype | None, limit: int | None, vocab_major: bool
+) -> int:
     """Rows of logits that may be made at a time: see `max_workspace_rows`.
 
     Without a dtype nothing of that size is kept.
     """
-    return FORWARD_ROWS if dtype is None else max_workspace_rows(weight, dtype, limit)
+    return FORWARD_ROWS if dtype is None else max_workspace_rows(weight, dtype, limit, vocab_major)
 
 
 def row_chunks(start: int, end: int, max_rows: int) -> Iterator[slice]:

@@ -20,7 +20,12 @@ import triton.language as tl
 from torch import Tensor
 
 from dpofast_kernels.head.launch import launch_options
-from dpofast_kernels.head.logits_triton import finish_logits, label_logp, logit_constants
+from dpofast_kernels.head.logits_triton import (
+    finish_logits,
+    label_logp,
+    logit_constants,
+    row_logsumexp,
+)
 from dpofast_kernels.head.matmul import accumulate_dtype, product_dtype
 from dpofast_kernels.head.options import HeadOptions
 from dpofast_kernels.head.pairs_triton import pair_loss_fwd
@@ -256,7 +261,7 @@ def finish_rows_kernel(
         # exp(z_label - k) - S in full precision, then its one rounding
         tl.store(p_d + label, (-rest.to(dtype) * slope).to(p_d.dtype.element_ty))
     else:
-        tl.store(p_logsumexps + i_n, (target.to(tl.float64) - logp).to(dtype))
+        tl.store(p_logsumexps + i_n, row_logsumexp(target, reference, rest).to(dtype))
 
 
 class FusedRows:

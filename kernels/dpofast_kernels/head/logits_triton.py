@@ -72,3 +72,10 @@ def label_logp(
     gap = reference.to(tl.float64) - target.to(tl.float64)
     rest = rest.to(tl.float64)
     return -softplus(tl.log(rest) + gap), -1.0 / (rest + tl.exp(-gap))
+
+
+@triton.jit
+def row_logsumexp(target, reference, rest):
+    """log S in fp64, of what `label_logp` takes; finite also where the label is ruled out."""
+    gap = reference.to(tl.float64) - target.to(tl.float64)
+    return reference.to(tl.float64) + tl.log(rest.to(tl.float64) + tl.exp(-gap))

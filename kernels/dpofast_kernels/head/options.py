@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-# Part of a reference's identity: raised whenever a log-prob could change by anything but rounding
-# that depends on the machine, so that stored log-probs are made again.
+# Part of a reference's identity: raised whenever a log-prob could change by anything but rounding,
+# so that stored log-probs are made again.
 HEAD_VERSION = 1
 
 BACKENDS = ("auto", "torch", "triton", "triton_fused", "naive")
@@ -33,7 +33,7 @@ class HeadOptions:
             is asked for. `linear_pair_loss` sums over its own rows in memory of the same size
             first, as the upstream gradient comes last.
         workspace_bytes: that a chunk's logits may take; a row is the least. By default 1 GB, and on
-            a CPU, where larger chunks are no faster, 160 MiB.
+            a CPU, where larger chunks are no faster, 160 MiB, and sixteen rows are the least.
         backend: "auto" is Triton on CUDA and ROCm, tiled PyTorch elsewhere. "triton" lets the
             library multiply and runs one kernel over each chunk of logits; "triton_fused" is a
             product of its own, bf16 and fp16 alone, that never writes logits. "naive" makes all

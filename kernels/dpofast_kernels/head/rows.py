@@ -68,7 +68,7 @@ class RowOps(Protocol):
         self,
         hidden_states: Tensor,  # [n, H]
         labels: Tensor,  # [n]
-        workspace: Tensor | None,  # [n, V]
+        workspace: Tensor | None,  # [m, V], m >= n: a product may fill a few rows more
         keep: bool,
     ) -> ScoredRows:
         """Log-probs of the labels; with `keep` what `differentiate` needs, else log-sum-exps."""

@@ -15,7 +15,12 @@ import triton.language as tl
 from torch import Tensor
 
 from dpofast_kernels.head.launch import launch_options
-from dpofast_kernels.head.logits_triton import finish_logits, label_logp, logit_constants
+from dpofast_kernels.head.logits_triton import (
+    finish_logits,
+    label_logp,
+    logit_constants,
+    row_logsumexp,
+)
 from dpofast_kernels.head.matmul import accumulate_dtype, logits_into, product_dtype
 from dpofast_kernels.head.options import HeadOptions
 from dpofast_kernels.head.pairs_triton import pair_loss_fwd
@@ -133,7 +138,7 @@ def score_rows_kernel(
         tl.store(p_rest + i_n, rest)
         tl.store(p_factors + i_n, factor.to(dtype))
     else:
-        tl.store(p_logsumexps + i_n, (target.to(tl.float64) - logp).to(dtype))
+        tl.store(p_logsumexps + i_n, row_logsumexp(target, row_max, rest).to(dtype))
 
 
 @triton.jit

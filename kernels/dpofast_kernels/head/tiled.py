@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dpofast_kernels.head.matmul import accumulate_dtype, logits_into, product_dtype
@@ -14,10 +15,10 @@ from dpofast_kernels.head.rows import LogitGradients, PairTerms, ScoredRows
 from dpofast_kernels.head.sequences import segment_sums
 from dpofast_kernels.preference import PairLoss, pair_metrics
 
-# So many logits are taken at a time that the passes over them find them in the cache.
-CPU_CACHE_BYTES = 4 * 2**20
-# And so many of the weight's rows: a product is a little faster so, and leaves its result there.
-PRODUCT_COLUMNS = 2048
+# A CPU takes so much of the vocabulary at a time: products are a little faster so, and what they
+# leave is in the cache for the passes over it. One number for all chunks, so that rows are summed
+# in the same order in each.
+CPU_COLUMNS = 2048
 
 
 class TorchRows:
@@ -41,16 +42,18 @@ class TorchRows:
         self, hidden_states: Tensor, labels: Tensor, workspace: Tensor | None, keep: bool
     ) -> ScoredRows:
         assert workspace is not None
-        logits, targets = workspace, labels[:, None]  # [n, V], [n, 1]
+        logits, targets = workspace[: len(labels)], labels[:, None]  # [n, V], [n, 1]
+        padding = len(workspace) - len(labels)
+        hidden_states = F.pad(hidden_states, (0, 0, 0, padding))  # [m, H]
         row_max = logits.new_full(targets.shape, -math.inf)
-        for block in self._blocks(PRODUCT_COLUMNS):
-            z = logits_into(logits[:, block], hidden_states, self.weight[block])
-            self._finish_logits(z, block)
+        for block in self._blocks():
+            logits_into(workspace[:, block], hidden_states, self.weight[block])
+            z = self._finish_logits(logits[:, block], block)
             torch.maximum(row_max, z.amax(-1, keepdim=True), out=row_max)
         target_logits = logits.gather(-1, targets)
         logits.scatter_(-1, targets, -math.inf)  # left out of the sum
         rest = torch.zeros_like(row_max, dtype=torch.float64)
-        for block in self._blocks(CPU_CACHE_BYTES // (max(len(labels), 1) * logits.itemsize)):
+        for block in self._blocks():
             z = logits[:, block]
             slopes = self._cap_slopes(z) if keep and self.softcap else None
             rest += z.sub_(row_max).exp_().sum(-1, keepdim=True)
@@ -60,8 +63,8 @@ class TorchRows:
         logps = -torch.logaddexp(gaps.new_zeros(()), rest.log() + gaps)
         per_token_logps = logps[:, 0].to(logits.dtype)
         if not keep:
-            logsumexps = (target_logits - logps)[:, 0].to(logits.dtype)
-            return ScoredRows(per_token_logps, logsumexps=logsumexps)
+            logsumexps = row_max + (rest + gaps.neg().exp()).log()
+            return ScoredRows(per_token_logps, logsumexps=logsumexps[:, 0].to(logits.dtype))
         d_target = rest.neg().to(logits.dtype)
         if self.softcap:
             d_target *= self._cap_slopes(target_logits)
@@ -91,14 +94,14 @@ class TorchRows:
             losses, logps, torch.stack(slopes, 1).flatten(), torch.stack([*metrics.values()])
         )
 
-    def _blocks(self, num_columns: int) -> Iterator[slice]:
-        """All of the vocabulary, on a CPU that many of it at a time."""
+    def _blocks(self) -> Iterator[slice]:
+        """All of the vocabulary, on a CPU a part at a time."""
         vocab_size = len(self.weight)
-        step = max(num_columns, 1) if self.weight.device.type == "cpu" else vocab_size
+        step = CPU_COLUMNS if self.weight.device.type == "cpu" else vocab_size
         for start in range(0, vocab_size, step):
             yield slice(start, start + step)
 
-    def _finish_logits(self, z: Tensor, block: slice) -> None:
+    def _finish_logits(self, z: Tensor, block: slice) -> Tensor:
         """Bias, scale, cap and temperature, in place."""
         if self.bias is not None:
             z.add_(self.bias[block])
@@ -107,6 +110,7 @@ class TorchRows:
             z.mul_(self.softcap / self.temperature)
         elif self.scale != 1.0:
             z.mul_(self.scale)
+        return z
 
     def _cap_slopes(self, z: Tensor) -> Tensor:
         """The derivative of tanh at each finished logit."""

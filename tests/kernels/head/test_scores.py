@@ -70,6 +70,17 @@ def test_log_probs_are_bit_for_bit_those_of_linear_logps(backend, dtype):
 
 
 @pytest.mark.parametrize("backend", ["naive", *BACKENDS])
+def test_a_label_that_a_bias_rules_out(backend):
+    """Its log-prob is -inf, and the sum over the others stands."""
+    inputs = make_inputs(bias=True)
+    with torch.no_grad():
+        inputs.bias[inputs.labels[3]] = float("-inf")
+    logps, logsumexps = scores(inputs, options_for(inputs, backend))
+    assert logps[3] == float("-inf")
+    assert relative_error(logsumexps, plain_logsumexps(inputs)) <= 1e-12
+
+
+@pytest.mark.parametrize("backend", ["naive", *BACKENDS])
 @pytest.mark.parametrize("spread", [1e-3, 60.0])
 def test_unlikely_and_certain_labels(backend, spread):
     """A label's log-prob may be hundreds of nats: nothing of the sum is lost beside it."""

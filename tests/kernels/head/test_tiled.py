@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dpofast_kernels import make_loss
+from dpofast_kernels import HeadOptions, linear_logps, make_loss
 from dpofast_kernels.head import tiled
+from dpofast_kernels.head.chunks import row_chunks
 from tests.kernels.head.cases import (
     FULL_OPTIONS,
     make_inputs,
@@ -26,8 +27,7 @@ def test_blocks_of_the_vocabulary_change_nothing(run, full, columns, monkeypatch
     inputs = make_inputs(bias=full)
     options = FULL_OPTIONS if full else {}
     expected = run(inputs, options_for(inputs, "naive", **options))
-    monkeypatch.setattr(tiled, "PRODUCT_COLUMNS", columns)
-    monkeypatch.setattr(tiled, "CPU_CACHE_BYTES", columns * len(inputs.labels) * 8)
+    monkeypatch.setattr(tiled, "CPU_COLUMNS", columns)
     found = run(inputs, options_for(inputs, "torch", **options))
     assert found.keys() == expected.keys()
     for name, value in expected.items():
@@ -41,8 +41,7 @@ def test_a_block_that_a_bias_rules_out(monkeypatch):
         inputs.bias[:200] = inputs.bias[400:] = float("-inf")
     inputs.bias.requires_grad_(False)
     inputs.labels.clamp_(200, 399)
-    monkeypatch.setattr(tiled, "PRODUCT_COLUMNS", 64)
-    monkeypatch.setattr(tiled, "CPU_CACHE_BYTES", 64)
+    monkeypatch.setattr(tiled, "CPU_COLUMNS", 64)
     expected = run_pair_loss(inputs, SIGMOID, options_for(inputs, "naive"))
     assert expected["logps"].isfinite().all()
     found = run_pair_loss(inputs, SIGMOID, options_for(inputs, "torch"))
@@ -52,12 +51,33 @@ def test_a_block_that_a_bias_rules_out(monkeypatch):
 
 def test_a_capped_label_of_probability_one():
     """There E - S is minus the others' sum, which is lost where it is made from E and S."""
-    inputs = make_inputs(torch.float32)
+    inputs = make_inputs(torch.float32, hidden_size=507)
     with torch.no_grad():
-        inputs.hidden_states[:] = 30.0 * inputs.weight[inputs.labels]
+        # orthogonal, so that a row that points at its label has no logit elsewhere
+        inputs.weight.copy_(torch.linalg.qr(torch.randn(507, 507))[0])
+        inputs.hidden_states.copy_(25.0 * inputs.weight[inputs.labels])
     exact = inputs.to(torch.float64)
-    options = {"softcap": 15.0}
+    options = {"softcap": 40.0}
+    label_logps = run_logps(exact, options_for(exact, "naive", **options))["logps"]
+    assert -1e-5 < label_logps.min() < label_logps.max() < -1e-8
     truth = run_pair_loss(exact, SIGMOID, options_for(exact, "naive", **options))
     found = run_pair_loss(inputs, SIGMOID, options_for(inputs, "torch", **options))
     for name, value in truth.items():
         assert relative_error(found[name], value) <= 1e-4, name
+
+
+def test_a_row_hardly_depends_on_the_length_of_its_chunk():
+    """A reference is scored in other chunks than the policy; PyTorch's sums depend on them."""
+    torch.manual_seed(0)
+    hidden_states, weight = torch.randn(300, 128), torch.randn(5003, 128)
+    labels = torch.randint(0, 5003, (300,))
+    whole = linear_logps(hidden_states, weight, labels)
+    for size in (256, 200, 100, 33):
+        options = HeadOptions(workspace_bytes=4 * 5003 * (size + 15))
+        parts = [
+            linear_logps(hidden_states[rows], weight, labels[rows], options)
+            for rows in row_chunks(0, 300, size)
+        ]
+        found = torch.cat(parts)
+        torch.testing.assert_close(found, whole, rtol=2.0**-22, atol=0)  # two units, of 2^-23
+        assert (found != whole).float().mean() <= 0.1, size

@@ -8,46 +8,71 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from dpofast_kernels import linear_logps, linear_pair_loss, make_loss
+from dpofast_kernels import HeadOptions, linear_logps, linear_pair_loss, make_loss
+from dpofast_kernels.head import chunked
 from dpofast_kernels.head import workspace as workspaces
 from dpofast_kernels.head.chunks import max_chunk_rows
 from dpofast_kernels.head.workspace import Workspace
 
+DEFAULTS = HeadOptions()
+
 
 def test_rows_of_a_workspace():
-    """160 MiB on a CPU; from 128 bytes on lines are aligned to that, and one row always fits."""
+    """160 MiB on a CPU, sixteen rows at a time."""
     weight = torch.zeros(2**20 - 3, 0)
-    assert max_chunk_rows(weight, torch.float64, None) == 16  # 20 would fit, but for alignment
-    assert max_chunk_rows(weight, torch.float64, 2**26) == 8
-    assert max_chunk_rows(weight, torch.float64, 1) == 1
-    assert max_chunk_rows(weight, None, 1) > 1000
+    assert max_chunk_rows(weight, torch.float64, None, True) == 16
+    assert max_chunk_rows(weight, torch.float32, None, True) == 32
+    assert max_chunk_rows(weight, torch.float64, 2**28, True) == 32
+    assert max_chunk_rows(weight, torch.float64, 1, True) == 16
+    assert max_chunk_rows(weight, None, 1, True) > 1000
 
 
-def test_rows_of_a_workspace_on_a_device():
-    """1 GB, where a row of 152,064 fp32 numbers has 608,256 bytes."""
+def test_rows_of_a_workspace_of_whole_rows():
+    """Rows are aligned to 128 bytes, and one always fits; in 1 GB, where a row has 608,256."""
     weight = torch.empty(152_064, 0, device="meta")
-    assert max_chunk_rows(weight, torch.float32, None) == 1632
-    assert max_chunk_rows(weight, torch.bfloat16, None) == 3264
+    assert max_chunk_rows(weight, torch.float32, None, False) == 1644
+    assert max_chunk_rows(weight, torch.bfloat16, None, False) == 3288
+    assert max_chunk_rows(weight, torch.float32, 1, False) == 1
+    assert max_chunk_rows(torch.empty(7, 0), torch.float32, 1280, False) == 10
 
 
 @pytest.mark.parametrize("vocab_major", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("vocab_size", [1, 7, 100, 999])
-def test_a_chunk_fits_and_its_lines_are_aligned(dtype, vocab_major, vocab_size):
-    weight = torch.zeros(vocab_size, 0)
-    limit = 50_000
-    max_rows = max_chunk_rows(weight, dtype, limit)
+def test_a_chunk_fits(dtype, vocab_major, vocab_size):
+    weight, limit = torch.zeros(vocab_size, 0), 500_000
+    max_rows = max_chunk_rows(weight, dtype, limit, vocab_major)
     workspace = Workspace(weight, max_rows, dtype, vocab_major)
-    for num_rows in {0, 1, max_rows // 2, max_rows}:
+    for num_rows in {0, 1, 17, max_rows // 2, max_rows}:
         logits = workspace.logits(num_rows)
-        assert (logits.shape, logits.dtype) == ((num_rows, vocab_size), dtype)
-        logits.copy_(torch.arange(num_rows * vocab_size).view_as(logits))
-        assert logits.flatten().tolist() == list(range(num_rows * vocab_size))
-        strides = logits.stride()[:: -1 if vocab_major else 1]
-        length = num_rows if vocab_major else vocab_size
-        assert strides[1] == 1
-        assert strides[0] * dtype.itemsize % 128 == 0 or length * dtype.itemsize < 128
-    assert max_rows == 1 or workspace.num_bytes <= limit
+        height = -(-num_rows // 16) * 16 if vocab_major else num_rows
+        assert (logits.shape, logits.dtype) == ((height, vocab_size), dtype)
+        logits.copy_(torch.arange(logits.numel()).view_as(logits))
+        assert logits.flatten().tolist() == list(range(logits.numel()))
+        used = sum((n - 1) * step for n, step in zip(logits.shape, logits.stride(), strict=True))
+        assert (used + 1) * dtype.itemsize <= limit
+        if vocab_major:
+            assert logits.stride() == (1, height)
+        else:
+            assert logits.stride(1) == 1
+            assert logits.stride(0) * dtype.itemsize % 128 == 0
+
+
+@pytest.mark.parametrize("op", ["pair_loss", "logps"])
+@pytest.mark.parametrize("given", [True, False], ids=["by the option", "by default"])
+def test_no_chunk_exceeds_the_limit(op, given, monkeypatch):
+    """200 rows of a vocabulary of 50, in fp32, where 48 rows are allowed."""
+    scored, limit = [], 4 * 50 * 60
+    score = chunked.ChunkedHead.score
+    monkeypatch.setattr(
+        chunked.ChunkedHead, "score", lambda head, rows: scored.append(rows) or score(head, rows)
+    )
+    if not given:
+        monkeypatch.setattr(workspaces, "CPU_WORKSPACE_BYTES", limit)
+    run_op(op, 200, HeadOptions(workspace_bytes=limit if given else None))
+    assert max(rows.stop - rows.start for rows in scored) == (40 if op == "logps" else 34)
+    forward = scored if op == "pair_loss" else scored[: len(scored) // 2]
+    assert sum(rows.stop - rows.start for rows in forward) == 200
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -79,7 +104,6 @@ def test_threads_have_workspaces_of_their_own():
 def test_memory_above_the_limit_is_not_kept():
     weight = torch.empty(2**20, 0)
     own = Workspace(weight, 64, torch.float32, True).logits(64)  # 256 MiB, none written to
-    assert own.shape == (64, 2**20)
     kept = Workspace(weight, 1, torch.float32, True).logits(1)
     assert kept.data_ptr() != own.data_ptr()
 
@@ -93,24 +117,27 @@ def test_a_workspace_made_in_inference_mode_serves_training():
     assert not logits.fill_(2.0).is_inference()
 
 
-@pytest.mark.parametrize("num_rows", [12, 44])
-@pytest.mark.parametrize("op", ["pair_loss", "logps"])
-def test_what_a_workspace_held_before_plays_no_part(op, num_rows):
+def run_op(op, num_rows, options=DEFAULTS):
+    """A value and its gradients, of two pairs in fp32 with a vocabulary of 50."""
     torch.manual_seed(0)
     hidden_states = torch.randn(num_rows, 8, requires_grad=True)
     weight = torch.randn(50, 8, requires_grad=True)
     labels = torch.randint(0, 50, (num_rows,))
-    bounds = torch.linspace(0, num_rows, 5).long()
+    if op == "logps":
+        value = linear_logps(hidden_states, weight, labels, options).square().sum()
+    else:
+        bounds = torch.linspace(0, num_rows, 5).long()
+        ref_logps, loss = torch.zeros(4, dtype=torch.float64), make_loss("sigmoid", beta=0.1)
+        value = linear_pair_loss(
+            hidden_states, weight, labels, bounds, ref_logps, loss, options
+        ).loss
+    return [value, *torch.autograd.grad(value, [hidden_states, weight])]
 
-    def run():
-        if op == "logps":
-            value = linear_logps(hidden_states, weight, labels).square().sum()
-        else:
-            ref_logps, loss = torch.zeros(4, dtype=torch.float64), make_loss("sigmoid", beta=0.1)
-            value = linear_pair_loss(hidden_states, weight, labels, bounds, ref_logps, loss).loss
-        return [value, *torch.autograd.grad(value, [hidden_states, weight])]
 
-    first = run()
+@pytest.mark.parametrize("num_rows", [12, 44])
+@pytest.mark.parametrize("op", ["pair_loss", "logps"])
+def test_what_a_workspace_held_before_plays_no_part(op, num_rows):
+    first = run_op(op, num_rows)
     workspaces._kept.memory.fill_(0xFF)  # of all bits set, every float is NaN
-    for got, wanted in zip(run(), first, strict=True):
+    for got, wanted in zip(run_op(op, num_rows), first, strict=True):
         torch.testing.assert_close(got, wanted, rtol=0, atol=0)
