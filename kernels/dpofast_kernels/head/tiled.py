@@ -16,8 +16,8 @@ from dpofast_kernels.head.sequences import segment_sums
 from dpofast_kernels.preference import PairLoss, pair_metrics
 
 # A CPU takes so much of the vocabulary at a time: products are a little faster so, and what they
-# leave is in the cache for the passes over it. One number for all chunks, so that rows are summed
-# in the same order in each.
+# leave is in the cache for the passes over it. One number for all chunks, as a row is to depend on
+# the length of its chunk as little as may be.
 CPU_COLUMNS = 2048
 
 
