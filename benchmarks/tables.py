@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console
@@ -27,11 +28,8 @@ def print_times(
         suffix: of this race in the names of ratios.
         flop: floating-point operations that the work needs.
     """
-    table = Table(title=title, title_justify="left")
-    table.add_column("contender", no_wrap=True)
-    for name in ("ms", "p20", "p80", "TFLOP/s", "ours/theirs"):
-        table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("error nearest to its bound, or why there is no time", overflow="fold")
+    numbers = ("ms", "p20", "p80", "TFLOP/s", "ours/theirs")
+    table = _table(title, numbers, "error nearest to its bound, or why there is no time")
     for name, result in results.items():
         seconds = [result.as_dict()[key] for key in ("median", "p20", "p80")]
         rate = flop / result.median / 1e12 if result.median else None
@@ -49,11 +47,8 @@ def print_peaks(
     title: str, memory: dict[str, dict[str, Any]], ratios: dict[str, float | None]
 ) -> None:
     """A table of peaks beyond inputs and gradients."""
-    table = Table(title=title, title_justify="left")
-    table.add_column("contender", no_wrap=True)
-    table.add_column("GB beyond inputs and gradients", justify="right")
-    table.add_column("ours/theirs", justify="right")
-    table.add_column("why there is none", overflow="fold")
+    numbers = ("GB beyond inputs and gradients", "ours/theirs")
+    table = _table(title, numbers, "why there is none")
     for name, peaks in memory.items():
         peak = peaks.get("beyond_inputs_and_gradients")
         table.add_row(
@@ -73,11 +68,8 @@ def print_race(title: str, standings: dict[str, Any], ratios: dict[str, float | 
         standings: by contender, as `benchmarks.rounds.Standing`.
         ratios: by "<contender>_speed" and "<contender>_memory", ours over theirs.
     """
-    table = Table(title=title, title_justify="left")
-    table.add_column("contender", no_wrap=True)
-    for name in ("pairs", "pairs/s", "ours/theirs", "peak GB", "ours/theirs"):
-        table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("error nearest to its bound, or why there is no speed", overflow="fold")
+    numbers = ("pairs", "pairs/s", "ours/theirs", "peak GB", "ours/theirs")
+    table = _table(title, numbers, "error nearest to its bound, or why there is no speed")
     for name, standing in standings.items():
         result = standing.result
         table.add_row(
@@ -90,6 +82,16 @@ def print_race(title: str, standings: dict[str, Any], ratios: dict[str, float | 
             f"{result.status}: {result.reason}" if result.reason else _closest(result),
         )
     _console().print(table)
+
+
+def _table(title: str, numbers: Sequence[str], remark: str) -> Table:
+    """Of contenders: columns of numbers, and a last one of words."""
+    table = Table(title=title, title_justify="left")
+    table.add_column("contender", no_wrap=True)
+    for name in numbers:
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column(remark, overflow="fold")
+    return table
 
 
 def _console() -> Console:
