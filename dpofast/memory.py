@@ -173,9 +173,13 @@ def _kept_by_body(
 
 
 def _head_bytes(lm: Any) -> int:
-    """What the head holds for a while: a chunk of logits, and its weight's gradient in fp32."""
+    """What the head holds for a while: a chunk of logits, and its weight's gradient in fp32.
+
+    The gradient twice, as the second pair of a row that is longer than a chunk sums its own.
+    """
     weight = lm.get_output_embeddings().weight
-    return DEVICE_WORKSPACE_BYTES + torch.float32.itemsize * weight.requires_grad * numel(weight)
+    gradients = 2 * weight.requires_grad * numel(weight)
+    return DEVICE_WORKSPACE_BYTES + torch.float32.itemsize * gradients
 
 
 def _num_bytes(parameter: Tensor) -> int:
