@@ -116,13 +116,33 @@ def packed_attention(config: Any, layout: SharedLayout | None) -> Iterator[None]
     if layout is None:
         yield
         return
+    with _implementation(config, NAME):
+        yield
+
+
+@contextlib.contextmanager
+def any_dtype_attention(config: Any) -> Iterator[None]:
+    """Inside, a model of this config attends in any dtype and on any device.
+
+    FlashAttention's kernels, where a model has them, take half precision on GPUs alone; checks run
+    in the weights' own dtype, where these lie.
+    """
+    if "flash" not in str(config.get_text_config()._attn_implementation):
+        yield
+        return
+    with _implementation(config, "eager"):
+        yield
+
+
+@contextlib.contextmanager
+def _implementation(config: Any, name: str) -> Iterator[None]:
     text_config = config.get_text_config()
     configs = {id(each): each for each in (config, text_config)}.values()
     kept = [(each, each._attn_implementation) for each in configs]
     for each in configs:
-        each._attn_implementation = NAME
+        each._attn_implementation = name
     try:
         yield
     finally:
-        for each, name in kept:
-            each._attn_implementation = name
+        for each, before in kept:
+            each._attn_implementation = before

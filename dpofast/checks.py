@@ -9,12 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dpofast.attention import AttentionCall, packed_attention, recorded_calls
+from dpofast.attention import (
+    AttentionCall,
+    any_dtype_attention,
+    packed_attention,
+    recorded_calls,
+)
 from dpofast.data.batch import PackedPairs, TokenIds, collate_padded
 from dpofast.data.layout import Layout
 from dpofast.errors import ConfigError
 from dpofast.model import body_of, causal_lm, check_head, evaluating, num_layers, shape
 from dpofast_kernels.attention import AttentionOptions, WrongBackendError, probe
+from dpofast_kernels.rounding import product_precision
 
 # Packed and padded hidden states may differ by this much of their size, by rounding alone. Models
 # of transformers compute their norms in float32, whatever their dtype.
@@ -44,10 +50,12 @@ def check_model(
         ModelError: its head does what we don't know.
         ConfigError: packed rows would be wrong for it, or attention is on this device.
     """
-    check_head(model)
-    if not layout.is_packed:
-        return None
-    return check_attention(check_layout(layout, model), device, autocast_dtype)
+    with any_dtype_attention(causal_lm(model).config):
+        check_head(model)
+        if not layout.is_packed:
+            return None
+        calls = check_layout(layout, model)
+    return check_attention(calls, device, autocast_dtype)
 
 
 def some_sequences(model: nn.Module) -> list[tuple[TokenIds, TokenIds]]:
@@ -79,7 +87,7 @@ def check_layout(layout: Layout, model: nn.Module) -> list[AttentionCall]:
         packed = _scored_states(model, layout.collate(sequences))
     padded = _scored_states(model, collate_padded(sequences))
     error = ((packed - padded).norm() / padded.norm().clamp_min(1e-12)).item()
-    dtype = lm.get_output_embeddings().weight.dtype
+    dtype = product_precision(lm.get_output_embeddings().weight.dtype, packed.device)
     if len(calls) < num_layers(lm) or not error <= TOLERANCE[dtype]:
         raise ConfigError(
             f"layout: {layout.name} rows give {type(lm).__name__} other hidden "
@@ -116,14 +124,19 @@ def check_attention(
         Which it is, in words.
 
     Raises:
-        ConfigError: it is wrong on this device.
+        ConfigError: it is wrong on this device, or doesn't run there.
     """
+    remedy = "use layout: padded, and please report this"
     kinds = dict.fromkeys(_as_run(call, autocast_dtype) for call in calls)
     try:
         found = dict.fromkeys(_words(_probed(device, kind), kind) for kind in kinds)
     except WrongBackendError as error:
-        remedy = "use layout: padded, and please report this"
         raise ConfigError(f"layout: {error}; {remedy}.") from error
+    except Exception as error:  # compilers and packages of kernels raise anything
+        reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        raise ConfigError(
+            f"layout: packed rows' attention doesn't run on {device} ({reason}); {remedy}."
+        ) from error
     return f"{', '.join(found)}; compared with its naive twin on {device}"
 
 

@@ -321,6 +321,10 @@ class DPOConfig(TrainingArguments):
             "neftune_noise_alpha": "leave it out; the policy would differ from its reference",
             "use_liger_kernel": "leave it out; only dpofast's own kernels are supported yet",
             "parallelism_config": "leave it out; ranks share a step's pairs, not a sequence",
+            **dict.fromkeys(
+                ("torch_compile", "torch_compile_backend", "torch_compile_mode"),
+                "leave it out; rows differ in every step, and would compile each time",
+            ),
             "fsdp": "set deepspeed to zero2 or zero3, which spread gradients and weights likewise",
         }
         for name, remedy in remedies.items():
@@ -328,6 +332,11 @@ class DPOConfig(TrainingArguments):
                 raise ConfigError(f"{name} isn't supported: {remedy}.")
         if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
             raise ConfigError("accelerate launch --use_fsdp isn't supported: use --use_deepspeed.")
+        if os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower() != "no":
+            raise ConfigError(
+                "accelerate launch --dynamo_backend isn't supported: set it to no; rows differ in "
+                "every step, and would compile each time."
+            )
         self._check_report_to()
         strategy = self.train_sampling_strategy
         if strategy not in ("random", "sequential"):

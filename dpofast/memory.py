@@ -52,8 +52,9 @@ def tokens_that_fit(
     # of what ZeRO-3 has spread, this rank's part
     held: list[Tensor] = [getattr(p, "ds_tensor", p) for p in model.parameters()]
     placed = sum(part.nbytes for part in held if part.device.type != "cpu")
-    left = free_bytes + placed - training_bytes(model, config) - _head_bytes(lm)
-    tokens = int(USED_SHARE * left / bytes_per_token(model, layout, config, autocast))
+    cost = row_bytes(model, layout, config, autocast)
+    left = free_bytes + placed - training_bytes(model, config) - _head_bytes(lm) - cost.fixed
+    tokens = int(USED_SHARE * left / cost.per_token)
     tokens -= tokens % STEP
     if tokens < SMALLEST_ROW:
         logger.warning(
@@ -109,23 +110,33 @@ def zero_stage(config: DPOConfig) -> tuple[int, bool]:
     return int(zero.get("stage", 0)), device != "none"
 
 
-def bytes_per_token(
-    model: nn.Module, layout: Layout, config: DPOConfig, autocast: Callable[[], Any]
-) -> float:
-    """What a token of a row adds to the tensors that wait for the backward.
+class RowBytes(NamedTuple):
+    """What a row costs beside the parameters: for each of its tokens, and whatever its length."""
 
-    Counted on two short rows, so that what doesn't grow with them, such as parameters, drops out.
-    A checkpointed layer keeps its input alone, and the inside of one at a time is made again.
+    per_token: float
+    fixed: float
+
+
+def row_bytes(
+    model: nn.Module, layout: Layout, config: DPOConfig, autocast: Callable[[], Any]
+) -> RowBytes:
+    """What of a row waits for the backward.
+
+    Counted on two short rows: what doesn't grow with them is autocast's copies of the weights.
+    These stand until the forward pass ends even where layers are checkpointed. A checkpointed layer
+    keeps its input alone, and the inside of one at a time is made again.
     """
     text = causal_lm(model).config.get_text_config()
     small, large = (_kept_by_body(model, layout, count, autocast) for count in PROBED_PAIRS)
     num_layers = text.num_hidden_layers
-    layer = (large.kept - small.kept) / (large.tokens - small.tokens) / num_layers
+    slope = (large.kept - small.kept) / (large.tokens - small.tokens)
+    layer = slope / num_layers
     checkpointed = _checkpointed_layers(config, num_layers)
     inside = (num_layers - checkpointed + (checkpointed > 0)) * layer
     # A scored token's hidden state is gathered, and its gradient made in fp32 at least.
     scored = large.state + text.hidden_size * torch.float32.itemsize
-    return inside + checkpointed * large.state + scored
+    fixed = max(small.kept - slope * small.tokens, 0.0)
+    return RowBytes(inside + checkpointed * large.state + scored, fixed)
 
 
 class _Pass(NamedTuple):

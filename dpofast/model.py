@@ -21,6 +21,7 @@ from dpofast.errors import ModelError
 from dpofast.head import HeadTask, ScoreTask, bind, head_forwards, head_options
 from dpofast_kernels.attention import SharedLayout
 from dpofast_kernels.head.naive import naive_logits
+from dpofast_kernels.rounding import product_precision
 
 # A part of the model may differ from stock by this much of the logits' size, by rounding alone.
 HEAD_TOLERANCE = {
@@ -318,7 +319,8 @@ def check_head(model: nn.Module) -> None:
             ours = run_batch(model, batch, _LogitsTask(options))
     expected = stock.logits[0].float()  # [8, V]
     error = ((ours.float() - expected).norm() / expected.norm().clamp_min(1e-12)).item()
-    if not error <= HEAD_TOLERANCE[lm.get_output_embeddings().weight.dtype]:
+    dtype = product_precision(lm.get_output_embeddings().weight.dtype, device)
+    if not error <= HEAD_TOLERANCE[dtype]:
         raise ModelError(
             f"{type(lm).__name__} does something to its logits that dpofast doesn't know "
             f"(they differ by {error:.1%} from body and head alone), so its log-probs would be "

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dpofast.attention import any_dtype_attention
 from dpofast.checks import some_sequences
 from dpofast.config import DPOConfig
 from dpofast.data.batch import collate_padded
@@ -92,7 +93,7 @@ def check_router_loss(router_loss: RouterLoss, model: nn.Module) -> None:
     lm = causal_lm(model)
     batch = collate_padded(some_sequences(model)).to(next(lm.parameters()).device)
     inputs = {"input_ids": batch.input_ids, "attention_mask": batch.uses}
-    with evaluating(lm):
+    with evaluating(lm), any_dtype_attention(lm.config):
         stock = lm(**inputs, use_cache=False, output_router_logits=True)
         expected = getattr(stock, METRIC, None)
         if not isinstance(expected, Tensor) or not getattr(stock, "router_logits", None):

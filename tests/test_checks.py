@@ -6,6 +6,7 @@ import time
 
 import pytest
 import torch
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from dpofast import checks
 from dpofast.attention import Calls, packed_attention
@@ -18,6 +19,7 @@ from dpofast_kernels.attention.segments import sdpa_attention
 from tests.exactness import SHORT, compare
 from tests.families import DEAF_FAMILIES, MASKED_FAMILIES, MIXING_FAMILIES, tiny_model
 from tests.support import make_trainer, tiny_llama
+from tests.tf32 import Tf32
 
 CPU = torch.device("cpu")
 
@@ -119,6 +121,47 @@ def test_a_packed_row_that_reaches_another_attention_raises(attention):
     model = tiny_model("llama", attention)
     with pytest.raises(ModelError, match="through an attention that would mix its sequences"):
         run_packed(model)
+
+
+def test_checks_need_no_flash_kernels_that_take_no_float32(monkeypatch):
+    """As FlashAttention's: half precision alone, on a GPU."""
+
+    def flash(module, query, *_, **__):
+        raise RuntimeError("FlashAttention only support fp16 and bf16 data type")
+
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "flash_attention_2", flash)
+    model = tiny_model("llama")
+    model.config._attn_implementation = "flash_attention_2"  # as loaded where the package is there
+    with pytest.raises(RuntimeError, match="FlashAttention only"):
+        model(input_ids=torch.ones(1, 4, dtype=torch.int64))
+    for layout in ("shared", "padded"):
+        checks.check_model(model, Layout(layout), CPU, torch.bfloat16)
+    assert model.config._attn_implementation == "flash_attention_2"
+
+
+def test_an_attention_that_does_not_run_stops_the_run_with_a_remedy(monkeypatch):
+    def broken(*_):
+        raise OSError("no kernel image is available\nfor this device")
+
+    monkeypatch.setitem(dispatch._ATTENTION, "sdpa", broken)
+    expected = r"doesn't run on cpu \(OSError: no kernel image is available\); use layout: padded"
+    with pytest.raises(ConfigError, match=expected):
+        checks.check_model(tiny_model("llama"), Layout("shared"), CPU, None)
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_products_in_tf32_are_no_error_of_the_model(family):
+    model = tiny_llama(num_hidden_layers=16) if family == "llama" else tiny_model(family)
+    with Tf32():
+        checks.check_model(model, Layout("shared"), CPU, None)
+        model.model.layers[1].forward = mixing(model.model.layers[1].forward)
+        with pytest.raises(ConfigError, match="other hidden states"):
+            check_layout(Layout("shared"), model)
+
+
+def mixing(forward):
+    """A layer in which a token sees the one before it in the row."""
+    return lambda x, *others, **more: forward(x + 0.3 * x.roll(1, 1), *others, **more)
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa", "flex_attention", "flash_attention_2"])

@@ -43,6 +43,32 @@ def test_gradients_are_scaled_to_the_norm(size, max_norm):
     assert without.grad is None
 
 
+def test_other_devices_sum_without_a_copy_in_float64(monkeypatch):
+    """Of bf16 gradients PyTorch casts each element as it sums; a matrix of them stays one."""
+    monkeypatch.setattr(torch.Tensor, "is_cpu", property(lambda _: False))
+    asked = []
+
+    def norm(gradient, dtype):
+        asked.append((gradient.dtype, dtype))
+        return vector_norm(gradient, dtype=dtype)
+
+    vector_norm = torch.linalg.vector_norm
+    monkeypatch.setattr(torch.linalg, "vector_norm", norm)
+    made = parameters((40, 50), (7,), (2,))
+    made[1] = torch.nn.Parameter(torch.zeros(7, dtype=torch.bfloat16))
+    made[1].grad = torch.full((7,), 2e-3, dtype=torch.bfloat16)
+    made[2] = torch.nn.Parameter(torch.zeros(2, dtype=torch.float64))
+    made[2].grad = torch.full((2,), 3e-3, dtype=torch.float64)
+    got = clip_grad_norm(made, math.inf)
+    assert got.dtype == torch.float64
+    assert got.item() == pytest.approx(true_norm(made), rel=1e-6)
+    assert asked == [
+        (torch.float32, torch.float32),
+        (torch.bfloat16, torch.float32),
+        (torch.float64, torch.float64),
+    ]
+
+
 @pytest.mark.parametrize("bad", [math.inf, math.nan])
 def test_what_isnt_finite_shows(bad):
     made = parameters((4,), (3,))

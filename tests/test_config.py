@@ -69,6 +69,8 @@ def test_defaults_are_trls(tmp_path):
         ({"lerning_rate": 1e-5}, "did you mean 'learning_rate'"),
         ({"max_prompt_length": 512}, "max_length"),
         ({"sync_ref_model": True}, "sync_ref_model"),
+        ({"torch_compile": True}, "rows differ in every step"),
+        ({"torch_compile_mode": "max-autotune"}, "torch_compile_mode isn't supported"),
         ({"fsdp": "full_shard"}, "zero2 or zero3"),
         ({"deepspeed": "zero4"}, "did you mean 'zero3'"),
         ({"f_divergence_type": "js_divergence"}, "reverse_kl"),
@@ -83,6 +85,14 @@ def test_fsdp_that_the_launcher_brings_is_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(ConfigError, match="--use_deepspeed"):
         config(tmp_path)
+
+
+def test_compiling_that_the_launcher_brings_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR")
+    with pytest.raises(ConfigError, match="--dynamo_backend"):
+        config(tmp_path)
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "NO")
+    config(tmp_path)
 
 
 def test_trls_options_at_values_that_change_nothing_are_taken(tmp_path):

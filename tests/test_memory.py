@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 
 import pytest
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from dpofast import DPOConfig
+from dpofast import DPOConfig, memory
 from dpofast.data.layout import Layout
-from dpofast.memory import bytes_per_token, tokens_that_fit, training_bytes
+from dpofast.memory import row_bytes, tokens_that_fit, training_bytes
 from tests.families import tiny_model
 from tests.support import tiny_llama
 
@@ -24,7 +25,7 @@ def config(tmp_path, **options):
 
 
 def per_token(model, made, layout="shared"):
-    return bytes_per_token(model, Layout(layout), made, contextlib.nullcontext)
+    return row_bytes(model, Layout(layout), made, contextlib.nullcontext).per_token
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "mixtral", "gpt_oss", "opt"])
@@ -97,13 +98,30 @@ def test_adapters_and_autocast_are_counted_as_they_run(tmp_path):
     whole = per_token(model, config(tmp_path))
     adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"]))
     assert per_token(adapted, config(tmp_path)) < whole
-    half = bytes_per_token(
-        tiny_llama(),
-        Layout("shared"),
-        config(tmp_path),
-        lambda: torch.autocast("cpu", torch.bfloat16),
-    )
-    assert half < whole
+    assert row_bytes(tiny_llama(), *autocast_run(tmp_path)).per_token < whole
+
+
+def autocast_run(tmp_path, **options):
+    half = functools.partial(torch.autocast, "cpu", torch.bfloat16)
+    return Layout("shared"), config(tmp_path, **options), half
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_autocasts_copies_of_the_weights_cost_the_same_for_all_rows(tmp_path, checkpointing):
+    model = tiny_llama(num_hidden_layers=8)
+    layout, made, half = autocast_run(tmp_path, gradient_checkpointing=checkpointing)
+    copies = 2 * sum(p.numel() for p in model.model.layers.parameters() if p.dim() == 2)
+    assert row_bytes(model, layout, made, half).fixed == pytest.approx(copies, rel=0.1)
+    assert row_bytes(model, layout, made, contextlib.nullcontext).fixed < 0.01 * copies
+
+
+def test_what_all_rows_cost_is_taken_off(tmp_path, monkeypatch):
+    asked = (tiny_llama(), Layout("shared"), config(tmp_path), contextlib.nullcontext)
+    costs = iter([memory.RowBytes(1e5, 0.0), memory.RowBytes(1e5, GB), memory.RowBytes(1e5, GB)])
+    monkeypatch.setattr(memory, "row_bytes", lambda *_: next(costs))
+    before = tokens_that_fit(*asked, 2 * GB)
+    assert memory.SMALLEST_ROW < before < memory.LARGEST_ROW
+    assert tokens_that_fit(*asked, 3 * GB) == before < tokens_that_fit(*asked, 4 * GB)
 
 
 def test_training_bytes(tmp_path):

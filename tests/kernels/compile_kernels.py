@@ -132,11 +132,13 @@ def compiled(
         else kind.removesuffix(" aligned").removesuffix(" odd")
         for name, kind in kinds.items()
     }
+    unknown = {each.name for each in function.params if each.do_not_specialize_on_alignment}
     aligned = {
         (index,): [["tt.divisibility", 16]]
         for index, (name, kind) in enumerate(kinds.items())
         if (name.startswith(ALIGNED) or "aligned" in kind)
         and "odd" not in kind
+        and name not in unknown
         and not signature[name].startswith(("tensordesc", "constexpr"))
     }
     source = ASTSource(function, signature=signature, constexprs=constants, attrs=aligned)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
+import importlib
 from dataclasses import dataclass
 
 import torch
@@ -23,7 +23,7 @@ class Machine:
         device_type: "cpu", "cuda" (ROCm's devices are called so, too), ...
         is_rocm: PyTorch is built for ROCm.
         capability: CUDA's compute capability, (0, 0) elsewhere.
-        packages: those of flash attention that are installed.
+        packages: those of flash attention that can be used.
     """
 
     device_type: str
@@ -41,8 +41,19 @@ def machine_of(device: torch.device) -> Machine:
         device_type=device.type,
         is_rocm=torch.version.hip is not None,
         capability=torch.cuda.get_device_capability(device) if is_cuda else (0, 0),
-        packages=frozenset(name for name in packages if importlib.util.find_spec(name)),
+        packages=frozenset(name for name in packages if is_cuda and _has_varlen(name)),
     )
+
+
+def _has_varlen(package: str) -> bool:
+    """Whether a package is there, works with this PyTorch, and has what we call.
+
+    FlashAttention-4 lies in a folder flash_attn that lacks it.
+    """
+    try:
+        return hasattr(importlib.import_module(package), "flash_attn_varlen_func")
+    except (ImportError, OSError, RuntimeError):  # built for another PyTorch or CUDA
+        return False
 
 
 def choose_backend(
@@ -89,7 +100,7 @@ def _why_no_flash(
     if machine.device_type != "cuda" or machine.is_rocm:
         return f"it runs on CUDA alone, not on {'ROCm' if machine.is_rocm else machine.device_type}"
     if package is not None and package not in machine.packages:
-        return f"the package {package} isn't installed"
+        return f"the package {package} isn't installed, or doesn't work with this PyTorch"
     if name == "flash3" and major != 9:
         return f"it needs compute capability 9 (Hopper), and this is {major}"
     if major < 8:

@@ -37,7 +37,7 @@ def flex_attention_on_row(
     """
     head_dim, value_dim = query.shape[-1], value.shape[-1]
     query, key, value = (_batched(states) for states in (query, key, value))
-    with torch._dynamo.config.patch(recompile_limit=_MAX_VARIANTS):
+    with _more_variants():
         out, aux = _compiled()(
             query,
             key,
@@ -149,6 +149,12 @@ def _batched(
     """[1, H, T, D], heads padded with zeros to what the kernels take."""
     missing = max(_MIN_HEAD_DIM - states.shape[-1], 0)
     return (F.pad(states, (0, missing)) if missing else states).transpose(0, 1)[None]
+
+
+@functools.cache
+def _more_variants() -> Any:
+    """One context for all calls: each that is made leaves a little memory behind."""
+    return torch._dynamo.config.patch(recompile_limit=_MAX_VARIANTS)
 
 
 @functools.cache

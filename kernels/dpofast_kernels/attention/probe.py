@@ -10,6 +10,7 @@ from torch import Tensor
 from dpofast_kernels.attention.dispatch import DEFAULT_OPTIONS, backend_for, shared_attention
 from dpofast_kernels.attention.layout import SharedLayout, build_layout
 from dpofast_kernels.attention.options import AttentionOptions
+from dpofast_kernels.rounding import product_precision
 
 # One tail and several, of no tokens, of one, and across the kernels' blocks of 64 and 128. Without
 # such blocks, on a CPU, fewer tokens tell the same in a moment.
@@ -73,15 +74,16 @@ def probe(
     d_output = random(num_tokens, num_heads, value_dim)
     backend = backend_for(leaves["query"], leaves["value"], options)
     got = _run(leaves, d_output, layout, replace(options, backend=backend))
+    tolerance = _TOLERANCES[product_precision(dtype, device)]
     exact = torch.promote_types(dtype, torch.float32)
     leaves = {name: leaf.to(exact) for name, leaf in leaves.items()}
     expected = _run(leaves, d_output.to(exact), layout, replace(options, backend="naive"))
     for name, truth in expected.items():
         error = ((got[name].to(exact) - truth).norm() / truth.norm()).item()
-        if not error <= _TOLERANCES[dtype]:  # NaN is an error, too
+        if not error <= tolerance:  # NaN is an error, too
             raise WrongBackendError(
                 f"Attention backend {backend!r} is wrong on {device}: its {name} in {dtype} is off "
-                f"by {error:.1e}, expected at most {_TOLERANCES[dtype]:.0e}"
+                f"by {error:.1e}, expected at most {tolerance:.0e}"
             )
     return backend
 

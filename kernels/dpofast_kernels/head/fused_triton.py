@@ -38,7 +38,7 @@ from dpofast_kernels.preference import PairLoss
 MAX_REST = 2.0**96
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["p_labels"])
 def target_products_kernel(
     p_hidden_states,  # [n, H]
     p_weight,  # [V, H]
@@ -91,7 +91,7 @@ def _load_block(
 
 
 # numbers that change from chunk to chunk: no kernel of its own for each alignment of theirs
-@triton.jit(do_not_specialize=["n", "num_programs"])
+@triton.jit(do_not_specialize=["n", "num_programs"], do_not_specialize_on_alignment=["p_labels"])
 def score_tiles_kernel(
     hidden_states,  # [n, H]: a descriptor of blocks [BM, BK], or a pointer
     weight,  # [V, H]: a descriptor of blocks [BN, BK], or a pointer
@@ -186,7 +186,10 @@ def _row_logits(
     return finish_logits(b_z, p_bias, o_v, m_v, HAS_BIAS, SCALE, SOFTCAP, TEMPERATURE)
 
 
-@triton.jit(do_not_specialize=["n", "num_tiles"])
+@triton.jit(
+    do_not_specialize=["n", "num_tiles"],
+    do_not_specialize_on_alignment=["p_labels", "p_logps", "p_factors", "p_logsumexps"],
+)
 def finish_rows_kernel(
     p_hidden_states,  # [n, H]
     p_weight,  # [V, H]

@@ -29,7 +29,7 @@ def _sum_rows(p_logps, start, end, BN: tl.constexpr):
     return tl.sum(b_sum, axis=0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["p_per_token_logps"])
 def pair_loss_kernel(
     p_per_token_logps,  # [n]
     p_bounds,  # [2P+1] int64

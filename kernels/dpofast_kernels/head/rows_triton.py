@@ -89,7 +89,11 @@ def _store_block(
     tl.store(p_d_row + o_v, b_d.to(p_d_row.dtype.element_ty), mask=m_v)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize_on_alignment=[
+        "p_labels", "p_logps", "p_row_max", "p_rest", "p_factors", "p_logsumexps"
+    ]
+)  # fmt: skip
 def score_rows_kernel(
     p_logits,  # [n, V], rows `stride` apart
     p_bias,  # [V]
@@ -141,7 +145,7 @@ def score_rows_kernel(
         tl.store(p_logsumexps + i_n, row_logsumexp(target, row_max, rest).to(dtype))
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["p_labels", "p_row_max", "p_rest", "p_factors"])
 def differentiate_rows_kernel(
     p_logits,  # [n, V], rows `stride` apart
     p_d_logits,  # [n, V], rows `d_stride` apart, in the memory of the logits

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 
-from dpofast_kernels.attention import AttentionOptions, backend_for, shared_attention
+from dpofast_kernels.attention import AttentionOptions, backend_for, backends, shared_attention
 from dpofast_kernels.attention.backends import Machine, choose_backend
 from tests.kernels.attention.cases import GROUPS, HEADS, make_inputs
 
@@ -79,6 +81,28 @@ def test_a_wish_that_cannot_be_met_raises(
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="of a machine without a GPU")
+@pytest.mark.parametrize(
+    ("source", "usable"),
+    [
+        ("def flash_attn_varlen_func(): ...", True),
+        ("def flash_attn_func(): ...", False),  # another package of that name
+        ("raise ImportError('undefined symbol: of another PyTorch')", False),
+        (None, False),
+    ],
+)
+def test_a_package_counts_where_it_can_be_used(tmp_path, monkeypatch, source, usable):
+    if source is not None:
+        (tmp_path / "flash_attn_interface.py").write_text(source)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "flash_attn_interface", raising=False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    found = backends.machine_of.__wrapped__(torch.device("cuda"))
+    sys.modules.pop("flash_attn_interface", None)
+    assert ("flash_attn_interface" in found.packages) == usable
+    expected = "flash3" if usable else "varlen"
+    assert choose_backend(found, BF16, 128, AttentionOptions()) == expected
+
+
 def test_the_op_says_why():
     inputs = make_inputs(GROUPS, HEADS["mha"])
     states = (inputs.query, inputs.key, inputs.value)

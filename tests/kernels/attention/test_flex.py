@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextvars
 import gc
 
 import pytest
@@ -79,6 +80,19 @@ def test_equals_naive(softcap: float | None, with_sinks: bool, heads: str, windo
     naive = AttentionOptions(window=window, softcap=softcap, backend="naive")
     got = run(inputs, options, flex.flex_attention_on_row, with_sinks)
     assert_close(got, run(inputs, naive, with_sinks=with_sinks))
+
+
+@pytest.mark.usefixtures("uncompiled")
+def test_calls_leave_nothing_behind():
+    """A patch of the compiler's settings for each call would stay in the thread's context."""
+    inputs = make_inputs(((7, (5, 3)),), HEADS["gqa"])
+    sizes = []
+    for _ in range(3):
+        flex.flex_attention_on_row(
+            inputs.query, inputs.key, inputs.value, inputs.layout, AttentionOptions()
+        )
+        sizes.append(len(contextvars.copy_context()))
+    assert sizes[1] == sizes[2]
 
 
 @pytest.mark.usefixtures("uncompiled")

@@ -1,0 +1,30 @@
+"""A GPU's TF32, emulated on a CPU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+_PRODUCTS = ("aten::mm", "aten::bmm", "aten::addmm", "aten::baddbmm")
+
+
+class Tf32(TorchDispatchMode):
+    """Inside, products of float32 matrices lose all but 10 bits of their factors' mantissas."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func._schema.name in _PRODUCTS:
+            *added, left, right = args
+            args = (*added, _rounded(left), _rounded(right))
+        return func(*args, **(kwargs or {}))
+
+
+def _rounded(factor: Tensor) -> Tensor:
+    if factor.dtype != torch.float32:
+        return factor
+    bits = factor.contiguous().view(torch.int32)
+    return ((bits + 0x1000) & ~0x1FFF).view(torch.float32)
