@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dpofast.data.truncate import plan_cut
+from dpofast.data.tokens.truncate import plan_cut
 from dpofast_kernels.attention import AttentionOptions, SharedLayout, build_layout
 
 Group = tuple[int, tuple[int, int]]  # tokens of a pair's prefix, and of what follows in each answer

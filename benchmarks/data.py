@@ -22,8 +22,8 @@ from transformers import PreTrainedTokenizerFast
 
 from benchmarks import REPOSITORY
 from dpofast.data import load_preferences
-from dpofast.data.files import data_suffix
-from dpofast.data.messages import to_template
+from dpofast.data.reading.files import data_suffix
+from dpofast.data.reading.messages import to_template
 
 REAL, GENERATED = "file", "generated"
 # A change of what is generated needs a new number: files of the old one may lie in the cache.

@@ -17,7 +17,7 @@ from benchmarks.rounds import Contest, Counts, Race, child_runner
 from benchmarks.stamps import stamps
 from benchmarks.tables import print_race
 from benchmarks.train_cases import SHAPES, Case, prepare
-from dpofast.summary import write_json
+from dpofast.monitor.summary import write_json
 
 # Body tokens and head rows of our contenders, as planned for the case in a folder, on a device.
 Plan = Callable[[Race, Path, str], dict[str, Counts]]

@@ -20,9 +20,9 @@ from benchmarks.reference_child import MODULE as CHILD_MODULE
 from benchmarks.reference_contenders import ENTRIES, OURS, TRUTH
 from benchmarks.rounds import Contest, Counts, Race
 from benchmarks.train_cases import Work
-from dpofast.data.layout import Layout
-from dpofast.reference.batches import BatchesOfTokens
-from dpofast.reference.pairs import read_answers
+from dpofast.data.packing.collate import Layout
+from dpofast.reference.build.answers import read_answers
+from dpofast.reference.build.batches import BatchesOfTokens
 
 CONTEST = Contest(ENTRIES, OURS, TRUTH, CHILD_MODULE)
 

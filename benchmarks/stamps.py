@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from benchmarks import REPOSITORY
-from dpofast.summary import hardware, versions
+from dpofast.monitor.summary import hardware, versions
 
 PEERS = ("trl", "liger-kernel", "cut-cross-entropy")
 

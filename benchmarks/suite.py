@@ -35,7 +35,7 @@ from benchmarks.harness import (
 from benchmarks.memory import memory_ratios, peaks_in_children
 from benchmarks.stamps import stamps
 from benchmarks.tables import print_peaks, print_times
-from dpofast.summary import write_json
+from dpofast.monitor.summary import write_json
 
 # Of each pass, the suffix in the names of its ratios.
 PASSES = {"forward": "forward_time", "forward_backward": "time"}

@@ -19,9 +19,9 @@ from benchmarks.rounds import Contest, Counts, Race
 from benchmarks.train_cases import Case, Work, gpu_case, race_case, tiny
 from benchmarks.train_child import MODULE as CHILD_MODULE
 from benchmarks.train_contenders import ENTRIES, OURS, TRUTH
-from dpofast.data.layout import Layout
-from dpofast.data.loader import token_limit
-from dpofast.data.plan import BatchShape, StepSampler
+from dpofast.data.packing.collate import Layout
+from dpofast.data.packing.plan import BatchShape, StepSampler
+from dpofast.data.packing.step_dataset import token_limit
 
 CONTEST = Contest(ENTRIES, OURS, TRUTH, CHILD_MODULE)
 

@@ -225,6 +225,7 @@ def prepare(case: Case, folder: Path, data: Path | None) -> str:
 
 def _texts(case: Case, data: Path | None) -> tuple[Any, Dataset, str]:
     from benchmarks.data import find_data, race_tokenizer
+    from dpofast.columns import ID_COLUMNS
     from dpofast.data import load_preferences, tokenize_preferences
 
     path, origin = find_data(case.data, data)
@@ -238,7 +239,7 @@ def _texts(case: Case, data: Path | None) -> tuple[Any, Dataset, str]:
     )
     if len(pairs) < wanted:
         raise ValueError(f"{path}: {wanted - len(pairs)} of its first {wanted} pairs can't be run.")
-    return tokenizer, pairs.select_columns(["prompt_ids", "chosen_ids", "rejected_ids"]), origin
+    return tokenizer, pairs.select_columns(list(ID_COLUMNS)), origin
 
 
 def _random(case: Case) -> tuple[Any, Dataset, str]:

@@ -27,7 +27,7 @@ from torch import Tensor
 from benchmarks.harness import Clock, clock_for, one_line
 from benchmarks.head import TOKENS_PER_PAIR
 from benchmarks.head_cases import BETA, MODELS, Case, Inputs, make_inputs
-from dpofast.summary import versions
+from dpofast.monitor.summary import versions
 from dpofast_kernels import HeadOptions, linear_pair_loss, make_loss
 from dpofast_kernels.head.launch import TABLE_FILE, architecture, launch_table, table_entry
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dpofast.config import DPOConfig
-    from dpofast.trainer import DPOTrainer
+    from dpofast.options.config import DPOConfig
+    from dpofast.train.trainer import DPOTrainer
 
 __version__ = "0.1.0"
 __all__ = ["DPOConfig", "DPOTrainer", "__version__"]
@@ -15,11 +15,11 @@ __all__ = ["DPOConfig", "DPOTrainer", "__version__"]
 def __getattr__(name: str) -> Any:
     """Import the trainer only when it is asked for: the command line's help needs no torch."""
     if name == "DPOConfig":
-        from dpofast.config import DPOConfig
+        from dpofast.options.config import DPOConfig
 
         return DPOConfig
     if name == "DPOTrainer":
-        from dpofast.trainer import DPOTrainer
+        from dpofast.train.trainer import DPOTrainer
 
         return DPOTrainer
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -14,14 +14,14 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet
 
-from dpofast.data.files import data_suffix
-from dpofast.data.load import load_preferences
-from dpofast.data.report import PreparationReport
-from dpofast.data.sources import read_records
+from dpofast.columns import REF_COLUMNS
+from dpofast.data.reading.files import data_suffix
+from dpofast.data.reading.preferences import load_preferences
+from dpofast.data.reading.sources import read_records
+from dpofast.data.tokens.report import PreparationReport
 from dpofast.errors import ConfigError, DataError, MissingRowsError
-from dpofast.reference.builder import reference_logps
-from dpofast.reference.store import Namespace
-from dpofast.run_reference import OWN_COLUMNS
+from dpofast.reference.build.builder import reference_logps
+from dpofast.reference.store.namespace import Namespace
 
 Row = dict[str, Any]
 
@@ -107,7 +107,7 @@ def export_pairs(
     place, of_pair = next(wanted)
     for index, row in enumerate(source.rows()):
         if index == place:
-            rows.append({**row, **dict(zip(OWN_COLUMNS, of_pair, strict=True))})
+            rows.append({**row, **dict(zip(REF_COLUMNS, of_pair, strict=True))})
             place, of_pair = next(wanted, (-1, []))
     temporary = path.with_name(f".tmp-{uuid.uuid4().hex}{path.suffix.lower()}")
     try:
@@ -150,11 +150,11 @@ def _refuse_cuts(report: PreparationReport) -> None:
 
 def _places(pairs: datasets.Dataset, tokens: datasets.Dataset) -> list[int]:
     """Of each tokenised pair, where it stands among all pairs."""
-    brought = [name for name in OWN_COLUMNS if name in pairs.column_names]
+    brought = [name for name in REF_COLUMNS if name in pairs.column_names]
     if brought:
         raise DataError(
             f"The pairs have a column {brought[0]!r} already, which a run believes: remove the "
-            f"columns {' and '.join(OWN_COLUMNS)} to have them taken from the store."
+            f"columns {' and '.join(REF_COLUMNS)} to have them taken from the store."
         )
     place_of = {row: place for place, row in enumerate(pairs["row"])}
     if len(place_of) < len(pairs):
@@ -174,7 +174,7 @@ def _schema(source: Any) -> pa.Schema | None:
         features = datasets.Features.from_arrow_schema(schema)
     else:
         return None
-    added = dict.fromkeys(OWN_COLUMNS, datasets.Value("float64"))
+    added = dict.fromkeys(REF_COLUMNS, datasets.Value("float64"))
     return datasets.Features({**features, **added}).arrow_schema
 
 
@@ -232,7 +232,7 @@ def _check_written(
     columns, roles = source.columns, source.roles
     written = Source(str(temporary), columns=columns, roles=roles).pairs()
     for number, (pair, own, read) in enumerate(zip(pairs, logps, written, strict=True)):
-        found = [read.pop(name) for name in OWN_COLUMNS]
+        found = [read.pop(name) for name in REF_COLUMNS]
         names = pair.keys() - {"row"}
         same = all(_filled(read.get(name)) == _filled(pair[name]) for name in names)
         if found != own or not same:

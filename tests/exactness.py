@@ -11,11 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dpofast.attention import packed_attention
-from dpofast.data.batch import TokenIds
-from dpofast.data.layout import Layout
-from dpofast.head import PairLossTask, head_options
-from dpofast.model import body_of, causal_lm, pair_step, run_batch
+from dpofast.data.packing.batch import TokenIds
+from dpofast.data.packing.collate import Layout
+from dpofast.model.attention import packed_attention
+from dpofast.model.forward import pair_step, run_batch
+from dpofast.model.head import PairLossTask, head_options
+from dpofast.model.parts import body_of, causal_lm
 from dpofast_kernels import make_loss
 from tests.families import VOCAB_SIZE
 from tests.support import float64_throughout

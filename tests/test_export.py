@@ -13,8 +13,8 @@ from dpofast.data import load_preferences, tokenize_preferences
 from dpofast.demo.model import make_tokenizer
 from dpofast.errors import ConfigError, DataError, MissingRowsError
 from dpofast.export import Source, export_pairs
-from dpofast.reference.builder import BuildOptions, build_reference, reference_logps
-from dpofast.reference.store import ReferenceStore
+from dpofast.reference.build.builder import BuildOptions, build_reference, reference_logps
+from dpofast.reference.store.store import ReferenceStore
 from tests.reference.stubs import StubScorer, batches_of, identity
 from tests.support import make_trainer, token_pairs, train
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NoReturn
 
 from dpofast.cli.main import main
-from dpofast.process_end import run_to_end
+from dpofast.cli.process_end import run_to_end
 
 __all__ = ["command", "main"]
 

@@ -6,7 +6,7 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
-from dpofast.cli.loading import (
+from dpofast.cli.inputs import (
     adapter_base,
     load_held_out_data,
     load_policy_model,
@@ -24,8 +24,8 @@ EVALUATION_FILE = "evaluation.json"
 
 def evaluate(parsed: argparse.Namespace, overrides: list[str]) -> None:
     """Measure rewards and log-probs on the held-out pairs; write evaluation.json."""
-    from dpofast.summary import run_summary, write_json
-    from dpofast.trainer import DPOTrainer
+    from dpofast.monitor.summary import run_summary, write_json
+    from dpofast.train.trainer import DPOTrainer
 
     options = _with_reference(read_options(parsed.config, overrides))
     make_output_dir(options)

@@ -69,7 +69,7 @@ def _command(parsed: argparse.Namespace) -> Callable[[argparse.Namespace, list[s
 
             return evaluate
         case "inspect":
-            from dpofast.cli.show import show
+            from dpofast.cli.inspect import show
 
             return show
         case "ref":

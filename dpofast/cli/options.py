@@ -15,7 +15,7 @@ from dpofast.cli.values import checked_value
 from dpofast.errors import ConfigError
 
 if TYPE_CHECKING:
-    from dpofast.config import DPOConfig
+    from dpofast.options.config import DPOConfig
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ def _canonical(given: dict[str, Given]) -> dict[str, Given]:
 
 @functools.cache
 def _known_types() -> dict[str, Any]:
-    from dpofast.config import DPOConfig
+    from dpofast.options.config import DPOConfig
 
     hints = get_type_hints(DPOConfig) | get_type_hints(ScriptOptions)
     hints["resume_from_checkpoint"] = str | bool | None  # true: the newest of the output folder
@@ -107,7 +107,7 @@ def _known_types() -> dict[str, Any]:
 def _own_names() -> list[str]:
     from transformers import TrainingArguments
 
-    from dpofast.config import DPOConfig
+    from dpofast.options.config import DPOConfig
 
     inherited = {item.name for item in fields(TrainingArguments)}
     own = [item.name for item in (*fields(ScriptOptions), *fields(DPOConfig))]
@@ -115,7 +115,7 @@ def _own_names() -> list[str]:
 
 
 def _refuse_unknown(given: dict[str, Given], known: dict[str, Any], own: Sequence[str]) -> None:
-    from dpofast.foreign import FOREIGN_OPTIONS, refuse_unknown_options
+    from dpofast.options.foreign import FOREIGN_OPTIONS, refuse_unknown_options
 
     for name, option in given.items():
         if name in known:
@@ -140,7 +140,7 @@ def _refuse_unknown(given: dict[str, Given], known: dict[str, Any], own: Sequenc
 def _config(
     options: dict[str, Any], given: dict[str, Given], script: ScriptOptions, source: str
 ) -> DPOConfig:
-    from dpofast.config import DPOConfig
+    from dpofast.options.config import DPOConfig
 
     loading = {
         "revision": script.model_revision,

@@ -30,7 +30,7 @@ def reference(parsed: argparse.Namespace, overrides: list[str]) -> None:
 def _build(yaml_file: str | None, overrides: list[str]) -> None:
     """Score the answers of the training and held-out pairs that the store lacks."""
     from dpofast.cli.train import make_trainer
-    from dpofast.summary import reference_summary
+    from dpofast.monitor.summary import reference_summary
 
     options = read_options(yaml_file, overrides)
     options.require("model_name_or_path", "dataset_name")
@@ -95,13 +95,13 @@ def _refuse_unkept(options: RunOptions, consequence: str) -> None:
 
 
 def _info(folder: Path) -> None:
-    from dpofast.reference.report import describe
+    from dpofast.reference.store.verify import describe
 
     print("\n".join(describe(folder)))
 
 
 def _verify(folder: Path) -> None:
-    from dpofast.reference.report import verify
+    from dpofast.reference.store.verify import verify
 
     report = verify(folder)
     print("\n".join(report.lines()))
@@ -110,7 +110,7 @@ def _verify(folder: Path) -> None:
 
 
 def _prune(folder: Path, forget: list[str]) -> None:
-    from dpofast.reference.prune import prune
+    from dpofast.reference.store.prune import prune
 
     print("\n".join(prune(folder, forget).lines()))
 

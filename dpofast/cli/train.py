@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from dpofast.cli.loading import adapter_options, load_inputs, make_output_dir
+from dpofast.cli.inputs import adapter_options, load_inputs, make_output_dir
 from dpofast.cli.options import RunOptions, read_options
 from dpofast.cli.quiet import is_main_process
 
@@ -24,7 +24,7 @@ def train(parsed: argparse.Namespace, overrides: list[str]) -> None:
 
 def make_trainer(options: RunOptions) -> Any:
     """A DPOTrainer of the options."""
-    from dpofast.trainer import DPOTrainer
+    from dpofast.train.trainer import DPOTrainer
 
     make_output_dir(options)
     peft_config = adapter_options(options)
@@ -52,7 +52,7 @@ def _print_result(folder: Path) -> None:
 
     from rich.console import Console
 
-    from dpofast.summary import SUMMARY_FILE
+    from dpofast.monitor.summary import SUMMARY_FILE
 
     summary = json.loads((folder / SUMMARY_FILE).read_text(encoding="utf-8"))
     console = Console(highlight=False)

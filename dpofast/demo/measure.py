@@ -55,8 +55,8 @@ def reward_accuracy(logps: np.ndarray, ref_logps: np.ndarray) -> float:
 
 def score_policy(model: Any, pairs: Any, pad_token_id: int, batch_pairs: int = 32) -> PolicyScores:
     """Score tokenised pairs (columns prompt_ids, chosen_ids, rejected_ids) under a model."""
-    from dpofast.data.layout import Layout
-    from dpofast.model import SequenceScorer
+    from dpofast.data.packing.collate import Layout
+    from dpofast.model.scorer import SequenceScorer
 
     scorer = SequenceScorer(model, contextlib.nullcontext, Layout("padded", pad_token_id))
     rows = list(pairs)

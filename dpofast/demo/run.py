@@ -22,8 +22,8 @@ from dpofast.demo.measure import (
 from dpofast.demo.model import make_model, make_tokenizer
 from dpofast.demo.screen import ProgressCallback, Sample, Samples, Screen
 from dpofast.demo.warmup import warm_up
-from dpofast.plots import PLOT_FILE, plot_run
-from dpofast.summary import SUMMARY_FILE, hardware, reference_summary, versions, write_json
+from dpofast.monitor.plots import PLOT_FILE, plot_run
+from dpofast.monitor.summary import SUMMARY_FILE, hardware, reference_summary, versions, write_json
 
 BETA = 1.0  # ten times the usual: a tiny model drifts off its reference easily
 EPOCHS = 6

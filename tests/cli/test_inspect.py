@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 from peft import LoraConfig, get_peft_model
 
-from dpofast.cli import main, show
+from dpofast.cli import inspect as show
+from dpofast.cli import main
 from dpofast.cli.options import read_options
 from dpofast.cli.train import make_trainer
 from dpofast.demo.model import make_tokenizer

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from dpofast.cli import main
-from dpofast.reference.detail import Detail
-from dpofast.reference.store import ReferenceStore
+from dpofast.reference.store.row_detail import Detail
+from dpofast.reference.store.store import ReferenceStore
 from tests.cli.runs import error_of, run_arguments
 
 

@@ -24,8 +24,9 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import safe_get_full_grad
 from torch import Tensor, nn
 
-from dpofast.head import PairLossTask, ScoreTask, head_options
-from dpofast.model import causal_lm, pair_step, run_batch
+from dpofast.model.forward import pair_step, run_batch
+from dpofast.model.head import PairLossTask, ScoreTask, head_options
+from dpofast.model.parts import causal_lm
 from dpofast_kernels import (
     HeadOptions,
     PairLossOutput,

@@ -14,8 +14,8 @@ import torch.distributed as dist
 from transformers import AutoModelForCausalLM
 from transformers.integrations import HfDeepSpeedConfig
 
-from dpofast.process_end import run_to_end
-from dpofast.reference.identity import model_identity
+from dpofast.cli.process_end import run_to_end
+from dpofast.reference.identity.model import model_identity
 from dpofast.zero.weights import gathered
 
 CONFIG = {

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from dpofast import DPOConfig, DPOTrainer
-from dpofast.process_end import run_to_end
+from dpofast.cli.process_end import run_to_end
 
 
 def main(folder: Path, deepspeed: str | None = None) -> int:

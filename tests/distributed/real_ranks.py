@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from dpofast.process_end import run_to_end
+from dpofast.cli.process_end import run_to_end
 from tests.real_pairs import OPTIONS, checkpoint, real_pairs, real_tokenizer
 from tests.support import history, make_trainer, race_model
 

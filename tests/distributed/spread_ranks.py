@@ -23,13 +23,14 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.integrations import HfDeepSpeedConfig
 
-from dpofast.data.layout import Layout
+from dpofast.cli.process_end import run_to_end
+from dpofast.data.packing.collate import Layout
 from dpofast.errors import ReferenceStoreError
-from dpofast.layouts import why_not_packed
-from dpofast.model import SequenceScorer, check_head
-from dpofast.process_end import run_to_end
-from dpofast.reference.builder import BuildOptions, Ranks, build_reference
-from dpofast.reference.store import ReferenceStore
+from dpofast.model.checks import check_head
+from dpofast.model.packable import why_not_packed
+from dpofast.model.scorer import SequenceScorer
+from dpofast.reference.build.builder import BuildOptions, Ranks, build_reference
+from dpofast.reference.store.store import ReferenceStore
 from dpofast.zero.blocks import in_blocks
 from dpofast.zero.weights import spread
 from tests.distributed.identity_ranks import CONFIG
@@ -141,7 +142,7 @@ def in_trainer(root: Path) -> dict[str, Any]:
     with most_whole(spread(made.model.parameters()), made.model) as most:
         made.get_train_dataloader()
         loss = made.evaluate()["eval_loss"]
-        with mock.patch("dpofast.trainer.free_device_bytes", return_value=10**9):
+        with mock.patch("dpofast.train.trainer.free_device_bytes", return_value=10**9):
             assert made._tokens_that_fit() > 0
     return {"most": most[0], "loss": loss}
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from dpofast.reference.identity import model_identity
+from dpofast.reference.identity.model import model_identity
 from tests.distributed.launch import launch
 from tests.support import tiny_llama
 

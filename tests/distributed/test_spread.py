@@ -14,8 +14,8 @@ import torch
 from torch import nn
 from transformers import BioGptConfig, BioGptForCausalLM, GPT2Config, GPT2LMHeadModel
 
-from dpofast.reference.builder import build_reference, reference_logps
-from dpofast.reference.store import ReferenceStore
+from dpofast.reference.build.builder import build_reference, reference_logps
+from dpofast.reference.store.store import ReferenceStore
 from tests.distributed.launch import launch
 from tests.distributed.spread_ranks import (
     BATCH_SEQUENCES,

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from dpofast import DPOConfig, DPOTrainer
-from dpofast.process_end import run_to_end
+from dpofast.cli.process_end import run_to_end
 from tests.support import byte_tokenizer, tiny_llama, tiny_mixtral, token_pairs
 
 

@@ -12,8 +12,8 @@ from datasets import load_dataset
 from dpofast.data import load_preferences, tokenize_preferences
 from dpofast.demo.model import make_tokenizer
 from dpofast.export import Source, export_pairs
-from dpofast.reference.builder import BuildOptions, build_reference, reference_logps
-from dpofast.reference.store import ReferenceStore
+from dpofast.reference.build.builder import BuildOptions, build_reference, reference_logps
+from dpofast.reference.store.store import ReferenceStore
 from tests.reference.stubs import StubScorer, batches_of, identity
 
 trl = pytest.importorskip("trl", reason="needs the extra `bench`")

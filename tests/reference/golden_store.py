@@ -12,10 +12,10 @@ from pathlib import Path
 
 import numpy as np
 
-from dpofast.reference.detail import Detail
-from dpofast.reference.identity import ReferenceIdentity
-from dpofast.reference.keys import row_key
-from dpofast.reference.store import ReferenceStore
+from dpofast.reference.identity.description import ReferenceIdentity
+from dpofast.reference.store.keys import row_key
+from dpofast.reference.store.row_detail import Detail
+from dpofast.reference.store.store import ReferenceStore
 
 FOLDER = Path(__file__).parent / "golden" / "version-1"
 

@@ -21,12 +21,13 @@ from typing import ClassVar
 
 import numpy as np
 
-from dpofast.reference.builder import BuildOptions, build_reference, reference_logps
-from dpofast.reference.files import TEMPORARY_PREFIX
-from dpofast.reference.keys import row_key
-from dpofast.reference.prune import prune
-from dpofast.reference.report import verify
-from dpofast.reference.store import ReferenceStore, Writer
+from dpofast.reference.build.builder import BuildOptions, build_reference, reference_logps
+from dpofast.reference.store.files import TEMPORARY_PREFIX
+from dpofast.reference.store.keys import row_key
+from dpofast.reference.store.prune import prune
+from dpofast.reference.store.store import ReferenceStore
+from dpofast.reference.store.verify import verify
+from dpofast.reference.store.writer import Writer
 from tests.reference.stubs import batches_of, identity, pairs, stub_logps
 
 COUNTS = ("acknowledged", "lost", "wrong", "most_redone", "duplicates", "torn", "bad_stores")
@@ -56,8 +57,8 @@ def score_by_model():
     """From here on a small model scores, packed as it is in a run."""
     import torch
 
-    from dpofast.data.layout import Layout
-    from dpofast.model import SequenceScorer
+    from dpofast.data.packing.collate import Layout
+    from dpofast.model.scorer import SequenceScorer
     from tests.support import tiny_llama
 
     torch.set_num_threads(1)  # forked processes have no others

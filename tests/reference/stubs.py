@@ -8,8 +8,8 @@ import zlib
 import numpy as np
 from datasets import Dataset
 
-from dpofast.reference.batches import BatchesOfAnswers
-from dpofast.reference.identity import ReferenceIdentity
+from dpofast.reference.build.batches import BatchesOfAnswers
+from dpofast.reference.identity.description import ReferenceIdentity
 
 
 def identity(**changes):

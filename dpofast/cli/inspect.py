@@ -1,0 +1,149 @@
+"""`dpofast inspect`: one pair, or the packed rows of one optimizer step."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from typing import Any
+
+from dpofast.cli.inputs import load_policy_skeleton, load_tokenizer_for, load_training_data
+from dpofast.cli.options import RunOptions, read_options
+from dpofast.cli.reading import COMMAND_LINE, Given, split_own
+from dpofast.cli.values import checked_value
+from dpofast.errors import ConfigError
+
+OWN_OPTIONS = ("row", "step", "rank")
+
+
+def show(parsed: argparse.Namespace, overrides: list[str]) -> None:
+    """Print a training pair with --row, or with --step the rows that a rank runs in it."""
+    own, others = split_own(overrides, OWN_OPTIONS)
+    options = read_options(parsed.config, others, OWN_OPTIONS)
+    options.require("dataset_name")
+    if "step" in own and "row" in own:
+        raise ConfigError("--row shows a pair and --step a whole step: give one of them.")
+    if "step" in own:
+        rank = _rank(own.get("rank"), options.config)
+        _show_step(options, _number("step", own["step"]), rank)
+    elif "rank" in own:
+        raise ConfigError("--rank says whose part of a step is shown: give --step, too.")
+    else:
+        _show_pair(options, _number("row", own["row"]) if "row" in own else 0)
+
+
+def _show_pair(options: RunOptions, row: int) -> None:
+    from dpofast.inspect.pair import render_row
+
+    if options.script.tokenizer_name_or_path is None:
+        options.require("model_name_or_path")
+    tokenizer = load_tokenizer_for(options)
+    pairs = load_training_data(options)
+    _refuse_beyond("row", row, len(pairs), "the data's rows")
+    _print(
+        render_row(
+            pairs[row],
+            tokenizer,
+            max_length=options.config.max_length,
+            truncation_mode=options.config.truncation_mode,
+        )
+    )
+
+
+def _show_step(options: RunOptions, step: int, rank: tuple[int, int]) -> None:
+    import numpy as np
+    from rich.text import Text
+
+    from dpofast.data.packing.step_dataset import StepDataset, token_limit
+    from dpofast.inspect.packed import render_packed
+    from dpofast.model.packable import attention_window
+    from dpofast.train.dataset import PreparedData
+    from dpofast.train.sampler import planned_steps, train_sampler
+
+    config = options.config
+    options.require("model_name_or_path")
+    model = load_policy_skeleton(options)
+    layout = _packed_layout(config.layout, model)
+    tokenizer = load_tokenizer_for(options)
+    pairs = PreparedData(config, tokenizer).prepare(load_training_data(options), "train")
+    limit = token_limit(pairs, layout, _row_tokens(config))
+    sampler = train_sampler(config, len(pairs), limit, rank)
+    _refuse_beyond("step", step, planned_steps(config, sampler), "the run's steps")
+    epoch, index = divmod(step, len(sampler))
+    sampler.set_epoch(epoch)
+    planned = sampler.step(index)
+    rows = planned.micro_batches
+    figures = sampler.figures()
+    assert figures is not None  # rows are packed
+    _print(Text(f"Layout: {layout.name}; {sampler.describe(figures)}."))
+    place = f"step {step} (epoch {epoch}), rank {rank[0]} of {rank[1]}"
+    count = f"{sum(map(len, rows))} of the step's {planned.num_pairs} pairs"
+    in_rows = "1 row" if len(rows) == 1 else f"{len(rows)} rows"
+    _print(Text(f"{place}: {count} in {in_rows}", style="bold"))
+    _print(Text("scored from: the places whose hidden states predict the answer", style="dim"))
+    unknown = np.full((len(pairs), 2), np.nan)  # the reference's log-probs: nobody looks at them
+    batches = StepDataset(pairs, unknown, layout).__getitems__(planned).micro_batches
+    for number, (row, batch) in enumerate(zip(rows, batches, strict=True)):
+        _print(Text(f"\nrow {number} of {len(rows)}", style="bold reverse"))
+        examples = [pairs[pair] for pair in row]
+        _print(render_packed(batch, examples, tokenizer, window=attention_window(model)))
+
+
+def _row_tokens(config: Any) -> int:
+    """Most tokens of a packed row, as training will take them."""
+    from dpofast.train.loaders import CPU_ROW_TOKENS
+
+    if config.max_tokens_per_microbatch is not None:
+        return int(config.max_tokens_per_microbatch)
+    if config.device.type != "cpu":
+        raise ConfigError(
+            "--step: on a GPU rows are as long as its memory allows, which only training finds "
+            "out; give --max_tokens_per_microbatch, too (the log of a run says what it took)."
+        )
+    return CPU_ROW_TOKENS
+
+
+def _packed_layout(wanted: str, model: Any) -> Any:
+    from dpofast.model.packable import choose_layout, why_not_packed
+
+    reason = "it was asked for" if wanted == "padded" else why_not_packed(model)
+    if wanted in ("auto", "padded") and reason is not None:
+        raise ConfigError(
+            f"--step: the run's layout is padded, as {reason}, so each sequence has a row of its "
+            "own and no row is packed; --row N shows a pair."
+        )
+    return choose_layout(wanted, model, pad_token_id=0)  # there is no padding
+
+
+def _number(name: str, given: Given) -> int:
+    return checked_value(f"--{name}", given.value, int, COMMAND_LINE)
+
+
+def _rank(given: Given | None, config: Any) -> tuple[int, int]:
+    """Of "2/8" 2 and 8; this process' own where nothing is given."""
+    if given is None:
+        return config.process_index, config.world_size
+    found = re.fullmatch(r"(\d+)/(\d+)", str(given.value))
+    if found is None or not int(found[1]) < int(found[2]):
+        raise ConfigError(
+            f"--rank: got {given.value!r}, expected a rank, counted from 0, and how many there "
+            "are, such as 0/8."
+        )
+    return int(found[1]), int(found[2])
+
+
+def _refuse_beyond(name: str, value: int, count: int, what: str) -> None:
+    if not 0 <= value < count:
+        raise ConfigError(f"--{name}: got {value}, but {what} are 0 to {count - 1}.")
+
+
+def _print(renderable: Any) -> None:
+    """By our own hand: rich would answer a closed pipe by ending the process with exit code 1."""
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    with console.capture() as captured:
+        console.print(renderable)
+    encoding = sys.stdout.encoding or "utf-8"  # what it lacks is shown as a question mark
+    sys.stdout.write(captured.get().encode(encoding, "replace").decode(encoding))
+    sys.stdout.flush()

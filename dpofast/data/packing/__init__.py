@@ -1,0 +1,1 @@
+"""Token ids, planned and laid out as micro-batches."""

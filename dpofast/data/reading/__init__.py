@@ -1,0 +1,1 @@
+"""Any form of preference data, brought to one normal form."""

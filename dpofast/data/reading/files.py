@@ -1,0 +1,198 @@
+"""Reads the rows of one data file: JSON, JSON lines, Parquet, Arrow or CSV."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO, Any
+
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet
+
+from dpofast.data.reading.records import Record
+from dpofast.data.reading.splits import check_whole_file
+from dpofast.errors import DataError
+
+_BATCH_ROWS = 1000
+
+
+def read_file(path: Path, split: str | None) -> Iterator[Record]:
+    """The rows of `path`, in order.
+
+    Args:
+        split: the split asked for, None for whatever is there. Only a JSON file that is one object
+            of several lists, {"train": [...], ...}, has more than one.
+    Raises:
+        DataError: the file is broken (naming the line where there is one) or has no such split.
+    """
+    reader = READERS[data_suffix(path)]
+    if reader is not _read_json:
+        check_whole_file(path, split)
+    try:
+        yield from reader(path, split)
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{path} is not UTF-8 text (byte {error.start}); save it as UTF-8 and try again"
+        ) from None
+    except (pa.ArrowException, gzip.BadGzipFile, EOFError) as error:
+        reason = " ".join(str(error).split())
+        raise DataError(f"{path} can't be read as {path.suffix[1:]}: {reason}") from None
+    except OSError as error:
+        raise DataError(f"{path} can't be read: {error.strerror or error}") from None
+
+
+def data_suffix(path: Path) -> str:
+    """The ending that says how to read `path`, or "" where it is no data file."""
+    suffixes = [suffix.lower() for suffix in path.suffixes[-2:]]
+    joined = "".join(suffixes)
+    for suffix in (joined, suffixes[-1] if suffixes else ""):
+        if suffix in READERS:
+            return suffix
+    return ""
+
+
+def _open_text(path: Path) -> IO[str]:
+    # utf-8-sig also reads files that begin with a byte order mark.
+    if path.suffix == ".gz":
+        return gzip.open(path, "rt", encoding="utf-8-sig")
+    return path.open(encoding="utf-8-sig")
+
+
+def _read_json(path: Path, split: str | None) -> Iterator[Record]:
+    """A JSON array; an object that holds one by the split's name; or one object a line."""
+    with _open_text(path) as file:
+        text = file.read()
+    if text.lstrip()[:1] != "[" and _is_object_a_line(text):
+        check_whole_file(path, split)
+        yield from _read_json_lines(path, split)
+        return
+    data = _parse(text, f"{path}", line=None)
+    del text
+    if isinstance(data, dict):
+        data = _rows_in_object(data, path, split)
+    else:
+        check_whole_file(path, split)
+    if not isinstance(data, list):
+        raise DataError(
+            f"{path} holds {type(data).__name__}, expected an array of objects or one object a line"
+        )
+    for row, values in enumerate(data):
+        yield _object_record(str(path), row, None, values)
+
+
+def _is_object_a_line(text: str) -> bool:
+    """Whether the first line that isn't empty is a whole JSON object."""
+    line = text.lstrip().partition("\n")[0]
+    try:
+        return isinstance(json.loads(line), dict) and bool(text.strip()[len(line) :].strip())
+    except (ValueError, RecursionError):
+        # Not a whole value: a pretty-printed object, or a broken first line of several.
+        following = text.strip()[len(line) :].lstrip()[:1]
+        return line.startswith("{") and line.rstrip().endswith("}") and following == "{"
+
+
+def _rows_in_object(data: dict[str, Any], path: Path, split: str | None) -> Any:
+    lists = {
+        key: value
+        for key, value in data.items()
+        if isinstance(value, list) and all(isinstance(item, dict) for item in value)
+    }
+    wanted = split or "train"
+    for key in (wanted, "data", "rows") if wanted == "train" else (wanted,):
+        if key in lists:
+            return lists[key]
+    if "chosen" in data or "rejected" in data or "chosen_ids" in data:
+        check_whole_file(path, split)
+        return [data]
+    found = ", ".join(data) or "nothing"
+    raise DataError(
+        f"{path} is one object without a list {wanted!r} (found: {found}); "
+        "write an array of objects or one object a line"
+    )
+
+
+def _read_json_lines(path: Path, split: str | None) -> Iterator[Record]:
+    row = 0
+    with _open_text(path) as file:
+        for number, line in enumerate(file, start=1):
+            if line.strip():
+                values = _parse(line, f"{path}, line {number}", line=number)
+                yield _object_record(str(path), row, number, values)
+                row += 1
+
+
+def _parse(text: str, where: str, line: int | None) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        place = where if line is not None else f"{where}, line {error.lineno}"
+        raise DataError(
+            f"{place} is broken JSON: {error.msg} at column {error.colno}; mend that line"
+        ) from None
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{where} is JSON that can't be read: {error}") from None
+
+
+def _object_record(source: str, row: int, line: int | None, values: Any) -> Record:
+    record = Record(source, row, line, values, ())
+    if not isinstance(values, dict):
+        raise DataError(f"{record.where} is {type(values).__name__}, expected an object")
+    return Record(source, row, line, values, tuple(values))
+
+
+def _read_parquet(path: Path, split: str | None) -> Iterator[Record]:
+    with pa.parquet.ParquetFile(path) as file:
+        yield from _from_batches(path, file.iter_batches(batch_size=_BATCH_ROWS))
+
+
+def _read_arrow(path: Path, split: str | None) -> Iterator[Record]:
+    with pa.memory_map(str(path)) as source:
+        try:
+            file = pa.ipc.open_file(source)
+            batches = (file.get_batch(i) for i in range(file.num_record_batches))
+        except pa.ArrowInvalid:  # the streaming format, which `datasets` writes
+            source.seek(0)
+            batches = iter(pa.ipc.open_stream(source))
+        yield from _from_batches(path, batches)
+
+
+def _read_csv(path: Path, split: str | None) -> Iterator[Record]:
+    parse = pa.csv.ParseOptions(newlines_in_values=True)
+    # Small blocks would not hold a long answer: Arrow wants a whole row in one.
+    read = pa.csv.ReadOptions(block_size=64 << 20)
+    # Tokens such as "42" or "true" are answers, not numbers.
+    with pa.csv.open_csv(path, read_options=read, parse_options=parse) as reader:
+        names = reader.schema.names
+    convert = pa.csv.ConvertOptions(
+        column_types={name: pa.string() for name in names}, strings_can_be_null=False
+    )
+    with pa.csv.open_csv(
+        path, read_options=read, parse_options=parse, convert_options=convert
+    ) as reader:
+        yield from _from_batches(path, iter(reader))
+
+
+def _from_batches(path: Path, batches: Iterator[pa.RecordBatch]) -> Iterator[Record]:
+    row = 0
+    for batch in batches:
+        columns = tuple(batch.schema.names)
+        for start in range(0, batch.num_rows, _BATCH_ROWS):
+            for values in batch.slice(start, _BATCH_ROWS).to_pylist():
+                yield Record(str(path), row, None, values, columns)
+                row += 1
+
+
+Reader = Callable[[Path, str | None], Iterator[Record]]
+READERS: dict[str, Reader] = {
+    ".json": _read_json,
+    ".json.gz": _read_json,
+    ".jsonl": _read_json_lines,
+    ".jsonl.gz": _read_json_lines,
+    ".ndjson": _read_json_lines,
+    ".parquet": _read_parquet,
+    ".arrow": _read_arrow,
+    ".csv": _read_csv,
+}

@@ -1,0 +1,277 @@
+"""The ways in which users write preference pairs, and what each becomes."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from dpofast.columns import ID_COLUMNS, REF_COLUMNS
+from dpofast.data.reading.implicit import split_messages, split_texts
+from dpofast.data.reading.messages import (
+    Message,
+    check_answer,
+    is_messages,
+    read_answer,
+    read_messages,
+)
+from dpofast.data.reading.row_error import RowError, shown, text_of
+
+# Every column that some format reads; anything else in a file is left unread.
+COLUMNS = (
+    *("prompt", "chosen", "rejected"),
+    *("messages", "conversations"),
+    *("instruction", "input", "system", "history"),
+    *ID_COLUMNS,
+    *("tools", "chat_template_kwargs", "plain_prompt"),
+    *REF_COLUMNS,
+    "row",
+)
+# What a chat template is given by the program itself.
+_RESERVED_KWARGS = {"conversation", "tools", "tokenize", "add_generation_prompt"} | {
+    *("continue_final_message", "return_dict", "return_tensors", "padding", "truncation"),
+    *("max_length", "return_assistant_tokens_mask", "tokenizer_kwargs"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """One pair in the normal form; `values` are its columns besides `row`.
+
+    Attributes:
+        kind: "text", "messages" or "ids": what prompt and answers are.
+        columns: the format it was written in, as an error names it.
+    """
+
+    kind: str
+    columns: str
+    values: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def identical(self) -> bool:
+        suffix = "_ids" if self.kind == "ids" else ""
+        return bool(self.values["chosen" + suffix] == self.values["rejected" + suffix])
+
+
+def read_pair(row: Mapping[str, Any], found: Sequence[str], roles: Mapping[str, str]) -> Pair:
+    """Bring one row to the normal form.
+
+    Args:
+        row: the row's columns, after renaming.
+        found: the names of all columns of the source, for the error.
+        roles: names of roles -> system, user, assistant or tool, before the built-in ones.
+    Raises:
+        RowError: the row can't be used; the text says why and what to do.
+    """
+    if all(row.get(column) is not None for column in ID_COLUMNS):
+        pair = Pair("ids", "tokenised prompt_ids", {c: _read_ids(row[c], c) for c in ID_COLUMNS})
+    else:
+        _refuse_unpaired(row)
+        _require(row, found)
+        pair = _read_written_pair(row, roles)
+        pair.values.update(_template_options(row))
+    pair.values.update(_reference_logps(row))
+    return pair
+
+
+def _read_written_pair(row: Mapping[str, Any], roles: Mapping[str, str]) -> Pair:
+    if "prompt" in row:
+        return _explicit(row, roles)
+    for column in ("messages", "conversations"):
+        if row.get(column) is not None:
+            prompt = _with_system(row, read_messages(row[column], column, roles))
+            return _conversation(row, prompt, f"{column}, chosen, rejected", roles)
+    if row.get("instruction") is not None:
+        return _instruction(row, roles)
+    return _implicit(row, roles)
+
+
+def _explicit(row: Mapping[str, Any], roles: Mapping[str, str]) -> Pair:
+    prompt, chosen, rejected = row["prompt"], row["chosen"], row["rejected"]
+    columns = "prompt, chosen, rejected"
+    if is_messages(prompt) or isinstance(prompt, list | tuple):
+        pair = _conversation(row, read_messages(prompt, "prompt", roles), columns, roles)
+        if isinstance(row.get("plain_prompt"), str):
+            pair.values["plain_prompt"] = text_of(row["plain_prompt"], "plain_prompt")
+        return pair
+    prompt = text_of(prompt, "prompt")
+    if is_messages(chosen) and is_messages(rejected):
+        user: list[Message] = [{"role": "user", "content": prompt}]
+        return _conversation(row, user, columns, roles)
+    values = {"prompt": prompt, **_answer_texts(chosen, rejected)}
+    return Pair("text", columns, values)
+
+
+def _conversation(
+    row: Mapping[str, Any], prompt: list[Message], columns: str, roles: Mapping[str, str]
+) -> Pair:
+    chosen = read_answer(row["chosen"], "chosen", roles)
+    rejected = read_answer(row["rejected"], "rejected", roles)
+    size = len(prompt)
+    if min(len(chosen), len(rejected)) > size and chosen[:size] == prompt == rejected[:size]:
+        # The answers repeat the whole conversation.
+        chosen, rejected = chosen[size:], rejected[size:]
+    elif all(answer[0]["role"] in ("system", "user") for answer in (chosen, rejected)):
+        # They are whole conversations, and the prompt column only quotes from them.
+        prompt, chosen, rejected = split_messages(chosen, rejected)
+    return _messages_pair(columns, prompt, chosen, rejected)
+
+
+def _implicit(row: Mapping[str, Any], roles: Mapping[str, str]) -> Pair:
+    columns = "chosen, rejected"
+    if isinstance(row["chosen"], str) and isinstance(row["rejected"], str):
+        texts = _answer_texts(row["chosen"], row["rejected"])
+        prompt, chosen, rejected = split_texts(texts["chosen"], texts["rejected"])
+        return Pair("text", columns, {"prompt": prompt, **_answer_texts(chosen, rejected)})
+    for column in ("chosen", "rejected"):
+        if not isinstance(row[column], list | tuple | Mapping):
+            text_of(row[column], column)
+    chosen_messages = read_answer(row["chosen"], "chosen", roles)
+    rejected_messages = read_answer(row["rejected"], "rejected", roles)
+    return _messages_pair(columns, *split_messages(chosen_messages, rejected_messages))
+
+
+def _instruction(row: Mapping[str, Any], roles: Mapping[str, str]) -> Pair:
+    """Alpaca's columns: one user message of instruction and input; `plain_prompt` beside it."""
+    instruction = text_of(row["instruction"], "instruction")
+    given = "" if row.get("input") is None else text_of(row["input"], "input")
+    if not (instruction.strip() or given.strip()):
+        raise RowError("instruction and input are both empty; give one of them a text")
+    content = f"{instruction}\n{given}" if given else instruction
+    history = _read_history(row.get("history"))
+    prompt = _with_system(row, [*history, {"role": "user", "content": content}])
+    columns = "instruction, input, chosen, rejected"
+    pair = _conversation(row, prompt, columns, roles)
+    if not history and isinstance(row["chosen"], str) and isinstance(row["rejected"], str):
+        system = prompt[0]["content"] if prompt[0]["role"] == "system" else None
+        pair.values["plain_prompt"] = plain_instruction(instruction, given, system)
+    return pair
+
+
+def plain_instruction(instruction: str, given: str, system: str | None = None) -> str:
+    """The prompt of an instruction row for tokenizers without a chat template (Alpaca's headings).
+
+    The answer follows the last line break.
+    """
+    parts = [system] if system else []
+    parts.append(f"### Instruction:\n{instruction}")
+    if given:
+        parts.append(f"### Input:\n{given}")
+    parts.append("### Response:\n")
+    return "\n\n".join(parts)
+
+
+def _read_history(value: Any) -> list[Message]:
+    """Earlier turns as a list of [question, answer]."""
+    messages: list[Message] = []
+    for index, turn in enumerate(value if isinstance(value, list) else []):
+        if not isinstance(turn, list | tuple) or len(turn) != 2:
+            raise RowError(f"history[{index}] is not a list of two texts but {shown(turn)}")
+        for role, text in zip(("user", "assistant"), turn, strict=True):
+            messages.append({"role": role, "content": text_of(text, f"history[{index}]")})
+    if value is not None and not isinstance(value, list):
+        raise RowError(f"history is not a list of [question, answer] but {shown(value)}")
+    return messages
+
+
+def _with_system(row: Mapping[str, Any], messages: list[Message]) -> list[Message]:
+    system = row.get("system")
+    if system is None or system == "" or messages[0]["role"] == "system":
+        return messages
+    return [{"role": "system", "content": text_of(system, "system")}, *messages]
+
+
+def _messages_pair(
+    columns: str, prompt: list[Message], chosen: list[Message], rejected: list[Message]
+) -> Pair:
+    check_answer(chosen, "chosen")
+    check_answer(rejected, "rejected")
+    return Pair("messages", columns, {"prompt": prompt, "chosen": chosen, "rejected": rejected})
+
+
+def _answer_texts(chosen: Any, rejected: Any) -> dict[str, str]:
+    texts = {"chosen": text_of(chosen, "chosen"), "rejected": text_of(rejected, "rejected")}
+    for column, text in texts.items():
+        if not text.strip():
+            raise RowError(f"{column} is an empty answer; give it a text or remove the row")
+    return texts
+
+
+def _read_ids(value: Any, column: str) -> list[int]:
+    ids = value.tolist() if hasattr(value, "tolist") else value
+    if not isinstance(ids, list | tuple):
+        raise RowError(f"{column} is not a list of token ids but {shown(value)}")
+    if not ids:
+        raise RowError(f"{column} is empty; give it at least one token or remove the row")
+    for token in ids:
+        if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < 2**31:
+            raise RowError(f"{column} holds {shown(token)}, which is not a token id")
+    return list(ids)
+
+
+def _template_options(row: Mapping[str, Any]) -> dict[str, str]:
+    """`tools` and `chat_template_kwargs` as JSON, so that Arrow doesn't merge their fields."""
+    options = {}
+    for column, kind in (("tools", list), ("chat_template_kwargs", dict)):
+        value = row.get(column)
+        if value is None or value in ("", [], {}):
+            continue
+        try:
+            value = json.loads(value) if isinstance(value, str) else value
+            options[column] = json.dumps(value, ensure_ascii=False)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise RowError(f"{column} is not plain JSON ({error})") from None
+        if not isinstance(value, kind):
+            word = "a list" if kind is list else "an object"
+            raise RowError(f"{column} is not {word} but {shown(value)}")
+        text_of(options[column], column)
+        if reserved := _RESERVED_KWARGS & set(value if kind is dict else ()):
+            names = ", ".join(sorted(reserved))
+            raise RowError(f"chat_template_kwargs sets {names}, which is set for you; remove it")
+    return options
+
+
+def _reference_logps(row: Mapping[str, Any]) -> dict[str, float]:
+    given = [column for column in REF_COLUMNS if row.get(column) is not None]
+    if len(given) == 1:
+        (missing,) = set(REF_COLUMNS) - set(given)
+        raise RowError(f"there is {given[0]} but no {missing}; give both or neither")
+    logps = {}
+    for column in given:
+        value = row[column]
+        try:
+            logps[column] = float("nan") if isinstance(value, bool) else float(value)
+        except (TypeError, ValueError, OverflowError):
+            logps[column] = math.nan
+        if not math.isfinite(logps[column]):
+            raise RowError(f"{column} is {shown(value)}, expected a finite number")
+    return logps
+
+
+def _refuse_unpaired(row: Mapping[str, Any]) -> None:
+    if "chosen" in row or "rejected" in row:
+        return
+    labels = [column for column in ("label", "kto_tag") if column in row]
+    if labels and {"completion", "messages", "conversations", "output", "prompt"} & set(row):
+        raise RowError(
+            f"these are unpaired rows, each with one answer and {labels[0]!r} (KTO), and DPO needs "
+            "pairs; join a good and a bad answer of the same prompt to one row with chosen and "
+            "rejected, or train this file with a KTO trainer"
+        )
+
+
+def _require(row: Mapping[str, Any], found: Sequence[str]) -> None:
+    for column in ("chosen", "rejected"):
+        if column in row:
+            if row[column] is None:
+                raise RowError(f"{column} is null; give it an answer or remove the row")
+            continue
+        near = difflib.get_close_matches(column, [str(name) for name in found], n=1)
+        example = near[0] if near else "your_column"
+        raise RowError(
+            f"there is no column {column!r} (found: {', '.join(map(str, found)) or 'none'}); name "
+            f"it with columns={{{column!r}: {example!r}}} or add it"
+        )

@@ -1,0 +1,163 @@
+"""Chat messages as users write them, brought to one form."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from dpofast.data.reading.row_error import RowError, shown, text_of
+
+# One message in the normal form: "role", "content" (None where the message only calls tools) and,
+# where it has more than these, "extra": the other fields as a JSON object.
+Message = dict[str, str | None]
+
+# ShareGPT's names and their relatives, lower case.
+ROLES = {
+    "human": "user",
+    "user": "user",
+    "prompter": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "bot": "assistant",
+    "assistant": "assistant",
+    "model": "assistant",
+    "function_call": "assistant",
+    "system": "system",
+    "developer": "developer",
+    "tool": "tool",
+    "observation": "tool",
+    "function_response": "tool",
+    "ipython": "ipython",
+}
+
+
+def is_messages(value: Any) -> bool:
+    """Whether `value` is written as messages: an object, or a list with an object in it."""
+    if isinstance(value, Mapping):
+        return True
+    return isinstance(value, list | tuple) and any(isinstance(item, Mapping) for item in value)
+
+
+def read_messages(value: Any, what: str, roles: Mapping[str, str]) -> list[Message]:
+    """A list of messages, or a single one, as a list in the normal form.
+
+    Raises:
+        RowError: not messages, none at all, or one of them without role or content.
+    """
+    if isinstance(value, Mapping):
+        value = [value]
+    if not isinstance(value, list | tuple):
+        raise RowError(
+            f"{what} is not a list of messages but {type(value).__name__} {shown(value)}; "
+            'write [{"role": "user", "content": "..."}]'
+        )
+    if not value:
+        raise RowError(f"{what} has no messages; give it one or remove the row")
+    return [_read_message(item, f"{what}[{i}]", roles) for i, item in enumerate(value)]
+
+
+def read_answer(value: Any, what: str, roles: Mapping[str, str]) -> list[Message]:
+    """An answer: text, one message or several, the text as one message of the assistant."""
+    if isinstance(value, str):
+        return [{"role": "assistant", "content": text_of(value, what)}]
+    return read_messages(value, what, roles)
+
+
+def check_answer(messages: list[Message], what: str) -> None:
+    """An answer with no text and no tool call in any of its messages teaches nothing."""
+    for message in messages:
+        if (message["content"] or "").strip() or message.get("extra"):
+            return
+    raise RowError(f"{what} is an empty answer; give it a text or remove the row")
+
+
+def to_template(message: Mapping[str, Any]) -> dict[str, Any]:
+    """A message of the normal form as chat templates want it."""
+    extra = message.get("extra")
+    plain = {"role": message["role"], "content": message["content"]}
+    return {**plain, **json.loads(extra)} if extra else plain
+
+
+def _read_message(item: Any, what: str, roles: Mapping[str, str]) -> Message:
+    if not isinstance(item, Mapping):
+        raise RowError(
+            f"{what} is not a message but {type(item).__name__} {shown(item)}; "
+            'write {"role": "user", "content": "..."}'
+        )
+    # Arrow gives every message all the fields that any message has, as null.
+    fields = {key: field for key, field in item.items() if field is not None}
+    if "role" not in fields and "from" not in fields:
+        raise RowError(
+            f"{what} has neither role nor from (found: {', '.join(map(str, fields)) or 'nothing'})"
+            "; say who speaks"
+        )
+    if "role" in fields:
+        role = _read_role(fields.pop("role"), what, roles, known_only=False)
+        content = fields.pop("content", None)
+    else:
+        role = _read_role(fields.pop("from"), what, roles, known_only=True)
+        content = fields.pop("value", None)
+    extra = _read_extra(fields, what)
+    message: Message = {"role": role, "content": None}
+    if isinstance(content, list):
+        extra["content"] = _read_blocks(content, what)
+    elif content is not None or not extra.get("tool_calls"):
+        if content is None and "content" not in extra:
+            raise RowError(f"the content of {what} is null or missing; give it a text")
+        message["content"] = None if content is None else text_of(content, f"content of {what}")
+    if extra:
+        message["extra"] = json.dumps(extra, sort_keys=True, ensure_ascii=False)
+        text_of(message["extra"], what)
+    return message
+
+
+def _read_role(value: Any, what: str, roles: Mapping[str, str], known_only: bool) -> str:
+    role = text_of(value, f"role of {what}").strip()
+    mapped = roles.get(role) or ROLES.get(role.lower())
+    if mapped is None and (known_only or not role):
+        raise RowError(
+            f"the role of {what} is {shown(value)}, expected one of {', '.join(ROLES)}; "
+            f"map it with roles={{{shown(value)}: 'user'}}"
+        )
+    # A template may know roles of its own: those of role/content messages stay as they are.
+    return mapped or role
+
+
+def _read_extra(fields: dict[Any, Any], what: str) -> dict[str, Any]:
+    """Whatever else a message carries: tool calls, a name, its reasoning."""
+    packed = fields.pop("extra", None)
+    extra = {str(key): _without_nulls(field) for key, field in fields.items()}
+    try:
+        if isinstance(packed, str):  # already in the normal form
+            loaded = json.loads(packed)
+            extra.update(loaded if isinstance(loaded, dict) else {"extra": packed})
+        elif packed is not None:
+            extra["extra"] = _without_nulls(packed)
+        json.dumps(extra)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise RowError(f"{what} has a field that is not plain JSON ({error})") from None
+    return {key: field for key, field in extra.items() if field not in ([], {})}
+
+
+def _read_blocks(blocks: list[Any], what: str) -> list[dict[str, Any]]:
+    """Content as a list of blocks, all of them text."""
+    for block in blocks:
+        kind = block.get("type") if isinstance(block, Mapping) else None
+        if kind != "text":
+            raise RowError(
+                f"the content of {what} has a block of type {shown(kind)}; only text can be "
+                "trained on here, so leave images and sound out"
+            )
+        text_of(block.get("text"), f"text of {what}")
+    if not any(block["text"].strip() for block in blocks):
+        raise RowError(f"the content of {what} is empty; give it a text or remove the row")
+    return [_without_nulls(dict(block)) for block in blocks]
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(k): _without_nulls(v) for k, v in value.items() if v is not None}
+    if isinstance(value, list | tuple):
+        return [_without_nulls(item) for item in value]
+    return value

@@ -1,0 +1,203 @@
+"""Brings preference pairs of any format to the normal form, a `datasets.Dataset`.
+
+The normal form has the columns prompt, chosen and rejected (all text, or all lists of messages
+with role, content and, where a message has more fields, `extra` as JSON), or prompt_ids, chosen_ids
+and rejected_ids; `row`, the index in the source counted from 0; and, where the source has them,
+tools and chat_template_kwargs (as JSON), ref_chosen_logps and ref_rejected_logps (nats), and
+plain_prompt (the prompt of instruction rows for tokenizers without a chat template).
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import datasets
+import pyarrow as pa
+
+from dpofast.columns import ID_COLUMNS, REF_COLUMNS
+from dpofast.data.reading.formats import COLUMNS, Pair, read_pair
+from dpofast.data.reading.records import Record
+from dpofast.data.reading.row_error import RowError
+from dpofast.data.reading.sources import read_records
+from dpofast.errors import ConfigError, DataError
+
+_CHUNK_ROWS = 1000
+_DESCRIPTION = "Preference pairs in dpofast's normal form, version 1."
+
+_MESSAGE = {"role": pa.string(), "content": pa.string()}
+_MESSAGES = pa.list_(pa.struct({**_MESSAGE, "extra": pa.string()}))
+_PAIR_TYPES = {
+    "text": dict.fromkeys(("prompt", "chosen", "rejected"), pa.string()),
+    "messages": dict.fromkeys(("prompt", "chosen", "rejected"), _MESSAGES),
+    "ids": dict.fromkeys(ID_COLUMNS, pa.list_(pa.int32())),
+}
+_OPTIONAL_TYPES = {
+    "tools": pa.string(),
+    "chat_template_kwargs": pa.string(),
+    "plain_prompt": pa.string(),
+    **dict.fromkeys(REF_COLUMNS, pa.float64()),
+}
+
+
+def load_preferences(
+    source: Any,
+    *,
+    columns: Mapping[str, str] | None = None,
+    split: str = "train",
+    strict: bool = False,
+    name: str | None = None,
+    roles: Mapping[str, str] | None = None,
+    config_name: str | None = None,
+) -> datasets.Dataset:
+    """Read preference pairs from any source and format into the normal form.
+
+    Args:
+        source: path of a json, jsonl, parquet, arrow or csv file, or of a folder of such files; a
+            hub name; a datasets.Dataset or DatasetDict; a list of dicts.
+        columns: this program's name of a column -> its name in the source.
+        split: split of a hub dataset, a DatasetDict or a folder; a single file has just one.
+        strict: refuse pairs whose answers are identical, instead of leaving them to
+            `tokenize_preferences`, which reports them and leaves them out.
+        name: what errors call a Dataset or a list; files and hub datasets have their own names.
+        roles: a role's name in the source -> system, user, assistant or tool.
+        config_name: configuration of a hub dataset.
+    Returns:
+        A Dataset in memory, in the normal form; nothing is written to disk.
+    Raises:
+        DataError: names the file and the row (counted from 0) or line (counted from 1), what is
+            wrong with it and what to do.
+        ConfigError: `columns` names a column that no format has.
+    """
+    if is_normal_form(source) and not columns and not roles and not strict:
+        return source
+    mapping = _check_columns(columns or {})
+    records = read_records(source, split=split, name=name, config_name=config_name)
+    writer = _Writer(strict, mapping, roles or {})
+    table = writer.table(records)
+    if table is None:
+        raise DataError(f"{name or _name_of(source)} holds no rows; give it at least one pair")
+    return datasets.Dataset(table, info=datasets.DatasetInfo(description=_DESCRIPTION))
+
+
+def is_normal_form(source: Any) -> bool:
+    """Whether `source` is what `load_preferences` returned, or a selection of its rows."""
+    if not isinstance(source, datasets.Dataset) or source.info.description != _DESCRIPTION:
+        return False
+    names = set(source.column_names)
+    known = {"row", *_OPTIONAL_TYPES}
+    return any(set(types) <= names <= known | set(types) for types in _PAIR_TYPES.values())
+
+
+def _name_of(source: Any) -> str:
+    return str(source) if not isinstance(source, datasets.Dataset | list | tuple) else "the dataset"
+
+
+def _check_columns(columns: Mapping[str, str]) -> dict[str, str]:
+    for ours, theirs in columns.items():
+        if ours in COLUMNS:
+            continue
+        if theirs in COLUMNS:
+            raise ConfigError(
+                f"columns maps {ours!r} to {theirs!r}; write it the other way round: "
+                f"{{{theirs!r}: {ours!r}}}"
+            )
+        near = difflib.get_close_matches(str(ours), COLUMNS, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(COLUMNS)}"
+        raise ConfigError(f"columns names {ours!r}, which no format has; {hint}")
+    return dict(columns)
+
+
+class _Writer:
+    """Turns records into an Arrow table, a thousand rows at a time.
+
+    So the Python objects of a large file never all stand in memory.
+    """
+
+    def __init__(self, strict: bool, columns: dict[str, str], roles: Mapping[str, str]) -> None:
+        self.strict, self.columns, self.roles = strict, columns, roles
+        self.kind: str | None = None
+        self.format = ""
+        self.has_extra = False
+        self.used: set[str] = set()
+
+    def table(self, records: Iterator[Record]) -> pa.Table | None:
+        """All rows, or None where there are none."""
+        batches, rows = [], []
+        for count, record in enumerate(records):
+            rows.append({"row": self._row_of(record, count), **self._read(record).values})
+            if len(rows) == _CHUNK_ROWS:
+                batches.append(pa.RecordBatch.from_pylist(rows, schema=self._schema()))
+                rows = []
+        if rows:
+            batches.append(pa.RecordBatch.from_pylist(rows, schema=self._schema()))
+        if not batches:
+            return None
+        table = pa.Table.from_batches(batches)
+        table = table.drop_columns([name for name in _OPTIONAL_TYPES if name not in self.used])
+        return table if self.has_extra else _without_extra(table)
+
+    def _row_of(self, record: Record, count: int) -> int:
+        """The index in the source; a dataset that has been read before keeps its own."""
+        row = record.values.get("row")
+        return row if isinstance(row, int) and 0 <= row < 2**63 and row is not True else count
+
+    def _read(self, record: Record) -> Pair:
+        try:
+            pair = read_pair(self._rename(record), record.columns, self.roles)
+            self._check(pair)
+        except RowError as problem:
+            raise DataError(f"{record.where}: {problem}") from None
+        self.used.update(name for name in pair.values if name in _OPTIONAL_TYPES)
+        if pair.kind == "messages" and not self.has_extra:
+            columns = ("prompt", "chosen", "rejected")
+            self.has_extra = any("extra" in m for c in columns for m in pair.values[c])
+        return pair
+
+    def _rename(self, record: Record) -> Mapping[str, Any]:
+        if not self.columns:
+            return record.values
+        row = dict(record.values)
+        for ours, theirs in self.columns.items():
+            if theirs not in record.values:
+                raise RowError(
+                    f"there is no column {theirs!r}, which columns gives for {ours!r} "
+                    f"(found: {', '.join(map(str, record.columns))})"
+                )
+        for theirs in self.columns.values():
+            row.pop(theirs, None)
+        row.update({ours: record.values[theirs] for ours, theirs in self.columns.items()})
+        return row
+
+    def _check(self, pair: Pair) -> None:
+        if self.kind is None:
+            self.kind, self.format = pair.kind, pair.columns
+        if (pair.kind, pair.columns) != (self.kind, self.format):
+            raise RowError(
+                f"the row is {pair.kind} in {pair.columns}, but the rows before it are {self.kind} "
+                f"in {self.format}; write all rows in one form"
+            )
+        if self.strict and pair.identical:
+            raise RowError(
+                "chosen and rejected are identical; remove the row, or leave strict off to have "
+                "such pairs left out and reported"
+            )
+
+    def _schema(self) -> pa.Schema:
+        assert self.kind is not None
+        return pa.schema({"row": pa.int64(), **_PAIR_TYPES[self.kind], **_OPTIONAL_TYPES})
+
+
+def _without_extra(table: pa.Table) -> pa.Table:
+    """Drop the field `extra` of messages where no message has any."""
+    for index, name in enumerate(table.column_names):
+        if table.column(name).type != _MESSAGES:
+            continue
+        chunks = []
+        for chunk in table.column(name).chunks:
+            fields = [chunk.values.field("role"), chunk.values.field("content")]
+            messages = pa.StructArray.from_arrays(fields, names=list(_MESSAGE))
+            chunks.append(pa.ListArray.from_arrays(chunk.offsets, messages))
+        table = table.set_column(index, name, pa.chunked_array(chunks))
+    return table

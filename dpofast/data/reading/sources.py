@@ -1,0 +1,157 @@
+"""Finds the rows of whatever a user names: a file, a folder, a hub name, a Dataset, a list."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+from datasets.exceptions import DatasetsError
+
+from dpofast.data.reading.files import READERS, data_suffix, read_file
+from dpofast.data.reading.records import Record
+from dpofast.data.reading.splits import same_split, split_in_name
+from dpofast.errors import DataError
+
+_BATCH_ROWS = 1000
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+# Descriptions that stand beside data in folders.
+_NOT_DATA = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
+
+
+def read_records(
+    source: Any, *, split: str, name: str | None, config_name: str | None
+) -> Iterator[Record]:
+    """The rows of `source`, in order, each with its place.
+
+    Raises:
+        DataError: there is no such source, or it can't be read.
+    """
+    if isinstance(source, str | Path):
+        return _from_name(str(source), split, config_name)
+    if isinstance(source, datasets.IterableDataset | datasets.IterableDatasetDict):
+        raise DataError(
+            f"{name or 'the dataset'} is an IterableDataset, whose length nobody knows; "
+            "load it without streaming=True"
+        )
+    if isinstance(source, datasets.DatasetDict):
+        source = _pick(source, split, name or "the DatasetDict")
+    if isinstance(source, datasets.Dataset):
+        return _from_dataset(source, name or "dataset")
+    if isinstance(source, Mapping) or not isinstance(source, Sequence):
+        raise DataError(
+            f"{name or 'the data'} is a {type(source).__name__}, expected a path, a hub name, "
+            "a datasets.Dataset or a list of rows"
+        )
+    return _from_list(source, name or "list")
+
+
+def _from_list(rows: Sequence[Any], name: str) -> Iterator[Record]:
+    for row, values in enumerate(rows):
+        if not isinstance(values, Mapping):
+            where = Record(name, row, None, {}, ()).where
+            raise DataError(f"{where} is {type(values).__name__}, expected a dict of columns")
+        yield Record(name, row, None, values, tuple(values))
+
+
+def _from_dataset(dataset: datasets.Dataset, name: str) -> Iterator[Record]:
+    columns = tuple(dataset.column_names)
+    row = 0
+    for batch in dataset.with_format(None).iter(batch_size=_BATCH_ROWS):
+        for values in zip(*batch.values(), strict=True):
+            yield Record(name, row, None, dict(zip(batch, values, strict=True)), columns)
+            row += 1
+
+
+def _pick(splits: Mapping[str, datasets.Dataset], split: str, name: str) -> datasets.Dataset:
+    if split not in splits:
+        raise DataError(
+            f"{name} has no split {split!r} (found: {', '.join(splits) or 'none'}); "
+            "name one of these as split"
+        )
+    return splits[split]
+
+
+def _from_name(source: str, split: str, config_name: str | None) -> Iterator[Record]:
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return _from_folder(path, split)
+    if path.exists():
+        if not data_suffix(path):
+            raise DataError(
+                f"{path} has an ending that can't be read; expected one of {', '.join(READERS)}"
+            )
+        return read_file(path, split)
+    is_path = source[:1] in "./~" or bool(data_suffix(path)) or "\\" in source
+    if is_path or not _HUB_NAME.fullmatch(source):
+        raise DataError(f"there is no file {source}{_nearest_file(path)}")
+    return _from_hub(source, split, config_name)
+
+
+def _nearest_file(path: Path) -> str:
+    folder = path.parent
+    if not folder.is_dir():
+        return f", nor the folder {folder}; check the path"
+    near = difflib.get_close_matches(path.name, [p.name for p in folder.iterdir()], n=1)
+    return f"; did you mean {folder / near[0]}?" if near else "; check the path"
+
+
+def _from_hub(source: str, split: str, config_name: str | None) -> Iterator[Record]:
+    try:
+        loaded = datasets.load_dataset(source, config_name, split=split)
+    except (OSError, ValueError, RuntimeError, DatasetsError) as error:
+        reason = " ".join(str(error).split())
+        raise DataError(
+            f"{source} is no file here, and split {split!r} of a hub dataset of that name can't be "
+            f"loaded: {reason}"
+        ) from None
+    return _from_dataset(loaded, source)
+
+
+def _from_folder(folder: Path, split: str) -> Iterator[Record]:
+    if (folder / "dataset_dict.json").exists() or (folder / "state.json").exists():
+        yield from _from_saved(folder, split)
+        return
+    files = sorted(
+        path
+        for path in folder.rglob("*")
+        if path.is_file()
+        and data_suffix(path)
+        and path.name not in _NOT_DATA
+        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    )
+    if not files:
+        raise DataError(
+            f"the folder {folder} holds no data file; expected one of {', '.join(READERS)}"
+        )
+    for path in _files_of_split(files, folder, split):
+        yield from read_file(path, None)
+
+
+def _from_saved(folder: Path, split: str) -> Iterator[Record]:
+    """A folder that `save_to_disk` wrote."""
+    try:
+        loaded = datasets.load_from_disk(str(folder))
+    except (OSError, ValueError, KeyError, TypeError, DatasetsError) as error:
+        raise DataError(f"the saved dataset {folder} can't be read: {error}") from None
+    if isinstance(loaded, datasets.DatasetDict):
+        loaded = _pick(loaded, split, str(folder))
+    return _from_dataset(loaded, str(folder))
+
+
+def _files_of_split(files: list[Path], folder: Path, split: str) -> list[Path]:
+    """Those whose names say `split`; all of them where no name says any and train is asked for."""
+    splits = {path: split_in_name(path.relative_to(folder)) for path in files}
+    named = sorted({found for found in splits.values() if found})
+    if not named and split == "train":
+        return files
+    chosen = [path for path in files if same_split(splits[path], split)]
+    if not chosen:
+        raise DataError(
+            f"the folder {folder} has no files of the split {split!r} "
+            f"(found: {', '.join(named) or 'no split in any file name'}); name the file itself"
+        )
+    return chosen

@@ -1,0 +1,1 @@
+"""Pairs in the normal form, turned into token ids."""

@@ -1,0 +1,1 @@
+"""A pair or a packed row, shown as the model sees it."""

@@ -1,0 +1,128 @@
+"""Shows a pair as the model sees it: tokens, what is masked, what is shared, what is cut."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.text import Text
+
+from dpofast.data.prefix import common_prefix_length
+from dpofast.data.tokens.report import IDENTICAL, IDENTICAL_CUT, NO_ROOM
+from dpofast.data.tokens.tokenize import prepare_row
+from dpofast.data.tokens.truncate import Cut, check_truncation, plan_cut
+from dpofast.inspect.tokens import CHOSEN, CUT, MASKED, REJECTED, SHARED, TokenPart, token_table
+
+
+def render_row(
+    row: Mapping[str, Any],
+    tokenizer: Any,
+    *,
+    max_length: int | None = None,
+    truncation_mode: str = "keep_start",
+    max_tokens: int = 200,
+) -> RenderableType:
+    """Show one row of the normal form (`load_preferences(...)[i]`) as training would take it.
+
+    Takes and raises what `render_pair` does; also DataError where the row can't be tokenised.
+    """
+    split, _ = prepare_row(row, tokenizer, max_length=max_length, truncation_mode=truncation_mode)
+    example = {
+        "row": row.get("row"),
+        "prompt_ids": split.prompt_ids,
+        "chosen_ids": split.chosen_ids,
+        "rejected_ids": split.rejected_ids,
+    }
+    notes = []
+    if split.merged:
+        notes.append("the tokenizer merges prompt and answer: the answer was tokenised by itself")
+    if split.rerendered:
+        notes.append(
+            "the chat template renders the prompt otherwise before an answer than alone: it ends "
+            "where they part"
+        )
+    shown = render_pair(
+        example,
+        tokenizer,
+        max_length=max_length,
+        truncation_mode=truncation_mode,
+        max_tokens=max_tokens,
+    )
+    return Group(shown, *(Text(note, style="yellow") for note in notes))
+
+
+def render_pair(
+    example: Mapping[str, Any],
+    tokenizer: Any,
+    *,
+    max_length: int | None = None,
+    truncation_mode: str = "keep_start",
+    max_tokens: int = 200,
+) -> RenderableType:
+    """Show a tokenised pair, and what `max_length` would cut from it.
+
+    Args:
+        example: prompt_ids, chosen_ids and rejected_ids as lists of token ids, and `row`, if known.
+        tokenizer: turns ids into text.
+        max_length: most tokens of a prompt and one answer, None for no limit.
+        truncation_mode: keep_start or keep_end.
+        max_tokens: of a longer part, the first and last tokens are shown, this many in all.
+    Returns:
+        A rich renderable: tokens are parted by "|", line breaks shown as "⏎".
+    Raises:
+        ConfigError: max_length or truncation_mode can't be used.
+    """
+    check_truncation(max_length, truncation_mode)
+    prompt, chosen, rejected = (
+        list(example[f"{part}_ids"]) for part in ("prompt", "chosen", "rejected")
+    )
+    lengths = (len(prompt), len(chosen), len(rejected))
+    cut = plan_cut(*lengths, max_length, truncation_mode)
+    kept_chosen = chosen[: len(chosen) - cut.chosen]
+    kept_rejected = rejected[: len(rejected) - cut.rejected]
+    shared = common_prefix_length(kept_chosen, kept_rejected)
+    parts = [
+        TokenPart("prompt, cut on the left", CUT, prompt[: cut.prompt]),
+        TokenPart("prompt, masked", MASKED, prompt[cut.prompt :]),
+        TokenPart("both answers begin", SHARED, kept_chosen[:shared]),
+        TokenPart("chosen, scored", CHOSEN, kept_chosen[shared:]),
+        TokenPart("chosen, cut", CUT, chosen[len(kept_chosen) :]),
+        TokenPart("rejected, scored", REJECTED, kept_rejected[shared:]),
+        TokenPart("rejected, cut", CUT, rejected[len(kept_rejected) :]),
+    ]
+    lines = [_headline(example.get("row"), lengths, shared)]
+    if max_length is not None:
+        lines.append(_cut_line(cut, max_length, truncation_mode))
+    if reason := _left_out(cut, chosen == rejected, kept_chosen == kept_rejected):
+        lines.append(Text(f"left out of training: {reason}", style="bold yellow"))
+    return Group(*lines, token_table(parts, tokenizer, max_tokens))
+
+
+def _headline(row: Any, lengths: tuple[int, int, int], shared: int) -> Text:
+    prompt, chosen, rejected = lengths
+    place = "pair" if row is None else f"row {row} (counted from 0)"
+    return Text(
+        f"{place}: prompt {prompt} tokens, chosen {chosen}, rejected {rejected}; the answers share "
+        f"their first {shared}",
+        style="bold",
+    )
+
+
+def _cut_line(cut: Cut, max_length: int, truncation_mode: str) -> Text:
+    limit = f"max_length {max_length}, {truncation_mode}"
+    if not cut.fits or not (cut.prompt or cut.chosen or cut.rejected):
+        return Text(f"{limit}: nothing is cut")
+    return Text(
+        f"{limit}: cut {cut.prompt} tokens of the prompt on its left, {cut.chosen} of chosen and "
+        f"{cut.rejected} of rejected on their right",
+        style="yellow",
+    )
+
+
+def _left_out(cut: Cut, identical: bool, identical_after_cut: bool) -> str | None:
+    if identical:
+        return IDENTICAL
+    if not cut.fits:
+        return NO_ROOM
+    return IDENTICAL_CUT if identical_after_cut else None

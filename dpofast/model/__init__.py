@@ -1,0 +1,1 @@
+"""A transformers model during our steps: loaded, taken apart, checked, run."""

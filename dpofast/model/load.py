@@ -1,0 +1,102 @@
+"""Loads a policy, its skeleton without weights, and its tokenizer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+
+from dpofast.errors import ModelError
+
+# Options of loading that say nothing of what the model computes.
+_OF_WEIGHTS = {"dtype", "use_safetensors", "device_map", "low_cpu_mem_usage", "variant"}
+
+
+def load_policy(name_or_path: str, **options: Any) -> Any:
+    """A causal LM from a folder or the hub: safetensors only, float32 unless `dtype` says else.
+
+    Args:
+        name_or_path: folder or hub name.
+        options: for `from_pretrained`; a string `dtype` such as "bfloat16" is taken, too.
+
+    Raises:
+        ModelError: nothing there, or nothing that a causal LM can be loaded from.
+    """
+    from transformers import AutoModelForCausalLM
+
+    options = {"dtype": torch.float32, "use_safetensors": True, **options}
+    if isinstance(options["dtype"], str) and options["dtype"] != "auto":
+        options["dtype"] = _dtype_named(options["dtype"])
+    _refuse_missing_folder(name_or_path)
+    try:
+        return AutoModelForCausalLM.from_pretrained(name_or_path, **options)
+    except (OSError, ValueError, TypeError, ImportError, RuntimeError, SafetensorError) as error:
+        raise ModelError(f"The model {name_or_path!r} can't be loaded: {error}") from error
+
+
+def load_skeleton(name_or_path: str, **options: Any) -> Any:
+    """A causal LM built from its config alone, on the device "meta": it has no weights.
+
+    Args:
+        name_or_path: folder or hub name.
+        options: what `load_policy` takes.
+
+    Raises:
+        ModelError: there is no config, or none that a causal LM can be built from.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    _refuse_missing_folder(name_or_path)
+    trusted = bool(options.get("trust_remote_code"))
+    own = {name: value for name, value in options.items() if name not in _OF_WEIGHTS}
+    try:
+        config = AutoConfig.from_pretrained(name_or_path, **own)
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=trusted)
+    except (OSError, ValueError, TypeError, ImportError, RuntimeError, KeyError) as error:
+        raise ModelError(
+            f"The model {name_or_path!r} can't be built from its config: {error}"
+        ) from error
+
+
+def load_tokenizer(
+    name_or_path: str, trust_remote_code: bool = False, revision: str | None = None
+) -> Any:
+    """The tokenizer that lies beside a model.
+
+    Raises:
+        ModelError: there is none.
+    """
+    from transformers import AutoTokenizer
+
+    _refuse_missing_folder(name_or_path)
+    remedy = (
+        "save one there with tokenizer.save_pretrained, or name one (tokenizer_name_or_path on the "
+        "command line, processing_class in Python)"
+    )
+    folder = Path(name_or_path)
+    if folder.is_dir() and not any(folder.glob("*token*")) and not any(folder.glob("vocab*")):
+        raise ModelError(f"The model folder {name_or_path!r} has no tokenizer: {remedy}.")
+    try:
+        return AutoTokenizer.from_pretrained(
+            name_or_path, trust_remote_code=trust_remote_code, revision=revision or "main"
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(
+            f"No tokenizer can be loaded from {name_or_path!r} ({error}): {remedy}."
+        ) from error
+
+
+def _dtype_named(name: str) -> torch.dtype:
+    dtype = getattr(torch, name.removeprefix("torch."), None)
+    if not isinstance(dtype, torch.dtype):
+        raise ModelError(f"dtype: got {name!r}, expected auto, bfloat16, float16 or float32.")
+    return dtype
+
+
+def _refuse_missing_folder(name_or_path: str) -> None:
+    looks_local = name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") > 1
+    if looks_local and not Path(name_or_path).expanduser().is_dir():
+        raise ModelError(f"The model folder {name_or_path!r} does not exist.")

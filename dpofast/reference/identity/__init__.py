@@ -1,0 +1,1 @@
+"""Which model made a stored log-prob."""

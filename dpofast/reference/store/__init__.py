@@ -1,0 +1,1 @@
+"""Reference log-probs on disk: bytes and keys, no models and no data."""

@@ -1,0 +1,210 @@
+"""Makes a store smaller: merges segments, drops rows that stand twice, forgets references.
+
+Nothing is deleted before what takes its place is on the disk. A kill in between leaves rows twice,
+and never lost.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+import uuid
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from dpofast.errors import ReferenceStoreError
+from dpofast.reference.store.files import TEMPORARY_PREFIX, list_names, naming_errors, sync_folder
+from dpofast.reference.store.keys import KEY_BYTES, KeyIndex
+from dpofast.reference.store.segments import NAME_PATTERN, Columns, Segment, write_segment
+from dpofast.reference.store.store import ReferenceStore
+from dpofast.reference.store.text import human_bytes
+
+MERGED_BYTES = 1 << 28  # of a merged segment
+ABANDONED_SECONDS = 86_400.0  # no writer needs that long for one file
+SHORTEST_DIGEST = 6  # characters that name a reference
+
+
+@dataclass
+class PruneReport:
+    """What `prune` did.
+
+    Attributes:
+        references: that were looked at and stay.
+        forgotten: digests of the references that were deleted.
+        duplicates: rows that stood in another segment, too.
+        segments_before, segments_after: of the references that stay.
+        temporaries: files of killed writers that were deleted.
+        bytes_freed: may be below 0 where merging made a header larger.
+    """
+
+    folder: Path
+    references: int = 0
+    forgotten: list[str] = field(default_factory=list)
+    duplicates: int = 0
+    segments_before: int = 0
+    segments_after: int = 0
+    temporaries: int = 0
+    bytes_freed: int = 0
+
+    def lines(self) -> list[str]:
+        return [
+            f"{self.folder}: {human_bytes(max(self.bytes_freed, 0))} freed",
+            f"references: {self.references} kept, {len(self.forgotten)} deleted",
+            f"rows that stood twice: {self.duplicates}",
+            f"segments: {self.segments_before} before, {self.segments_after} now",
+            f"files of killed writers: {self.temporaries} deleted",
+        ]
+
+
+def prune(folder: str | Path, forget: Sequence[str] = ()) -> PruneReport:
+    """Merge small segments, drop rows that stand twice, delete what killed writers left behind.
+
+    Builds and runs of this machine may go on meanwhile: what they have mapped stays readable to
+    them. Over NFS, files that another machine has mapped would vanish under it.
+
+    Args:
+        folder: of the store.
+        forget: digests, or their first 6 characters or more, of references to delete with all
+            their rows. No run may be using these.
+
+    Raises:
+        ReferenceStoreError: the folder is no store; a name in `forget` fits no reference, or
+            several; a segment to merge is damaged. The references before that one are done by
+            then, its own rows are as they were.
+    """
+    store = ReferenceStore.open(folder)
+    digests = store.digests()
+    forgotten = [_named(digests, name, store.folder) for name in dict.fromkeys(forget)]
+    report = PruneReport(store.folder)
+    before = _size(store.folder)
+    for digest in dict.fromkeys(forgotten):
+        with naming_errors("delete", store.folder / digest):
+            # out of sight at once: half a folder could not be described
+            hidden = store.folder / f"{TEMPORARY_PREFIX}{uuid.uuid4().hex}"
+            (store.folder / digest).rename(hidden)
+            shutil.rmtree(hidden)
+        report.forgotten.append(digest)
+    for digest in digests:
+        if digest not in forgotten:
+            report.references += 1
+            _delete_abandoned(store.folder / digest, report)
+            _compact(store.folder / digest, bytes.fromhex(digest), report)
+    _delete_abandoned(store.folder, report)
+    report.bytes_freed = before - _size(store.folder)
+    return report
+
+
+def _named(digests: Sequence[str], name: str, folder: Path) -> str:
+    """The digest that begins with `name`."""
+    fits = [digest for digest in digests if digest.startswith(name)]
+    if len(name) < SHORTEST_DIGEST or len(fits) != 1:
+        raise ReferenceStoreError(
+            f"{name!r} names {len(fits)} references of {folder}; give the first {SHORTEST_DIGEST} "
+            "characters or more of a digest that `dpofast ref info` shows."
+        )
+    return fits[0]
+
+
+def _compact(folder: Path, identity: bytes, report: PruneReport) -> None:
+    names = [name for name in list_names(folder) if NAME_PATTERN.fullmatch(name)]
+    report.segments_before += len(names)
+    segments = [Segment(folder / name, identity) for name in names]
+    merged, kept = _to_merge(segments, report)
+    for segment, rows in merged:  # all of them, before any is written anew
+        segment.check(rows)
+    num_new = 0
+    for columns in _gathered(merged):
+        write_segment(folder, identity, columns, rank=0)
+        num_new += 1
+    for segment, _ in merged:
+        with naming_errors("delete", segment.path):
+            segment.path.unlink(missing_ok=True)  # another `prune` may have been faster
+    if merged:
+        with naming_errors("write", folder):
+            sync_folder(folder)
+    report.segments_after += kept + num_new
+
+
+def _to_merge(
+    segments: Sequence[Segment], report: PruneReport
+) -> tuple[list[tuple[Segment, np.ndarray]], int]:
+    """Segments to be replaced with their rows to keep, and how many others stay as they are.
+
+    Of rows with one key the fullest is kept. Large segments without a row too many stay, so that a
+    store that grows isn't written again each time.
+    """
+    sizes = {segment.path: int(segment.columns.row_bytes.sum()) for segment in segments}
+    largest_first = sorted(segments, key=lambda s: (-sizes[s.path], s.path.name))
+    keys = np.concatenate([np.empty((0, KEY_BYTES), np.uint8), *_columns(largest_first, "keys")])
+    details = np.concatenate([np.empty(0, np.int8), *_columns(largest_first, "details")])
+    is_kept = KeyIndex(keys, details).find(keys) == np.arange(len(keys))
+    replaced, kept, start = [], 0, 0
+    for segment in largest_first:
+        rows = np.flatnonzero(is_kept[start : start + len(segment)])
+        start += len(segment)
+        report.duplicates += len(segment) - len(rows)
+        if sizes[segment.path] >= MERGED_BYTES // 2 and len(rows) == len(segment):
+            kept += 1
+        else:
+            replaced.append((segment, rows))
+    if len(replaced) == 1 and len(replaced[0][1]) == len(replaced[0][0]):
+        return [], kept + 1  # alone and without a row too many: it would be written as it is
+    return replaced, kept
+
+
+def _columns(segments: Sequence[Segment], name: str) -> list[np.ndarray]:
+    return [getattr(segment.columns, name) for segment in segments]
+
+
+def _gathered(merged: Sequence[tuple[Segment, np.ndarray]]) -> Iterator[Columns]:
+    """The rows to keep in portions of about `MERGED_BYTES`."""
+    parts: list[Columns] = []
+    gathered = 0
+    for segment, rows in merged:
+        sizes = segment.columns.row_bytes[rows]
+        # a large segment is cut, too
+        cuts = np.flatnonzero(np.diff(np.cumsum(sizes) // MERGED_BYTES)) + 1
+        portions = zip(np.split(rows, cuts), np.split(sizes, cuts), strict=True)
+        for portion, size in ((portion, int(part.sum())) for portion, part in portions):
+            if not size:
+                continue
+            if parts and gathered + size > MERGED_BYTES:
+                yield Columns.concatenate(parts)
+                parts, gathered = [], 0
+            parts.append(segment.columns.take(portion))
+            gathered += size
+    if parts:
+        yield Columns.concatenate(parts)
+
+
+def _delete_abandoned(folder: Path, report: PruneReport) -> None:
+    for name in list_names(folder):
+        path = folder / name
+        if not name.startswith(TEMPORARY_PREFIX):
+            continue
+        with naming_errors("delete", path):
+            try:
+                age = time.time() - path.stat().st_mtime
+                if path.is_dir():  # a reference that was being forgotten
+                    shutil.rmtree(path)
+                    report.temporaries += 1
+                elif age > ABANDONED_SECONDS:
+                    path.unlink()
+                    report.temporaries += 1
+            except FileNotFoundError:  # its writer has given it its name
+                continue
+
+
+def _size(folder: Path) -> int:
+    """Bytes of all files in a store."""
+    total = 0
+    for path in folder.rglob("*"):
+        with naming_errors("read", path):
+            try:
+                total += path.stat().st_size if path.is_file() else 0
+            except FileNotFoundError:
+                continue
+    return total

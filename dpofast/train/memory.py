@@ -1,0 +1,198 @@
+"""How many tokens a packed row may have on a GPU, beside the model and what training adds to it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+
+from dpofast.data.packing.collate import Layout
+from dpofast.model.attention import packed_attention
+from dpofast.model.forward import evaluating
+from dpofast.model.parts import body_of, causal_lm, numel
+from dpofast.options.config import DPOConfig
+from dpofast_kernels.head.workspace import DEVICE_WORKSPACE_BYTES
+
+logger = logging.getLogger(__name__)
+
+# Of what is free: the allocator loses some to fragments, and the backward holds gradients of a
+# layer's activations beside those that wait.
+USED_SHARE = 0.8
+# Rows of so many short pairs are run; short, as some models know few positions.
+PROBED_PAIRS = (8, 24)
+PROBED_PAIR = (([1] * 8, [2] * 4), ([1] * 8, [3] * 4))  # prompt and answer ids
+# Longer rows have nothing left to gain; shorter ones are slow, and a pair rarely has fewer tokens.
+LARGEST_ROW, SMALLEST_ROW, STEP = 2**16, 2**9, 2**8
+MOMENTS = 2  # Adam's
+
+
+def tokens_that_fit(
+    model: nn.Module,
+    layout: Layout,
+    config: DPOConfig,
+    autocast: Callable[[], Any],
+    free_bytes: int,
+) -> int:
+    """Tokens of a packed row with which a training step fits the memory of a device.
+
+    Args:
+        model: the policy, on the device where it will be trained, or still on the CPU.
+        layout: shared or unshared.
+        config: says how it is trained: checkpointing, DeepSpeed.
+        autocast: makes the context of a forward pass.
+        free_bytes: of the device, beside the model as it stands.
+
+    Returns:
+        A multiple of 256, from 512 to 65,536, whatever is free.
+    """
+    lm = causal_lm(model)
+    # of what ZeRO-3 has spread, this rank's part
+    held: list[Tensor] = [getattr(p, "ds_tensor", p) for p in model.parameters()]
+    placed = sum(part.nbytes for part in held if part.device.type != "cpu")
+    cost = row_bytes(model, layout, config, autocast)
+    left = free_bytes + placed - training_bytes(model, config) - _head_bytes(lm) - cost.fixed
+    tokens = int(USED_SHARE * left / cost.per_token)
+    tokens -= tokens % STEP
+    if tokens < SMALLEST_ROW:
+        logger.warning(
+            "Parameters, gradients and optimizer states leave %.1f GB for activations, too little "
+            "for rows of %d tokens: training may run out of memory; train an adapter, take a "
+            "higher stage of ZeRO, or offload its optimizer.",
+            left / 1e9,
+            SMALLEST_ROW,
+        )
+    return min(max(tokens, SMALLEST_ROW), LARGEST_ROW)
+
+
+def free_device_bytes(device: torch.device) -> int:
+    """What PyTorch can still allocate on a CUDA or ROCm device, cached blocks included."""
+    free, _ = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+
+
+def training_bytes(model: nn.Module, config: DPOConfig) -> int:
+    """What parameters, gradients and optimizer states take on one rank's device.
+
+    With ZeRO by DeepSpeed's own estimates, else for AdamW in the parameters' dtype.
+    """
+    trained = [p for p in model.parameters() if p.requires_grad]
+    frozen_bytes = sum(_num_bytes(p) for p in model.parameters() if not p.requires_grad)
+    trained_bytes = sum(map(_num_bytes, trained))
+    stage, offloads = zero_stage(config)
+    if stage == 0:
+        buckets = config.world_size > 1  # DDP's, as large as the gradients
+        return frozen_bytes + (2 + buckets + MOMENTS) * trained_bytes
+    count = sum(numel(p) for p in trained)
+    ranks: dict[str, Any] = {"num_gpus_per_node": config.world_size, "cpu_offload": offloads}
+    if stage < 3:
+        from deepspeed.runtime.zero.stage_1_and_2 import estimate_zero2_model_states_mem_needs
+
+        return frozen_bytes + int(estimate_zero2_model_states_mem_needs(count, **ranks)[1])
+    from deepspeed.runtime.zero.stage3 import estimate_zero3_model_states_mem_needs
+
+    largest = max(sum(map(numel, module.parameters(recurse=False))) for module in model.modules())
+    estimate = estimate_zero3_model_states_mem_needs(
+        count, largest, **ranks, cpu_offload_params=False
+    )
+    return frozen_bytes // config.world_size + int(estimate[1])
+
+
+def zero_stage(config: DPOConfig) -> tuple[int, bool]:
+    """The stage of ZeRO, 0 without DeepSpeed, and whether it keeps optimizer states on the CPU."""
+    plugin = getattr(config, "deepspeed_plugin", None)
+    if plugin is None:
+        return 0, False
+    zero = plugin.hf_ds_config.config.get("zero_optimization", {})
+    device = (zero.get("offload_optimizer") or {}).get("device", "none")
+    return int(zero.get("stage", 0)), device != "none"
+
+
+class RowBytes(NamedTuple):
+    """What a row costs beside the parameters: for each of its tokens, and whatever its length."""
+
+    per_token: float
+    fixed: float
+
+
+def row_bytes(
+    model: nn.Module, layout: Layout, config: DPOConfig, autocast: Callable[[], Any]
+) -> RowBytes:
+    """What of a row waits for the backward.
+
+    Counted on two short rows: what doesn't grow with them is autocast's copies of the weights.
+    These stand until the forward pass ends even where layers are checkpointed. A checkpointed layer
+    keeps its input alone, and the inside of one at a time is made again.
+    """
+    text = causal_lm(model).config.get_text_config()
+    small, large = (_kept_by_body(model, layout, count, autocast) for count in PROBED_PAIRS)
+    num_layers = text.num_hidden_layers
+    slope = (large.kept - small.kept) / (large.tokens - small.tokens)
+    layer = slope / num_layers
+    checkpointed = _checkpointed_layers(config, num_layers)
+    inside = (num_layers - checkpointed + (checkpointed > 0)) * layer
+    # A scored token's hidden state is gathered, and its gradient made in fp32 at least.
+    scored = large.state + text.hidden_size * torch.float32.itemsize
+    fixed = max(small.kept - slope * small.tokens, 0.0)
+    return RowBytes(inside + checkpointed * large.state + scored, fixed)
+
+
+class _Pass(NamedTuple):
+    """Tokens of a row, bytes that its forward keeps, and bytes of a token's hidden state."""
+
+    tokens: int
+    kept: int
+    state: int
+
+
+def _checkpointed_layers(config: DPOConfig, num_layers: int) -> int:
+    # transformers 5.23 renamed the option
+    if not getattr(config, "activation_checkpointing", config.gradient_checkpointing):
+        return 0
+    kwargs = getattr(config, "activation_checkpointing_kwargs", None) or {}
+    return -(-num_layers // int(kwargs.get("every_n_layers", 1)))
+
+
+def _kept_by_body(
+    model: nn.Module, layout: Layout, num_pairs: int, autocast: Callable[[], Any]
+) -> _Pass:
+    """Run the body over a row of short pairs, and count what it keeps for its backward."""
+    lm = causal_lm(model)
+    batch = layout.collate(PROBED_PAIR * num_pairs).to(next(lm.parameters()).device)
+    inputs = {"position_ids": batch.position_ids, "shared_layout": batch.shared_layout}
+    kept: dict[int, Tensor] = {}  # alive, so that no address is used twice
+
+    def keep(tensor: Tensor) -> None:
+        address = tensor.untyped_storage().data_ptr()
+        # kept alive, the weights of a model that ZeRO-3 has spread would add up to the whole of it
+        if all(address != p.untyped_storage().data_ptr() for p in lm.parameters()):
+            kept.setdefault(address, tensor)
+
+    with (
+        evaluating(lm),  # where nothing is checkpointed
+        packed_attention(lm.config, batch.shared_layout),
+        autocast(),
+        torch.enable_grad(),
+        saved_tensors_hooks(keep, lambda nothing: nothing),  # there is no backward
+    ):
+        hidden_states = body_of(lm)(input_ids=batch.input_ids, use_cache=False, **inputs)[0]
+    total = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+    state = hidden_states.shape[-1] * hidden_states.element_size()
+    return _Pass(batch.num_body_tokens, total, state)
+
+
+def _head_bytes(lm: Any) -> int:
+    """What the head holds for a while: a chunk of logits, and its weight's gradient in fp32.
+
+    The gradient twice, as the second pair of a row that is longer than a chunk sums its own.
+    """
+    weight = lm.get_output_embeddings().weight
+    gradients = 2 * weight.requires_grad * numel(weight)
+    return DEVICE_WORKSPACE_BYTES + torch.float32.itemsize * gradients
+
+
+def _num_bytes(parameter: Tensor) -> int:
+    return numel(parameter) * parameter.element_size()

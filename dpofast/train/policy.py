@@ -1,0 +1,135 @@
+"""The policy as it enters training: loaded, wrapped in its adapter, without dropout."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from torch import nn
+
+from dpofast.errors import ConfigError, ModelError
+from dpofast.model.dropout import disable_dropout
+from dpofast.model.head import head_forwards
+from dpofast.model.load import load_policy, load_tokenizer
+from dpofast.model.parts import body_of, causal_lm, is_peft_model
+from dpofast.options.config import DPOConfig
+from dpofast.zero.batch import refuse_missing_launcher
+
+logger = logging.getLogger(__name__)
+
+
+def resolve_model(model: Any, config: DPOConfig, tokenizer: Any) -> tuple[nn.Module, Any]:
+    """The model and its tokenizer, loaded where they were named.
+
+    Raises:
+        ConfigError: DeepSpeed is asked for, and no launcher has started this process.
+        ModelError: the model can't be loaded, or no tokenizer belongs to it.
+    """
+    refuse_missing_launcher(config)
+    options = config.loading_options()
+    if tokenizer is None:
+        name = model_name(model)
+        if not name:
+            raise ModelError("processing_class is missing, and the model doesn't know its name.")
+        tokenizer = load_tokenizer(name, options["trust_remote_code"], options.get("revision"))
+    if config.pad_token is not None:
+        if config.pad_token not in tokenizer.get_vocab():
+            raise ConfigError(
+                f"pad_token: {config.pad_token!r} is not in the tokenizer's vocabulary; name a "
+                "token that is, or leave it out."
+            )
+        tokenizer.pad_token = config.pad_token
+    elif tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if isinstance(model, str):
+        model = load_policy(model, **options)
+    elif config.model_init_kwargs:
+        logger.info("model_init_kwargs are ignored, as the model is loaded already.")
+    return model, tokenizer
+
+
+def resolve_ref_model(ref_model: Any, model: Any, config: DPOConfig) -> Any:
+    """The reference model, loaded where it was named; None where it is the policy's start.
+
+    Raises:
+        ConfigError: it is the very object that is trained.
+        ModelError: it can't be loaded.
+    """
+    if ref_model is None or (isinstance(ref_model, str) and ref_model == model):
+        return None
+    if ref_model is model:
+        raise ConfigError("ref_model is the model itself; leave it out, or pass a copy.")
+    if isinstance(ref_model, str):
+        return load_policy(ref_model, **config.loading_options())
+    return ref_model
+
+
+def model_name(model: Any) -> str:
+    """The folder or hub name of a model, as far as it knows it.
+
+    Raises:
+        ConfigError: it is no model.
+    """
+    if isinstance(model, str):
+        return model
+    if not isinstance(model, nn.Module) or not hasattr(model, "config"):
+        raise ConfigError(
+            f"model: got a {type(model).__name__}, expected a causal LM or the name of one."
+        )
+    return str(getattr(model.config, "_name_or_path", ""))
+
+
+def prepare_policy(model: Any, config: DPOConfig, peft_config: Any) -> nn.Module:
+    """Wrap a fresh adapter around the model if asked for, set dropout to 0, check the head.
+
+    Raises:
+        ConfigError: peft isn't installed, or a kind of adapter that isn't supported.
+        ModelError: a model or head that can't be trained exactly.
+    """
+    if peft_config is not None:
+        model = _with_adapter(model, peft_config)
+    if is_peft_model(model):
+        if any(getattr(c, "is_prompt_learning", False) for c in model.peft_config.values()):
+            raise ConfigError(
+                "peft_config: prompt and prefix tuning aren't supported; use LoRA or another "
+                "adapter that changes layers."
+            )
+        if config.gradient_checkpointing:
+            model.enable_input_require_grads()
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ModelError(
+            "No parameter of the model requires a gradient, so nothing would be trained: load an "
+            "adapter with PeftModel.from_pretrained(..., is_trainable=True), or set requires_grad."
+        )
+    if config.disable_dropout:
+        disable_dropout(model)
+    lm = causal_lm(model)
+    body_of(lm)
+    head_forwards(lm.get_output_embeddings())
+    if config.label_smoothing:
+        logger.warning(
+            "label_smoothing=%g with the sigmoid loss is conservative DPO (TRL ignores it there).",
+            config.label_smoothing,
+        )
+    return model
+
+
+def _with_adapter(model: Any, peft_config: Any) -> Any:
+    try:
+        from peft import PeftConfig, get_peft_model
+    except ImportError as error:
+        raise ConfigError("peft_config needs peft: pip install 'dpofast[peft]'.") from error
+    if not isinstance(peft_config, PeftConfig):
+        raise ConfigError(
+            f"peft_config: got a {type(peft_config).__name__}, expected a peft.PeftConfig, such "
+            "as peft.LoraConfig."
+        )
+    if is_peft_model(model):
+        raise ConfigError(
+            "peft_config: the model has an adapter already; leave peft_config out to train that "
+            "one further, or merge it first with merge_and_unload()."
+        )
+    try:
+        return get_peft_model(model, peft_config)
+    except ValueError as error:
+        raise ConfigError(f"peft_config: {error}") from error

@@ -1,0 +1,48 @@
+"""The optimizer steps of a training run: how many there are, and which pairs share a row."""
+
+from __future__ import annotations
+
+import math
+
+from dpofast.data.packing.plan import BatchShape, StepSampler, TokenLimit
+from dpofast.errors import ConfigError
+from dpofast.options.config import DPOConfig
+
+
+def train_sampler(
+    config: DPOConfig,
+    num_pairs: int,
+    limit: TokenLimit | None,
+    rank: tuple[int, int] | None = None,
+) -> StepSampler:
+    """One rank's steps of an epoch, in the order in which training takes them.
+
+    Args:
+        config: options of the run.
+        num_pairs: pairs of the training set.
+        limit: packs rows by their tokens; None pads them.
+        rank: which of how many ranks, (0 to n - 1, n); by default this process.
+    """
+    number, world_size = rank or (config.process_index, config.world_size)
+    shape = BatchShape(config.per_device_train_batch_size, config.accumulation, world_size)
+    seed = config.seed if config.data_seed is None else config.data_seed
+    is_random = config.train_sampling_strategy == "random"
+    drop_last = config.dataloader_drop_last
+    return StepSampler(num_pairs, shape, number, seed if is_random else None, drop_last, limit)
+
+
+def planned_steps(config: DPOConfig, epoch: StepSampler) -> int:
+    """Optimizer steps of the whole run; `epoch` is what `train_sampler` gives.
+
+    Raises:
+        ConfigError: there is no step to be trained.
+    """
+    if not len(epoch):
+        raise ConfigError(
+            f"dataloader_drop_last: the {epoch.num_pairs} pairs don't fill one step of "
+            f"{epoch.shape.pairs_per_step}, so none would be trained; leave it out, or make steps "
+            "smaller."
+        )
+    if config.max_steps > 0:
+        return int(config.max_steps)
+    return math.ceil(config.num_train_epochs * len(epoch))

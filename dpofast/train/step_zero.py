@@ -1,0 +1,56 @@
+"""The check of a fresh run's first batch: a policy that is its reference has zero log-ratios."""
+
+from __future__ import annotations
+
+import torch
+
+from dpofast.data.packing.batch import PackedPairs
+from dpofast.errors import ModelError
+from dpofast_kernels import PairLoss, PairLossOutput
+
+# The largest mean log-ratio per token, over the batch's answers, that rounding explains: a batch of
+# another width, when the reference was scored. A wrong reference is off by tenths of nats or more.
+TOLERANCE = {
+    torch.float64: 1e-8,
+    torch.float32: 1e-4,
+    torch.float16: 1e-2,
+    torch.bfloat16: 5e-2,
+}
+
+
+class StepZeroCheck:
+    """Compares the first batch with zero log-ratios, where the loss is known (sigmoid: ln 2).
+
+    The log-ratios are what is bounded, not the loss: its slope grows with beta, or with 1 / beta.
+    Only for a policy of the reference's own identity, without dropout, before its first step.
+
+    Args:
+        loss: that is trained.
+        dtype: in which the model computes.
+    """
+
+    def __init__(self, loss: PairLoss, dtype: torch.dtype) -> None:
+        self.loss, self.tolerance = loss, TOLERANCE[dtype]
+
+    def check(self, output: PairLossOutput, batch: PackedPairs) -> None:
+        """Raise ModelError if the log-ratios of the first batch aren't zero but for rounding."""
+        assert batch.ref_logps is not None
+        lengths = batch.bounds.diff()  # [2P]
+        logratios = output.logps.cpu() - batch.ref_logps.cpu()  # [2P]
+        per_token = (logratios.abs() / lengths).mean().item()
+        if per_token <= self.tolerance:
+            return
+        got, expected = (
+            self.loss.pair_loss(chosen, rejected, lengths.view(-1, 2))[0].mean().item()
+            for chosen, rejected in (
+                (logratios[0::2], logratios[1::2]),
+                (torch.zeros_like(logratios[0::2]), torch.zeros_like(logratios[1::2])),
+            )
+        )
+        raise ModelError(
+            f"The first batch's loss is {got:.6f}, but the policy is its own reference before "
+            f"step 1, which gives {expected:.6f} (log-ratios of {per_token:.3g} nats per token, "
+            f"where rounding explains {self.tolerance:g}): the reference log-probs are not those "
+            "of this model on these tokens. Was the model changed after the trainer was made? "
+            "Otherwise check the store with `dpofast ref verify`."
+        )

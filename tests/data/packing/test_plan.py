@@ -1,0 +1,75 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from dpofast.data.packing.plan import BatchShape, StepSampler, TokenLimit, split_step
+
+
+@pytest.mark.parametrize("num_pairs", [1, 2, 3, 7, 8, 9, 16])
+@pytest.mark.parametrize("shape", [BatchShape(4, 1, 1), BatchShape(2, 2, 2), BatchShape(3, 1, 4)])
+def test_split_step_keeps_every_pair_once_under_the_micro_batch_size(num_pairs, shape):
+    pairs = list(range(100, 100 + num_pairs))
+    slots = split_step(pairs, shape)
+    assert sorted(pair for slot in slots for batch in slot for pair in batch) == pairs
+    assert all(len(slot) == shape.world_size for slot in slots)
+    assert all(len(batch) <= shape.pairs for slot in slots for batch in slot)
+
+
+def test_an_empty_step_still_has_a_micro_batch_on_every_rank():
+    assert split_step([], BatchShape(2, 1, 3)) == [[[], [], []]]
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_every_world_size_sees_the_same_pairs_in_each_step(world_size):
+    shape = BatchShape(8 // (2 * world_size), 2, world_size)
+    ranks = [StepSampler(21, shape, rank, seed=5) for rank in range(world_size)]
+    order = torch.randperm(21, generator=torch.Generator().manual_seed(5 + 3)).tolist()
+    for rank in ranks:
+        rank.set_epoch(3)
+    steps = list(zip(*ranks, strict=True))
+    assert len(steps) == len(ranks[0]) == 3
+    for index, parts in enumerate(steps):
+        got = sorted(pair for part in parts for batch in part.micro_batches for pair in batch)
+        expected = order[8 * index : 8 * index + 8]
+        assert got == sorted(expected)
+        assert all(part.num_pairs == len(expected) for part in parts)
+        assert len({len(part.micro_batches) for part in parts}) == 1
+
+
+def test_drop_last_leaves_the_partial_step_out():
+    shape = BatchShape(4, 1, 1)
+    assert len(list(StepSampler(10, shape, 0, seed=0, drop_last=True))) == 2
+    assert len(list(StepSampler(10, shape, 0, seed=0))) == 3
+
+
+def test_without_a_seed_the_order_is_the_datasets():
+    steps = list(StepSampler(5, BatchShape(2, 1, 1), 0, seed=None))
+    assert [list(step.micro_batches) for step in steps] == [[[0, 1]], [[2, 3]], [[4]]]
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_packed_steps_have_the_same_pairs_as_others(world_size):
+    shape = BatchShape(2, 2, world_size)
+    lengths = [5 + 7 * index % 31 for index in range(21)]
+    limit = TokenLimit(lengths, 40, 2 * sum(lengths))
+    plain = [list(StepSampler(21, shape, rank, seed=5)) for rank in range(world_size)]
+    packed = [list(StepSampler(21, shape, rank, seed=5, limit=limit)) for rank in range(world_size)]
+    for step in range(len(plain[0])):
+        expected = sorted(
+            pair for rank in plain for row in rank[step].micro_batches for pair in row
+        )
+        rows = [row for rank in packed for row in rank[step].micro_batches]
+        assert sorted(pair for row in rows for pair in row) == expected
+        assert len({len(rank[step].micro_batches) for rank in packed}) == 1
+        assert {rank[step].num_pairs for rank in packed} == {len(expected)}
+        assert all(sum(lengths[pair] for pair in row) <= 40 or len(row) == 1 for row in rows)
+
+
+def test_a_packed_plan_in_words():
+    limit = TokenLimit([10, 20, 30, 50], 40, 200)
+    sampler = StepSampler(4, BatchShape(4, 1, 1), 0, seed=None, limit=limit)
+    words = sampler.describe(sampler.figures())
+    assert words.startswith("3 rows in 1 steps, filled to 92% of 40 tokens; 1 pairs are longer")
+    assert "45.0% fewer tokens" in words
+    assert StepSampler(4, BatchShape(4, 1, 1), 0, seed=None).figures() is None

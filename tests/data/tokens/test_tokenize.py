@@ -1,0 +1,190 @@
+"""From the normal form to token ids: what is kept, cut, left out and reported."""
+
+from __future__ import annotations
+
+import json
+import random
+
+import datasets
+import pytest
+
+from dpofast.data import data_fingerprint, load_preferences, tokenize_preferences
+from dpofast.data.tokens.tokenize import prepare_row
+from dpofast.data.tokens.truncate import Cut
+from dpofast.errors import ConfigError, DataError
+from tests.data.builders import byte_bpe
+
+
+def ids_row(prompt, chosen, rejected):
+    """A pair of these lengths whose answers differ from their first token on."""
+    return {
+        "prompt_ids": list(range(10, 10 + prompt)),
+        "chosen_ids": list(range(50, 50 + chosen)),
+        "rejected_ids": list(range(90, 90 + rejected)),
+    }
+
+
+def tokenise(rows, max_length=None, **options):
+    return tokenize_preferences(
+        load_preferences(rows), options.pop("tokenizer", None), max_length=max_length, **options
+    )
+
+
+def test_columns_and_rows():
+    pairs, report = tokenise([ids_row(2, 3, 4)])
+    assert pairs.to_list() == [{**ids_row(2, 3, 4), "row": 0}]
+    assert (report.pairs_read, report.pairs_kept, report.left_out) == (1, 1, {})
+
+
+def test_reference_log_probs_pass_through():
+    logps = {"ref_chosen_logps": -1.25, "ref_rejected_logps": -3.5}
+    pairs, _ = tokenise([{**ids_row(2, 3, 4), **logps}])
+    assert pairs.to_list() == [{**ids_row(2, 3, 4), **logps, "row": 0}]
+
+
+def test_raw_rows_are_read_first():
+    row = {"prompt": "a", "chosen": "b", "rejected": "c"}
+    raw = datasets.Dataset.from_list([row])
+    pairs, _ = tokenize_preferences(raw, byte_bpe(), max_length=None)
+    assert pairs.to_list() == tokenise([row], tokenizer=byte_bpe())[0].to_list()
+
+
+def test_keep_start_cuts_answers_and_leaves_out_what_has_no_room():
+    rows = [ids_row(4, 9, 2), ids_row(10, 1, 1), ids_row(9, 3, 3)]
+    pairs, report = tokenise(rows, max_length=10)
+    assert pairs["row"][:] == [0, 2]
+    assert pairs[0]["chosen_ids"] == list(range(50, 56))
+    assert pairs[0]["rejected_ids"] == [90, 91]
+    assert (pairs[1]["chosen_ids"], pairs[1]["rejected_ids"]) == ([50], [90])
+    assert report.left_out == {"no room for an answer": (1,)}
+    assert (report.answers_cut, report.prompts_cut, report.tokens_cut) == (3, 0, 3 + 2 + 2)
+
+
+def test_keep_end_cuts_the_prompt_once_for_the_pair():
+    rows = [ids_row(8, 2, 5), ids_row(30, 12, 3)]
+    pairs, report = tokenise(rows, max_length=10, truncation_mode="keep_end")
+    assert pairs[0]["prompt_ids"] == list(range(13, 18))
+    assert (len(pairs[0]["chosen_ids"]), len(pairs[0]["rejected_ids"])) == (2, 5)
+    assert pairs[1]["prompt_ids"] == [39]
+    assert pairs[1]["chosen_ids"] == list(range(50, 59))
+    assert (report.answers_cut, report.prompts_cut, report.tokens_cut) == (1, 2, 3 + 29 + 3)
+
+
+def test_identical_answers_are_reported_and_left_out():
+    same = {"prompt_ids": [1], "chosen_ids": [2, 3], "rejected_ids": [2, 3]}
+    alike = {"prompt_ids": [1], "chosen_ids": [2, 3, 4, 5], "rejected_ids": [2, 3, 4, 6]}
+    pairs, report = tokenise([same, ids_row(1, 1, 1), alike, same], max_length=3)
+    assert pairs["row"][:] == [1]
+    assert report.left_out == {
+        "identical answers": (0, 3),
+        "identical answers after the cut": (2,),
+    }
+
+
+@pytest.mark.parametrize(
+    ("row", "text"),
+    [
+        (ids_row(10, 1, 1), "row 1 .*10 tokens, which leaves no room .*max_length 10"),
+        ({"prompt_ids": [1], "chosen_ids": [2], "rejected_ids": [2]}, "row 1 .*identical answers"),
+    ],
+)
+def test_strict_stops_where_a_pair_would_be_left_out(row, text):
+    with pytest.raises(DataError, match=text):
+        tokenise([ids_row(1, 1, 1), row], max_length=10, strict=True)
+
+
+def test_nothing_left_is_an_error():
+    with pytest.raises(DataError, match=r"all 2 pairs were left out \(no room for an answer 2\)"):
+        tokenise([ids_row(10, 1, 1)] * 2, max_length=4)
+
+
+def test_text_without_a_tokenizer_is_refused():
+    with pytest.raises(DataError, match="there is no tokenizer"):
+        tokenise([{"prompt": "a", "chosen": "b", "rejected": "c"}])
+
+
+@pytest.mark.parametrize("num_proc", [0, -1, 1.5])
+def test_a_wrong_number_of_processes_is_refused(num_proc):
+    with pytest.raises(ConfigError, match="dataset_num_proc"):
+        tokenise([ids_row(1, 1, 1)], num_proc=num_proc)
+
+
+def random_rows(count):
+    rng = random.Random(3)
+    return [ids_row(*(rng.randint(1, 30) for _ in range(3))) for _ in range(count)]
+
+
+def test_processes_change_nothing():
+    alone, report = tokenise(random_rows(40), max_length=32)
+    shared, shared_report = tokenise(random_rows(40), max_length=32, num_proc=2)
+    assert alone.to_list() == shared.to_list()
+    assert report == shared_report
+    assert not shared.cache_files
+
+
+def test_an_error_in_a_process_names_its_row():
+    rows = [{"prompt": "a", "chosen": "b", "rejected": "c"}] * 4
+    rows[3] = {**rows[3], "chosen": "</s>"}
+    with pytest.raises(DataError, match=r"train, row 3 .*chosen tokenises to nothing"):
+        tokenise(rows, tokenizer=byte_bpe(), num_proc=2)
+
+
+def test_the_fingerprint_knows_content_and_order():
+    rows = random_rows(30)
+    pairs, _ = tokenise(rows)
+    fingerprint = data_fingerprint(pairs)
+    assert fingerprint == data_fingerprint(tokenise(rows)[0])
+    assert fingerprint == data_fingerprint(datasets.Dataset.from_list(rows)), "int64, no rows"
+    halves = [pairs.select(range(11)), pairs.select(range(11, len(pairs)))]
+    assert fingerprint == data_fingerprint(datasets.concatenate_datasets(halves))
+    order = list(range(len(pairs)))
+    order[:2] = [1, 0]
+    assert fingerprint != data_fingerprint(pairs.select(order))
+    moved = [dict(row) for row in rows]
+    moved[4] = {**moved[4], "prompt_ids": [*moved[4]["prompt_ids"], 1]}
+    assert fingerprint != data_fingerprint(tokenise(moved)[0])
+
+
+def test_a_token_that_moves_over_a_border_changes_the_fingerprint():
+    def of(first, second):
+        rows = [{"prompt_ids": p, "chosen_ids": [8], "rejected_ids": [9]} for p in (first, second)]
+        return data_fingerprint(datasets.Dataset.from_list(rows))
+
+    assert of([1, 2], [3]) != of([1], [2, 3])
+
+
+def test_the_report_for_people_and_for_files():
+    rows = [ids_row(4, 9, 2), ids_row(10, 1, 1), ids_row(2, 3, 3)]
+    _, report = tokenise(rows, max_length=10, name="eval")
+    assert report.lines() == [
+        "eval: 3 pairs read, 2 kept",
+        "  left out, no room for an answer: 1 (rows from 0: 1)",
+        "  cut to max_length 10 (keep_start): 0 prompts and 1 answer, 3 tokens in all",
+        "  prompt tokens: p50 4, p90 10, p99 10, longest 10",
+        "  answer tokens: p50 3, p90 9, p99 9, longest 9",
+        "  sequence tokens: p50 11, p90 13, p99 13, longest 13",
+    ]
+    plain = report.as_dict()
+    assert json.loads(json.dumps(plain)) == plain
+    assert plain["left_out"] == {"no room for an answer": [1]}
+    assert plain["sequence_lengths"] == {"longest": 13, "p50": 11, "p90": 13, "p99": 13}
+
+
+def test_many_rows_are_shortened_for_people():
+    rows = [ids_row(10, 1, 1)] * 30 + [ids_row(1, 1, 1)]
+    _, report = tokenise(rows, max_length=10)
+    assert report.lines()[1].endswith("(rows from 0: 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, ... (20 more))")
+    assert len(report.as_dict()["left_out"]["no room for an answer"]) == 30
+
+
+def test_one_row_is_prepared_without_its_cut():
+    row = load_preferences([ids_row(8, 2, 5)])[0]
+    split, cut = prepare_row(row, None, max_length=10, truncation_mode="keep_end")
+    assert (len(split.prompt_ids), cut) == (8, Cut(3, 0, 0))
+
+
+def test_a_part_of_the_data_keeps_the_rows_of_the_source():
+    pairs = load_preferences([ids_row(1, 1, 1), ids_row(2, 1, 1), ids_row(9, 1, 1)])
+    part, report = tokenize_preferences(pairs.select([2, 1]), None, max_length=9)
+    assert part["row"][:] == [1]
+    assert report.left_out == {"no room for an answer": (2,)}

@@ -1,0 +1,135 @@
+"""What `dpofast inspect --step` prints of a packed row."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.console import Console
+
+from dpofast.data.packing.collate import Layout
+from dpofast.inspect.packed import render_packed, row_parts
+from tests.data.builders import byte_bpe
+
+ids = st.lists(st.integers(3, 5), min_size=1, max_size=6)
+pairs = st.lists(st.tuples(ids, ids, ids), min_size=1, max_size=4)
+
+
+def laid_out(some_pairs, layout="shared"):
+    answers = [(prompt, answer) for prompt, *both in some_pairs for answer in both]
+    return Layout(layout).collate(answers, [0.0] * len(answers))
+
+
+@given(pairs, st.sampled_from(["shared", "unshared"]))
+def test_parts_tile_the_row_and_say_where_each_answer_is_scored(some_pairs, layout):
+    batch = laid_out(some_pairs, layout)
+    parts = list(row_parts(batch))
+    assert sum(part.length for part in parts) == batch.num_body_tokens
+    place = 0
+    scored = {}
+    for part in parts:
+        assert part.start == place
+        place += part.length
+        expected = torch.arange(part.position, part.position + part.length)
+        assert torch.equal(batch.position_ids[0, part.start : place], expected)
+        if part.name != "prefix":
+            answer = 2 * part.pair + (part.name == "rejected")
+            runs = [torch.arange(first, final + 1) for first, final in part.scored]
+            scored[answer] = torch.cat(runs)
+            assert all(run[0] - before[-1] > 1 for before, run in pairwise(runs))
+    assert sorted(scored) == list(range(2 * len(some_pairs)))
+    for answer, places in scored.items():
+        start, end = batch.bounds[answer : answer + 2]
+        assert torch.equal(places, batch.rows[start:end])
+
+
+def printed(some_pairs, layout="shared", **options):
+    batch = laid_out(some_pairs, layout)
+    examples = [
+        {"row": 7 * index, "prompt_ids": prompt} for index, (prompt, _, _) in enumerate(some_pairs)
+    ]
+    console = Console(width=80, no_color=True)
+    with console.capture() as capture:
+        console.print(render_packed(batch, examples, byte_bpe(), **options))
+    return [line.rstrip() for line in capture.get().splitlines()]
+
+
+def tokens(text):
+    return byte_bpe()(text, add_special_tokens=False)["input_ids"]
+
+
+PAIRS = [
+    (tokens("ab"), tokens("cd"), tokens("ce")),
+    (tokens("f"), tokens("g"), tokens("gh")),  # rejected goes on from chosen
+]
+
+
+def test_a_shared_row():
+    lines = printed(PAIRS)
+    assert lines == [
+        "2 pairs in 8 tokens (13 one sequence at a time), 7 scored",
+        "pair  part      tokens  in the row  positions  scored from",
+        "   0  prefix         3         0-2        0-2",
+        "      chosen         1           3          3  1-2",
+        "      rejected       1           4          3  1-2",
+        "   7  prefix         2         5-6        0-1",
+        "      chosen         0           -          -  5",
+        "      rejected       1           7          2  5-6",
+        "",
+        "who (line) looks at whom (column); a cell is a token wide and high",
+        "0 prefix   │█▄",
+        "0 chosen   │███▄",
+        "0 rejected │▀▀▀ ▀▄",
+        "7 rejected │     ██▄",
+        "",
+        "pair 0",
+        "prompt (2)     a|b",
+        "both begin (1) c",
+        "chosen (1)     d",
+        "rejected (1)   e",
+        "pair 7",
+        "prompt (1)     f",
+        "both begin (1) g",
+        "rejected (1)   h",
+    ]
+
+
+def test_an_unshared_row_has_every_sequence_for_itself():
+    lines = printed(PAIRS, "unshared")
+    assert lines[:6] == [
+        "2 pairs in 13 tokens (13 one sequence at a time), 7 scored",
+        "pair  part      tokens  in the row  positions  scored from",
+        "   0  chosen         4         0-3        0-3  1-2",
+        "      rejected       4         4-7        0-3  5-6",
+        "   7  chosen         2         8-9        0-1  8",
+        "      rejected       3       10-12        0-2  10-11",
+    ]
+    assert lines[-9:] == [
+        "prompt (2)   a|b",
+        "chosen (2)   c|d",
+        "prompt (2)   a|b",
+        "rejected (2) c|e",
+        "pair 7",
+        "prompt (1)   f",
+        "chosen (1)   g",
+        "prompt (1)   f",
+        "rejected (2) g|h",
+    ]
+
+
+def test_a_window_that_cuts_something_off_gets_a_picture_of_its_own():
+    assert "layers with a window look back over 3 tokens:" in printed(PAIRS, window=3)
+    assert not [line for line in printed(PAIRS, window=4) if "window" in line]
+
+
+def test_long_parts_are_shortened():
+    lines = printed([(tokens("a" * 50), tokens("b"), tokens("c"))], max_tokens=4)
+    assert "prompt (50)  a|a ... 46 tokens ... a|a" in lines
+
+
+@pytest.mark.parametrize("layout", ["shared", "unshared"])
+def test_a_row_without_pairs_says_so(layout):
+    assert printed([], layout) == ["no pairs: one token runs along, and nothing is scored"]

@@ -1,0 +1,225 @@
+"""Packed rows against separate sequences: hidden states, loss and every gradient, in float64."""
+
+from __future__ import annotations
+
+from unittest import mock
+
+import pytest
+import torch
+import transformers
+
+from dpofast.data.packing.collate import Layout
+from dpofast.errors import ConfigError
+from dpofast.model.attention import packed_attention
+from dpofast.model.checks import check_layout
+from dpofast.model.forward import pair_step, run_batch
+from dpofast.model.head import PairLossTask, head_options
+from dpofast.model.load import load_skeleton
+from dpofast.model.packable import PACKABLE, attention_window, choose_layout, why_not_packed
+from dpofast.model.parts import body_of
+from dpofast_kernels import make_loss
+from dpofast_kernels.attention import shared_attention
+from tests.exactness import SHORT, compare
+from tests.families import (
+    DEAF_FAMILIES,
+    FAMILIES,
+    MASKED_FAMILIES,
+    MIXING_FAMILIES,
+    OTHER_PACKABLE_FAMILIES,
+    PACKABLE_FAMILIES,
+    UNPACKABLE_FAMILIES,
+    tiny_model,
+)
+from tests.support import make_trainer, tiny_llama, tiny_mixtral, train
+
+NO_SDPA = {"gemma2", "gpt_oss", "mamba", "bloom"}  # transformers refuses
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("name", ["shared", "unshared", "padded"])
+@pytest.mark.parametrize("family", PACKABLE_FAMILIES)
+def test_every_layout_equals_separate_sequences(family, name):
+    compare(tiny_model(family).double(), SHORT, Layout(name))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["shared", "unshared"])
+@pytest.mark.parametrize("family", OTHER_PACKABLE_FAMILIES)
+def test_all_model_types_that_are_packed_equal_separate_sequences(family, name):
+    class_name, _ = OTHER_PACKABLE_FAMILIES[family]
+    if not hasattr(transformers, class_name):
+        pytest.skip(f"transformers {transformers.__version__} has no {class_name}")
+    model = tiny_model(family).double()
+    assert choose_layout("auto", model, 0).name == "shared"
+    compare(model, SHORT, Layout(name))
+
+
+def test_every_packable_model_type_is_compared():
+    """Whoever adds one to the list adds a model to the tests, too."""
+    families = {**PACKABLE_FAMILIES, **OTHER_PACKABLE_FAMILIES}
+    classes = {getattr(transformers, name, None) for name, _ in families.values()} - {None}
+    missing = {family for family, (name, _) in families.items() if not hasattr(transformers, name)}
+    assert {each.model_type for each in classes} == PACKABLE - missing
+
+
+@pytest.mark.parametrize("family", {**DEAF_FAMILIES, **MASKED_FAMILIES, **MIXING_FAMILIES})
+def test_the_reason_why_a_model_is_padded_is_named(family, caplog):
+    caplog.set_level("INFO", logger="dpofast")
+    assert choose_layout("auto", tiny_model(family), 0).name == "padded"
+    (line,) = [record.message for record in caplog.records if "Layout: padded" in record.message]
+    reason = {
+        "llama4": "its layers of type chunked_attention",
+        "lfm2": "its layers of type conv",
+        "minimax": "its layers of type linear_attention",
+        "nemotron": "its layers don't hand on to attention what it needs to know",
+        "doge": "its attention is told what to look at by a mask alone",
+        "gpt_neo": "its attention is told what to look at by a mask alone",
+        "stablelm": "its layers don't hand on to attention what it needs to know",
+    }.get(family, "its attention can't be replaced")
+    assert reason in line
+
+
+@pytest.mark.parametrize("family", UNPACKABLE_FAMILIES)
+def test_what_cannot_be_packed_is_recognised_and_right_when_padded(family, caplog):
+    model = tiny_model(family).double()
+    caplog.set_level("INFO", logger="dpofast")
+    layout = choose_layout("auto", model, pad_token_id=0)
+    assert layout.name == "padded"
+    assert [record for record in caplog.records if "Layout: padded" in record.message]
+    with pytest.raises(ConfigError, match="layout: 'shared' would be wrong here, as"):
+        choose_layout("shared", model, pad_token_id=0)
+    compare(model, SHORT, layout)
+
+
+@pytest.mark.parametrize("family", sorted({*PACKABLE_FAMILIES, *UNPACKABLE_FAMILIES} - NO_SDPA))
+def test_padded_rows_are_right_under_sdpa(family):
+    """Without a mask it takes the kernel that knows only of causal rows."""
+    compare(tiny_model(family, "sdpa").double(), SHORT, Layout("padded"))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_padded_row_with_nothing_scored_moves_nothing(family):
+    """What a rank without pairs runs: one token."""
+    model = tiny_model(family)
+    batch = Layout("padded").collate([], [])
+    task = PairLossTask(
+        batch.labels,
+        batch.bounds,
+        batch.ref_logps,
+        make_loss("sigmoid", beta=SHORT.beta),
+        head_options(model.config),
+    )
+    with pair_step(model):
+        loss, *_ = run_batch(model, batch, task)
+    loss.backward()
+    assert batch.input_ids.shape == (1, 1)
+    assert loss == 0.0
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    assert gradients
+    assert all((gradient == 0.0).all() for gradient in gradients)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_oss"])
+def test_gradient_checkpointing(family, reentrant):
+    model = tiny_model(family).double()
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    if reentrant:
+        model.enable_input_require_grads()
+    compare(model, SHORT, Layout("shared"))
+
+
+def test_every_packable_family_is_laid_out_shared():
+    for family in PACKABLE_FAMILIES:
+        model = tiny_model(family)
+        assert choose_layout("auto", model, 0) == Layout("shared", 0), family
+        check_layout(Layout("shared", 0), model)
+        check_layout(Layout("unshared", 0), model)
+
+
+def test_dropout_takes_the_padded_layout():
+    model = tiny_model("llama")
+    model.model.layers[1].self_attn.attention_dropout = 0.1
+    assert why_not_packed(model) == "LlamaAttention has a dropout above 0"
+
+
+@pytest.mark.parametrize(
+    ("family", "window"),
+    [("llama", None), ("qwen2", None), ("mistral with window", 6), ("gemma3", 6), ("gpt_oss", 6)],
+)
+def test_the_window_that_layers_look_through(family, window):
+    """As what their attention is really called with."""
+    model = tiny_model(family)
+    assert attention_window(model) == window
+    batch = Layout("shared").collate(SHORT.sequences)
+    with mock.patch("dpofast.model.attention.shared_attention", wraps=shared_attention) as spy:
+        with packed_attention(model.config, batch.shared_layout), torch.no_grad():
+            body_of(model)(
+                batch.input_ids,
+                position_ids=batch.position_ids,
+                shared_layout=batch.shared_layout,
+                use_cache=False,
+            )
+        seen = {call.args[4].window for call in spy.call_args_list}
+    assert max(seen, key=lambda each: each or 0) == window
+
+
+@pytest.mark.parametrize("family", [*PACKABLE_FAMILIES, *UNPACKABLE_FAMILIES])
+def test_a_model_without_weights_takes_the_layout_of_the_whole(tmp_path, family):
+    """And with dropouts above 0, those of the config included."""
+    for index, rate in enumerate((0.0, 0.1)):
+        model = tiny_model(family)
+        for name in ("attention_dropout", "hidden_dropout", "dropout", "resid_pdrop"):
+            if rate and hasattr(model.config, name):
+                setattr(model.config, name, rate)
+        model.config.save_pretrained(tmp_path / str(index))
+        whole = type(model)(model.config)
+        skeleton = load_skeleton(str(tmp_path / str(index)), dtype="bfloat16")
+        assert {parameter.device.type for parameter in skeleton.parameters()} == {"meta"}
+        assert type(skeleton) is type(whole)
+        assert why_not_packed(skeleton) == why_not_packed(whole)
+        assert (why_not_packed(whole) is None) == (family in PACKABLE_FAMILIES and not rate)
+
+
+def test_training_with_dropout_is_padded_and_says_so_once(tmp_path, caplog):
+    caplog.set_level("INFO", logger="dpofast")
+    options = {"max_steps": 2, "disable_dropout": False}
+    trainer = make_trainer(tmp_path, tiny_llama(attention_dropout=0.3), options=options)
+    assert trainer.layout.name == "padded"
+    with_dropout = train(trainer)
+    lines = [record.message for record in caplog.records if "Layout: padded, as" in record.message]
+    assert lines == ["Layout: padded, as LlamaAttention has a dropout above 0."]
+    assert with_dropout != train(make_trainer(tmp_path / "without", options=options))
+
+
+def test_a_routers_noise_is_a_dropout(tmp_path):
+    expected = train(make_trainer(tmp_path, tiny_mixtral(), options={"max_steps": 2}))
+    noisy = tiny_mixtral(router_jitter_noise=0.3)
+    assert "has a dropout above 0" in why_not_packed(noisy)
+    assert train(make_trainer(tmp_path, noisy, options={"max_steps": 2})) == expected
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+@pytest.mark.parametrize("nested", [False, True])
+def test_rope_that_depends_on_the_row_is_padded(kind, nested):
+    model = tiny_model("gemma3" if nested else "llama")
+    rope = {"rope_type": kind, "rope_theta": 10000.0}
+    model.config.rope_parameters = {"full_attention": rope} if nested else rope
+    assert why_not_packed(model) == "its RoPE depends on the longest position of a row"
+
+
+def test_alibi_and_unknown_types_are_padded():
+    model = tiny_model("llama")
+    model.config.alibi = True
+    assert why_not_packed(model) == "its ALiBi counts distances along the row"
+    model.config.model_type = "marvellous"
+    assert why_not_packed(model) == (
+        "model type 'marvellous' isn't known to be right in packed rows"
+    )

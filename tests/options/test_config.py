@@ -1,0 +1,168 @@
+from __future__ import annotations
+
+import json
+import pickle
+from dataclasses import fields
+
+import pytest
+import trl
+from transformers import HfArgumentParser, TrainingArguments
+
+from dpofast import DPOConfig
+from dpofast.errors import ConfigError
+from dpofast.options.foreign import FOREIGN_OPTIONS
+from dpofast.options.trl import resolve_config, resolve_tokenizer
+
+
+def config(tmp_path, **options):
+    return DPOConfig(output_dir=str(tmp_path), use_cpu=True, report_to=[], **options)
+
+
+def test_defaults_are_trls(tmp_path):
+    ours = config(tmp_path)
+    theirs = trl.DPOConfig(output_dir=str(tmp_path), use_cpu=True)
+    for name in (
+        "beta",
+        "loss_type",
+        "label_smoothing",
+        "max_length",
+        "truncation_mode",
+        "learning_rate",
+        "logging_steps",
+        "gradient_checkpointing",
+        "bf16",
+        "disable_dropout",
+        "lr_scheduler_type",
+        "per_device_train_batch_size",
+    ):
+        assert getattr(ours, name) == getattr(theirs, name), name
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"beta": 0}, "beta"),
+        ({"beta": -0.1}, "beta"),
+        ({"beta": [0.1]}, "beta"),
+        ({"beta": "0.1"}, "beta"),
+        ({"label_smoothing": "x"}, "label_smoothing"),
+        ({"loss_type": None}, "loss_type"),
+        ({"learning_rate": -1.0}, "learning_rate"),
+        ({"num_train_epochs": -1}, "num_train_epochs"),
+        ({"label_smoothing_factor": 0.3}, "set label_smoothing"),
+        ({"neftune_noise_alpha": 5.0}, "neftune_noise_alpha"),
+        ({"use_liger_kernel": True}, "use_liger_kernel"),
+        ({"model_init_kwargs": "{"}, "model_init_kwargs"),
+        ({"overwrite_output_dir": True}, "resume_from_checkpoint"),
+        ({"beta": float("nan")}, "beta"),
+        ({"loss_type": "sigmod"}, "sigmoid"),
+        ({"loss_type": ["sigmoid", "hinge"]}, "one loss"),
+        ({"label_smoothing": 0.5}, "label_smoothing"),
+        ({"label_smoothing": 0.1, "loss_type": "hinge"}, "label_smoothing"),
+        ({"max_length": 1}, "max_length"),
+        ({"truncation_mode": "keep_middle"}, "keep_start"),
+        ({"per_device_train_batch_size": 0}, "per_device_train_batch_size"),
+        ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps"),
+        ({"auto_find_batch_size": True}, "auto_find_batch_size"),
+        ({"bf16_full_eval": True}, "bf16_full_eval"),
+        ({"train_sampling_strategy": "group_by_length"}, "train_sampling_strategy"),
+        ({"lerning_rate": 1e-5}, "did you mean 'learning_rate'"),
+        ({"max_prompt_length": 512}, "max_length"),
+        ({"sync_ref_model": True}, "sync_ref_model"),
+        ({"torch_compile": True}, "rows differ in every step"),
+        ({"torch_compile_mode": "max-autotune"}, "torch_compile_mode isn't supported"),
+        ({"fsdp": "full_shard"}, "zero2 or zero3"),
+        ({"deepspeed": "zero4"}, "did you mean 'zero3'"),
+        ({"f_divergence_type": "js_divergence"}, "reverse_kl"),
+    ],
+)
+def test_a_wrong_value_or_name_is_refused_with_the_option(tmp_path, options, message):
+    with pytest.raises(ConfigError, match=message):
+        config(tmp_path, **options)
+
+
+def test_fsdp_that_the_launcher_brings_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ConfigError, match="--use_deepspeed"):
+        config(tmp_path)
+
+
+def test_compiling_that_the_launcher_brings_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR")
+    with pytest.raises(ConfigError, match="--dynamo_backend"):
+        config(tmp_path)
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "NO")
+    config(tmp_path)
+
+
+def test_trls_options_at_values_that_change_nothing_are_taken(tmp_path):
+    neutral = {name: values[0] for name, (values, _) in FOREIGN_OPTIONS.items() if values}
+    assert config(tmp_path, **neutral).beta == 0.1
+
+
+@pytest.mark.parametrize("value", [True, False])
+def test_both_names_of_checkpointing_are_taken_without_a_warning(tmp_path, value, recwarn):
+    names = {"gradient_checkpointing", "activation_checkpointing"}
+    for name in names & {item.name for item in fields(DPOConfig)}:
+        options = config(tmp_path, **{name: value})
+        assert options.gradient_checkpointing is value
+    assert not [w for w in recwarn if "checkpointing" in str(w.message)]
+
+
+def test_the_old_name_of_dtype_is_taken(tmp_path):
+    options = config(tmp_path, model_init_kwargs='{"torch_dtype": "bfloat16"}')
+    assert options.loading_options() == {"dtype": "bfloat16", "trust_remote_code": False}
+
+
+def test_logs_and_pickles_show_the_users_accumulation(tmp_path):
+    options = config(tmp_path, gradient_accumulation_steps=8)
+    with options.one_item_per_step():
+        assert options.gradient_accumulation_steps == 1
+        assert options.accumulation == 8
+        assert json.loads(options.to_json_string())["gradient_accumulation_steps"] == 8
+        assert pickle.loads(pickle.dumps(options)).gradient_accumulation_steps == 8
+    assert options.gradient_accumulation_steps == options.accumulation == 8
+
+
+def test_hugging_faces_argument_parser_takes_it(tmp_path):
+    parser = HfArgumentParser(DPOConfig)
+    (parsed,) = parser.parse_args_into_dataclasses(
+        ["--output_dir", str(tmp_path), "--beta", "0.3", "--loss_type", "ipo", "--use_cpu", "True"]
+    )
+    assert parsed.beta == 0.3
+    assert parsed.loss_type == ["ipo"]
+
+
+class TestResolveConfig:
+    def test_without_args_the_folder_is_named_after_the_model(self):
+        assert resolve_config(None, {}, "org/model").output_dir == "model-DPO"
+
+    def test_trls_own_config_is_taken(self, tmp_path):
+        theirs = trl.DPOConfig(output_dir=str(tmp_path), beta=0.3, use_cpu=True, max_length=77)
+        ours = resolve_config(theirs, {}, "model")
+        assert isinstance(ours, DPOConfig)
+        assert (ours.beta, ours.max_length, ours.output_dir) == (0.3, 77, str(tmp_path))
+
+    def test_the_old_style_merges_the_trainers_arguments(self, tmp_path):
+        plain = TrainingArguments(output_dir=str(tmp_path), learning_rate=3e-6, use_cpu=True)
+        options = {"beta": 0.2, "max_length": 64, "loss_type": "hinge", "label_pad_token_id": -100}
+        ours = resolve_config(plain, options, "model")
+        assert (ours.beta, ours.max_length, ours.loss_type) == (0.2, 64, ["hinge"])
+        assert ours.learning_rate == 3e-6
+
+    def test_options_beside_our_config_win(self, tmp_path):
+        assert resolve_config(config(tmp_path), {"beta": 0.7}, "model").beta == 0.7
+
+    def test_unknown_options_and_types_are_refused(self, tmp_path):
+        with pytest.raises(ConfigError, match="did you mean 'beta'"):
+            resolve_config(None, {"betta": 0.1}, "model")
+        with pytest.raises(ConfigError, match="DPOConfig"):
+            resolve_config({"beta": 0.1}, {}, "model")
+
+
+def test_the_tokenizers_old_name_is_taken_and_both_names_are_refused():
+    options = {"tokenizer": "old", "beta": 0.1}
+    assert resolve_tokenizer(None, options) == "old"
+    assert options == {"beta": 0.1}
+    with pytest.raises(ConfigError, match="not both"):
+        resolve_tokenizer("new", {"tokenizer": "old"})

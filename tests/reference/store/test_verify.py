@@ -1,0 +1,222 @@
+from __future__ import annotations
+
+import errno
+import os
+import random
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from dpofast.errors import ReferenceStoreError
+from dpofast.reference.store import verify as report_module
+from dpofast.reference.store.files import TEMPORARY_PREFIX
+from dpofast.reference.store.prune import prune
+from dpofast.reference.store.row_detail import Detail
+from dpofast.reference.store.store import ReferenceStore
+from dpofast.reference.store.text import human_bytes
+from dpofast.reference.store.verify import describe, info, verify
+from tests.reference.stubs import identity
+
+ROWS = {bytes([i] * 16): np.float32([-i, -1.5, -0.25][: i % 3 + 1]) for i in range(1, 4)}
+DETAILS = dict(zip(ROWS, Detail, strict=True))
+
+
+@pytest.fixture
+def store(tmp_path):
+    """One segment, its rows of every detail."""
+    store = ReferenceStore.open(tmp_path / "store", create=True)
+    for key, values in ROWS.items():
+        writer = store.namespace(identity()).writer(detail=DETAILS[key])
+        writer.add(key, np.stack([values, -7 * values]))
+        writer.commit()
+    prune(store.folder)
+    return store
+
+
+def segment_of(store):
+    return next(store.folder.glob("*/*.arrow"))
+
+
+def test_an_undamaged_store_verifies(store):
+    report = verify(store.folder)
+    assert report.ok
+    assert (report.references, report.segments, report.rows) == (1, 1, 3)
+    files = [path for path in store.folder.rglob("*") if path.is_file()]
+    assert report.bytes == sum(path.stat().st_size for path in files)
+    assert report.lines() == [
+        f"{store.folder}: 3 rows of 1 reference in 1 segment, "
+        f"{human_bytes(report.bytes)} read: all as it was written"
+    ]
+
+
+def refused_or_right(store):
+    """Whatever a reader gets of a damaged store is what was written, or nothing."""
+    try:
+        namespace = ReferenceStore.open(store.folder).namespace(identity())
+        rows = namespace.read(list(ROWS))
+    except ReferenceStoreError:
+        return
+    for place, (key, values) in enumerate(ROWS.items()):
+        if rows.found[place]:
+            assert rows.logps[place] == values.sum(dtype=np.float64), key
+            assert rows.num_tokens[place] == len(values)
+            assert rows.details[place] == DETAILS[key]
+            logps = values if DETAILS[key] >= Detail.LOGPS else []
+            logsumexps = -7 * values if DETAILS[key] >= Detail.LOGSUMEXPS else []
+            np.testing.assert_array_equal(rows.per_token_logps[place], logps)
+            np.testing.assert_array_equal(rows.per_token_logsumexps[place], logsumexps)
+
+
+def problems_of(store):
+    try:
+        return verify(store.folder).problems
+    except ReferenceStoreError as error:  # store.json
+        return [str(error)]
+
+
+def flip_and_check(store, path, bits):
+    whole = path.read_bytes()
+    for bit in bits:
+        flipped = bytearray(whole)
+        flipped[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(flipped)
+        assert any(path.name in problem for problem in problems_of(store)), bit
+        if path.suffix == ".arrow":
+            refused_or_right(store)
+    path.write_bytes(whole)
+    assert verify(store.folder).ok
+
+
+def test_flipped_bits_are_found_and_never_served(store):
+    path = segment_of(store)
+    num_bits = 8 * path.stat().st_size
+    flip_and_check(store, path, random.Random(0).sample(range(num_bits), 500))
+
+
+@pytest.mark.torture
+@pytest.mark.slow
+def test_every_flipped_bit_is_found_and_never_served(store):
+    path = segment_of(store)
+    flip_and_check(store, path, range(8 * path.stat().st_size))
+
+
+def test_flipped_bits_of_the_json_files_are_found(store):
+    for name in ("store.json", f"{identity().digest}/identity.json"):
+        path = store.folder / name
+        flip_and_check(store, path, range(0, 8 * path.stat().st_size, 3))
+
+
+def test_a_cut_file_is_found(store):
+    path = segment_of(store)
+    path.write_bytes(path.read_bytes()[:-1])
+    (problem,) = verify(store.folder).problems
+    assert str(path) in problem
+    assert "delete" in problem
+
+
+def test_a_missing_identity_is_found_and_written_anew_by_the_next_build(store):
+    path = segment_of(store).with_name("identity.json")
+    path.unlink()
+    (problem,) = verify(store.folder).problems
+    assert "identity.json" in problem
+    store.namespace(identity()).writer()
+    assert verify(store.folder).ok
+
+
+def test_what_does_not_belong_to_the_store_is_told(store):
+    (store.folder / "notes\x1b[2J.txt").write_text("x")
+    segment = segment_of(store)
+    (segment.parent / f"{TEMPORARY_PREFIX}1").write_bytes(b"x")
+    report = verify(store.folder)
+    assert report.ok
+    assert len(report.notes) == 2
+    assert all(map(str.isprintable, report.lines()))
+    segment.rename(segment.with_name("copy.arrow"))
+    (problem,) = verify(store.folder).problems
+    assert "copy.arrow has a name" in problem
+
+
+def test_what_is_written_while_it_verifies_is_no_stranger(store, monkeypatch):
+    """Between any two listings of a folder another segment is committed."""
+    listed = report_module.list_names
+
+    def commits_afterwards(folder):
+        names = listed(folder)
+        writer = store.namespace(identity()).writer()
+        writer.add(b"n" * 16, np.float32([-1.0]))
+        writer.commit()
+        return names
+
+    monkeypatch.setattr(report_module, "list_names", commits_afterwards)
+    found = verify(store.folder)
+    assert found.ok
+    assert not found.notes
+
+
+def test_what_a_prune_merges_meanwhile_is_no_damage(store, monkeypatch):
+    """Listed, then gone."""
+    name = segment_of(store).name.replace("-", "0-", 1)[1:]  # as a segment is called
+    listed = report_module.list_names
+    monkeypatch.setattr(
+        report_module,
+        "list_names",
+        lambda folder: [*listed(folder), *([name] if folder != store.folder else [])],
+    )
+    assert verify(store.folder).ok
+    assert info(store.folder)["references"][0]["segments"] == 1
+
+
+def test_a_segment_that_the_system_refuses_is_not_called_damaged(store, monkeypatch):
+    def refuses(path):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+
+    monkeypatch.setattr(pa, "memory_map", refuses)
+    with pytest.raises(ReferenceStoreError, match=r"can't read .*Permission denied\): check its"):
+        store.namespace(identity())
+
+
+def test_the_same_row_twice_is_fine_and_another_value_is_not(store):
+    writer = store.namespace(identity()).writer()
+    key, values = next(iter(ROWS.items()))
+    writer.add(key, values + np.float32(1e-3))
+    writer.commit()
+    assert verify(store.folder).ok
+    writer.add(key, values + 1)
+    writer.commit()
+    (problem,) = verify(store.folder).problems
+    assert key.hex() in problem
+    assert "1 rows twice" in problem
+
+
+def test_info_counts_and_says_what_the_reference_was(store):
+    writer = store.namespace(identity(attention="eager")).writer()
+    for _ in range(2):
+        writer.add(bytes(16), np.float32([-1]))
+        writer.commit()
+    content = info(store.folder)
+    assert content["format_version"] == 1
+    assert content["rows"] == 4
+    by_digest = {reference["digest"]: reference for reference in content["references"]}
+    other = by_digest[identity(attention="eager").digest]
+    assert (other["rows"], other["tokens"], other["segments"]) == (1, 1, 2)
+    mixed = by_digest[identity().digest]
+    assert (mixed["rows_with_logps"], mixed["rows_with_logsumexps"]) == (2, 1)
+    assert mixed["tokens"] == sum(map(len, ROWS.values()))
+    assert other["description"]["attention"] == "eager"
+    assert other["first_written"] <= other["last_written"]
+    text = "\n".join(describe(store.folder))
+    assert "4 rows of 2 references" in text
+    assert "positions: rope_theta 10000.0" in text
+    assert "attention: eager" in text
+    assert "rows: 1 answer of 1 token in 2 segments" in text
+    assert (
+        "stored: summed log-probs of all rows, per-token log-probs of 2, log-sum-exps of 1" in text
+    )
+
+
+def test_an_empty_store_has_nothing_to_say(tmp_path):
+    ReferenceStore.open(tmp_path, create=True)
+    assert info(tmp_path)["references"] == []
+    assert len(describe(tmp_path)) == 1
+    assert verify(tmp_path).ok

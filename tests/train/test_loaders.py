@@ -1,0 +1,120 @@
+"""How long packed rows may be: settled once, the same on all ranks, kept by a resumed run."""
+
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from dpofast.data.packing.collate import Layout
+from dpofast.model.scorer import SequenceScorer
+from dpofast.train import loaders, trainer
+from dpofast.train.loaders import StepLoaders
+from tests.support import history, make_trainer, train
+
+SAVING = {"save_strategy": "steps", "save_steps": 2}
+
+
+def settings(device, tokens=None):
+    return SimpleNamespace(max_tokens_per_microbatch=tokens, device=torch.device(device))
+
+
+def test_on_a_gpu_what_fits_is_asked_for_once():
+    asked = []
+    made = StepLoaders(
+        settings("cuda"), Layout("shared"), None, lambda: asked.append(1) or 4096 * len(asked)
+    )
+    assert not asked
+    assert made.row_tokens == made.row_tokens == 4096
+    made.resume(2560)
+    assert made.row_tokens == 2560
+
+
+def test_neither_on_a_cpu_nor_where_the_options_say():
+    def never():
+        raise AssertionError
+
+    assert StepLoaders(settings("cpu"), Layout("unshared"), None, never).row_tokens == 2048
+    told = StepLoaders(settings("cuda", 100), Layout("shared"), None, never)
+    told.resume(2560)
+    assert told.row_tokens == 100
+    assert StepLoaders(settings("cuda"), Layout("padded"), None, never).row_tokens is None
+
+
+def test_the_rank_with_the_least_memory_decides(tmp_path, monkeypatch):
+    made = make_trainer(tmp_path)
+    monkeypatch.setattr(trainer, "free_device_bytes", lambda _: 2 * 10**9)
+    own = made._tokens_that_fit()
+    assert own > 1024
+    gathered = torch.tensor([own, 768, 1024])
+    monkeypatch.setattr(made.accelerator, "gather", lambda tokens: gathered)
+    assert made._tokens_that_fit() == 768
+
+
+def test_a_resumed_run_packs_as_before(tmp_path, monkeypatch):
+    monkeypatch.setattr(loaders, "CPU_ROW_TOKENS", 60)  # several rows a step
+    expected = train(make_trainer(tmp_path, options=SAVING))
+    checkpoint = tmp_path / "run" / "checkpoint-4"
+    assert json.loads((checkpoint / "dpofast_state.json").read_text())["row_tokens"] == 60
+    monkeypatch.setattr(loaders, "CPU_ROW_TOKENS", 2048)
+    resumed = make_trainer(tmp_path, options=SAVING)
+    resumed.train(resume_from_checkpoint=str(checkpoint))
+    assert history(resumed) == expected
+    assert resumed.loaders.packing["max_tokens"] == 60
+
+
+def test_a_checkpoint_of_before_rows_were_recorded_is_resumed(tmp_path):
+    expected = train(make_trainer(tmp_path, options=SAVING))
+    state = tmp_path / "run" / "checkpoint-4" / "dpofast_state.json"
+    recorded = json.loads(state.read_text())
+    del recorded["row_tokens"]
+    state.write_text(json.dumps(recorded))
+    resumed = make_trainer(tmp_path, options=SAVING)
+    resumed.train(resume_from_checkpoint=str(state.parent))
+    assert history(resumed) == expected
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_any_number_of_workers_gives_the_same_steps(tmp_path, workers, monkeypatch):
+    monkeypatch.setattr(loaders, "CPU_ROW_TOKENS", 60)
+    made = make_trainer(tmp_path, options={"dataloader_num_workers": workers})
+    steps = list(made.get_train_dataloader())
+    alone = list(make_trainer(tmp_path).get_train_dataloader())
+    assert len(steps) == len(alone) == 3
+    for step, other in zip(steps, alone, strict=True):
+        assert step.num_pairs == other.num_pairs
+        rows = zip(step.micro_batches, other.micro_batches, strict=True)
+        assert all(torch.equal(row.input_ids, same.input_ids) for row, same in rows)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"max_tokens_per_microbatch": 60}, "tokens"),
+        ({"max_tokens_per_microbatch": 60, "precompute_ref_batch_size": 3}, 6),
+        ({"layout": "padded"}, 4),
+        ({"layout": "padded", "precompute_ref_batch_size": 3}, 6),
+    ],
+    ids=["packed", "packed, by pairs", "padded", "padded, by pairs"],
+)
+def test_references_are_scored_in_rows_as_long_as_training_takes_them(
+    tmp_path, monkeypatch, options, expected
+):
+    calls, score = [], SequenceScorer.__call__
+
+    def counted(self, sequences):
+        calls.append((len(sequences), self.num_tokens(sequences)))
+        return score(self, sequences)
+
+    monkeypatch.setattr(SequenceScorer, "__call__", counted)
+    make_trainer(tmp_path, options=options).get_train_dataloader()
+    sizes, tokens = zip(*calls, strict=True)
+    assert sum(sizes) == 20
+    if expected == "tokens":
+        assert max(tokens) <= 60
+        assert len(calls) < 1.5 * sum(tokens) / 60
+    else:
+        assert max(sizes) == expected
+        assert len(calls) == -(-20 // expected)

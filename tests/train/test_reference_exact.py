@@ -1,0 +1,137 @@
+"""Training on stored rows against a loop that scores the reference inside each step, in fp32.
+
+Where the builder is given the training plan's own micro-batches, the two are the same to the last
+bit; with its own batches, but for rounding.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+
+from dpofast.model.attention import packed_attention
+from dpofast.model.forward import pair_step, run_batch
+from dpofast.model.head import ScoreTask, head_options
+from dpofast.model.scorer import SequenceScorer
+from dpofast.reference.build.batches import Batch
+from dpofast.reference.build.builder import BuildOptions, build_reference
+from dpofast.reference.store.store import ReferenceStore
+from dpofast.train.sampler import train_sampler
+from tests.real_pairs import OPTIONS, STEPS, TOLERANCE, real_pairs, real_tokenizer, two_threads
+from tests.support import make_trainer, race_model, tiny_llama, token_pairs, train
+
+OWN_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
+
+
+class InStep:
+    """Scores a copy of the model as it is now, in place of what a micro-batch brings along."""
+
+    def __init__(self, trainer):
+        self.frozen = copy.deepcopy(trainer.model).eval()
+        self.compute = trainer.compute_pair_loss
+
+    def compute_pair_loss(self, model, batch, sums):
+        assert (batch.ref_logps == 1.0).all()  # no log-prob: of `scored_in_each_step`
+        return self.compute(model, replace(batch, ref_logps=self.logps(batch)), sums)
+
+    def logps(self, batch):
+        config = self.frozen.config
+        attention = packed_attention(config, batch.shared_layout)
+        with torch.no_grad(), attention, pair_step(self.frozen):
+            task = ScoreTask(batch.labels, head_options(config))
+            per_token_logps = run_batch(self.frozen, batch, task).double().numpy()  # [N]
+        bounds = batch.bounds.tolist()
+        sums = [per_token_logps[a:b].sum() for a, b in pairwise(bounds)]
+        return torch.tensor(sums, dtype=torch.float64)
+
+
+def scored_in_each_step(make, pairs):
+    """(loss, gradient norm) of every step of the loop that needs no store."""
+    for column in OWN_COLUMNS:
+        pairs = pairs.add_column(column, [1.0] * len(pairs))
+    trainer = make("in-step", pairs)
+    trainer.compute_pair_loss = InStep(trainer).compute_pair_loss
+    return train(trainer)
+
+
+def micro_batches_of(trainer):
+    """The training plan's, for the builder."""
+    limit = trainer.loaders.token_limit(trainer.train_dataset)
+    sampler = train_sampler(trainer.args, len(trainer.train_dataset), limit)
+
+    def batches(_, wanted):
+        rows = [row for step in sampler for row in step.micro_batches]
+        assert len(wanted) in (0, 2 * sum(map(len, rows)))
+        answers = [[2 * pair + side for pair in row for side in (0, 1)] for row in rows]
+        return [Batch(np.array(each), len(each)) for each in answers] if len(wanted) else []
+
+    return batches
+
+
+def on_stored_rows(make, pairs, own_batches=False):
+    """The same of training that finds all rows in its store."""
+    trainer = make("stored", pairs)
+    if own_batches:
+        trainer.get_train_dataloader()
+    else:
+        identity = trainer.reference.identity
+        folder = trainer.args.reference_folder()
+        build_reference(
+            ReferenceStore.open(folder, create=True).namespace(identity),
+            trainer.train_dataset,
+            SequenceScorer(trainer.model, trainer.accelerator.autocast, trainer.layout),
+            batches=micro_batches_of(trainer),
+            options=BuildOptions(progress=False),
+        )
+    reader = make("reader", pairs)
+    got = train(reader)
+    report = reader.reference.provider.reports["train"]
+    assert (report.rows_found, report.rows_scored) == (2 * len(pairs), 0)
+    return got
+
+
+@pytest.mark.parametrize("layout", ["shared", "unshared", "padded"])
+def test_rows_of_the_plans_micro_batches_train_bit_for_bit_as_scored_in_each_step(tmp_path, layout):
+    def make(name, pairs):
+        options = {
+            "layout": layout,
+            "max_tokens_per_microbatch": 60,
+            "output_dir": str(tmp_path / name),
+        }
+        return make_trainer(tmp_path, tiny_llama(), pairs, options=options)
+
+    pairs = token_pairs(24)
+    assert on_stored_rows(make, pairs) == scored_in_each_step(make, pairs)
+
+
+@pytest.mark.slow  # trains three times on real pairs
+@pytest.mark.timeout(1200)
+def test_twenty_steps_on_real_pairs(tmp_path):
+    tokenizer = real_tokenizer()
+    pairs = real_pairs(tokenizer)
+
+    def make(name, given, store="plan"):
+        options = {
+            **OPTIONS,
+            "save_strategy": "no",
+            "output_dir": str(tmp_path / name),
+            "reference_store": str(tmp_path / store),
+        }
+        model = race_model(tokenizer)
+        return make_trainer(tmp_path, model, given, options=options, processing_class=tokenizer)
+
+    with two_threads():
+        expected = scored_in_each_step(make, pairs)
+        assert on_stored_rows(make, pairs) == expected
+        own = on_stored_rows(lambda *given: make(*given, store="own"), pairs, own_batches=True)
+    expected = np.array(expected)  # [20, 2]
+    assert len(expected) == STEPS
+    assert np.abs(expected[:, 0] / np.log(2) - 1.0).max() > 0.05  # it learns
+    worst = np.abs(np.array(own) / expected - 1.0).max(0)
+    print(f"own batches: worst relative difference of loss {worst[0]:.1e}, norm {worst[1]:.1e}")
+    assert (worst <= TOLERANCE).all()
