@@ -59,7 +59,7 @@ def row_parts(batch: PackedPairs) -> Iterator[RowPart]:
         scored: tuple[tuple[int, int], ...] = ()
         if answer >= 0:
             first, end = batch.bounds[2 * pair + answer : 2 * pair + answer + 2].tolist()
-            scored = tuple(_runs(batch.rows[first:end]))
+            scored = tuple(_runs(batch.scored_positions[first:end]))
         yield RowPart(pair, ("chosen", "rejected", "prefix")[answer], start, length, prefix, scored)
         start += length
 
@@ -95,10 +95,10 @@ def render_packed(
 
 
 def _headline(batch: PackedPairs) -> Text:
-    tokens, alone = batch.num_body_tokens, batch.num_tokens
+    tokens, alone, scored = batch.num_body_tokens, batch.num_tokens, len(batch.labels)
     pairs = "1 pair" if batch.num_pairs == 1 else f"{batch.num_pairs} pairs"
     return Text(
-        f"{pairs} in {tokens} tokens ({alone} one sequence at a time), {len(batch.rows)} scored",
+        f"{pairs} in {tokens} tokens ({alone} one sequence at a time), {scored} scored",
         style="bold",
     )
 

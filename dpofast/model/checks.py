@@ -119,7 +119,7 @@ def _scored_states(model: nn.Module, batch: PackedPairs) -> Tensor:
         inputs = {"position_ids": batch.position_ids, "shared_layout": batch.shared_layout}
     with evaluating(lm), packed_attention(lm.config, batch.shared_layout):
         hidden_states = body_of(lm)(input_ids=batch.input_ids, use_cache=False, **inputs)[0]
-    return hidden_states.flatten(0, 1).index_select(0, batch.rows).float()
+    return hidden_states.flatten(0, 1).index_select(0, batch.scored_positions).float()
 
 
 def check_attention(
@@ -198,7 +198,7 @@ def check_head(model: nn.Module) -> None:
     batch = PackedPairs(
         input_ids=input_ids,
         position_ids=None,
-        rows=torch.arange(8, device=device),
+        scored_positions=torch.arange(8, device=device),
         labels=input_ids[0],
         bounds=torch.tensor([0, 8]),
         ref_logps=None,

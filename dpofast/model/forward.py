@@ -31,7 +31,7 @@ class BodyTask(Protocol):
 def _pair_forward(
     model: Any,
     input_ids: Tensor,  # [B, L]
-    rows: Tensor,  # [N]
+    scored_positions: Tensor,  # [N]
     head_task: HeadTask,
     position_ids: Tensor | None = None,  # [B, L]
     shared_layout: SharedLayout | None = None,
@@ -52,7 +52,7 @@ def _pair_forward(
             f"{type(model).__name__} ran a packed row through an attention that would mix its "
             "sequences; set layout: padded."
         )
-    scored = outputs[0].flatten(0, 1).index_select(0, rows)  # [N, H]
+    scored = outputs[0].flatten(0, 1).index_select(0, scored_positions)  # [N, H]
     result = model.get_output_embeddings()(scored, head_task)
     return result if body_task is None else (*result, body_task(outputs))
 
@@ -95,7 +95,7 @@ def run_batch(
         input_ids=batch.input_ids,
         position_ids=batch.position_ids,
         shared_layout=batch.shared_layout,
-        rows=batch.rows,
+        scored_positions=batch.scored_positions,
         head_task=head_task,
         body_task=None if body_task is None else partial(body_task, uses=batch.uses),
     )

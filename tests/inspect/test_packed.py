@@ -43,7 +43,7 @@ def test_parts_tile_the_row_and_say_where_each_answer_is_scored(some_pairs, layo
     assert sorted(scored) == list(range(2 * len(some_pairs)))
     for answer, places in scored.items():
         start, end = batch.bounds[answer : answer + 2]
-        assert torch.equal(places, batch.rows[start:end])
+        assert torch.equal(places, batch.scored_positions[start:end])
 
 
 def printed(some_pairs, layout="shared", **options):

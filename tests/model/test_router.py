@@ -46,7 +46,7 @@ def stock(model: Any) -> tuple[Tensor, Tensor]:
     batch = collate_padded(SHORT.sequences, SHORT.ref_logps)
     inputs = {"input_ids": batch.input_ids, "attention_mask": batch.uses}
     output = model(**inputs, use_cache=False, output_router_logits=True)
-    logps = output.logits.flatten(0, 1)[batch.rows].log_softmax(-1)
+    logps = output.logits.flatten(0, 1)[batch.scored_positions].log_softmax(-1)
     scored = logps.gather(-1, batch.labels[:, None])[:, 0]
     sums = torch.stack([part.sum() for part in scored.split(batch.bounds.diff().tolist())])
     logratios = sums - batch.ref_logps

@@ -20,13 +20,13 @@ class PackedPairs:
     """Sequences of one micro-batch, chosen_0, rejected_0, chosen_1, ..., ready for the model.
 
     None needs a mask: a packed row has its `shared_layout`, and padding stands behind all tokens.
-    `rows` points into the hidden states flattened to [B*L, H]: the row whose hidden state predicts
+    `scored_positions` index the hidden states flattened to [B*L, H]: the hidden state there predicts
     the label beside it. Prompt positions are never among them, so they never reach the head.
 
     Attributes:
         input_ids: [B, L] int64.
         position_ids: [B, L] int64, or None where the model's own counting is right.
-        rows: [N] int64, one per scored token.
+        scored_positions: [N] int64, one per scored token.
         labels: [N] int64.
         bounds: [S+1] int64 on the CPU, the scored tokens of sequence s are bounds[s]:bounds[s+1].
         ref_logps: [S] fp64, summed reference log-probs in nats; None while those are made.
@@ -38,7 +38,7 @@ class PackedPairs:
 
     input_ids: Tensor
     position_ids: Tensor | None
-    rows: Tensor
+    scored_positions: Tensor
     labels: Tensor
     bounds: Tensor
     ref_logps: Tensor | None
@@ -108,19 +108,19 @@ def collate_padded(
     input_ids = torch.full((num_rows, width), pad_token_id)  # [S, L]
     uses = torch.zeros_like(input_ids)
     uses[:, 0] = 1  # a token that runs along alone counts, as nothing else would
-    rows, labels = [], []
+    scored, labels = [], []
     for index, (sequence, (prompt, answer)) in enumerate(zip(ids, sequences, strict=True)):
         input_ids[index, : len(sequence)] = torch.tensor(sequence)
         uses[index, : len(sequence)] = 1
         first = index * width + len(prompt) - 1  # the prompt's last token predicts the first label
-        rows.append(torch.arange(first, first + len(answer)))
+        scored.append(torch.arange(first, first + len(answer)))
         labels.append(torch.tensor(answer))
     empty = torch.empty(0, dtype=torch.int64)
     bounds = list(accumulate((len(answer) for _, answer in sequences), initial=0))
     return PackedPairs(
         input_ids=input_ids,
         position_ids=None,
-        rows=torch.cat(rows) if rows else empty,
+        scored_positions=torch.cat(scored) if scored else empty,
         labels=torch.cat(labels) if labels else empty.clone(),
         bounds=torch.tensor(bounds),
         ref_logps=None if ref_logps is None else torch.tensor(ref_logps, dtype=torch.float64),

@@ -34,7 +34,7 @@ def collate_packed(
     row: list[int] = []
     groups: list[tuple[int, list[int]]] = []
     uses: list[int] = []
-    rows: list[Tensor] = []
+    scored: list[Tensor] = []
     for group in _groups(sequences, share, by_prompt):
         ids = [[*prompt, *answer] for prompt, answer in group]
         prefix, rests = _lengths(ids)
@@ -45,7 +45,7 @@ def collate_packed(
             # A position before the prefix' end stands there, a later one in the sequence's rest.
             positions = torch.arange(len(prompt) - 1, len(sequence) - 1)
             tail_start = len(row) - prefix
-            rows.append(positions + torch.where(positions < prefix, prefix_start, tail_start))
+            scored.append(positions + torch.where(positions < prefix, prefix_start, tail_start))
             row += sequence[prefix:]
             uses += [1] * (len(sequence) - prefix)
         groups.append((prefix, rests))
@@ -58,7 +58,7 @@ def collate_packed(
     return PackedPairs(
         input_ids=torch.tensor(row)[None],
         position_ids=layout.position_ids[None],
-        rows=torch.cat(rows) if rows else empty,
+        scored_positions=torch.cat(scored) if scored else empty,
         labels=torch.cat(labels) if labels else empty.clone(),
         bounds=torch.tensor(bounds),
         ref_logps=None if ref_logps is None else torch.tensor(ref_logps, dtype=torch.float64),

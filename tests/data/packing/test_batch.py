@@ -12,7 +12,7 @@ def test_rows_point_at_the_position_before_each_label():
     assert batch.input_ids.tolist()[1] == [5, 6, 7, 8, 0]
     flat = batch.input_ids.flatten()
     # the label stands right behind the row that predicts it
-    assert torch.equal(flat[batch.rows + 1], batch.labels)
+    assert torch.equal(flat[batch.scored_positions + 1], batch.labels)
     assert batch.labels.tolist() == [8, 9, 8, 2, 3, 4, 5, 9]
     assert batch.bounds.tolist() == [0, 2, 3, 7, 8]
     assert batch.num_pairs == 2
@@ -23,10 +23,10 @@ def test_rows_point_at_the_position_before_each_label():
 def test_no_sequences_give_a_row_with_nothing_scored():
     batch = collate_padded([], [])
     assert batch.input_ids.shape == (1, 1)
-    assert batch.rows.numel() == batch.labels.numel() == 0
+    assert batch.scored_positions.numel() == batch.labels.numel() == 0
     assert batch.bounds.tolist() == [0]
     assert batch.num_pairs == batch.num_tokens == 0
-    assert batch.rows.dtype == batch.labels.dtype == torch.int64
+    assert batch.scored_positions.dtype == batch.labels.dtype == torch.int64
 
 
 def test_moving_keeps_the_bounds_on_the_cpu():

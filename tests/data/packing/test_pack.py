@@ -172,7 +172,7 @@ def test_a_step_that_is_hard_to_pack_is_planned_in_bounded_time():
 
 def test_the_plan_does_not_hang_on_the_hash_seed():
     program = (
-        "import sys, random; from dpofast.data.pack import pack_step\n"
+        "import sys, random; from dpofast.data.packing.pack import pack_step\n"
         "tokens = [random.Random(1).choice((5, 7, 11, 11)) for _ in range(40)]\n"
         "print(pack_step(tokens, 3, 40))"
     )

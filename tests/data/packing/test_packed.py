@@ -28,12 +28,14 @@ def test_each_label_is_predicted_from_its_own_sequence(some_pairs, share, by_pro
     for index, (prompt, answer) in enumerate(sequences):
         start, end = batch.bounds[index : index + 2]
         assert batch.labels[start:end].tolist() == answer
-        for offset, place in enumerate(batch.rows[start:end].tolist()):
+        for offset, place in enumerate(batch.scored_positions[start:end].tolist()):
             expected = [*prompt, *answer][: len(prompt) + offset]
             seen = looks_at[place].nonzero()[:, 0]
             assert row[seen].tolist() == expected
             assert positions[seen].tolist() == list(range(len(expected)))
-        reaches = looks_at[batch.rows[end - 1]]  # all that the sequence but its last token is
+        reaches = looks_at[
+            batch.scored_positions[end - 1]
+        ]  # all that the sequence but its last token is
         uses[reaches] += 1
     ends = [len(prompt) + len(answer) for prompt, answer in sequences]
     assert batch.uses.sum() == sum(ends)
@@ -54,7 +56,7 @@ def test_all_neighbours_of_one_prompt_share_it_when_asked_to():
     sequences = [([1, 2], [3]), ([1, 2], [3, 4]), ([1, 2], [5]), ([1], [2])]
     batch = collate_packed(sequences, by_prompt=True)
     assert batch.input_ids.tolist() == [[1, 2, 3, 3, 4, 5, 1, 2]]
-    assert batch.rows.tolist() == [1, 1, 3, 1, 6]
+    assert batch.scored_positions.tolist() == [1, 1, 3, 1, 6]
     assert batch.uses.tolist() == [[3, 3, 1, 1, 1, 1, 1, 1]]
 
 
@@ -62,21 +64,21 @@ def test_what_answers_begin_with_is_shared_too():
     batch = collate_packed([([1, 2], [3, 4, 5]), ([1, 2], [3, 4, 6, 7])])
     assert batch.input_ids.tolist() == [[1, 2, 3, 4, 5, 6, 7]]
     assert batch.position_ids.tolist() == [[0, 1, 2, 3, 4, 4, 5]]
-    assert batch.rows.tolist() == [1, 2, 3, 1, 2, 3, 5]
+    assert batch.scored_positions.tolist() == [1, 2, 3, 1, 2, 3, 5]
     assert batch.uses.tolist() == [[2, 2, 2, 2, 1, 1, 1]]
 
 
 def test_an_answer_that_the_other_one_begins_with():
     batch = collate_packed([([1, 2], [3, 4]), ([1, 2], [3, 4, 6])])
     assert batch.input_ids.tolist() == [[1, 2, 3, 4, 6]]
-    assert batch.rows.tolist() == [1, 2, 1, 2, 3]
+    assert batch.scored_positions.tolist() == [1, 2, 1, 2, 3]
     assert batch.uses.tolist() == [[2, 2, 2, 2, 1]]
 
 
 def test_no_sequences_give_a_row_with_nothing_scored():
     batch = collate_packed([], [])
     assert batch.input_ids.shape == (1, 1)
-    assert batch.rows.shape == batch.labels.shape == (0,)
+    assert batch.scored_positions.shape == batch.labels.shape == (0,)
     assert batch.bounds.tolist() == [0]
     assert batch.num_pairs == batch.num_tokens == 0
 
