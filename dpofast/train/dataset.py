@@ -1,13 +1,20 @@
-"""The trainer's datasets: any form of preference data -> tokenised pairs, each once."""
+"""A dataset on its way through a run: prepared first, then scored, then planned."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from typing import Any
+
+import datasets
+import numpy as np
 
 from dpofast.columns import REF_COLUMNS
 from dpofast.data import PreparationReport, load_preferences, tokenize_preferences
+from dpofast.data.packing.collate import Layout
+from dpofast.data.packing.plan import StepSampler, TokenLimit
+from dpofast.data.packing.step_dataset import StepDataset, token_limit
 from dpofast.errors import DataError
 from dpofast.model.context import context_of, refuse_longer
 from dpofast.model.vocabulary import refuse_unknown_ids, vocabulary_of
@@ -16,13 +23,74 @@ from dpofast.options.config import DPOConfig
 logger = logging.getLogger(__name__)
 
 
-class PreparedData:
-    """Tokenises datasets as the options say, and remembers which it has seen.
+@dataclass(eq=False)
+class RunDataset:
+    """All that a run knows of one dataset.
+
+    `PairPreparer` makes it. `RunReference.score` adds the reference log-probs, `measure_lengths`
+    the lengths, and `plan_training` the steps.
+
+    Attributes:
+        name: dataset name, used in messages and reports; unique within the run.
+        given: the object that the user passed, by which the dataset is recognised later.
+        pairs: tokenised pairs, with the columns prompt_ids, chosen_ids, rejected_ids and row.
+        report: what the preparation kept, cut and left out.
+        ref_logps: [n, 2] fp64, summed reference log-probs of chosen and rejected, in nats; None
+            until the dataset is scored.
+        scored_by: digest of the reference that `ref_logps` come from; None until the dataset is
+            scored, or if it brings its own.
+        token_limit: lengths of the pairs in a packed row, and the row's token limit; None until
+            they are measured, and where rows are padded.
+        plan: this rank's training steps; None until they are planned.
+    """
+
+    name: str
+    given: Any
+    pairs: datasets.Dataset
+    report: PreparationReport
+    ref_logps: np.ndarray | None = None
+    scored_by: str | None = None
+    token_limit: TokenLimit | None = None
+    plan: StepSampler | None = None
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    @property
+    def brings_ref_logps(self) -> bool:
+        """Whether the pairs come with reference log-probs of their own."""
+        return set(REF_COLUMNS) <= set(self.pairs.column_names)
+
+    def measure_lengths(self, layout: Layout, row_tokens: int | None) -> None:
+        """Set `token_limit`. Lengths are counted once, however often the limit changes.
+
+        Args:
+            layout: layout of the micro-batches; it doesn't change within a run.
+            row_tokens: most tokens of a packed row; None where rows are padded.
+        """
+        if row_tokens is None:
+            self.token_limit = None
+        elif self.token_limit is None:
+            self.token_limit = token_limit(self.pairs, layout, row_tokens)
+        else:
+            self.token_limit = replace(self.token_limit, max_tokens=row_tokens)
+
+    def steps(self, layout: Layout) -> StepDataset:
+        """The scored pairs, indexed by planned steps."""
+        assert self.ref_logps is not None, "the dataset is scored first"
+        return StepDataset(self.pairs, self.ref_logps, layout)
+
+
+class PairPreparer:
+    """Tokenises a run's datasets as its options say.
 
     Args:
         config: options of the run.
-        tokenizer: of the policy.
-        models: that will run the pairs; None among them is left out.
+        tokenizer: tokenizer of the policy.
+        models: models that will run the pairs; None entries are ignored.
+
+    Attributes:
+        datasets: all datasets prepared so far, in that order.
     """
 
     def __init__(self, config: DPOConfig, tokenizer: Any, models: Iterable[Any] = ()) -> None:
@@ -31,22 +99,27 @@ class PreparedData:
         self._vocabularies = dict.fromkeys(map(vocabulary_of, given))
         found = map(context_of, given)
         self._contexts = dict.fromkeys(context for context in found if context is not None)
-        self.reports: dict[str, PreparationReport] = {}
-        self._seen: dict[int, tuple[Any, Any]] = {}  # id -> the dataset given, its pairs
+        self.datasets: list[RunDataset] = []
 
-    def prepare(self, dataset: Any, name: str) -> Any:
-        """A datasets.Dataset of prompt_ids, chosen_ids, rejected_ids; None stays None.
+    def prepare(self, dataset: Any, name: str) -> RunDataset:
+        """Tokenise a dataset, unless the run has it already.
+
+        Args:
+            dataset: pairs in any form that `load_preferences` reads; a RunDataset, or an object
+                that was given before, is not prepared again.
+            name: dataset name; a number is added where the run has one of that name.
 
         Raises:
-            DataError: the data can't be used, or not by the model; with file and row.
+            DataError: the data can't be used, or not by the model; names the file and the row.
         """
-        if dataset is None:
-            return None
-        for given, pairs in self._seen.values():
-            if dataset is given or dataset is pairs:
-                return pairs
+        if isinstance(dataset, RunDataset):
+            return dataset
+        for known in self.datasets:
+            if dataset is known.given or dataset is known.pairs:
+                return known
         name = self._free_name(name)
         config = self.config
+        # Other ranks of this machine wait, and then find what the first one has downloaded.
         with config.main_process_first(local=False, desc=f"tokenising {name}"):
             pairs = load_preferences(dataset, strict=config.strict, name=name)
             pairs, report = tokenize_preferences(
@@ -58,31 +131,44 @@ class PreparedData:
                 num_proc=config.dataset_num_proc,
                 name=name,
             )
-        self._refuse_cut_scores(pairs, report)
+        prepared = RunDataset(name, dataset, pairs, report)
+        _refuse_cut_scores(prepared)
         refuse_unknown_ids(pairs, name, self._vocabularies)
         refuse_longer(pairs, name, self._contexts)
-        self.reports[name] = report
-        self._seen[id(dataset)] = (dataset, pairs)
+        self.datasets.append(prepared)
         if config.should_log:
             for line in report.lines():
                 logger.info("%s", line)
-        return pairs
+        return prepared
 
-    def prepare_sets(self, datasets: Any, name: str) -> Any:
-        """The same for a dict of named datasets, or for one."""
-        if not isinstance(datasets, dict):
-            return self.prepare(datasets, name)
-        return {key: self.prepare(dataset, f"{name}_{key}") for key, dataset in datasets.items()}
+    def prepare_sets(self, given: Any, name: str) -> Any:
+        """One RunDataset, or a dict of them for a dict of named datasets; None stays None."""
+        if given is None:
+            return None
+        if not isinstance(given, dict):
+            return self.prepare(given, name)
+        return {key: self.prepare(dataset, f"{name}_{key}") for key, dataset in given.items()}
 
     def _free_name(self, name: str) -> str:
-        names = [name, *(f"{name}_{number}" for number in range(2, len(self.reports) + 3))]
-        return next(free for free in names if free not in self.reports)
+        taken = {dataset.name for dataset in self.datasets}
+        names = [name, *(f"{name}_{number}" for number in range(2, len(taken) + 3))]
+        return next(free for free in names if free not in taken)
 
-    def _refuse_cut_scores(self, pairs: Any, report: PreparationReport) -> None:
-        if set(REF_COLUMNS) <= set(pairs.column_names) and report.tokens_cut:
-            raise DataError(
-                f"{report.name}: {report.answers_cut} answers and {report.prompts_cut} prompts "
-                f"were cut to max_length={report.max_length}, so {' and '.join(REF_COLUMNS)} "
-                "don't belong to them any more: raise max_length, or leave these columns out to "
-                "have them computed."
-            )
+
+def pairs_of(prepared: Any) -> Any:
+    """The tokenised pairs of a RunDataset, or of each in a dict; None stays None."""
+    if isinstance(prepared, dict):
+        return {key: dataset.pairs for key, dataset in prepared.items()}
+    return None if prepared is None else prepared.pairs
+
+
+def _refuse_cut_scores(dataset: RunDataset) -> None:
+    """Raise DataError where answers were cut whose reference log-probs the dataset brings."""
+    report = dataset.report
+    if dataset.brings_ref_logps and report.tokens_cut:
+        raise DataError(
+            f"{report.name}: {report.answers_cut} answers and {report.prompts_cut} prompts "
+            f"were cut to max_length={report.max_length}, so {' and '.join(REF_COLUMNS)} "
+            "don't belong to them any more: raise max_length, or leave these columns out to "
+            "have them computed."
+        )

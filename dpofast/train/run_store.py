@@ -1,0 +1,148 @@
+"""The reference store of one run: log-probs of its reference, read from disk or scored."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from dpofast.errors import MissingRowsError
+from dpofast.reference.build.answers import PairAnswers
+from dpofast.reference.build.batches import Batches
+from dpofast.reference.build.builder import (
+    BuildOptions,
+    ReferenceReport,
+    Scorer,
+    build_reference,
+    reference_logps,
+)
+from dpofast.reference.build.ranks import Exchange, Ranks
+from dpofast.reference.identity.description import ReferenceIdentity
+from dpofast.reference.store.namespace import Namespace
+from dpofast.reference.store.row_detail import RowDetail
+from dpofast.reference.store.store import ReferenceStore
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """How the answers that are missing from the store are scored.
+
+    Attributes:
+        scorer: the reference model.
+        batches: says which answers share a call of the scorer.
+        sum_over_ranks: adds up counts, so that reports cover all ranks.
+        exchange: given where ranks run the scorer together, each with a part of its model.
+    """
+
+    scorer: Scorer
+    batches: Batches
+    sum_over_ranks: Callable[[list[int]], list[int]]
+    exchange: Exchange | None = None
+
+
+class RunStore:
+    """Reads and writes the log-probs of a run's one reference.
+
+    Args:
+        folder: folder of the store; None for a temporary one that ends with this object.
+        ranks: this process among those of the run.
+        detail: what is stored of each answer that this run scores.
+
+    Attributes:
+        reports: what was needed, found and scored, by dataset name.
+    """
+
+    def __init__(
+        self, folder: Path | None, ranks: Ranks, detail: RowDetail = RowDetail.LOGPS
+    ) -> None:
+        self.detail = detail
+        self._temporary = None
+        if folder is None:
+            # Ranks don't share a temporary folder, so each scores all that it needs.
+            self._temporary = tempfile.TemporaryDirectory(prefix="dpofast-reference-")
+            folder, ranks = Path(self._temporary.name), Ranks()
+        self.folder, self.ranks = folder, ranks
+        self.reports: dict[str, ReferenceReport] = {}
+        self._namespace: Namespace | None = None
+
+    def open(self, identity: ReferenceIdentity) -> None:
+        """Settle which reference's log-probs are read and written from here on."""
+        store = ReferenceStore.open(self.folder, create=True)
+        self._namespace = store.namespace(identity)
+
+    @property
+    def namespace(self) -> Namespace:
+        """The stored rows of the run's reference."""
+        assert self._namespace is not None, "open() comes first"
+        return self._namespace
+
+    def fill(
+        self, answers: PairAnswers, name: str, scoring: Scoring, rescore: bool = False
+    ) -> np.ndarray:
+        """Score the answers that are missing, and read all of them.
+
+        Args:
+            answers: answers of a dataset.
+            name: dataset name, used in messages and reports.
+            scoring: how missing answers are scored.
+            rescore: score an answer again that is stored in less detail than this run asks for. A
+                run needs the sums only, so that any stored row will do; a build asks for more.
+
+        Returns:
+            [n, 2] fp64, summed log-probs of chosen and rejected of each pair, in nats.
+
+        Raises:
+            ReferenceStoreError: the store can't be read or written, or a log-prob isn't finite.
+        """
+        report = build_reference(
+            self.namespace,
+            answers,
+            scoring.scorer,
+            batches=scoring.batches,
+            ranks=self.ranks,
+            options=BuildOptions(detail=self.detail, rescore=rescore),
+            description=f"reference log-probs ({name})",
+            exchange=scoring.exchange,
+        )
+        scored, passes = scoring.sum_over_ranks([report.rows_scored, report.forward_passes])
+        self.reports[name] = replace(report, rows_scored=scored, forward_passes=passes)
+        return reference_logps(self.namespace, answers)
+
+    def read(self, answers: PairAnswers, name: str) -> np.ndarray:
+        """Read the answers of a dataset where none can be scored any more.
+
+        Returns:
+            As `fill`.
+
+        Raises:
+            MissingRowsError: an answer is missing.
+            ReferenceStoreError: the store is damaged.
+        """
+        try:
+            logps = reference_logps(self.namespace, answers)
+        except MissingRowsError as error:
+            raise MissingRowsError(
+                f"{error} They can't be made now: without a ref_model the reference is the policy "
+                "as it stood before step 1, and it has moved since. Give this dataset to the "
+                "trainer before training, or pass that model as ref_model."
+            ) from error
+        needed = len(answers.first)
+        self.reports[name] = ReferenceReport(needed, needed, 0, 0, 0.0)
+        return logps
+
+    def totals(self) -> ReferenceReport | None:
+        """The reports of all datasets added up; None before the first."""
+        reports = list(self.reports.values())
+        if not reports:
+            return None
+        return replace(
+            reports[0],
+            rows_needed=sum(report.rows_needed for report in reports),
+            rows_found=sum(report.rows_found for report in reports),
+            rows_scored=sum(report.rows_scored for report in reports),
+            forward_passes=sum(report.forward_passes for report in reports),
+            seconds=sum(report.seconds for report in reports),
+        )
