@@ -42,22 +42,34 @@ class AttentionCall:
     has_sinks: bool
 
 
-class Calls:
-    """Counts the calls of our attention, to see that a packed row reaches no other."""
+class CallCounter:
+    """Counts the calls of our attention, and records them when asked to.
 
-    count = 0
-    recorded: list[AttentionCall] | None = None
+    The count shows whether a packed row reached our attention in every layer: any other attention
+    would mix the sequences of the row.
+
+    Attributes:
+        count: calls so far in this process.
+        recorded: the calls since recording began; None while nothing is recorded.
+    """
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.recorded: list[AttentionCall] | None = None
+
+
+attention_calls = CallCounter()
 
 
 @contextlib.contextmanager
 def recorded_calls() -> Iterator[list[AttentionCall]]:
-    """Inside, every call of our attention is noted, and runs the plain way on any device."""
+    """Inside, every call of our attention is recorded, and runs the plain way on any device."""
     calls: list[AttentionCall] = []
-    Calls.recorded = calls
+    attention_calls.recorded = calls
     try:
         yield calls
     finally:
-        Calls.recorded = None
+        attention_calls.recorded = None
 
 
 def _attention(
@@ -80,11 +92,11 @@ def _attention(
         raise ModelError(f"{layer} doesn't hand the packed layout on; set layout: padded.")
     if attention_mask is not None or dropout:
         raise ModelError(f"{layer} gives packed rows a mask, or dropout; set layout: padded.")
-    Calls.count += 1
+    attention_calls.count += 1
     options = AttentionOptions(scale=scaling, window=sliding_window, softcap=softcap, sinks=s_aux)
     query, key, value = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
-    if Calls.recorded is not None:
-        Calls.recorded.append(_call(query, key, value, options))
+    if attention_calls.recorded is not None:
+        attention_calls.recorded.append(_call(query, key, value, options))
         options = replace(options, backend="plain")
     return shared_attention(query, key, value, shared_layout, options)[None], None
 

@@ -12,15 +12,10 @@ from torch import Tensor, nn
 from dpofast.data.packing.batch import PackedPairs, TokenIds, collate_padded
 from dpofast.data.packing.collate import Layout
 from dpofast.errors import ConfigError, ModelError
-from dpofast.model.attention import (
-    AttentionCall,
-    any_dtype_attention,
-    packed_attention,
-    recorded_calls,
-)
-from dpofast.model.forward import evaluating, pair_step, run_batch
+from dpofast.model.attention import AttentionCall, any_dtype_attention, recorded_calls
+from dpofast.model.forward import evaluating, micro_batch, run_batch, run_body
 from dpofast.model.head import head_options
-from dpofast.model.parts import body_of, causal_lm, num_layers, shape
+from dpofast.model.parts import causal_lm, num_layers, shape
 from dpofast_kernels.attention import AttentionOptions, WrongBackendError, probe
 from dpofast_kernels.head.naive import naive_logits
 from dpofast_kernels.rounding import product_precision
@@ -112,13 +107,9 @@ def check_layout(layout: Layout, model: nn.Module) -> list[AttentionCall]:
 @torch.no_grad()
 def _scored_states(model: nn.Module, batch: PackedPairs) -> Tensor:
     """[N, H] float32 hidden states that predict the labels."""
-    lm: Any = causal_lm(model)
-    batch = batch.to(next(lm.parameters()).device)
-    inputs: dict[str, Any] = {}
-    if batch.shared_layout is not None:
-        inputs = {"position_ids": batch.position_ids, "shared_layout": batch.shared_layout}
-    with evaluating(lm), packed_attention(lm.config, batch.shared_layout):
-        hidden_states = body_of(lm)(input_ids=batch.input_ids, use_cache=False, **inputs)[0]
+    batch = batch.to(next(model.parameters()).device)
+    with evaluating(model), micro_batch(model, batch):
+        hidden_states = run_body(model, batch)
     return hidden_states.flatten(0, 1).index_select(0, batch.scored_positions).float()
 
 
@@ -208,7 +199,7 @@ def check_head(model: nn.Module) -> None:
     options = head_options(lm.config)
     with evaluating(model):
         stock = model(input_ids=input_ids, use_cache=False)
-        with pair_step(model):
+        with micro_batch(model, batch):
             ours = run_batch(model, batch, _LogitsTask(options))
     expected = stock.logits[0].float()  # [8, V]
     error = ((ours.float() - expected).norm() / expected.norm().clamp_min(1e-12)).item()

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from dpofast.data.packing.batch import PackedPairs
 from dpofast.errors import ModelError
-from dpofast.model.attention import Calls
+from dpofast.model.attention import attention_calls, packed_attention
 from dpofast.model.head import HeadTask, bind, head_forwards
 from dpofast.model.parts import body_of, causal_lm, num_layers
 from dpofast_kernels.attention import SharedLayout
@@ -39,15 +39,10 @@ def _pair_forward(
     **_unused: Any,  # PEFT adds arguments of its own, all None here
 ) -> Any:
     """The causal LM's forward during a step."""
-    inputs = {
-        "position_ids": position_ids,
-        "shared_layout": shared_layout,
-        "output_router_logits": None if body_task is None else True,
-    }
-    given = {name: value for name, value in inputs.items() if value is not None}
-    calls = Calls.count
-    outputs = body_of(model)(input_ids=input_ids, use_cache=False, **given)
-    if shared_layout is not None and Calls.count - calls < num_layers(model):
+    calls_before = attention_calls.count
+    more = {} if body_task is None else {"output_router_logits": True}
+    outputs = _call_body(model, input_ids, position_ids, shared_layout, **more)
+    if shared_layout is not None and attention_calls.count - calls_before < num_layers(model):
         raise ModelError(
             f"{type(model).__name__} ran a packed row through an attention that would mix its "
             "sequences; set layout: padded."
@@ -55,6 +50,49 @@ def _pair_forward(
     scored = outputs[0].flatten(0, 1).index_select(0, scored_positions)  # [N, H]
     result = model.get_output_embeddings()(scored, head_task)
     return result if body_task is None else (*result, body_task(outputs))
+
+
+def _call_body(
+    lm: Any,
+    input_ids: Tensor,  # [B, L]
+    position_ids: Tensor | None,  # [B, L]
+    shared_layout: SharedLayout | None,
+    **more: Any,
+) -> Any:
+    # Padded rows have neither, and call the body as stock code does.
+    packed = {"position_ids": position_ids, "shared_layout": shared_layout}
+    given = {name: value for name, value in packed.items() if value is not None}
+    return body_of(lm)(input_ids=input_ids, use_cache=False, **given, **more)
+
+
+def run_body(model: nn.Module, batch: PackedPairs) -> Tensor:
+    """One forward pass of the body only, inside `micro_batch`.
+
+    Args:
+        model: causal LM or PeftModel; not wrapped by DDP or DeepSpeed.
+        batch: on the model's device.
+
+    Returns:
+        [B, L, H] hidden states.
+    """
+    outputs = _call_body(causal_lm(model), batch.input_ids, batch.position_ids, batch.shared_layout)
+    hidden_states: Tensor = outputs[0]
+    return hidden_states
+
+
+@contextlib.contextmanager
+def micro_batch(model: nn.Module, batch: PackedPairs) -> Iterator[None]:
+    """Everything that a model needs around the forward and the backward of one micro-batch.
+
+    The backward belongs inside as well: gradient checkpointing runs the layers again there, and
+    they must attend as they did in the forward.
+
+    Args:
+        model: causal LM or PeftModel. Inside, call `run_batch` with it, or with whatever wraps it.
+        batch: the micro-batch; a packed row is attended to as its layout says.
+    """
+    with packed_attention(causal_lm(model).config, batch.shared_layout), pair_step(model):
+        yield
 
 
 @contextlib.contextmanager

@@ -19,7 +19,7 @@ from dpofast.data.packing.batch import collate_padded
 from dpofast.errors import ConfigError
 from dpofast.model.attention import any_dtype_attention
 from dpofast.model.checks import HEAD_TOLERANCE, some_sequences
-from dpofast.model.forward import evaluating, pair_step, run_batch
+from dpofast.model.forward import evaluating, micro_batch, run_batch
 from dpofast.model.parts import causal_lm
 from dpofast.options.config import DPOConfig
 from dpofast_kernels import PairLossOutput
@@ -99,7 +99,7 @@ def check_router_loss(router_loss: RouterLoss, model: nn.Module) -> None:
         expected = getattr(stock, METRIC, None)
         if not isinstance(expected, Tensor) or not getattr(stock, "router_logits", None):
             raise _unknown(lm, "gives none when asked for its router logits")
-        with pair_step(model):
+        with micro_batch(model, batch):
             _, ours = run_batch(lm, batch, _nothing, router_loss)
     error = ((ours - expected).abs() / expected.abs()).item()
     if not error <= HEAD_TOLERANCE[torch.float32]:

@@ -10,8 +10,7 @@ from torch import nn
 
 from dpofast.data.packing.batch import TokenIds
 from dpofast.data.packing.collate import Layout
-from dpofast.model.attention import packed_attention
-from dpofast.model.forward import evaluating, pair_step, run_batch
+from dpofast.model.forward import evaluating, micro_batch, run_batch
 from dpofast.model.head import ScoreTask, head_options
 from dpofast.model.parts import causal_lm
 
@@ -42,8 +41,7 @@ class SequenceScorer:
         """
         batch = self.layout.collate(sequences, by_prompt=True)
         batch = batch.to(next(self.model.parameters()).device)
-        attention = packed_attention(causal_lm(self.model).config, batch.shared_layout)
-        with attention, evaluating(self.model), pair_step(self.model), self.autocast():
+        with evaluating(self.model), micro_batch(self.model, batch), self.autocast():
             task = ScoreTask(batch.labels, self.options, self.with_logsumexps)
             scores = run_batch(self.model, batch, task)  # [N] or [2, N]
         # float64, so that what is summed later is what the head gave, whatever its precision

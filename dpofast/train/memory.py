@@ -11,9 +11,8 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from dpofast.data.packing.collate import Layout
-from dpofast.model.attention import packed_attention
-from dpofast.model.forward import evaluating
-from dpofast.model.parts import body_of, causal_lm, numel
+from dpofast.model.forward import evaluating, micro_batch, run_body
+from dpofast.model.parts import causal_lm, numel
 from dpofast.options.config import DPOConfig
 from dpofast_kernels.head.workspace import DEVICE_WORKSPACE_BYTES
 
@@ -162,7 +161,6 @@ def _kept_by_body(
     """Run the body over a row of short pairs, and count what it keeps for its backward."""
     lm = causal_lm(model)
     batch = layout.collate(PROBED_PAIR * num_pairs).to(next(lm.parameters()).device)
-    inputs = {"position_ids": batch.position_ids, "shared_layout": batch.shared_layout}
     kept: dict[int, Tensor] = {}  # alive, so that no address is used twice
 
     def keep(tensor: Tensor) -> None:
@@ -173,12 +171,12 @@ def _kept_by_body(
 
     with (
         evaluating(lm),  # where nothing is checkpointed
-        packed_attention(lm.config, batch.shared_layout),
+        micro_batch(lm, batch),
         autocast(),
         torch.enable_grad(),
         saved_tensors_hooks(keep, lambda nothing: nothing),  # there is no backward
     ):
-        hidden_states = body_of(lm)(input_ids=batch.input_ids, use_cache=False, **inputs)[0]
+        hidden_states = run_body(lm, batch)
     total = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
     state = hidden_states.shape[-1] * hidden_states.element_size()
     return _Pass(batch.num_body_tokens, total, state)

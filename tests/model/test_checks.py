@@ -11,7 +11,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from dpofast.data.packing.collate import Layout
 from dpofast.errors import ConfigError, ModelError
 from dpofast.model import checks
-from dpofast.model.attention import Calls, packed_attention
+from dpofast.model.attention import attention_calls, packed_attention
 from dpofast.model.checks import check_attention, check_layout
 from dpofast.model.forward import pair_step, run_batch
 from dpofast_kernels.attention import dispatch
@@ -188,9 +188,9 @@ def test_no_layout_no_packed_attention(method):
         pytest.raises(ModelError, match="LlamaAttention doesn't hand the packed layout on"),
     ):
         getattr(model, method)(input_ids)
-    count = Calls.count
+    count = attention_calls.count
     getattr(model, method)(input_ids, attention_mask=torch.ones_like(input_ids))
-    assert Calls.count == count
+    assert attention_calls.count == count
 
 
 @pytest.mark.parametrize("family", DEAF_FAMILIES)
