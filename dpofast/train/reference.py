@@ -26,7 +26,7 @@ from dpofast.reference.build.batches import Batches, BatchesOfAnswers, BatchesOf
 from dpofast.reference.build.provider import ReferenceProvider
 from dpofast.reference.identity.description import ReferenceIdentity
 from dpofast.reference.identity.model import model_identity
-from dpofast.reference.store.row_detail import Detail
+from dpofast.reference.store.row_detail import RowDetail
 from dpofast.train.checkpoint import RunState
 from dpofast.zero.blocks import in_blocks
 from dpofast.zero.weights import cast_weights, gathered, spread
@@ -218,7 +218,7 @@ class RunReference:
             self._model,
             self.accelerator.autocast,
             self._layout_of(self._model),
-            with_logsumexps=self.provider.detail >= Detail.LOGSUMEXPS,
+            with_logsumexps=self.provider.detail >= RowDetail.LOGSUMEXPS,
         )
 
     def _batches(self, row_tokens: int | None) -> Batches:
