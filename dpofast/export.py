@@ -20,6 +20,7 @@ from dpofast.data.reading.preferences import load_preferences
 from dpofast.data.reading.sources import read_records
 from dpofast.data.tokens.report import PreparationReport
 from dpofast.errors import ConfigError, DataError, MissingRowsError
+from dpofast.reference.build.answers import read_answers
 from dpofast.reference.build.builder import reference_logps
 from dpofast.reference.store.namespace import Namespace
 
@@ -97,7 +98,7 @@ def export_pairs(
     pairs = source.pairs()
     places = _places(pairs, tokens)
     try:
-        logps = reference_logps(namespace, tokens).tolist()
+        logps = reference_logps(namespace, read_answers(tokens)).tolist()
     except MissingRowsError as error:
         raise MissingRowsError(
             f"{error} Nothing was written; run `dpofast ref build` with the same options first."

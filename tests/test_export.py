@@ -13,6 +13,7 @@ from dpofast.data import load_preferences, tokenize_preferences
 from dpofast.demo.model import make_tokenizer
 from dpofast.errors import ConfigError, DataError, MissingRowsError
 from dpofast.export import Source, export_pairs
+from dpofast.reference.build.answers import read_answers
 from dpofast.reference.build.builder import BuildOptions, build_reference, reference_logps
 from dpofast.reference.store.store import ReferenceStore
 from tests.reference.stubs import StubScorer, batches_of, identity
@@ -64,7 +65,8 @@ def namespace_of(folder, tokens=None):
     namespace = ReferenceStore.open(folder / "store", create=True).namespace(identity())
     if tokens is not None:
         options = BuildOptions(progress=False)
-        build_reference(namespace, tokens, StubScorer(), batches=batches_of(4), options=options)
+        answers = read_answers(tokens)
+        build_reference(namespace, answers, StubScorer(), batches=batches_of(4), options=options)
     return namespace
 
 
@@ -73,7 +75,7 @@ def export(path, source, tokenizer):
     tokens, report = tokenised(source, tokenizer)
     namespace = namespace_of(path.parent.parent, tokens)
     assert export_pairs(path, source, tokens, report, namespace) == len(tokens)
-    return reference_logps(namespace, tokens)
+    return reference_logps(namespace, read_answers(tokens))
 
 
 def rows_of(path):

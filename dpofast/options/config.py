@@ -20,7 +20,7 @@ from dpofast.data.packing.collate import LAYOUTS
 from dpofast.data.tokens.truncate import TRUNCATION_MODES
 from dpofast.errors import ConfigError
 from dpofast.options.foreign import refuse_unknown_options
-from dpofast.reference.store.row_detail import DETAILS, Detail
+from dpofast.reference.store.row_detail import DETAILS, RowDetail
 from dpofast.zero.batch import ShownBatch, settle_deepspeed
 from dpofast.zero.config import read_deepspeed
 from dpofast_kernels import PairLoss, make_loss
@@ -211,9 +211,9 @@ class DPOConfig(TrainingArguments):
             return Path(self.reference_store).expanduser()
         return Path(HF_HOME) / "dpofast" / "reference"
 
-    def reference_detail(self) -> Detail:
+    def reference_detail(self) -> RowDetail:
         """What is stored of each answer that a run scores."""
-        return Detail(DETAILS.index(self.reference_store_detail))
+        return RowDetail(DETAILS.index(self.reference_store_detail))
 
     @contextlib.contextmanager
     def one_item_per_step(self) -> Iterator[None]:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from dpofast.cli import main
-from dpofast.reference.store.row_detail import Detail
+from dpofast.reference.store.row_detail import RowDetail
 from dpofast.reference.store.store import ReferenceStore
 from tests.cli.runs import error_of, run_arguments
 
@@ -43,7 +43,7 @@ def details(folder: Path) -> list[int]:
     store = ReferenceStore.open(folder)
     (digest,) = store.digests()
     counts = store.namespace(store.identity(digest)).counts()
-    return [counts.of_detail[detail] for detail in Detail]
+    return [counts.of_detail[detail] for detail in RowDetail]
 
 
 def test_ref_build_asks_for_a_detail_and_a_run_takes_any(

@@ -29,7 +29,9 @@ from dpofast.errors import ReferenceStoreError
 from dpofast.model.checks import check_head
 from dpofast.model.packable import why_not_packed
 from dpofast.model.scorer import SequenceScorer
-from dpofast.reference.build.builder import BuildOptions, Ranks, build_reference
+from dpofast.reference.build.answers import read_answers
+from dpofast.reference.build.builder import BuildOptions, build_reference
+from dpofast.reference.build.ranks import Ranks
 from dpofast.reference.store.store import ReferenceStore
 from dpofast.zero.blocks import in_blocks
 from dpofast.zero.weights import spread
@@ -80,7 +82,7 @@ def build(store: Path, num_pairs: int, scorer: Any) -> Any:
     ranks = Ranks(dist.get_rank(), dist.get_world_size(), dist.barrier)
     return build_reference(
         ReferenceStore.open(store, create=True).namespace(identity()),
-        token_pairs(num_pairs),
+        read_answers(token_pairs(num_pairs)),
         scorer,
         batches=batches_of(BATCH_SEQUENCES),
         ranks=ranks,

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from transformers import BioGptConfig, BioGptForCausalLM, GPT2Config, GPT2LMHeadModel
 
+from dpofast.reference.build.answers import read_answers
 from dpofast.reference.build.builder import build_reference, reference_logps
 from dpofast.reference.store.store import ReferenceStore
 from tests.distributed.launch import launch
@@ -73,7 +74,8 @@ def reports(folder):
 
 
 def stored(folder):
-    return reference_logps(ReferenceStore.open(folder).namespace(identity()), token_pairs(6))
+    namespace = ReferenceStore.open(folder).namespace(identity())
+    return reference_logps(namespace, read_answers(token_pairs(6)))
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -81,10 +83,11 @@ def test_log_probs_are_those_of_the_same_batches_under_the_whole_model(folder, t
     expected = ReferenceStore.open(tmp_path, create=True).namespace(identity())
     scorer = scorer_of(load(folder / name))
     options = {"batches": batches_of(BATCH_SEQUENCES), "options": QUIET}
-    report = build_reference(expected, token_pairs(6), scorer, **options)
+    answers = read_answers(token_pairs(6))
+    report = build_reference(expected, answers, scorer, **options)
     assert report.forward_passes == 3
     got = stored(folder / name / "store")
-    np.testing.assert_allclose(got, reference_logps(expected, token_pairs(6)), rtol=1e-6)
+    np.testing.assert_allclose(got, reference_logps(expected, answers), rtol=1e-6)
     assert len(np.unique(got)) == got.size
 
 

@@ -12,6 +12,7 @@ from datasets import load_dataset
 from dpofast.data import load_preferences, tokenize_preferences
 from dpofast.demo.model import make_tokenizer
 from dpofast.export import Source, export_pairs
+from dpofast.reference.build.answers import read_answers
 from dpofast.reference.build.builder import BuildOptions, build_reference, reference_logps
 from dpofast.reference.store.store import ReferenceStore
 from tests.reference.stubs import StubScorer, batches_of, identity
@@ -32,7 +33,8 @@ def test_trl_reads_the_columns_beside_the_same_ids(tmp_path):
     tokens, report = tokenize_preferences(load_preferences(ROWS), tokenizer, max_length=None)
     namespace = ReferenceStore.open(tmp_path / "store", create=True).namespace(identity())
     options = BuildOptions(progress=False)
-    build_reference(namespace, tokens, StubScorer(), batches=batches_of(4), options=options)
+    answers = read_answers(tokens)
+    build_reference(namespace, answers, StubScorer(), batches=batches_of(4), options=options)
     path = tmp_path / "pairs.parquet"
     export_pairs(path, Source(ROWS), tokens, report, namespace)
 
@@ -45,4 +47,4 @@ def test_trl_reads_the_columns_beside_the_same_ids(tmp_path):
         assert theirs[name][:] == tokens[name][:]
     batch = DataCollatorForPreference(pad_token_id=0)(list(theirs))
     got = torch.stack([batch["ref_chosen_logps"], batch["ref_rejected_logps"]], 1)
-    np.testing.assert_array_equal(got.numpy(), np.float32(reference_logps(namespace, tokens)))
+    np.testing.assert_array_equal(got.numpy(), np.float32(reference_logps(namespace, answers)))

@@ -14,7 +14,7 @@ import numpy as np
 
 from dpofast.reference.identity.description import ReferenceIdentity
 from dpofast.reference.store.keys import row_key
-from dpofast.reference.store.row_detail import Detail
+from dpofast.reference.store.row_detail import RowDetail
 from dpofast.reference.store.store import ReferenceStore
 
 FOLDER = Path(__file__).parent / "golden" / "version-1"
@@ -59,8 +59,12 @@ LOGPS = [
 ]
 # by reference, in the order they were written: rank, detail, which answers
 SEGMENTS = {
-    BASE: [(0, Detail.LOGPS, [0, 1, 2]), (3, Detail.LOGSUMEXPS, [2, 3]), (12, Detail.SUMS, [4, 0])],
-    TUNED: [(0, Detail.SUMS, [4, 3, 2, 1, 0])],
+    BASE: [
+        (0, RowDetail.LOGPS, [0, 1, 2]),
+        (3, RowDetail.LOGSUMEXPS, [2, 3]),
+        (12, RowDetail.SUMS, [4, 0]),
+    ],
+    TUNED: [(0, RowDetail.SUMS, [4, 3, 2, 1, 0])],
 }
 # the fullest detail of each answer
 DETAILS = {BASE: [1, 1, 2, 2, 0], TUNED: [0, 0, 0, 0, 0]}

@@ -21,6 +21,7 @@ from typing import ClassVar
 
 import numpy as np
 
+from dpofast.reference.build.answers import read_answers
 from dpofast.reference.build.builder import BuildOptions, build_reference, reference_logps
 from dpofast.reference.store.files import TEMPORARY_PREFIX
 from dpofast.reference.store.keys import row_key
@@ -33,6 +34,7 @@ from tests.reference.stubs import batches_of, identity, pairs, stub_logps
 COUNTS = ("acknowledged", "lost", "wrong", "most_redone", "duplicates", "torn", "bad_stores")
 NUM_PAIRS, BATCH, COMMIT_ROWS = 100, 4, 16
 DATASET = pairs(NUM_PAIRS)
+ANSWERS = read_answers(DATASET)
 SEQUENCES = {
     row_key(pair["prompt_ids"], pair[side]): (pair["prompt_ids"], pair[side])
     for pair in DATASET
@@ -76,7 +78,7 @@ def is_right(values, key):
 
 def all_right(store):
     """Whether a store has every answer's summed log-prob."""
-    got = reference_logps(namespace(store), DATASET)  # [n, 2]
+    got = reference_logps(namespace(store), ANSWERS)  # [n, 2]
     of_pairs = [
         [
             Scoring.expected[row_key(pair["prompt_ids"], pair[side])].sum(dtype=np.float64)
@@ -112,7 +114,7 @@ def build(store, log):
     Writer.commit = acknowledging_commit
     options = BuildOptions(commit_rows=COMMIT_ROWS, progress=False)
     return build_reference(
-        namespace(store), DATASET, scorer, batches=batches_of(BATCH), options=options
+        namespace(store), ANSWERS, scorer, batches=batches_of(BATCH), options=options
     )
 
 

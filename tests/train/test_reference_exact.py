@@ -18,6 +18,7 @@ from dpofast.model.attention import packed_attention
 from dpofast.model.forward import pair_step, run_batch
 from dpofast.model.head import ScoreTask, head_options
 from dpofast.model.scorer import SequenceScorer
+from dpofast.reference.build.answers import read_answers
 from dpofast.reference.build.batches import Batch
 from dpofast.reference.build.builder import BuildOptions, build_reference
 from dpofast.reference.store.store import ReferenceStore
@@ -83,7 +84,7 @@ def on_stored_rows(make, pairs, own_batches=False):
         folder = trainer.args.reference_folder()
         build_reference(
             ReferenceStore.open(folder, create=True).namespace(identity),
-            trainer.train_dataset,
+            read_answers(trainer.train_dataset),
             SequenceScorer(trainer.model, trainer.accelerator.autocast, trainer.layout),
             batches=micro_batches_of(trainer),
             options=BuildOptions(progress=False),

@@ -4,26 +4,23 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import repeat
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import numpy as np
 from tqdm.auto import tqdm
 
 from dpofast.errors import MissingRowsError, ReferenceStoreError
+from dpofast.reference.build.answers import PairAnswers
 from dpofast.reference.build.batches import Batch, Batches
-from dpofast.reference.store.row_detail import Detail
 from dpofast.reference.build.missing import why_missing
-from dpofast.reference.build.answers import PairAnswers, read_answers
+from dpofast.reference.build.ranks import Exchange, Ranks, on_all_ranks
 from dpofast.reference.store.namespace import Namespace
-from dpofast.reference.build.ranks import Exchange, on_all_ranks
+from dpofast.reference.store.row_detail import RowDetail
 from dpofast.reference.store.writer import Writer
-
-if TYPE_CHECKING:
-    from datasets import Dataset
 
 logger = logging.getLogger(__name__)
 
@@ -46,19 +43,6 @@ class Scorer(Protocol):
 
 
 @dataclass(frozen=True)
-class Ranks:
-    """This process among those that build together.
-
-    Attributes:
-        barrier: returns when all ranks have called it.
-    """
-
-    rank: int = 0
-    world_size: int = 1
-    barrier: Callable[[], None] = lambda: None
-
-
-@dataclass(frozen=True)
 class BuildOptions:
     """How a build goes about its work; the rows don't depend on it but for rounding.
 
@@ -73,7 +57,7 @@ class BuildOptions:
     commit_rows: int = 4096
     commit_seconds: float = 30.0
     progress: bool = True
-    detail: Detail = Detail.LOGPS
+    detail: RowDetail = RowDetail.LOGPS
     rescore: bool = True
 
 
@@ -100,7 +84,7 @@ class ReferenceReport:
 
 def build_reference(
     namespace: Namespace,
-    pairs: Dataset,
+    answers: PairAnswers,
     scorer: Scorer,
     *,
     batches: Batches,
@@ -109,16 +93,16 @@ def build_reference(
     description: str = "reference log-probs",
     exchange: Exchange | None = None,
 ) -> ReferenceReport:
-    """Score what `namespace` lacks of a dataset's answers; afterwards it has them all.
+    """Score the answers that are missing from `namespace`; afterwards it has all of them.
 
-    With `options.rescore` it has them all in `options.detail`, too.
+    With `options.rescore` it also has them all in `options.detail`.
 
-    All ranks call this together, with the same dataset. When the build stops, by whatever
-    exception, what was scored is committed first.
+    All ranks call this together, with the same answers. If the build stops with any exception,
+    the answers scored so far are committed first.
 
     Args:
         namespace: of the reference that `scorer` is.
-        pairs: columns prompt_ids, chosen_ids, rejected_ids.
+        answers: dataset's answers, from `read_answers`.
         scorer: makes the log-probs.
         batches: says which answers share a model call, such as `BatchesOfTokens`.
         ranks: by default this process alone.
@@ -129,19 +113,17 @@ def build_reference(
     Raises:
         ReferenceStoreError: a log-prob is NaN or infinite (the row is named), the scorer returned
             something else, or the store can't be read or written.
-        DataError: the dataset isn't tokenised pairs.
     """
     ranks, options = ranks or Ranks(), options or BuildOptions()
     started = time.monotonic()
-    answers = read_answers(pairs)
-    least = options.detail if options.rescore else Detail.SUMS
+    least = options.detail if options.rescore else RowDetail.SUMS
     missing = on_all_ranks(lambda: _missing(namespace, answers, least), exchange)
     needed, found = len(answers.first), len(answers.first) - len(missing)
     held = namespace.contains(answers.keys[missing])
     reason = why_missing(namespace, found, held, least) if len(missing) else ""
     if ranks.rank == 0:
         tail = f" ({reason})" if reason else "; no forward pass of the reference"
-        enough = f" with {least.words}" if held.any() else ""
+        enough = f" with {least.added_values}" if held.any() else ""
         logger.info(
             "%s: %d answers needed, %d in the store%s, %d to score%s",
             description, needed, found, enough, len(missing), tail,
@@ -159,15 +141,13 @@ def build_reference(
     return ReferenceReport(needed, found, build.rows_scored, build.forward_passes, seconds, reason)
 
 
-def reference_logps(namespace: Namespace, pairs: Dataset) -> np.ndarray:
+def reference_logps(namespace: Namespace, answers: PairAnswers) -> np.ndarray:
     """Summed reference log-probs of each pair: [n, 2] fp64, chosen and rejected, in nats.
 
     Raises:
         MissingRowsError: rows are missing.
         ReferenceStoreError: rows are damaged.
-        DataError: the dataset isn't tokenised pairs.
     """
-    answers = read_answers(pairs)
     namespace.refresh()
     logps, found = namespace.lookup(answers.keys)
     if not found.all():
@@ -180,7 +160,7 @@ def reference_logps(namespace: Namespace, pairs: Dataset) -> np.ndarray:
     return logps.reshape(-1, 2)
 
 
-def _missing(namespace: Namespace, answers: PairAnswers, detail: Detail) -> np.ndarray:
+def _missing(namespace: Namespace, answers: PairAnswers, detail: RowDetail) -> np.ndarray:
     """Of the different answers, those that lack in this detail by now: [m] int64, sorted by key."""
     namespace.refresh()
     rows: np.ndarray = answers.first[~namespace.contains(answers.keys[answers.first], detail)]

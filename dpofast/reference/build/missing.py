@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 
 from dpofast.errors import ReferenceStoreError
-from dpofast.reference.store.row_detail import Detail
 from dpofast.reference.store.namespace import Namespace
+from dpofast.reference.store.row_detail import RowDetail
 from dpofast.reference.store.store import ReferenceStore
 from dpofast.reference.store.text import flatten, printable, shown
 
@@ -19,7 +19,7 @@ def why_missing(
     namespace: Namespace,
     found: int,
     held: np.ndarray | None = None,
-    detail: Detail = Detail.SUMS,
+    detail: RowDetail = RowDetail.SUMS,
 ) -> str:
     """One clause about the rows of a dataset that a namespace lacks.
 
@@ -31,7 +31,7 @@ def why_missing(
     """
     poorer = 0 if held is None else int(held.sum())
     if held is not None and poorer:
-        reason = f"{poorer} of them are stored without {detail.words}"
+        reason = f"{poorer} of them are stored without {detail.added_values}"
         rest = len(held) - poorer
         return f"{reason}; {_why_absent(namespace, found + poorer)}" if rest else reason
     return _why_absent(namespace, found)

@@ -11,21 +11,20 @@ from typing import Any
 import numpy as np
 
 from dpofast.errors import MissingRowsError
+from dpofast.reference.build.answers import read_answers
 from dpofast.reference.build.batches import Batches
 from dpofast.reference.build.builder import (
     BuildOptions,
-    Ranks,
     ReferenceReport,
     Scorer,
     build_reference,
     reference_logps,
 )
-from dpofast.reference.store.row_detail import Detail
+from dpofast.reference.build.ranks import Exchange, Ranks
 from dpofast.reference.identity.description import ReferenceIdentity
-from dpofast.reference.build.answers import read_answers
 from dpofast.reference.store.namespace import Namespace
+from dpofast.reference.store.row_detail import RowDetail
 from dpofast.reference.store.store import ReferenceStore
-from dpofast.reference.build.ranks import Exchange
 
 __all__ = ["Ranks", "ReferenceProvider"]
 
@@ -43,7 +42,9 @@ class ReferenceProvider:
             sums alone, so to it any row is as good; `dpofast ref build` asks for the detail.
     """
 
-    def __init__(self, folder: Path | None, ranks: Ranks, detail: Detail = Detail.LOGPS) -> None:
+    def __init__(
+        self, folder: Path | None, ranks: Ranks, detail: RowDetail = RowDetail.LOGPS
+    ) -> None:
         self.detail, self.rescore = detail, False
         self._temporary = None
         if folder is None:
@@ -93,10 +94,11 @@ class ReferenceProvider:
             MissingRowsError: a row is missing and there is no scorer.
             ReferenceStoreError: the store is damaged.
         """
+        answers = read_answers(pairs)
         if scorer is not None:
             report = build_reference(
                 self.namespace,
-                pairs,
+                answers,
                 scorer,
                 batches=batches,
                 ranks=self.ranks,
@@ -106,10 +108,10 @@ class ReferenceProvider:
             )
             rows, passes = sum_over_ranks([report.rows_scored, report.forward_passes])
             self.reports[name] = replace(report, rows_scored=rows, forward_passes=passes)
-            return reference_logps(self.namespace, pairs)
+            return reference_logps(self.namespace, answers)
         try:
-            logps = reference_logps(self.namespace, pairs)
-            needed = len(read_answers(pairs).first)
+            logps = reference_logps(self.namespace, answers)
+            needed = len(answers.first)
             self.reports[name] = ReferenceReport(needed, needed, 0, 0, 0.0)
             return logps
         except MissingRowsError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from dpofast.errors import ReferenceStoreError
@@ -11,6 +12,19 @@ from dpofast.errors import ReferenceStoreError
 Exchange = Callable[[Any], list[Any]]
 
 Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among those that build together.
+
+    Attributes:
+        barrier: returns when all ranks have called it.
+    """
+
+    rank: int = 0
+    world_size: int = 1
+    barrier: Callable[[], None] = lambda: None
 
 
 def on_all_ranks(action: Callable[[], Result], exchange: Exchange | None) -> Result:

@@ -13,7 +13,7 @@ from dpofast.reference.identity.description import ReferenceIdentity
 from dpofast.reference.store.files import list_names, make_folder, write_durably
 from dpofast.reference.store.format import IDENTITY_FILE, identity_text
 from dpofast.reference.store.keys import KEY_BYTES, KeyIndex, as_keys
-from dpofast.reference.store.row_detail import Detail
+from dpofast.reference.store.row_detail import RowDetail
 from dpofast.reference.store.segments import NAME_PATTERN, Columns, Segment
 from dpofast.reference.store.writer import Writer
 
@@ -26,7 +26,7 @@ class StoredRows:
         found: [n] bool.
         logps: [n] fp64, summed over each answer, in nats; NaN where not found.
         num_tokens: [n] int32; 0 where not found.
-        details: [n] int8, of the values of Detail: what of the next two is stored.
+        details: [n] int8, of the values of RowDetail: what of the next two is stored.
         per_token_logps: for each key [num_tokens] fp32, in nats; empty where not stored.
         per_token_logsumexps: of the logits, likewise.
     """
@@ -51,7 +51,7 @@ class RowCounts:
 
     rows: int
     tokens: int
-    of_detail: dict[Detail, int]
+    of_detail: dict[RowDetail, int]
 
 
 class Namespace:
@@ -88,7 +88,7 @@ class Namespace:
         return RowCounts(
             rows=len(rows),
             tokens=int(self._all("num_tokens", np.empty(0, np.int32))[rows].sum(dtype=np.int64)),
-            of_detail={detail: int((details >= detail).sum()) for detail in Detail},
+            of_detail={detail: int((details >= detail).sum()) for detail in RowDetail},
         )
 
     @property
@@ -134,7 +134,7 @@ class Namespace:
         return {name for name in list_names(self.folder) if NAME_PATTERN.fullmatch(name)}
 
     def contains(
-        self, keys: np.ndarray | Sequence[bytes], detail: Detail = Detail.SUMS
+        self, keys: np.ndarray | Sequence[bytes], detail: RowDetail = RowDetail.SUMS
     ) -> np.ndarray:
         """[n, 16] uint8 or n times 16 bytes -> [n] bool: whether there is a row of this detail.
 
@@ -195,7 +195,7 @@ class Namespace:
                 segment.check(inside)
                 yield places, segment.columns, inside
 
-    def writer(self, rank: int = 0, detail: Detail = Detail.LOGPS) -> Writer:
+    def writer(self, rank: int = 0, detail: RowDetail = RowDetail.LOGPS) -> Writer:
         """Adds rows. Any number of processes may write at once, none waits for another.
 
         Args:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from enum import IntEnum
 
 
-class Detail(IntEnum):
+class RowDetail(IntEnum):
     """What a row holds beside its summed log-prob; each includes those before it."""
 
     SUMS = 0  # nothing
@@ -13,9 +13,9 @@ class Detail(IntEnum):
     LOGSUMEXPS = 2  # and the log-sum-exp of the logits at each token
 
     @property
-    def words(self) -> str:
-        """What is added to the detail before."""
+    def added_values(self) -> str:
+        """Name of the values that this level stores and the level below does not."""
         return ("summed log-probs", "per-token log-probs", "log-sum-exps")[self]
 
 
-DETAILS = tuple(detail.name.lower() for detail in Detail)  # as options name them
+DETAILS = tuple(detail.name.lower() for detail in RowDetail)  # as options name them

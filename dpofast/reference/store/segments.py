@@ -107,7 +107,7 @@ class Columns:
     per_token_logsumexps: FloatLists
 
     @property
-    def details(self) -> np.ndarray:  # [n] int8, of the values of Detail
+    def details(self) -> np.ndarray:  # [n] int8, of the values of RowDetail
         has_logps = self.per_token_logps.lengths == self.num_tokens
         has_both = has_logps & (self.per_token_logsumexps.lengths == self.num_tokens)
         return has_logps.astype(np.int8) + has_both

@@ -18,7 +18,7 @@ from dpofast.reference.store.files import TEMPORARY_PREFIX, list_names, naming_e
 from dpofast.reference.store.format import IDENTITY_FILE, STORE_FILE, STORE_TEXT, identity_text
 from dpofast.reference.store.keys import unique_keys
 from dpofast.reference.store.namespace import Namespace
-from dpofast.reference.store.row_detail import Detail
+from dpofast.reference.store.row_detail import RowDetail
 from dpofast.reference.store.segments import (
     FORMAT_VERSION,
     NAME_PATTERN,
@@ -200,8 +200,8 @@ def info(folder: str | Path) -> dict[str, Any]:
                 "description": identity.description,
                 "rows": counts.rows,
                 "tokens": counts.tokens,
-                "rows_with_logps": counts.of_detail[Detail.LOGPS],
-                "rows_with_logsumexps": counts.of_detail[Detail.LOGSUMEXPS],
+                "rows_with_logps": counts.of_detail[RowDetail.LOGPS],
+                "rows_with_logsumexps": counts.of_detail[RowDetail.LOGSUMEXPS],
                 "segments": len(stats),
                 "bytes": sum(stat.st_size for stat in stats),
                 "first_written": _iso(times[0]),

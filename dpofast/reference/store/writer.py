@@ -8,7 +8,7 @@ import numpy as np
 
 from dpofast.errors import ReferenceStoreError
 from dpofast.reference.store.keys import as_keys
-from dpofast.reference.store.row_detail import Detail
+from dpofast.reference.store.row_detail import RowDetail
 from dpofast.reference.store.segments import Columns, FloatLists, write_segment
 
 _KINDS = ("log-prob", "log-sum-exp")
@@ -17,7 +17,7 @@ _KINDS = ("log-prob", "log-sum-exp")
 class Writer:
     """Made by `Namespace.writer`."""
 
-    def __init__(self, folder: Path, digest: bytes, rank: int, detail: Detail) -> None:
+    def __init__(self, folder: Path, digest: bytes, rank: int, detail: RowDetail) -> None:
         self._folder, self._digest = folder, digest
         self._rank, self._detail = rank, detail
         self._keys: list[bytes] = []

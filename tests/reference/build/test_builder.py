@@ -9,8 +9,10 @@ import pytest
 from datasets import Dataset, concatenate_datasets
 
 from dpofast.errors import ReferenceStoreError
-from dpofast.reference.build.builder import BuildOptions, Ranks, build_reference, reference_logps
-from dpofast.reference.store.row_detail import Detail
+from dpofast.reference.build.answers import read_answers
+from dpofast.reference.build.builder import BuildOptions, build_reference, reference_logps
+from dpofast.reference.build.ranks import Ranks
+from dpofast.reference.store.row_detail import RowDetail
 from dpofast.reference.store.store import ReferenceStore
 from tests.reference.stubs import StubScorer, batches_of, expected_logps, identity, pairs
 
@@ -23,7 +25,12 @@ def namespace(folder, **changes):
 
 def build(rows, dataset, scorer=None, num_answers=4, **arguments):
     arguments = {"options": QUIET, "batches": batches_of(num_answers), **arguments}
-    return build_reference(rows, dataset, scorer or StubScorer(), **arguments)
+    answers = read_answers(dataset)
+    return build_reference(rows, answers, scorer or StubScorer(), **arguments)
+
+
+def stored_logps(rows, dataset):
+    return reference_logps(rows, read_answers(dataset))
 
 
 def test_the_second_build_scores_nothing_and_gives_the_same(tmp_path):
@@ -37,7 +44,7 @@ def test_the_second_build_scores_nothing_and_gives_the_same(tmp_path):
     report = build(namespace(tmp_path), dataset, again)
     assert (report.rows_needed, report.rows_found, report.rows_scored) == (20, 20, 0)
     assert report.forward_passes == len(again.calls) == 0
-    got = reference_logps(namespace(tmp_path), dataset)
+    got = stored_logps(namespace(tmp_path), dataset)
     assert got.dtype == np.float64
     np.testing.assert_array_equal(got, expected_logps(dataset))
 
@@ -47,7 +54,7 @@ def test_order_and_batches_do_not_matter(tmp_path):
     build(namespace(tmp_path), dataset)
     shuffled = dataset.shuffle(seed=1)
     assert build(namespace(tmp_path), shuffled, num_answers=1).rows_scored == 0
-    got = reference_logps(namespace(tmp_path), shuffled)
+    got = stored_logps(namespace(tmp_path), shuffled)
     np.testing.assert_array_equal(got, expected_logps(shuffled))
 
 
@@ -67,7 +74,7 @@ def test_an_answer_in_many_pairs_is_scored_once(tmp_path):
     report = build(namespace(tmp_path), dataset, scorer)
     assert (report.rows_needed, report.rows_scored) == (4, 4)
     assert sorted(answer for _, answer in scorer.scored) == [[3], [4], [5], [6]]
-    got = reference_logps(namespace(tmp_path), dataset)
+    got = stored_logps(namespace(tmp_path), dataset)
     np.testing.assert_array_equal(got, expected_logps(dataset))
 
 
@@ -80,7 +87,7 @@ def test_ranks_share_the_work_and_all_see_all_rows(tmp_path):
         rows = namespace(tmp_path)
         ranks = Ranks(rank, 3, barrier.wait)
         reports[rank] = build(rows, dataset, scorers[rank], ranks=ranks)
-        logps[rank] = reference_logps(rows, dataset)
+        logps[rank] = stored_logps(rows, dataset)
 
     threads = [threading.Thread(target=work, args=(rank,)) for rank in range(3)]
     for thread in threads:
@@ -100,7 +107,7 @@ def test_ranks_that_do_not_share_a_folder_score_all_for_themselves(tmp_path):
     rows = namespace(tmp_path)
     report = build(rows, dataset, ranks=Ranks(1, 2))
     assert report.rows_scored == 16
-    np.testing.assert_array_equal(reference_logps(rows, dataset), expected_logps(dataset))
+    np.testing.assert_array_equal(stored_logps(rows, dataset), expected_logps(dataset))
 
 
 class StoppingScorer(StubScorer):
@@ -123,7 +130,7 @@ def test_what_was_scored_before_an_exception_is_kept(tmp_path, error):
     report = build(namespace(tmp_path), dataset)
     assert (report.rows_found, report.rows_scored) == (12, 8)
     np.testing.assert_array_equal(
-        reference_logps(namespace(tmp_path), dataset), expected_logps(dataset)
+        stored_logps(namespace(tmp_path), dataset), expected_logps(dataset)
     )
 
 
@@ -180,15 +187,15 @@ def test_missing_rows_are_counted_and_explained(tmp_path):
     dataset = pairs(6)
     rows = namespace(tmp_path)
     with pytest.raises(ReferenceStoreError, match=r"lacks 12 of 12.*row 0 \(chosen\).*is new"):
-        reference_logps(rows, dataset)
+        stored_logps(rows, dataset)
     build(rows, dataset)
     with pytest.raises(ReferenceStoreError, match=r"lacks 2 of 14.*row 6 \(chosen\).*new answers"):
-        reference_logps(rows, concatenate_datasets([dataset, pairs(1, seed=9)]))
+        stored_logps(rows, concatenate_datasets([dataset, pairs(1, seed=9)]))
     with pytest.raises(ReferenceStoreError, match=r"12 rows of this reference, but of other"):
-        reference_logps(rows, pairs(6, seed=9))
+        stored_logps(rows, pairs(6, seed=9))
     other = namespace(tmp_path, config={"rope_theta": 5e5})
     with pytest.raises(ReferenceStoreError, match=r"1 other.*config.rope_theta: 10000.0 there, 5"):
-        reference_logps(other, dataset)
+        stored_logps(other, dataset)
 
 
 class DetailedScorer(StubScorer):
@@ -199,7 +206,7 @@ class DetailedScorer(StubScorer):
 def test_rows_in_less_detail_are_missing_to_a_build_that_asks_for_more(tmp_path, caplog):
     caplog.set_level(logging.INFO, "dpofast.reference.build.builder")
     dataset, more = pairs(6), pairs(8)
-    detailed = BuildOptions(progress=False, detail=Detail.LOGSUMEXPS)
+    detailed = BuildOptions(progress=False, detail=RowDetail.LOGSUMEXPS)
     build(namespace(tmp_path), dataset)
     rows = namespace(tmp_path)
     report = build(rows, dataset, DetailedScorer(), options=detailed)
@@ -229,18 +236,22 @@ def test_rows_in_less_detail_are_missing_to_a_build_that_asks_for_more(tmp_path,
 def test_any_row_serves_where_nothing_is_to_be_scored_again(tmp_path):
     dataset = pairs(6)
     rows = namespace(tmp_path)
-    build(rows, dataset, options=BuildOptions(progress=False, detail=Detail.SUMS))
-    assert rows.counts().of_detail == {Detail.SUMS: 12, Detail.LOGPS: 0, Detail.LOGSUMEXPS: 0}
+    build(rows, dataset, options=BuildOptions(progress=False, detail=RowDetail.SUMS))
+    assert rows.counts().of_detail == {
+        RowDetail.SUMS: 12,
+        RowDetail.LOGPS: 0,
+        RowDetail.LOGSUMEXPS: 0,
+    }
     options = BuildOptions(progress=False, rescore=False)
     assert build(rows, dataset, options=options).rows_scored == 0
-    np.testing.assert_array_equal(reference_logps(rows, dataset), expected_logps(dataset))
+    np.testing.assert_array_equal(stored_logps(rows, dataset), expected_logps(dataset))
     more = concatenate_datasets([dataset, pairs(1, seed=9)])
     assert build(rows, more, options=options).rows_scored == 2
-    assert rows.counts().of_detail[Detail.LOGPS] == 2  # what it scored, in its own detail
+    assert rows.counts().of_detail[RowDetail.LOGPS] == 2  # what it scored, in its own detail
 
 
 def test_a_scorer_without_the_log_sum_exps_that_were_asked_for_is_refused(tmp_path):
-    options = BuildOptions(progress=False, detail=Detail.LOGSUMEXPS)
+    options = BuildOptions(progress=False, detail=RowDetail.LOGSUMEXPS)
     with pytest.raises(ReferenceStoreError, match=r"row \d \(\w+\) have no log-sum-exps"):
         build(namespace(tmp_path), pairs(6), options=options)
     assert len(namespace(tmp_path)) == 0

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from dpofast.errors import ReferenceStoreError
-from dpofast.reference.build.builder import BuildOptions, Ranks, build_reference, reference_logps
-from dpofast.reference.build.ranks import on_all_ranks
+from dpofast.reference.build.answers import read_answers
+from dpofast.reference.build.builder import BuildOptions, build_reference, reference_logps
+from dpofast.reference.build.ranks import Ranks, on_all_ranks
 from dpofast.reference.store import writer
 from dpofast.reference.store.store import ReferenceStore
 from tests.reference.stubs import StubScorer, batches_of, expected_logps, identity, pairs
@@ -89,7 +90,7 @@ def builder(folder, num_pairs, fail=nothing, commit_rows=4096, at_barrier=nothin
         where = folder(rank) if callable(folder) else folder
         report = build_reference(
             ReferenceStore.open(where, create=True).namespace(identity()),
-            pairs(num_pairs),
+            read_answers(pairs(num_pairs)),
             score,
             batches=batches_of(4),
             ranks=Ranks(rank, WORLD, barrier),
@@ -102,7 +103,8 @@ def builder(folder, num_pairs, fail=nothing, commit_rows=4096, at_barrier=nothin
 
 
 def logps(folder, num_pairs):
-    return reference_logps(ReferenceStore.open(folder).namespace(identity()), pairs(num_pairs))
+    namespace = ReferenceStore.open(folder).namespace(identity())
+    return reference_logps(namespace, read_answers(pairs(num_pairs)))
 
 
 @pytest.mark.parametrize(

@@ -14,8 +14,9 @@ import pytest
 from xxhash import xxh3_64_intdigest, xxh3_128_digest, xxh3_128_hexdigest
 
 from dpofast.errors import ReferenceStoreError
+from dpofast.reference.build.answers import read_answers
 from dpofast.reference.build.builder import BuildOptions, build_reference
-from dpofast.reference.store.row_detail import Detail
+from dpofast.reference.store.row_detail import RowDetail
 from dpofast.reference.store.store import ReferenceStore
 from dpofast.reference.store.verify import verify
 from tests.reference.stubs import StubScorer, batches_of, identity, pairs, stub_logps
@@ -38,7 +39,8 @@ def test_a_store_reads_as_documented(tmp_path):
     dataset = pairs(5)
     rows = ReferenceStore.open(tmp_path, create=True).namespace(identity())
     options = BuildOptions(progress=False)
-    build_reference(rows, dataset, StubScorer(), batches=batches_of(4), options=options)
+    answers = read_answers(dataset)
+    build_reference(rows, answers, StubScorer(), batches=batches_of(4), options=options)
 
     content = json.loads((tmp_path / "store.json").read_text())
     assert content == {"format": "dpofast reference store", "version": 1}
@@ -103,10 +105,10 @@ def write_one_row(folder, num_tokens, logps, logsumexps):
     return key
 
 
-@pytest.mark.parametrize("detail", Detail)
+@pytest.mark.parametrize("detail", RowDetail)
 def test_a_store_written_as_documented_is_read(tmp_path, detail):
-    logps = [-0.5, -1.25] if detail >= Detail.LOGPS else []
-    logsumexps = [7.5, 0.25] if detail >= Detail.LOGSUMEXPS else []
+    logps = [-0.5, -1.25] if detail >= RowDetail.LOGPS else []
+    logsumexps = [7.5, 0.25] if detail >= RowDetail.LOGSUMEXPS else []
     key = write_one_row(tmp_path, 2, logps, logsumexps)
     assert verify(tmp_path).ok
     stored = ReferenceStore.open(tmp_path).namespace(identity()).read([key])

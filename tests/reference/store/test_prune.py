@@ -12,7 +12,7 @@ from dpofast.errors import ReferenceStoreError
 from dpofast.reference.store import files
 from dpofast.reference.store import prune as pruning
 from dpofast.reference.store.prune import prune
-from dpofast.reference.store.row_detail import Detail
+from dpofast.reference.store.row_detail import RowDetail
 from dpofast.reference.store.store import ReferenceStore
 from dpofast.reference.store.verify import info, verify
 from tests.reference.store.test_store import KEYS, ROWS, write
@@ -49,7 +49,7 @@ def test_of_rows_that_stand_twice_the_fullest_is_kept(tmp_path, monkeypatch, mos
     monkeypatch.setattr(pruning, "MERGED_BYTES", most)
     scores = {key: np.stack([values, 3 - values]) for key, values in ROWS.items()}
     namespace = write(tmp_path)
-    for detail, keys in ((Detail.SUMS, KEYS), (Detail.LOGSUMEXPS, KEYS[:5])):
+    for detail, keys in ((RowDetail.SUMS, KEYS), (RowDetail.LOGSUMEXPS, KEYS[:5])):
         writer = namespace.writer(detail=detail)
         for key in keys:
             writer.add(key, scores[key])

@@ -11,7 +11,7 @@ import pytest
 
 from dpofast.errors import ReferenceStoreError
 from dpofast.reference.store import files
-from dpofast.reference.store.row_detail import Detail
+from dpofast.reference.store.row_detail import RowDetail
 from dpofast.reference.store.store import ReferenceStore
 from tests.reference.stubs import identity
 
@@ -67,7 +67,7 @@ def scores_of(values):
     return np.stack([values, 3 - 2 * values])
 
 
-@pytest.mark.parametrize("detail", Detail)
+@pytest.mark.parametrize("detail", RowDetail)
 def test_a_row_holds_what_its_detail_says(tmp_path, detail):
     namespace = ReferenceStore.open(tmp_path, create=True).namespace(identity())
     writer = namespace.writer(detail=detail)
@@ -82,21 +82,21 @@ def test_a_row_holds_what_its_detail_says(tmp_path, detail):
         assert rows.num_tokens[place] == len(logps)
         assert rows.details[place] == detail
         np.testing.assert_array_equal(
-            rows.per_token_logps[place], logps if detail >= Detail.LOGPS else []
+            rows.per_token_logps[place], logps if detail >= RowDetail.LOGPS else []
         )
         np.testing.assert_array_equal(
-            rows.per_token_logsumexps[place], logsumexps if detail >= Detail.LOGSUMEXPS else []
+            rows.per_token_logsumexps[place], logsumexps if detail >= RowDetail.LOGSUMEXPS else []
         )
-    for wanted in Detail:
+    for wanted in RowDetail:
         assert namespace.contains(KEYS, wanted).all() == (wanted <= detail)
         assert namespace.contains(KEYS, wanted).any() == (wanted <= detail)
     assert not namespace.contains([b"n" * 16]).any()
     counts = namespace.counts()
     assert (counts.rows, counts.tokens) == (12, sum(map(len, ROWS.values())))
-    assert counts.of_detail == {wanted: 12 * (wanted <= detail) for wanted in Detail}
+    assert counts.of_detail == {wanted: 12 * (wanted <= detail) for wanted in RowDetail}
 
 
-@pytest.mark.parametrize("order", list(itertools.permutations(Detail)))
+@pytest.mark.parametrize("order", list(itertools.permutations(RowDetail)))
 def test_of_rows_that_stand_twice_the_fullest_is_read(tmp_path, order):
     namespace = ReferenceStore.open(tmp_path, create=True).namespace(identity())
     for detail in order:
@@ -117,7 +117,7 @@ def test_of_rows_that_stand_twice_the_fullest_is_read(tmp_path, order):
 
 def test_a_row_without_the_log_sum_exps_that_were_asked_for_is_refused(tmp_path):
     namespace = ReferenceStore.open(tmp_path, create=True).namespace(identity())
-    writer = namespace.writer(detail=Detail.LOGSUMEXPS)
+    writer = namespace.writer(detail=RowDetail.LOGSUMEXPS)
     with pytest.raises(ReferenceStoreError, match=r"row 7 \(chosen\) have no log-sum-exps"):
         writer.add(bytes(16), np.float32([-1]), "row 7 (chosen)")
     assert writer.commit() == 0
@@ -127,8 +127,8 @@ def test_a_log_sum_exp_that_is_not_finite_is_refused_where_it_is_stored(tmp_path
     namespace = ReferenceStore.open(tmp_path, create=True).namespace(identity())
     scores = np.array([[-1.0, -2.0], [3.0, np.inf]])
     with pytest.raises(ReferenceStoreError, match=r"log-sum-exp of row 7 is inf at .* token 1"):
-        namespace.writer(detail=Detail.LOGSUMEXPS).add(bytes(16), scores, "row 7")
-    namespace.writer(detail=Detail.LOGPS).add(bytes(16), scores, "row 7")
+        namespace.writer(detail=RowDetail.LOGSUMEXPS).add(bytes(16), scores, "row 7")
+    namespace.writer(detail=RowDetail.LOGPS).add(bytes(16), scores, "row 7")
 
 
 def test_keys_are_taken_as_bytes_and_as_an_array(tmp_path):
@@ -181,7 +181,7 @@ def test_rows_that_are_not_committed_are_not_there(tmp_path):
     assert writer.commit() == writer.pending_rows == 0
 
 
-@pytest.mark.parametrize("detail", [Detail.SUMS, Detail.LOGPS])
+@pytest.mark.parametrize("detail", [RowDetail.SUMS, RowDetail.LOGPS])
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, -1e39])
 def test_a_log_prob_that_is_not_finite_is_refused_with_its_row(tmp_path, value, detail):
     namespace = ReferenceStore.open(tmp_path, create=True).namespace(identity())

@@ -12,14 +12,14 @@ from dpofast.errors import ReferenceStoreError
 from dpofast.reference.store import verify as report_module
 from dpofast.reference.store.files import TEMPORARY_PREFIX
 from dpofast.reference.store.prune import prune
-from dpofast.reference.store.row_detail import Detail
+from dpofast.reference.store.row_detail import RowDetail
 from dpofast.reference.store.store import ReferenceStore
 from dpofast.reference.store.text import human_bytes
 from dpofast.reference.store.verify import describe, info, verify
 from tests.reference.stubs import identity
 
 ROWS = {bytes([i] * 16): np.float32([-i, -1.5, -0.25][: i % 3 + 1]) for i in range(1, 4)}
-DETAILS = dict(zip(ROWS, Detail, strict=True))
+DETAILS = dict(zip(ROWS, RowDetail, strict=True))
 
 
 @pytest.fixture
@@ -62,8 +62,8 @@ def refused_or_right(store):
             assert rows.logps[place] == values.sum(dtype=np.float64), key
             assert rows.num_tokens[place] == len(values)
             assert rows.details[place] == DETAILS[key]
-            logps = values if DETAILS[key] >= Detail.LOGPS else []
-            logsumexps = -7 * values if DETAILS[key] >= Detail.LOGSUMEXPS else []
+            logps = values if DETAILS[key] >= RowDetail.LOGPS else []
+            logsumexps = -7 * values if DETAILS[key] >= RowDetail.LOGSUMEXPS else []
             np.testing.assert_array_equal(rows.per_token_logps[place], logps)
             np.testing.assert_array_equal(rows.per_token_logsumexps[place], logsumexps)
 

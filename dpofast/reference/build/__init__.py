@@ -1,0 +1,1 @@
+"""Scores the reference log-probs that the store is missing."""
