@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from dpofast.data.tokens.truncate import TRUNCATION_MODES
 from dpofast.errors import ConfigError
 from dpofast.options.foreign import refuse_unknown_options
 from dpofast.reference.store.row_detail import DETAILS, RowDetail
-from dpofast.zero.batch import ShownBatch, settle_deepspeed
+from dpofast.zero.batch import settle_deepspeed
 from dpofast.zero.config import read_deepspeed
 from dpofast_kernels import PairLoss, make_loss
 
@@ -214,38 +213,6 @@ class DPOConfig(TrainingArguments):
     def reference_detail(self) -> RowDetail:
         """What is stored of each answer that a run scores."""
         return RowDetail(DETAILS.index(self.reference_store_detail))
-
-    @contextlib.contextmanager
-    def one_item_per_step(self) -> Iterator[None]:
-        """Inside, the Trainer's loop takes one item of its loader for one optimizer step.
-
-        An item holds all micro-batches of the step, so the loop must not accumulate on top, nor may
-        DeepSpeed. Logs and checkpoints go on to show the values that the user gave.
-        """
-        pairs_per_rank = self.per_device_train_batch_size * self.accumulation
-        self._shown_accumulation: int = self.gradient_accumulation_steps  # type: ignore[has-type]
-        self.gradient_accumulation_steps = 1
-        self._shown_batch = ShownBatch(self.deepspeed_plugin, pairs_per_rank, self.world_size)
-        try:
-            with self._shown_batch.one_item():
-                yield
-        finally:
-            self.gradient_accumulation_steps = self._shown_accumulation
-            del self._shown_accumulation, self._shown_batch
-
-    @property
-    def accumulation(self) -> int:
-        """gradient_accumulation_steps as the user gave it, also while the Trainer's loop runs."""
-        return getattr(self, "_shown_accumulation", self.gradient_accumulation_steps)
-
-    def to_dict(self) -> dict[str, Any]:
-        return {**super().to_dict(), "gradient_accumulation_steps": self.accumulation}
-
-    def __getstate__(self) -> dict[str, Any]:
-        state = {**self.__dict__, "gradient_accumulation_steps": self.accumulation}
-        state.pop("_shown_accumulation", None)
-        shown_batch = state.pop("_shown_batch", None)
-        return state if shown_batch is None else {**state, **shown_batch.as_shown()}
 
     def _check_numbers(self) -> None:
         ranges = {

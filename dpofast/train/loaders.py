@@ -16,6 +16,7 @@ from dpofast.data.packing.collate import Layout
 from dpofast.data.packing.plan import BatchShape, StepSampler
 from dpofast.options.config import DPOConfig
 from dpofast.train.dataset import RunDataset
+from dpofast.train.reference import RunReference
 from dpofast.train.sampler import train_sampler
 
 logger = logging.getLogger(__name__)
@@ -44,27 +45,85 @@ def max_row_tokens(config: DPOConfig, measure: Callable[[], int]) -> int:
     return CPU_ROW_TOKENS if config.device.type == "cpu" else measure()
 
 
-def train_loader(config: DPOConfig, dataset: RunDataset, layout: Layout) -> StepLoader:
-    """A loader of this rank's training steps; `dataset` is scored and planned."""
-    assert dataset.plan is not None, "the steps are planned first"
-    # A copy, as the loader moves its plan on from epoch to epoch.
-    return _loader(config, dataset, layout, copy.copy(dataset.plan))
+class StepLoaders:
+    """Takes the run's datasets from prepared to planned, and makes their data loaders.
 
+    Args:
+        config: options of the run.
+        layout: layout of the micro-batches.
+        reference: scores the datasets.
+        measure: says how many tokens of a packed row fit this run's GPUs; the same on every rank.
 
-def evaluation_loader(config: DPOConfig, dataset: RunDataset, layout: Layout) -> StepLoader:
-    """A loader of this rank's evaluation steps, in the dataset's order; `dataset` is scored."""
-    shape = BatchShape(config.per_device_eval_batch_size, 1, config.world_size)
-    limit = dataset.token_limit
-    plan = StepSampler(len(dataset), shape, config.process_index, seed=None, limit=limit)
-    return _loader(config, dataset, layout, plan)
+    Attributes:
+        row_tokens: most tokens of a packed row; None until it is settled, and where rows are
+            padded.
+    """
 
+    def __init__(
+        self,
+        config: DPOConfig,
+        layout: Layout,
+        reference: RunReference,
+        measure: Callable[[], int],
+    ) -> None:
+        self.config, self.layout, self.reference = config, layout, reference
+        self._measure = measure
+        self.row_tokens: int | None = None
 
-def plan_training(config: DPOConfig, dataset: RunDataset, layout: Layout) -> None:
-    """Plan this rank's training steps, and log how well they are packed."""
-    plan = dataset.plan = train_sampler(config, len(dataset), dataset.token_limit)
-    figures = plan.figures()  # None where rows are padded
-    packing = "each sequence in a row of its own" if figures is None else plan.describe(figures)
-    logger.info("Layout: %s; %s.", layout.name, packing)
+    def settle(self, recorded: int | None = None) -> None:
+        """Fix the run's reference and the length of packed rows; later calls change neither.
+
+        Args:
+            recorded: the length in the checkpoint that is resumed. It holds unless the options give
+                another one.
+        """
+        self.reference.settle()
+        if not self.layout.is_packed:
+            return
+        if recorded is not None and self.config.max_tokens_per_microbatch is None:
+            self.row_tokens = recorded
+        elif self.row_tokens is None:
+            self.row_tokens = max_row_tokens(self.config, self._measure)
+
+    def score(self, dataset: RunDataset, rescore: bool = False) -> None:
+        """Give a dataset its reference log-probs; arguments and errors as `RunReference.score`."""
+        by_pairs = self.config.precompute_ref_batch_size is not None
+        self.reference.score(dataset, None if by_pairs else self.row_tokens, rescore)
+
+    def plan(self, dataset: RunDataset) -> None:
+        """Plan this rank's training steps, and log how well they are packed."""
+        dataset.measure_lengths(self.layout, self.row_tokens)
+        plan = dataset.plan = train_sampler(self.config, len(dataset), dataset.token_limit)
+        figures = plan.figures()  # None where rows are padded
+        packing = "each sequence in a row of its own" if figures is None else plan.describe(figures)
+        logger.info("Layout: %s; %s.", self.layout.name, packing)
+
+    def training(self, dataset: RunDataset) -> StepLoader:
+        """A loader of the training steps of a dataset that is scored and planned."""
+        assert dataset.plan is not None, "the steps are planned first"
+        # A copy, as the loader moves its plan on from epoch to epoch.
+        return self._loader(dataset, copy.copy(dataset.plan))
+
+    def evaluation(self, dataset: RunDataset) -> StepLoader:
+        """A loader of the evaluation steps of a scored dataset, in the dataset's order."""
+        config = self.config
+        dataset.measure_lengths(self.layout, self.row_tokens)
+        shape = BatchShape(config.per_device_eval_batch_size, 1, config.world_size)
+        rank, limit = config.process_index, dataset.token_limit
+        return self._loader(dataset, StepSampler(len(dataset), shape, rank, seed=None, limit=limit))
+
+    def _loader(self, dataset: RunDataset, plan: StepSampler) -> StepLoader:
+        config = self.config
+        workers = config.dataloader_num_workers
+        return StepLoader(
+            dataset.steps(self.layout),
+            batch_sampler=plan,
+            collate_fn=whole_step,
+            num_workers=workers,
+            pin_memory=config.dataloader_pin_memory and torch.cuda.is_available(),
+            persistent_workers=workers > 0 and config.dataloader_persistent_workers,
+            prefetch_factor=config.dataloader_prefetch_factor if workers else None,
+        )
 
 
 def packing_summary(plan: StepSampler | None) -> dict[str, Any] | None:
@@ -79,18 +138,3 @@ def packing_summary(plan: StepSampler | None) -> dict[str, Any] | None:
 def whole_step(step: Any) -> Any:
     """The collate function, which has nothing to do: a step arrives laid out."""
     return step
-
-
-def _loader(
-    config: DPOConfig, dataset: RunDataset, layout: Layout, plan: StepSampler
-) -> StepLoader:
-    workers = config.dataloader_num_workers
-    return StepLoader(
-        dataset.steps(layout),
-        batch_sampler=plan,
-        collate_fn=whole_step,
-        num_workers=workers,
-        pin_memory=config.dataloader_pin_memory and torch.cuda.is_available(),
-        persistent_workers=workers > 0 and config.dataloader_persistent_workers,
-        prefetch_factor=config.dataloader_prefetch_factor if workers else None,
-    )

@@ -24,7 +24,9 @@ def train_sampler(
         rank: which of how many ranks, (0 to n - 1, n); by default this process.
     """
     number, world_size = rank or (config.process_index, config.world_size)
-    shape = BatchShape(config.per_device_train_batch_size, config.accumulation, world_size)
+    shape = BatchShape(
+        config.per_device_train_batch_size, config.gradient_accumulation_steps, world_size
+    )
     seed = config.seed if config.data_seed is None else config.data_seed
     is_random = config.train_sampling_strategy == "random"
     drop_last = config.dataloader_drop_last

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +15,10 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from dpofast.data.packing.batch import PackedPairs, StepBatch
 from dpofast.errors import ConfigError
-from dpofast.model.attention import packed_attention
 from dpofast.model.dropout import dropouts
-from dpofast.model.forward import evaluating, pair_step, run_batch
-from dpofast.model.head import PairLossTask, head_options
+from dpofast.model.forward import evaluating, micro_batch
 from dpofast.model.packable import choose_layout
-from dpofast.model.parts import causal_lm
-from dpofast.model.router import join, make_router_loss
+from dpofast.model.router import RouterLoss, make_router_loss
 from dpofast.monitor.callbacks import MetricsFile
 from dpofast.monitor.metrics import MetricSums
 from dpofast.monitor.plots import PLOT_FILE, plot_run
@@ -30,18 +26,20 @@ from dpofast.monitor.summary import write_summary
 from dpofast.monitor.throughput import Throughput
 from dpofast.options.config import DPOConfig
 from dpofast.options.trl import refuse, resolve_config, resolve_tokenizer
-from dpofast.reference.build.provider import Ranks, ReferenceProvider
-from dpofast.train import checkpoint as checkpoints
+from dpofast.reference.build.ranks import Ranks
+from dpofast.train.checkpoint import load_run_state, refuse_finished, resolve_checkpoint
 from dpofast.train.clipping import ClipsExactly
-from dpofast.train.dataset import PreparedData
+from dpofast.train.dataset import PairPreparer, RunDataset, pairs_of
 from dpofast.train.loaders import StepLoader, StepLoaders, whole_step
+from dpofast.train.loop_arguments import one_item_per_step
 from dpofast.train.memory import free_device_bytes, tokens_that_fit
 from dpofast.train.policy import model_name, prepare_policy, resolve_model, resolve_ref_model
 from dpofast.train.reference import RunReference
+from dpofast.train.run_store import RunStore
 from dpofast.train.sampler import planned_steps, train_sampler
+from dpofast.train.step import PairLossPass
 from dpofast.train.step_zero import StepZeroCheck
 from dpofast.zero.blocks import runnable
-from dpofast_kernels import METRIC_NAMES, PairLossOutput
 
 logger = logging.getLogger(__name__)
 
@@ -98,39 +96,46 @@ class DPOTrainer(ClipsExactly, Trainer):
         ref_model = resolve_ref_model(ref_model, model, config)
         model, tokenizer = resolve_model(model, config, processing_class)
         model = prepare_policy(model, config, peft_config)
+        self.config = config  # as the user gave it; `args` is what the Trainer's loop reads
         self.pair_loss = config.make_loss()
-        self.data = PreparedData(config, tokenizer, (model, ref_model))
+        self.data = PairPreparer(config, tokenizer, (model, ref_model))
         self._start_counting()
+        train_set = None if train_dataset is None else self.data.prepare(train_dataset, "train")
         super().__init__(
             model=model,
             args=config,
             data_collator=whole_step,
-            train_dataset=self.data.prepare(train_dataset, "train"),
-            eval_dataset=self.data.prepare_sets(eval_dataset, "eval"),
+            train_dataset=pairs_of(train_set),
+            eval_dataset=pairs_of(self.data.prepare_sets(eval_dataset, "eval")),
             processing_class=tokenizer,
             callbacks=[MetricsFile(), *(callbacks or [])],
             optimizers=optimizers,
         )
-        self._lm_config = causal_lm(self.model).config
-        self._head_options = head_options(self._lm_config)
         self.layout = choose_layout(config.layout, self.model, self._pad_token_id)
-        self._router_loss = make_router_loss(self.model, config)
-        ranks = Ranks(config.process_index, config.world_size, self.accelerator.wait_for_everyone)
-        pairs = config.precompute_ref_batch_size or config.per_device_train_batch_size
         self.ref_model = ref_model
-        detail = config.reference_detail()
-        self.reference = RunReference(
-            self.model,
-            ref_model,
-            ReferenceProvider(config.reference_folder(), ranks, detail),
-            self.accelerator,
-            self.layout,
-            num_answers=2 * pairs,
-            router_loss=self._router_loss,
-        )
+        router_loss = make_router_loss(self.model, config)
+        self.reference = self._make_reference(router_loss)
         self.loaders = StepLoaders(config, self.layout, self.reference, self._tokens_that_fit)
+        self.compute_pair_loss = PairLossPass(
+            self.model, self.pair_loss, router_loss, self.accelerator.autocast, config.device
+        )
         self.throughput = Throughput(
             self.model, self.reference.dtype(), config.device, config.world_size
+        )
+
+    def _make_reference(self, router_loss: RouterLoss | None) -> RunReference:
+        config = self.config
+        ranks = Ranks(config.process_index, config.world_size, self.accelerator.wait_for_everyone)
+        store = RunStore(config.reference_folder(), ranks, config.reference_detail())
+        num_pairs = config.precompute_ref_batch_size or config.per_device_train_batch_size
+        return RunReference(
+            self.model,
+            self.ref_model,
+            store,
+            self.accelerator,
+            self.layout,
+            num_answers=2 * num_pairs,
+            router_loss=router_loss,
         )
 
     # Data
@@ -140,32 +145,67 @@ class DPOTrainer(ClipsExactly, Trainer):
         ids = (self.processing_class.pad_token_id, self.processing_class.eos_token_id)
         return next((token for token in ids if token is not None), 0)
 
+    def train_set(self) -> RunDataset:
+        """The training dataset, with all that the run knows of it.
+
+        Raises:
+            ConfigError: the trainer has none.
+        """
+        if self.train_dataset is None:
+            raise ConfigError("DPOTrainer: train() needs a train_dataset.")
+        return self.data.prepare(self.train_dataset, "train")
+
+    def eval_sets(self) -> dict[str, RunDataset]:
+        """The held-out datasets by name; a single one is called "eval"."""
+        given = self.eval_dataset
+        if given is None:
+            return {}
+        if not isinstance(given, dict):
+            return {"eval": self.data.prepare(given, "eval")}
+        return {key: self.data.prepare(pairs, f"eval_{key}") for key, pairs in given.items()}
+
+    def score_datasets(self, rescore: bool = False) -> None:
+        """Give all datasets their reference log-probs; missing ones are scored.
+
+        Args:
+            rescore: score answers again that are stored in less detail than the options ask for.
+
+        Raises:
+            ReferenceStoreError: log-probs are missing and can't be made.
+        """
+        self.loaders.settle()
+        train_sets = [] if self.train_dataset is None else [self.train_set()]
+        for dataset in [*train_sets, *self.eval_sets().values()]:
+            self.loaders.score(dataset, rescore)
+
     def _tokens_that_fit(self) -> int:
-        """Tokens of a packed row in this run's GPU memory; the least of all ranks."""
+        """Tokens of a packed row that fit the GPU memory of every rank."""
         autocast = self.accelerator.autocast
         with runnable(self):
-            free = free_device_bytes(self.args.device)
-            tokens = tokens_that_fit(self.model, self.layout, self.args, autocast, free)
-        own = torch.tensor([tokens], device=self.args.device)
+            free = free_device_bytes(self.config.device)
+            tokens = tokens_that_fit(self.model, self.layout, self.config, autocast, free)
+        own = torch.tensor([tokens], device=self.config.device)
         return int(self.accelerator.gather(own).min())
 
     def get_train_dataloader(self) -> StepLoader:
         """One item is one step. Not prepared by accelerate, which would shard it again."""
-        return self.loaders.train(self._train_pairs())
-
-    def _train_pairs(self) -> Any:
-        if self.train_dataset is None:
-            raise ConfigError("DPOTrainer: train() needs a train_dataset.")
-        return self.train_dataset
+        train_set = self.train_set()
+        if train_set.plan is None:  # the loader is asked for outside `train`
+            self.score_datasets()
+            self.loaders.plan(train_set)
+        return self.loaders.training(train_set)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> StepLoader:
-        name = eval_dataset if isinstance(eval_dataset, str) else "eval"
-        pairs = self.eval_dataset if eval_dataset is None else eval_dataset
-        if isinstance(eval_dataset, str):
-            pairs = self.eval_dataset[eval_dataset]
-        if pairs is None:
+        if eval_dataset is None:
+            eval_dataset = self.eval_dataset
+        elif isinstance(eval_dataset, str):
+            eval_dataset = self.eval_dataset[eval_dataset]
+        if eval_dataset is None:
             raise ConfigError("DPOTrainer: evaluate() needs an eval_dataset.")
-        return self.loaders.evaluation(pairs, name)
+        dataset = self.data.prepare(eval_dataset, "eval")
+        self.loaders.settle()
+        self.loaders.score(dataset)
+        return self.loaders.evaluation(dataset)
 
     def get_test_dataloader(self, test_dataset: Any) -> StepLoader:
         return self.get_eval_dataloader(self.data.prepare(test_dataset, "test"))
@@ -183,42 +223,37 @@ class DPOTrainer(ClipsExactly, Trainer):
         """
         started = time.monotonic()
         self._start_counting()
-        epoch = train_sampler(self.args, len(self._train_pairs()), None)
-        total_steps = planned_steps(self.args, epoch)
-        checkpoint = checkpoints.resolve_checkpoint(resume_from_checkpoint, self.args.output_dir)
+        train_set = self.train_set()
+        epoch = train_sampler(self.config, len(train_set), None)
+        total_steps = planned_steps(self.config, epoch)
+        checkpoint = resolve_checkpoint(resume_from_checkpoint, self.config.output_dir)
         if checkpoint is not None:
-            checkpoints.refuse_finished(checkpoint, total_steps)
-            recorded = checkpoints.load_run_state(checkpoint)
-            self.loaders.resume(recorded.row_tokens)
-            if self.reference.restore(recorded, checkpoint):
-                self.loaders.forget_references()  # of the model given, not of the run's start
-        self._score_references()
+            refuse_finished(checkpoint, total_steps)
+            recorded = load_run_state(checkpoint)
+            self.reference.restore(recorded, checkpoint)
+            self.loaders.settle(recorded.row_tokens)
+        self.score_datasets()  # before the policy moves: it may be the reference
+        self.loaders.plan(train_set)
         if checkpoint is None:
             self._step_zero = self._step_zero_check()
         self.reference.policy_moves()
-        with self.args.one_item_per_step():
-            output = super().train(checkpoint, *args, **kwargs)
+        with one_item_per_step(self.config) as self.args:
+            try:
+                output = super().train(checkpoint, *args, **kwargs)
+            finally:
+                self.args = self.config
         if self.is_world_process_zero():
             write_summary(self, output, time.monotonic() - started)
-            folder = Path(self.args.output_dir)
+            folder = Path(self.config.output_dir)
             plot_run(self.state.log_history, folder / PLOT_FILE, f"DPO: {folder.name}")
         return output
 
     def _start_counting(self) -> None:
-        self.first_loss: float | None = None  # of this call's first step
+        self.first_loss: float | None = None  # mean loss of this call's first step
         self.pairs_trained = 0
         self._metric_sums = MetricSums()
-        self._tokens = 0
+        self._tokens = 0  # trained on since the last count over all ranks
         self._step_zero = None
-
-    def _score_references(self) -> None:
-        """All that this run will read, before the policy moves."""
-        _ = self.reference.identity
-        self.loaders.dataset(self.train_dataset, "train")
-        sets = self.eval_dataset
-        if sets is not None:
-            for name, pairs in (sets if isinstance(sets, dict) else {"eval": sets}).items():
-                self.loaders.dataset(pairs, name)
 
     def _step_zero_check(self) -> StepZeroCheck | None:
         """None where the policy needn't begin with zero log-ratios."""
@@ -235,54 +270,53 @@ class DPOTrainer(ClipsExactly, Trainer):
     def training_step(
         self, model: nn.Module, inputs: StepBatch, num_items_in_batch: Any = None
     ) -> Tensor:
-        """Forward and backward of a whole step; ranks synchronise in its last micro-batch."""
-        is_deepspeed = self.is_deepspeed_enabled
-        # DeepSpeed would divide the loss by its own accumulation steps; it is a mean already.
-        options = {"scale_wrt_gas": False} if is_deepspeed else {}
+        """Forward and backward of a whole step; -> its loss, [] fp64 without gradient.
+
+        Args:
+            model: the policy, as it is wrapped for training.
+            inputs: this rank's micro-batches of the step.
+            num_items_in_batch: ignored; the loss is divided by the step's pairs.
+        """
         model.train()
         if callable(getattr(self.optimizer, "train", None)):  # schedule-free optimizers
             self.optimizer.train()
-        # DDP and ZeRO average gradients over ranks: this makes them those of the mean over the
-        # step's pairs, however they are spread.
-        scale = self.args.world_size / inputs.num_pairs
-        total = torch.zeros((), dtype=torch.float64, device=self.args.device)
+        # DDP and ZeRO average gradients over ranks. This factor turns that average into the
+        # gradient of the mean over the step's pairs, however they are spread.
+        scale = self.config.world_size / inputs.num_pairs
+        total = torch.zeros((), dtype=torch.float64, device=self.config.device)
         self.throughput.start_step()
         last = len(inputs.micro_batches) - 1
         for index, batch in enumerate(inputs.micro_batches):
-            self.accelerator.gradient_state._set_sync_gradients(index == last)
-            defer = index < last and not is_deepspeed
-            attention = packed_attention(self._lm_config, batch.shared_layout)
-            with attention, self.accelerator.no_sync(model) if defer else contextlib.nullcontext():
-                output = self.compute_pair_loss(model, batch, self._metric_sums)
-                if self._step_zero is not None and batch.num_pairs:
-                    self._step_zero.check(output, batch)
-                    self._step_zero = None
-                loss = output.loss * scale
-                self.accelerator.backward(loss, **options)
-            total = total + loss.detach()
+            with self._gradient_exchange(model, is_last=index == last):
+                total = total + self._run_micro_batch(model, batch, scale)
             self._tokens += batch.num_tokens
             self.throughput.add(batch)
         self.pairs_trained += inputs.num_pairs
         if self.first_loss is None:
-            self.first_loss = self._sum_over_ranks(total).item() / self.args.world_size
+            self.first_loss = self._sum_over_ranks(total).item() / self.config.world_size
         return total
 
-    def compute_pair_loss(
-        self, model: nn.Module, batch: PackedPairs, sums: MetricSums
-    ) -> PairLossOutput:
-        """One forward pass: the sum of the losses over the batch's pairs, metrics into `sums`."""
-        batch = batch.to(self.args.device)
-        assert batch.ref_logps is not None
-        task = PairLossTask(
-            batch.labels, batch.bounds, batch.ref_logps, self.pair_loss, self._head_options
-        )
-        attention = packed_attention(self._lm_config, batch.shared_layout)
-        with attention, pair_step(self.model), self.accelerator.autocast():
-            results = run_batch(model, batch, task, self._router_loss)
-        output, more = join(results, self._router_loss, batch.num_pairs)
-        metrics = dict(zip(METRIC_NAMES, output.metrics, strict=True))
-        sums.add({**metrics, **more, "loss": output.loss}, batch.num_pairs)
-        return output
+    def _gradient_exchange(
+        self, model: nn.Module, is_last: bool
+    ) -> contextlib.AbstractContextManager[Any]:
+        """Inside, a backward exchanges gradients between ranks in the last micro-batch only."""
+        self.accelerator.gradient_state._set_sync_gradients(is_last)
+        if is_last or self.is_deepspeed_enabled:  # DeepSpeed sees to this by itself
+            return contextlib.nullcontext()
+        return self.accelerator.no_sync(model)
+
+    def _run_micro_batch(self, model: nn.Module, batch: PackedPairs, scale: float) -> Tensor:
+        """Forward and backward; -> `scale` times the batch's loss, [] without gradient."""
+        # DeepSpeed would divide the loss by its own accumulation steps; it is a mean already.
+        options = {"scale_wrt_gas": False} if self.is_deepspeed_enabled else {}
+        with micro_batch(self.model, batch):
+            output = self.compute_pair_loss(model, batch, self._metric_sums)
+            if self._step_zero is not None and batch.num_pairs:
+                self._step_zero.check(output, batch)
+                self._step_zero = None
+            loss = output.loss * scale
+            self.accelerator.backward(loss, **options)
+        return loss.detach()
 
     def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
         raise NotImplementedError("The loss is computed by compute_pair_loss.")
@@ -323,11 +357,12 @@ class DPOTrainer(ClipsExactly, Trainer):
         with runnable(self), evaluating(self.model):
             for step in dataloader:
                 for batch in step.micro_batches:
-                    self.compute_pair_loss(self.model, batch, sums)
+                    with micro_batch(self.model, batch):
+                        self.compute_pair_loss(self.model, batch, sums)
                 self.control = self.callback_handler.on_prediction_step(
                     self.args, self.state, self.control
                 )
-        means = sums.means(self._sum_over_ranks, self.args.device)
+        means = sums.means(self._sum_over_ranks, self.config.device)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in means.items()}
         return EvalLoopOutput(
             predictions=None,
@@ -343,7 +378,7 @@ class DPOTrainer(ClipsExactly, Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs and "learning_rate" in logs:  # of training, not of evaluation
-            means = self._metric_sums.means(self._sum_over_ranks, self.args.device)
+            means = self._metric_sums.means(self._sum_over_ranks, self.config.device)
             self._count_tokens()
             # The Trainer's own loss is summed in float32; this one is the exact mean over pairs.
             speed = self.throughput.metrics(self._sum_over_ranks)
@@ -351,7 +386,7 @@ class DPOTrainer(ClipsExactly, Trainer):
         super().log(logs, start_time)
 
     def _count_tokens(self) -> None:
-        tokens = torch.tensor(self._tokens, device=self.args.device)
+        tokens = torch.tensor(self._tokens, device=self.config.device)
         self.state.num_input_tokens_seen += int(self._sum_over_ranks(tokens))
         self._tokens = 0
 
@@ -359,14 +394,16 @@ class DPOTrainer(ClipsExactly, Trainer):
         self._count_tokens()
         if self.args.should_save:
             folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
-            state = self.reference.run_state(kept=self.args.precompute_ref_log_probs)
-            replace(state, row_tokens=self.loaders.row_tokens).save(folder)
+            kept = self.config.precompute_ref_log_probs
+            self.reference.run_state(kept, self.loaders.row_tokens).save(folder)
         super()._save_checkpoint(model, trial)
 
     # What the Trainer would look for in a dict of tensors, and an item is a whole step
 
     def get_total_train_batch_size(self, args: TrainingArguments) -> int:
-        return int(args.per_device_train_batch_size * self.args.accumulation * args.world_size)
+        config = self.config
+        pairs_per_rank = config.per_device_train_batch_size * config.gradient_accumulation_steps
+        return int(pairs_per_rank * config.world_size)
 
     def floating_point_ops(self, inputs: Any) -> int:
         return 0

@@ -1,0 +1,58 @@
+"""The policy's forward pass over a micro-batch of scored pairs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from dpofast.data.packing.batch import PackedPairs
+from dpofast.model.forward import run_batch
+from dpofast.model.head import PairLossTask, head_options
+from dpofast.model.parts import causal_lm
+from dpofast.model.router import RouterLoss, join
+from dpofast.monitor.metrics import MetricSums
+from dpofast_kernels import METRIC_NAMES, PairLoss, PairLossOutput
+
+
+@dataclass(frozen=True, eq=False)
+class PairLossPass:
+    """Computes the loss of micro-batches, and counts their metrics.
+
+    Attributes:
+        model: the policy, not wrapped by DDP or DeepSpeed.
+        pair_loss: the loss of each pair.
+        router_loss: auxiliary loss of a mixture of experts' routers, if it is trained with.
+        autocast: makes the context of a forward pass.
+        device: device of the policy.
+    """
+
+    model: nn.Module
+    pair_loss: PairLoss
+    router_loss: RouterLoss | None
+    autocast: Any
+    device: torch.device
+
+    def __call__(self, wrapped: nn.Module, batch: PackedPairs, sums: MetricSums) -> PairLossOutput:
+        """One forward pass inside `micro_batch`; gradients are recorded.
+
+        Args:
+            wrapped: the policy, as it is wrapped for training.
+            batch: scored pairs, on any device.
+            sums: gets the batch's metrics.
+
+        Returns:
+            The loss summed over the batch's pairs, and what `linear_pair_loss` gives beside it.
+        """
+        batch = batch.to(self.device)
+        assert batch.ref_logps is not None
+        options = head_options(causal_lm(self.model).config)
+        task = PairLossTask(batch.labels, batch.bounds, batch.ref_logps, self.pair_loss, options)
+        with self.autocast():
+            results = run_batch(wrapped, batch, task, self.router_loss)
+        output, more = join(results, self.router_loss, batch.num_pairs)
+        metrics = dict(zip(METRIC_NAMES, output.metrics, strict=True))
+        sums.add({**metrics, **more, "loss": output.loss}, batch.num_pairs)
+        return output
