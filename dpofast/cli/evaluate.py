@@ -24,7 +24,8 @@ EVALUATION_FILE = "evaluation.json"
 
 def evaluate(parsed: argparse.Namespace, overrides: list[str]) -> None:
     """Measure rewards and log-probs on the held-out pairs; write evaluation.json."""
-    from dpofast.monitor.summary import run_summary, write_json
+    from dpofast.monitor.summary import write_json
+    from dpofast.train.summary import run_summary
     from dpofast.train.trainer import DPOTrainer
 
     options = _with_reference(read_options(parsed.config, overrides))

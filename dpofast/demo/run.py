@@ -23,7 +23,8 @@ from dpofast.demo.model import make_model, make_tokenizer
 from dpofast.demo.screen import ProgressCallback, Sample, Samples, Screen
 from dpofast.demo.warmup import warm_up
 from dpofast.monitor.plots import PLOT_FILE, plot_run
-from dpofast.monitor.summary import SUMMARY_FILE, hardware, reference_summary, versions, write_json
+from dpofast.monitor.summary import SUMMARY_FILE, hardware, versions, write_json
+from dpofast.train.summary import reference_summary
 
 BETA = 1.0  # ten times the usual: a tiny model drifts off its reference easily
 EPOCHS = 6

@@ -27,7 +27,7 @@ from dpofast.reference.build.provider import ReferenceProvider
 from dpofast.reference.identity.description import ReferenceIdentity
 from dpofast.reference.identity.model import model_identity
 from dpofast.reference.store.row_detail import Detail
-from dpofast.train.checkpoint import RunState
+from dpofast.train.checkpoint.run_state import RunState
 from dpofast.zero.blocks import in_blocks
 from dpofast.zero.weights import cast_weights, gathered, spread
 from dpofast_kernels import HEAD_VERSION

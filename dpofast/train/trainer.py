@@ -26,12 +26,12 @@ from dpofast.model.router import join, make_router_loss
 from dpofast.monitor.callbacks import MetricsFile
 from dpofast.monitor.metrics import MetricSums
 from dpofast.monitor.plots import PLOT_FILE, plot_run
-from dpofast.monitor.summary import write_summary
 from dpofast.monitor.throughput import Throughput
 from dpofast.options.config import DPOConfig
 from dpofast.options.trl import refuse, resolve_config, resolve_tokenizer
 from dpofast.reference.build.provider import Ranks, ReferenceProvider
-from dpofast.train import checkpoint as checkpoints
+from dpofast.train.checkpoint.resume import refuse_finished, resolve_checkpoint
+from dpofast.train.checkpoint.run_state import load_run_state
 from dpofast.train.clipping import ClipsExactly
 from dpofast.train.dataset import PreparedData
 from dpofast.train.loaders import StepLoader, StepLoaders, whole_step
@@ -40,6 +40,7 @@ from dpofast.train.policy import model_name, prepare_policy, resolve_model, reso
 from dpofast.train.reference import RunReference
 from dpofast.train.sampler import planned_steps, train_sampler
 from dpofast.train.step_zero import StepZeroCheck
+from dpofast.train.summary import write_summary
 from dpofast.zero.blocks import runnable
 from dpofast_kernels import METRIC_NAMES, PairLossOutput
 
@@ -185,10 +186,10 @@ class DPOTrainer(ClipsExactly, Trainer):
         self._start_counting()
         epoch = train_sampler(self.args, len(self._train_pairs()), None)
         total_steps = planned_steps(self.args, epoch)
-        checkpoint = checkpoints.resolve_checkpoint(resume_from_checkpoint, self.args.output_dir)
+        checkpoint = resolve_checkpoint(resume_from_checkpoint, self.args.output_dir)
         if checkpoint is not None:
-            checkpoints.refuse_finished(checkpoint, total_steps)
-            recorded = checkpoints.load_run_state(checkpoint)
+            refuse_finished(checkpoint, total_steps)
+            recorded = load_run_state(checkpoint)
             self.loaders.resume(recorded.row_tokens)
             if self.reference.restore(recorded, checkpoint):
                 self.loaders.forget_references()  # of the model given, not of the run's start
