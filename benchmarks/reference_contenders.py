@@ -50,14 +50,16 @@ def _ours(work: Work, meter: Meter) -> np.ndarray:
         train_dataset=work.timed_pairs,
         processing_class=work.tokenizer,
     )
-    _ = trainer.reference.identity
+    trainer.loaders.settle()
     _warm(trainer.model)
     meter.watch(trainer.model)
     meter.attention = packed_attention_of(work)
     meter.step_ends()
-    logps = trainer.loaders.dataset(trainer.train_dataset, "train").ref_logps
+    train_set = trainer.train_set()
+    trainer.loaders.score(train_set)
     meter.step_ends()
-    return logps.reshape(-1)
+    assert train_set.ref_logps is not None
+    return train_set.ref_logps.reshape(-1)
 
 
 def _trl(work: Work, meter: Meter) -> np.ndarray:

@@ -24,7 +24,7 @@ EVALUATION_FILE = "evaluation.json"
 
 def evaluate(parsed: argparse.Namespace, overrides: list[str]) -> None:
     """Measure rewards and log-probs on the held-out pairs; write evaluation.json."""
-    from dpofast.monitor.summary import run_summary, write_json
+    from dpofast.monitor.summary import write_json
     from dpofast.train.trainer import DPOTrainer
 
     options = _with_reference(read_options(parsed.config, overrides))
@@ -48,7 +48,7 @@ def evaluate(parsed: argparse.Namespace, overrides: list[str]) -> None:
     metrics = trainer.evaluate()
     if is_main_process():
         path = Path(options.config.output_dir) / EVALUATION_FILE
-        write_json(path, {**metrics, **run_summary(trainer)})
+        write_json(path, {**metrics, **trainer.run_summary()})
         _print_metrics(metrics, path)
 
 

@@ -57,7 +57,7 @@ def _show_step(options: RunOptions, step: int, rank: tuple[int, int]) -> None:
     from dpofast.data.packing.step_dataset import StepDataset, token_limit
     from dpofast.inspect.packed import render_packed
     from dpofast.model.packable import attention_window
-    from dpofast.train.dataset import PreparedData
+    from dpofast.train.dataset import PairPreparer
     from dpofast.train.sampler import planned_steps, train_sampler
 
     config = options.config
@@ -65,7 +65,7 @@ def _show_step(options: RunOptions, step: int, rank: tuple[int, int]) -> None:
     model = load_policy_skeleton(options)
     layout = _packed_layout(config.layout, model)
     tokenizer = load_tokenizer_for(options)
-    pairs = PreparedData(config, tokenizer).prepare(load_training_data(options), "train")
+    pairs = PairPreparer(config, tokenizer).prepare(load_training_data(options), "train").pairs
     limit = token_limit(pairs, layout, _row_tokens(config))
     sampler = train_sampler(config, len(pairs), limit, rank)
     _refuse_beyond("step", step, planned_steps(config, sampler), "the run's steps")

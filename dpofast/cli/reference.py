@@ -30,18 +30,15 @@ def reference(parsed: argparse.Namespace, overrides: list[str]) -> None:
 def _build(yaml_file: str | None, overrides: list[str]) -> None:
     """Score the answers of the training and held-out pairs that the store lacks."""
     from dpofast.cli.train import make_trainer
-    from dpofast.monitor.summary import reference_summary
+    from dpofast.train.summary import reference_summary
 
     options = read_options(yaml_file, overrides)
     options.require("model_name_or_path", "dataset_name")
     _refuse_unkept(options, "the build would keep nothing; leave it out")
     trainer = make_trainer(options)
-    trainer.reference.provider.rescore = True
-    trainer.get_train_dataloader()
-    if trainer.eval_dataset is not None:
-        trainer.get_eval_dataloader()
+    trainer.score_datasets(rescore=True)
     if is_main_process():
-        done = reference_summary(trainer)
+        done = reference_summary(trainer.reference)
         print(
             f"{done['ref_rows_needed']} answers: {done['ref_store_hits']} found, "
             f"{done['ref_rows_scored']} scored in {done['ref_forward_passes']} forward passes; "
@@ -68,7 +65,7 @@ def _export(yaml_file: str | None, overrides: list[str]) -> None:
     )
     _refuse_unkept(options, "there is nothing to export; leave it out, and run `dpofast ref build`")
     trainer = make_trainer(options)
-    identity = trainer.reference.identity
+    identity = trainer.reference.settle()
     if is_main_process():
         source = Source(
             script.dataset_name,
@@ -77,9 +74,10 @@ def _export(yaml_file: str | None, overrides: list[str]) -> None:
             roles=script.dataset_roles,
             config_name=script.dataset_config,
         )
-        report = trainer.data.reports["train"]
-        namespace = trainer.reference.provider.namespace
-        count = export_pairs(output, source, trainer.train_dataset, report, namespace)
+        train_set = trainer.train_set()
+        report = train_set.report
+        namespace = trainer.reference.store.namespace
+        count = export_pairs(output, source, train_set.pairs, report, namespace)
         print(
             f"{count} of {report.pairs_read} pairs written to {output}, with the log-probs of "
             f"reference {identity.digest[:12]} in ref_chosen_logps and ref_rejected_logps"

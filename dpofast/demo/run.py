@@ -23,7 +23,8 @@ from dpofast.demo.model import make_model, make_tokenizer
 from dpofast.demo.screen import ProgressCallback, Sample, Samples, Screen
 from dpofast.demo.warmup import warm_up
 from dpofast.monitor.plots import PLOT_FILE, plot_run
-from dpofast.monitor.summary import SUMMARY_FILE, hardware, reference_summary, versions, write_json
+from dpofast.monitor.summary import SUMMARY_FILE, hardware, versions, write_json
+from dpofast.train.summary import reference_summary
 
 BETA = 1.0  # ten times the usual: a tiny model drifts off its reference easily
 EPOCHS = 6
@@ -74,7 +75,7 @@ def run_demo(folder: Path, seed: int = 0) -> dict[str, Any]:
     screen.reference(stored, folder / "reference")
 
     trainer = make_trainer(folder, data, seed)
-    ref_logps = trainer.reference.logps(trainer.eval_dataset, "eval")
+    ref_logps = trainer.eval_sets()["eval"].ref_logps
     before = _measure(trainer, data, ref_logps)
     with screen.progress("training by DPO") as progress:
         trainer.add_callback(ProgressCallback(progress))
@@ -141,9 +142,8 @@ def make_trainer(folder: Path, data: DemoData, seed: int) -> Any:
 
 def build_references(trainer: Any) -> dict[str, Any]:
     """Score what the store lacks for both datasets; -> counts, as summary.json has them."""
-    trainer.get_train_dataloader()
-    trainer.get_eval_dataloader()
-    return reference_summary(trainer)
+    trainer.score_datasets()
+    return reference_summary(trainer.reference)
 
 
 def _warm_up(data: DemoData, folder: Path, seed: int, screen: Screen) -> None:
@@ -172,7 +172,7 @@ def _measure(trainer: Any, data: DemoData, ref_logps: np.ndarray) -> Measured:
 def _summary(
     trainer: Any, stored: dict[str, Any], before: Measured, after: Measured
 ) -> dict[str, Any]:
-    read = reference_summary(trainer)
+    read = reference_summary(trainer.reference)
     change = after.policy.logps.mean(axis=0) - before.policy.logps.mean(axis=0)
     training = json.loads((Path(trainer.args.output_dir) / SUMMARY_FILE).read_text("utf-8"))
     return {

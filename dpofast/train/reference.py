@@ -27,7 +27,7 @@ from dpofast.reference.build.batches import Batches, BatchesOfAnswers, BatchesOf
 from dpofast.reference.identity.description import ReferenceIdentity
 from dpofast.reference.identity.model import model_identity
 from dpofast.reference.store.row_detail import RowDetail
-from dpofast.train.checkpoint import RunState
+from dpofast.train.checkpoint.run_state import RunState
 from dpofast.train.dataset import RunDataset
 from dpofast.train.run_store import RunStore, Scoring
 from dpofast.zero.blocks import in_blocks

@@ -22,12 +22,12 @@ from dpofast.model.router import RouterLoss, make_router_loss
 from dpofast.monitor.callbacks import MetricsFile
 from dpofast.monitor.metrics import MetricSums
 from dpofast.monitor.plots import PLOT_FILE, plot_run
-from dpofast.monitor.summary import write_summary
 from dpofast.monitor.throughput import Throughput
 from dpofast.options.config import DPOConfig
 from dpofast.options.trl import refuse, resolve_config, resolve_tokenizer
 from dpofast.reference.build.ranks import Ranks
-from dpofast.train.checkpoint import load_run_state, refuse_finished, resolve_checkpoint
+from dpofast.train.checkpoint.resume import refuse_finished, resolve_checkpoint
+from dpofast.train.checkpoint.run_state import load_run_state
 from dpofast.train.clipping import ClipsExactly
 from dpofast.train.dataset import PairPreparer, RunDataset, pairs_of
 from dpofast.train.loaders import StepLoader, StepLoaders, whole_step
@@ -39,12 +39,14 @@ from dpofast.train.run_store import RunStore
 from dpofast.train.sampler import planned_steps, train_sampler
 from dpofast.train.step import PairLossPass
 from dpofast.train.step_zero import StepZeroCheck
+from dpofast.train.summary import run_summary, write_summary
+from dpofast.train.whole_steps import TakesWholeSteps
 from dpofast.zero.blocks import runnable
 
 logger = logging.getLogger(__name__)
 
 
-class DPOTrainer(ClipsExactly, Trainer):
+class DPOTrainer(TakesWholeSteps, ClipsExactly, Trainer):
     """Direct Preference Optimization (Rafailov et al. 2023, arXiv:2305.18290).
 
     The signature is TRL's. Where no `ref_model` is given the reference is the policy as it stands
@@ -243,10 +245,33 @@ class DPOTrainer(ClipsExactly, Trainer):
             finally:
                 self.args = self.config
         if self.is_world_process_zero():
-            write_summary(self, output, time.monotonic() - started)
-            folder = Path(self.config.output_dir)
-            plot_run(self.state.log_history, folder / PLOT_FILE, f"DPO: {folder.name}")
+            self._write_results(output, time.monotonic() - started)
         return output
+
+    def _write_results(self, output: Any, wall_seconds: float) -> None:
+        """Write summary.json and the plot of the run."""
+        folder = Path(self.config.output_dir)
+        write_summary(
+            folder,
+            output,
+            self.state,
+            first_loss=self.first_loss,
+            pairs_trained=self.pairs_trained,
+            throughput=self.throughput.summary(),
+            wall_seconds=wall_seconds,
+            run=self.run_summary(),
+        )
+        plot_run(self.state.log_history, folder / PLOT_FILE, f"DPO: {folder.name}")
+
+    def run_summary(self) -> dict[str, Any]:
+        """Facts about the run so far: reference, data, settings, memory, versions, hardware."""
+        return run_summary(
+            self.config,
+            self.loaders,
+            self.data.datasets,
+            self.pair_loss,
+            self.accelerator.mixed_precision,
+        )
 
     def _start_counting(self) -> None:
         self.first_loss: float | None = None  # mean loss of this call's first step
@@ -260,12 +285,6 @@ class DPOTrainer(ClipsExactly, Trainer):
         if next(dropouts(self.model), None) or not self.reference.policy_starts_as_reference():
             return None
         return StepZeroCheck(self.pair_loss, self.reference.dtype())
-
-    def hyperparameter_search(self, *args: Any, **kwargs: Any) -> Any:
-        raise ConfigError(
-            "hyperparameter_search isn't supported; run dpofast once per setting: the stored "
-            "reference log-probs serve all of them."
-        )
 
     def training_step(
         self, model: nn.Module, inputs: StepBatch, num_items_in_batch: Any = None
@@ -317,9 +336,6 @@ class DPOTrainer(ClipsExactly, Trainer):
             loss = output.loss * scale
             self.accelerator.backward(loss, **options)
         return loss.detach()
-
-    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
-        raise NotImplementedError("The loss is computed by compute_pair_loss.")
 
     # Evaluation
 
@@ -397,19 +413,3 @@ class DPOTrainer(ClipsExactly, Trainer):
             kept = self.config.precompute_ref_log_probs
             self.reference.run_state(kept, self.loaders.row_tokens).save(folder)
         super()._save_checkpoint(model, trial)
-
-    # What the Trainer would look for in a dict of tensors, and an item is a whole step
-
-    def get_total_train_batch_size(self, args: TrainingArguments) -> int:
-        config = self.config
-        pairs_per_rank = config.per_device_train_batch_size * config.gradient_accumulation_steps
-        return int(pairs_per_rank * config.world_size)
-
-    def floating_point_ops(self, inputs: Any) -> int:
-        return 0
-
-    def _track_num_input_tokens(self, inputs: Any) -> None:
-        pass
-
-    def _get_num_items_in_batch(self, batch_samples: Any, device: Any) -> None:
-        return None

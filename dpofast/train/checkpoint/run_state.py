@@ -1,0 +1,55 @@
+"""dpofast's own file in a checkpoint: the facts that a resumed run can't read from its options."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from dpofast.errors import ReferenceStoreError
+
+STATE_FILE = "dpofast_state.json"
+
+
+@dataclass(frozen=True)
+class RunState:
+    """The facts that a resumed run can't read from its options.
+
+    The field names are the keys of the JSON file.
+
+    Attributes:
+        reference_digest: digest of the reference's identity.
+        reference_description: the same identity in words.
+        reference_store: folder of the stored log-probs; None if they weren't kept.
+        row_tokens: most tokens of a packed row; None if rows are padded.
+    """
+
+    reference_digest: str
+    reference_description: dict[str, Any]
+    reference_store: str | None
+    row_tokens: int | None = None  # checkpoints of early versions don't have it
+
+    def save(self, checkpoint: str | Path) -> None:
+        """Write the state into a checkpoint's folder, which is made if it doesn't exist yet."""
+        text = json.dumps(asdict(self), indent=2)
+        folder = Path(checkpoint)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / STATE_FILE).write_text(text + "\n", encoding="utf-8")
+
+
+def load_run_state(checkpoint: str | Path) -> RunState:
+    """Read what `RunState.save` wrote.
+
+    Raises:
+        ReferenceStoreError: the file is missing or unreadable, so the reference isn't known.
+    """
+    path = Path(checkpoint) / STATE_FILE
+    try:
+        return RunState(**json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise ReferenceStoreError(
+            f"{path} can't be read ({error}), so the reference that this checkpoint was trained "
+            "against isn't known: resume from a checkpoint that dpofast wrote, or start a new run "
+            "from it without resuming."
+        ) from error

@@ -1,0 +1,104 @@
+"""The facts of a run that summary.json holds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerState
+from transformers.trainer_utils import TrainOutput
+
+from dpofast.monitor.summary import SUMMARY_FILE, environment, last_evaluation, write_json
+from dpofast.options.config import DPOConfig
+from dpofast.train.dataset import RunDataset
+from dpofast.train.loaders import StepLoaders, packing_summary
+from dpofast.train.reference import RunReference
+from dpofast_kernels import PairLoss
+
+
+def reference_summary(reference: RunReference) -> dict[str, Any]:
+    """How many reference log-probs were needed, found and scored, and where they are stored."""
+    store = reference.store
+    total = store.totals()
+    return {
+        "ref_rows_needed": total.rows_needed if total else 0,
+        "ref_store_hits": total.rows_found if total else 0,
+        "ref_rows_scored": total.rows_scored if total else 0,
+        "ref_forward_passes": total.forward_passes if total else 0,
+        "ref_seconds": total.seconds if total else 0.0,
+        "reference_store": str(store.folder),
+        "reference_identity": reference.identity.digest if reference.is_settled else None,
+    }
+
+
+def run_summary(
+    config: DPOConfig,
+    loaders: StepLoaders,
+    datasets: Sequence[RunDataset],
+    loss: PairLoss,
+    mixed_precision: str,
+) -> dict[str, Any]:
+    """What every kind of run reports: reference, data, settings, memory, versions, hardware.
+
+    Args:
+        config: options of the run.
+        loaders: loaders of its steps.
+        datasets: all datasets of the run; the training set is the one that is planned.
+        loss: the loss of each pair.
+        mixed_precision: accelerate's name for the autocast dtype, "no" without autocast.
+    """
+    plans = [dataset.plan for dataset in datasets if dataset.plan is not None]
+    pairs_per_rank = config.per_device_train_batch_size * config.gradient_accumulation_steps
+    return {
+        **reference_summary(loaders.reference),
+        "data": {dataset.name: dataset.report.as_dict() for dataset in datasets},
+        "layout": loaders.layout.name,
+        "packing": packing_summary(plans[-1]) if plans else None,
+        "loss": repr(loss),
+        "world_size": config.world_size,
+        "pairs_per_step": pairs_per_rank * config.world_size,
+        "mixed_precision": mixed_precision,
+        **environment(),
+    }
+
+
+def write_summary(
+    folder: str | Path,
+    output: TrainOutput,
+    state: TrainerState,
+    *,
+    first_loss: float | None,
+    pairs_trained: int,
+    throughput: dict[str, float],
+    wall_seconds: float,
+    run: dict[str, Any],
+) -> None:
+    """Write summary.json at the end of training.
+
+    Args:
+        folder: the run's output folder.
+        output: what transformers' `train` returned.
+        state: the Trainer's state after training.
+        first_loss: mean loss over the pairs of the first step, in nats.
+        pairs_trained: pairs in all steps, each as often as it was trained on.
+        throughput: pairs and tokens a second, and MFU where it is known.
+        wall_seconds: duration of reference scoring and training together.
+        run: facts from `run_summary`.
+    """
+    seconds = output.metrics["train_runtime"]
+    summary = {
+        "first_loss": first_loss,
+        "train_loss": output.training_loss,
+        "global_step": output.global_step,
+        "epochs": state.epoch,
+        "pairs_trained": pairs_trained,
+        "pairs_per_second": pairs_trained / seconds,
+        "throughput": throughput,
+        "train_seconds": seconds,
+        "wall_seconds": wall_seconds,
+        "num_tokens": state.num_input_tokens_seen,
+        "last_evaluation": last_evaluation(state.log_history),
+        **run,
+    }
+    write_json(Path(folder) / SUMMARY_FILE, summary)
