@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from dpofast.errors import MissingRowsError
+from dpofast.options.config import DPOConfig
 from dpofast.reference.build.answers import PairAnswers
 from dpofast.reference.build.batches import Batches
 from dpofast.reference.build.builder import (
@@ -67,6 +68,12 @@ class RunStore:
         self.folder, self.ranks = folder, ranks
         self.reports: dict[str, ReferenceReport] = {}
         self._namespace: Namespace | None = None
+
+    @classmethod
+    def of(cls, config: DPOConfig, barrier: Callable[[], None]) -> RunStore:
+        """The store that the options name; `barrier` returns when all ranks have called it."""
+        ranks = Ranks(config.process_index, config.world_size, barrier)
+        return cls(config.reference_folder(), ranks, config.reference_detail())
 
     def open(self, identity: ReferenceIdentity) -> None:
         """Settle which reference's log-probs are read and written from here on."""

@@ -1,11 +1,14 @@
-"""The policy's forward pass over a micro-batch of scored pairs."""
+"""The policy's pass over a micro-batch of scored pairs."""
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from torch import nn
 
 from dpofast.data.packing.batch import PackedPairs
@@ -56,3 +59,21 @@ class PairLossPass:
         metrics = dict(zip(METRIC_NAMES, output.metrics, strict=True))
         sums.add({**metrics, **more, "loss": output.loss}, batch.num_pairs)
         return output
+
+
+def gradient_exchange(
+    accelerator: Accelerator, model: nn.Module, is_last: bool
+) -> contextlib.AbstractContextManager[Any]:
+    """A context in which a backward exchanges gradients between ranks only if it is to.
+
+    Args:
+        accelerator: the trainer's.
+        model: the policy, as it is wrapped for training.
+        is_last: whether this is the step's last micro-batch, which exchanges what all of them
+            accumulated.
+    """
+    accelerator.gradient_state._set_sync_gradients(is_last)
+    # DeepSpeed sees to this by itself.
+    if is_last or accelerator.distributed_type == DistributedType.DEEPSPEED:
+        return contextlib.nullcontext()
+    return accelerator.no_sync(model)

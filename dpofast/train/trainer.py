@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import time
 from pathlib import Path
@@ -18,14 +17,13 @@ from dpofast.errors import ConfigError
 from dpofast.model.dropout import dropouts
 from dpofast.model.forward import evaluating, micro_batch
 from dpofast.model.packable import choose_layout
-from dpofast.model.router import RouterLoss, make_router_loss
+from dpofast.model.router import make_router_loss
 from dpofast.monitor.callbacks import MetricsFile
 from dpofast.monitor.metrics import MetricSums
 from dpofast.monitor.plots import PLOT_FILE, plot_run
 from dpofast.monitor.throughput import Throughput
 from dpofast.options.config import DPOConfig
 from dpofast.options.trl import refuse, resolve_config, resolve_tokenizer
-from dpofast.reference.build.ranks import Ranks
 from dpofast.train.checkpoint.resume import refuse_finished, resolve_checkpoint
 from dpofast.train.checkpoint.run_state import load_run_state
 from dpofast.train.clipping import ClipsExactly
@@ -37,7 +35,7 @@ from dpofast.train.policy import model_name, prepare_policy, resolve_model, reso
 from dpofast.train.reference import RunReference
 from dpofast.train.run_store import RunStore
 from dpofast.train.sampler import planned_steps, train_sampler
-from dpofast.train.step import PairLossPass
+from dpofast.train.step import PairLossPass, gradient_exchange
 from dpofast.train.step_zero import StepZeroCheck
 from dpofast.train.summary import run_summary, write_summary
 from dpofast.train.whole_steps import TakesWholeSteps
@@ -116,28 +114,22 @@ class DPOTrainer(TakesWholeSteps, ClipsExactly, Trainer):
         self.layout = choose_layout(config.layout, self.model, self._pad_token_id)
         self.ref_model = ref_model
         router_loss = make_router_loss(self.model, config)
-        self.reference = self._make_reference(router_loss)
+        num_pairs = config.precompute_ref_batch_size or config.per_device_train_batch_size
+        self.reference = RunReference(
+            self.model,
+            ref_model,
+            RunStore.of(config, self.accelerator.wait_for_everyone),
+            self.accelerator,
+            self.layout,
+            num_answers=2 * num_pairs,
+            router_loss=router_loss,
+        )
         self.loaders = StepLoaders(config, self.layout, self.reference, self._tokens_that_fit)
         self.compute_pair_loss = PairLossPass(
             self.model, self.pair_loss, router_loss, self.accelerator.autocast, config.device
         )
         self.throughput = Throughput(
             self.model, self.reference.dtype(), config.device, config.world_size
-        )
-
-    def _make_reference(self, router_loss: RouterLoss | None) -> RunReference:
-        config = self.config
-        ranks = Ranks(config.process_index, config.world_size, self.accelerator.wait_for_everyone)
-        store = RunStore(config.reference_folder(), ranks, config.reference_detail())
-        num_pairs = config.precompute_ref_batch_size or config.per_device_train_batch_size
-        return RunReference(
-            self.model,
-            self.ref_model,
-            store,
-            self.accelerator,
-            self.layout,
-            num_answers=2 * num_pairs,
-            router_loss=router_loss,
         )
 
     # Data
@@ -306,7 +298,7 @@ class DPOTrainer(TakesWholeSteps, ClipsExactly, Trainer):
         self.throughput.start_step()
         last = len(inputs.micro_batches) - 1
         for index, batch in enumerate(inputs.micro_batches):
-            with self._gradient_exchange(model, is_last=index == last):
+            with gradient_exchange(self.accelerator, model, is_last=index == last):
                 total = total + self._run_micro_batch(model, batch, scale)
             self._tokens += batch.num_tokens
             self.throughput.add(batch)
@@ -314,15 +306,6 @@ class DPOTrainer(TakesWholeSteps, ClipsExactly, Trainer):
         if self.first_loss is None:
             self.first_loss = self._sum_over_ranks(total).item() / self.config.world_size
         return total
-
-    def _gradient_exchange(
-        self, model: nn.Module, is_last: bool
-    ) -> contextlib.AbstractContextManager[Any]:
-        """Inside, a backward exchanges gradients between ranks in the last micro-batch only."""
-        self.accelerator.gradient_state._set_sync_gradients(is_last)
-        if is_last or self.is_deepspeed_enabled:  # DeepSpeed sees to this by itself
-            return contextlib.nullcontext()
-        return self.accelerator.no_sync(model)
 
     def _run_micro_batch(self, model: nn.Module, batch: PackedPairs, scale: float) -> Tensor:
         """Forward and backward; -> `scale` times the batch's loss, [] without gradient."""
