@@ -111,16 +111,16 @@ def test_a_run_on_the_file_trains_bit_for_bit_as_one_on_the_store(folder, ending
     rows = [*rows, {**rows[0], "rejected_ids": rows[0]["chosen_ids"]}]  # left out by both
     stored = make_trainer(folder.parent, pairs=rows)
     expected = train(stored)
-    assert stored.reference.provider.totals().rows_scored > 0
+    assert stored.reference.store.totals().rows_scored > 0
     path = folder / f"pairs{ending}"
-    report, namespace = stored.data.reports["train"], stored.reference.provider.namespace
+    report, namespace = stored.train_set().report, stored.reference.store.namespace
     assert export_pairs(path, Source(rows), stored.train_dataset, report, namespace) == 10
     pairs = load_preferences(str(path))
     exported = make_trainer(
         folder.parent, pairs=pairs, options={"reference_store": str(folder / "other")}
     )
     assert train(exported) == expected
-    assert exported.reference.provider.totals() is None
+    assert exported.reference.store.totals() is None
     assert stored.train_dataset["chosen_ids"] == exported.train_dataset["chosen_ids"]
 
 

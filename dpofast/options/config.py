@@ -32,42 +32,43 @@ class DPOConfig(TrainingArguments):
     """transformers' TrainingArguments and the options of DPO; names and defaults as in TRL.
 
     Attributes:
-        model_init_kwargs: for `from_pretrained`, where the model is given by name. Without a
-            `dtype` there it is loaded in float32.
-        trust_remote_code: run code that a model's repository brings along.
-        beta: strength of the KL penalty, above 0 (for ipo its regularisation tau).
-        loss_type: sigmoid, hinge or ipo; a list of one is taken, too.
-        label_smoothing: probability that a pair's labels are swapped, in [0, 0.5); with sigmoid
-            only (conservative DPO).
-        max_length: tokens of prompt + answer; None for no limit.
-        truncation_mode: keep_start cuts longer sequences on the right; keep_end first cuts the
-            prompt from its left, once for the pair.
-        router_aux_loss_coef: what the auxiliary loss of a mixture of experts' routers is multiplied
-            with; None for what the model's config says, 0 to leave that loss out.
+        model_init_kwargs: arguments of `from_pretrained`, used if the model is given by name. The
+            model is loaded in float32 unless they name a `dtype`.
+        trust_remote_code: run code that comes with a model's repository.
+        beta: strength of the KL penalty, above 0; for ipo the regularisation tau.
+        loss_type: sigmoid, hinge or ipo; a list of one name is accepted as well.
+        label_smoothing: probability that a pair's labels are swapped, in [0, 0.5). It needs the
+            sigmoid loss (conservative DPO).
+        max_length: most tokens of a prompt and one answer; None for no limit.
+        truncation_mode: keep_start cuts longer sequences on their right. keep_end first cuts the
+            prompt on its left, equally for both answers.
+        router_aux_loss_coef: weight of the auxiliary loss of a mixture of experts' routers. None
+            takes the weight in the model's config, 0 leaves the loss out.
         disable_dropout: set every dropout of the policy to 0.
-        dataset_num_proc: processes that tokenise.
-        precompute_ref_log_probs: keep the reference's log-probs for later runs. They are computed
-            once in any case; False puts them into a temporary folder.
-        precompute_ref_batch_size: pairs in a forward pass of the reference. By default as many
-            answers as fit a packed row; where rows are padded, per_device_train_batch_size pairs.
-        reference_store: folder of the reference's log-probs; by default `dpofast/reference`
-            in Hugging Face's cache (HF_HOME).
-        reference_store_detail: what is stored of each answer: "sums" (its summed log-prob, all that
-            training needs), "logps" (and each token's log-prob), or "logsumexps" (and the
-            log-sum-exp of the logits at each token). Training takes any row that is there; `dpofast
-            ref build` scores those again that lack what this asks for.
-        layout: how micro-batches are laid out: "shared" (packed into a row without padding, with
-            what the two sequences of a pair begin with once), "unshared" (packed, each sequence for
-            itself), "padded" (a row for each sequence), or "auto": shared wherever that is right
-            for the model. All of them train the same.
-        max_tokens_per_microbatch: tokens of a packed micro-batch; a longer pair has one of its own.
-            By default 2,048 on a CPU, and on a GPU as many as fit its memory.
-        strict: stop at rows that would be reported and left out.
-        pad_token: sets the tokenizer's pad token.
+        dataset_num_proc: number of processes that tokenise.
+        precompute_ref_log_probs: keep the reference log-probs for later runs. They are computed
+            once in any case; False writes them to a temporary folder.
+        precompute_ref_batch_size: pairs in a forward pass of the reference. The default is as many
+            answers as fit a packed row, or per_device_train_batch_size pairs where rows are padded.
+        reference_store: folder of the reference log-probs. The default is `dpofast/reference` in
+            Hugging Face's cache (HF_HOME).
+        reference_store_detail: what is stored of each answer: "sums" (its summed log-prob, which
+            is all that training needs), "logps" (also the log-prob of each token) or "logsumexps"
+            (also the log-sum-exp of the logits at each token). Training reads answers stored in any
+            detail. `dpofast ref build` scores an answer again that is stored in less.
+        layout: how sequences become micro-batches. "shared" packs them into one row without
+            padding, in which the common beginning of a pair's two sequences occurs once.
+            "unshared" packs them without sharing. "padded" gives each sequence a row of its own.
+            "auto" is "shared" wherever that is right for the model. All of them train the same.
+        max_tokens_per_microbatch: most tokens of a packed micro-batch; a pair that is longer gets
+            a micro-batch of its own. The default is 2,048 on a CPU, and on a GPU as many as fit
+            its memory.
+        strict: stop at a row of the data that would otherwise be reported and left out.
+        pad_token: the tokenizer's pad token.
 
     Raises:
-        ConfigError: an option that does not exist, with the nearest that does; a value that can't
-            be used.
+        ConfigError: an option that does not exist, with the nearest one that does; or a value that
+            can't be used.
     """
 
     learning_rate: float = field(default=1e-6, metadata={"help": "The initial learning rate."})
@@ -82,7 +83,7 @@ class DPOConfig(TrainingArguments):
         default=None, metadata={"help": "bfloat16 autocast; the default where fp16 isn't set."}
     )
     report_to: list[str] | str | None = field(
-        default="tensorboard", metadata={"help": "Where logs go; 'none' for files alone."}
+        default="tensorboard", metadata={"help": "Where logs go; 'none' for files only."}
     )
     model_init_kwargs: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "Arguments of from_pretrained."}
@@ -134,13 +135,13 @@ class DPOConfig(TrainingArguments):
 
     def __post_init__(self) -> None:
         if self.bf16 is None:
-            # on a machine without a GPU, only for those who ask for its CPU
+            # Without a GPU, bfloat16 is the default only for those who ask for the CPU.
             self.bf16 = not self.fp16 and (self.use_cpu or is_torch_bf16_gpu_available())
         if isinstance(self.loss_type, str):
             self.loss_type = [self.loss_type]
         self._name_checkpointing()
         self._read_model_init_kwargs()
-        self._check_numbers()
+        self._check_values()
         self.make_loss()
         self._check_unsupported()
         self._post_init_with_deepspeed()
@@ -151,19 +152,22 @@ class DPOConfig(TrainingArguments):
             )
 
     def _post_init_with_deepspeed(self) -> None:
-        """The parent's, with a DeepSpeed configuration that it can read and ours has checked."""
+        """Run the parent's checks with a DeepSpeed configuration that is read and checked."""
         given: Any = self.deepspeed  # type: ignore[has-type]
         if given:
             self.deepspeed = read_deepspeed(given)
         try:
             super().__post_init__()
         finally:
-            self.deepspeed = given  # what logs and checkpoints show
+            self.deepspeed = given  # logs and checkpoints show what the user gave
         if self.deepspeed_plugin is not None:
             settle_deepspeed(self)
 
     def _name_checkpointing(self) -> None:
-        """transformers 5.23 renamed the option: both names are taken, and neither is warned of."""
+        """Accept both names of gradient checkpointing, which transformers 5.23 renamed.
+
+        transformers would warn of the old name, which is ours.
+        """
         for suffix in ("checkpointing", "checkpointing_kwargs"):
             if getattr(self, f"activation_{suffix}", ...) is None:
                 setattr(self, f"activation_{suffix}", getattr(self, f"gradient_{suffix}"))
@@ -179,13 +183,17 @@ class DPOConfig(TrainingArguments):
                 ) from error
         if options is not None and not isinstance(options, dict):
             raise ConfigError(f"model_init_kwargs: got {options!r}, expected a mapping.")
-        if options and "torch_dtype" in options:  # its name of old
+        if options and "torch_dtype" in options:  # the old name of dtype
             options = dict(options)
             options.setdefault("dtype", options.pop("torch_dtype"))
         self.model_init_kwargs = options
 
     def make_loss(self) -> PairLoss:
-        """The loss that these options name, of `dpofast_kernels.preference`."""
+        """The pair loss that these options name.
+
+        Raises:
+            ConfigError: an unknown name, more than one, or a parameter out of range.
+        """
         if not isinstance(self.loss_type, (list, tuple)) or len(self.loss_type) != 1:
             raise ConfigError(
                 f"loss_type: got {self.loss_type}, but one loss is trained at a time; name one."
@@ -197,13 +205,13 @@ class DPOConfig(TrainingArguments):
             raise ConfigError(f"{named}{error}") from error
 
     def loading_options(self) -> dict[str, Any]:
-        """What `from_pretrained` gets, for policy and reference alike."""
+        """The arguments of `from_pretrained`, the same for policy and reference."""
         own = self.model_init_kwargs
         assert own is None or isinstance(own, dict)
         return {"trust_remote_code": self.trust_remote_code, **(own or {})}
 
     def reference_folder(self) -> Path | None:
-        """Where the reference's log-probs are kept; None if they aren't to be."""
+        """The folder in which reference log-probs are kept; None if they aren't kept."""
         if not self.precompute_ref_log_probs:
             return None
         if self.reference_store is not None:
@@ -211,56 +219,54 @@ class DPOConfig(TrainingArguments):
         return Path(HF_HOME) / "dpofast" / "reference"
 
     def reference_detail(self) -> RowDetail:
-        """What is stored of each answer that a run scores."""
+        """How much is stored of each answer that a run scores."""
         return RowDetail(DETAILS.index(self.reference_store_detail))
 
-    def _check_numbers(self) -> None:
-        ranges = {
-            "beta": (0.0, "above 0"),
-            "label_smoothing": (None, "at least 0 and below 0.5"),
-            "learning_rate": (0.0, "at least 0"),
-            "num_train_epochs": (0.0, "above 0"),
-            "router_aux_loss_coef": (0.0, "at least 0"),
-        }
-        for name, (minimum, words) in ranges.items():
-            value = getattr(self, name)
-            if value is None and name == "router_aux_loss_coef":
-                continue
-            is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            if not is_number or (minimum is not None and value < minimum):
-                raise ConfigError(f"{name}: got {value!r}, expected a number {words}.")
+    def _check_values(self) -> None:
+        """Raise ConfigError at the first option whose value can't be used."""
+        self._check_number("beta", "above 0", minimum=0.0)
+        self._check_number("label_smoothing", "at least 0 and below 0.5")
+        self._check_number("learning_rate", "at least 0", minimum=0.0)
+        self._check_number("num_train_epochs", "above 0", minimum=0.0)
+        if self.router_aux_loss_coef is not None:
+            self._check_number("router_aux_loss_coef", "at least 0", minimum=0.0)
         if not self.num_train_epochs or not self.max_steps:
             raise ConfigError(
                 f"num_train_epochs: got {self.num_train_epochs!r}, with max_steps "
                 f"{self.max_steps!r}: nothing would be trained; give one of them a number above 0."
             )
-        if self.truncation_mode not in TRUNCATION_MODES:
-            raise ConfigError(
-                f"truncation_mode: got {self.truncation_mode!r}, expected one of "
-                f"{TRUNCATION_MODES}."
-            )
-        if self.reference_store_detail not in DETAILS:
-            raise ConfigError(
-                f"reference_store_detail: got {self.reference_store_detail!r}, expected one of "
-                f"{DETAILS}."
-            )
-        if self.layout not in LAYOUTS:
-            raise ConfigError(f"layout: got {self.layout!r}, expected one of {LAYOUTS}.")
-        minima = {
-            "max_length": 2,  # a token of the prompt and one of the answer
-            "per_device_train_batch_size": 1,
-            "per_device_eval_batch_size": 1,
-            "gradient_accumulation_steps": 1,
-            "precompute_ref_batch_size": 1,
-            "max_tokens_per_microbatch": 1,
-            "dataset_num_proc": 1,
-            "seed": 0,
-        }
-        for name, minimum in minima.items():
-            value = getattr(self, name)
-            is_int = isinstance(value, int) and not isinstance(value, bool)
-            if value is not None and not (is_int and value >= minimum):
-                raise ConfigError(f"{name}: got {value!r}, expected a whole number >= {minimum}.")
+        self._check_choice("truncation_mode", TRUNCATION_MODES)
+        self._check_choice("reference_store_detail", DETAILS)
+        self._check_choice("layout", LAYOUTS)
+        self._check_whole("max_length", minimum=2)  # a token of the prompt and one of the answer
+        for name in (
+            "per_device_train_batch_size",
+            "per_device_eval_batch_size",
+            "gradient_accumulation_steps",
+            "precompute_ref_batch_size",
+            "max_tokens_per_microbatch",
+            "dataset_num_proc",
+        ):
+            self._check_whole(name, minimum=1)
+        self._check_whole("seed", minimum=0)
+
+    def _check_number(self, name: str, expected: str, minimum: float | None = None) -> None:
+        """Ranges that are open at an end are checked where the number is used, by the loss."""
+        value = getattr(self, name)
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not is_number or (minimum is not None and value < minimum):
+            raise ConfigError(f"{name}: got {value!r}, expected a number {expected}.")
+
+    def _check_whole(self, name: str, minimum: int) -> None:
+        value = getattr(self, name)
+        is_whole = isinstance(value, int) and not isinstance(value, bool)
+        if value is not None and not (is_whole and value >= minimum):
+            raise ConfigError(f"{name}: got {value!r}, expected a whole number >= {minimum}.")
+
+    def _check_choice(self, name: str, choices: tuple[str, ...]) -> None:
+        value = getattr(self, name)
+        if value not in choices:
+            raise ConfigError(f"{name}: got {value!r}, expected one of {choices}.")
 
     def _check_report_to(self) -> None:
         names = [self.report_to] if isinstance(self.report_to, str) else self.report_to or []
@@ -314,7 +320,7 @@ class DPOConfig(TrainingArguments):
 
 @functools.cache
 def option_names() -> frozenset[str]:
-    """Names of the options that a DPOConfig takes."""
+    """The names of all options that DPOConfig accepts."""
     return frozenset(item.name for item in fields(DPOConfig) if item.init)
 
 

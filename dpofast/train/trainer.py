@@ -124,7 +124,7 @@ class DPOTrainer(TakesWholeSteps, ClipsExactly, Trainer):
             num_answers=2 * num_pairs,
             router_loss=router_loss,
         )
-        self.loaders = StepLoaders(config, self.layout, self.reference, self._tokens_that_fit)
+        self.loaders = StepLoaders(config, self.layout, self.reference, self.fitting_row_tokens)
         self.compute_pair_loss = PairLossPass(
             self.model, self.pair_loss, router_loss, self.accelerator.autocast, config.device
         )
@@ -172,7 +172,7 @@ class DPOTrainer(TakesWholeSteps, ClipsExactly, Trainer):
         for dataset in [*train_sets, *self.eval_sets().values()]:
             self.loaders.score(dataset, rescore)
 
-    def _tokens_that_fit(self) -> int:
+    def fitting_row_tokens(self) -> int:
         """Tokens of a packed row that fit the GPU memory of every rank."""
         autocast = self.accelerator.autocast
         with runnable(self):

@@ -142,10 +142,10 @@ def in_trainer(root: Path) -> dict[str, Any]:
         root / "trainer", str(root / "llama"), options=options, eval_dataset=token_pairs(5)
     )
     with most_whole(spread(made.model.parameters()), made.model) as most:
-        made.get_train_dataloader()
+        made.score_datasets()
         loss = made.evaluate()["eval_loss"]
         with mock.patch("dpofast.train.trainer.free_device_bytes", return_value=10**9):
-            assert made._tokens_that_fit() > 0
+            assert made.fitting_row_tokens() > 0
     return {"most": most[0], "loss": loss}
 
 

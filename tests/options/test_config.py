@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import json
-import pickle
 from dataclasses import fields
 
 import pytest
@@ -112,16 +110,6 @@ def test_both_names_of_checkpointing_are_taken_without_a_warning(tmp_path, value
 def test_the_old_name_of_dtype_is_taken(tmp_path):
     options = config(tmp_path, model_init_kwargs='{"torch_dtype": "bfloat16"}')
     assert options.loading_options() == {"dtype": "bfloat16", "trust_remote_code": False}
-
-
-def test_logs_and_pickles_show_the_users_accumulation(tmp_path):
-    options = config(tmp_path, gradient_accumulation_steps=8)
-    with options.one_item_per_step():
-        assert options.gradient_accumulation_steps == 1
-        assert options.accumulation == 8
-        assert json.loads(options.to_json_string())["gradient_accumulation_steps"] == 8
-        assert pickle.loads(pickle.dumps(options)).gradient_accumulation_steps == 8
-    assert options.gradient_accumulation_steps == options.accumulation == 8
 
 
 def test_hugging_faces_argument_parser_takes_it(tmp_path):

@@ -113,7 +113,7 @@ def test_a_fresh_adapters_reference_is_the_model_below_it(tmp_path):
     adapter = make_trainer(tmp_path, tiny_llama(), peft_config=lora())
     adapter.train()
     assert adapter.reference.identity == full.reference.identity
-    assert adapter.reference.provider.totals().rows_scored == 0
+    assert adapter.reference.store.totals().rows_scored == 0
 
 
 def test_an_adapter_trained_before_belongs_to_the_reference(tmp_path):

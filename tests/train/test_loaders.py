@@ -21,14 +21,20 @@ def settings(device, tokens=None):
     return SimpleNamespace(max_tokens_per_microbatch=tokens, device=torch.device(device))
 
 
+def settled():
+    return SimpleNamespace(settle=lambda: None)
+
+
 def test_on_a_gpu_what_fits_is_asked_for_once():
     asked = []
     made = StepLoaders(
-        settings("cuda"), Layout("shared"), None, lambda: asked.append(1) or 4096 * len(asked)
+        settings("cuda"), Layout("shared"), settled(), lambda: asked.append(1) or 4096 * len(asked)
     )
     assert not asked
-    assert made.row_tokens == made.row_tokens == 4096
-    made.resume(2560)
+    for _ in range(2):
+        made.settle()
+        assert made.row_tokens == 4096
+    made.settle(2560)
     assert made.row_tokens == 2560
 
 
@@ -36,21 +42,24 @@ def test_neither_on_a_cpu_nor_where_the_options_say():
     def never():
         raise AssertionError
 
-    assert StepLoaders(settings("cpu"), Layout("unshared"), None, never).row_tokens == 2048
-    told = StepLoaders(settings("cuda", 100), Layout("shared"), None, never)
-    told.resume(2560)
-    assert told.row_tokens == 100
-    assert StepLoaders(settings("cuda"), Layout("padded"), None, never).row_tokens is None
+    def row_tokens(settings, layout, recorded=None):
+        made = StepLoaders(settings, Layout(layout), settled(), never)
+        made.settle(recorded)
+        return made.row_tokens
+
+    assert row_tokens(settings("cpu"), "unshared") == 2048
+    assert row_tokens(settings("cuda", 100), "shared", recorded=2560) == 100
+    assert row_tokens(settings("cuda"), "padded") is None
 
 
 def test_the_rank_with_the_least_memory_decides(tmp_path, monkeypatch):
     made = make_trainer(tmp_path)
     monkeypatch.setattr(trainer, "free_device_bytes", lambda _: 2 * 10**9)
-    own = made._tokens_that_fit()
+    own = made.fitting_row_tokens()
     assert own > 1024
     gathered = torch.tensor([own, 768, 1024])
     monkeypatch.setattr(made.accelerator, "gather", lambda tokens: gathered)
-    assert made._tokens_that_fit() == 768
+    assert made.fitting_row_tokens() == 768
 
 
 def test_a_resumed_run_packs_as_before(tmp_path, monkeypatch):
@@ -62,7 +71,7 @@ def test_a_resumed_run_packs_as_before(tmp_path, monkeypatch):
     resumed = make_trainer(tmp_path, options=SAVING)
     resumed.train(resume_from_checkpoint=str(checkpoint))
     assert history(resumed) == expected
-    assert resumed.loaders.packing["max_tokens"] == 60
+    assert resumed.run_summary()["packing"]["max_tokens"] == 60
 
 
 def test_a_checkpoint_of_before_rows_were_recorded_is_resumed(tmp_path):
@@ -109,7 +118,7 @@ def test_references_are_scored_in_rows_as_long_as_training_takes_them(
         return score(self, sequences)
 
     monkeypatch.setattr(SequenceScorer, "__call__", counted)
-    make_trainer(tmp_path, options=options).get_train_dataloader()
+    make_trainer(tmp_path, options=options).score_datasets()
     sizes, tokens = zip(*calls, strict=True)
     assert sum(sizes) == 20
     if expected == "tokens":

@@ -60,7 +60,7 @@ def test_rows_hold_what_the_plan_counts(tmp_path, tokenizer, pairs):
     """Tokens of the body and rows of the head, counted as they reach the modules."""
     trainer = make(tmp_path, tokenizer, pairs, max_steps=3, save_strategy="no")
     body_tokens, head_rows = [], []
-    trainer._score_references()  # these passes are counted by nobody
+    trainer.score_datasets()  # these passes are counted by nobody
     trainer.model.model.embed_tokens.register_forward_hook(
         lambda _, inputs, __: body_tokens.append(inputs[0].numel())
     )
@@ -68,7 +68,7 @@ def test_rows_hold_what_the_plan_counts(tmp_path, tokenizer, pairs):
         lambda _, inputs, __: head_rows.append(len(inputs[0]))
     )
     trainer.train()
-    limit = trainer.loaders.token_limit(trainer.train_dataset)
+    limit = trainer.train_set().token_limit
     shape = BatchShape(2, 2, 1)
     sampler = StepSampler(NUM_PAIRS, shape, 0, seed=3, limit=limit)
     rows = [row for step in list(sampler)[:3] for row in step.micro_batches]

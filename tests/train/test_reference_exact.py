@@ -14,8 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from dpofast.model.attention import packed_attention
-from dpofast.model.forward import pair_step, run_batch
+from dpofast.model.forward import micro_batch, run_batch
 from dpofast.model.head import ScoreTask, head_options
 from dpofast.model.scorer import SequenceScorer
 from dpofast.reference.build.answers import read_answers
@@ -42,8 +41,7 @@ class InStep:
 
     def logps(self, batch):
         config = self.frozen.config
-        attention = packed_attention(config, batch.shared_layout)
-        with torch.no_grad(), attention, pair_step(self.frozen):
+        with torch.no_grad(), micro_batch(self.frozen, batch):
             task = ScoreTask(batch.labels, head_options(config))
             per_token_logps = run_batch(self.frozen, batch, task).double().numpy()  # [N]
         bounds = batch.bounds.tolist()
@@ -62,8 +60,9 @@ def scored_in_each_step(make, pairs):
 
 def micro_batches_of(trainer):
     """The training plan's, for the builder."""
-    limit = trainer.loaders.token_limit(trainer.train_dataset)
-    sampler = train_sampler(trainer.args, len(trainer.train_dataset), limit)
+    train_set = trainer.train_set()
+    train_set.measure_lengths(trainer.layout, trainer.loaders.row_tokens)
+    sampler = train_sampler(trainer.config, len(train_set), train_set.token_limit)
 
     def batches(_, wanted):
         rows = [row for step in sampler for row in step.micro_batches]
@@ -78,8 +77,9 @@ def on_stored_rows(make, pairs, own_batches=False):
     """The same of training that finds all rows in its store."""
     trainer = make("stored", pairs)
     if own_batches:
-        trainer.get_train_dataloader()
+        trainer.score_datasets()
     else:
+        trainer.loaders.settle()
         identity = trainer.reference.identity
         folder = trainer.args.reference_folder()
         build_reference(
@@ -91,7 +91,7 @@ def on_stored_rows(make, pairs, own_batches=False):
         )
     reader = make("reader", pairs)
     got = train(reader)
-    report = reader.reference.provider.reports["train"]
+    report = reader.reference.store.reports["train"]
     assert (report.rows_found, report.rows_scored) == (2 * len(pairs), 0)
     return got
 

@@ -31,7 +31,7 @@ def test_resumed_without_the_store_the_starts_reference_is_scored_again(tmp_path
     shutil.rmtree(tmp_path / "store")
     resumed = make_trainer(tmp_path, options=saving)
     resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-4"))
-    assert resumed.reference.provider.totals().rows_scored == 20
+    assert resumed.reference.store.totals().rows_scored == 20
     assert history(resumed) == expected
 
 

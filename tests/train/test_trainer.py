@@ -94,7 +94,7 @@ def test_a_second_run_makes_no_reference_pass_whatever_changed_but_the_model(tmp
     assert summary["layout"] == "shared"
     other_model = make_trainer(tmp_path, tiny_llama(seed=1))
     other_model.train()
-    assert other_model.reference.provider.totals().rows_scored == 20
+    assert other_model.reference.store.totals().rows_scored == 20
 
 
 def test_one_added_pair_costs_one_pass_and_two_rows(tmp_path):
@@ -103,7 +103,7 @@ def test_one_added_pair_costs_one_pass_and_two_rows(tmp_path):
     more = Dataset.from_list([*pairs, *token_pairs(1, seed=8)])
     trainer = make_trainer(tmp_path, pairs=more)
     trainer.train()
-    total = trainer.reference.provider.totals()
+    total = trainer.reference.store.totals()
     assert (total.forward_passes, total.rows_scored, total.rows_found) == (1, 2, 20)
 
 
@@ -141,7 +141,7 @@ def test_a_dataset_may_bring_its_own_reference_log_probs(tmp_path):
         pairs = pairs.add_column(name, values)
     own = make_trainer(tmp_path, pairs=pairs)
     got = train(own)
-    assert own.reference.provider.totals() is None
+    assert own.reference.store.totals() is None
     expected = train(make_trainer(tmp_path, pairs=token_pairs(4), ref_model=reference))
     np.testing.assert_allclose(got, expected, rtol=1e-5)
     broken = pairs.remove_columns("ref_chosen_logps").add_column("ref_chosen_logps", [math.nan] * 4)
@@ -188,13 +188,13 @@ def test_a_pair_longer_than_the_limit_runs_alone(tmp_path):
     pairs = Dataset.from_list([long, *token_pairs(3)])
     options = {"max_steps": 1, "max_tokens_per_microbatch": 60}
     trainer = make_trainer(tmp_path, pairs=pairs, options=options)
-    trainer._score_references()  # these passes, and those of the checks, are counted by nobody
+    trainer.score_datasets()  # these passes, and those of the checks, are counted by nobody
     rows = []
     trainer.model.model.embed_tokens.register_forward_hook(
         lambda _, inputs, __: rows.append(inputs[0].numel())
     )
     trainer.train()
-    lengths = trainer.loaders.token_limit(trainer.train_dataset).lengths
+    lengths = trainer.train_set().token_limit.lengths
     assert lengths[0] == 70
     assert sorted(rows, reverse=True)[0] == 70
     assert sum(rows) == sum(lengths)

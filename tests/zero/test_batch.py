@@ -10,6 +10,7 @@ import pytest
 
 from dpofast import DPOConfig
 from dpofast.errors import ConfigError
+from dpofast.train.loop_arguments import one_item_per_step
 from dpofast.zero.config import BATCH_FIELDS
 
 
@@ -42,16 +43,16 @@ def test_deepspeed_takes_an_item_for_a_step_and_all_else_shows_the_users_batch(t
     args = config(tmp_path, deepspeed=given)
     text = args.to_json_string()
     assert told(args) == shown
-    with args.one_item_per_step():
-        assert told(args) == (12, 12, 1)
-        assert args.to_json_string() == text
-        saved = pickle.loads(pickle.dumps(args))
+    with one_item_per_step(args) as running:
+        assert told(args) == told(running) == (12, 12, 1)
+        assert running.to_json_string() == text
+        saved = pickle.loads(pickle.dumps(running))
         assert told(saved) == shown
         assert (saved.deepspeed, saved.gradient_accumulation_steps) == (before, 4)
         assert told(args) == (12, 12, 1)
     assert told(args) == shown
     assert given == args.deepspeed == before
-    with saved.one_item_per_step():  # what a checkpoint holds can be trained with
+    with one_item_per_step(saved):  # what a checkpoint holds can be trained with
         assert told(saved) == (12, 12, 1)
 
 
@@ -100,7 +101,7 @@ def test_what_accelerate_brings_is_treated_alike(tmp_path, monkeypatch):
     monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")
     args = config(tmp_path)
     assert told(args) == (12, 3, 4)
-    with args.one_item_per_step():
+    with one_item_per_step(args):
         assert told(args) == (12, 12, 1)
     monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "2")
     with pytest.raises(ConfigError, match="gradient_accumulation_steps is 2, but"):

@@ -48,8 +48,8 @@ def templated(template=CHAT):
 def scored(folder, pairs=None, model=None, **arguments):
     """Answers that a run with these arguments has to score; its store lies in `folder`."""
     trainer = make_trainer(folder, model, lines() if pairs is None else pairs, **arguments)
-    trainer.get_train_dataloader()
-    return trainer.reference.provider.totals().rows_scored
+    trainer.score_datasets()
+    return trainer.reference.store.totals().rows_scored
 
 
 @pytest.fixture(scope="module")
