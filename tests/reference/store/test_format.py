@@ -125,7 +125,7 @@ def test_a_row_with_other_floats_than_one_for_each_token_is_refused(
     tmp_path, num_tokens, logps, logsumexps
 ):
     key = write_one_row(tmp_path, num_tokens, logps, logsumexps)
-    (problem,) = verify(tmp_path).problems
-    assert "row 0 has other floats than one for each token" in problem
+    (fault,) = verify(tmp_path).faults
+    assert "row 0 has other floats than one for each token" in fault
     with pytest.raises(ReferenceStoreError, match="row 0 has other floats"):
         ReferenceStore.open(tmp_path).namespace(identity()).lookup([key])

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 from dpofast.errors import ReferenceStoreError
+from dpofast.reference.store.info import info
 from dpofast.reference.store.prune import prune
 from dpofast.reference.store.store import ReferenceStore
-from dpofast.reference.store.verify import info, verify
+from dpofast.reference.store.verify import verify
 from tests.reference import golden_store as golden
 
 

@@ -11,10 +11,11 @@ import pytest
 from dpofast.errors import ReferenceStoreError
 from dpofast.reference.store import files
 from dpofast.reference.store import prune as pruning
+from dpofast.reference.store.info import info
 from dpofast.reference.store.prune import prune
 from dpofast.reference.store.row_detail import RowDetail
 from dpofast.reference.store.store import ReferenceStore
-from dpofast.reference.store.verify import info, verify
+from dpofast.reference.store.verify import verify
 from tests.reference.store.test_store import KEYS, ROWS, write
 from tests.reference.stubs import identity
 

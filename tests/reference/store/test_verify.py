@@ -11,11 +11,12 @@ import pytest
 from dpofast.errors import ReferenceStoreError
 from dpofast.reference.store import verify as report_module
 from dpofast.reference.store.files import TEMPORARY_PREFIX
+from dpofast.reference.store.info import describe, info
 from dpofast.reference.store.prune import prune
 from dpofast.reference.store.row_detail import RowDetail
 from dpofast.reference.store.store import ReferenceStore
 from dpofast.reference.store.text import human_bytes
-from dpofast.reference.store.verify import describe, info, verify
+from dpofast.reference.store.verify import verify
 from tests.reference.stubs import identity
 
 ROWS = {bytes([i] * 16): np.float32([-i, -1.5, -0.25][: i % 3 + 1]) for i in range(1, 4)}
@@ -68,9 +69,9 @@ def refused_or_right(store):
             np.testing.assert_array_equal(rows.per_token_logsumexps[place], logsumexps)
 
 
-def problems_of(store):
+def faults_of(store):
     try:
-        return verify(store.folder).problems
+        return verify(store.folder).faults
     except ReferenceStoreError as error:  # store.json
         return [str(error)]
 
@@ -81,7 +82,7 @@ def flip_and_check(store, path, bits):
         flipped = bytearray(whole)
         flipped[bit // 8] ^= 1 << bit % 8
         path.write_bytes(flipped)
-        assert any(path.name in problem for problem in problems_of(store)), bit
+        assert any(path.name in fault for fault in faults_of(store)), bit
         if path.suffix == ".arrow":
             refused_or_right(store)
     path.write_bytes(whole)
@@ -110,16 +111,16 @@ def test_flipped_bits_of_the_json_files_are_found(store):
 def test_a_cut_file_is_found(store):
     path = segment_of(store)
     path.write_bytes(path.read_bytes()[:-1])
-    (problem,) = verify(store.folder).problems
-    assert str(path) in problem
-    assert "delete" in problem
+    (fault,) = verify(store.folder).faults
+    assert str(path) in fault
+    assert "delete" in fault
 
 
 def test_a_missing_identity_is_found_and_written_anew_by_the_next_build(store):
     path = segment_of(store).with_name("identity.json")
     path.unlink()
-    (problem,) = verify(store.folder).problems
-    assert "identity.json" in problem
+    (fault,) = verify(store.folder).faults
+    assert "identity.json" in fault
     store.namespace(identity()).writer()
     assert verify(store.folder).ok
 
@@ -133,8 +134,8 @@ def test_what_does_not_belong_to_the_store_is_told(store):
     assert len(report.notes) == 2
     assert all(map(str.isprintable, report.lines()))
     segment.rename(segment.with_name("copy.arrow"))
-    (problem,) = verify(store.folder).problems
-    assert "copy.arrow has a name" in problem
+    (fault,) = verify(store.folder).faults
+    assert "copy.arrow has a name" in fault
 
 
 def test_what_is_written_while_it_verifies_is_no_stranger(store, monkeypatch):
@@ -184,9 +185,9 @@ def test_the_same_row_twice_is_fine_and_another_value_is_not(store):
     assert verify(store.folder).ok
     writer.add(key, values + 1)
     writer.commit()
-    (problem,) = verify(store.folder).problems
-    assert key.hex() in problem
-    assert "1 rows twice" in problem
+    (fault,) = verify(store.folder).faults
+    assert key.hex() in fault
+    assert "1 rows twice" in fault
 
 
 def test_info_counts_and_says_what_the_reference_was(store):
