@@ -1,6 +1,6 @@
 """Kills builds at random moments and counts what is lost; run by test_crashes.py.
 
-    python tests/reference/kill_builds.py kill|real|together FOLDER ROUNDS SEED
+    python tests/reference/kill_builds.py kill|real|beside FOLDER ROUNDS SEED
 
 Builds are forked from this process once it is warm, so that a kill falls into the build and not
 into imports. Prints one JSON object.
@@ -99,19 +99,24 @@ def build(store, log):
         os.open(log / name, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         for name in ("scored", "acknowledged")
     )
-    commit = Writer.commit
+    pending = []
+    add, commit = Writer.add, Writer.commit
+
+    def noting_add(writer, key, scores, name=""):
+        add(writer, key, scores, name)
+        pending.append(key)
 
     def acknowledging_commit(writer):
-        keys = b"".join(writer._keys)
         count = commit(writer)
-        os.write(acknowledged, keys)
+        os.write(acknowledged, b"".join(pending))
+        pending.clear()
         return count
 
     def scorer(sequences):
         os.write(scored, b"".join(row_key(*sequence) for sequence in sequences))
         return Scoring.score(sequences)
 
-    Writer.commit = acknowledging_commit
+    Writer.add, Writer.commit = noting_add, acknowledging_commit
     options = BuildOptions(commit_rows=COMMIT_ROWS, progress=False)
     return build_reference(
         namespace(store), ANSWERS, scorer, batches=batches_of(BATCH), options=options
@@ -181,7 +186,7 @@ def kill_rounds(folder, rounds, rng):
     return report
 
 
-def together_rounds(folder, rounds, rng):
+def beside_rounds(folder, rounds, rng):
     """Four builds that know nothing of each other, one of them killed, beside a prune."""
     report = dict.fromkeys([*COUNTS, "incomplete", "merged", "killed", "longest_wait"], 0)
     index = -1
@@ -215,5 +220,5 @@ if __name__ == "__main__":
     mode, target, num_rounds, seed = sys.argv[1:]
     if mode == "real":
         score_by_model()
-    run = together_rounds if mode == "together" else kill_rounds
+    run = beside_rounds if mode == "beside" else kill_rounds
     print(json.dumps(run(Path(target), int(num_rounds), random.Random(int(seed)))))

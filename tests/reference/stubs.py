@@ -10,12 +10,36 @@ from datasets import Dataset
 
 from dpofast.reference.build.batches import BatchesOfAnswers
 from dpofast.reference.identity.description import ReferenceIdentity
+from dpofast.reference.store.store import ReferenceStore
+
+ROWS = {
+    bytes([i] * 16): -np.random.default_rng(i).random(i % 5 + 1, dtype=np.float32)
+    for i in range(12)
+}
+KEYS = list(ROWS)
 
 
 def identity(**changes):
     return ReferenceIdentity.of(
         {"weights": "ab" * 16, "attention": "sdpa", "config": {"rope_theta": 1e4}, **changes}
     )
+
+
+def write(folder, rows=ROWS, reference=None, commits=1):
+    """Make a store with these rows, a segment for each commit; -> the rows' namespace."""
+    namespace = ReferenceStore.open(folder, create=True).namespace(reference or identity())
+    writer = namespace.writer()
+    items = list(rows.items())
+    for part in range(commits):
+        for key, values in items[part::commits]:
+            writer.add(key, values)
+        assert writer.commit() == len(items[part::commits])
+    return namespace
+
+
+def scores_of(values):
+    """[2, num_tokens]: log-probs, and log-sum-exps that are none of the log-probs."""
+    return np.stack([values, 3 - 2 * values])
 
 
 def pairs(num_pairs, seed=0):

@@ -25,15 +25,15 @@ class Meeting:
 
     def __init__(self):
         self.barrier = threading.Barrier(WORLD, timeout=10)
-        self.words = [None] * WORLD
+        self.objects = [None] * WORLD
 
     def exchange_of(self, rank):
-        def exchange(word):
-            self.words[rank] = word
+        def exchange(given):
+            self.objects[rank] = given
             self.barrier.wait()
-            words = list(self.words)
+            objects = list(self.objects)
             self.barrier.wait()
-            return words
+            return objects
 
         return exchange
 

@@ -9,6 +9,7 @@ from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 
 from dpofast.model.load import load_policy
+from dpofast.reference.build.answers import read_answers
 from dpofast.reference.store.store import ReferenceStore
 from tests.support import byte_tokenizer, make_trainer, tiny_llama
 
@@ -213,7 +214,7 @@ def test_all_these_references_lie_in_one_store_and_none_reads_anothers(store):
     found = ReferenceStore.open(store / "store")
     namespaces = [found.namespace(found.identity(digest)) for digest in found.digests()]
     assert len(namespaces) == 1 + len(MODELS)
-    keys = namespaces[0]._order[0].columns.keys
+    keys = read_answers(make_trainer(store, None, lines()).train_dataset).keys
     logps = np.stack([each.lookup(keys)[0] for each in namespaces])  # [references, 12]
     assert np.isfinite(logps).all()
     assert len(np.unique(logps.round(12), axis=0)) >= len(MODELS)  # a byte may move nothing

@@ -1,42 +1,24 @@
 from __future__ import annotations
 
-import errno
-import os
 import random
 
 import numpy as np
-import pyarrow as pa
 import pytest
 
 from dpofast.errors import ReferenceStoreError
-from dpofast.reference.store import verify as report_module
+from dpofast.reference.store import verify as verifying
 from dpofast.reference.store.files import TEMPORARY_PREFIX
-from dpofast.reference.store.info import describe, info
-from dpofast.reference.store.prune import prune
 from dpofast.reference.store.row_detail import RowDetail
 from dpofast.reference.store.store import ReferenceStore
 from dpofast.reference.store.text import human_bytes
 from dpofast.reference.store.verify import verify
+from tests.reference.mixed_store import DETAILS, ROWS, mixed_store, segment_of
 from tests.reference.stubs import identity
-
-ROWS = {bytes([i] * 16): np.float32([-i, -1.5, -0.25][: i % 3 + 1]) for i in range(1, 4)}
-DETAILS = dict(zip(ROWS, RowDetail, strict=True))
 
 
 @pytest.fixture
 def store(tmp_path):
-    """One segment, its rows of every detail."""
-    store = ReferenceStore.open(tmp_path / "store", create=True)
-    for key, values in ROWS.items():
-        writer = store.namespace(identity()).writer(detail=DETAILS[key])
-        writer.add(key, np.stack([values, -7 * values]))
-        writer.commit()
-    prune(store.folder)
-    return store
-
-
-def segment_of(store):
-    return next(store.folder.glob("*/*.arrow"))
+    return mixed_store(tmp_path / "store")
 
 
 def test_an_undamaged_store_verifies(store):
@@ -140,7 +122,7 @@ def test_what_does_not_belong_to_the_store_is_told(store):
 
 def test_what_is_written_while_it_verifies_is_no_stranger(store, monkeypatch):
     """Between any two listings of a folder another segment is committed."""
-    listed = report_module.list_names
+    listed = verifying.list_names
 
     def commits_afterwards(folder):
         names = listed(folder)
@@ -149,7 +131,7 @@ def test_what_is_written_while_it_verifies_is_no_stranger(store, monkeypatch):
         writer.commit()
         return names
 
-    monkeypatch.setattr(report_module, "list_names", commits_afterwards)
+    monkeypatch.setattr(verifying, "list_names", commits_afterwards)
     found = verify(store.folder)
     assert found.ok
     assert not found.notes
@@ -158,23 +140,13 @@ def test_what_is_written_while_it_verifies_is_no_stranger(store, monkeypatch):
 def test_what_a_prune_merges_meanwhile_is_no_damage(store, monkeypatch):
     """Listed, then gone."""
     name = segment_of(store).name.replace("-", "0-", 1)[1:]  # as a segment is called
-    listed = report_module.list_names
+    listed = verifying.list_names
     monkeypatch.setattr(
-        report_module,
+        verifying,
         "list_names",
         lambda folder: [*listed(folder), *([name] if folder != store.folder else [])],
     )
     assert verify(store.folder).ok
-    assert info(store.folder)["references"][0]["segments"] == 1
-
-
-def test_a_segment_that_the_system_refuses_is_not_called_damaged(store, monkeypatch):
-    def refuses(path):
-        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
-
-    monkeypatch.setattr(pa, "memory_map", refuses)
-    with pytest.raises(ReferenceStoreError, match=r"can't read .*Permission denied\): check its"):
-        store.namespace(identity())
 
 
 def test_the_same_row_twice_is_fine_and_another_value_is_not(store):
@@ -190,34 +162,6 @@ def test_the_same_row_twice_is_fine_and_another_value_is_not(store):
     assert "1 rows twice" in fault
 
 
-def test_info_counts_and_says_what_the_reference_was(store):
-    writer = store.namespace(identity(attention="eager")).writer()
-    for _ in range(2):
-        writer.add(bytes(16), np.float32([-1]))
-        writer.commit()
-    content = info(store.folder)
-    assert content["format_version"] == 1
-    assert content["rows"] == 4
-    by_digest = {reference["digest"]: reference for reference in content["references"]}
-    other = by_digest[identity(attention="eager").digest]
-    assert (other["rows"], other["tokens"], other["segments"]) == (1, 1, 2)
-    mixed = by_digest[identity().digest]
-    assert (mixed["rows_with_logps"], mixed["rows_with_logsumexps"]) == (2, 1)
-    assert mixed["tokens"] == sum(map(len, ROWS.values()))
-    assert other["description"]["attention"] == "eager"
-    assert other["first_written"] <= other["last_written"]
-    text = "\n".join(describe(store.folder))
-    assert "4 rows of 2 references" in text
-    assert "positions: rope_theta 10000.0" in text
-    assert "attention: eager" in text
-    assert "rows: 1 answer of 1 token in 2 segments" in text
-    assert (
-        "stored: summed log-probs of all rows, per-token log-probs of 2, log-sum-exps of 1" in text
-    )
-
-
-def test_an_empty_store_has_nothing_to_say(tmp_path):
+def test_an_empty_store_is_undamaged(tmp_path):
     ReferenceStore.open(tmp_path, create=True)
-    assert info(tmp_path)["references"] == []
-    assert len(describe(tmp_path)) == 1
     assert verify(tmp_path).ok

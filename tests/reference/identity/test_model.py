@@ -63,7 +63,7 @@ def flip_a_byte(model):
 
 def swap_two_layers(model):
     layers = model.model.layers
-    layers._modules["0"], layers._modules["1"] = layers[1], layers[0]
+    layers[0], layers[1] = layers[1], layers[0]
 
 
 CHANGES = {
