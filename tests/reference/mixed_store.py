@@ -1,4 +1,4 @@
-"""A small store with rows of every detail, for tests of what reads whole stores."""
+"""A small store with rows of every detail, for tests that read whole stores."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the store's tests share: identities, pairs, and a scorer without a model."""
+"""Identities, rows, pairs and a scorer without a model, shared by the tests of reference."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def write(folder, rows=ROWS, reference=None, commits=1):
 
 
 def scores_of(values):
-    """[2, num_tokens]: log-probs, and log-sum-exps that are none of the log-probs."""
+    """-> log-probs and log-sum-exps that differ from them: [2, num_tokens]."""
     return np.stack([values, 3 - 2 * values])
 
 
@@ -57,13 +57,13 @@ def pairs(num_pairs, seed=0):
 
 
 def stub_logps(prompt, answer):
-    """Per-token log-probs [len(answer)] fp32 that depend on every id."""
+    """-> per-token log-probs that depend on every id: [len(answer)] fp32."""
     seed = zlib.crc32(repr((list(prompt), list(answer))).encode())
     return -np.random.default_rng(seed).random(len(answer), dtype=np.float32) * 5
 
 
 def batches_of(num_answers):
-    """A stub's model call costs the tokens of its sequences."""
+    """Batches of so many answers; a call costs the tokens of its sequences."""
 
     def num_tokens(sequences):
         return sum(len(prompt) + len(answer) for prompt, answer in sequences)

@@ -1,4 +1,4 @@
-"""What `dpofast ref info` says of a reference."""
+"""The lines that `dpofast ref info` prints about a reference."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SMALL = {
 
 
 def lines_of(model, autocast_dtype=None):
-    """By name, its line in one piece."""
+    """-> each line by its name, with broken lines joined."""
     found = model_identity(model, autocast_dtype=autocast_dtype, attention="sdpa", head_version=1)
     text = "\n".join(readable_lines(found.description)).replace("\n    ", " ")
     return dict(line.split(": ", 1) for line in text.splitlines())

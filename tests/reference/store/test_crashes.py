@@ -36,15 +36,15 @@ def check_kills(folder, rounds, seed, mode="kill"):
     assert report["complete"]
     assert report["duplicates"] == 0
     assert_nothing_lost(report)
-    # what waits for its commit, and the call that the kill fell into
+    # at most the rows that wait for a commit, and the call that was killed
     assert report["most_redone"] <= kill_builds.COMMIT_ROWS + kill_builds.BATCH
-    assert report["most_redone"] > 0  # else no kill fell between commits
+    assert report["most_redone"] > 0  # otherwise no kill came between two commits
 
 
 def check_beside(folder, rounds, seed):
     report = run("beside", folder, rounds, seed)
     assert report["incomplete"] == report["duplicates"] == 0
-    assert report["merged"] > 0  # else they never scored the same row
+    assert report["merged"] > 0  # otherwise no two builds scored the same row
     assert report["killed"] == rounds
     assert report["longest_wait"] <= 30.0
     assert_nothing_lost(report)

@@ -1,4 +1,4 @@
-"""Reads and writes the store by what docs/reference-store.md says, without the store's own code."""
+"""Reads and writes a store as docs/reference-store.md says, without the store's own code."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_a_store_reads_as_documented(tmp_path):
 
 
 def write_one_row(folder, num_tokens, logps, logsumexps):
-    """A store with one row, which has an answer's key; -> that key."""
+    """Write a store with one row; -> its key."""
     digest = identity().digest
     namespace = folder / digest
     namespace.mkdir()

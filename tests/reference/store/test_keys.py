@@ -14,12 +14,12 @@ def test_a_key_is_the_documented_hash():
     assert row_key([5, 6, 7], [8, 9]) == xxh3_128_digest(content)
 
 
-def test_where_the_prompt_ends_belongs_to_the_key():
+def test_where_the_prompt_ends_is_part_of_the_key():
     keys = {row_key([1, 2], [3]), row_key([1], [2, 3]), row_key([1, 2, 3], [0]), row_key([], [1])}
     assert len(keys) == 4
 
 
-def test_a_batch_of_keys_is_each_row_alone():
+def test_many_keys_at_once_are_those_made_one_by_one():
     rows = [([1, 2], [3]), ([], [70_000]), ([5] * 40, [2**40]), ([1, 2], [3])]
     keys = row_keys(TokenLists.of(p for p, _ in rows), TokenLists.of(a for _, a in rows))
     assert [key.tobytes() for key in keys] == [row_key(*row) for row in rows]

@@ -39,7 +39,7 @@ def test_rows_come_back_as_they_were_written(tmp_path, commits):
 
 
 @pytest.mark.parametrize("order", list(itertools.permutations(RowDetail)))
-def test_of_rows_that_stand_twice_the_fullest_is_read(tmp_path, order):
+def test_the_row_with_the_highest_detail_is_read(tmp_path, order):
     namespace = ReferenceStore.open(tmp_path, create=True).namespace(identity())
     for detail in order:
         writer = namespace.writer(detail=detail)
@@ -98,7 +98,7 @@ def test_a_segment_that_vanishes_under_a_reader_is_missed_at_the_next_refresh(tm
     namespace.refresh()
     assert namespace.contains(KEYS).all()
     next(namespace.folder.glob("*.arrow")).unlink()
-    assert np.isfinite(namespace.lookup(KEYS)[0]).all()  # what is mapped stays readable
+    assert np.isfinite(namespace.lookup(KEYS)[0]).all()  # a mapped file stays readable
     namespace.refresh()
     assert not namespace.contains(KEYS).any()
 

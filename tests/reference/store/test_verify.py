@@ -34,7 +34,7 @@ def test_an_undamaged_store_verifies(store):
 
 
 def refused_or_right(store):
-    """Whatever a reader gets of a damaged store is what was written, or nothing."""
+    """Assert that a reader of a damaged store gets what was written, or an error."""
     try:
         namespace = ReferenceStore.open(store.folder).namespace(identity())
         rows = namespace.read(list(ROWS))
@@ -107,7 +107,7 @@ def test_a_missing_identity_is_found_and_written_anew_by_the_next_build(store):
     assert verify(store.folder).ok
 
 
-def test_what_does_not_belong_to_the_store_is_told(store):
+def test_files_that_do_not_belong_to_the_store_are_reported(store):
     (store.folder / "notes\x1b[2J.txt").write_text("x")
     segment = segment_of(store)
     (segment.parent / f"{TEMPORARY_PREFIX}1").write_bytes(b"x")
@@ -120,8 +120,8 @@ def test_what_does_not_belong_to_the_store_is_told(store):
     assert "copy.arrow has a name" in fault
 
 
-def test_what_is_written_while_it_verifies_is_no_stranger(store, monkeypatch):
-    """Between any two listings of a folder another segment is committed."""
+def test_a_segment_written_during_verify_is_no_stranger(store, monkeypatch):
+    """A segment is committed between any two listings of a folder."""
     listed = verifying.list_names
 
     def commits_afterwards(folder):
@@ -137,9 +137,9 @@ def test_what_is_written_while_it_verifies_is_no_stranger(store, monkeypatch):
     assert not found.notes
 
 
-def test_what_a_prune_merges_meanwhile_is_no_damage(store, monkeypatch):
-    """Listed, then gone."""
-    name = segment_of(store).name.replace("-", "0-", 1)[1:]  # as a segment is called
+def test_a_segment_that_a_prune_merges_meanwhile_is_no_damage(store, monkeypatch):
+    """A segment is in the listing, and gone when it is read."""
+    name = segment_of(store).name.replace("-", "0-", 1)[1:]  # another segment's name
     listed = verifying.list_names
     monkeypatch.setattr(
         verifying,

@@ -1,4 +1,4 @@
-"""Rows are stored in the detail asked for, or refused; a full disk loses none of them."""
+"""Rows are stored in the detail asked for, or refused; a full disk loses none."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from dpofast.reference.store.store import ReferenceStore
 from tests.reference.stubs import KEYS, ROWS, identity, scores_of, write
 
 
-def test_the_sum_is_of_what_was_given_not_of_what_is_kept_in_float32(tmp_path):
+def test_log_probs_are_summed_before_they_are_rounded_to_float32(tmp_path):
     values = np.array([-1 / 3, -1e-9, -2 / 7])
     namespace = write(tmp_path, {b"k" * 16: values})
     namespace.refresh()
@@ -26,7 +26,7 @@ def test_the_sum_is_of_what_was_given_not_of_what_is_kept_in_float32(tmp_path):
 
 
 @pytest.mark.parametrize("detail", RowDetail)
-def test_a_row_holds_what_its_detail_says(tmp_path, detail):
+def test_a_row_has_the_values_of_its_detail(tmp_path, detail):
     namespace = ReferenceStore.open(tmp_path, create=True).namespace(identity())
     writer = namespace.writer(detail=detail)
     for key, values in ROWS.items():
@@ -62,7 +62,7 @@ def test_a_row_without_the_log_sum_exps_that_were_asked_for_is_refused(tmp_path)
     assert writer.commit() == 0
 
 
-def test_a_log_sum_exp_that_is_not_finite_is_refused_where_it_is_stored(tmp_path):
+def test_a_log_sum_exp_that_is_not_finite_is_refused_if_it_would_be_stored(tmp_path):
     namespace = ReferenceStore.open(tmp_path, create=True).namespace(identity())
     scores = np.array([[-1.0, -2.0], [3.0, np.inf]])
     with pytest.raises(ReferenceStoreError, match=r"log-sum-exp of row 7 is inf at .* token 1"):
@@ -92,7 +92,7 @@ def test_a_log_prob_that_is_not_finite_is_refused_with_its_row(tmp_path, value, 
 
 
 class FailingFile:
-    """Writes half of what it is given, then the disk is full."""
+    """Writes half of its content, and then the disk is full."""
 
     def __init__(self, file):
         self.file = file
@@ -113,7 +113,7 @@ def fail(*args, **kwargs):
 
 
 @pytest.mark.parametrize("operation", ["open", "write", "fsync", "rename"])
-def test_a_full_disk_is_named_and_the_writer_goes_on_once_there_is_room(
+def test_a_full_disk_is_named_and_the_writer_can_commit_once_there_is_room(
     tmp_path, monkeypatch, operation
 ):
     namespace = write(tmp_path, {bytes(16): np.float32([-1])})
