@@ -93,7 +93,7 @@ def _refuse_unkept(options: RunOptions, consequence: str) -> None:
 
 
 def _info(folder: Path) -> None:
-    from dpofast.reference.store.verify import describe
+    from dpofast.reference.store.info import describe
 
     print("\n".join(describe(folder)))
 

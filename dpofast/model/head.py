@@ -6,6 +6,7 @@ DDP and PEFT see an ordinary forward.
 
 from __future__ import annotations
 
+import math
 import types
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -15,6 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from dpofast.errors import ModelError
+from dpofast.reference.identity.options import (
+    LOGIT_DIVISORS,
+    LOGIT_MULTIPLIERS,
+    SOFTCAP_OPTIONS,
+)
 from dpofast_kernels import HeadOptions, linear_logps, linear_pair_loss, linear_scores
 
 
@@ -78,12 +84,10 @@ def head_options(config: Any) -> HeadOptions:
     (`logits_scaling`). What no name here covers is found by `dpofast.model.checks.check_head`.
     """
     config = config.get_text_config()
-    caps = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
-    softcap = next((cap for name in caps if (cap := getattr(config, name, None))), None)
-    scale = 1.0
-    for name in ("logit_scale", "lm_head_multiplier"):
-        scale *= _number(config, name)
-    return HeadOptions(softcap=softcap, logit_scale=scale / _number(config, "logits_scaling"))
+    softcap = next((cap for name in SOFTCAP_OPTIONS if (cap := getattr(config, name, None))), None)
+    scale = math.prod(_number(config, name) for name in LOGIT_MULTIPLIERS)
+    divisor = math.prod(_number(config, name) for name in LOGIT_DIVISORS)
+    return HeadOptions(softcap=softcap, logit_scale=scale / divisor)
 
 
 def _number(config: Any, name: str) -> float:

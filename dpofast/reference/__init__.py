@@ -1,1 +1,1 @@
-"""Reference log-probs on disk: who made them, the rows themselves, and how they are made."""
+"""Reference log-probs: which model made them, how they are stored, and how they are built."""

@@ -1,1 +1,1 @@
-"""DeepSpeed: its configurations, the batch that it is told of, and weights that it spreads."""
+"""DeepSpeed: its configuration, the batch sizes it is told, and weights that ZeRO-3 has sharded."""

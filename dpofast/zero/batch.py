@@ -1,8 +1,9 @@
-"""The batch that DeepSpeed is told of: checked against the options, then one item a step.
+"""The batch sizes in a DeepSpeed configuration: checked against the options, then replaced.
 
-An item of the trainer's loader is a whole optimizer step of its rank, with as many micro-batches as
-it needs. DeepSpeed may neither divide their losses nor wait for further items. So while the trainer
-runs, its configuration has no accumulation, and one micro-batch of all the pairs of a step.
+An item of the trainer's loader is a whole optimizer step of this rank, with as many micro-batches
+as it needs. DeepSpeed must neither divide their losses by a number of accumulation steps nor wait
+for more items. So while the trainer runs, DeepSpeed's configuration says that a step has a single
+micro-batch with all of its pairs, and no accumulation. The user still sees their own values.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import torch
 from dpofast.errors import ConfigError
 from dpofast.zero.config import BATCH_FIELDS, checked, source
 
-# transformers' words for what it compares a field with, where they aren't an option's name
+# Names of options by what transformers calls them in its list of mismatches, where the two differ.
 COMPARED_WITH = {
     "train_batch_size (calculated)": (
         "per_device_train_batch_size x gradient_accumulation_steps x ranks"
@@ -32,14 +33,14 @@ FILE_OF_ACCELERATE = "ACCELERATE_DEEPSPEED_CONFIG_FILE"
 
 
 def settle_deepspeed(args: Any) -> None:
-    """Compare a DeepSpeed configuration with the options, and join the ranks.
+    """Check a DeepSpeed configuration against the options, and connect DeepSpeed to the ranks.
 
     Args:
-        args: transformers' TrainingArguments with a `deepspeed_plugin`, of the option `deepspeed`
-            or brought by `accelerate launch`.
+        args: transformers' TrainingArguments with a `deepspeed_plugin`. The plugin comes from the
+            option `deepspeed` or from `accelerate launch`.
 
     Raises:
-        ConfigError: a field says other than the options.
+        ConfigError: a field of the configuration contradicts an option.
     """
     if args.deepspeed:
         where = source(args.deepspeed)
@@ -48,7 +49,8 @@ def settle_deepspeed(args: Any) -> None:
         _adopt(args, where)
     _refuse_contradictions(args, where)
     if torch.distributed.is_initialized():
-        # Nobody has told DeepSpeed on a CPU, where ZeRO-3 loads a model in parts by the ranks, too.
+        # On a CPU nothing else has told DeepSpeed of the process group, and ZeRO-3 needs it already
+        # while it loads a model.
         from deepspeed import comm
 
         if not comm.is_initialized():
@@ -56,7 +58,7 @@ def settle_deepspeed(args: Any) -> None:
 
 
 def refuse_missing_launcher(args: Any) -> None:
-    """Raise ConfigError where DeepSpeed is to run in a process that no launcher has started."""
+    """Raise ConfigError if DeepSpeed is asked for in a process that no launcher has started."""
     if args.deepspeed_plugin is not None and not torch.distributed.is_initialized():
         raise ConfigError(
             "deepspeed: it runs in processes that a launcher has started, also where there is but "
@@ -65,7 +67,7 @@ def refuse_missing_launcher(args: Any) -> None:
 
 
 def _adopt(args: Any, where: str) -> None:
-    """Treat a configuration that the launcher has brought as one given by the option."""
+    """Treat a configuration from `accelerate launch` like one from the option `deepspeed`."""
     from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
 
     plugin = args.deepspeed_plugin
@@ -76,7 +78,11 @@ def _adopt(args: Any, where: str) -> None:
 
 
 def _refuse_contradictions(args: Any, where: str) -> None:
-    """transformers has filled in "auto", and noted whatever else differs from the options."""
+    """Raise ConfigError at the first field that contradicts an option.
+
+    transformers has replaced each "auto" with the option's value by now, and has noted every other
+    field that differs from its option as "- ds <field>=<value> vs hf <option>=<value>".
+    """
     for noted in args.hf_deepspeed_config.mismatches:
         found = re.fullmatch(r"- ds (\S+?)=(.*) vs hf (.*?)=(.*)", noted)
         if found is None:
@@ -89,12 +95,19 @@ def _refuse_contradictions(args: Any, where: str) -> None:
 
 
 class ShownBatch:
-    """A DeepSpeed configuration that shows the user's batch, and inside `one_item` that of an item.
+    """Switches the batch fields of a DeepSpeed configuration between the user's values and ours.
+
+    The configuration has the user's values, except inside `one_item`.
 
     Args:
-        plugin: accelerate's DeepSpeedPlugin with its configuration filled in; None without one.
-        pairs_per_rank: of an optimizer step.
-        world_size: ranks that share the step.
+        plugin: accelerate's DeepSpeedPlugin with every "auto" filled in; None without DeepSpeed.
+        pairs_per_rank: pairs of an optimizer step on one rank.
+        world_size: number of ranks that share the step.
+
+    Attributes:
+        config: DeepSpeed's configuration, changed in place because others hold it too.
+        shown: batch fields with the user's values.
+        item: batch fields with the values for one item a step.
     """
 
     def __init__(self, plugin: Any, pairs_per_rank: int, world_size: int) -> None:
@@ -106,7 +119,7 @@ class ShownBatch:
 
     @contextlib.contextmanager
     def one_item(self) -> Iterator[None]:
-        """Inside, DeepSpeed reads one item a step."""
+        """Inside the `with` block, the configuration says that a step is one item."""
         self.config.update(self.item)
         try:
             yield
@@ -114,7 +127,12 @@ class ShownBatch:
             self.config.update(self.shown)
 
     def as_shown(self) -> dict[str, Any]:
-        """Copies of the option's objects that show the user's batch, also inside `one_item`."""
+        """Copy the objects that hold the configuration, with the user's values in the copies.
+
+        Returns:
+            Copies by the names of TrainingArguments' attributes; no entries without DeepSpeed. They
+            are what logs and checkpoints should show inside `one_item`.
+        """
         if self.plugin is None:
             return {}
         plugin, hf_config = copy.copy(self.plugin), copy.copy(self.plugin.hf_ds_config)

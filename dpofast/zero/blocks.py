@@ -1,7 +1,7 @@
-"""Runs a model that ZeRO-3 has spread over the ranks, with one decoder block whole at a time.
+"""Runs a model that ZeRO-3 has sharded, by gathering the weights of one decoder block at a time.
 
-The hooks of DeepSpeed's engine do so, too. But a reference never gets an engine, which is made
-around an optimizer, and a policy only when its training begins.
+DeepSpeed's engine does the same with hooks of its own. But an engine needs an optimizer. So a
+reference never has one, and a policy has none until its training begins.
 """
 
 from __future__ import annotations
@@ -15,20 +15,23 @@ from torch import Tensor, nn
 
 from dpofast.zero.weights import gathering, spread
 
+# Modules with the sharded parameters that the forward of each needs.
 _Units = list[tuple[nn.Module, list[Tensor]]]
 
 
 @contextlib.contextmanager
 def in_blocks(model: nn.Module) -> Iterator[None]:
-    """Inside, a model runs though its weights are spread: each unit has them during its forward.
+    """Inside the `with` block, a model with sharded weights can run its forward.
 
-    A unit is a decoder block, or what else has a forward of its own: the embeddings, the last norm,
-    the head. All ranks enter together, run the model equally often, and leave together. A model
-    that isn't spread is left alone; one whose blocks aren't known is in one piece all the while.
+    Each unit has its weights only during its own forward. A unit is a decoder block, or another
+    module with a forward: the embeddings, the last norm, the head. A model whose blocks aren't
+    known is whole for the length of the block. A model that isn't sharded is left unchanged.
+
+    All ranks must enter at the same time, run the model equally often, and leave at the same time.
     """
     parameters = spread(model.parameters())
     units = _units(model) if parameters else []
-    opened: list[contextlib.ExitStack] = []  # of the units whose forward runs
+    opened: list[contextlib.ExitStack] = []  # one for each unit whose forward is running
     handles = []
     for unit, needed in units:
         handles.append(unit.register_forward_pre_hook(partial(_gather, opened, needed)))
@@ -39,27 +42,30 @@ def in_blocks(model: nn.Module) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
-        while opened:  # a forward was broken off
+        while opened:  # an exception ended a forward before its second hook
             opened.pop().close()
 
 
 def _gather(opened: list[contextlib.ExitStack], needed: list[Tensor], *_: Any) -> None:
+    """Gather a unit's weights before its forward."""
     stack = contextlib.ExitStack()
     stack.enter_context(gathering(needed))
     opened.append(stack)
 
 
 def _release(opened: list[contextlib.ExitStack], *_: Any) -> None:
+    """Give the weights of the unit back after its forward."""
     opened.pop().close()
 
 
 def _units(model: nn.Module) -> _Units:
-    """Modules with the spread parameters that their forward needs; none where blocks aren't known.
+    """Find the units of a model; there are none if transformers doesn't name its decoder blocks.
 
-    A module that reads another's weights without calling it isn't provided for, nor is it by the
-    hooks of DeepSpeed's engine.
+    A module that reads another module's weights without calling it would find them missing. The
+    hooks of DeepSpeed's engine have the same limit.
     """
     modules = list(model.modules())
+    # transformers names the classes that must stay on one device: the decoder blocks.
     names = {name for m in modules for name in getattr(m, "_no_split_modules", None) or ()}
     blocks = {module for module in modules if type(module).__name__ in names}
     parts = _parts(model, blocks) if blocks else []
@@ -67,7 +73,11 @@ def _units(model: nn.Module) -> _Units:
 
 
 def _parts(module: nn.Module, blocks: set[nn.Module]) -> _Units:
-    """Blocks, and the largest modules without any; of what holds a block, its own parameters."""
+    """Divide a module into parts with the parameters of each.
+
+    A part is a block with all its parameters, a largest possible module without blocks in it, or a
+    module around blocks with only its own parameters.
+    """
     if module in blocks or blocks.isdisjoint(module.modules()):
         return [(module, list(module.parameters()))]
     parts: _Units = [(module, list(module.parameters(recurse=False)))]
@@ -78,9 +88,10 @@ def _parts(module: nn.Module, blocks: set[nn.Module]) -> _Units:
 
 @contextlib.contextmanager
 def runnable(trainer: Any) -> Iterator[None]:
-    """Inside, the model of a transformers Trainer runs, also if DeepSpeed has no engine for it yet.
+    """Inside the `with` block, the model of a transformers Trainer can run its forward.
 
-    All ranks enter together, run it equally often, and leave together.
+    This includes a model that ZeRO-3 has sharded and that has no DeepSpeed engine yet. All ranks
+    must enter at the same time, run the model equally often, and leave at the same time.
     """
     model = trainer.model
     if not trainer.is_deepspeed_enabled or trainer.model_wrapped is not model:

@@ -1,4 +1,4 @@
-"""The option `deepspeed`: a configuration of this package by its name, or the user's own."""
+"""Reads the option `deepspeed`: the name of a configuration in this package, or the user's own."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from dpofast.errors import ConfigError
 
 NAMES = ("zero1", "zero2", "zero3", "zero2_offload", "zero3_offload")
 BATCH_FIELDS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
-# What would give ranks another part of the step than the one that is planned for them.
+# Fields that would give a rank other pairs than the ones planned for it: the value that switches
+# each off, and the reason for the error message.
 UNSUPPORTED = {
     ("elasticity", "enabled"): (False, "the pairs of a step would change with the ranks"),
     ("tensor_parallel", "autotp_size"): (1, "ranks share a step's pairs, not a layer"),
@@ -21,16 +22,17 @@ UNSUPPORTED = {
 
 
 def read_deepspeed(option: Any) -> dict[str, Any]:
-    """The configuration that the option stands for, as a dict of its own.
+    """Read a DeepSpeed configuration into a new dict.
 
-    What it leaves out of batch, clipping and precision is "auto", hence taken from the other
-    options, and ZeRO-3 gathers the weights when a model is saved.
+    Fields for the batch, clipping and precision that it leaves out become "auto", so that they are
+    taken from the other options. ZeRO-3 gathers the weights when a model is saved, unless the
+    configuration says otherwise.
 
     Args:
-        option: one of NAMES, the path of a JSON file, JSON, or a mapping.
+        option: one of NAMES, the path of a JSON file, JSON text, or a mapping.
 
     Raises:
-        ConfigError: there is no such name or file, or it doesn't hold a usable configuration.
+        ConfigError: there is no such name or file, or it isn't a usable configuration.
     """
     where = source(option)
     config = copy.deepcopy(option) if isinstance(option, dict) else _parsed(_text(option), where)
@@ -40,10 +42,17 @@ def read_deepspeed(option: Any) -> dict[str, Any]:
 
 
 def checked(config: dict[str, Any], where: str) -> dict[str, Any]:
-    """The same configuration with what it leaves out; it is changed in place.
+    """Check a configuration, and fill in the fields that it leaves out.
+
+    Args:
+        config: DeepSpeed configuration; changed in place.
+        where: what to call it in errors, from `source`.
+
+    Returns:
+        The same dict.
 
     Raises:
-        ConfigError: it has no usable zero_optimization, or asks for what isn't supported.
+        ConfigError: it has no usable zero_optimization, or asks for something unsupported.
     """
     zero = config.get("zero_optimization")
     if not isinstance(zero, dict):
@@ -58,7 +67,8 @@ def checked(config: dict[str, Any], where: str) -> dict[str, Any]:
             raise ConfigError(
                 f"{where}: {section}.{name}={value!r} isn't supported, as {reason}; leave it out."
             )
-    for name in (*BATCH_FIELDS, "gradient_clipping"):  # without that DeepSpeed clips nothing
+    # Without a value for gradient_clipping DeepSpeed wouldn't clip at all.
+    for name in (*BATCH_FIELDS, "gradient_clipping"):
         config.setdefault(name, "auto")
     for name in ("bf16", "fp16"):
         config.setdefault(name, {"enabled": "auto"})
@@ -68,12 +78,13 @@ def checked(config: dict[str, Any], where: str) -> dict[str, Any]:
 
 
 def source(option: Any) -> str:
-    """The option and what it names, for messages."""
+    """Name the option and its file or configuration for messages, such as "deepspeed: ds.json"."""
     is_text = isinstance(option, (str, Path)) and not str(option).lstrip().startswith("{")
     return f"deepspeed: {option}" if is_text else "deepspeed"
 
 
 def _text(option: Any) -> str:
+    """Get the JSON text that an option names, or is."""
     if not isinstance(option, (str, Path)):
         raise ConfigError(
             f"deepspeed: got {option!r}, expected one of {', '.join(NAMES)}, the path of a JSON "
@@ -95,6 +106,7 @@ def _text(option: Any) -> str:
 
 
 def _no_such(name: str) -> str:
+    """Write the message for a name that is neither a file nor one of NAMES."""
     known = ", ".join(NAMES)
     if Path(name).suffix or Path(name).name != name:
         return f"deepspeed: there is no file {name!r}; name a JSON file, or one of {known}."
@@ -104,6 +116,7 @@ def _no_such(name: str) -> str:
 
 
 def _parsed(text: str, where: str) -> Any:
+    """Parse JSON, or raise ConfigError with the place of the error."""
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
@@ -113,14 +126,14 @@ def _parsed(text: str, where: str) -> Any:
 
 
 def _check_zero(zero: dict[str, Any], where: str) -> None:
-    """Let DeepSpeed read its section now, rather than when the model has been loaded."""
+    """Let DeepSpeed check its section now, before time is spent on loading a model."""
     try:
         from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
     except ImportError as error:
         raise ConfigError("deepspeed: needs DeepSpeed: pip install deepspeed.") from error
     try:
         DeepSpeedZeroConfig(**_without_auto(zero))
-    except ValueError as error:  # pydantic's is one
+    except ValueError as error:  # pydantic's ValidationError is one
         described = getattr(error, "errors", None)
         first = described()[0] if described else {"loc": (), "msg": str(error)}
         name = ".".join(["zero_optimization", *map(str, first["loc"])])
@@ -128,6 +141,7 @@ def _check_zero(zero: dict[str, Any], where: str) -> None:
 
 
 def _without_auto(section: dict[str, Any]) -> dict[str, Any]:
+    """Copy a section without its "auto" values, which only transformers understands."""
     return {
         name: _without_auto(value) if isinstance(value, dict) else value
         for name, value in section.items()

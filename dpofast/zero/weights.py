@@ -1,4 +1,4 @@
-"""Weights under DeepSpeed, as long as no engine runs them: their precision, and all their parts."""
+"""Weights under DeepSpeed before it has made an engine: gathers shards, and sets the precision."""
 
 from __future__ import annotations
 
@@ -11,39 +11,45 @@ from torch import Tensor, nn
 
 
 def spread(tensors: Iterable[Tensor]) -> list[Tensor]:
-    """Of some tensors those that ZeRO-3 has spread over the ranks, gathered or not."""
+    """Select the tensors that ZeRO-3 has sharded over the ranks, gathered at the moment or not."""
     return [tensor for tensor in tensors if hasattr(tensor, "ds_status")]
 
 
 @contextlib.contextmanager
 def gathered(tensor: Tensor) -> Iterator[Tensor]:
-    """Inside, all of a tensor is here, also if ZeRO-3 has spread it over the ranks.
+    """Inside the `with` block, a tensor is whole on this rank, even if ZeRO-3 has sharded it.
 
-    All ranks enter and leave together.
+    All ranks must enter and leave at the same time.
     """
     with gathering([tensor]):
         yield tensor
 
 
 def gathering(tensors: Iterable[Tensor]) -> contextlib.AbstractContextManager[Any]:
-    """Inside, all of these tensors are here; all ranks enter and leave together."""
+    """Return a context manager inside which these tensors are whole on this rank.
+
+    Tensors that aren't sharded, or are gathered already, are left as they are. All ranks must enter
+    and leave at the same time.
+    """
     parts: list[Any] = spread(tensors)
     if not parts:
         return contextlib.nullcontext()
     from deepspeed.runtime.zero.partition_parameters import GatheredParameters, ZeroParamStatus
 
+    # GatheredParameters raises if an outer `with` block has gathered one of its tensors already.
     absent = [tensor for tensor in parts if tensor.ds_status != ZeroParamStatus.AVAILABLE]
     return GatheredParameters(absent) if absent else contextlib.nullcontext()
 
 
 def cast_weights(model: nn.Module, config: dict[str, Any]) -> None:
-    """Give weights the precision in which DeepSpeed is going to train, as its engine would later.
+    """Cast weights to the precision in which DeepSpeed will train, before its engine does so.
 
-    The reference is then scored by the very weights that training begins with.
+    The reference is then scored with exactly the weights that training begins with.
 
     Args:
-        model: changed in place; weights that ZeRO-3 has spread are in that precision already.
-        config: DeepSpeed's, with fp16 and bf16 filled in.
+        model: model to change in place. Weights that ZeRO-3 has sharded have that precision already
+            when they are loaded.
+        config: DeepSpeed configuration with fp16 and bf16 filled in.
     """
     for name, dtype in (("fp16", torch.float16), ("bf16", torch.bfloat16)):
         if config.get(name, {}).get("enabled") is True:

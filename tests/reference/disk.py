@@ -1,8 +1,8 @@
-"""A disk that loses power: what was written down of a store's work, and every state it may leave.
+"""Models a disk that loses power: records operations, and lists every state they can leave.
 
-The model: a file's content is safe once it was fsynced; before that it may be gone, torn at any
-512 bytes, or zeros. A folder's entries are safe once the folder was fsynced; of those changed
-since, the first few, in their order, may have reached the disk.
+A file's content is safe once the file is fsynced. Before that it can be gone, cut off at any
+multiple of 512 bytes, or zeros. A folder's entries are safe once the folder is fsynced. Changes of
+entries since then reach the disk in their order, up to any one of them.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ SECTOR = 512
 
 @dataclass
 class Recorder:
-    """Notes what the code under test asks of the disk, while it is installed.
+    """Notes what the code under test asks of the disk.
 
     Attributes:
-        operations: (name, path, more), in their order.
+        operations: name, path and argument of each operation, in their order.
     """
 
     operations: list[tuple] = field(default_factory=list)
@@ -57,13 +57,18 @@ class Recorder:
         return noted
 
     def acknowledge(self, keys):
-        """These rows were committed: from here on no state may lack them."""
+        """Note that these rows were committed, so every later state must have them."""
         self.operations.append(("acknowledge", "", keys))
 
 
 @dataclass
 class State:
-    """What lies on the disk: None is a folder."""
+    """What is on the disk after a power loss.
+
+    Attributes:
+        files: content by path; None for a folder.
+        acknowledged: keys of the rows that were committed before.
+    """
 
     files: dict[str, bytes | None]
     acknowledged: list
@@ -78,13 +83,13 @@ class State:
 
 
 def crash_states(operations: list[tuple], root: Path) -> Iterator[State]:
-    """Every state after every beginning of `operations`, those of the model above."""
+    """Yield every state that a power loss can leave, after any number of the operations."""
     for length in range(len(operations) + 1):
         yield from _after(operations[:length], root)
 
 
 def _after(operations: list[tuple], root: Path) -> Iterator[State]:
-    contents: dict[int, bytes] = {}  # of each file, as last written
+    contents: dict[int, bytes] = {}  # by file, as last written
     unsynced: set[int] = set()
     here: dict[str, int | None] = {str(root): None}  # entries as the running system sees them
     safe = dict(here)
@@ -140,7 +145,7 @@ def _apply(entries, changes):
 
 
 def _contents(contents, unsynced):
-    """Of files that weren't fsynced: nothing, every sector more, all, and zeros."""
+    """Yield the contents that unsynced files can have: any number of sectors, or all zeros."""
     choices = []
     for number in sorted(unsynced):
         whole = contents[number]

@@ -1,4 +1,4 @@
-"""What stands in the golden store of version 1, and how it was written.
+"""The content of the golden store of version 1, and how it was written.
 
     python -m tests.reference.golden_store FOLDER
 
@@ -46,7 +46,7 @@ ANSWERS = [
     ([2**31 - 1], [0], [-0.0], [1 / 3]),
     ([1] * 20, [2] * 12, [-i / 8 for i in range(12)], [i - 5.5 for i in range(12)]),
 ]
-# the summed log-probs, as they must be read
+# summed log-probs, as they must be read
 LOGPS = [
     float.fromhex(text)
     for text in (
@@ -57,7 +57,7 @@ LOGPS = [
         "-0x1.0800000000000p+3",
     )
 ]
-# by reference, in the order they were written: rank, detail, which answers
+# rank, detail and answers of each segment by reference, in the order they were written
 SEGMENTS = {
     BASE: [
         (0, RowDetail.LOGPS, [0, 1, 2]),
@@ -66,7 +66,7 @@ SEGMENTS = {
     ],
     TUNED: [(0, RowDetail.SUMS, [4, 3, 2, 1, 0])],
 }
-# the fullest detail of each answer
+# highest detail of each answer
 DETAILS = {BASE: [1, 1, 2, 2, 0], TUNED: [0, 0, 0, 0, 0]}
 
 

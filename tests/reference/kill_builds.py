@@ -1,6 +1,6 @@
 """Kills builds at random moments and counts what is lost; run by test_crashes.py.
 
-    python tests/reference/kill_builds.py kill|real|together FOLDER ROUNDS SEED
+    python tests/reference/kill_builds.py kill|real|beside FOLDER ROUNDS SEED
 
 Builds are forked from this process once it is warm, so that a kill falls into the build and not
 into imports. Prints one JSON object.
@@ -48,7 +48,7 @@ def score_by_stub(sequences):
 
 
 class Scoring:
-    """Who scores, what is right, and by how much a row may differ from that: nats."""
+    """The scorer, the right log-probs, and by how many nats a row can differ from these."""
 
     score = staticmethod(score_by_stub)
     expected: ClassVar = {key: stub_logps(*sequence) for key, sequence in SEQUENCES.items()}
@@ -56,19 +56,19 @@ class Scoring:
 
 
 def score_by_model():
-    """From here on a small model scores, packed as it is in a run."""
+    """Make a small model the scorer, with packed calls as in a run."""
     import torch
 
     from dpofast.data.packing.collate import Layout
     from dpofast.model.scorer import SequenceScorer
     from tests.support import tiny_llama
 
-    torch.set_num_threads(1)  # forked processes have no others
+    torch.set_num_threads(1)  # forked processes don't inherit PyTorch's threads
     Scoring.score = SequenceScorer(tiny_llama(vocab_size=1000), nullcontext, Layout("shared"))
     Scoring.expected = {
         key: Scoring.score([sequence])[0].astype(np.float32) for key, sequence in SEQUENCES.items()
     }
-    Scoring.tolerance = 1e-5  # the sequences beside it in a call move a row by rounding
+    Scoring.tolerance = 1e-5  # the other answers in a call change a row by rounding
 
 
 def is_right(values, key):
@@ -94,24 +94,29 @@ def namespace(store):
 
 
 def build(store, log):
-    """A build that writes down, outside the store, what it scored and what was acknowledged."""
+    """Build, and log outside the store which keys were scored and which were acknowledged."""
     scored, acknowledged = (
         os.open(log / name, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         for name in ("scored", "acknowledged")
     )
-    commit = Writer.commit
+    pending = []
+    add, commit = Writer.add, Writer.commit
+
+    def noting_add(writer, key, scores, name=""):
+        add(writer, key, scores, name)
+        pending.append(key)
 
     def acknowledging_commit(writer):
-        keys = b"".join(writer._keys)
         count = commit(writer)
-        os.write(acknowledged, keys)
+        os.write(acknowledged, b"".join(pending))
+        pending.clear()
         return count
 
     def scorer(sequences):
         os.write(scored, b"".join(row_key(*sequence) for sequence in sequences))
         return Scoring.score(sequences)
 
-    Writer.commit = acknowledging_commit
+    Writer.add, Writer.commit = noting_add, acknowledging_commit
     options = BuildOptions(commit_rows=COMMIT_ROWS, progress=False)
     return build_reference(
         namespace(store), ANSWERS, scorer, batches=batches_of(BATCH), options=options
@@ -136,7 +141,7 @@ def keys_in(path):
 
 
 def check(store, log, report):
-    """Count acknowledged rows that are gone, rows that are wrong, and work done again."""
+    """Count acknowledged rows that are gone, rows that are wrong, and work that was repeated."""
     rows = namespace(store)
     keys = list(SEQUENCES)
     stored = rows.read(keys)
@@ -181,11 +186,11 @@ def kill_rounds(folder, rounds, rng):
     return report
 
 
-def together_rounds(folder, rounds, rng):
-    """Four builds that know nothing of each other, one of them killed, beside a prune."""
+def beside_rounds(folder, rounds, rng):
+    """Run four independent builds and a prune at the same time, and kill one of the builds."""
     report = dict.fromkeys([*COUNTS, "incomplete", "merged", "killed", "longest_wait"], 0)
     index = -1
-    while report["killed"] < rounds:  # a round whose build was faster than its kill counts for none
+    while report["killed"] < rounds:  # a build that ends before its kill doesn't count
         index += 1
         store, logs = folder / f"store{index}", [folder / f"log{index}.{i}" for i in range(4)]
         for log in logs:
@@ -197,7 +202,7 @@ def together_rounds(folder, rounds, rng):
         _, status = os.waitpid(pids[0], 0)
         report["killed"] += os.WIFSIGNALED(status)
         if (store / "store.json").exists():
-            prune(store)  # in the midst of the other builds
+            prune(store)  # while the other builds go on
         for pid in pids[1:]:
             _, status = os.waitpid(pid, 0)
             assert os.WIFEXITED(status)
@@ -215,5 +220,5 @@ if __name__ == "__main__":
     mode, target, num_rounds, seed = sys.argv[1:]
     if mode == "real":
         score_by_model()
-    run = together_rounds if mode == "together" else kill_rounds
+    run = beside_rounds if mode == "beside" else kill_rounds
     print(json.dumps(run(Path(target), int(num_rounds), random.Random(int(seed)))))

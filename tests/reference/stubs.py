@@ -1,4 +1,4 @@
-"""What the store's tests share: identities, pairs, and a scorer without a model."""
+"""Identities, rows, pairs and a scorer without a model, shared by the tests of reference."""
 
 from __future__ import annotations
 
@@ -10,12 +10,36 @@ from datasets import Dataset
 
 from dpofast.reference.build.batches import BatchesOfAnswers
 from dpofast.reference.identity.description import ReferenceIdentity
+from dpofast.reference.store.store import ReferenceStore
+
+ROWS = {
+    bytes([i] * 16): -np.random.default_rng(i).random(i % 5 + 1, dtype=np.float32)
+    for i in range(12)
+}
+KEYS = list(ROWS)
 
 
 def identity(**changes):
     return ReferenceIdentity.of(
         {"weights": "ab" * 16, "attention": "sdpa", "config": {"rope_theta": 1e4}, **changes}
     )
+
+
+def write(folder, rows=ROWS, reference=None, commits=1):
+    """Make a store with these rows, a segment for each commit; -> the rows' namespace."""
+    namespace = ReferenceStore.open(folder, create=True).namespace(reference or identity())
+    writer = namespace.writer()
+    items = list(rows.items())
+    for part in range(commits):
+        for key, values in items[part::commits]:
+            writer.add(key, values)
+        assert writer.commit() == len(items[part::commits])
+    return namespace
+
+
+def scores_of(values):
+    """-> log-probs and log-sum-exps that differ from them: [2, num_tokens]."""
+    return np.stack([values, 3 - 2 * values])
 
 
 def pairs(num_pairs, seed=0):
@@ -33,13 +57,13 @@ def pairs(num_pairs, seed=0):
 
 
 def stub_logps(prompt, answer):
-    """Per-token log-probs [len(answer)] fp32 that depend on every id."""
+    """-> per-token log-probs that depend on every id: [len(answer)] fp32."""
     seed = zlib.crc32(repr((list(prompt), list(answer))).encode())
     return -np.random.default_rng(seed).random(len(answer), dtype=np.float32) * 5
 
 
 def batches_of(num_answers):
-    """A stub's model call costs the tokens of its sequences."""
+    """Batches of so many answers; a call costs the tokens of its sequences."""
 
     def num_tokens(sequences):
         return sum(len(prompt) + len(answer) for prompt, answer in sequences)

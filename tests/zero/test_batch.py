@@ -1,4 +1,4 @@
-"""What DeepSpeed is told of the batch, and what logs and checkpoints show of it."""
+"""The batch sizes that DeepSpeed is told, and those that logs and checkpoints show."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from dpofast.zero.config import BATCH_FIELDS
 
 
 def config(tmp_path, **options):
-    """Three pairs in each of four micro-batches, on one rank."""
+    """Make options for three pairs in each of four micro-batches, on one rank."""
     options = {"per_device_train_batch_size": 3, "gradient_accumulation_steps": 4, **options}
     return DPOConfig(
         output_dir=str(tmp_path), use_cpu=True, report_to=[], **{"bf16": False, **options}
@@ -23,7 +23,7 @@ def config(tmp_path, **options):
 
 
 def told(args):
-    """The batch fields of the one configuration that transformers and accelerate hold."""
+    """-> the batch fields of the configuration that transformers and accelerate share."""
     plugin = args.deepspeed_plugin
     assert plugin.hf_ds_config is args.hf_deepspeed_config
     assert plugin.deepspeed_config is args.hf_deepspeed_config.config
@@ -37,7 +37,7 @@ def own(*values, **more):
 
 
 @pytest.mark.parametrize("values", [(12, 3, 4), ("auto", "auto", "auto"), (12, "auto", None)])
-def test_deepspeed_takes_an_item_for_a_step_and_all_else_shows_the_users_batch(tmp_path, values):
+def test_deepspeed_is_told_one_item_a_step_and_the_user_sees_their_own_batch(tmp_path, values):
     given, shown = own(*values), (12, 3, 4)
     before = copy.deepcopy(given)
     args = config(tmp_path, deepspeed=given)
@@ -52,7 +52,7 @@ def test_deepspeed_takes_an_item_for_a_step_and_all_else_shows_the_users_batch(t
         assert told(args) == (12, 12, 1)
     assert told(args) == shown
     assert given == args.deepspeed == before
-    with one_item_per_step(saved):  # what a checkpoint holds can be trained with
+    with one_item_per_step(saved):  # a checkpoint's arguments can be trained with
         assert told(saved) == (12, 12, 1)
 
 
@@ -96,7 +96,7 @@ def test_a_contradiction_names_the_file(tmp_path):
         config(tmp_path, deepspeed=str(file))
 
 
-def test_what_accelerate_brings_is_treated_alike(tmp_path, monkeypatch):
+def test_a_configuration_from_accelerate_is_treated_alike(tmp_path, monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")
     args = config(tmp_path)

@@ -1,4 +1,4 @@
-"""Models that nothing has spread; tests/distributed has those that ZeRO-3 spreads."""
+"""Models that aren't sharded, or pretend to be; tests/distributed shards them with ZeRO-3."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def num_hooks(model):
     return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
 
 
-def test_a_model_that_is_not_spread_is_left_alone():
+def test_a_model_that_is_not_sharded_is_left_unchanged():
     model = tiny_llama()
     with blocks.in_blocks(model):
         assert num_hooks(model) == 0
@@ -23,7 +23,7 @@ def test_a_model_that_is_not_spread_is_left_alone():
 
 @pytest.fixture
 def gathered(monkeypatch):
-    """Pretends that all tensors are spread; a list of those that are gathered just now."""
+    """Pretends that all tensors are sharded; a list of those that are gathered at the moment."""
     here = []
 
     @contextlib.contextmanager
@@ -38,7 +38,7 @@ def gathered(monkeypatch):
     return here
 
 
-def test_each_forward_has_the_weights_of_its_block_alone(gathered):
+def test_each_forward_has_only_the_weights_of_its_block(gathered):
     model = tiny_llama(num_hidden_layers=3)
     seen = {}
     for name, module in model.named_modules():
@@ -53,7 +53,7 @@ def test_each_forward_has_the_weights_of_its_block_alone(gathered):
     assert {count for name, count in seen.items() if ".layers." in name} == {of_layer}
 
 
-def test_hooks_go_and_weights_are_given_back_when_a_forward_is_broken_off(gathered):
+def test_an_exception_in_a_forward_removes_hooks_and_releases_weights(gathered):
     model = tiny_llama()
     model.model.layers[1].mlp.forward = interrupted
     before = num_hooks(model)

@@ -1,4 +1,4 @@
-"""The option `deepspeed`: names of shipped configurations, files, mappings, and what is refused."""
+"""The option `deepspeed` takes names, files, JSON and mappings, and refuses unusable ones."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_a_name_is_a_configuration_that_accumulates_in_float32(name):
         assert zero["stage3_gather_16bit_weights_on_model_save"] is True
 
 
-def test_a_file_a_mapping_and_json_are_the_same_and_stay_as_they_are(tmp_path):
+def test_a_file_a_mapping_and_json_are_read_alike_and_not_changed(tmp_path):
     file = tmp_path / "own.json"
     file.write_text(json.dumps(OWN))
     own = copy.deepcopy(OWN)

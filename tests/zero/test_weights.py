@@ -1,4 +1,4 @@
-"""Weights under DeepSpeed; tests/distributed has those that ZeRO-3 spreads over two ranks."""
+"""Weights under DeepSpeed; tests/distributed shards them over two ranks with ZeRO-3."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ def test_parameters_get_the_precision_that_deepspeed_trains_in(config, dtype):
     model = tiny_llama()
     cast_weights(model, config)
     assert {parameter.dtype for parameter in model.parameters()} == {dtype}
-    # as its engine does: the frequencies of RoPE stay
+    # DeepSpeed's engine leaves RoPE's frequencies in float32, too.
     assert {buffer.dtype for buffer in model.buffers()} == {torch.float32}
 
 
-def test_what_no_one_has_spread_is_whole():
+def test_a_tensor_that_is_not_sharded_is_whole():
     model = tiny_llama()
     assert spread(model.parameters()) == []
     with gathered(model.lm_head.weight) as weight:

@@ -1,4 +1,4 @@
-"""A dataset's answers as the store sees them: token ids, keys, and names for messages."""
+"""Reads the answers of a tokenised dataset: their token ids, keys, and names for messages."""
 
 from __future__ import annotations
 
@@ -10,46 +10,51 @@ import pyarrow as pa
 
 from dpofast.columns import ID_COLUMNS
 from dpofast.errors import DataError
-from dpofast.reference.store.keys import TokenLists, row_keys, unique_keys
+from dpofast.reference.store.keys import KEY_BYTES, TokenLists, row_keys, unique_keys
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 SIDES = ("chosen", "rejected")
-READ_ROWS = 10_000
+READ_PAIRS = 10_000  # pairs read from the dataset at a time
 
 
 @dataclass(frozen=True)
 class PairAnswers:
-    """The answers of n pairs, in the order chosen_0, rejected_0, chosen_1, ...
+    """The 2n answers of n pairs: answer 2i is pair i's chosen one, answer 2i + 1 its rejected one.
 
     Attributes:
-        tokens: by column, `prompt_ids`, `chosen_ids` and `rejected_ids`; n lists each.
-        keys: [2n, 16] uint8.
-        first: [u] int64, where each different answer stands first.
-        source_rows: [n] int64, of the pairs in their source.
+        tokens: token ids by column (`prompt_ids`, `chosen_ids`, `rejected_ids`), n lists each.
+        keys: [2n, 16] uint8, key of each answer in the store.
+        first: [u] int64, first occurrence of each distinct answer, sorted by key.
+        source_numbers: [n] int64, number of each pair in its source, used in messages.
     """
 
     tokens: dict[str, TokenLists]
     keys: np.ndarray
     first: np.ndarray
-    source_rows: np.ndarray
+    source_numbers: np.ndarray
 
     def ids(self, answer: int) -> tuple[list[int], list[int]]:
-        """Prompt and answer ids of one of the 2n answers."""
+        """Return the prompt ids and the answer ids of an answer, given as an index below 2n."""
         pair, side = divmod(answer, 2)
         prompt = self.tokens["prompt_ids"][pair]
         return prompt.tolist(), self.tokens[ID_COLUMNS[1 + side]][pair].tolist()
 
     def lengths(self, answers: np.ndarray) -> np.ndarray:
-        """Tokens of prompt and answer, for each of these answers: [m] -> [m] int64."""
+        """Count the tokens in prompt and answer, for answers [m] int64: [m] int64."""
         pairs, sides = np.divmod(answers, 2)
-        of_answer = np.stack([self.tokens[name].lengths for name in ID_COLUMNS[1:]])  # [2, n]
-        lengths: np.ndarray = self.tokens["prompt_ids"].lengths[pairs] + of_answer[sides, pairs]
+        answer_lengths = np.stack([self.tokens[name].lengths for name in ID_COLUMNS[1:]])  # [2, n]
+        prompt_lengths = self.tokens["prompt_ids"].lengths  # [n]
+        lengths: np.ndarray = prompt_lengths[pairs] + answer_lengths[sides, pairs]
         return lengths
 
     def prompts(self, answers: np.ndarray) -> np.ndarray:
-        """A number for the prompt of each of these answers [m] int64, equal for equal prompts."""
+        """Number the prompts of answers [m] int64, with equal numbers for equal prompts.
+
+        Returns:
+            [m] int64, numbers from 0 in the order in which the prompts first appear.
+        """
         prompt_ids = self.tokens["prompt_ids"]
         numbers: dict[bytes, int] = {}
         found = [
@@ -59,18 +64,20 @@ class PairAnswers:
         return np.array(found, np.int64)
 
     def name(self, answer: int) -> str:
+        """Name an answer in messages, such as "row 7 (chosen)"."""
         pair, side = divmod(answer, 2)
-        return f"row {self.source_rows[pair]} ({SIDES[side]})"
+        return f"row {self.source_numbers[pair]} ({SIDES[side]})"
 
 
 def read_answers(pairs: Dataset) -> PairAnswers:
-    """Read a tokenised dataset.
+    """Read the answers of a tokenised dataset, and make their keys.
 
     Args:
-        pairs: columns prompt_ids, chosen_ids, rejected_ids; an optional int `row` names the pairs.
+        pairs: dataset with columns prompt_ids, chosen_ids and rejected_ids. An optional int column
+            `row` numbers the pairs in their source.
 
     Raises:
-        DataError: a column lacks, doesn't hold lists of ints, or a row of it is null.
+        DataError: a column is missing, doesn't contain lists of ints, or contains a null.
     """
     missing = [name for name in ID_COLUMNS if name not in pairs.column_names]
     if missing:
@@ -79,11 +86,13 @@ def read_answers(pairs: Dataset) -> PairAnswers:
             f"pairs ({', '.join(ID_COLUMNS)}), see tokenize_preferences."
         )
     has_rows = "row" in pairs.column_names
-    chosen = pairs.select_columns([*ID_COLUMNS, *(["row"] if has_rows else [])])
-    batches = chosen.with_format("arrow").iter(READ_ROWS)
-    table = pa.concat_tables(batches) if len(pairs) else chosen.data.table
+    wanted = pairs.select_columns([*ID_COLUMNS, *(["row"] if has_rows else [])])
+    # Batches in Arrow format follow the dataset's order, also after a shuffle or a selection.
+    batches = wanted.with_format("arrow").iter(READ_PAIRS)
+    # An empty dataset gives no batches, but its table has the columns' types.
+    table = pa.concat_tables(batches) if len(pairs) else wanted.data.table
     tokens = {name: _token_lists(table.column(name), name) for name in ID_COLUMNS}
-    keys = np.empty((2 * len(pairs), 16), np.uint8)
+    keys = np.empty((2 * len(pairs), KEY_BYTES), np.uint8)
     for side, name in enumerate(ID_COLUMNS[1:]):
         keys[side::2] = row_keys(tokens["prompt_ids"], tokens[name])
     source = table.column("row").to_numpy() if has_rows else np.arange(len(pairs))
@@ -91,8 +100,9 @@ def read_answers(pairs: Dataset) -> PairAnswers:
 
 
 def _token_lists(column: pa.ChunkedArray, name: str) -> TokenLists:
+    """Convert an Arrow column of lists; the named column is what a DataError is about."""
     try:
-        offsets: Any = pa.compute.list_value_length(column)
+        lengths: Any = pa.compute.list_value_length(column)
         values: Any = pa.compute.list_flatten(column)
         ids = values.cast(pa.int64())
     except (pa.ArrowInvalid, NotImplementedError) as error:
@@ -102,5 +112,5 @@ def _token_lists(column: pa.ChunkedArray, name: str) -> TokenLists:
     if column.null_count or ids.null_count:
         bad = np.flatnonzero([None in (row or [None]) for row in column.to_pylist()])[0]
         raise DataError(f"Row {bad} of the column {name!r} has no token ids, or a null among them.")
-    lengths = offsets.to_numpy()
-    return TokenLists(ids.to_numpy(), np.cumsum(np.concatenate([[0], lengths]), dtype=np.int64))
+    offsets = np.cumsum(np.concatenate([[0], lengths.to_numpy()]), dtype=np.int64)
+    return TokenLists(ids.to_numpy(), offsets)

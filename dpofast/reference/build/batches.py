@@ -1,7 +1,8 @@
-"""Which answers share a model call while reference log-probs are made.
+"""Decides which answers share a model call while reference log-probs are built.
 
-Answers of one prompt are neighbours, so that a packed row has it once. Prompts whose longest answer
-is long come first: little padding, and a model that runs out of memory does so at once.
+Answers of one prompt are neighbours, so a packed call can share the prompt between them. Prompts
+with the longest sequences come first. Neighbours then need little padding, and a model that runs
+out of memory does so in the first call.
 """
 
 from __future__ import annotations
@@ -14,9 +15,9 @@ import numpy as np
 
 from dpofast.reference.build.answers import PairAnswers
 
-# Positions that the model's body runs over in a call with these (prompt ids, answer ids).
+# Counts the positions that the model's body computes in a call with these (prompt ids, answer ids).
 CountTokens = Callable[[Sequence[tuple[Sequence[int], Sequence[int]]]], int]
-# Makes the batches of the answers wanted, [m] int64 of those in PairAnswers.
+# Divides the wanted answers, given as [m] int64 indices into PairAnswers, into batches.
 Batches = Callable[[PairAnswers, np.ndarray], "list[Batch]"]
 
 
@@ -25,8 +26,8 @@ class Batch:
     """The answers of one model call.
 
     Attributes:
-        answers: [m] int64, of those in PairAnswers, in the order in which the scorer gets them.
-        num_tokens: what the call costs, for the progress bar.
+        answers: [m] int64, indices into PairAnswers, in the order in which the scorer gets them.
+        num_tokens: positions that the model's body computes, counted by the progress bar.
     """
 
     answers: np.ndarray
@@ -35,11 +36,11 @@ class Batch:
 
 @dataclass(frozen=True)
 class BatchesOfAnswers:
-    """So many answers in each call.
+    """Batches with a fixed number of answers; only the last one can have fewer.
 
     Attributes:
-        num_answers: of a call, 1 or more.
-        num_tokens: of a call, as the scorer lays it out.
+        num_answers: answers in a call, 1 or more.
+        num_tokens: function that counts the tokens of a call in the scorer's layout.
     """
 
     num_answers: int
@@ -59,14 +60,15 @@ class BatchesOfAnswers:
 
 @dataclass(frozen=True)
 class BatchesOfTokens:
-    """As many prompts with all their answers as fit a packed row.
+    """Batches with as many prompts, each with all its answers, as fit into a number of tokens.
 
-    A prompt whose answers don't fit one row is spread over several, and stands in each. An answer
-    that is longer by itself has a call of its own.
+    If the answers of one prompt don't fit into a call, they are divided over several calls, which
+    all contain the prompt. An answer that is too long by itself gets a call of its own.
 
     Attributes:
-        max_tokens: of a row, 1 or more.
-        num_tokens: of a row, as the scorer lays it out: what several prompts need adds up.
+        max_tokens: tokens in a call, 1 or more.
+        num_tokens: function that counts the tokens of a call in the scorer's layout. The count for
+            several prompts must be the sum of the counts for each.
     """
 
     max_tokens: int
@@ -74,20 +76,25 @@ class BatchesOfTokens:
 
     def __call__(self, answers: PairAnswers, wanted: np.ndarray) -> list[Batch]:
         batches: list[Batch] = []
-        row: list[int] = []
+        call: list[int] = []
         filled = 0
         for group in _by_prompt(answers, wanted):
             for number, (part, tokens) in enumerate(self._parts(answers, group)):
-                # Parts of one prompt would be laid out as one, which may have more tokens: it
-                # shares what all its answers begin with alone.
-                if row and (number > 0 or filled + tokens > self.max_tokens):
-                    batches.append(Batch(np.array(row), filled))
-                    row, filled = [], 0
-                row, filled = row + part, filled + tokens
-        return [*batches, Batch(np.array(row), filled)] if row else batches
+                # Each part of a prompt's answers begins a new call. In one call the scorer would
+                # lay two parts out as one group, whose tokens aren't the sum of the parts' tokens:
+                # the shared prefix ends where any answer of the group differs.
+                if call and (number > 0 or filled + tokens > self.max_tokens):
+                    batches.append(Batch(np.array(call), filled))
+                    call, filled = [], 0
+                call, filled = call + part, filled + tokens
+        return [*batches, Batch(np.array(call), filled)] if call else batches
 
     def _parts(self, answers: PairAnswers, group: list[int]) -> Iterator[tuple[list[int], int]]:
-        """The answers of one prompt, together where they fit a row, with their tokens there."""
+        """Divide the answers of one prompt into parts that fit into a call.
+
+        Yields:
+            Answers of a part, and its number of tokens.
+        """
         sequences = [answers.ids(answer) for answer in group]
         whole = self.num_tokens(sequences)
         if whole <= self.max_tokens:
@@ -104,7 +111,11 @@ class BatchesOfTokens:
 
 
 def _by_prompt(answers: PairAnswers, wanted: np.ndarray) -> Iterator[list[int]]:
-    """The answers wanted [m], one prompt after the other, the longest first."""
+    """Yield the wanted answers [m] of one prompt at a time.
+
+    Prompts are sorted by their longest sequence, and the answers of a prompt by length; long ones
+    come first.
+    """
     lengths, prompts = answers.lengths(wanted), answers.prompts(wanted)
     longest = np.zeros(prompts.max(initial=-1) + 1, np.int64)
     np.maximum.at(longest, prompts, lengths)

@@ -1,4 +1,4 @@
-"""Makes the rows of a dataset that the store lacks, and reads them for the trainer."""
+"""Scores the answers that are missing from the store, and reads all of them back."""
 
 from __future__ import annotations
 
@@ -24,34 +24,37 @@ from dpofast.reference.store.writer import Writer
 
 logger = logging.getLogger(__name__)
 
-COMMIT_TOKENS = 1 << 24  # 64 MiB of log-probs wait in memory at most
+COMMIT_TOKENS = 1 << 24  # tokens whose log-probs wait in memory at most: 64 MiB
 
 
 class Scorer(Protocol):
-    """A model that gives log-probs."""
+    """A model that makes log-probs."""
 
     def __call__(
         self, sequences: Sequence[tuple[Sequence[int], Sequence[int]]]
     ) -> list[np.ndarray]:
-        """One model call over (prompt ids, answer ids).
+        """Score answers in one model call.
+
+        Args:
+            sequences: prompt ids and answer ids of each answer.
 
         Returns:
-            For each sequence the log-probs of its answer's tokens, in nats: [num_tokens] fp32, or
-            fp64 where the sum is to keep more; or [2, num_tokens], the log-sum-exps of the logits
-            below them.
+            For each answer, the log-probs of its tokens in nats: [num_tokens] fp32, or fp64 for a
+            more precise sum; or [2, num_tokens], log-probs and log-sum-exps of the logits.
         """
 
 
 @dataclass(frozen=True)
 class BuildOptions:
-    """How a build goes about its work; the rows don't depend on it but for rounding.
+    """How often a build commits, what it shows, and what it stores.
 
     Attributes:
-        commit_rows, commit_seconds: what is scored is committed after so many rows, or seconds: a
-            killed build loses that much work at most (and the call it was in).
-        progress: show a bar, on rank 0, where there is something to score.
-        detail: what is stored of each row.
-        rescore: take a row that the store has in less detail for missing.
+        commit_rows: number of new rows after which they are committed. A build that is killed loses
+            at most the work since the last commit, and the model call it was in.
+        commit_seconds: seconds after which new rows are committed.
+        progress: whether rank 0 shows a progress bar while it scores.
+        detail: values to store for each new row.
+        rescore: whether answers that are stored with less than `detail` are scored again.
     """
 
     commit_rows: int = 4096
@@ -63,15 +66,16 @@ class BuildOptions:
 
 @dataclass(frozen=True)
 class ReferenceReport:
-    """What a build did; an answer that stands in several pairs counts once.
+    """What a build did. An answer that occurs in several pairs counts once.
 
     Attributes:
-        rows_needed: different answers of the dataset.
-        rows_found: of these, in the store before, in the detail that was asked for.
-        rows_scored: by this process.
-        forward_passes: model calls of this process, those for other ranks' sake alone included.
-        seconds: of wall time.
-        reason: why rows were missing, in words; empty where none were.
+        rows_needed: number of distinct answers in the dataset.
+        rows_found: number of them that were in the store before, in the detail asked for.
+        rows_scored: number of rows that this process added.
+        forward_passes: number of model calls in this process. Calls that it made only because other
+            ranks needed its part of the model are included.
+        seconds: wall time of the build.
+        reason: clause that explains why rows were missing; empty if none were.
     """
 
     rows_needed: int
@@ -97,18 +101,21 @@ def build_reference(
 
     With `options.rescore` it also has them all in `options.detail`.
 
-    All ranks call this together, with the same answers. If the build stops with any exception,
-    the answers scored so far are committed first.
+    All ranks must call this at the same time, with the same answers. If the build stops with any
+    exception, the answers scored so far are committed first.
 
     Args:
-        namespace: of the reference that `scorer` is.
-        answers: dataset's answers, from `read_answers`.
-        scorer: makes the log-probs.
-        batches: says which answers share a model call, such as `BatchesOfTokens`.
-        ranks: by default this process alone.
-        description: for the progress bar and the log.
-        exchange: where each rank holds a part of the model only. The scorer is then called equally
-            often on all ranks, and where one can't go on, all stop.
+        namespace: namespace of the reference that `scorer` runs.
+        answers: answers of the dataset, from `read_answers`.
+        scorer: model that makes the log-probs.
+        batches: function that divides the missing answers into model calls, such as
+            `BatchesOfTokens`.
+        ranks: place of this process among those that share the work; by default it is the only one.
+        options: how often to commit, what to show and what to store.
+        description: name of the build in the progress bar and the log.
+        exchange: function that exchanges objects between the ranks, needed if each rank holds only
+            a part of the model. The scorer is then called equally often on all ranks, and all of
+            them stop if one can't go on.
 
     Raises:
         ReferenceStoreError: a log-prob is NaN or infinite (the row is named), the scorer returned
@@ -128,12 +135,14 @@ def build_reference(
             "%s: %d answers needed, %d in the store%s, %d to score%s",
             description, needed, found, enough, len(missing), tail,
         )  # fmt: skip
-    # Nobody commits before all have seen the same rows missing, so that the shares fit together.
+    # All ranks must see the same rows missing before any rank commits, or their shares would not
+    # add up to the whole.
     ranks.barrier()
     build = _Build(namespace, answers, scorer, ranks.rank, options, exchange)
     build.run(batches(answers, missing)[ranks.rank :: ranks.world_size], description)
     ranks.barrier()
-    # Where another job wrote at the same time, or ranks don't share the folder, rows may be left.
+    # Rows can still be missing here: another job may have written while the ranks looked, so that
+    # their shares didn't match, or the ranks don't share the folder.
     missing = on_all_ranks(lambda: _missing(namespace, answers, least), exchange)
     build.run(batches(answers, missing), description)
     namespace.refresh()
@@ -142,7 +151,14 @@ def build_reference(
 
 
 def reference_logps(namespace: Namespace, answers: PairAnswers) -> np.ndarray:
-    """Summed reference log-probs of each pair: [n, 2] fp64, chosen and rejected, in nats.
+    """Read the summed reference log-probs of all pairs.
+
+    Args:
+        namespace: namespace of the reference.
+        answers: answers of the dataset, from `read_answers`.
+
+    Returns:
+        [n, 2] fp64, log-probs of the chosen and the rejected answer of each pair, in nats.
 
     Raises:
         MissingRowsError: rows are missing.
@@ -161,14 +177,20 @@ def reference_logps(namespace: Namespace, answers: PairAnswers) -> np.ndarray:
 
 
 def _missing(namespace: Namespace, answers: PairAnswers, detail: RowDetail) -> np.ndarray:
-    """Of the different answers, those that lack in this detail by now: [m] int64, sorted by key."""
+    """Find the distinct answers without a row of this detail: [m] int64, sorted by key."""
     namespace.refresh()
-    rows: np.ndarray = answers.first[~namespace.contains(answers.keys[answers.first], detail)]
-    return rows
+    found = namespace.contains(answers.keys[answers.first], detail)
+    missing: np.ndarray = answers.first[~found]
+    return missing
 
 
 class _Build:
-    """Scores batches of answers and commits them as it goes."""
+    """Scores batches of answers, and commits the rows at intervals.
+
+    Attributes:
+        rows_scored: number of rows added so far.
+        forward_passes: number of model calls so far.
+    """
 
     def __init__(
         self,
@@ -184,7 +206,7 @@ class _Build:
         self.rows_scored = self.forward_passes = 0
 
     def run(self, batches: list[Batch], description: str) -> None:
-        """Score and commit; on an exception commit what was scored, then let it pass."""
+        """Score and commit all batches. If anything raises, the rows so far are committed first."""
         exchange = self.exchange
         rounds = len(batches) if exchange is None else max(exchange(len(batches)))
         if not rounds:
@@ -194,6 +216,7 @@ class _Build:
         self._next_commit = time.monotonic() + self.options.commit_seconds
         try:
             for batch in self._with_progress(batches, rounds, description):
+                # Without a batch this rank calls the model too: the others need its part of it.
                 scored = self._forward(self._shortest() if batch is None else batch.answers)
                 if batch is None:
                     on_all_ranks(lambda: None, exchange)
@@ -202,19 +225,25 @@ class _Build:
                     on_all_ranks(keep, exchange)
             on_all_ranks(writer.commit, exchange)
         finally:
-            writer.commit()
+            writer.commit()  # does nothing if all rows are committed
 
     def _shortest(self) -> np.ndarray:
-        """Answers for a rank that only has to call the model as often as the others."""
+        """Choose the cheapest call for a rank that has no batch left: its shortest answer."""
         place = self.answers.lengths(self.answers.first).argmin()
         return self.answers.first[place : place + 1]
 
     def _forward(self, batch: np.ndarray) -> list[np.ndarray]:
+        """Score answers [m] in one model call."""
         self.forward_passes += 1
         return self.scorer([self.answers.ids(answer) for answer in batch.tolist()])
 
     def _keep(self, batch: list[int], scored: list[np.ndarray], writer: Writer) -> None:
-        """Hand log-probs to the writer, and commit when it is time."""
+        """Add the scores of a batch to the writer, and commit if it is time.
+
+        Raises:
+            ReferenceStoreError: the scorer returned a wrong number of values, a value isn't finite,
+                or the store can't be written.
+        """
         got = [np.shape(per_token_scores)[-1] for per_token_scores in scored]
         expected = [len(self.answers.ids(answer)[1]) for answer in batch]
         if got != expected:
@@ -229,7 +258,7 @@ class _Build:
                 writer.add(key, scores, self.answers.name(answer))
                 self.rows_scored += 1
             except ReferenceStoreError as error:
-                refused = refused or error  # the others of this call are kept first
+                refused = refused or error  # raised once the call's other answers are added
         if refused is not None:
             raise refused
         if (
@@ -243,9 +272,14 @@ class _Build:
     def _with_progress(
         self, batches: list[Batch], rounds: int, description: str
     ) -> Iterator[Batch | None]:
-        """Batches, with a bar that counts tokens: the time left is right though lengths fall.
+        """Yield the batches, then None for each further round, and show progress.
 
-        Where there are more rounds than batches, each further one is None.
+        The bar counts tokens. Counting answers would mislead, because long ones come first.
+
+        Args:
+            batches: batches of this rank.
+            rounds: number of model calls that every rank makes.
+            description: text before the bar.
         """
         num_answers = sum(len(batch.answers) for batch in batches)
         with tqdm(

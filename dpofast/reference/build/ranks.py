@@ -1,4 +1,7 @@
-"""Ranks that each hold a part of one model, so that none can go on or stop without the others."""
+"""Ranks that build together: what each must know of the others, and how they stop together.
+
+When each rank holds a part of one model, none can score or stop without the others.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,8 @@ from typing import Any, TypeVar
 
 from dpofast.errors import ReferenceStoreError
 
-# Hands a rank's object to all: they call it together, and each gets everyone's, in rank order.
+# Takes an object from each rank and returns the objects of all ranks, in rank order. All ranks must
+# call it at the same time.
 Exchange = Callable[[Any], list[Any]]
 
 Result = TypeVar("Result")
@@ -16,10 +20,12 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among those that build together.
+    """The place of this process among the processes that build together.
 
     Attributes:
-        barrier: returns when all ranks have called it.
+        rank: number of this process, from 0.
+        world_size: number of processes.
+        barrier: function that returns once all ranks have called it.
     """
 
     rank: int = 0
@@ -28,15 +34,21 @@ class Ranks:
 
 
 def on_all_ranks(action: Callable[[], Result], exchange: Exchange | None) -> Result:
-    """What `action` returns; if it raises on one rank, none goes on to wait for that one.
+    """Call `action` on all ranks, and raise on all of them if it raises on one.
+
+    Otherwise the other ranks would go on, and wait forever for the one that stopped.
 
     Args:
-        action: without communication between ranks.
-        exchange: None where ranks don't depend on one another; then this just calls `action`.
+        action: function that doesn't communicate with other ranks.
+        exchange: function that exchanges objects between the ranks; None if the ranks don't depend
+            on each other, in which case `action` is simply called.
+
+    Returns:
+        The result of `action` on this rank.
 
     Raises:
-        ReferenceStoreError: another rank's action raised; its rank and message are in this one.
-        Exception: whatever this rank's raised.
+        ReferenceStoreError: `action` raised on another rank; the message names that rank.
+        Exception: `action` raised it on this rank.
     """
     if exchange is None:
         return action()

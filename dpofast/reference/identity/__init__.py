@@ -1,1 +1,1 @@
-"""Which model made a stored log-prob."""
+"""The identity of the model that made a stored log-prob."""

@@ -1,4 +1,7 @@
-"""Which model scored: a digest of everything that changes a log-prob, and the same in words."""
+"""A reference's identity: a description of everything that changes its log-probs, and its digest.
+
+Imports no torch, because the store reads descriptions back from disk without a model.
+"""
 
 from __future__ import annotations
 
@@ -14,11 +17,13 @@ DIGEST_CHARS = 32
 
 @dataclass(frozen=True)
 class ReferenceIdentity:
-    """Who made a row of the store.
+    """The model that made a stored log-prob, and how it scored.
 
     Attributes:
-        digest: 32 hexadecimal characters; two references share rows if, and only if, it is equal.
-        description: the same in words, JSON types alone; the digest is its SHA-256.
+        digest: 32 hexadecimal characters; two references share stored rows if and only if their
+            digests are equal.
+        description: readable form of the same facts, made of JSON types only; its SHA-256 gives
+            the digest.
 
     Raises:
         ReferenceStoreError: the digest doesn't belong to the description.
@@ -37,12 +42,19 @@ class ReferenceIdentity:
 
     @classmethod
     def of(cls, description: dict[str, Any]) -> ReferenceIdentity:
-        """The identity that a description stands for."""
+        """Make the identity that a description determines."""
+        # After a round trip the description equals the one that is read back from identity.json:
+        # tuples have become lists, keys strings.
         plain = json.loads(json.dumps(description, default=str))
         return cls(description_digest(plain), plain)
 
 
 def description_digest(description: dict[str, Any]) -> str:
-    """First 32 hexadecimal characters of SHA-256 over the JSON with sorted keys, no spaces."""
+    """Hash a description.
+
+    Returns:
+        First 32 hexadecimal characters of the SHA-256 over the description's JSON, written with
+        sorted keys and without spaces.
+    """
     text = json.dumps(description, sort_keys=True, separators=(",", ":"), default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:DIGEST_CHARS]

@@ -1,12 +1,12 @@
-"""Identifies a model by everything that changes a log-prob."""
+"""Makes the identity of a model from everything that changes its log-probs."""
 
 from __future__ import annotations
 
 import torch
 
 from dpofast.reference.identity.description import ReferenceIdentity
-from dpofast.reference.identity.options import dtype_name, scoring_options
-from dpofast.reference.identity.weights import Gather, base_model, read_weights
+from dpofast.reference.identity.options import scoring_options
+from dpofast.reference.identity.weights import Gather, base_model, dtype_name, read_weights
 
 
 def model_identity(
@@ -18,24 +18,26 @@ def model_identity(
     head_version: int,
     gather: Gather | None = None,
 ) -> ReferenceIdentity:
-    """Identify a model by what decides its log-probs, wherever and however it was loaded.
+    """Identify a model by what determines its log-probs, however it was loaded.
 
-    A PEFT adapter that contributes nothing (a fresh LoRA one, or one switched off) is left out: the
-    model counts as the one below it. An adapter that contributes belongs to the identity.
+    A PEFT adapter that contributes nothing (a fresh LoRA adapter, or one that is switched off) is
+    left out, so the model has the identity of its base model. An adapter that contributes is part
+    of the identity.
 
     Args:
         model: transformers causal LM, or a PeftModel around one.
-        scoring_dtype: floating-point tensors that are saved are hashed as this; None for each
+        scoring_dtype: dtype in which saved floating-point tensors are hashed; None for each
             tensor's own dtype.
-        autocast_dtype: of the context that the model scores in; None without autocast.
+        autocast_dtype: dtype of the autocast context in which the model scores; None without
+            autocast.
         attention: name of the attention implementation.
-        head_version: of the code that makes log-probs of hidden states.
-        gather: makes the whole of a sharded tensor for the length of a `with` block. All ranks
-            then call this function together, and go through the tensors in the same order.
+        head_version: version of the code that turns hidden states into log-probs.
+        gather: context manager that makes a sharded tensor whole. With it, all ranks must call
+            this function at the same time; they visit the tensors in the same order.
 
     Raises:
-        ModelError: a tensor isn't whole here and there is no `gather`; an adapter that can't be
-            identified.
+        ModelError: a tensor isn't whole in this process and `gather` is None, or an adapter
+            can't be identified.
     """
     weights = read_weights(model, scoring_dtype, gather)
     return ReferenceIdentity.of(

@@ -1,14 +1,17 @@
-"""Which options of a model's config can change a log-prob."""
+"""Config options of a model: which of them can change a log-prob, and which change its logits."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    import torch
+# Options of model families that change the logits after the head. `dpofast.model.head` applies
+# them, and `dpofast.reference.identity.readable` describes them.
+SOFTCAP_OPTIONS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+LOGIT_MULTIPLIERS = ("logit_scale", "lm_head_multiplier")
+LOGIT_DIVISORS = ("logits_scaling",)
 
-# What a config holds that can't change a log-prob of given token ids. Whatever isn't named here
-# counts, so that an option of a future model makes a needless miss, never a false hit.
+# Options that can't change the log-prob of given token ids. Every option that isn't listed counts:
+# an unknown option of a future model then causes a needless miss, never a wrong hit.
 NEUTRAL_OPTIONS = frozenset(
     {
         "_attn_implementation",
@@ -40,7 +43,7 @@ NEUTRAL_OPTIONS = frozenset(
         "sep_token_id",
         "suppress_tokens",
         "task_specific_params",
-        "tie_word_embeddings",  # every name's tensor is hashed, so tied or only equal is the same
+        "tie_word_embeddings",  # tied tensors are hashed under each name, exactly as equal ones
         "tokenizer_class",
         "torch_dtype",
         "torchscript",
@@ -48,15 +51,12 @@ NEUTRAL_OPTIONS = frozenset(
         "use_cache",
     }
 )
-NEUTRAL_PARTS = ("dropout", "pdrop", "layerdrop")  # references score in eval mode
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+# Parts of the names of dropout options: references score in eval mode, where dropout is off.
+NEUTRAL_PARTS = ("dropout", "pdrop", "layerdrop")
 
 
 def scoring_options(options: dict[str, Any]) -> dict[str, Any]:
-    """What of a config's dict, or of a nested one's, can change a log-prob."""
+    """Select the options that can change a log-prob, from a config's dict and the dicts in it."""
     kept = {}
     for name, value in options.items():
         if name in NEUTRAL_OPTIONS or any(part in name for part in NEUTRAL_PARTS):

@@ -1,4 +1,4 @@
-"""The tensors that decide a model's log-probs, hashed one by one without a copy of the model."""
+"""Hashes the tensors that determine a model's log-probs, one at a time and without a copy."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from torch import Tensor, nn
 from xxhash import xxh3_128
 
 from dpofast.errors import ModelError
-from dpofast.reference.identity.options import dtype_name, scoring_options
+from dpofast.reference.identity.options import scoring_options
 
-# Makes the whole of a sharded tensor for the length of a `with` block.
+# Makes a sharded tensor whole inside a `with` block.
 Gather = Callable[[Tensor], AbstractContextManager[Tensor]]
 
-# Copied, cast and hashed at a time. A copy of this size stays in the processor's cache, and the
-# next one takes its place; for one of 64 MiB the system would hand out new pages each time.
+# Elements that are copied, cast and hashed at a time. A copy of this size fits into the processor's
+# cache, and the next copy reuses its memory; a copy of 64 MiB would get new pages each time.
 CHUNK_ELEMENTS = 1 << 20
 
 LORA_FACTORS = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B")
 
-# Of an adapter's config, what says where it came from rather than what it does.
+# Adapter options that say where an adapter came from, not what it does.
 ADAPTER_ORIGIN = (
     "auto_mapping",
     "base_model_name_or_path",
@@ -38,12 +38,12 @@ ADAPTER_ORIGIN = (
 
 @dataclass(frozen=True)
 class Weights:
-    """A model's tensors in short.
+    """Summary of a model's tensors.
 
     Attributes:
-        digest: hexadecimal, of the sorted list of (name, dtype, shape, hash of the bytes).
-        tensors: of each dtype, how many; tied ones count under each of their names.
-        adapter: of a PEFT adapter that contributes, its kind and options; None without one.
+        digest: SHA-256 in hexadecimal over the sorted lines "name dtype shape hash-of-the-bytes".
+        tensors: number of tensors of each dtype; a tied tensor counts once under each of its names.
+        adapter: kinds and options of the PEFT adapters that contribute; None if none does.
     """
 
     digest: str
@@ -51,8 +51,17 @@ class Weights:
     adapter: dict[str, Any] | None
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """Name a dtype as descriptions do: "bfloat16" for torch.bfloat16."""
+    return str(dtype).removeprefix("torch.")
+
+
 def base_model(model: nn.Module) -> Any:
-    """The transformers model inside a PeftModel, or the model itself."""
+    """Return the transformers model inside a PeftModel, or the model itself.
+
+    Raises:
+        ModelError: the adapter adds tokens to the prompt.
+    """
     if not hasattr(model, "peft_config") or not hasattr(model, "get_base_model"):
         return model
     if "prompt_encoder" in model._modules:
@@ -66,13 +75,24 @@ def base_model(model: nn.Module) -> Any:
 def read_weights(
     model: nn.Module, scoring_dtype: torch.dtype | None, gather: Gather | None
 ) -> Weights:
-    """Hash whatever decides the log-probs of `model`; arguments as of `model_identity`."""
+    """Hash every tensor that determines the log-probs of `model`.
+
+    Args:
+        model: transformers model, or a PeftModel around one.
+        scoring_dtype: see `model_identity`.
+        gather: see `model_identity`.
+
+    Raises:
+        ModelError: a tensor isn't whole in this process and `gather` is None, or an adapter
+            can't be identified.
+    """
     reader = _Reader(scoring_dtype, gather)
-    reader.module(base_model(model), "")
+    reader.read_module(base_model(model), "")
     adapter = None
     if reader.adapters:
         kinds = sorted({type(layer).__name__ for layer, _ in reader.adapters})
         adapter = {"layers": len(reader.adapters), "kinds": kinds}
+        # The tensors and the scaling say all about plain LoRA; other kinds depend on more options.
         if not all(_is_plain_lora(layer, name) for layer, name in reader.adapters):
             adapter["options"] = _adapter_options(model, {name for _, name in reader.adapters})
     return Weights(
@@ -83,41 +103,58 @@ def read_weights(
 
 
 class _Reader:
-    """Walks through a model's modules; PEFT's wrappers are known by what they hold."""
+    """Walks through a model's modules and collects a line for each tensor.
+
+    PEFT's wrappers are recognised by their attributes, so that PEFT needn't be installed.
+
+    Attributes:
+        lines: one line for each named tensor, for each rounded buffer and for each scaling factor.
+        dtypes: number of tensors of each dtype.
+        adapters: layer and adapter name of each adapter that contributes.
+    """
 
     def __init__(self, scoring_dtype: torch.dtype | None, gather: Gather | None) -> None:
         self.scoring_dtype = scoring_dtype
         self.gather = gather
-        self.lines: list[str] = []  # one for each named tensor
+        self.lines: list[str] = []
         self.dtypes: Counter[str] = Counter()
-        self.adapters: list[tuple[nn.Module, str]] = []  # that contribute: layer, adapter
-        self._hashed: dict[int, tuple[str, str]] = {}  # tied tensors are read once
+        self.adapters: list[tuple[nn.Module, str]] = []
+        # Dtype and fingerprint by the tensor's id, so that tied tensors are read only once.
+        self._hashed: dict[int, tuple[str, str]] = {}
 
-    def module(self, module: nn.Module, prefix: str) -> None:
-        """Read a module and what it holds; `prefix` ends with a dot, or is empty."""
+    def read_module(self, module: nn.Module, prefix: str) -> None:
+        """Read a module and all modules in it.
+
+        Args:
+            module: part of the model, or all of it.
+            prefix: its name in the model with a dot at the end; empty for the whole model.
+        """
         children = module._modules
+        # The first three cases are PEFT's wrappers: an adapter around a layer, a trained copy of a
+        # module, and trained rows of an embedding. Names in them are those of the base model.
         if "base_layer" in children and hasattr(module, "adapter_layer_names"):
-            self.module(module.get_submodule("base_layer"), prefix)
-            self._adapter_layer(module, prefix)
+            self.read_module(module.get_submodule("base_layer"), prefix)
+            self._read_adapters(module, prefix)
         elif "modules_to_save" in children and "original_module" in children:
-            self.module(_module_in_use(module), prefix)
+            self.read_module(_module_in_use(module), prefix)
         elif "token_adapter" in children and "original_module" in children:
-            self.module(module.get_submodule("original_module"), prefix)
-            self._adapter_layer(module.get_submodule("token_adapter"), prefix)
+            self.read_module(module.get_submodule("original_module"), prefix)
+            self._read_adapters(module.get_submodule("token_adapter"), prefix)
         else:
             for name, tensor in _own_tensors(module):
-                self._line(prefix + name, tensor)
-            # Its numbers follow from the config. But `model.bfloat16()` rounds them, where loading
-            # in bfloat16 leaves rotary frequencies in float32: these are two references.
+                self._add_line(prefix + name, tensor)
+            # The values of an unsaved buffer follow from the config, so only its dtype counts:
+            # `model.bfloat16()` rounds rotary frequencies, whereas loading a model in bfloat16
+            # leaves them in float32. These are two different references.
             for name, buffer in module._buffers.items():
                 if name in module._non_persistent_buffers_set and _is_rounded(buffer):
                     self.lines.append(f"{prefix}{name} {dtype_name(buffer.dtype)} not saved")
             for name, child in children.items():
                 if child is not None:
-                    self.module(child, f"{prefix}{name}.")
+                    self.read_module(child, f"{prefix}{name}.")
 
-    def _adapter_layer(self, layer: Any, prefix: str) -> None:
-        """What a PEFT layer adds to the layer below it."""
+    def _read_adapters(self, layer: Any, prefix: str) -> None:
+        """Read what the active adapters of a PEFT layer add to its base layer."""
         if layer.disable_adapters or layer.merged:
             if layer.disable_adapters and layer.merged:
                 raise ModelError(
@@ -134,17 +171,22 @@ class _Reader:
             if not tensors or self._contributes_nothing(layer, adapter, tensors):
                 continue
             self.adapters.append((layer, adapter))
-            # an adapter's own name changes nothing; a layer may be wrapped for several parameters
+            # The label has the adapter's number instead of its name, which changes no log-prob. It
+            # has the parameter's name because PEFT wraps a layer once for each adapted parameter.
             label = f"{prefix}{getattr(layer, 'parameter_name', '')}:adapter{index}"
             for name, tensor in tensors.items():
                 kind = ".".join(part for part in name.split(".") if part != adapter)
-                self._line(f"{label}.{kind}", tensor)
+                self._add_line(f"{label}.{kind}", tensor)
             scaling = getattr(layer, "scaling", None)
             if isinstance(scaling, dict):
                 self.lines.append(f"{label}.scaling = {scaling.get(adapter)!r}")
 
     def _contributes_nothing(self, layer: Any, adapter: str, tensors: dict[str, Tensor]) -> bool:
-        """LoRA adds B (A x) + bias: nothing while A or B is zero, as in a fresh adapter."""
+        """Whether an adapter leaves its base layer's output unchanged.
+
+        LoRA adds B (A x) + bias. That is zero while A or B is zero, as in a fresh adapter, and the
+        bias is zero too.
+        """
         if not _is_plain_lora(layer, adapter):
             return False
         groups: dict[str, list[Tensor]] = {"A": [], "B": [], "bias": []}
@@ -153,14 +195,15 @@ class _Reader:
             if factor not in LORA_FACTORS:
                 return False
             groups["bias" if name.endswith(".bias") else factor[-1]].append(tensor)
-        moves = {group: any(map(self._any_nonzero, held)) for group, held in groups.items()}
-        return not moves["bias"] and not (moves["A"] and moves["B"])
+        nonzero = {group: any(map(self._any_nonzero, parts)) for group, parts in groups.items()}
+        return not nonzero["bias"] and not (nonzero["A"] and nonzero["B"])
 
     def _any_nonzero(self, tensor: Tensor) -> bool:
         with self._whole(tensor, "an adapter's tensor") as whole:
             return bool(whole.any())
 
-    def _line(self, name: str, tensor: Tensor) -> None:
+    def _add_line(self, name: str, tensor: Tensor) -> None:
+        """Add the line of a named tensor, and count the tensor."""
         if id(tensor) not in self._hashed:
             with self._whole(tensor, name) as whole:
                 self._hashed[id(tensor)] = self._fingerprint(whole)
@@ -169,7 +212,11 @@ class _Reader:
         self.dtypes[dtype] += 1
 
     def _fingerprint(self, tensor: Tensor) -> tuple[str, str]:
-        """Dtype, and shape with the XXH3-128 of the bytes in row-major order."""
+        """Hash a whole tensor.
+
+        Returns:
+            Its dtype, and its shape followed by the XXH3-128 of its bytes in row-major order.
+        """
         dtype = tensor.dtype
         if self.scoring_dtype is not None and tensor.is_floating_point():
             dtype = self.scoring_dtype
@@ -181,7 +228,11 @@ class _Reader:
         return dtype_name(dtype), f"{list(tensor.shape)} {hasher.hexdigest()}"
 
     def _whole(self, tensor: Tensor, name: str) -> Any:
-        """A context with all of a tensor in it: the place where shards are put together."""
+        """Return a context manager that yields the whole tensor, gathered from its shards.
+
+        Raises:
+            ModelError: the tensor isn't whole in this process and there is no `gather`.
+        """
         if self.gather is not None:
             return self.gather(tensor)
         if tensor.is_meta or hasattr(tensor, "ds_id") or hasattr(tensor, "full_tensor"):
@@ -193,19 +244,19 @@ class _Reader:
 
 
 def _own_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Parameters and persistent buffers; the others follow from the config."""
+    """Yield a module's own parameters and saved buffers; other buffers follow from the config."""
     for name, tensor in (*module._parameters.items(), *module._buffers.items()):
         if tensor is not None and name not in module._non_persistent_buffers_set:
             yield name, tensor
 
 
 def _is_rounded(buffer: Tensor | None) -> TypeGuard[Tensor]:
-    """Whether floats aren't in the dtype that models make them in."""
+    """Whether a floating-point buffer is no longer in float32, the dtype that models make it in."""
     return buffer is not None and buffer.is_floating_point() and buffer.dtype != torch.float32
 
 
 def _tensors_below(module: nn.Module, skip: str) -> Iterator[tuple[str, Tensor]]:
-    """All tensors of a module, buffers that aren't saved included, but for one child's."""
+    """Yield all tensors of a module, unsaved buffers included, except those in children `skip`."""
     for name, tensor in (*module._parameters.items(), *module._buffers.items()):
         if tensor is not None:
             yield name, tensor
@@ -216,7 +267,10 @@ def _tensors_below(module: nn.Module, skip: str) -> Iterator[tuple[str, Tensor]]
 
 
 def _module_in_use(wrapper: Any) -> Any:
-    """What PEFT's `modules_to_save` calls: its copy, or the original while switched off."""
+    """Return the module that PEFT's `modules_to_save` wrapper calls.
+
+    That is the trained copy, or the original while adapters are switched off.
+    """
     active = [] if wrapper.disable_adapters else wrapper.active_adapters
     if active and active[0] in wrapper.modules_to_save:
         return wrapper.modules_to_save[active[0]]
@@ -224,17 +278,18 @@ def _module_in_use(wrapper: Any) -> Any:
 
 
 def _is_plain_lora(layer: Any, adapter: str) -> bool:
-    """LoRA as in its paper; DoRA and other variants keep a mark on the layer."""
+    """Whether an adapter is LoRA as in its paper; DoRA and other variants mark their layer."""
     marks = (getattr(layer, "lora_variant", {}), getattr(layer, "use_dora", {}))
     return hasattr(layer, "lora_B") and not any(mark.get(adapter) for mark in marks)
 
 
 def _adapter_options(model: Any, adapters: set[str]) -> dict[str, Any]:
+    """Select the options of the named adapters that can change a log-prob."""
     options = {}
     for adapter in sorted(adapters):
         known = scoring_options(model.peft_config[adapter].to_dict())
         kept = {name: value for name, value in known.items() if name not in ADAPTER_ORIGIN}
-        # PEFT keeps names in sets, whose order is an accident
+        # PEFT keeps names in sets, whose order differs from process to process.
         options[adapter] = {
             name: sorted(value) if isinstance(value, set) else value for name, value in kept.items()
         }

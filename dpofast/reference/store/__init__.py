@@ -1,1 +1,1 @@
-"""Reference log-probs on disk: bytes and keys, no models and no data."""
+"""Reference log-probs on disk. The store knows bytes and keys, neither models nor data."""

@@ -1,4 +1,4 @@
-"""Files that stand whole or not at all, also after a crash or a power loss."""
+"""Writes files that are whole or absent, even after a crash or a power loss."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 from dpofast.errors import ReferenceStoreError
 
-# Readers ignore what begins like this; a killed writer may leave one behind.
+# Prefix of the names of unfinished files. Readers ignore them; a killed writer leaves one behind.
 TEMPORARY_PREFIX = ".tmp-"
 
 _REMEDIES = {
@@ -28,7 +28,15 @@ _REMEDIES = {
 
 @contextlib.contextmanager
 def naming_errors(action: str, path: Path) -> Iterator[None]:
-    """Turn what the operating system reports into one sentence with the path and the remedy."""
+    """Turn an error of the operating system into one sentence with the path and the remedy.
+
+    Args:
+        action: verb for the sentence, such as "read".
+        path: file or folder that the error is about.
+
+    Raises:
+        ReferenceStoreError: the block raised an OSError.
+    """
     try:
         yield
     except OSError as error:
@@ -40,14 +48,18 @@ def naming_errors(action: str, path: Path) -> Iterator[None]:
 
 
 def write_durably(path: Path, content: Any) -> None:
-    """Write a file under a temporary name, flush it to the disk, and give it its name.
+    """Write a file so that it survives a power loss once this function returns.
 
-    When this returns the file survives a power loss. When it raises there is no new file `path`, or
-    a whole one that a power loss may still take back.
+    If it raises, there is no new file `path`, or a whole one that a power loss can still undo.
+
+    Args:
+        path: file to write.
+        content: bytes or another buffer.
 
     Raises:
         ReferenceStoreError: the disk is full, or can't be written.
     """
+    # Renaming is atomic, so no reader ever finds half of a file under its final name.
     temporary = path.with_name(f"{TEMPORARY_PREFIX}{uuid.uuid4().hex}")
     with naming_errors("write", path):
         try:
@@ -64,20 +76,24 @@ def write_durably(path: Path, content: Any) -> None:
 
 
 def make_folder(folder: Path) -> None:
-    """Make a folder, and those above it that lack, so that they survive a power loss."""
+    """Make a folder and its missing parents, so that they survive a power loss.
+
+    Raises:
+        ReferenceStoreError: the folder can't be made, or its path belongs to a file.
+    """
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
     with naming_errors("make", folder):
         for path in reversed(missing):
             path.mkdir(exist_ok=True)
             sync_folder(path.parent)
-        if not missing:  # another process may have made it a moment ago
+        if not missing:  # another process may have made it a moment ago, and not flushed it yet
             sync_folder(folder.parent)
         if not folder.is_dir():
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder))
 
 
 def sync_folder(folder: Path) -> None:
-    """Make the names in a folder survive a power loss."""
+    """Flush a folder's list of names to the disk; flushing the files doesn't include it."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -86,7 +102,11 @@ def sync_folder(folder: Path) -> None:
 
 
 def list_names(folder: Path) -> list[str]:
-    """Names in a folder, sorted; none where it doesn't exist."""
+    """List the names in a folder, sorted; the list is empty if the folder doesn't exist.
+
+    Raises:
+        ReferenceStoreError: the folder can't be read.
+    """
     with naming_errors("list", folder):
         try:
             return sorted(os.listdir(folder))

@@ -1,4 +1,4 @@
-"""The rows of one reference."""
+"""Namespaces: the stored rows of one reference, and how to look them up."""
 
 from __future__ import annotations
 
@@ -14,21 +14,23 @@ from dpofast.reference.store.files import list_names, make_folder, write_durably
 from dpofast.reference.store.format import IDENTITY_FILE, identity_text
 from dpofast.reference.store.keys import KEY_BYTES, KeyIndex, as_keys
 from dpofast.reference.store.row_detail import RowDetail
-from dpofast.reference.store.segments import NAME_PATTERN, Columns, Segment
+from dpofast.reference.store.segments import Columns, Segment, segment_names
 from dpofast.reference.store.writer import Writer
 
 
 @dataclass(frozen=True)
 class StoredRows:
-    """What the store holds for some keys.
+    """All stored values of the rows with given keys.
 
     Attributes:
-        found: [n] bool.
-        logps: [n] fp64, summed over each answer, in nats; NaN where not found.
-        num_tokens: [n] int32; 0 where not found.
-        details: [n] int8, of the values of RowDetail: what of the next two is stored.
-        per_token_logps: for each key [num_tokens] fp32, in nats; empty where not stored.
-        per_token_logsumexps: of the logits, likewise.
+        found: [n] bool, whether there is a row with each key. The other values of a key that isn't
+            found are NaN, 0 or empty.
+        logps: [n] fp64, log-prob of each answer, summed over its tokens, in nats.
+        num_tokens: [n] int32, tokens in each answer.
+        details: [n] int8, RowDetail of each row.
+        per_token_logps: [num_tokens] fp32 for each key, in nats; empty if not stored.
+        per_token_logsumexps: [num_tokens] fp32 for each key, log-sum-exps of the logits; empty if
+            not stored.
     """
 
     found: np.ndarray
@@ -41,12 +43,12 @@ class StoredRows:
 
 @dataclass(frozen=True)
 class RowCounts:
-    """The different answers of a namespace.
+    """Number of distinct answers in a namespace.
 
     Attributes:
-        rows: in all.
-        tokens: of these answers.
-        of_detail: rows that have this detail, or more.
+        rows: number of answers, each counted once.
+        tokens: tokens in these answers.
+        of_detail: number of answers with at least the given detail.
     """
 
     rows: int
@@ -57,10 +59,12 @@ class RowCounts:
 class Namespace:
     """The rows of one reference.
 
+    It sees the segments that existed when it was made, and later ones after `refresh`.
+
     Attributes:
-        store_folder: of the store that it belongs to.
-        identity: of the reference.
-        folder: of its segments; need not exist.
+        store_folder: folder of the store.
+        identity: identity of the reference.
+        folder: folder of the reference's segments. It needn't exist; the first writer makes it.
     """
 
     def __init__(self, store_folder: Path, identity: ReferenceIdentity) -> None:
@@ -68,21 +72,22 @@ class Namespace:
         self.folder = store_folder / identity.digest
         self._segments: dict[str, Segment] = {}
         self._order: list[Segment] = []
-        self._starts = np.zeros(1, np.int64)  # first row of each segment, and the number of rows
-        self._details = np.empty(0, np.int8)
+        # Rows are numbered through all segments in `_order`.
+        self._starts = np.zeros(1, np.int64)  # first row of each segment, then the number of rows
+        self._details = np.empty(0, np.int8)  # of each row
         self._index = KeyIndex(np.empty((0, KEY_BYTES), np.uint8))
         self.refresh()
 
     def __len__(self) -> int:
-        """Rows in all segments; a row that two processes scored counts twice."""
+        """Number of rows in all segments; an answer that two processes scored counts twice."""
         return int(self._starts[-1])
 
     def num_unique_rows(self) -> int:
-        """Different answers among the rows."""
+        """Number of distinct answers among the rows."""
         return self.counts().rows
 
     def counts(self) -> RowCounts:
-        """Each different answer once, by its fullest row."""
+        """Count each distinct answer once, by its row with the highest detail."""
         rows = np.unique(self._index.find(self._all("keys", np.empty((0, KEY_BYTES), np.uint8))))
         details = self._details[rows]
         return RowCounts(
@@ -93,17 +98,23 @@ class Namespace:
 
     @property
     def digest(self) -> bytes:
+        """16 bytes of the reference's digest."""
         return bytes.fromhex(self.identity.digest)
 
     def refresh(self) -> None:
-        """See what was committed since, by this process or others; also what was merged by `prune`.
+        """Open the segments that are new, and drop the ones that are gone.
+
+        New segments come from commits of this process or others, or from a `prune` that merged
+        older ones.
 
         Raises:
             ReferenceStoreError: a segment can't be opened.
         """
         names = self._names()
         if self._segments.keys() - names:
-            names = self._names()  # what took their place stands before they are deleted
+            # A prune has deleted segments. The first listing may have been too early to contain
+            # their replacement; a second one has it, because the replacement is written first.
+            names = self._names()
         while True:
             try:
                 new = {
@@ -113,7 +124,7 @@ class Namespace:
                 break
             except ReferenceStoreError:
                 before, names = names, self._names()
-                if before <= names:  # none of them was merged meanwhile, so one is damaged
+                if before <= names:  # all are still there, so no prune explains the error
                     raise
         held = {name: part for name, part in self._segments.items() if name in names}
         if not new and len(held) == len(self._segments):
@@ -122,23 +133,29 @@ class Namespace:
         self._order = list(self._segments.values())
         self._starts = np.cumsum([0, *map(len, self._order)], dtype=np.int64)
         self._details = self._all("details", np.empty(0, np.int8))
-        # of equal keys the fullest
+        # Of rows with the same key, the index finds the one with the highest detail.
         keys = self._all("keys", np.empty((0, KEY_BYTES), np.uint8))
         self._index = KeyIndex(keys, self._details)
 
     def _all(self, name: str, empty: np.ndarray) -> np.ndarray:
-        """One of the segments' columns, all rows."""
+        """Concatenate a column over all segments; `empty` gives its dtype if there are none."""
         return np.concatenate([empty, *(getattr(part.columns, name) for part in self._order)])
 
     def _names(self) -> set[str]:
-        return {name for name in list_names(self.folder) if NAME_PATTERN.fullmatch(name)}
+        """List the segments in the folder."""
+        return set(segment_names(list_names(self.folder)))
 
     def contains(
         self, keys: np.ndarray | Sequence[bytes], detail: RowDetail = RowDetail.SUMS
     ) -> np.ndarray:
-        """[n, 16] uint8 or n times 16 bytes -> [n] bool: whether there is a row of this detail.
+        """Tell which keys have a row with at least this detail.
 
-        The rows themselves aren't looked at.
+        Args:
+            keys: [n, 16] uint8, or n keys of 16 bytes.
+            detail: least detail that counts.
+
+        Returns:
+            [n] bool. The checksums of the rows aren't compared.
         """
         rows = self._index.find(as_keys(keys))  # [n]
         held = rows >= 0
@@ -146,7 +163,14 @@ class Namespace:
         return held
 
     def lookup(self, keys: np.ndarray | Sequence[bytes]) -> tuple[np.ndarray, np.ndarray]:
-        """Summed log-probs [n] fp64 in nats (NaN where there is none), and which were found [n].
+        """Read the summed log-probs of these keys.
+
+        Args:
+            keys: [n, 16] uint8, or n keys of 16 bytes.
+
+        Returns:
+            Log-probs in nats, NaN for a key without a row: [n] fp64; and whether each key has a
+            row: [n] bool.
 
         Raises:
             ReferenceStoreError: a row is damaged.
@@ -158,7 +182,10 @@ class Namespace:
         return logps, rows >= 0
 
     def read(self, keys: np.ndarray | Sequence[bytes]) -> StoredRows:
-        """All that is stored for these keys; of rows that stand twice the fullest.
+        """Read all stored values of these keys, from the row with the highest detail.
+
+        Args:
+            keys: [n, 16] uint8, or n keys of 16 bytes.
 
         Raises:
             ReferenceStoreError: a row is damaged.
@@ -181,12 +208,17 @@ class Namespace:
         )
 
     def _checked(self, rows: np.ndarray) -> Iterator[tuple[np.ndarray, Columns, np.ndarray]]:
-        """Rows [n] of the index, -1 for none, segment by segment, their checksums compared.
+        """Compare the checksums of rows, one segment after another.
+
+        Args:
+            rows: [n] int64, numbers of rows; -1 is skipped.
 
         Yields:
-            Where in `rows` those of a segment stand [m], its columns, and the rows in these [m].
+            For each segment with any of the rows: their indices in `rows` [m], the segment's
+            columns, and the rows' indices in these columns [m].
         """
-        order = np.argsort(rows, kind="stable")  # in the order of the files
+        # Sorted, the rows of a segment are neighbours, and memory is read in the order of the file.
+        order = np.argsort(rows, kind="stable")
         limits = np.searchsorted(rows[order], self._starts)
         for number, segment in enumerate(self._order):
             places = order[limits[number] : limits[number + 1]]
@@ -196,11 +228,13 @@ class Namespace:
                 yield places, segment.columns, inside
 
     def writer(self, rank: int = 0, detail: RowDetail = RowDetail.LOGPS) -> Writer:
-        """Adds rows. Any number of processes may write at once, none waits for another.
+        """Make a writer that adds rows.
+
+        Any number of processes can write at the same time; none waits for another.
 
         Args:
-            rank: of this process.
-            detail: what is stored of each row.
+            rank: rank of this process, used in the names of segments.
+            detail: values to store for each row.
 
         Raises:
             ReferenceStoreError: the folder can't be made or written.

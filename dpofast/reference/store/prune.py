@@ -1,7 +1,7 @@
-"""Makes a store smaller: merges segments, drops rows that stand twice, forgets references.
+"""Makes a store smaller: merges segments, drops duplicate rows, and forgets references.
 
-Nothing is deleted before what takes its place is on the disk. A kill in between leaves rows twice,
-and never lost.
+A segment is deleted only after its replacement is on the disk. A kill in between leaves duplicate
+rows, but loses none.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ import numpy as np
 from dpofast.errors import ReferenceStoreError
 from dpofast.reference.store.files import TEMPORARY_PREFIX, list_names, naming_errors, sync_folder
 from dpofast.reference.store.keys import KEY_BYTES, KeyIndex
-from dpofast.reference.store.segments import NAME_PATTERN, Columns, Segment, write_segment
+from dpofast.reference.store.segments import Columns, Segment, segment_names, write_segment
 from dpofast.reference.store.store import ReferenceStore
 from dpofast.reference.store.text import human_bytes
 
-MERGED_BYTES = 1 << 28  # of a merged segment
-ABANDONED_SECONDS = 86_400.0  # no writer needs that long for one file
-SHORTEST_DIGEST = 6  # characters that name a reference
+MERGED_BYTES = 1 << 28  # target size of a merged segment
+ABANDONED_SECONDS = 86_400.0  # age of a temporary file that no writer can still be working on
+SHORTEST_DIGEST = 6  # least characters of a digest that name a reference
 
 
 @dataclass
@@ -32,12 +32,14 @@ class PruneReport:
     """What `prune` did.
 
     Attributes:
-        references: that were looked at and stay.
+        folder: folder of the store.
+        references: number of references that were kept.
         forgotten: digests of the references that were deleted.
-        duplicates: rows that stood in another segment, too.
-        segments_before, segments_after: of the references that stay.
-        temporaries: files of killed writers that were deleted.
-        bytes_freed: may be below 0 where merging made a header larger.
+        duplicates: number of rows that were dropped because their answer has another row.
+        segments_before: number of segments of the kept references before the prune.
+        segments_after: number of these segments afterwards.
+        temporaries: number of files of killed writers that were deleted.
+        bytes_freed: difference in the store's size; slightly below 0 if only headers grew.
     """
 
     folder: Path
@@ -50,6 +52,7 @@ class PruneReport:
     bytes_freed: int = 0
 
     def lines(self) -> list[str]:
+        """Write the report for people."""
         return [
             f"{self.folder}: {human_bytes(max(self.bytes_freed, 0))} freed",
             f"references: {self.references} kept, {len(self.forgotten)} deleted",
@@ -60,20 +63,21 @@ class PruneReport:
 
 
 def prune(folder: str | Path, forget: Sequence[str] = ()) -> PruneReport:
-    """Merge small segments, drop rows that stand twice, delete what killed writers left behind.
+    """Merge small segments, drop duplicate rows, and delete the files of killed writers.
 
-    Builds and runs of this machine may go on meanwhile: what they have mapped stays readable to
-    them. Over NFS, files that another machine has mapped would vanish under it.
+    Builds and runs on this machine can go on meanwhile, because deleted files that they have mapped
+    stay readable to them. On a network file system, files that another machine has mapped would
+    vanish under it.
 
     Args:
-        folder: of the store.
-        forget: digests, or their first 6 characters or more, of references to delete with all
-            their rows. No run may be using these.
+        folder: folder of the store.
+        forget: digests of references to delete with all their rows, or the first 6 or more
+            characters of a digest. No run may be using these references.
 
     Raises:
-        ReferenceStoreError: the folder is no store; a name in `forget` fits no reference, or
-            several; a segment to merge is damaged. The references before that one are done by
-            then, its own rows are as they were.
+        ReferenceStoreError: the folder isn't a store, a name in `forget` fits no reference or
+            several, or a segment to merge is damaged. In the last case the references before the
+            damaged one have been pruned, and its own rows are unchanged.
     """
     store = ReferenceStore.open(folder)
     digests = store.digests()
@@ -82,7 +86,8 @@ def prune(folder: str | Path, forget: Sequence[str] = ()) -> PruneReport:
     before = _size(store.folder)
     for digest in dict.fromkeys(forgotten):
         with naming_errors("delete", store.folder / digest):
-            # out of sight at once: half a folder could not be described
+            # Renaming hides the reference at once. Half of its folder, with no identity.json, would
+            # be an error to every reader.
             hidden = store.folder / f"{TEMPORARY_PREFIX}{uuid.uuid4().hex}"
             (store.folder / digest).rename(hidden)
             shutil.rmtree(hidden)
@@ -98,7 +103,7 @@ def prune(folder: str | Path, forget: Sequence[str] = ()) -> PruneReport:
 
 
 def _named(digests: Sequence[str], name: str, folder: Path) -> str:
-    """The digest that begins with `name`."""
+    """Find the only digest that begins with `name`, or raise ReferenceStoreError."""
     fits = [digest for digest in digests if digest.startswith(name)]
     if len(name) < SHORTEST_DIGEST or len(fits) != 1:
         raise ReferenceStoreError(
@@ -109,11 +114,12 @@ def _named(digests: Sequence[str], name: str, folder: Path) -> str:
 
 
 def _compact(folder: Path, identity: bytes, report: PruneReport) -> None:
-    names = [name for name in list_names(folder) if NAME_PATTERN.fullmatch(name)]
+    """Merge the segments of a reference and drop its duplicate rows."""
+    names = segment_names(list_names(folder))
     report.segments_before += len(names)
     segments = [Segment(folder / name, identity) for name in names]
     merged, kept = _to_merge(segments, report)
-    for segment, rows in merged:  # all of them, before any is written anew
+    for segment, rows in merged:  # before anything is written, so that an error changes nothing
         segment.check(rows)
     num_new = 0
     for columns in _gathered(merged):
@@ -131,10 +137,13 @@ def _compact(folder: Path, identity: bytes, report: PruneReport) -> None:
 def _to_merge(
     segments: Sequence[Segment], report: PruneReport
 ) -> tuple[list[tuple[Segment, np.ndarray]], int]:
-    """Segments to be replaced with their rows to keep, and how many others stay as they are.
+    """Choose the segments to replace.
 
-    Of rows with one key the fullest is kept. Large segments without a row too many stay, so that a
-    store that grows isn't written again each time.
+    Of the rows with one key, the one with the highest detail is kept. Large segments without
+    duplicates aren't replaced, so that a growing store isn't written anew by each prune.
+
+    Returns:
+        Segments to replace with their rows to keep, and the number of segments that stay.
     """
     sizes = {segment.path: int(segment.columns.row_bytes.sum()) for segment in segments}
     largest_first = sorted(segments, key=lambda s: (-sizes[s.path], s.path.name))
@@ -151,21 +160,22 @@ def _to_merge(
         else:
             replaced.append((segment, rows))
     if len(replaced) == 1 and len(replaced[0][1]) == len(replaced[0][0]):
-        return [], kept + 1  # alone and without a row too many: it would be written as it is
+        return [], kept + 1  # a single segment without duplicates would be written as it is
     return replaced, kept
 
 
 def _columns(segments: Sequence[Segment], name: str) -> list[np.ndarray]:
+    """Return the named column of each segment."""
     return [getattr(segment.columns, name) for segment in segments]
 
 
 def _gathered(merged: Sequence[tuple[Segment, np.ndarray]]) -> Iterator[Columns]:
-    """The rows to keep in portions of about `MERGED_BYTES`."""
+    """Yield the rows to keep, in portions of about MERGED_BYTES."""
     parts: list[Columns] = []
     gathered = 0
     for segment, rows in merged:
         sizes = segment.columns.row_bytes[rows]
-        # a large segment is cut, too
+        # A segment larger than that is cut where its running size passes a multiple of it.
         cuts = np.flatnonzero(np.diff(np.cumsum(sizes) // MERGED_BYTES)) + 1
         portions = zip(np.split(rows, cuts), np.split(sizes, cuts), strict=True)
         for portion, size in ((portion, int(part.sum())) for portion, part in portions):
@@ -181,6 +191,7 @@ def _gathered(merged: Sequence[tuple[Segment, np.ndarray]]) -> Iterator[Columns]
 
 
 def _delete_abandoned(folder: Path, report: PruneReport) -> None:
+    """Delete the temporary files in a folder that killed writers left behind."""
     for name in list_names(folder):
         path = folder / name
         if not name.startswith(TEMPORARY_PREFIX):
@@ -188,18 +199,18 @@ def _delete_abandoned(folder: Path, report: PruneReport) -> None:
         with naming_errors("delete", path):
             try:
                 age = time.time() - path.stat().st_mtime
-                if path.is_dir():  # a reference that was being forgotten
+                if path.is_dir():  # a reference whose prune was killed while forgetting it
                     shutil.rmtree(path)
                     report.temporaries += 1
                 elif age > ABANDONED_SECONDS:
                     path.unlink()
                     report.temporaries += 1
-            except FileNotFoundError:  # its writer has given it its name
+            except FileNotFoundError:  # its writer has finished and renamed it
                 continue
 
 
 def _size(folder: Path) -> int:
-    """Bytes of all files in a store."""
+    """Add up the bytes of all files in a store."""
     total = 0
     for path in folder.rglob("*"):
         with naming_errors("read", path):

@@ -1,4 +1,4 @@
-"""How much of an answer's score is stored."""
+"""How much a stored row says about its answer."""
 
 from __future__ import annotations
 
@@ -6,16 +6,19 @@ from enum import IntEnum
 
 
 class RowDetail(IntEnum):
-    """What a row holds beside its summed log-prob; each includes those before it."""
+    """Values in a stored row; each level includes the ones before it.
 
-    SUMS = 0  # nothing
-    LOGPS = 1  # the log-prob of each token
+    The number of a level is the number of values that it stores for each token.
+    """
+
+    SUMS = 0  # the summed log-prob
+    LOGPS = 1  # and the log-prob of each token
     LOGSUMEXPS = 2  # and the log-sum-exp of the logits at each token
 
     @property
     def added_values(self) -> str:
-        """Name of the values that this level stores and the level below does not."""
+        """Name of the values that this level adds to the level before it."""
         return ("summed log-probs", "per-token log-probs", "log-sum-exps")[self]
 
 
-DETAILS = tuple(detail.name.lower() for detail in RowDetail)  # as options name them
+DETAILS = tuple(detail.name.lower() for detail in RowDetail)  # names in options, by level

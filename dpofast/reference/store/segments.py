@@ -1,10 +1,13 @@
-"""A segment: some rows of one reference in an immutable Arrow file, a checksum beside each row."""
+"""Segments: immutable Arrow files, each with some rows of one reference and a checksum per row.
+
+docs/reference-store.md describes the format; it is defined here.
+"""
 
 from __future__ import annotations
 
 import re
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,12 +16,14 @@ import pyarrow as pa
 from xxhash import xxh3_64_intdigest, xxh3_128_hexdigest
 
 from dpofast.errors import ReferenceStoreError
+from dpofast.reference.identity.description import DIGEST_CHARS
 from dpofast.reference.store.files import naming_errors, write_durably
+from dpofast.reference.store.format import FORMAT_VERSION
 from dpofast.reference.store.keys import KEY_BYTES
 
-FORMAT_VERSION = 1
+IDENTITY_BYTES = DIGEST_CHARS // 2  # the digest as bytes, not as hexadecimal characters
 _FLOATS = pa.list_(pa.field("item", pa.float32(), nullable=False))
-# No column is nullable: a validity bitmap's bits would need a checksum of their own.
+# No column is nullable, because the bits of a validity bitmap would need a checksum of their own.
 SCHEMA = pa.schema(
     [
         pa.field("key", pa.binary(KEY_BYTES), nullable=False),
@@ -30,27 +35,50 @@ SCHEMA = pa.schema(
     ],
     metadata={"format": "dpofast reference segment", "version": str(FORMAT_VERSION)},
 )
-# <unique>-<rank>-<XXH3-128 of the file's bytes>.arrow
-NAME_PATTERN = re.compile(r"[0-9a-f]{32}-[0-9]+-(?P<checksum>[0-9a-f]{32})\.arrow")
+# <unique>-<rank>-<XXH3-128 of the file's bytes>.arrow, as segment_name makes it
+_NAME_PATTERN = re.compile(r"[0-9a-f]{32}-[0-9]+-(?P<checksum>[0-9a-f]{32})\.arrow")
 
 _LENGTHS = ("num_logps", "num_logsumexps")
-# What of a row comes before its floats under its checksum; packed, 52 bytes.
+# Bytes of a row that its checksum covers, up to its floats. Packed: 52 bytes.
 _ROW_HEAD = np.dtype(
     [
-        ("identity", "V16"),
-        ("key", "V16"),
+        ("identity", f"V{IDENTITY_BYTES}"),
+        ("key", f"V{KEY_BYTES}"),
         ("logp", "<f8"),
         ("num_tokens", "<i4"),
         *((name, "<i4") for name in _LENGTHS),
     ],
     align=False,
 )
-ROW_BYTES = 44  # of a segment, beside the floats: key, logp, num_tokens, two offsets, checksum
+# Bytes that a row takes in a segment besides its floats: key 16, logp 8, num_tokens 4, two offsets
+# with 4 each, checksum 8.
+ROW_BYTES = 44
+
+
+def segment_name(content: bytes | pa.Buffer, rank: int) -> str:
+    """Make the name of a new segment.
+
+    Args:
+        content: bytes of the file.
+        rank: rank of the process that writes it.
+    """
+    return f"{uuid.uuid4().hex}-{rank}-{xxh3_128_hexdigest(content)}.arrow"
+
+
+def segment_names(names: Iterable[str]) -> list[str]:
+    """Select the names of segments from the names in a folder."""
+    return [name for name in names if _NAME_PATTERN.fullmatch(name)]
+
+
+def is_named_by(name: str, content: bytes) -> bool:
+    """Whether the checksum in a segment's name is the checksum of the file's bytes."""
+    match = _NAME_PATTERN.fullmatch(name)
+    return match is not None and match["checksum"] == xxh3_128_hexdigest(content)
 
 
 @dataclass(frozen=True)
 class FloatLists:
-    """A list of floats for each row.
+    """A list of floats for each row, all in two arrays.
 
     Attributes:
         values: [T] fp32, the lists one after another.
@@ -62,6 +90,7 @@ class FloatLists:
 
     @classmethod
     def of(cls, lists: Sequence[np.ndarray]) -> FloatLists:
+        """Make the arrays from lists."""
         offsets = np.cumsum([0, *map(len, lists)], dtype=np.int32)
         return cls(np.concatenate([np.empty(0, np.float32), *lists]), offsets)
 
@@ -74,16 +103,18 @@ class FloatLists:
         return np.diff(self.offsets.astype(np.int64))
 
     def take(self, rows: np.ndarray) -> FloatLists:
+        """Copy the lists of these rows [m], in their order."""
         return FloatLists.of([self[row] for row in rows.tolist()])
 
     @classmethod
     def concatenate(cls, parts: Sequence[FloatLists]) -> FloatLists:
+        """Copy the lists of several parts, one part after another."""
         lengths = np.concatenate([part.lengths for part in parts])
         offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
         return cls(np.concatenate([part.values for part in parts]), offsets)
 
     def spans(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Where in `values` the list of each row [m] begins and ends: [m] int64 each."""
+        """Find where the lists of these rows [m] begin and end in `values`: [m] int64 each."""
         offsets = self.offsets
         return offsets[rows].astype(np.int64), offsets[rows + 1].astype(np.int64)
 
@@ -93,11 +124,12 @@ class Columns:
     """The rows of a segment, column by column.
 
     Attributes:
-        keys: [n, 16] uint8.
-        logps: [n] fp64, summed over the answer, in nats.
-        num_tokens: [n] int32, of the answer.
-        per_token_logps: in nats; of each row `num_tokens` values, or none where not stored.
-        per_token_logsumexps: likewise; none without `per_token_logps`.
+        keys: [n, 16] uint8, hash of each row's prompt and answer.
+        logps: [n] fp64, log-prob of each answer, summed over its tokens, in nats.
+        num_tokens: [n] int32, tokens in each answer.
+        per_token_logps: log-probs of each answer's tokens, in nats; an empty list if not stored.
+        per_token_logsumexps: log-sum-exps of the logits at each answer's tokens; an empty list if
+            not stored. They are stored only together with the log-probs.
     """
 
     keys: np.ndarray
@@ -107,21 +139,24 @@ class Columns:
     per_token_logsumexps: FloatLists
 
     @property
-    def details(self) -> np.ndarray:  # [n] int8, of the values of RowDetail
+    def details(self) -> np.ndarray:
+        """The RowDetail of each row: [n] int8."""
         has_logps = self.per_token_logps.lengths == self.num_tokens
         has_both = has_logps & (self.per_token_logsumexps.lengths == self.num_tokens)
         return has_logps.astype(np.int8) + has_both
 
     @property
-    def row_bytes(self) -> np.ndarray:  # [n] int64, that each row takes in a segment
+    def row_bytes(self) -> np.ndarray:
+        """Bytes that each row takes in a segment: [n] int64."""
         return ROW_BYTES + 4 * (self.lists[0].lengths + self.lists[1].lengths)
 
     @property
     def lists(self) -> tuple[FloatLists, FloatLists]:
+        """Log-probs and log-sum-exps, in the order of the file's columns."""
         return self.per_token_logps, self.per_token_logsumexps
 
     def take(self, rows: np.ndarray) -> Columns:
-        """A copy of these rows [m], in their order."""
+        """Copy these rows [m], in their order."""
         return Columns(
             self.keys[rows],
             self.logps[rows],
@@ -132,7 +167,7 @@ class Columns:
 
     @classmethod
     def concatenate(cls, parts: Sequence[Columns]) -> Columns:
-        """All rows of these, one after the other."""
+        """Copy the rows of several parts, one part after another."""
         return cls(
             np.concatenate([part.keys for part in parts]),
             np.concatenate([part.logps for part in parts]),
@@ -142,7 +177,7 @@ class Columns:
         )
 
     def are_whole(self, rows: np.ndarray) -> np.ndarray:  # [m] bool
-        """Whether the lists of these rows [m] have a float for each token, or none."""
+        """Whether each list of these rows [m] has one float per token, or none at all."""
         num_tokens = self.num_tokens[rows]
         (logp_starts, logp_ends), (sum_starts, sum_ends) = (x.spans(rows) for x in self.lists)
         num_logps, num_logsumexps = logp_ends - logp_starts, sum_ends - sum_starts
@@ -151,7 +186,15 @@ class Columns:
         return whole
 
     def checksums(self, identity: bytes, rows: np.ndarray) -> list[int]:
-        """XXH3-64 of the identity's digest and everything in each of these rows."""
+        """Compute the checksums of these rows [m].
+
+        The XXH3-64 covers everything in the row and the reference's digest, so a row that is moved
+        to another reference's folder is found out.
+
+        Args:
+            identity: 16 bytes of the reference's digest.
+            rows: [m] int64.
+        """
         heads = np.empty(len(rows), _ROW_HEAD)
         heads["identity"] = np.void(identity)
         heads["key"] = self.keys[rows].view(f"V{KEY_BYTES}").ravel()
@@ -162,7 +205,8 @@ class Columns:
             starts, ends = lists.spans(rows)
             heads[name] = ends - starts
             parts.append(lists.values.view(np.uint8).data)
-            # A damaged offset cuts out other bytes, or fewer: another checksum, never a crash.
+            # A damaged offset selects other bytes, or fewer. Python's slices then give another
+            # checksum, where an index out of bounds would raise.
             spans += [(4 * starts).tolist(), (4 * ends).tolist()]
         head_bytes, size = heads.tobytes(), _ROW_HEAD.itemsize
         logps, logsumexps = parts
@@ -173,12 +217,16 @@ class Columns:
 
 
 def write_segment(folder: Path, identity: bytes, columns: Columns, rank: int) -> Path:
-    """Commit rows as a new segment; once this returns they survive a kill and a power loss.
+    """Commit rows as a new segment. Once this returns they survive a kill and a power loss.
 
     Args:
-        folder: of the namespace.
-        identity: the 16 bytes of the identity's digest.
-        rank: of the process, for the name.
+        folder: folder of the namespace.
+        identity: 16 bytes of the reference's digest.
+        columns: rows to write.
+        rank: rank of this process, used in the file's name.
+
+    Returns:
+        Path of the new file.
 
     Raises:
         ReferenceStoreError: the disk is full, or can't be written.
@@ -201,12 +249,13 @@ def write_segment(folder: Path, identity: bytes, columns: Columns, rank: int) ->
     with pa.ipc.new_file(sink, SCHEMA) as writer:
         writer.write_batch(pa.record_batch(arrays, schema=SCHEMA))
     content = sink.getvalue()
-    path = folder / f"{uuid.uuid4().hex}-{rank}-{xxh3_128_hexdigest(content)}.arrow"
+    path = folder / segment_name(content, rank)
     write_durably(path, content)
     return path
 
 
 def damaged(path: Path, what: str) -> ReferenceStoreError:
+    """Make the error for a damaged segment; `what` says what is wrong with it."""
     return ReferenceStoreError(
         f"{path} is damaged ({what}): run `dpofast ref verify` to see what else is, and delete "
         "that file; its rows are scored again by the next build."
@@ -214,14 +263,19 @@ def damaged(path: Path, what: str) -> ReferenceStoreError:
 
 
 class Segment:
-    """A segment that was opened for reading: mapped into memory, the floats aren't read yet.
+    """A segment opened for reading.
+
+    The file is mapped into memory, so opening it reads no floats.
 
     Args:
-        path: of the file.
-        identity: the 16 bytes of the digest that its rows should be of.
+        path: file of the segment.
+        identity: 16 bytes of the digest of the reference that its rows should belong to.
+
+    Attributes:
+        columns: rows of the segment, as views of the mapped file. Call `check` before using them.
 
     Raises:
-        ReferenceStoreError: it can't be opened, or isn't a segment of this format.
+        ReferenceStoreError: the file can't be opened, or isn't a segment of this format.
     """
 
     def __init__(self, path: Path, identity: bytes) -> None:
@@ -229,7 +283,8 @@ class Segment:
         try:
             self.columns, self._checksums = _map_columns(path)
         except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
-            if isinstance(error, OSError) and error.errno:  # the system's; Arrow's own have none
+            # An errno means that the system refused; Arrow's own errors about content have none.
+            if isinstance(error, OSError) and error.errno:
                 with naming_errors("read", path):
                     raise
             raise damaged(
@@ -240,12 +295,17 @@ class Segment:
         return len(self.columns.keys)
 
     def check(self, rows: np.ndarray) -> None:
-        """Raise ReferenceStoreError unless these rows [m] are as they were written."""
+        """Compare the checksums of these rows [m].
+
+        Raises:
+            ReferenceStoreError: a row is not as it was written.
+        """
         made = self.columns.checksums(self.identity, rows)
         stored = self._checksums[rows].tolist()
         if made != stored:
             bad = [int(row) for row, a, b in zip(rows, made, stored, strict=True) if a != b]
             raise damaged(self.path, f"wrong checksum of {len(bad)} rows, the first is {bad[0]}")
+        # A right checksum doesn't show that the writer was right about the lists' lengths.
         whole = self.columns.are_whole(rows)
         if not whole.all():
             bad = rows[~whole].tolist()
@@ -253,8 +313,15 @@ class Segment:
 
 
 def _map_columns(path: Path) -> tuple[Columns, np.ndarray]:
-    """Columns that look into the mapped file, and the rows' checksums [n] uint64."""
-    # Closing the file leaves the mapping to the arrays, and the descriptor to others.
+    """Map a file into memory.
+
+    Returns:
+        Columns whose arrays are views of the mapped file, and the checksum of each row: [n] uint64.
+
+    Raises:
+        ValueError: the file isn't a segment of this format.
+    """
+    # Closing the file frees its descriptor, while the arrays keep the mapping alive.
     with pa.memory_map(str(path)) as source, pa.ipc.open_file(source) as reader:
         if not reader.schema.equals(SCHEMA, check_metadata=True):
             raise ValueError("it does not hold the columns of this format")
@@ -276,6 +343,7 @@ def _map_columns(path: Path) -> tuple[Columns, np.ndarray]:
 
 
 def _view_lists(array: pa.ListArray) -> FloatLists:
+    """View a column of lists."""
     values = array.values
     return FloatLists(
         values=_view(values, np.dtype("<f4"), len(values)),
@@ -284,7 +352,11 @@ def _view_lists(array: pa.ListArray) -> FloatLists:
 
 
 def _view(array: pa.Array, dtype: np.dtype | type, count: int) -> np.ndarray:
-    """A column's bytes as they lie in the file; ValueError where they are too few."""
+    """View a column's bytes as they are in the file, without a copy.
+
+    Raises:
+        ValueError: the column has nulls, or fewer bytes than `count` values.
+    """
     if array.null_count or array.offset:
         raise ValueError("a column has gaps")
     buffer = array.buffers()[1]

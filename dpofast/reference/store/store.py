@@ -1,7 +1,7 @@
-"""Reference log-probs on disk: a folder, in it one folder for each reference, in that segments.
+"""The reference store: a folder with a subfolder for each reference, which holds its segments.
 
-The store knows bytes and keys alone, neither models nor data. Segments are never changed; any
-number of processes add their own, and readers see whole ones only.
+Segments are never changed. Any number of processes can add segments at the same time, and readers
+only ever see whole ones.
 """
 
 from __future__ import annotations
@@ -18,13 +18,18 @@ from dpofast.reference.store.files import (
     naming_errors,
     write_durably,
 )
-from dpofast.reference.store.format import FORMAT_NAME, IDENTITY_FILE, STORE_FILE, STORE_TEXT
+from dpofast.reference.store.format import (
+    FORMAT_NAME,
+    FORMAT_VERSION,
+    IDENTITY_FILE,
+    STORE_FILE,
+    STORE_TEXT,
+)
 from dpofast.reference.store.namespace import Namespace
-from dpofast.reference.store.segments import FORMAT_VERSION
 
 
 class ReferenceStore:
-    """A folder of reference log-probs; made by `ReferenceStore.open`."""
+    """A folder of reference log-probs. `ReferenceStore.open` checks that a folder is one."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -34,11 +39,12 @@ class ReferenceStore:
         """Open a store.
 
         Args:
-            folder: of the store.
-            create: make it where there is none; the folder must be empty then.
+            folder: folder of the store.
+            create: whether to make a store if there is none. The folder must then be empty or new.
 
         Raises:
-            ReferenceStoreError: no store is there, something else is, or one of another version.
+            ReferenceStoreError: the folder has no store, has something else in it, or has a store
+                of another version.
         """
         folder = Path(folder).expanduser()
         path = folder / STORE_FILE
@@ -57,11 +63,11 @@ class ReferenceStore:
         return cls(folder)
 
     def namespace(self, identity: ReferenceIdentity) -> Namespace:
-        """The rows of one reference; its folder is made when the first is written."""
+        """Open the rows of one reference, which can be none yet."""
         return Namespace(self.folder, identity)
 
     def digests(self) -> list[str]:
-        """Of the references that have a folder here, sorted."""
+        """List the digests of the references that have a folder here, sorted."""
         hexadecimal = set("0123456789abcdef")
         return [
             name
@@ -70,10 +76,13 @@ class ReferenceStore:
         ]
 
     def identity(self, digest: str) -> ReferenceIdentity:
-        """What a folder's identity.json says.
+        """Read the identity.json of a reference.
+
+        Args:
+            digest: name of the reference's folder.
 
         Raises:
-            ReferenceStoreError: it lacks or is damaged.
+            ReferenceStoreError: the file is missing or damaged, or describes another reference.
         """
         path = self.folder / digest / IDENTITY_FILE
         with naming_errors("read", path):
@@ -95,9 +104,10 @@ class ReferenceStore:
 
 
 def _refuse_foreign(folder: Path) -> None:
-    """Raise ReferenceStoreError at a folder without store.json that holds something else."""
+    """Raise ReferenceStoreError if a folder without a store.json contains other files."""
     names = [name for name in list_names(folder) if not name.startswith(TEMPORARY_PREFIX)]
-    # Another process may be making this very store: then its first file is there by now.
+    # Another process may be making this very store. Then store.json exists by now: it is the first
+    # file that gets its name.
     if names and not (folder / STORE_FILE).exists():
         raise ReferenceStoreError(
             f"{folder} is not a reference store: it holds {names[0]!r} but no {STORE_FILE}; choose "
@@ -106,6 +116,7 @@ def _refuse_foreign(folder: Path) -> None:
 
 
 def _check_version(path: Path) -> None:
+    """Raise ReferenceStoreError unless a store.json says the version that this code reads."""
     with naming_errors("read", path):
         text = path.read_bytes()
     try:

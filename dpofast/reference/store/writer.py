@@ -1,4 +1,4 @@
-"""Adds rows to the store: gathered in memory, and committed a segment at a time."""
+"""Adds rows to a namespace: gathers them in memory, and commits them as segments."""
 
 from __future__ import annotations
 
@@ -11,11 +11,21 @@ from dpofast.reference.store.keys import as_keys
 from dpofast.reference.store.row_detail import RowDetail
 from dpofast.reference.store.segments import Columns, FloatLists, write_segment
 
-_KINDS = ("log-prob", "log-sum-exp")
+_KINDS = ("log-prob", "log-sum-exp")  # rows of the scores that `add` takes, named for errors
 
 
 class Writer:
-    """Made by `Namespace.writer`."""
+    """Gathers rows and commits them; `Namespace.writer` makes it.
+
+    Args:
+        folder: folder of the namespace; it exists.
+        digest: 16 bytes of the reference's digest.
+        rank: rank of this process, used in the names of segments.
+        detail: values to store for each row.
+
+    Attributes:
+        pending_tokens: tokens in the rows that wait for the next commit.
+    """
 
     def __init__(self, folder: Path, digest: bytes, rank: int, detail: RowDetail) -> None:
         self._folder, self._digest = folder, digest
@@ -23,26 +33,27 @@ class Writer:
         self._keys: list[bytes] = []
         self._logps: list[float] = []
         self._num_tokens: list[int] = []
-        self._floats: list[np.ndarray] = []  # [2, num_tokens] or fewer rows
+        self._floats: list[np.ndarray] = []  # [detail, num_tokens] each: 0, 1 or 2 of _KINDS
         self.pending_tokens = 0
 
     @property
     def pending_rows(self) -> int:
+        """Number of rows that wait for the next commit."""
         return len(self._keys)
 
     def add(self, key: bytes, scores: np.ndarray, name: str = "") -> None:
-        """Take a row; it is safe only after `commit`.
+        """Add a row. It is safe only after the next `commit`.
 
         Args:
-            key: 16 bytes.
-            scores: [num_tokens] fp32 or fp64, log-probs in nats; or [2, num_tokens], log-sum-exps
-                below them. The log-probs are summed in fp64 as they come; what the detail asks for
-                is kept in fp32.
-            name: of the row, for the error.
+            key: 16 bytes, from `row_key`.
+            scores: [num_tokens] fp32 or fp64, log-probs in nats; or [2, num_tokens], log-probs and
+                log-sum-exps. The log-probs are summed in fp64, in the precision given. The
+                per-token values that the detail asks for are then rounded to fp32.
+            name: name of the row, used in errors; by default its key.
 
         Raises:
-            ReferenceStoreError: a number is NaN or infinite; log-sum-exps lack where the detail
-                asks for them.
+            ReferenceStoreError: a value is NaN or infinite, or the log-sum-exps that the detail
+                asks for are missing.
         """
         scores = np.atleast_2d(scores)
         if len(scores) < self._detail:
@@ -50,7 +61,9 @@ class Writer:
                 f"The scores of {name or key.hex()} have no log-sum-exps, which were asked for; "
                 "give them as the second row of [2, num_tokens], or store less detail."
             )
-        with np.errstate(over="ignore"):  # what float32 can't hold is refused as infinite
+        # Values beyond float32's range become infinite here, and are refused below. The log-probs
+        # are checked even if only their sum is stored.
+        with np.errstate(over="ignore"):
             floats = np.asarray(scores[: max(1, self._detail)], np.float32)
         if not np.isfinite(floats).all():
             kind, bad = np.argwhere(~np.isfinite(floats))[0].tolist()
@@ -66,13 +79,17 @@ class Writer:
         self.pending_tokens += floats.shape[1]
 
     def commit(self) -> int:
-        """Write what was added as a segment; -> its rows, which now survive a kill.
+        """Write the rows added since the last commit as a new segment.
 
-        Others see them after their `refresh`, this process's namespace too.
+        From then on they survive a kill. A namespace, in this process or another, sees them after
+        its next `refresh`.
+
+        Returns:
+            Number of rows written.
 
         Raises:
-            ReferenceStoreError: the disk is full or can't be written; the rows are kept in memory,
-                so that another `commit` can follow.
+            ReferenceStoreError: the disk is full or can't be written. The rows stay in memory, and
+                another `commit` tries again.
         """
         num_rows = self.pending_rows
         if not num_rows:

@@ -21,25 +21,25 @@ WORLD = 3
 
 
 class Meeting:
-    """Threads that wait for each other, and give up after a while."""
+    """Lets threads wait for each other, until a timeout."""
 
     def __init__(self):
         self.barrier = threading.Barrier(WORLD, timeout=10)
-        self.words = [None] * WORLD
+        self.objects = [None] * WORLD
 
     def exchange_of(self, rank):
-        def exchange(word):
-            self.words[rank] = word
+        def exchange(given):
+            self.objects[rank] = given
             self.barrier.wait()
-            words = list(self.words)
+            objects = list(self.objects)
             self.barrier.wait()
-            return words
+            return objects
 
         return exchange
 
 
 class LockstepScorer(StubScorer):
-    """A model of which each rank has a part: no call ends before all ranks have made it."""
+    """Acts like a model that is divided over the ranks: a call ends once all ranks have made it."""
 
     def __init__(self, meeting):
         super().__init__()
@@ -51,7 +51,7 @@ class LockstepScorer(StubScorer):
 
 
 def on_ranks(work):
-    """What `work(rank, meeting)` returns on each rank, or the exception that it raises."""
+    """-> what `work(rank, meeting)` returns on each rank, or the exception that it raises."""
     meeting, results = Meeting(), [None] * WORLD
 
     def run(rank):
@@ -73,7 +73,7 @@ def nothing(*_):
 
 
 def builder(folder, num_pairs, fail=nothing, commit_rows=4096, at_barrier=nothing):
-    """A rank's build of batches of 4 answers; `fail` may change what its scorer returns."""
+    """Make a rank's build in batches of 4 answers; `fail` can change what its scorer returns."""
 
     def build(rank, meeting):
         scorer = LockstepScorer(meeting)
@@ -121,7 +121,7 @@ def test_all_call_the_model_equally_often(tmp_path, num_pairs, expected):
     assert on_ranks(builder(tmp_path, num_pairs)) == [(0, 0)] * WORLD
 
 
-def test_folders_apart_are_filled_together(tmp_path):
+def test_ranks_fill_folders_of_their_own_in_step(tmp_path):
     results = on_ranks(builder(lambda rank: tmp_path / str(rank), 10))
     assert results == [(2 + 4, 20)] * WORLD  # 2, 2 and 1 batches, then 3, 3 and 4
     for rank in range(WORLD):
@@ -168,7 +168,7 @@ def test_a_segment_that_one_rank_cannot_read_stops_all(tmp_path):
     assert str(second) == str(third) == f"Rank 0 stopped the build: {first}"
 
 
-def test_errors_of_any_kind_are_told_and_one_rank_alone_just_acts():
+def test_errors_of_any_kind_reach_all_ranks_and_without_exchange_the_action_is_just_called():
     def work(rank, meeting):
         return on_all_ranks(lambda: 12 // rank, meeting.exchange_of(rank))
 

@@ -1,4 +1,4 @@
-"""What a run changes, and which reference log-probs it has to make anew for it."""
+"""Which changes of a run make it score reference log-probs again, and how many."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 
 from dpofast.model.load import load_policy
+from dpofast.reference.build.answers import read_answers
 from dpofast.reference.store.store import ReferenceStore
 from tests.support import byte_tokenizer, make_trainer, tiny_llama
 
@@ -46,7 +47,7 @@ def templated(template=CHAT):
 
 
 def scored(folder, pairs=None, model=None, **arguments):
-    """Answers that a run with these arguments has to score; its store lies in `folder`."""
+    """-> the number of answers that a run has to score; its store is in `folder`."""
     trainer = make_trainer(folder, model, lines() if pairs is None else pairs, **arguments)
     trainer.score_datasets()
     return trainer.reference.store.totals().rows_scored
@@ -61,7 +62,7 @@ def filled(tmp_path_factory):
 
 @pytest.fixture
 def store(filled, tmp_path):
-    """A copy, as most tests add to it."""
+    """A copy of the filled store, because most tests add to it."""
     for path in (filled / "store").rglob("*"):
         if path.is_file():
             target = tmp_path / "store" / path.relative_to(filled / "store")
@@ -90,7 +91,7 @@ HITS = {
 
 
 @pytest.mark.parametrize("options", HITS.values(), ids=HITS)
-def test_what_moves_no_log_prob_costs_nothing(store, options):
+def test_what_changes_no_log_prob_costs_nothing(store, options):
     if "output_dir" in options:
         options = {"output_dir": str(store / "elsewhere")}
     assert scored(store, options=options) == 0
@@ -164,18 +165,18 @@ def test_autocast_scores_all(store):
 
 
 def test_whatever_cuts_tokens_scores_what_was_cut(store):
-    """The answers have 22 and 12 bytes or so, the prompts 10; an EOS may follow."""
+    """The answers have about 22 and 12 bytes, the prompts 10, and an EOS can follow."""
     start = scored(store, options={"max_length": 24})
     end = scored(store, options={"max_length": 24, "truncation_mode": "keep_end"})
     assert start == 6  # the chosen answers; the rejected ones fit
-    assert end == 12  # a cut prompt is another prompt for both answers
+    assert end == 12  # a prompt that was cut changes both answers' keys
 
 
 def test_eos_and_boundary_belong_to_the_tokens(store):
     spelled = [
         pair | {side: f"{pair[side]}</s>" for side in ("chosen", "rejected")} for pair in PAIRS
     ]
-    assert scored(store, Dataset.from_list(spelled)) == 0  # it is added where it lacks
+    assert scored(store, Dataset.from_list(spelled)) == 0  # otherwise it is added
     tokens = make_trainer(store, None, lines()).train_dataset.to_list()
     without = [
         {
@@ -203,7 +204,7 @@ def test_a_tokenizer_and_its_template_count_by_the_tokens_they_make(store):
     assert scored(store, chats(), processing_class=templated()) == 0
     other = templated(CHAT.replace("[assistant]", "[bot]"))
     assert scored(store, chats(), processing_class=other) == 12
-    # a template that text doesn't pass through makes no other tokens
+    # Plain text doesn't pass through the template, so its tokens stay the same.
     assert scored(store, lines(), processing_class=other) == 0
 
 
@@ -213,7 +214,7 @@ def test_all_these_references_lie_in_one_store_and_none_reads_anothers(store):
     found = ReferenceStore.open(store / "store")
     namespaces = [found.namespace(found.identity(digest)) for digest in found.digests()]
     assert len(namespaces) == 1 + len(MODELS)
-    keys = namespaces[0]._order[0].columns.keys
+    keys = read_answers(make_trainer(store, None, lines()).train_dataset).keys
     logps = np.stack([each.lookup(keys)[0] for each in namespaces])  # [references, 12]
     assert np.isfinite(logps).all()
-    assert len(np.unique(logps.round(12), axis=0)) >= len(MODELS)  # a byte may move nothing
+    assert len(np.unique(logps.round(12), axis=0)) >= len(MODELS)  # a byte may do nothing

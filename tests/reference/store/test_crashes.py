@@ -36,15 +36,15 @@ def check_kills(folder, rounds, seed, mode="kill"):
     assert report["complete"]
     assert report["duplicates"] == 0
     assert_nothing_lost(report)
-    # what waits for its commit, and the call that the kill fell into
+    # at most the rows that wait for a commit, and the call that was killed
     assert report["most_redone"] <= kill_builds.COMMIT_ROWS + kill_builds.BATCH
-    assert report["most_redone"] > 0  # else no kill fell between commits
+    assert report["most_redone"] > 0  # otherwise no kill came between two commits
 
 
-def check_together(folder, rounds, seed):
-    report = run("together", folder, rounds, seed)
+def check_beside(folder, rounds, seed):
+    report = run("beside", folder, rounds, seed)
     assert report["incomplete"] == report["duplicates"] == 0
-    assert report["merged"] > 0  # else they never scored the same row
+    assert report["merged"] > 0  # otherwise no two builds scored the same row
     assert report["killed"] == rounds
     assert report["longest_wait"] <= 30.0
     assert_nothing_lost(report)
@@ -55,7 +55,7 @@ def test_builds_killed_at_any_moment_lose_no_acknowledged_row(tmp_path):
 
 
 def test_four_processes_write_at_once_and_one_is_killed(tmp_path):
-    check_together(tmp_path, rounds=4, seed=0)
+    check_beside(tmp_path, rounds=4, seed=0)
 
 
 @pytest.mark.torture
@@ -73,4 +73,4 @@ def test_builds_with_a_model_killed_at_any_moment_lose_no_acknowledged_row(tmp_p
 @pytest.mark.torture
 @pytest.mark.slow
 def test_many_rounds_of_four_processes(tmp_path):
-    check_together(tmp_path, rounds=200, seed=1)
+    check_beside(tmp_path, rounds=200, seed=1)

@@ -1,4 +1,4 @@
-"""A store on a disk that loses power, is full, or fails: nothing committed is lost or falsified."""
+"""On a disk that loses power, is full or fails, no committed row is lost or changed."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.reference.stubs import identity
 
 
 def rows_of(seed, count):
-    """Keys with log-probs; a segment of them has a few sectors."""
+    """Make log-probs by key, enough for a segment of a few sectors."""
     rng = np.random.default_rng(seed)
     return {
         rng.bytes(16): -rng.random(int(rng.integers(1, 90)), dtype=np.float32) for _ in range(count)
@@ -28,7 +28,7 @@ def rows_of(seed, count):
 
 
 def work(folder, rows, commits, acknowledge):
-    """Two writers that commit in turn, some rows of both; then a prune."""
+    """Let two writers commit in turn, with one row in common, and prune."""
     namespace = ReferenceStore.open(folder, create=True).namespace(identity())
     writers = [namespace.writer(rank) for rank in (0, 1)]
     items = list(rows.items())
@@ -43,7 +43,7 @@ def work(folder, rows, commits, acknowledge):
 
 
 def assert_sound(folder, rows, acknowledged):
-    """All that was acknowledged is there; whatever is there is right."""
+    """Assert that every acknowledged row is there, and that every row is right."""
     if not (folder / "store.json").exists():
         assert not acknowledged
         with pytest.raises(ReferenceStoreError, match="no reference store"):
@@ -62,8 +62,8 @@ def assert_sound(folder, rows, acknowledged):
 
 
 def lose_power(tmp_path, monkeypatch, seeds):
-    """-> how many states there were; each is sound."""
-    monkeypatch.setattr(pruning, "MERGED_BYTES", 1_000)  # so that a prune writes several segments
+    """Assert that every state after a power loss is sound; -> the number of states."""
+    monkeypatch.setattr(pruning, "MERGED_BYTES", 1_000)  # a prune then writes several segments
     states = 0
     for seed in seeds:
         root, rows = tmp_path / f"disk{seed}", rows_of(seed, 12)
@@ -103,12 +103,12 @@ def test_the_model_finds_a_writer_that_does_not_flush(tmp_path, monkeypatch):
 
 
 class Failing:
-    """The operation of this number fails, as do all until there is room again.
+    """Makes the operation with a given number fail, and all operations after it.
 
     Args:
-        number: counted from 0 over writes, fsyncs, renames, new files and new folders.
-        code: what the operating system says.
-        is_short: a write takes half of what it is given first.
+        number: number of the operation among writes, fsyncs, renames, new files and new folders.
+        code: error of the operating system.
+        is_short: whether a failing write writes half of its content first.
     """
 
     def __init__(self, number, code, is_short):
@@ -172,8 +172,7 @@ class FailingFile:
         return self.file.write(content)
 
 
-@pytest.mark.parametrize("is_short", [False, True])
-@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO])
+@pytest.mark.parametrize(("code", "is_short"), [(errno.ENOSPC, True), (errno.EIO, False)])
 def test_a_disk_that_fails_at_any_operation(tmp_path, monkeypatch, code, is_short):
     rows = rows_of(3, 12)
     for number in range(1_000):
@@ -186,14 +185,14 @@ def test_a_disk_that_fails_at_any_operation(tmp_path, monkeypatch, code, is_shor
             break
         assert os.strerror(code) in message
         assert str(folder.parent) in message
-        assert_sound(folder, rows, acknowledged)  # the old state is readable
-        work(folder, rows, 3, acknowledged.extend)  # and there is room again
+        assert_sound(folder, rows, acknowledged)  # the state so far is readable
+        work(folder, rows, 3, acknowledged.extend)  # there is room again
         assert_sound(folder, rows, list(rows))
     assert number > 20
 
 
 def _message_of(function, *arguments):
-    """Of the ReferenceStoreError that a call ends with; None where it ends well."""
+    """-> message of the ReferenceStoreError that a call raises; None if it raises nothing."""
     try:
         function(*arguments)
     except ReferenceStoreError as error:

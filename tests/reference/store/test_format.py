@@ -1,4 +1,4 @@
-"""Reads and writes the store by what docs/reference-store.md says, without the store's own code."""
+"""Reads and writes a store as docs/reference-store.md says, without the store's own code."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_a_store_reads_as_documented(tmp_path):
 
 
 def write_one_row(folder, num_tokens, logps, logsumexps):
-    """A store with one row, which has an answer's key; -> that key."""
+    """Write a store with one row; -> its key."""
     digest = identity().digest
     namespace = folder / digest
     namespace.mkdir()
@@ -125,7 +125,7 @@ def test_a_row_with_other_floats_than_one_for_each_token_is_refused(
     tmp_path, num_tokens, logps, logsumexps
 ):
     key = write_one_row(tmp_path, num_tokens, logps, logsumexps)
-    (problem,) = verify(tmp_path).problems
-    assert "row 0 has other floats than one for each token" in problem
+    (fault,) = verify(tmp_path).faults
+    assert "row 0 has other floats than one for each token" in fault
     with pytest.raises(ReferenceStoreError, match="row 0 has other floats"):
         ReferenceStore.open(tmp_path).namespace(identity()).lookup([key])

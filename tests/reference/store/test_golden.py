@@ -1,4 +1,4 @@
-"""Stores that earlier versions wrote are read, to the last bit, or refused."""
+"""A store that an earlier version wrote is read to the last bit, or refused."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ import numpy as np
 import pytest
 
 from dpofast.errors import ReferenceStoreError
+from dpofast.reference.store.info import info
 from dpofast.reference.store.prune import prune
 from dpofast.reference.store.store import ReferenceStore
-from dpofast.reference.store.verify import info, verify
+from dpofast.reference.store.verify import verify
 from tests.reference import golden_store as golden
 
 
 def assert_rows(folder):
-    """Every row of the golden store, exactly."""
+    """Assert that a store has exactly the rows of the golden store."""
     store = ReferenceStore.open(folder)
     assert store.digests() == sorted([golden.BASE_DIGEST, golden.TUNED_DIGEST])
     for digest in store.digests():
@@ -36,7 +37,7 @@ def assert_rows(folder):
 
 
 def contents(folder):
-    """Every file's bytes, by its name without the random part of a segment's."""
+    """-> the bytes of each file by its name; segments without the random part of their name."""
     found = {}
     for path in sorted(folder.rglob("*")):
         if path.is_file():

@@ -3,15 +3,10 @@ from __future__ import annotations
 import struct
 
 import numpy as np
-import pyarrow as pa
 import pytest
-from datasets import Dataset
 from xxhash import xxh3_128_digest
 
-from dpofast.errors import DataError
-from dpofast.reference.build.answers import read_answers
 from dpofast.reference.store.keys import KeyIndex, TokenLists, row_key, row_keys, unique_keys
-from tests.reference.stubs import pairs
 
 
 def test_a_key_is_the_documented_hash():
@@ -19,12 +14,12 @@ def test_a_key_is_the_documented_hash():
     assert row_key([5, 6, 7], [8, 9]) == xxh3_128_digest(content)
 
 
-def test_where_the_prompt_ends_belongs_to_the_key():
+def test_where_the_prompt_ends_is_part_of_the_key():
     keys = {row_key([1, 2], [3]), row_key([1], [2, 3]), row_key([1, 2, 3], [0]), row_key([], [1])}
     assert len(keys) == 4
 
 
-def test_a_batch_of_keys_is_each_row_alone():
+def test_many_keys_at_once_are_those_made_one_by_one():
     rows = [([1, 2], [3]), ([], [70_000]), ([5] * 40, [2**40]), ([1, 2], [3])]
     keys = row_keys(TokenLists.of(p for p, _ in rows), TokenLists.of(a for _, a in rows))
     assert [key.tobytes() for key in keys] == [row_key(*row) for row in rows]
@@ -50,48 +45,3 @@ def test_keys_with_the_same_first_half_are_told_apart():
     wanted = np.zeros((6, 16), np.uint8)
     wanted[:, 15] = range(6)
     np.testing.assert_array_equal(KeyIndex(keys).find(wanted), [2, 4, 1, -1, 0, -1])
-
-
-def test_answers_of_a_dataset_whatever_its_column_types_and_order():
-    dataset = pairs(30)
-    table = dataset.data.table
-    narrow = Dataset(table.cast(_narrow(table.schema))).select([3, 1, 2])
-    wide = read_answers(dataset)
-    answers = read_answers(narrow)
-    for place, pair in enumerate([3, 1, 2]):
-        for side in (0, 1):
-            assert answers.ids(2 * place + side) == wide.ids(2 * pair + side)
-            np.testing.assert_array_equal(
-                answers.keys[2 * place + side], wide.keys[2 * pair + side]
-            )
-    pair = dataset[3]
-    assert answers.ids(1) == (pair["prompt_ids"], pair["rejected_ids"])
-    assert answers.lengths(np.array([1])) == len(pair["prompt_ids"]) + len(pair["rejected_ids"])
-
-
-def _narrow(schema):
-    return pa.schema([pa.field(name, pa.large_list(pa.int32())) for name in schema.names])
-
-
-def test_names_of_answers_are_those_of_their_source():
-    dataset = pairs(3).add_column("row", [4, 7, 9])
-    assert read_answers(dataset).name(3) == "row 7 (rejected)"
-    assert read_answers(pairs(3)).name(4) == "row 2 (chosen)"
-
-
-@pytest.mark.parametrize(
-    ("columns", "message"),
-    [
-        ({"prompt_ids": [[1]], "chosen_ids": [[2]]}, "rejected_ids"),
-        ({"prompt_ids": ["a"], "chosen_ids": [[2]], "rejected_ids": [[3]]}, "prompt_ids.*string"),
-        ({"prompt_ids": [[1], None], "chosen_ids": [[2]] * 2, "rejected_ids": [[3]] * 2}, "Row 1"),
-        ({"prompt_ids": [[1]], "chosen_ids": [[2, None]], "rejected_ids": [[3]]}, "Row 0.*chosen"),
-    ],
-)
-def test_what_is_not_tokenised_pairs_is_refused(columns, message):
-    with pytest.raises(DataError, match=message):
-        read_answers(Dataset.from_dict(columns))
-
-
-def test_an_empty_dataset_has_no_answers():
-    assert len(read_answers(pairs(3).select([])).keys) == 0

@@ -1,4 +1,4 @@
-"""A pruned store holds the same rows, each once; no moment of a prune loses one."""
+"""A pruned store has the same rows without duplicates; a prune that is killed loses none."""
 
 from __future__ import annotations
 
@@ -11,16 +11,17 @@ import pytest
 from dpofast.errors import ReferenceStoreError
 from dpofast.reference.store import files
 from dpofast.reference.store import prune as pruning
+from dpofast.reference.store.info import info
 from dpofast.reference.store.prune import prune
 from dpofast.reference.store.row_detail import RowDetail
+from dpofast.reference.store.segments import Segment
 from dpofast.reference.store.store import ReferenceStore
-from dpofast.reference.store.verify import info, verify
-from tests.reference.store.test_store import KEYS, ROWS, write
-from tests.reference.stubs import identity
+from dpofast.reference.store.verify import verify
+from tests.reference.stubs import KEYS, ROWS, identity, write
 
 
 def assert_rows(folder, rows=ROWS, reference=None):
-    """Exactly these rows, each once, and nothing damaged."""
+    """Assert that a reference has exactly these rows, each once, and that no file is damaged."""
     namespace = ReferenceStore.open(folder).namespace(reference or identity())
     stored = namespace.read(list(rows))
     assert stored.found.all()
@@ -34,7 +35,11 @@ def segments(folder):
     return sorted(path.name for path in folder.glob("*/*.arrow"))
 
 
-def test_segments_are_merged_and_double_rows_dropped(tmp_path):
+def columns_of(path):
+    return Segment(path, bytes.fromhex(identity().digest)).columns
+
+
+def test_segments_are_merged_and_duplicate_rows_dropped(tmp_path):
     write(tmp_path, commits=5)
     write(tmp_path, commits=2)
     report = prune(tmp_path)
@@ -45,7 +50,7 @@ def test_segments_are_merged_and_double_rows_dropped(tmp_path):
 
 
 @pytest.mark.parametrize("most", [60, 100_000])
-def test_of_rows_that_stand_twice_the_fullest_is_kept(tmp_path, monkeypatch, most):
+def test_a_prune_keeps_the_row_with_the_highest_detail(tmp_path, monkeypatch, most):
     monkeypatch.setattr(pruning, "MERGED_BYTES", most)
     scores = {key: np.stack([values, 3 - values]) for key, values in ROWS.items()}
     namespace = write(tmp_path)
@@ -73,7 +78,7 @@ def test_a_second_prune_finds_nothing_to_do(tmp_path):
 
 
 @pytest.mark.parametrize("most", [1, 60, 110, 200, 5_000])
-def test_large_segments_stay_and_what_is_written_anew_is_cut(tmp_path, monkeypatch, most):
+def test_large_segments_stay_and_merged_ones_keep_to_the_size(tmp_path, monkeypatch, most):
     write(tmp_path, commits=3)
     more = {bytes([i] * 16): np.full(3, -float(i), np.float32) for i in range(100, 130)}
     largest = {key: ROWS[key] for key in KEYS[::2]} | more
@@ -82,8 +87,7 @@ def test_large_segments_stay_and_what_is_written_anew_is_cut(tmp_path, monkeypat
     monkeypatch.setattr(pruning, "MERGED_BYTES", most)
     assert prune(tmp_path).duplicates == 6
     assert_rows(tmp_path, ROWS | more)
-    namespace = ReferenceStore.open(tmp_path).namespace(identity())
-    sizes = {name: part.columns.row_bytes.sum() for name, part in namespace._segments.items()}
+    sizes = {path.name: columns_of(path).row_bytes.sum() for path in tmp_path.glob("*/*.arrow")}
     kept = set(before) & set(sizes)
     # the largest has 36 rows of 44 bytes and 108 log-probs: less than half of 5,000 bytes
     assert len(kept) == (0 if most == 5_000 else 1)
@@ -91,7 +95,7 @@ def test_large_segments_stay_and_what_is_written_anew_is_cut(tmp_path, monkeypat
     assert max((sizes[name] for name in sizes if name not in kept), default=0) < most + longest
 
 
-def test_references_are_forgotten_by_the_beginning_of_their_digest(tmp_path):
+def test_the_beginning_of_a_digest_names_a_reference_to_forget(tmp_path):
     other = identity(attention="eager")
     write(tmp_path)
     write(tmp_path, reference=other)
@@ -101,7 +105,7 @@ def test_references_are_forgotten_by_the_beginning_of_their_digest(tmp_path):
     assert_rows(tmp_path)
 
 
-def test_a_reference_that_is_half_forgotten_is_out_of_sight(tmp_path, monkeypatch):
+def test_a_half_forgotten_reference_is_hidden(tmp_path, monkeypatch):
     other = identity(attention="eager")
     write(tmp_path)
     write(tmp_path, reference=other)
@@ -128,7 +132,7 @@ def test_a_name_that_fits_no_reference_deletes_nothing(tmp_path, name):
     assert segments(tmp_path) == before
 
 
-def test_files_of_killed_writers_go_once_they_are_a_day_old(tmp_path):
+def test_files_of_killed_writers_are_deleted_after_a_day(tmp_path):
     namespace = write(tmp_path)
     for folder in (tmp_path, namespace.folder):
         for name, age in (("old", 2 * 86_400), ("new", 60)):
@@ -142,13 +146,14 @@ def test_files_of_killed_writers_go_once_they_are_a_day_old(tmp_path):
 
 @pytest.mark.parametrize("place", [0, 1, 2, 3])
 def test_a_damaged_row_stops_it_before_anything_changes(tmp_path, monkeypatch, place):
-    monkeypatch.setattr(pruning, "MERGED_BYTES", 400)  # none is large; two would be written
+    monkeypatch.setattr(
+        pruning, "MERGED_BYTES", 400
+    )  # all segments are small; two would be written
     namespace = write(tmp_path, commits=4)
     before = segments(tmp_path)
     path = namespace.folder / before[place]
     content = bytearray(path.read_bytes())
-    first = ReferenceStore.open(tmp_path).namespace(identity())._segments[path.name].columns
-    content[content.find(first.per_token_logps[0].tobytes())] ^= 1
+    content[content.find(columns_of(path).per_token_logps[0].tobytes())] ^= 1
     path.write_bytes(content)
     with pytest.raises(ReferenceStoreError, match=rf"{path.name} is damaged"):
         prune(tmp_path)
@@ -160,7 +165,7 @@ def test_a_damaged_row_stops_it_before_anything_changes(tmp_path, monkeypatch, p
 )
 def test_an_end_at_any_moment_loses_no_row(tmp_path, monkeypatch, function, calls):
     write(tmp_path, commits=4)
-    monkeypatch.setattr(pruning, "MERGED_BYTES", 400)  # none is large; two are written
+    monkeypatch.setattr(pruning, "MERGED_BYTES", 400)  # all segments are small; two are written
     original, count = getattr(pruning, function), iter(range(100))
 
     def ends(*arguments, **options):
@@ -178,7 +183,7 @@ def test_an_end_at_any_moment_loses_no_row(tmp_path, monkeypatch, function, call
     assert_rows(tmp_path)
 
 
-def test_readers_and_writers_go_on_beside_it(tmp_path):
+def test_readers_and_writers_go_on_during_a_prune(tmp_path):
     reader = write(tmp_path, commits=4)
     reader.refresh()
     before = reader.lookup(KEYS)[0]

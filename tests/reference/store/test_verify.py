@@ -1,41 +1,24 @@
 from __future__ import annotations
 
-import errno
-import os
 import random
 
 import numpy as np
-import pyarrow as pa
 import pytest
 
 from dpofast.errors import ReferenceStoreError
-from dpofast.reference.store import verify as report_module
+from dpofast.reference.store import verify as verifying
 from dpofast.reference.store.files import TEMPORARY_PREFIX
-from dpofast.reference.store.prune import prune
 from dpofast.reference.store.row_detail import RowDetail
 from dpofast.reference.store.store import ReferenceStore
 from dpofast.reference.store.text import human_bytes
-from dpofast.reference.store.verify import describe, info, verify
+from dpofast.reference.store.verify import verify
+from tests.reference.mixed_store import DETAILS, ROWS, mixed_store, segment_of
 from tests.reference.stubs import identity
-
-ROWS = {bytes([i] * 16): np.float32([-i, -1.5, -0.25][: i % 3 + 1]) for i in range(1, 4)}
-DETAILS = dict(zip(ROWS, RowDetail, strict=True))
 
 
 @pytest.fixture
 def store(tmp_path):
-    """One segment, its rows of every detail."""
-    store = ReferenceStore.open(tmp_path / "store", create=True)
-    for key, values in ROWS.items():
-        writer = store.namespace(identity()).writer(detail=DETAILS[key])
-        writer.add(key, np.stack([values, -7 * values]))
-        writer.commit()
-    prune(store.folder)
-    return store
-
-
-def segment_of(store):
-    return next(store.folder.glob("*/*.arrow"))
+    return mixed_store(tmp_path / "store")
 
 
 def test_an_undamaged_store_verifies(store):
@@ -51,7 +34,7 @@ def test_an_undamaged_store_verifies(store):
 
 
 def refused_or_right(store):
-    """Whatever a reader gets of a damaged store is what was written, or nothing."""
+    """Assert that a reader of a damaged store gets what was written, or an error."""
     try:
         namespace = ReferenceStore.open(store.folder).namespace(identity())
         rows = namespace.read(list(ROWS))
@@ -68,9 +51,9 @@ def refused_or_right(store):
             np.testing.assert_array_equal(rows.per_token_logsumexps[place], logsumexps)
 
 
-def problems_of(store):
+def faults_of(store):
     try:
-        return verify(store.folder).problems
+        return verify(store.folder).faults
     except ReferenceStoreError as error:  # store.json
         return [str(error)]
 
@@ -81,7 +64,7 @@ def flip_and_check(store, path, bits):
         flipped = bytearray(whole)
         flipped[bit // 8] ^= 1 << bit % 8
         path.write_bytes(flipped)
-        assert any(path.name in problem for problem in problems_of(store)), bit
+        assert any(path.name in fault for fault in faults_of(store)), bit
         if path.suffix == ".arrow":
             refused_or_right(store)
     path.write_bytes(whole)
@@ -110,21 +93,21 @@ def test_flipped_bits_of_the_json_files_are_found(store):
 def test_a_cut_file_is_found(store):
     path = segment_of(store)
     path.write_bytes(path.read_bytes()[:-1])
-    (problem,) = verify(store.folder).problems
-    assert str(path) in problem
-    assert "delete" in problem
+    (fault,) = verify(store.folder).faults
+    assert str(path) in fault
+    assert "delete" in fault
 
 
 def test_a_missing_identity_is_found_and_written_anew_by_the_next_build(store):
     path = segment_of(store).with_name("identity.json")
     path.unlink()
-    (problem,) = verify(store.folder).problems
-    assert "identity.json" in problem
+    (fault,) = verify(store.folder).faults
+    assert "identity.json" in fault
     store.namespace(identity()).writer()
     assert verify(store.folder).ok
 
 
-def test_what_does_not_belong_to_the_store_is_told(store):
+def test_files_that_do_not_belong_to_the_store_are_reported(store):
     (store.folder / "notes\x1b[2J.txt").write_text("x")
     segment = segment_of(store)
     (segment.parent / f"{TEMPORARY_PREFIX}1").write_bytes(b"x")
@@ -133,13 +116,13 @@ def test_what_does_not_belong_to_the_store_is_told(store):
     assert len(report.notes) == 2
     assert all(map(str.isprintable, report.lines()))
     segment.rename(segment.with_name("copy.arrow"))
-    (problem,) = verify(store.folder).problems
-    assert "copy.arrow has a name" in problem
+    (fault,) = verify(store.folder).faults
+    assert "copy.arrow has a name" in fault
 
 
-def test_what_is_written_while_it_verifies_is_no_stranger(store, monkeypatch):
-    """Between any two listings of a folder another segment is committed."""
-    listed = report_module.list_names
+def test_a_segment_written_during_verify_is_no_stranger(store, monkeypatch):
+    """A segment is committed between any two listings of a folder."""
+    listed = verifying.list_names
 
     def commits_afterwards(folder):
         names = listed(folder)
@@ -148,32 +131,22 @@ def test_what_is_written_while_it_verifies_is_no_stranger(store, monkeypatch):
         writer.commit()
         return names
 
-    monkeypatch.setattr(report_module, "list_names", commits_afterwards)
+    monkeypatch.setattr(verifying, "list_names", commits_afterwards)
     found = verify(store.folder)
     assert found.ok
     assert not found.notes
 
 
-def test_what_a_prune_merges_meanwhile_is_no_damage(store, monkeypatch):
-    """Listed, then gone."""
-    name = segment_of(store).name.replace("-", "0-", 1)[1:]  # as a segment is called
-    listed = report_module.list_names
+def test_a_segment_that_a_prune_merges_meanwhile_is_no_damage(store, monkeypatch):
+    """A segment is in the listing, and gone when it is read."""
+    name = segment_of(store).name.replace("-", "0-", 1)[1:]  # another segment's name
+    listed = verifying.list_names
     monkeypatch.setattr(
-        report_module,
+        verifying,
         "list_names",
         lambda folder: [*listed(folder), *([name] if folder != store.folder else [])],
     )
     assert verify(store.folder).ok
-    assert info(store.folder)["references"][0]["segments"] == 1
-
-
-def test_a_segment_that_the_system_refuses_is_not_called_damaged(store, monkeypatch):
-    def refuses(path):
-        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
-
-    monkeypatch.setattr(pa, "memory_map", refuses)
-    with pytest.raises(ReferenceStoreError, match=r"can't read .*Permission denied\): check its"):
-        store.namespace(identity())
 
 
 def test_the_same_row_twice_is_fine_and_another_value_is_not(store):
@@ -184,39 +157,11 @@ def test_the_same_row_twice_is_fine_and_another_value_is_not(store):
     assert verify(store.folder).ok
     writer.add(key, values + 1)
     writer.commit()
-    (problem,) = verify(store.folder).problems
-    assert key.hex() in problem
-    assert "1 rows twice" in problem
+    (fault,) = verify(store.folder).faults
+    assert key.hex() in fault
+    assert "1 rows twice" in fault
 
 
-def test_info_counts_and_says_what_the_reference_was(store):
-    writer = store.namespace(identity(attention="eager")).writer()
-    for _ in range(2):
-        writer.add(bytes(16), np.float32([-1]))
-        writer.commit()
-    content = info(store.folder)
-    assert content["format_version"] == 1
-    assert content["rows"] == 4
-    by_digest = {reference["digest"]: reference for reference in content["references"]}
-    other = by_digest[identity(attention="eager").digest]
-    assert (other["rows"], other["tokens"], other["segments"]) == (1, 1, 2)
-    mixed = by_digest[identity().digest]
-    assert (mixed["rows_with_logps"], mixed["rows_with_logsumexps"]) == (2, 1)
-    assert mixed["tokens"] == sum(map(len, ROWS.values()))
-    assert other["description"]["attention"] == "eager"
-    assert other["first_written"] <= other["last_written"]
-    text = "\n".join(describe(store.folder))
-    assert "4 rows of 2 references" in text
-    assert "positions: rope_theta 10000.0" in text
-    assert "attention: eager" in text
-    assert "rows: 1 answer of 1 token in 2 segments" in text
-    assert (
-        "stored: summed log-probs of all rows, per-token log-probs of 2, log-sum-exps of 1" in text
-    )
-
-
-def test_an_empty_store_has_nothing_to_say(tmp_path):
+def test_an_empty_store_is_undamaged(tmp_path):
     ReferenceStore.open(tmp_path, create=True)
-    assert info(tmp_path)["references"] == []
-    assert len(describe(tmp_path)) == 1
     assert verify(tmp_path).ok

@@ -63,7 +63,7 @@ def flip_a_byte(model):
 
 def swap_two_layers(model):
     layers = model.model.layers
-    layers._modules["0"], layers._modules["1"] = layers[1], layers[0]
+    layers[0], layers[1] = layers[1], layers[0]
 
 
 CHANGES = {
@@ -81,7 +81,7 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
-def test_whatever_moves_a_log_prob_makes_another_reference(change):
+def test_whatever_changes_a_log_prob_makes_another_reference(change):
     model = tiny_llama()
     before = digest(model)
     change(model)
@@ -96,7 +96,7 @@ CHANGES_UNSEEN = {
 
 @pytest.mark.parametrize("change", CHANGES_UNSEEN.values(), ids=CHANGES_UNSEEN)
 def test_weights_changed_behind_the_back_of_pytorch_are_another_reference(change):
-    """So no digest is remembered: only the bytes tell of such a change."""
+    """This is why no digest is remembered: only the bytes show such a change."""
     model = tiny_llama()
     weight = model.lm_head.weight
     before, seen = digest(model), (weight._version, weight.data_ptr())
@@ -129,18 +129,18 @@ def test_a_large_tensor_is_hashed_about_as_fast_as_memory_is_read():
     [{"autocast_dtype": torch.bfloat16}, {"attention": "eager"}, {"head_version": 2}],
     ids=lambda options: next(iter(options)),
 )
-def test_how_it_scores_belongs_to_the_identity(options):
+def test_how_the_model_scores_is_part_of_the_identity(options):
     assert digest(tiny_llama(), **options) != digest(tiny_llama())
 
 
-def test_a_scoring_dtype_stands_for_weights_cast_to_it():
+def test_a_scoring_dtype_counts_like_weights_cast_to_it():
     in_bf16 = tiny_llama()
     for parameter in in_bf16.parameters():
         parameter.data = parameter.data.bfloat16()
     assert digest(tiny_llama(), scoring_dtype=torch.bfloat16) == digest(in_bf16)
 
 
-def test_a_cast_that_rounds_what_is_not_saved_counts():
+def test_a_cast_that_rounds_an_unsaved_buffer_counts():
     loaded, cast = tiny_llama(), tiny_llama().bfloat16()
     for parameter in loaded.parameters():
         parameter.data = parameter.data.bfloat16()
@@ -164,7 +164,7 @@ def test_a_sharded_tensor_is_refused_without_gather_and_put_together_with_it():
     model = tiny_llama()
     before = digest(model)
     whole = model.lm_head.weight.data
-    model.lm_head.weight.ds_id = 3  # as DeepSpeed marks a parameter that it shards
+    model.lm_head.weight.ds_id = 3  # DeepSpeed's mark of a sharded parameter
     model.lm_head.weight.data = torch.empty(0)
     with pytest.raises(ModelError, match=r"lm_head.weight is not whole"):
         digest(model)
@@ -181,7 +181,7 @@ def test_an_unloaded_tensor_is_refused():
         digest(tiny_llama().to("meta"))
 
 
-def test_a_digest_stands_for_its_description_and_survives_json():
+def test_a_digest_belongs_to_its_description_also_after_json():
     identity = identify(tiny_llama())
     text = json.dumps(identity.description)
     assert ReferenceIdentity(identity.digest, json.loads(text)) == identity
@@ -191,7 +191,7 @@ def test_a_digest_stands_for_its_description_and_survives_json():
         ReferenceIdentity("../" * 8, identity.description)
 
 
-def test_nested_configs_lose_what_cannot_matter():
+def test_options_that_cannot_matter_are_left_out_of_nested_configs_too():
     options = {"text_config": {"hidden_size": 8, "resid_pdrop": 0.1, "_name_or_path": "x"}}
     assert scoring_options(options) == {"text_config": {"hidden_size": 8}}
 
@@ -233,7 +233,7 @@ class TestAdapters:
         ],
         ids=["not zero", "DoRA", "embedding"],
     )
-    def test_an_adapter_that_contributes_belongs_to_the_reference(self, options):
+    def test_an_adapter_that_contributes_is_part_of_the_reference(self, options):
         model = self.wrap(**options)
         assert digest(model) != digest(tiny_llama())
         with model.disable_adapter():
@@ -271,13 +271,13 @@ class TestAdapters:
         model.merge_adapter()
         merged = identify(model)
         assert merged != identify(tiny_llama())
-        assert identify(model.unload()) == merged  # which leaves the weights as they are
+        assert identify(model.unload()) == merged  # this leaves the weights unchanged
         model = self.wrap(init_lora_weights=False)
         model.merge_adapter()
         with model.disable_adapter(), pytest.raises(ModelError, match="unmerge"):
             digest(model)
 
-    def test_other_kinds_of_adapters_are_never_taken_for_the_base(self):
+    def test_other_kinds_of_adapters_never_count_as_the_base_model(self):
         for config in (
             self.peft.IA3Config(target_modules=["q_proj"], feedforward_modules=[]),
             self.peft.LoraConfig(target_modules=["q_proj"], trainable_token_indices=[3, 4]),
