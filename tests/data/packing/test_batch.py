@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import torch
 
-from dpofast.data.packing.batch import collate_padded
+from dpofast.data.packing.padded_rows import collate_padded
 
 SEQUENCES = [([5, 6, 7], [8, 9]), ([5, 6, 7], [8]), ([1], [2, 3, 4, 5]), ([1], [9])]
 

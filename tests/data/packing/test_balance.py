@@ -14,7 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dpofast.data.packing.pack import figures, pack_step
+from dpofast.data.packing.balance import pack_figures, pack_step
 
 LENGTHS = Path(__file__).parents[3] / "benchmarks" / "lengths.json"
 
@@ -134,7 +134,7 @@ def test_fuller_rows_come_first_and_every_other_slot_is_reversed():
 def test_real_steps_are_balanced(world_size, seed):
     batches = epoch(seed, 32, real_tokens())
     packed = [(tokens, pack_step(tokens, world_size, 8_192)) for tokens in batches]
-    got = figures(packed, 8_192)
+    got = pack_figures(packed, 8_192)
     assert got.imbalance_mean <= 1.02
     assert got.imbalance_max <= 1.06
     assert got.over_cap == 0
@@ -172,7 +172,7 @@ def test_a_step_that_is_hard_to_pack_is_planned_in_bounded_time():
 
 def test_the_plan_does_not_hang_on_the_hash_seed():
     program = (
-        "import sys, random; from dpofast.data.packing.pack import pack_step\n"
+        "import sys, random; from dpofast.data.packing.balance import pack_step\n"
         "tokens = [random.Random(1).choice((5, 7, 11, 11)) for _ in range(40)]\n"
         "print(pack_step(tokens, 3, 40))"
     )
@@ -192,7 +192,7 @@ def test_the_plan_does_not_hang_on_the_hash_seed():
 
 def test_figures_sum_up_steps():
     batches = [[4, 6, 10, 25], [5, 3]]
-    got = figures([(tokens, pack_step(tokens, 2, 10)) for tokens in batches], 10)
+    got = pack_figures([(tokens, pack_step(tokens, 2, 10)) for tokens in batches], 10)
     # Rows of 25, 10, 10 and none; then of 5 and 3.
     assert got.micro_batches == 6
     assert got.tokens == 53
@@ -203,7 +203,7 @@ def test_figures_sum_up_steps():
 
 
 def test_figures_of_no_steps_are_neutral():
-    got = figures([], 10)
+    got = pack_figures([], 10)
     assert (got.micro_batches, got.fill, got.imbalance_mean, got.imbalance_max) == (0, 0, 1, 1)
 
 

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dpofast.data.packing.packed import collate_packed, packed_tokens
+from dpofast.data.packing.packed_row import collate_packed, packed_tokens
 from dpofast_kernels.attention import attends
 
 ids = st.lists(st.integers(3, 5), min_size=1, max_size=6)
