@@ -257,7 +257,7 @@ def test_every_split_of_a_text_keeps_prompt_and_text():
     text = "abbababbaabb"
     for place in range(1, len(text)):
         prompt, answer = text[:place], text[place:]
-        (pair,) = boundary.split([PairTexts(prompt, text, prompt + "b")], plain=True)
+        (pair,) = boundary.split([PairTexts(prompt, text, prompt + "b")])
         assert pair.prompt_ids == ids_of(tokenizer, prompt)
         assert tokenizer.decode(pair.chosen_ids) == answer
         assert tokenizer.decode(pair.rejected_ids) == "b"
