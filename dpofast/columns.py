@@ -1,8 +1,10 @@
-"""The names of the columns that every part of dpofast agrees on."""
+"""Column names that every part of dpofast agrees on."""
 
 from __future__ import annotations
 
-# A tokenised pair: lists of token ids.
+# The three parts of a pair. Columns of text or messages have exactly these names.
+PAIR_COLUMNS = ("prompt", "chosen", "rejected")
+# A tokenised pair: one list of token ids for each part.
 ID_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
-# Reference log-probs that a dataset brings along: float64, in nats, named as in TRL.
+# Reference log-probs that a dataset can carry: float64, in nats. The names are TRL's.
 REF_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")

@@ -1,17 +1,17 @@
-"""Errors that a user can mend: one sentence that names what is wrong and what to do.
+"""Errors that a user can fix: each is one sentence that says what is wrong and what to do.
 
-The command line prints them without a traceback and exits with 2.
+The command line prints them without a traceback and exits with status 2.
 """
 
 from __future__ import annotations
 
 
 class DPOFastError(ValueError):
-    """Base of all errors that are the input's fault, not the program's."""
+    """Base class of all errors that the input causes, not a bug in the program."""
 
 
 class ConfigError(DPOFastError):
-    """An option that does not exist, or a value that can't be used; names the option."""
+    """An unknown option, or a value that can't be used; names the option."""
 
 
 class DataError(DPOFastError):
@@ -19,7 +19,7 @@ class DataError(DPOFastError):
 
 
 class ModelError(DPOFastError):
-    """A model that can't be trained exactly, or a model folder that lacks something."""
+    """A model that can't be trained exactly, or an incomplete model folder."""
 
 
 class ReferenceStoreError(DPOFastError):
@@ -27,4 +27,9 @@ class ReferenceStoreError(DPOFastError):
 
 
 class MissingRowsError(ReferenceStoreError):
-    """Reference log-probs that the store lacks; says how many and why."""
+    """Reference log-probs that are missing from the store; says how many and why."""
+
+
+def one_line(error: BaseException) -> str:
+    """The message of another library's error on one line, to be quoted in one of ours."""
+    return " ".join(str(error).split())

@@ -1,4 +1,4 @@
-"""Preference pairs: read, tokenised, cut, planned and laid out."""
+"""Preference data: read it, tokenise it, plan the optimizer steps, lay out the micro-batches."""
 
 from __future__ import annotations
 

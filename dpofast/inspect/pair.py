@@ -9,7 +9,7 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from dpofast.data.prefix import common_prefix_length
-from dpofast.data.tokens.report import IDENTICAL, IDENTICAL_CUT, NO_ROOM
+from dpofast.data.tokens.left_out import reason_left_out
 from dpofast.data.tokens.tokenize import prepare_row
 from dpofast.data.tokens.truncate import Cut, check_truncation, plan_cut
 from dpofast.inspect.tokens import CHOSEN, CUT, MASKED, REJECTED, SHARED, TokenPart, token_table
@@ -94,7 +94,7 @@ def render_pair(
     lines = [_headline(example.get("row"), lengths, shared)]
     if max_length is not None:
         lines.append(_cut_line(cut, max_length, truncation_mode))
-    if reason := _left_out(cut, chosen == rejected, kept_chosen == kept_rejected):
+    if reason := reason_left_out(chosen, rejected, cut):
         lines.append(Text(f"left out of training: {reason}", style="bold yellow"))
     return Group(*lines, token_table(parts, tokenizer, max_tokens))
 
@@ -118,11 +118,3 @@ def _cut_line(cut: Cut, max_length: int, truncation_mode: str) -> Text:
         f"{cut.rejected} of rejected on their right",
         style="yellow",
     )
-
-
-def _left_out(cut: Cut, identical: bool, identical_after_cut: bool) -> str | None:
-    if identical:
-        return IDENTICAL
-    if not cut.fits:
-        return NO_ROOM
-    return IDENTICAL_CUT if identical_after_cut else None

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dpofast.data.packing.batch import PackedPairs, TokenIds, collate_padded
+from dpofast.data.packing.batch import PackedPairs, TokenIds
 from dpofast.data.packing.collate import Layout
+from dpofast.data.packing.padded_rows import collate_padded
 from dpofast.errors import ConfigError, ModelError
 from dpofast.model.attention import AttentionCall, any_dtype_attention, recorded_calls
 from dpofast.model.forward import evaluating, micro_batch, run_batch, run_body

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dpofast.data.packing.batch import collate_padded
+from dpofast.data.packing.padded_rows import collate_padded
 from dpofast.errors import ConfigError
 from dpofast.model.attention import any_dtype_attention
 from dpofast.model.checks import HEAD_TOLERANCE, some_sequences

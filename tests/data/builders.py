@@ -1,9 +1,16 @@
-"""Small tokenizers of several kinds, built on the spot, and messages in short."""
+"""Small tokenizers of several kinds, data files of every format, and short forms of messages."""
 
 from __future__ import annotations
 
+import csv
+import gzip
+import json
+import random
+from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
@@ -96,3 +103,44 @@ def assistant(content: Any) -> dict[str, Any]:
 
 def system(content: Any) -> dict[str, Any]:
     return {"role": "system", "content": content}
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
+    """Write a data file in the format that its ending names."""
+    lines = "\n".join(json.dumps(row) for row in rows)
+    table = pa.Table.from_pylist(rows)
+    match path.name.partition(".")[2]:
+        case "json":
+            path.write_text(json.dumps(rows, indent=2))
+        case "jsonl" | "ndjson" | "lines.json":
+            path.write_text(f"{lines}\n\n")
+        case "jsonl.gz":
+            path.write_bytes(gzip.compress(lines.encode()))
+        case "parquet":
+            pa.parquet.write_table(table, path)
+        case "arrow":
+            with pa.ipc.new_file(path, table.schema) as writer:
+                writer.write_table(table)
+        case "stream.arrow":
+            with pa.ipc.new_stream(path, table.schema) as writer:
+                writer.write_table(table)
+        case "csv":
+            with path.open("w", newline="") as file:
+                writer = csv.DictWriter(file, rows[0])
+                writer.writeheader()
+                writer.writerows(rows)
+    return path
+
+
+def ids_row(prompt: int, chosen: int, rejected: int) -> dict[str, list[int]]:
+    """A tokenised pair of these lengths, whose answers differ from their first token on."""
+    return {
+        "prompt_ids": list(range(10, 10 + prompt)),
+        "chosen_ids": list(range(50, 50 + chosen)),
+        "rejected_ids": list(range(90, 90 + rejected)),
+    }
+
+
+def random_rows(count: int) -> list[dict[str, list[int]]]:
+    rng = random.Random(3)
+    return [ids_row(*(rng.randint(1, 30) for _ in range(3))) for _ in range(count)]

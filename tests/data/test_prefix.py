@@ -1,4 +1,4 @@
-"""How far two sequences agree, also where they are compared in strides."""
+"""The common prefix ends at the first difference, whether or not a stride ends there."""
 
 from __future__ import annotations
 

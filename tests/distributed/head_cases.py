@@ -11,7 +11,8 @@ import torch
 import transformers
 from torch import nn
 
-from dpofast.data.packing.batch import PackedPairs, collate_padded
+from dpofast.data.packing.batch import PackedPairs
+from dpofast.data.packing.padded_rows import collate_padded
 from tests.support import VOCAB_SIZE, tiny_llama, token_pairs
 
 NUM_PAIRS = 6

@@ -8,8 +8,8 @@ import torch
 import transformers
 from torch import nn
 
-from dpofast.data.packing.batch import collate_padded
 from dpofast.data.packing.collate import Layout
+from dpofast.data.packing.padded_rows import collate_padded
 from dpofast.errors import ModelError
 from dpofast.model.checks import check_head
 from dpofast.model.dropout import disable_dropout, dropouts

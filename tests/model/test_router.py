@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dpofast import DPOConfig
-from dpofast.data.packing.batch import collate_padded
 from dpofast.data.packing.collate import Layout
+from dpofast.data.packing.padded_rows import collate_padded
 from dpofast.errors import ConfigError
 from dpofast.model.attention import packed_attention
 from dpofast.model.forward import pair_step, run_batch

@@ -1,1 +1,1 @@
-"""Token ids, planned and laid out as micro-batches."""
+"""From token lengths to micro-batches: plan each optimizer step, then lay out its rows."""

@@ -1,4 +1,4 @@
-"""What one forward pass gets: some sequences laid out, and where their answers stand."""
+"""The micro-batches of an optimizer step, as the model takes them."""
 
 from __future__ import annotations
 
@@ -13,27 +13,29 @@ from torch import Tensor
 from dpofast_kernels.attention import SharedLayout
 
 TokenIds = Sequence[int]
+PromptAnswer = tuple[TokenIds, TokenIds]  # one sequence: prompt ids and answer ids
 
 
 @dataclass(frozen=True)
 class PackedPairs:
-    """Sequences of one micro-batch, chosen_0, rejected_0, chosen_1, ..., ready for the model.
+    """One micro-batch, ready for the model; its sequences are chosen_0, rejected_0, chosen_1, ...
 
-    None needs a mask: a packed row has its `shared_layout`, and padding stands behind all tokens.
-    `scored_positions` index the hidden states flattened to [B*L, H]: the hidden state there predicts
-    the label beside it. Prompt positions are never among them, so they never reach the head.
+    The model needs no attention mask. In a packed row, `shared_layout` says which tokens attend to
+    which. In padded rows, padding comes after all tokens, where a causal model never looks.
+    Prompt tokens are not scored: only the prompt's last position reaches the head, because it
+    predicts the answer's first token.
 
     Attributes:
         input_ids: [B, L] int64.
-        position_ids: [B, L] int64, or None where the model's own counting is right.
-        scored_positions: [N] int64, one per scored token.
-        labels: [N] int64.
-        bounds: [S+1] int64 on the CPU, the scored tokens of sequence s are bounds[s]:bounds[s+1].
-        ref_logps: [S] fp64, summed reference log-probs in nats; None while those are made.
-        num_tokens: tokens that are not padding, over all sequences.
-        uses: [B, L] int64, how many sequences a position belongs to; 0 on padding.
-        shared_layout: what attends to what in a packed row [1, L]; None where each sequence has a
-            row of its own.
+        position_ids: [B, L] int64; None if the model's own counting is right.
+        scored_positions: [N] int64, indices into the hidden states flattened to [B*L, H]. The
+            hidden state at scored_positions[n] predicts labels[n].
+        labels: [N] int64, the answers' tokens.
+        bounds: [S+1] int64 on the CPU; the scored tokens of sequence s are bounds[s]:bounds[s+1].
+        ref_logps: [S] fp64, summed reference log-probs in nats; None while they are being made.
+        num_tokens: tokens in all sequences, padding excluded.
+        uses: [B, L] int64, number of sequences that contain the position; 0 for padding.
+        shared_layout: attention layout of a packed row [1, L]; None for padded rows.
     """
 
     input_ids: Tensor
@@ -46,23 +48,57 @@ class PackedPairs:
     uses: Tensor
     shared_layout: SharedLayout | None = None
 
+    @classmethod
+    def from_sequences(
+        cls,
+        sequences: Sequence[PromptAnswer],
+        ref_logps: Sequence[float] | None,
+        *,
+        input_ids: Tensor,
+        position_ids: Tensor | None,
+        scored_positions: list[Tensor],
+        uses: Tensor,
+        shared_layout: SharedLayout | None = None,
+    ) -> PackedPairs:
+        """Add the fields that are the same in every layout to those that a layout decides.
+
+        Args:
+            sequences: S sequences, in the order of the batch.
+            ref_logps: one summed reference log-prob per sequence, in nats.
+            scored_positions: one tensor per sequence, with a position per answer token.
+            input_ids, position_ids, uses, shared_layout: as in the class.
+        """
+        empty = torch.empty(0, dtype=torch.int64)  # torch.cat refuses an empty list
+        labels = [torch.tensor(answer) for _, answer in sequences]
+        return cls(
+            input_ids=input_ids,
+            position_ids=position_ids,
+            scored_positions=torch.cat([empty, *scored_positions]),
+            labels=torch.cat([empty, *labels]),
+            bounds=torch.tensor([0, *accumulate(len(answer) for _, answer in sequences)]),
+            ref_logps=None if ref_logps is None else torch.tensor(ref_logps, dtype=torch.float64),
+            num_tokens=sum(len(prompt) + len(answer) for prompt, answer in sequences),
+            uses=uses,
+            shared_layout=shared_layout,
+        )
+
     @property
     def num_pairs(self) -> int:
         return (len(self.bounds) - 1) // 2
 
     @property
     def num_body_tokens(self) -> int:
-        """Positions that the model's body runs over, padding included."""
+        """Positions that the model's body computes, padding included."""
         return self.input_ids.numel()
 
     def to(self, device: torch.device | str) -> PackedPairs:
-        """A copy on `device`; the bounds stay on the CPU, where the head's chunks are cut."""
+        """Copy to `device`, except the bounds: the head cuts its chunks by them on the CPU."""
         moved = self._map(lambda tensor: tensor.to(device, non_blocking=True))
         layout = self.shared_layout
         return moved if layout is None else replace(moved, shared_layout=layout.to(device))
 
     def pin_memory(self) -> PackedPairs:
-        """A copy in page-locked memory; PyTorch's DataLoader calls this where it was asked to."""
+        """Copy to page-locked memory; PyTorch's DataLoader calls this if `pin_memory` is set."""
         pinned = self._map(Tensor.pin_memory)
         layout = self.shared_layout
         return pinned if layout is None else replace(pinned, shared_layout=layout.pin_memory())
@@ -78,58 +114,15 @@ class PackedPairs:
 
 @dataclass(frozen=True)
 class StepBatch:
-    """What one rank runs in one optimizer step: its micro-batches, and the pairs of all ranks."""
+    """The part of one optimizer step that one rank runs.
+
+    Attributes:
+        micro_batches: this rank's micro-batches.
+        num_pairs: pairs in the step on all ranks, by which the loss is divided.
+    """
 
     micro_batches: list[PackedPairs]
-    num_pairs: int  # of the global step: what the loss is divided by
+    num_pairs: int
 
     def pin_memory(self) -> StepBatch:
         return replace(self, micro_batches=[batch.pin_memory() for batch in self.micro_batches])
-
-
-def collate_padded(
-    sequences: Sequence[tuple[TokenIds, TokenIds]],
-    ref_logps: Sequence[float] | None = None,
-    pad_token_id: int = 0,
-) -> PackedPairs:
-    """Lay out (prompt ids, answer ids) sequences one per row, padded on the right.
-
-    Right for every causal model, and without a mask: a token never looks at what stands behind it,
-    and nothing that stands on padding is scored. Attention is faster so. No sequences give one row
-    of one padding token with nothing scored, for a rank that has no pairs in a step.
-
-    Args:
-        sequences: S sequences; both parts of each have at least one token.
-        ref_logps: one summed reference log-prob per sequence, in nats.
-        pad_token_id: fills the rows' ends; any id of the vocabulary will do.
-    """
-    ids = [[*prompt, *answer] for prompt, answer in sequences]
-    num_rows, width = padded_shape(sequences)
-    input_ids = torch.full((num_rows, width), pad_token_id)  # [S, L]
-    uses = torch.zeros_like(input_ids)
-    uses[:, 0] = 1  # a token that runs along alone counts, as nothing else would
-    scored, labels = [], []
-    for index, (sequence, (prompt, answer)) in enumerate(zip(ids, sequences, strict=True)):
-        input_ids[index, : len(sequence)] = torch.tensor(sequence)
-        uses[index, : len(sequence)] = 1
-        first = index * width + len(prompt) - 1  # the prompt's last token predicts the first label
-        scored.append(torch.arange(first, first + len(answer)))
-        labels.append(torch.tensor(answer))
-    empty = torch.empty(0, dtype=torch.int64)
-    bounds = list(accumulate((len(answer) for _, answer in sequences), initial=0))
-    return PackedPairs(
-        input_ids=input_ids,
-        position_ids=None,
-        scored_positions=torch.cat(scored) if scored else empty,
-        labels=torch.cat(labels) if labels else empty.clone(),
-        bounds=torch.tensor(bounds),
-        ref_logps=None if ref_logps is None else torch.tensor(ref_logps, dtype=torch.float64),
-        num_tokens=sum(map(len, ids)),
-        uses=uses,
-    )
-
-
-def padded_shape(sequences: Sequence[tuple[TokenIds, TokenIds]]) -> tuple[int, int]:
-    """Rows and columns of what `collate_padded` makes of some sequences."""
-    width = max((len(prompt) + len(answer) for prompt, answer in sequences), default=1)
-    return max(len(sequences), 1), width

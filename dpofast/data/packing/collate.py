@@ -1,20 +1,21 @@
-"""How sequences become a micro-batch: packed into one row, or padded into one row each."""
+"""The layouts a run can have: sequences packed into one row, or padded in one row each."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from dpofast.data.packing.batch import PackedPairs, TokenIds, collate_padded, padded_shape
-from dpofast.data.packing.packed import collate_packed, packed_tokens
+from dpofast.data.packing.batch import PackedPairs, PromptAnswer
+from dpofast.data.packing.packed_row import collate_packed, packed_tokens
+from dpofast.data.packing.padded_rows import collate_padded, padded_shape
 
-# What can be asked for; "auto" is "shared" wherever that is right.
+# Values of the option `layout`. "auto" becomes "shared" if the model allows it, else "padded".
 LAYOUTS = ("auto", "shared", "unshared", "padded")
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How sequences become a micro-batch.
+    """The way a run turns sequences into micro-batches.
 
     Attributes:
         name: "shared", "unshared" or "padded".
@@ -34,19 +35,23 @@ class Layout:
 
     def collate(
         self,
-        sequences: Sequence[tuple[TokenIds, TokenIds]],
+        sequences: Sequence[PromptAnswer],
         ref_logps: Sequence[float] | None = None,
         by_prompt: bool = False,
     ) -> PackedPairs:
-        """Lay out (prompt ids, answer ids) sequences: those of pairs, or `by_prompt` any."""
+        """Lay out one micro-batch.
+
+        Args:
+            sequences: (prompt ids, answer ids), by default the two sequences of each pair in turn.
+            ref_logps: one summed reference log-prob per sequence, in nats.
+            by_prompt: the sequences aren't pairs; consecutive ones may share their prompt.
+        """
         if self.is_packed:
             return collate_packed(sequences, ref_logps, self.shares, by_prompt)
         return collate_padded(sequences, ref_logps, self.pad_token_id)
 
-    def num_tokens(
-        self, sequences: Sequence[tuple[TokenIds, TokenIds]], by_prompt: bool = False
-    ) -> int:
-        """Positions of the micro-batch that `collate` makes of these, padding included."""
+    def num_tokens(self, sequences: Sequence[PromptAnswer], by_prompt: bool = False) -> int:
+        """Positions in the micro-batch that `collate` makes of `sequences`, padding included."""
         if self.is_packed:
             return packed_tokens(sequences, self.shares, by_prompt)
         rows, width = padded_shape(sequences)

@@ -1,8 +1,8 @@
-"""Which pairs each rank runs in each micro-batch of each optimizer step.
+"""Decides which pairs each rank runs in each micro-batch of each optimizer step.
 
-Every rank computes the whole plan from the seed, so nothing is sent. The order is that of
-transformers' Trainer, hence of TRL: with the same seed and batch size each optimizer step sees the
-same pairs.
+Every rank computes the whole plan from the seed, so nothing is communicated. The order of the pairs
+is that of transformers' Trainer, and so of TRL: with the same seed and batch size, each optimizer
+step sees the same pairs.
 """
 
 from __future__ import annotations
@@ -15,28 +15,34 @@ from typing import Any
 import torch
 from torch.utils.data import Sampler
 
-from dpofast.data.packing.pack import PackFigures, figures, pack_step
+from dpofast.data.packing.balance import PackFigures, pack_figures, pack_step
 
-MicroBatch = list[int]  # indices of pairs
-DESCRIBED_STEPS = 100  # enough to tell, and made in a moment
+MicroBatch = list[int]  # indices of pairs in the dataset
+# `figures` packs only so many steps: enough for stable figures, and quickly done.
+DESCRIBED_STEPS = 100
 
 
 @dataclass(frozen=True)
 class PlannedStep:
-    """One rank's part of one optimizer step."""
+    """The part of one optimizer step that one rank runs.
+
+    Attributes:
+        micro_batches: this rank's micro-batches; one can be empty.
+        num_pairs: pairs in the step on all ranks.
+    """
 
     micro_batches: tuple[MicroBatch, ...]
-    num_pairs: int  # of the global step
+    num_pairs: int
 
 
 @dataclass(frozen=True)
 class BatchShape:
-    """How many pairs a step has, and how they are spread.
+    """The number of pairs in a step, as the batch size options give it.
 
     Attributes:
-        pairs: largest number of pairs in a micro-batch of one rank.
-        micro_batches: largest number of micro-batches of one rank in a step.
-        world_size: ranks that share a step.
+        pairs: most pairs in a micro-batch.
+        micro_batches: most micro-batches that one rank runs in a step.
+        world_size: number of ranks.
     """
 
     pairs: int
@@ -50,12 +56,12 @@ class BatchShape:
 
 @dataclass(frozen=True)
 class TokenLimit:
-    """Packed micro-batches: as many pairs as their tokens allow.
+    """The limit on packed rows, in tokens, and the lengths that a plan needs to keep it.
 
     Attributes:
-        lengths: tokens of each pair of the dataset in a packed row.
-        max_tokens: of a row; a longer pair has one of its own.
-        num_tokens: of all sequences, each for itself.
+        lengths: tokens that each pair of the dataset adds to a packed row.
+        max_tokens: most tokens in a row; a longer pair gets a row of its own.
+        num_tokens: tokens in all sequences of the dataset, shared prefixes counted twice.
     """
 
     lengths: Sequence[int]
@@ -64,37 +70,39 @@ class TokenLimit:
 
     @property
     def saved(self) -> float:
-        """Share of all tokens that sharing leaves out."""
+        """Fraction of all tokens that the body doesn't compute because they are shared."""
         return 1.0 - sum(self.lengths) / max(self.num_tokens, 1)
 
 
 def split_step(pairs: list[int], shape: BatchShape) -> list[list[MicroBatch]]:
-    """Spread one step's pairs evenly: -> [micro-batch][rank], the same number on every rank.
+    """Spread one step's pairs evenly over ranks and micro-batches, by their number.
 
-    A step with fewer pairs than ranks leaves some ranks an empty micro-batch, which still has to
-    be run, because the collectives of the others wait for it.
+    Returns:
+        [micro-batch][rank] -> pairs, with the same number of micro-batches on every rank. If the
+        step has fewer pairs than ranks, some micro-batches are empty. They still have to be run,
+        because the collectives of the other ranks wait for them.
     """
     num_slots = max(1, math.ceil(len(pairs) / (shape.pairs * shape.world_size)))
-    num_bins = num_slots * shape.world_size
-    size, larger = divmod(len(pairs), num_bins)
-    bins, start = [], 0
-    for index in range(num_bins):
-        end = start + size + (index < larger)
-        bins.append(pairs[start:end])
+    num_batches = num_slots * shape.world_size
+    size, larger = divmod(len(pairs), num_batches)
+    batches, start = [], 0
+    for index in range(num_batches):
+        end = start + size + (index < larger)  # the first batches take one pair more
+        batches.append(pairs[start:end])
         start = end
-    return [bins[slot * shape.world_size :][: shape.world_size] for slot in range(num_slots)]
+    return [batches[slot * shape.world_size :][: shape.world_size] for slot in range(num_slots)]
 
 
 class StepSampler(Sampler[Any]):
-    """Yields one rank's steps of the epoch set by `set_epoch`; as a DataLoader's batch sampler.
+    """Batch sampler for a DataLoader: yields one rank's steps of the epoch set by `set_epoch`.
 
     Args:
-        num_pairs: pairs of the dataset.
-        shape: size of a step.
-        rank: of this process, 0 to world_size - 1.
-        seed: of the order; None keeps the dataset's own.
-        drop_last: leave out a last step that isn't full.
-        limit: packs a step's pairs by their tokens; `shape` then says how many pairs a step has.
+        num_pairs: number of pairs in the dataset.
+        shape: number of pairs in a step.
+        rank: rank of this process, 0 to world_size - 1.
+        seed: seed of the order; None keeps the order of the dataset.
+        drop_last: leave out the last step if it isn't full.
+        limit: spreads a step's pairs over rows by their tokens; None spreads them by their number.
     """
 
     def __init__(
@@ -123,11 +131,11 @@ class StepSampler(Sampler[Any]):
             yield self._planned(order, index)
 
     def step(self, index: int) -> PlannedStep:
-        """What iterating yields at this place of the epoch."""
+        """One step of the epoch, counted from 0."""
         return self._planned(self._order(), index)
 
     def figures(self) -> PackFigures | None:
-        """How well the epoch's first steps are packed; None where nothing is."""
+        """How well the epoch's first steps are packed; None if rows aren't packed or none exist."""
         if self.limit is None or not len(self):
             return None
         size, lengths = self.shape.pairs_per_step, self.limit.lengths
@@ -135,10 +143,10 @@ class StepSampler(Sampler[Any]):
         steps = [order[start : start + size] for start in range(0, len(order), size)]
         tokens = [[lengths[pair] for pair in step] for step in steps]
         packed = [pack_step(step, self.shape.world_size, self.limit.max_tokens) for step in tokens]
-        return figures(zip(tokens, packed, strict=True), self.limit.max_tokens)
+        return pack_figures(zip(tokens, packed, strict=True), self.limit.max_tokens)
 
     def describe(self, found: PackFigures) -> str:
-        """Those figures in words."""
+        """A sentence for the log that states these figures."""
         assert self.limit is not None
         longer = f"; {found.over_cap} pairs are longer" if found.over_cap else ""
         return (
@@ -159,10 +167,12 @@ class StepSampler(Sampler[Any]):
             return split_step(pairs, self.shape)
         tokens = [self.limit.lengths[pair] for pair in pairs]
         packed = pack_step(tokens, self.shape.world_size, self.limit.max_tokens)
-        return [[[pairs[place] for place in row] for row in slot] for slot in packed]
+        # pack_step counts pairs within the step; micro-batches count them in the dataset.
+        return [[[pairs[index] for index in row] for row in slot] for slot in packed]
 
     def _order(self) -> list[int]:
         if self.seed is None:
             return list(range(self.num_pairs))
+        # transformers seeds its sampler the same way, so runs see the same pairs in each step.
         generator = torch.Generator().manual_seed(self.seed + self.epoch)
         return torch.randperm(self.num_pairs, generator=generator).tolist()

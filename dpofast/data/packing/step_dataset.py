@@ -1,4 +1,4 @@
-"""Data loaders of the trainer: one item is one optimizer step of this rank."""
+"""A dataset whose items are optimizer steps: the part of each that this rank runs."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from dpofast.columns import ID_COLUMNS
-from dpofast.data.packing.batch import PackedPairs, StepBatch
+from dpofast.data.packing.batch import PackedPairs, PromptAnswer, StepBatch, TokenIds
 from dpofast.data.packing.collate import Layout
 from dpofast.data.packing.plan import MicroBatch, PlannedStep, TokenLimit
 
 
 class StepDataset(Dataset[StepBatch]):
-    """Tokenised pairs with their reference log-probs, indexed by planned steps.
+    """Lays out the micro-batches of planned steps, with their reference log-probs.
 
     Args:
         pairs: datasets.Dataset with int lists prompt_ids, chosen_ids, rejected_ids.
-        ref_logps: [n, 2] fp64, chosen and rejected of each pair, in nats.
-        layout: of the micro-batches.
+        ref_logps: [n, 2] fp64, summed log-probs of chosen and rejected of each pair, in nats.
+        layout: layout of the micro-batches.
     """
 
     def __init__(self, pairs: Any, ref_logps: np.ndarray, layout: Layout) -> None:
@@ -33,28 +33,36 @@ class StepDataset(Dataset[StepBatch]):
         return self.__getitems__(PlannedStep(([index],), 1))
 
     def __getitems__(self, step: PlannedStep) -> StepBatch:
-        """Lay out one step; PyTorch's fetcher calls this with what the batch sampler yields."""
+        """Lay out one step; PyTorch's fetcher passes what the batch sampler yields."""
         return StepBatch([self._lay_out(batch) for batch in step.micro_batches], step.num_pairs)
 
     def _lay_out(self, batch: MicroBatch) -> PackedPairs:
-        columns = self.pairs[batch]
-        answers = zip(columns["chosen_ids"], columns["rejected_ids"], strict=True)
-        sequences = [
-            (prompt, answer)
-            for prompt, both in zip(columns["prompt_ids"], answers, strict=True)
-            for answer in both
-        ]
+        sequences = [sequence for pair in _pairs_of(self.pairs[batch]) for sequence in pair]
         return self.layout.collate(sequences, self.ref_logps[batch].reshape(-1).tolist())
 
 
 def token_limit(pairs: Any, layout: Layout, max_tokens: int) -> TokenLimit | None:
-    """What the plan needs to know of a tokenised dataset's lengths; None for padded rows."""
+    """Count the tokens of each tokenised pair, which the plan of packed rows needs.
+
+    Args:
+        pairs: datasets.Dataset with int lists prompt_ids, chosen_ids, rejected_ids.
+        layout: layout of the micro-batches.
+        max_tokens: most tokens in a packed row.
+    Returns:
+        The limit, or None if the layout is padded: then a plan counts pairs, not tokens.
+    """
     if not layout.is_packed:
         return None
     lengths: list[int] = []
     num_tokens = 0
-    for batch in pairs.select_columns(list(ID_COLUMNS)).iter(batch_size=1000):
-        for prompt, *answers in zip(*(batch[name] for name in ID_COLUMNS), strict=True):
-            lengths.append(layout.num_tokens([(prompt, answer) for answer in answers]))
-            num_tokens += sum(len(prompt) + len(answer) for answer in answers)
+    for columns in pairs.select_columns(list(ID_COLUMNS)).iter(batch_size=1000):
+        for pair in _pairs_of(columns):
+            lengths.append(layout.num_tokens(pair))
+            num_tokens += sum(len(prompt) + len(answer) for prompt, answer in pair)
     return TokenLimit(lengths, max_tokens, num_tokens)
+
+
+def _pairs_of(columns: dict[str, list[TokenIds]]) -> list[tuple[PromptAnswer, PromptAnswer]]:
+    """The chosen and the rejected sequence of each pair in a slice of the dataset."""
+    parts = zip(*(columns[name] for name in ID_COLUMNS), strict=True)
+    return [((prompt, chosen), (prompt, rejected)) for prompt, chosen, rejected in parts]

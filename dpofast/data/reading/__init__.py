@@ -1,1 +1,1 @@
-"""Any form of preference data, brought to one normal form."""
+"""Reads preference data of any format and brings it to one normal form."""

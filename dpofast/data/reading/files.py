@@ -12,21 +12,20 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet
 
-from dpofast.data.reading.records import Record
+from dpofast.data.reading.records import BATCH_ROWS, Record
 from dpofast.data.reading.splits import check_whole_file
-from dpofast.errors import DataError
-
-_BATCH_ROWS = 1000
+from dpofast.errors import DataError, one_line
 
 
 def read_file(path: Path, split: str | None) -> Iterator[Record]:
-    """The rows of `path`, in order.
+    """Yield the rows of a file in order.
 
     Args:
-        split: the split asked for, None for whatever is there. Only a JSON file that is one object
-            of several lists, {"train": [...], ...}, has more than one.
+        path: a file with an ending from READERS.
+        split: split that the user asked for; None takes whatever the file holds. Only a JSON file
+            that is one object of lists, {"train": [...], ...}, can hold several.
     Raises:
-        DataError: the file is broken (naming the line where there is one) or has no such split.
+        DataError: the file is broken or has no such split; names the line if the format has lines.
     """
     reader = READERS[data_suffix(path)]
     if reader is not _read_json:
@@ -38,14 +37,13 @@ def read_file(path: Path, split: str | None) -> Iterator[Record]:
             f"{path} is not UTF-8 text (byte {error.start}); save it as UTF-8 and try again"
         ) from None
     except (pa.ArrowException, gzip.BadGzipFile, EOFError) as error:
-        reason = " ".join(str(error).split())
-        raise DataError(f"{path} can't be read as {path.suffix[1:]}: {reason}") from None
+        raise DataError(f"{path} can't be read as {path.suffix[1:]}: {one_line(error)}") from None
     except OSError as error:
         raise DataError(f"{path} can't be read: {error.strerror or error}") from None
 
 
 def data_suffix(path: Path) -> str:
-    """The ending that says how to read `path`, or "" where it is no data file."""
+    """The ending of `path` that selects its reader; "" if it is not a data file."""
     suffixes = [suffix.lower() for suffix in path.suffixes[-2:]]
     joined = "".join(suffixes)
     for suffix in (joined, suffixes[-1] if suffixes else ""):
@@ -55,14 +53,14 @@ def data_suffix(path: Path) -> str:
 
 
 def _open_text(path: Path) -> IO[str]:
-    # utf-8-sig also reads files that begin with a byte order mark.
+    # utf-8-sig skips a byte order mark, which Windows programs put at the beginning.
     if path.suffix == ".gz":
         return gzip.open(path, "rt", encoding="utf-8-sig")
     return path.open(encoding="utf-8-sig")
 
 
 def _read_json(path: Path, split: str | None) -> Iterator[Record]:
-    """A JSON array; an object that holds one by the split's name; or one object a line."""
+    """Read a JSON array, an object of arrays with a split as its key, or one object per line."""
     with _open_text(path) as file:
         text = file.read()
     if text.lstrip()[:1] != "[" and _is_object_a_line(text):
@@ -70,7 +68,7 @@ def _read_json(path: Path, split: str | None) -> Iterator[Record]:
         yield from _read_json_lines(path, split)
         return
     data = _parse(text, f"{path}", line=None)
-    del text
+    del text  # a large file would be in memory twice
     if isinstance(data, dict):
         data = _rows_in_object(data, path, split)
     else:
@@ -84,17 +82,19 @@ def _read_json(path: Path, split: str | None) -> Iterator[Record]:
 
 
 def _is_object_a_line(text: str) -> bool:
-    """Whether the first line that isn't empty is a whole JSON object."""
+    """Whether a .json file has one object per line, judged by its first line that isn't empty."""
     line = text.lstrip().partition("\n")[0]
     try:
         return isinstance(json.loads(line), dict) and bool(text.strip()[len(line) :].strip())
     except (ValueError, RecursionError):
-        # Not a whole value: a pretty-printed object, or a broken first line of several.
+        # The line is no JSON value. Either it begins a pretty-printed object, or it is a broken
+        # line before others, which should then be named in the error.
         following = text.strip()[len(line) :].lstrip()[:1]
         return line.startswith("{") and line.rstrip().endswith("}") and following == "{"
 
 
 def _rows_in_object(data: dict[str, Any], path: Path, split: str | None) -> Any:
+    """The rows of a split in a file that is one JSON object; or that object as the only row."""
     lists = {
         key: value
         for key, value in data.items()
@@ -145,7 +145,7 @@ def _object_record(source: str, row: int, line: int | None, values: Any) -> Reco
 
 def _read_parquet(path: Path, split: str | None) -> Iterator[Record]:
     with pa.parquet.ParquetFile(path) as file:
-        yield from _from_batches(path, file.iter_batches(batch_size=_BATCH_ROWS))
+        yield from _from_batches(path, file.iter_batches(batch_size=BATCH_ROWS))
 
 
 def _read_arrow(path: Path, split: str | None) -> Iterator[Record]:
@@ -153,7 +153,7 @@ def _read_arrow(path: Path, split: str | None) -> Iterator[Record]:
         try:
             file = pa.ipc.open_file(source)
             batches = (file.get_batch(i) for i in range(file.num_record_batches))
-        except pa.ArrowInvalid:  # the streaming format, which `datasets` writes
+        except pa.ArrowInvalid:  # not the file format; `datasets` writes the streaming format
             source.seek(0)
             batches = iter(pa.ipc.open_stream(source))
         yield from _from_batches(path, batches)
@@ -161,9 +161,10 @@ def _read_arrow(path: Path, split: str | None) -> Iterator[Record]:
 
 def _read_csv(path: Path, split: str | None) -> Iterator[Record]:
     parse = pa.csv.ParseOptions(newlines_in_values=True)
-    # Small blocks would not hold a long answer: Arrow wants a whole row in one.
+    # Arrow refuses a row that is longer than a block, so a block must hold the longest answers.
     read = pa.csv.ReadOptions(block_size=64 << 20)
-    # Tokens such as "42" or "true" are answers, not numbers.
+    # Open the file once for the names of its columns, so that all can be declared as strings.
+    # Arrow would otherwise read an answer such as "42" or "true" as a number or a bool.
     with pa.csv.open_csv(path, read_options=read, parse_options=parse) as reader:
         names = reader.schema.names
     convert = pa.csv.ConvertOptions(
@@ -179,8 +180,8 @@ def _from_batches(path: Path, batches: Iterator[pa.RecordBatch]) -> Iterator[Rec
     row = 0
     for batch in batches:
         columns = tuple(batch.schema.names)
-        for start in range(0, batch.num_rows, _BATCH_ROWS):
-            for values in batch.slice(start, _BATCH_ROWS).to_pylist():
+        for start in range(0, batch.num_rows, BATCH_ROWS):
+            for values in batch.slice(start, BATCH_ROWS).to_pylist():
                 yield Record(str(path), row, None, values, columns)
                 row += 1
 

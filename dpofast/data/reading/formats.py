@@ -1,4 +1,4 @@
-"""The ways in which users write preference pairs, and what each becomes."""
+"""Recognises the formats in which users write preference pairs, and reads one pair of each."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from dpofast.columns import ID_COLUMNS, REF_COLUMNS
+from dpofast.columns import ID_COLUMNS, PAIR_COLUMNS, REF_COLUMNS
 from dpofast.data.reading.implicit import split_messages, split_texts
 from dpofast.data.reading.messages import (
     Message,
@@ -18,11 +18,11 @@ from dpofast.data.reading.messages import (
     read_answer,
     read_messages,
 )
-from dpofast.data.reading.row_error import RowError, shown, text_of
+from dpofast.data.reading.row_error import RowError, empty_answer, shown, text_of
 
-# Every column that some format reads; anything else in a file is left unread.
+# Columns that some format reads; all others are ignored.
 COLUMNS = (
-    *("prompt", "chosen", "rejected"),
+    *PAIR_COLUMNS,
     *("messages", "conversations"),
     *("instruction", "input", "system", "history"),
     *ID_COLUMNS,
@@ -30,7 +30,7 @@ COLUMNS = (
     *REF_COLUMNS,
     "row",
 )
-# What a chat template is given by the program itself.
+# Arguments of `apply_chat_template` that the program sets.
 _RESERVED_KWARGS = {"conversation", "tools", "tokenize", "add_generation_prompt"} | {
     *("continue_final_message", "return_dict", "return_tensors", "padding", "truncation"),
     *("max_length", "return_assistant_tokens_mask", "tokenizer_kwargs"),
@@ -39,11 +39,12 @@ _RESERVED_KWARGS = {"conversation", "tools", "tokenize", "add_generation_prompt"
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """One pair in the normal form; `values` are its columns besides `row`.
+    """One pair in the normal form.
 
     Attributes:
-        kind: "text", "messages" or "ids": what prompt and answers are.
-        columns: the format it was written in, as an error names it.
+        kind: type of the prompt and the answers: "text", "messages" or "ids".
+        columns: format in which the pair was written, used in errors.
+        values: column -> value, for all columns of the normal form but `row`.
     """
 
     kind: str
@@ -52,8 +53,8 @@ class Pair:
 
     @property
     def identical(self) -> bool:
-        suffix = "_ids" if self.kind == "ids" else ""
-        return bool(self.values["chosen" + suffix] == self.values["rejected" + suffix])
+        _, chosen, rejected = ID_COLUMNS if self.kind == "ids" else PAIR_COLUMNS
+        return bool(self.values[chosen] == self.values[rejected])
 
 
 def read_pair(row: Mapping[str, Any], found: Sequence[str], roles: Mapping[str, str]) -> Pair:
@@ -61,16 +62,16 @@ def read_pair(row: Mapping[str, Any], found: Sequence[str], roles: Mapping[str, 
 
     Args:
         row: the row's columns, after renaming.
-        found: the names of all columns of the source, for the error.
-        roles: names of roles -> system, user, assistant or tool, before the built-in ones.
+        found: names of all columns in the source, used in errors.
+        roles: role in the source -> role that templates know, before the built-in ones.
     Raises:
-        RowError: the row can't be used; the text says why and what to do.
+        RowError: the row can't be used; says why and what to do.
     """
     if all(row.get(column) is not None for column in ID_COLUMNS):
         pair = Pair("ids", "tokenised prompt_ids", {c: _read_ids(row[c], c) for c in ID_COLUMNS})
     else:
         _refuse_unpaired(row)
-        _require(row, found)
+        _require_answers(row, found)
         pair = _read_written_pair(row, roles)
         pair.values.update(_template_options(row))
     pair.values.update(_reference_logps(row))
@@ -90,6 +91,7 @@ def _read_written_pair(row: Mapping[str, Any], roles: Mapping[str, str]) -> Pair
 
 
 def _explicit(row: Mapping[str, Any], roles: Mapping[str, str]) -> Pair:
+    """A row with a prompt column."""
     prompt, chosen, rejected = row["prompt"], row["chosen"], row["rejected"]
     columns = "prompt, chosen, rejected"
     if is_messages(prompt) or isinstance(prompt, list | tuple):
@@ -108,19 +110,21 @@ def _explicit(row: Mapping[str, Any], roles: Mapping[str, str]) -> Pair:
 def _conversation(
     row: Mapping[str, Any], prompt: list[Message], columns: str, roles: Mapping[str, str]
 ) -> Pair:
+    """A row whose prompt is messages, given as `prompt`."""
     chosen = read_answer(row["chosen"], "chosen", roles)
     rejected = read_answer(row["rejected"], "rejected", roles)
     size = len(prompt)
     if min(len(chosen), len(rejected)) > size and chosen[:size] == prompt == rejected[:size]:
-        # The answers repeat the whole conversation.
+        # The answers repeat the whole prompt.
         chosen, rejected = chosen[size:], rejected[size:]
     elif all(answer[0]["role"] in ("system", "user") for answer in (chosen, rejected)):
-        # They are whole conversations, and the prompt column only quotes from them.
+        # The answers are whole conversations, and the prompt column only quotes from them.
         prompt, chosen, rejected = split_messages(chosen, rejected)
     return _messages_pair(columns, prompt, chosen, rejected)
 
 
 def _implicit(row: Mapping[str, Any], roles: Mapping[str, str]) -> Pair:
+    """A row without a prompt column, whose answers both begin with the prompt."""
     columns = "chosen, rejected"
     if isinstance(row["chosen"], str) and isinstance(row["rejected"], str):
         texts = _answer_texts(row["chosen"], row["rejected"])
@@ -135,7 +139,10 @@ def _implicit(row: Mapping[str, Any], roles: Mapping[str, str]) -> Pair:
 
 
 def _instruction(row: Mapping[str, Any], roles: Mapping[str, str]) -> Pair:
-    """Alpaca's columns: one user message of instruction and input; `plain_prompt` beside it."""
+    """A row in Alpaca's format: instruction and input become one message from the user.
+
+    The pair also gets `plain_prompt`, for tokenizers without a chat template.
+    """
     instruction = text_of(row["instruction"], "instruction")
     given = "" if row.get("input") is None else text_of(row["input"], "input")
     if not (instruction.strip() or given.strip()):
@@ -152,9 +159,13 @@ def _instruction(row: Mapping[str, Any], roles: Mapping[str, str]) -> Pair:
 
 
 def plain_instruction(instruction: str, given: str, system: str | None = None) -> str:
-    """The prompt of an instruction row for tokenizers without a chat template (Alpaca's headings).
+    """The prompt of an instruction row as plain text under Alpaca's headings.
 
-    The answer follows the last line break.
+    It is for tokenizers without a chat template. The answer follows right after it.
+
+    Args:
+        instruction, given: the columns `instruction` and `input`.
+        system: the system message, if there is one.
     """
     parts = [system] if system else []
     parts.append(f"### Instruction:\n{instruction}")
@@ -165,7 +176,7 @@ def plain_instruction(instruction: str, given: str, system: str | None = None) -
 
 
 def _read_history(value: Any) -> list[Message]:
-    """Earlier turns as a list of [question, answer]."""
+    """Messages from the column `history`, a list of [question, answer]."""
     messages: list[Message] = []
     for index, turn in enumerate(value if isinstance(value, list) else []):
         if not isinstance(turn, list | tuple) or len(turn) != 2:
@@ -196,7 +207,7 @@ def _answer_texts(chosen: Any, rejected: Any) -> dict[str, str]:
     texts = {"chosen": text_of(chosen, "chosen"), "rejected": text_of(rejected, "rejected")}
     for column, text in texts.items():
         if not text.strip():
-            raise RowError(f"{column} is an empty answer; give it a text or remove the row")
+            raise empty_answer(column)
     return texts
 
 
@@ -213,7 +224,10 @@ def _read_ids(value: Any, column: str) -> list[int]:
 
 
 def _template_options(row: Mapping[str, Any]) -> dict[str, str]:
-    """`tools` and `chat_template_kwargs` as JSON, so that Arrow doesn't merge their fields."""
+    """The columns `tools` and `chat_template_kwargs` as JSON text.
+
+    As structs, Arrow would give every row the fields of all rows, filled with nulls.
+    """
     options = {}
     for column, kind in (("tools", list), ("chat_template_kwargs", dict)):
         value = row.get(column)
@@ -235,6 +249,7 @@ def _template_options(row: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _reference_logps(row: Mapping[str, Any]) -> dict[str, float]:
+    """Reference log-probs that the row brings along; empty if there are none."""
     given = [column for column in REF_COLUMNS if row.get(column) is not None]
     if len(given) == 1:
         (missing,) = set(REF_COLUMNS) - set(given)
@@ -252,6 +267,7 @@ def _reference_logps(row: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _refuse_unpaired(row: Mapping[str, Any]) -> None:
+    """Refuse rows for KTO, which have one answer and a label."""
     if "chosen" in row or "rejected" in row:
         return
     labels = [column for column in ("label", "kto_tag") if column in row]
@@ -263,7 +279,7 @@ def _refuse_unpaired(row: Mapping[str, Any]) -> None:
         )
 
 
-def _require(row: Mapping[str, Any], found: Sequence[str]) -> None:
+def _require_answers(row: Mapping[str, Any], found: Sequence[str]) -> None:
     for column in ("chosen", "rejected"):
         if column in row:
             if row[column] is None:

@@ -1,4 +1,4 @@
-"""Where the prompt ends in data that has only a chosen and a rejected whole."""
+"""Finds the prompt in data without a prompt column, where both answers repeat it."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from dpofast.data.prefix import common_prefix_length
 from dpofast.data.reading.messages import Message
 from dpofast.data.reading.row_error import RowError
 
-# What stands right before an answer in rendered conversations. The one that ends last within the
-# common text is the boundary.
+# Markers that come right before an answer in rendered conversations. The prompt ends after the
+# marker that ends last in the common text.
 GENERATION_PROMPTS = (
     "\n\nAssistant:",  # hh transcripts
     "<|im_start|>assistant\n",  # ChatML
@@ -30,47 +30,55 @@ GENERATION_PROMPTS = (
     "\nAssistant:",
 )
 
-_ANSWERS_ALONE = (
+_NOTHING_IN_COMMON = (
     "chosen and rejected begin differently, so no prompt can be found in them; give the prompt in "
     "a column of its own"
 )
 
 
 def split_texts(chosen: str, rejected: str) -> tuple[str, str, str]:
-    """Split two texts that begin with the same prompt into prompt, chosen and rejected.
+    """Split two texts that begin with the same prompt.
 
-    The prompt ends after the last generation prompt (GENERATION_PROMPTS) in what both texts have
-    in common. Where there is none, it ends at the last line break or before the last blank of the
-    common text, so that no word is cut. What both answers begin with then counts as prompt, which
-    leaves the difference of their log-probs unchanged.
+    The prompt ends after the last generation prompt (GENERATION_PROMPTS) in the common text. If
+    there is none, it ends after the last line break or before the last blank in the common text,
+    so no word is cut. Words that both answers begin with then count as prompt, which leaves the
+    difference of the answers' log-probs unchanged.
 
+    Returns:
+        prompt, chosen, rejected.
     Raises:
-        RowError: nothing in common, or an answer is nothing but the prompt.
+        RowError: the texts have no prompt in common.
     """
     common = chosen[: common_prefix_length(chosen, rejected)]
     end = _after_last_marker(common)
     if end is None:
+        # The limit leaves at least one character to each answer.
         end = _before_last_word(common, limit=min(len(chosen), len(rejected)) - 1)
     if end == 0:
-        raise RowError(_ANSWERS_ALONE)
+        raise RowError(_NOTHING_IN_COMMON)
     return common[:end], chosen[end:], rejected[end:]
 
 
 def split_messages(
     chosen: list[Message], rejected: list[Message]
 ) -> tuple[list[Message], list[Message], list[Message]]:
-    """Split two conversations: their common messages are the prompt, up to an assistant's turn.
+    """Split two conversations that begin with the same prompt.
 
+    The prompt is the messages in common, as many as leave two answers that each begin with a
+    message from the assistant.
+
+    Returns:
+        prompt, chosen, rejected.
     Raises:
-        RowError: they have no message in common, or no answer follows.
+        RowError: the conversations have no prompt in common.
     """
     end = common_prefix_length(chosen, rejected)
-    # Each answer needs a message, and begins with one that the assistant wrote.
+    # Each answer needs at least one message, even if the conversations are identical.
     end = min(end, len(chosen) - 1, len(rejected) - 1)
     while end > 0 and {chosen[end]["role"], rejected[end]["role"]} != {"assistant"}:
         end -= 1
     if end == 0:
-        raise RowError(_ANSWERS_ALONE)
+        raise RowError(_NOTHING_IN_COMMON)
     return chosen[:end], chosen[end:], rejected[end:]
 
 
@@ -82,7 +90,11 @@ def _after_last_marker(common: str) -> int | None:
 
 
 def _before_last_word(common: str, limit: int) -> int:
-    """The last position where a line begins, or where the blank before a word stands."""
+    """Length of the common text up to its last line break or blank; 0 if it has neither.
+
+    A line break belongs to the prompt, a blank to the answer, because tokens of words usually
+    begin with their blank.
+    """
     for end in range(min(len(common), limit), 0, -1):
         if common[end - 1] == "\n":
             return end

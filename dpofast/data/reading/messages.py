@@ -1,4 +1,4 @@
-"""Chat messages as users write them, brought to one form."""
+"""Reads chat messages in the forms that users write, and brings them to one form."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from dpofast.data.reading.row_error import RowError, shown, text_of
+from dpofast.data.reading.row_error import RowError, empty_answer, shown, text_of
 
-# One message in the normal form: "role", "content" (None where the message only calls tools) and,
-# where it has more than these, "extra": the other fields as a JSON object.
+# A message in the normal form. Its keys are "role"; "content", which is None if the message only
+# calls tools; and "extra", if it has more fields: those fields as a JSON object.
 Message = dict[str, str | None]
 
-# ShareGPT's names and their relatives, lower case.
+# Names of roles in ShareGPT and similar formats, in lower case -> names that templates know.
 ROLES = {
     "human": "user",
     "user": "user",
@@ -33,17 +33,21 @@ ROLES = {
 
 
 def is_messages(value: Any) -> bool:
-    """Whether `value` is written as messages: an object, or a list with an object in it."""
+    """Whether `value` looks like messages: an object, or a list that contains an object."""
     if isinstance(value, Mapping):
         return True
     return isinstance(value, list | tuple) and any(isinstance(item, Mapping) for item in value)
 
 
 def read_messages(value: Any, what: str, roles: Mapping[str, str]) -> list[Message]:
-    """A list of messages, or a single one, as a list in the normal form.
+    """Bring messages to the normal form.
 
+    Args:
+        value: a list of messages, or one message.
+        what: name of the value, used in errors.
+        roles: role in the source -> role that templates know, before the built-in ROLES.
     Raises:
-        RowError: not messages, none at all, or one of them without role or content.
+        RowError: `value` isn't messages, or is empty, or a message has no role or no content.
     """
     if isinstance(value, Mapping):
         value = [value]
@@ -58,22 +62,26 @@ def read_messages(value: Any, what: str, roles: Mapping[str, str]) -> list[Messa
 
 
 def read_answer(value: Any, what: str, roles: Mapping[str, str]) -> list[Message]:
-    """An answer: text, one message or several, the text as one message of the assistant."""
+    """Bring an answer to the normal form; a text becomes one message from the assistant."""
     if isinstance(value, str):
         return [{"role": "assistant", "content": text_of(value, what)}]
     return read_messages(value, what, roles)
 
 
 def check_answer(messages: list[Message], what: str) -> None:
-    """An answer with no text and no tool call in any of its messages teaches nothing."""
+    """Refuse an answer without any text or tool call, which would teach nothing.
+
+    Raises:
+        RowError: the answer is empty.
+    """
     for message in messages:
         if (message["content"] or "").strip() or message.get("extra"):
             return
-    raise RowError(f"{what} is an empty answer; give it a text or remove the row")
+    raise empty_answer(what)
 
 
 def to_template(message: Mapping[str, Any]) -> dict[str, Any]:
-    """A message of the normal form as chat templates want it."""
+    """Turn a message of the normal form into the dict that chat templates expect."""
     extra = message.get("extra")
     plain = {"role": message["role"], "content": message["content"]}
     return {**plain, **json.loads(extra)} if extra else plain
@@ -85,7 +93,7 @@ def _read_message(item: Any, what: str, roles: Mapping[str, str]) -> Message:
             f"{what} is not a message but {type(item).__name__} {shown(item)}; "
             'write {"role": "user", "content": "..."}'
         )
-    # Arrow gives every message all the fields that any message has, as null.
+    # Arrow adds to each message all fields that any message has, as nulls.
     fields = {key: field for key, field in item.items() if field is not None}
     if "role" not in fields and "from" not in fields:
         raise RowError(
@@ -120,12 +128,12 @@ def _read_role(value: Any, what: str, roles: Mapping[str, str], known_only: bool
             f"the role of {what} is {shown(value)}, expected one of {', '.join(ROLES)}; "
             f"map it with roles={{{shown(value)}: 'user'}}"
         )
-    # A template may know roles of its own: those of role/content messages stay as they are.
+    # A template can define roles of its own, so unknown roles of role/content messages stay.
     return mapped or role
 
 
 def _read_extra(fields: dict[Any, Any], what: str) -> dict[str, Any]:
-    """Whatever else a message carries: tool calls, a name, its reasoning."""
+    """The remaining fields of a message, such as tool calls, a name or its reasoning."""
     packed = fields.pop("extra", None)
     extra = {str(key): _without_nulls(field) for key, field in fields.items()}
     try:
@@ -141,7 +149,7 @@ def _read_extra(fields: dict[Any, Any], what: str) -> dict[str, Any]:
 
 
 def _read_blocks(blocks: list[Any], what: str) -> list[dict[str, Any]]:
-    """Content as a list of blocks, all of them text."""
+    """Check that content given as a list of blocks is text only."""
     for block in blocks:
         kind = block.get("type") if isinstance(block, Mapping) else None
         if kind != "text":

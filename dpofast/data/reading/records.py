@@ -1,4 +1,4 @@
-"""A row with its place: what every reader hands on."""
+"""A row of user data with its place in the source; every reader yields these."""
 
 from __future__ import annotations
 
@@ -6,17 +6,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+BATCH_ROWS = 1000  # rows that readers hold as Python objects at a time
+
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One row of a source and where it stands.
+    """One row of a source.
 
     Attributes:
-        source: file, hub name or dataset, as errors call it.
-        row: its index in `source`, counted from 0.
-        line: its line in `source`, counted from 1, where the format has one row a line.
-        values: the row; a JSON value of another type is handed on as it is.
-        columns: names of all columns of the source.
+        source: name of the file, hub dataset or dataset, used in errors.
+        row: index in the source, counted from 0.
+        line: line in the file, counted from 1; None if the format doesn't put one row on a line.
+        values: the row's columns.
+        columns: names of all columns in the source.
     """
 
     source: str
@@ -27,6 +29,12 @@ class Record:
 
     @property
     def where(self) -> str:
+        """The row's place as errors name it."""
         if self.line is not None:
             return f"{self.source}, line {self.line}"
-        return f"{self.source}, row {self.row} (counted from 0)"
+        return place_of_row(self.source, self.row)
+
+
+def place_of_row(source: str, row: int) -> str:
+    """The place of a row as errors name it."""
+    return f"{source}, row {row} (counted from 0)"

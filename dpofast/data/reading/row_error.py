@@ -1,4 +1,4 @@
-"""How the readers tell what is wrong with a row before they know where the row stands."""
+"""The error of one row, for code that sees the row but doesn't know its place in the source."""
 
 from __future__ import annotations
 
@@ -6,24 +6,35 @@ from typing import Any
 
 
 class RowError(Exception):
-    """A row that can't be used: what is wrong and what to do, without file and row.
+    """A row that can't be used. The text says what is wrong and what to do, but not where.
 
-    The loop over the rows catches it and raises DataError with the place before the text.
+    The loop over the rows catches it and raises a DataError that begins with the row's place.
     """
+
+
+# What a user can do about a pair that only `strict` refuses.
+STRICT_REMEDY = "remove the row, or leave strict off to have such pairs left out and reported"
+
+
+def empty_answer(column: str) -> RowError:
+    return RowError(f"{column} is an empty answer; give it a text or remove the row")
 
 
 def shown(value: Any, limit: int = 60) -> str:
     """`value` as an error quotes it: its repr, cut to `limit` characters."""
-    # A repr of a whole answer would be built only to be cut.
+    # Cutting first saves the repr of a whole long answer.
     text = repr(value[: limit + 1]) if isinstance(value, str) else repr(value)
     return text if len(text) <= limit else text[: limit - 3] + "..."
 
 
 def text_of(value: Any, what: str) -> str:
-    """`value` itself, checked to be text that can be stored.
+    """Return `value` if it is text that can be stored.
 
+    Args:
+        value: anything found in a row.
+        what: name of the value, used in errors.
     Raises:
-        RowError: not a string, or half of a surrogate pair in it.
+        RowError: it is not a string, or holds half of a surrogate pair.
     """
     if value is None:
         raise RowError(f"{what} is null; give it a text or remove the row")

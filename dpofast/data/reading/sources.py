@@ -1,4 +1,4 @@
-"""Finds the rows of whatever a user names: a file, a folder, a hub name, a Dataset, a list."""
+"""Reads the rows of whatever source a user gives: file, folder, hub name, Dataset or list."""
 
 from __future__ import annotations
 
@@ -12,23 +12,27 @@ import datasets
 from datasets.exceptions import DatasetsError
 
 from dpofast.data.reading.files import READERS, data_suffix, read_file
-from dpofast.data.reading.records import Record
+from dpofast.data.reading.records import BATCH_ROWS, Record, place_of_row
 from dpofast.data.reading.splits import same_split, split_in_name
-from dpofast.errors import DataError
+from dpofast.errors import DataError, one_line
 
-_BATCH_ROWS = 1000
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
-# Descriptions that stand beside data in folders.
+# JSON files that `datasets` writes next to the data.
 _NOT_DATA = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
 
 
 def read_records(
     source: Any, *, split: str, name: str | None, config_name: str | None
 ) -> Iterator[Record]:
-    """The rows of `source`, in order, each with its place.
+    """Yield the rows of a source in order.
 
+    Args:
+        source: path, hub name, datasets.Dataset or DatasetDict, or list of dicts.
+        split: split to read, if the source has splits.
+        name: name of a Dataset or list, used in errors; None for a general name.
+        config_name: configuration of a hub dataset.
     Raises:
-        DataError: there is no such source, or it can't be read.
+        DataError: the source doesn't exist or can't be read.
     """
     if isinstance(source, str | Path):
         return _from_name(str(source), split, config_name)
@@ -52,15 +56,15 @@ def read_records(
 def _from_list(rows: Sequence[Any], name: str) -> Iterator[Record]:
     for row, values in enumerate(rows):
         if not isinstance(values, Mapping):
-            where = Record(name, row, None, {}, ()).where
-            raise DataError(f"{where} is {type(values).__name__}, expected a dict of columns")
+            place = place_of_row(name, row)
+            raise DataError(f"{place} is {type(values).__name__}, expected a dict of columns")
         yield Record(name, row, None, values, tuple(values))
 
 
 def _from_dataset(dataset: datasets.Dataset, name: str) -> Iterator[Record]:
     columns = tuple(dataset.column_names)
     row = 0
-    for batch in dataset.with_format(None).iter(batch_size=_BATCH_ROWS):
+    for batch in dataset.with_format(None).iter(batch_size=BATCH_ROWS):
         for values in zip(*batch.values(), strict=True):
             yield Record(name, row, None, dict(zip(batch, values, strict=True)), columns)
             row += 1
@@ -103,10 +107,9 @@ def _from_hub(source: str, split: str, config_name: str | None) -> Iterator[Reco
     try:
         loaded = datasets.load_dataset(source, config_name, split=split)
     except (OSError, ValueError, RuntimeError, DatasetsError) as error:
-        reason = " ".join(str(error).split())
         raise DataError(
             f"{source} is no file here, and split {split!r} of a hub dataset of that name can't be "
-            f"loaded: {reason}"
+            f"loaded: {one_line(error)}"
         ) from None
     return _from_dataset(loaded, source)
 
@@ -128,11 +131,11 @@ def _from_folder(folder: Path, split: str) -> Iterator[Record]:
             f"the folder {folder} holds no data file; expected one of {', '.join(READERS)}"
         )
     for path in _files_of_split(files, folder, split):
-        yield from read_file(path, None)
+        yield from read_file(path, None)  # the file's name has decided the split
 
 
 def _from_saved(folder: Path, split: str) -> Iterator[Record]:
-    """A folder that `save_to_disk` wrote."""
+    """Read a folder that `Dataset.save_to_disk` or `DatasetDict.save_to_disk` wrote."""
     try:
         loaded = datasets.load_from_disk(str(folder))
     except (OSError, ValueError, KeyError, TypeError, DatasetsError) as error:
@@ -143,7 +146,7 @@ def _from_saved(folder: Path, split: str) -> Iterator[Record]:
 
 
 def _files_of_split(files: list[Path], folder: Path, split: str) -> list[Path]:
-    """Those whose names say `split`; all of them where no name says any and train is asked for."""
+    """The files whose names contain `split`; for "train", all files if no name contains a split."""
     splits = {path: split_in_name(path.relative_to(folder)) for path in files}
     named = sorted({found for found in splits.values() if found})
     if not named and split == "train":

@@ -1,4 +1,4 @@
-"""Which split a file holds, by its name."""
+"""Tells from a file's name which split it holds."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import PurePath
 
 from dpofast.errors import DataError
 
-# Words in the names of files and folders that say which split they hold.
+# Words in names of files and folders -> the split that they mean.
 _SPLIT_WORDS = {
     "train": "train",
     "training": "train",
@@ -21,7 +21,10 @@ _SPLIT_WORDS = {
 
 
 def split_in_name(path: PurePath) -> str | None:
-    """train, test or validation, where the file's name or a folder of `path` says so."""
+    """The split that a path names: train, test or validation; None if it names none.
+
+    The file's own name counts first, then its folder, then the folder above.
+    """
     for part in reversed(path.parts):
         for word in re.split(r"[^a-z]+", part.lower()):
             if word in _SPLIT_WORDS:
@@ -30,17 +33,18 @@ def split_in_name(path: PurePath) -> str | None:
 
 
 def same_split(found: str | None, wanted: str) -> bool:
-    """Whether `wanted`, as a user writes it, is the split `found`."""
+    """Whether `found`, from `split_in_name`, is the split that a user calls `wanted`."""
     return found is not None and found == _SPLIT_WORDS.get(wanted, wanted)
 
 
 def check_whole_file(path: PurePath, split: str | None) -> None:
-    """A file without splits is the training data, unless its name says otherwise.
+    """Refuse a split that a file without splits can't have.
 
-    Otherwise a test split of it would silently be the training pairs.
+    Such a file is the training data, unless its name contains another split. If any split could
+    be read from it, a run would silently evaluate on its training pairs.
 
     Raises:
-        DataError: another split is asked for.
+        DataError: the user asked for a split that is neither train nor in the file's name.
     """
     if split in (None, "train") or same_split(split_in_name(PurePath(path.name)), split):
         return

@@ -1,1 +1,1 @@
-"""Pairs in the normal form, turned into token ids."""
+"""From pairs in the normal form to token ids, cut to length, with a report."""

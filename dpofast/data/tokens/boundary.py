@@ -1,14 +1,14 @@
-"""Splits a tokenised pair where the prompt ends, with the same prompt ids in both answers.
+"""Splits a tokenised pair where the prompt ends; both answers get the same prompt ids.
 
-The rule, for the prompt's text p and an answer's text a:
+The rules, for the prompt's text p and an answer's text a:
 
-1. Where tokens(p) begin tokens(p + a), as is usual, the answer is what follows.
-2. Where the tokenizer merges the end of p with the beginning of a, the prompt keeps tokens(p), as
-   it stands when the model generates, and the answer is tokenised by itself. A tokenizer that
-   puts a blank before every text would change the answer so; then it is tokenised after a line
-   break, and where that changes it too, by rule 3.
-3. Where a chat template renders the prompt alone otherwise than before an answer, the prompt is
-   what all three token sequences have in common, and the answers are the rest.
+1. Usually tokens(p + a) begin with tokens(p). Then the answer is the rest.
+2. If the tokenizer merges the end of p with the beginning of a, the prompt keeps tokens(p), from
+   which the model generates, and the answer is tokenised by itself. Some tokenizers put a blank
+   before every text, which would change the answer. It is then tokenised after a line break
+   instead. If that changes it too, the pair is split as in rule 3.
+3. If a chat template renders the prompt alone differently than before an answer, the prompt is the
+   common prefix of all three token sequences, and the answers are the rest.
 """
 
 from __future__ import annotations
@@ -24,7 +24,13 @@ Ids = list[int]
 
 @dataclass(frozen=True, slots=True)
 class SplitPair:
-    """Token ids of a pair, and which rule was needed to split it."""
+    """Token ids of a pair, and the rule by which it was split.
+
+    Attributes:
+        prompt_ids, chosen_ids, rejected_ids: token ids.
+        merged: rule 2 was needed.
+        rerendered: rule 3 was needed.
+    """
 
     prompt_ids: Ids
     chosen_ids: Ids
@@ -32,72 +38,93 @@ class SplitPair:
     merged: bool = False
     rerendered: bool = False
 
+    @property
+    def ids(self) -> tuple[Ids, Ids, Ids]:
+        return self.prompt_ids, self.chosen_ids, self.rejected_ids
+
+    @property
+    def lengths(self) -> tuple[int, int, int]:
+        return len(self.prompt_ids), len(self.chosen_ids), len(self.rejected_ids)
+
 
 @dataclass(frozen=True, slots=True)
 class PairTexts:
-    """What is tokenised of a pair: the prompt, and the prompt followed by each answer."""
+    """The texts of a pair that are to be tokenised.
+
+    Attributes:
+        prompt: the prompt.
+        with_chosen, with_rejected: the prompt followed by each answer.
+        rendered: a chat template made the texts, with all special tokens; otherwise they are
+            plain, and the tokenizer's leading tokens (BOS) go before them unless already there.
+    """
 
     prompt: str
     with_chosen: str
     with_rejected: str
+    rendered: bool = False
 
 
 class BoundaryTokenizer:
-    """A tokenizer, and the special tokens that it puts before every text."""
+    """Tokenises pairs and splits them at the end of the prompt, with any tokenizer."""
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
         self.leading_ids = self._leading_ids()
 
     def encode(self, texts: list[str]) -> list[Ids]:
-        """Token ids of each text without added special tokens; those in the text are read."""
+        """Token ids of each text. No special tokens are added; those in the text are recognised."""
         encoded = self.tokenizer(
             texts, add_special_tokens=False, return_attention_mask=False, verbose=False
         )
         ids: list[Ids] = encoded["input_ids"]
         return ids
 
-    def split(self, pairs: Sequence[PairTexts], plain: bool) -> list[SplitPair]:
-        """Tokenise and split pairs.
-
-        Args:
-            plain: text rather than a rendered chat template, so that the tokenizer's own leading
-                tokens (BOS) go before it unless it begins with them.
-        """
-        texts = [text for p in pairs for text in (p.prompt, p.with_chosen, p.with_rejected)]
-        ids = self.encode(texts)
-        if plain:
-            ids = [self._with_leading(sequence) for sequence in ids]
+    def split(self, pairs: Sequence[PairTexts]) -> list[SplitPair]:
+        """Tokenise and split each pair."""
+        # One call for all texts: fast tokenizers work on a batch in parallel.
+        ids = self.encode(
+            [text for p in pairs for text in (p.prompt, p.with_chosen, p.with_rejected)]
+        )
         triples = zip(ids[0::3], ids[1::3], ids[2::3], strict=True)
-        return [self._split(p, *triple) for p, triple in zip(pairs, triples, strict=True)]
+        return [self._split(texts, *triple) for texts, triple in zip(pairs, triples, strict=True)]
 
-    def _split(self, texts: PairTexts, prompt: Ids, chosen: Ids, rejected: Ids) -> SplitPair:
+    def _split(self, texts: PairTexts, *triple: Ids) -> SplitPair:
+        if not texts.rendered:
+            triple = tuple(map(self._with_leading, triple))
+        prompt, chosen, rejected = triple
         size = len(prompt)
         if chosen[:size] == prompt == rejected[:size]:
             return SplitPair(prompt, chosen[size:], rejected[size:])
         wholes = (texts.with_chosen, texts.with_rejected)
         if not all(whole.startswith(texts.prompt) for whole in wholes):
-            return _split_common(prompt, chosen, rejected, rerendered=True)
+            return _split_at_common_prefix(prompt, chosen, rejected, rerendered=True)
         answers = [
             self._after(prompt, ids, whole[len(texts.prompt) :])
             for ids, whole in zip((chosen, rejected), wholes, strict=True)
         ]
         if answers[0] is None or answers[1] is None:
-            return _split_common(prompt, chosen, rejected, merged=True)
+            return _split_at_common_prefix(prompt, chosen, rejected, merged=True)
         return SplitPair(prompt, answers[0], answers[1], merged=True)
 
     def _after(self, prompt: Ids, whole: Ids, answer: str) -> Ids | None:
-        """The answer's ids after exactly `prompt`; None where no way keeps its text."""
+        """The answer's ids after exactly `prompt`, or None if no way keeps the text unchanged.
+
+        Args:
+            prompt: token ids of the prompt.
+            whole: token ids of prompt and answer.
+            answer: text of the answer.
+        """
         if whole[: len(prompt)] == prompt:
             return whole[len(prompt) :]
         text = self._decode(whole)
-        anchor, alone, anchored = self.encode(["\n", answer, "\n" + answer])
+        line_break, alone, after_break = self.encode(["\n", answer, "\n" + answer])
         if self._decode(prompt + alone) == text:
             return alone
-        rest = anchored[len(anchor) :]
-        if anchored[: len(anchor)] == anchor and self._decode(prompt + rest) == text:
+        rest = after_break[len(line_break) :]
+        if after_break[: len(line_break)] == line_break and self._decode(prompt + rest) == text:
             return rest
-        # Splitting in common needs a token to start from; without one, the words stay whole.
+        # The common prefix becomes the prompt, which must not be empty. If there is none, the
+        # answer's own tokens are the best that is left, though the decoded text differs.
         return alone if alone and not common_prefix_length(prompt, whole) else None
 
     def _decode(self, ids: Ids) -> str:
@@ -107,7 +134,10 @@ class BoundaryTokenizer:
         return text
 
     def _leading_ids(self) -> Ids:
-        """Found by a probe: tokenizers have no common way to ask for them."""
+        """Special tokens that the tokenizer puts before every text, found by a probe.
+
+        Tokenizers have no common attribute that names them.
+        """
         probe = "a"
         bare = self.encode([probe])[0]
         full: Ids = self.tokenizer(probe, verbose=False)["input_ids"]
@@ -121,8 +151,8 @@ class BoundaryTokenizer:
         return ids if ids[: len(leading)] == leading else leading + ids
 
 
-def _split_common(
-    prompt: Ids, chosen: Ids, rejected: Ids, merged: bool = False, rerendered: bool = False
+def _split_at_common_prefix(
+    prompt: Ids, chosen: Ids, rejected: Ids, *, merged: bool = False, rerendered: bool = False
 ) -> SplitPair:
     size = min(common_prefix_length(prompt, chosen), common_prefix_length(prompt, rejected))
     return SplitPair(prompt[:size], chosen[size:], rejected[size:], merged, rerendered)

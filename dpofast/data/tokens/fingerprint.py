@@ -13,14 +13,15 @@ _BATCH_ROWS = 10_000
 
 
 def data_fingerprint(dataset: datasets.Dataset) -> str:
-    """Hash of prompt_ids, chosen_ids and rejected_ids of all pairs, their order included.
+    """Hash the token ids of all pairs and their order.
 
-    The same on every machine, and however the dataset is chunked or stored: xxh3_128 over the
-    lengths and ids of each column as little-endian int64.
+    The hash is the same on every machine and doesn't depend on how the dataset is chunked or
+    stored. It is xxh3_128 over the lengths and the ids of each column, as little-endian int64.
 
     Returns:
         32 hexadecimal digits.
     """
+    # Lengths are hashed apart from ids, so [1, 2], [3] and [1], [2, 3] differ.
     hashers = {name: (xxhash.xxh3_128(), xxhash.xxh3_128()) for name in ID_COLUMNS}
     view = dataset.select_columns(list(ID_COLUMNS)).with_format("arrow")
     for table in view.iter(batch_size=_BATCH_ROWS):

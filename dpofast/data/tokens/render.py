@@ -1,4 +1,4 @@
-"""The texts of a pair: chat templates applied, EOS put after plain text."""
+"""Turns a pair into the texts to tokenise: applies the chat template, or adds EOS to plain text."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ from jinja2 import TemplateError
 from dpofast.data.reading.messages import to_template
 from dpofast.data.reading.row_error import RowError
 from dpofast.data.tokens.boundary import PairTexts
+from dpofast.errors import one_line
 
-# What a template's own code raises on messages that it wasn't written for.
+# Jinja runs the template's own expressions, so a template raises almost anything on messages that
+# it wasn't written for.
 _TEMPLATE_ERRORS = (
     TemplateError,
     ArithmeticError,
@@ -24,17 +26,17 @@ _TEMPLATE_ERRORS = (
 )
 
 
-def render_pair_texts(row: Mapping[str, Any], tokenizer: Any) -> tuple[PairTexts, bool]:
-    """The texts to tokenise, and whether they are plain text rather than a rendered template.
+def render_pair_texts(row: Mapping[str, Any], tokenizer: Any) -> PairTexts:
+    """The texts of one row of the normal form that are to be tokenised.
 
     Raises:
-        RowError: the tokenizer lacks a chat template or an EOS token that the row needs, or its
-            template refuses the row.
+        RowError: the row needs a chat template or an EOS token that the tokenizer doesn't have, or
+            the template refuses the row.
     """
     if isinstance(row["prompt"], str):
-        return _plain(row["prompt"], row["chosen"], row["rejected"], tokenizer), True
+        return _plain(row["prompt"], row["chosen"], row["rejected"], tokenizer)
     if tokenizer.chat_template:
-        return _templated(row, tokenizer), False
+        return _templated(row, tokenizer)
     if row.get("plain_prompt") is None:
         raise RowError(
             "the data are messages, but the tokenizer has no chat template; give it one "
@@ -42,7 +44,7 @@ def render_pair_texts(row: Mapping[str, Any], tokenizer: Any) -> tuple[PairTexts
             "as text"
         )
     answers = (row["chosen"][0]["content"], row["rejected"][0]["content"])
-    return _plain(row["plain_prompt"], *answers, tokenizer), True
+    return _plain(row["plain_prompt"], *answers, tokenizer)
 
 
 def _plain(prompt: str, chosen: str, rejected: str, tokenizer: Any) -> PairTexts:
@@ -52,12 +54,12 @@ def _plain(prompt: str, chosen: str, rejected: str, tokenizer: Any) -> PairTexts
             "the tokenizer has no EOS token, so nothing would teach where an answer ends; set "
             "tokenizer.eos_token"
         )
-    # A text that was rendered before may have a line break after its own EOS.
-    wholes = [
+    # A text that a chat template made elsewhere can have a line break after its EOS.
+    with_chosen, with_rejected = (
         prompt + answer + ("" if answer.rstrip().endswith(eos) else eos)
         for answer in (chosen, rejected)
-    ]
-    return PairTexts(prompt, *wholes)
+    )
+    return PairTexts(prompt, with_chosen, with_rejected)
 
 
 def _templated(row: Mapping[str, Any], tokenizer: Any) -> PairTexts:
@@ -76,10 +78,10 @@ def _templated(row: Mapping[str, Any], tokenizer: Any) -> PairTexts:
             render(prompt, add_generation_prompt=True),
             render(prompt + chosen),
             render(prompt + rejected),
+            rendered=True,
         )
     except _TEMPLATE_ERRORS as error:
-        reason = " ".join(str(error).split())
         raise RowError(
-            f"the tokenizer's chat template can't render the messages: {reason}; mend the "
+            f"the tokenizer's chat template can't render the messages: {one_line(error)}; mend the "
             "messages or give another template"
         ) from None

@@ -1,4 +1,4 @@
-"""What became of the pairs of a dataset on their way to tokens."""
+"""The report of a dataset's preparation, as text and as JSON."""
 
 from __future__ import annotations
 
@@ -9,24 +9,27 @@ from typing import Any
 import numpy as np
 
 PERCENTILES = (50, 90, 99)
-_SHOWN_ROWS = 10
-
-IDENTICAL = "identical answers"
-NO_ROOM = "no room for an answer"
-IDENTICAL_CUT = "identical answers after the cut"
-REASONS = (IDENTICAL, NO_ROOM, IDENTICAL_CUT)
+_SHOWN_ROWS = 10  # rows that the text names for each reason; the JSON names all
 
 
 @dataclass(frozen=True)
 class Lengths:
-    """Distribution of lengths in tokens, before anything is cut."""
+    """Distribution of lengths in tokens before the cut.
+
+    Attributes:
+        longest: the greatest length.
+        percentiles: percentile, one of PERCENTILES -> length.
+    """
 
     longest: int
     percentiles: Mapping[int, int]
 
     @classmethod
     def of(cls, lengths: np.ndarray) -> Lengths:
-        """Of at least one length [n]; a percentile is one of the lengths, never between two."""
+        """Distribution of `lengths` [n], n >= 1.
+
+        Each percentile is a length that occurs, not an interpolation between two.
+        """
         values = np.percentile(lengths, PERCENTILES, method="higher")
         percentiles = {p: int(v) for p, v in zip(PERCENTILES, values, strict=True)}
         return cls(int(lengths.max()), percentiles)
@@ -34,22 +37,22 @@ class Lengths:
 
 @dataclass(frozen=True)
 class PreparationReport:
-    """Counts of one dataset's preparation. Rows are counted from 0, as in the source.
+    """Counts from the preparation of one dataset. Rows are counted from 0, as in the source.
 
     Attributes:
-        name: the dataset's name, such as "train".
+        name: dataset name, such as "train".
         pairs_read: pairs in the source.
         pairs_kept: pairs that can be trained on.
-        left_out: reason -> rows of the pairs left out for it; only reasons that occurred.
-        answers_cut: answers of kept pairs that were cut on their right.
-        prompts_cut: prompts of kept pairs that were cut on their left.
-        tokens_cut: tokens that these cuts took away, a prompt's counted once.
+        left_out: reason -> rows left out for it; holds only reasons that occurred.
+        answers_cut: answers in kept pairs that were cut on their right.
+        prompts_cut: prompts in kept pairs that were cut on their left.
+        tokens_cut: tokens removed by these cuts; a prompt counts once, not per answer.
         boundary_merges: pairs in which the tokenizer would merge prompt and answer.
-        rerendered_prompts: pairs whose chat template renders the prompt alone otherwise.
-        max_length: the limit, None where there is none.
+        rerendered_prompts: pairs whose chat template renders the prompt differently alone.
+        max_length: most tokens in a prompt and one answer; None for no limit.
         truncation_mode: keep_start or keep_end.
-        prompt_lengths, answer_lengths, sequence_lengths: over all pairs read, before the cut;
-            a sequence is a prompt and one answer.
+        prompt_lengths, answer_lengths, sequence_lengths: lengths in all pairs read, before the
+            cut; a sequence is a prompt and one answer.
     """
 
     name: str
@@ -68,7 +71,7 @@ class PreparationReport:
     sequence_lengths: Lengths
 
     def lines(self) -> list[str]:
-        """The report for people; what did not occur is not mentioned."""
+        """The report as text; leaves out what did not occur."""
         lines = [f"{self.name}: {_count(self.pairs_read, 'pair')} read, {self.pairs_kept} kept"]
         for reason, rows in self.left_out.items():
             places = ", ".join(map(str, rows[:_SHOWN_ROWS]))
@@ -99,7 +102,7 @@ class PreparationReport:
         return lines
 
     def as_dict(self) -> dict[str, Any]:
-        """The report as plain JSON values."""
+        """The report as values that JSON can hold."""
         plain = {key: value for key, value in vars(self).items() if not key.endswith("_lengths")}
         plain["left_out"] = {reason: list(rows) for reason, rows in self.left_out.items()}
         for what in ("prompt", "answer", "sequence"):

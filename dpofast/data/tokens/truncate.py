@@ -1,4 +1,4 @@
-"""Cuts a pair to `max_length` tokens of prompt and answer together, the prompt once for both."""
+"""Cuts pairs to `max_length` tokens of prompt and answer; both answers keep the same prompt."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ TRUNCATION_MODES = ("keep_start", "keep_end")
 
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """How many tokens a pair loses; `fits` is False where no answer token would be left.
+    """The number of tokens that a pair loses.
 
     Attributes:
-        prompt: tokens cut from the prompt's left.
-        chosen: tokens cut from the chosen answer's right.
-        rejected: tokens cut from the rejected answer's right.
-        fits: False where the prompt leaves no room for a token of each answer.
+        prompt: tokens cut from the prompt, on its left.
+        chosen: tokens cut from the chosen answer, on its right.
+        rejected: tokens cut from the rejected answer, on its right.
+        fits: False if the prompt leaves no room for a token of each answer; the rest is 0 then.
     """
 
     prompt: int = 0
@@ -25,17 +25,26 @@ class Cut:
     rejected: int = 0
     fits: bool = True
 
+    def apply(
+        self, prompt: list[int], chosen: list[int], rejected: list[int]
+    ) -> tuple[list[int], list[int], list[int]]:
+        """The pair's token ids after the cut."""
+        return (
+            prompt[self.prompt :],
+            chosen[: len(chosen) - self.chosen],
+            rejected[: len(rejected) - self.rejected],
+        )
+
 
 def check_truncation(max_length: int | None, truncation_mode: str) -> None:
-    """Refuse a length that holds no pair, and an unknown mode.
+    """Check the two options.
 
     Raises:
-        ConfigError: names the option.
+        ConfigError: the mode is unknown, or no pair can fit the length; names the option.
     """
     if truncation_mode not in TRUNCATION_MODES:
-        raise ConfigError(
-            f"truncation_mode is {truncation_mode!r}, expected 'keep_start' or 'keep_end'"
-        )
+        expected = " or ".join(map(repr, TRUNCATION_MODES))
+        raise ConfigError(f"truncation_mode is {truncation_mode!r}, expected {expected}")
     if max_length is None:
         return
     if isinstance(max_length, bool) or not isinstance(max_length, int) or max_length < 2:
@@ -48,10 +57,15 @@ def check_truncation(max_length: int | None, truncation_mode: str) -> None:
 def plan_cut(
     prompt: int, chosen: int, rejected: int, max_length: int | None, truncation_mode: str
 ) -> Cut:
-    """What to cut from a pair of these lengths in tokens (each at least 1).
+    """Decide what to cut from a pair.
 
-    keep_start leaves the prompt whole and cuts answers on the right. keep_end first cuts the
-    prompt on its left by what the longer answer needs, down to one token, then the answers.
+    keep_start leaves the prompt whole and cuts answers on the right. keep_end cuts the prompt on
+    its left first, by as much as the longer answer needs, down to one token. Then it cuts answers.
+
+    Args:
+        prompt, chosen, rejected: tokens in each part, at least 1.
+        max_length: most tokens in a prompt and one answer; None for no limit.
+        truncation_mode: keep_start or keep_end.
     """
     if max_length is None:
         return Cut()

@@ -1,35 +1,21 @@
+"""Copies of a micro-batch on another device."""
+
 from __future__ import annotations
 
 import torch
 
-from dpofast.data.packing.batch import collate_padded
+from dpofast.data.packing.packed_row import collate_packed
+from dpofast.data.packing.padded_rows import collate_padded
 
-SEQUENCES = [([5, 6, 7], [8, 9]), ([5, 6, 7], [8]), ([1], [2, 3, 4, 5]), ([1], [9])]
-
-
-def test_rows_point_at_the_position_before_each_label():
-    batch = collate_padded(SEQUENCES, [0.0, 1.0, 2.0, 3.0], pad_token_id=0)
-    assert batch.input_ids.tolist()[1] == [5, 6, 7, 8, 0]
-    flat = batch.input_ids.flatten()
-    # the label stands right behind the row that predicts it
-    assert torch.equal(flat[batch.scored_positions + 1], batch.labels)
-    assert batch.labels.tolist() == [8, 9, 8, 2, 3, 4, 5, 9]
-    assert batch.bounds.tolist() == [0, 2, 3, 7, 8]
-    assert batch.num_pairs == 2
-    assert batch.num_tokens == 5 + 4 + 5 + 2
-    assert batch.ref_logps.dtype == torch.float64
-
-
-def test_no_sequences_give_a_row_with_nothing_scored():
-    batch = collate_padded([], [])
-    assert batch.input_ids.shape == (1, 1)
-    assert batch.scored_positions.numel() == batch.labels.numel() == 0
-    assert batch.bounds.tolist() == [0]
-    assert batch.num_pairs == batch.num_tokens == 0
-    assert batch.scored_positions.dtype == batch.labels.dtype == torch.int64
+SEQUENCES = [([5, 6, 7], [8, 9]), ([5, 6, 7], [8])]
 
 
 def test_moving_keeps_the_bounds_on_the_cpu():
-    batch = collate_padded(SEQUENCES, [0.0] * 4).to("meta")
+    batch = collate_padded(SEQUENCES, [0.0] * 2).to("meta")
     assert batch.input_ids.device.type == batch.ref_logps.device.type == "meta"
     assert batch.bounds.device.type == "cpu"
+
+
+def test_a_copy_keeps_the_layout():
+    batch = collate_packed([([1, 2], [3]), ([1, 2], [4])]).to("cpu")
+    assert torch.equal(batch.shared_layout.position_ids, batch.position_ids[0])

@@ -1,9 +1,17 @@
+"""Plans: the same pairs in each step on any number of ranks, in even rows."""
+
 from __future__ import annotations
 
 import pytest
 import torch
 
+from benchmarks.data import find_data, race_tokenizer
+from dpofast.data import load_preferences, tokenize_preferences
+from dpofast.data.packing.collate import Layout
 from dpofast.data.packing.plan import BatchShape, StepSampler, TokenLimit, split_step
+from dpofast.data.packing.step_dataset import token_limit
+
+REAL_PAIRS_PER_STEP, REAL_MAX_TOKENS = 32, 8_192
 
 
 @pytest.mark.parametrize("num_pairs", [1, 2, 3, 7, 8, 9, 16])
@@ -43,13 +51,13 @@ def test_drop_last_leaves_the_partial_step_out():
     assert len(list(StepSampler(10, shape, 0, seed=0))) == 3
 
 
-def test_without_a_seed_the_order_is_the_datasets():
+def test_without_a_seed_the_order_is_that_of_the_dataset():
     steps = list(StepSampler(5, BatchShape(2, 1, 1), 0, seed=None))
     assert [list(step.micro_batches) for step in steps] == [[[0, 1]], [[2, 3]], [[4]]]
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_packed_steps_have_the_same_pairs_as_others(world_size):
+def test_packed_steps_have_the_same_pairs_as_padded_ones(world_size):
     shape = BatchShape(2, 2, world_size)
     lengths = [5 + 7 * index % 31 for index in range(21)]
     limit = TokenLimit(lengths, 40, 2 * sum(lengths))
@@ -66,10 +74,51 @@ def test_packed_steps_have_the_same_pairs_as_others(world_size):
         assert all(sum(lengths[pair] for pair in row) <= 40 or len(row) == 1 for row in rows)
 
 
-def test_a_packed_plan_in_words():
+def test_the_sentence_about_a_packed_plan():
     limit = TokenLimit([10, 20, 30, 50], 40, 200)
     sampler = StepSampler(4, BatchShape(4, 1, 1), 0, seed=None, limit=limit)
-    words = sampler.describe(sampler.figures())
-    assert words.startswith("3 rows in 1 steps, filled to 92% of 40 tokens; 1 pairs are longer")
-    assert "45.0% fewer tokens" in words
+    sentence = sampler.describe(sampler.figures())
+    assert sentence.startswith("3 rows in 1 steps, filled to 92% of 40 tokens; 1 pairs are longer")
+    assert "45.0% fewer tokens" in sentence
     assert StepSampler(4, BatchShape(4, 1, 1), 0, seed=None).figures() is None
+
+
+@pytest.fixture(scope="module")
+def real_limit():
+    path = find_data("dpo_en_demo")[0]
+    pairs, _ = tokenize_preferences(load_preferences(path), race_tokenizer(path), max_length=None)
+    return token_limit(pairs, Layout("shared"), REAL_MAX_TOKENS)
+
+
+def real_epoch(limit, ranks, seed):
+    """The pairs in each row of all ranks, for each step."""
+    num_pairs, shape = len(limit.lengths), BatchShape(REAL_PAIRS_PER_STEP // ranks, 1, ranks)
+    samplers = [StepSampler(num_pairs, shape, rank, seed, limit=limit) for rank in range(ranks)]
+    return [
+        [row for part in step for row in part.micro_batches] for step in zip(*samplers, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_rows_of_a_real_step_are_even(real_limit, ranks):
+    """With the default seed; the last step has only twelve pairs."""
+    steps = real_epoch(real_limit, ranks, seed=42)
+    assert [sum(map(len, rows)) for rows in steps] == [32] * 9 + [12]
+    imbalances = []
+    for rows in steps:
+        tokens = [sum(real_limit.lengths[pair] for pair in row) for row in rows]
+        assert max(tokens) <= REAL_MAX_TOKENS
+        imbalances.append(max(tokens) * len(tokens) / sum(tokens))
+    print(f"{ranks} ranks: mean {sum(imbalances) / len(imbalances):.4f}, max {max(imbalances):.4f}")
+    assert sum(imbalances) / len(imbalances) <= 1.02
+    assert max(imbalances) <= 1.06
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize("seed", range(46, 54))
+def test_an_uneven_row_is_a_pair_that_no_plan_could_split(real_limit, ranks, seed):
+    """The longest pair has 4,400 tokens, and the mean row of four ranks can have fewer."""
+    for rows in real_epoch(real_limit, ranks, seed):
+        tokens = [sum(real_limit.lengths[pair] for pair in row) for row in rows]
+        if max(tokens) * len(tokens) > 1.06 * sum(tokens):
+            assert len(rows[tokens.index(max(tokens))]) == 1

@@ -1,4 +1,4 @@
-"""Every way of writing a pair becomes the one normal form, or a sentence that names the row."""
+"""Every format becomes the normal form, or an error that names the row."""
 
 from __future__ import annotations
 

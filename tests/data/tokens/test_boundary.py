@@ -1,4 +1,4 @@
-"""The prompt's ids are the same in both answers, and no token stands on the boundary."""
+"""Both answers have the same prompt ids, and no token crosses the boundary."""
 
 from __future__ import annotations
 
@@ -251,13 +251,13 @@ def test_ids_of_another_tokenizer_are_named():
 
 
 def test_every_split_of_a_text_keeps_prompt_and_text():
-    """Merges of two to four letters at every place where a boundary can fall."""
+    """The boundary falls at every place in a text, with merges of two to four letters around it."""
     tokenizer = byte_bpe((("a", "b"), ("ab", "a"), ("b", "b"), ("aba", "bb")))
     boundary = BoundaryTokenizer(tokenizer)
     text = "abbababbaabb"
     for place in range(1, len(text)):
         prompt, answer = text[:place], text[place:]
-        (pair,) = boundary.split([PairTexts(prompt, text, prompt + "b")], plain=True)
+        (pair,) = boundary.split([PairTexts(prompt, text, prompt + "b")])
         assert pair.prompt_ids == ids_of(tokenizer, prompt)
         assert tokenizer.decode(pair.chosen_ids) == answer
         assert tokenizer.decode(pair.rejected_ids) == "b"

@@ -1,27 +1,15 @@
-"""From the normal form to token ids: what is kept, cut, left out and reported."""
+"""From the normal form to token ids: what is kept, cut and left out."""
 
 from __future__ import annotations
-
-import json
-import random
 
 import datasets
 import pytest
 
-from dpofast.data import data_fingerprint, load_preferences, tokenize_preferences
+from dpofast.data import load_preferences, tokenize_preferences
 from dpofast.data.tokens.tokenize import prepare_row
 from dpofast.data.tokens.truncate import Cut
 from dpofast.errors import ConfigError, DataError
-from tests.data.builders import byte_bpe
-
-
-def ids_row(prompt, chosen, rejected):
-    """A pair of these lengths whose answers differ from their first token on."""
-    return {
-        "prompt_ids": list(range(10, 10 + prompt)),
-        "chosen_ids": list(range(50, 50 + chosen)),
-        "rejected_ids": list(range(90, 90 + rejected)),
-    }
+from tests.data.builders import byte_bpe, ids_row, random_rows
 
 
 def tokenise(rows, max_length=None, **options):
@@ -109,11 +97,6 @@ def test_a_wrong_number_of_processes_is_refused(num_proc):
         tokenise([ids_row(1, 1, 1)], num_proc=num_proc)
 
 
-def random_rows(count):
-    rng = random.Random(3)
-    return [ids_row(*(rng.randint(1, 30) for _ in range(3))) for _ in range(count)]
-
-
 def test_processes_change_nothing():
     alone, report = tokenise(random_rows(40), max_length=32)
     shared, shared_report = tokenise(random_rows(40), max_length=32, num_proc=2)
@@ -127,54 +110,6 @@ def test_an_error_in_a_process_names_its_row():
     rows[3] = {**rows[3], "chosen": "</s>"}
     with pytest.raises(DataError, match=r"train, row 3 .*chosen tokenises to nothing"):
         tokenise(rows, tokenizer=byte_bpe(), num_proc=2)
-
-
-def test_the_fingerprint_knows_content_and_order():
-    rows = random_rows(30)
-    pairs, _ = tokenise(rows)
-    fingerprint = data_fingerprint(pairs)
-    assert fingerprint == data_fingerprint(tokenise(rows)[0])
-    assert fingerprint == data_fingerprint(datasets.Dataset.from_list(rows)), "int64, no rows"
-    halves = [pairs.select(range(11)), pairs.select(range(11, len(pairs)))]
-    assert fingerprint == data_fingerprint(datasets.concatenate_datasets(halves))
-    order = list(range(len(pairs)))
-    order[:2] = [1, 0]
-    assert fingerprint != data_fingerprint(pairs.select(order))
-    moved = [dict(row) for row in rows]
-    moved[4] = {**moved[4], "prompt_ids": [*moved[4]["prompt_ids"], 1]}
-    assert fingerprint != data_fingerprint(tokenise(moved)[0])
-
-
-def test_a_token_that_moves_over_a_border_changes_the_fingerprint():
-    def of(first, second):
-        rows = [{"prompt_ids": p, "chosen_ids": [8], "rejected_ids": [9]} for p in (first, second)]
-        return data_fingerprint(datasets.Dataset.from_list(rows))
-
-    assert of([1, 2], [3]) != of([1], [2, 3])
-
-
-def test_the_report_for_people_and_for_files():
-    rows = [ids_row(4, 9, 2), ids_row(10, 1, 1), ids_row(2, 3, 3)]
-    _, report = tokenise(rows, max_length=10, name="eval")
-    assert report.lines() == [
-        "eval: 3 pairs read, 2 kept",
-        "  left out, no room for an answer: 1 (rows from 0: 1)",
-        "  cut to max_length 10 (keep_start): 0 prompts and 1 answer, 3 tokens in all",
-        "  prompt tokens: p50 4, p90 10, p99 10, longest 10",
-        "  answer tokens: p50 3, p90 9, p99 9, longest 9",
-        "  sequence tokens: p50 11, p90 13, p99 13, longest 13",
-    ]
-    plain = report.as_dict()
-    assert json.loads(json.dumps(plain)) == plain
-    assert plain["left_out"] == {"no room for an answer": [1]}
-    assert plain["sequence_lengths"] == {"longest": 13, "p50": 11, "p90": 13, "p99": 13}
-
-
-def test_many_rows_are_shortened_for_people():
-    rows = [ids_row(10, 1, 1)] * 30 + [ids_row(1, 1, 1)]
-    _, report = tokenise(rows, max_length=10)
-    assert report.lines()[1].endswith("(rows from 0: 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, ... (20 more))")
-    assert len(report.as_dict()["left_out"]["no room for an answer"]) == 30
 
 
 def test_one_row_is_prepared_without_its_cut():

@@ -1,4 +1,4 @@
-"""Cuts by hand-checked cases, and what is always true of them."""
+"""Cuts in cases checked by hand, and the rules that every cut keeps."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ lengths = st.integers(1, 40)
 
 
 @given(lengths, lengths, lengths, st.integers(2, 50), st.sampled_from(["keep_start", "keep_end"]))
-def test_what_is_kept_fits_and_nothing_is_cut_in_vain(prompt, chosen, rejected, limit, mode):
+def test_the_rest_fits_and_nothing_is_cut_needlessly(prompt, chosen, rejected, limit, mode):
     cut = plan_cut(prompt, chosen, rejected, limit, mode)
     if not cut.fits:
         assert mode == "keep_start"

@@ -1,4 +1,4 @@
-"""Packed rows: every token stands where its sequence says, common beginnings once."""
+"""Packed rows: each token sees its own sequence up to itself, and shared prefixes appear once."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dpofast.data.packing.packed import collate_packed, packed_tokens
+from dpofast.data.packing.packed_row import collate_packed, packed_tokens
 from dpofast_kernels.attention import attends
 
 ids = st.lists(st.integers(3, 5), min_size=1, max_size=6)
@@ -19,7 +19,7 @@ def sequences_of(some_pairs):
 
 @given(pairs, st.booleans(), st.booleans())
 def test_each_label_is_predicted_from_its_own_sequence(some_pairs, share, by_prompt):
-    """The tokens that a scored position looks at are its sequence up to there, in order."""
+    """A scored position attends to its own sequence up to there, in order."""
     sequences = sequences_of(some_pairs)
     batch = collate_packed(sequences, share=share, by_prompt=by_prompt)
     row, positions = batch.input_ids[0], batch.position_ids[0]
@@ -33,10 +33,8 @@ def test_each_label_is_predicted_from_its_own_sequence(some_pairs, share, by_pro
             seen = looks_at[place].nonzero()[:, 0]
             assert row[seen].tolist() == expected
             assert positions[seen].tolist() == list(range(len(expected)))
-        reaches = looks_at[
-            batch.scored_positions[end - 1]
-        ]  # all that the sequence but its last token is
-        uses[reaches] += 1
+        # The last scored position attends to the whole sequence but its last token.
+        uses[looks_at[batch.scored_positions[end - 1]]] += 1
     ends = [len(prompt) + len(answer) for prompt, answer in sequences]
     assert batch.uses.sum() == sum(ends)
     assert (batch.uses[0] >= uses).all()
@@ -81,8 +79,3 @@ def test_no_sequences_give_a_row_with_nothing_scored():
     assert batch.scored_positions.shape == batch.labels.shape == (0,)
     assert batch.bounds.tolist() == [0]
     assert batch.num_pairs == batch.num_tokens == 0
-
-
-def test_a_copy_keeps_the_layout():
-    batch = collate_packed([([1, 2], [3]), ([1, 2], [4])]).to("cpu")
-    assert torch.equal(batch.shared_layout.position_ids, batch.position_ids[0])

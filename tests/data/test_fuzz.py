@@ -1,4 +1,4 @@
-"""Whatever stands in a file: it becomes pairs with an exact boundary, or one DataError."""
+"""Any content becomes pairs with an exact boundary, or one DataError."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ rows = st.one_of(*(st.fixed_dictionaries(shape) for shape in SHAPES))
 
 
 def check(source):
-    """Read, tokenise with each tokenizer and check the boundary, or get a DataError."""
+    """Read and tokenise with each tokenizer; accept a DataError, else check the boundary."""
     try:
         pairs = load_preferences(source)
     except DataError:
@@ -88,7 +88,7 @@ def check_boundary(pair, row, tokenizer):
     assert pair["prompt_ids"][: len(bos)] == bos
     for column in ("chosen", "rejected"):
         text = tokenizer.decode(pair[f"{column}_ids"]).rstrip().removesuffix("</s>")
-        # After an empty prompt, a BOS that the answer brings along is the only one.
+        # With an empty prompt, a BOS that begins the answer becomes the prompt.
         written = row[column] if row["prompt"] or not bos else row[column].removeprefix("<s>")
         assert text.rstrip() == written.rstrip().removesuffix("</s>").rstrip()
 

@@ -1,4 +1,4 @@
-"""Facts of the real preference files; skipped where they aren't."""
+"""Facts about the real preference files; skipped if they are not on this machine."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_the_benchmarks_know_the_lengths_of_the_short_pairs(tokenised):
     known = json.loads(LENGTHS.read_text(encoding="utf-8"))[name]
     assert len(known) == len(pairs)
     if name != "instruction_preference":
-        return  # known are those of the texts, without a chat template
+        return  # the benchmarks know the lengths of these as text, without a chat template
     for lengths, pair in zip(known, pairs, strict=True):
         chosen, rejected = pair["chosen_ids"], pair["rejected_ids"]
         common = common_prefix_length(chosen, rejected)

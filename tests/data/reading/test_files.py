@@ -1,0 +1,137 @@
+"""The same pairs from every format of file, and errors that name the file and the line."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from dpofast.data import load_preferences
+from dpofast.errors import DataError
+from tests.data.builders import assistant, user, write_rows
+
+ROWS = [
+    {"prompt": "2+2=", "chosen": "4", "rejected": "five, or\nsix"},
+    {"prompt": "The sky", "chosen": "42", "rejected": "true"},
+]
+EXPECTED = [{"row": index, **row} for index, row in enumerate(ROWS)]
+MESSAGE_ROWS = [
+    {"prompt": [user("a")], "chosen": [assistant("b")], "rejected": [assistant("c")]},
+    {"prompt": [user("d")], "chosen": [assistant("e")], "rejected": [assistant("f")]},
+]
+
+
+def write(path, rows=ROWS):
+    return write_rows(path, rows)
+
+
+ENDINGS = ("json", "jsonl", "ndjson", "lines.json", "jsonl.gz", "parquet", "arrow", "stream.arrow")
+
+
+@pytest.mark.parametrize("ending", [*ENDINGS, "csv"])
+def test_files_of_text(tmp_path, ending):
+    path = write(tmp_path / f"pairs.{ending}")
+    assert load_preferences(path).to_list() == EXPECTED
+    assert load_preferences(str(path)).to_list() == EXPECTED
+    assert [p.name for p in tmp_path.iterdir()] == [path.name], "no cache beside the data"
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_files_of_messages(tmp_path, ending):
+    path = write(tmp_path / f"pairs.{ending}", MESSAGE_ROWS)
+    assert load_preferences(path).remove_columns("row").to_list() == MESSAGE_ROWS
+
+
+@pytest.mark.parametrize("key", ["train", "data"])
+def test_an_object_that_holds_the_rows(tmp_path, key):
+    path = tmp_path / "pairs.json"
+    path.write_text(json.dumps({key: ROWS, "test": ROWS[:1]}))
+    assert len(load_preferences(path)) == 2
+    assert len(load_preferences(path, split="test")) == 1
+
+
+def test_a_single_file_has_no_test_split_but_by_its_name(tmp_path):
+    for ending in ("json", "jsonl", "parquet"):
+        path = write(tmp_path / f"pairs.{ending}")
+        with pytest.raises(DataError, match=r"pairs\.\w+ is one file without a split 'test'"):
+            load_preferences(path, split="test")
+        named = write(tmp_path / f"eval-v2.{ending}")
+        assert len(load_preferences(named, split="test")) == 2
+        assert len(load_preferences(named)) == 2
+    path = tmp_path / "splits.json"
+    path.write_text(json.dumps({"train": ROWS}))
+    with pytest.raises(DataError, match=r"without a list 'test' \(found: train\)"):
+        load_preferences(path, split="test")
+
+
+def test_one_pretty_printed_object_is_one_row(tmp_path):
+    path = tmp_path / "pair.json"
+    path.write_text(json.dumps(ROWS[0], indent=2))
+    assert load_preferences(path).to_list() == EXPECTED[:1]
+
+
+def test_a_large_file_keeps_its_order(tmp_path):
+    rows = [{"prompt": f"{i}", "chosen": f"{i} a", "rejected": f"{i} b"} for i in range(2_500)]
+    loaded = load_preferences(write(tmp_path / "pairs.jsonl", rows))
+    assert loaded["row"][:] == list(range(2_500))
+    assert loaded[2_499]["chosen"] == "2499 a"
+
+
+BROKEN = {
+    "line of json lines": ("a.jsonl", json.dumps(ROWS[0]) + "\n\n{oops}\n", "a.jsonl, line 3 is "),
+    "line of an array": ("a.json", '[\n{"prompt": "a"},\n{"chosen" "b"}]', "a.json, line 3 is "),
+    "end of an array": ("a.json", "[\n{}", "a.json, line 2 is broken JSON"),
+    "first line": ("a.json", '{"a": }\n{"a": 1}\n', "a.json, line 1 is broken JSON"),
+    "empty file": ("a.json", "", "a.json, line 1 is broken JSON"),
+    "no objects": ("a.json", "[1]", "a.json, row 0 (counted from 0) is int"),
+    "line without object": ("a.jsonl", "[]\n", "a.jsonl, line 1 is list"),
+    "number": ("a.json", "7", "a.json holds int"),
+    "too deep": ("a.json", "[" * 100_000, "a.json is JSON that can't be read"),
+    "huge number": ("a.json", f'[{{"a": {"9" * 5_000}}}]', "a.json is JSON that can't be read"),
+    "object of lists": ("a.json", '{"valid": []}', "without a list 'train' (found: valid)"),
+    "no rows": ("a.json", "[]", "a.json holds no rows"),
+    "no lines": ("a.jsonl", "\n", "a.jsonl holds no rows"),
+    "not parquet": ("a.parquet", "oops", "a.parquet can't be read as parquet"),
+    "not arrow": ("a.arrow", "oops", "a.arrow can't be read as arrow"),
+    "not gzip": ("a.jsonl.gz", "oops", "a.jsonl.gz can't be read"),
+    "torn csv": ("a.csv", "prompt,chosen,rejected\na,b\n", "a.csv can't be read as csv"),
+    "empty csv": ("a.csv", "", "a.csv can't be read as csv"),
+    "csv without column": ("a.csv", "prompt,chosen\na,b\n", "no column 'rejected'"),
+    "csv, empty answer": (
+        "a.csv",
+        "prompt,chosen,rejected\na,,c\n",
+        "row 0 (counted from 0): chos",
+    ),
+    "other ending": ("a.txt", "oops", "a.txt has an ending that can't be read"),
+}
+
+
+@pytest.mark.parametrize(("name", "content", "text"), BROKEN.values(), ids=BROKEN.keys())
+def test_a_broken_file_is_named(tmp_path, name, content, text):
+    path = tmp_path / name
+    path.write_text(content)
+    with pytest.raises(DataError) as caught:
+        load_preferences(path)
+    assert str(path) in str(caught.value)
+    assert text in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_bytes_that_are_no_text_are_named(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"prompt": "\xff"}')
+    with pytest.raises(DataError, match="not UTF-8 text"):
+        load_preferences(path)
+
+
+def test_a_byte_order_mark_is_read_over(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_bytes(b"\xef\xbb\xbf" + json.dumps(ROWS).encode())
+    assert load_preferences(path).to_list() == EXPECTED
+
+
+def test_rows_of_json_lines_are_named_by_line(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n" + json.dumps(ROWS[0]) + "\n" + json.dumps({**ROWS[1], "chosen": ""}))
+    with pytest.raises(DataError, match=r"a\.jsonl, line 3: chosen is an empty answer"):
+        load_preferences(path)
