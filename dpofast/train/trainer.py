@@ -22,7 +22,7 @@ from dpofast.model.forward import evaluating, pair_step, run_batch
 from dpofast.model.head import PairLossTask, head_options
 from dpofast.model.packable import choose_layout
 from dpofast.model.parts import causal_lm
-from dpofast.model.router import join, make_router_loss
+from dpofast.model.router import add_router_loss, make_router_loss
 from dpofast.monitor.callbacks import MetricsFile
 from dpofast.monitor.metrics import MetricSums
 from dpofast.monitor.plots import PLOT_FILE, plot_run
@@ -280,7 +280,7 @@ class DPOTrainer(ClipsExactly, Trainer):
         attention = packed_attention(self._lm_config, batch.shared_layout)
         with attention, pair_step(self.model), self.accelerator.autocast():
             results = run_batch(model, batch, task, self._router_loss)
-        output, more = join(results, self._router_loss, batch.num_pairs)
+        output, more = add_router_loss(results, self._router_loss, batch.num_pairs)
         metrics = dict(zip(METRIC_NAMES, output.metrics, strict=True))
         sums.add({**metrics, **more, "loss": output.loss}, batch.num_pairs)
         return output

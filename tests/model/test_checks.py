@@ -26,9 +26,9 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(autouse=True)
 def forget_what_was_probed():
-    checks._probed.cache_clear()
+    checks.probed_backend.cache_clear()
     yield
-    checks._probed.cache_clear()
+    checks.probed_backend.cache_clear()
 
 
 def run_packed(model):
@@ -96,7 +96,7 @@ def test_the_check_of_attention_takes_a_moment_on_a_cpu():
     model = tiny_model("llama")
     calls = check_layout(Layout("shared"), model)
     check_attention(calls, CPU, None)
-    checks._probed.cache_clear()
+    checks.probed_backend.cache_clear()
     start = time.process_time()
     check_attention(calls, CPU, None)
     assert time.process_time() - start < 0.5  # measured: 0.005

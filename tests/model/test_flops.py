@@ -7,7 +7,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from dpofast.data.packing.collate import Layout
-from dpofast.model.flops import TrainingFlops, _scores, peak_flops
+from dpofast.model.flops import TrainingFlops, causal_scores, peak_flops
 from dpofast.model.forward import pair_step, run_batch
 from dpofast.model.head import ScoreTask, head_options
 from dpofast_kernels.head.workspace import ROWS_AT_A_TIME
@@ -34,12 +34,12 @@ def test_products_are_those_that_pytorch_counts(frozen):
         parameter.requires_grad_(not any(part in name for part in frozen))
     batch = Layout("padded").collate(SEQUENCES)
     expected = TrainingFlops(model)
-    expected._per_score = 0
+    expected.per_score = 0
     num_scored = batch.labels.numel()
     # `linear_logps` makes its logits again in the backward, which is no work of the model
     again = 2 * num_scored * model.lm_head.weight.numel()
     # nor is padding: of the body, and twice of a CPU's logits
-    padding = (batch.num_body_tokens - batch.num_tokens) * expected._per_token
+    padding = (batch.num_body_tokens - batch.num_tokens) * expected.per_token
     padding += 2 * 2 * (-num_scored % ROWS_AT_A_TIME) * model.lm_head.weight.numel()
     # RoPE's angles are a tiny product, in some releases of transformers
     assert counted(model, batch) == pytest.approx(expected.of(batch) + again + padding, rel=1e-4)
@@ -52,14 +52,14 @@ def test_a_mixture_counts_the_experts_that_a_token_goes_through():
         for name, parameter in model.model.named_parameters()
         if parameter.dim() > 1 and "embed" not in name
     )
-    assert TrainingFlops(model)._per_token == 6 * dense
+    assert TrainingFlops(model).per_token == 6 * dense
 
 
 @pytest.mark.parametrize("window", [None, 1, 3, 6, 50])
 @pytest.mark.parametrize(("queries", "keys"), [(7, 7), (3, 9), (1, 1), (1, 12)])
 def test_scores_of_a_segment(queries, keys, window):
     sees = [min(keys - queries + 1 + i, window or keys) for i in range(queries)]
-    assert _scores(queries, keys, window) == sum(sees)
+    assert causal_scores(queries, keys, window) == sum(sees)
 
 
 def test_attention_of_shared_rows_is_less_than_that_of_separate_ones():
@@ -68,7 +68,7 @@ def test_attention_of_shared_rows_is_less_than_that_of_separate_ones():
     shared, unshared = (flops.of(Layout(n).collate(SEQUENCES)) for n in ("shared", "unshared"))
     tokens, scores = 3, 1 + 2 + 3  # the prompt's, that stand once
     # two layers; 12 operations for each number of a head's score and value, 4 heads of 8
-    assert unshared - shared == tokens * flops._per_token + 2 * scores * 12 * 4 * 8
+    assert unshared - shared == tokens * flops.per_token + 2 * scores * 12 * 4 * 8
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from dpofast.errors import ConfigError
 from dpofast.model.attention import packed_attention
 from dpofast.model.forward import pair_step, run_batch
 from dpofast.model.head import PairLossTask, head_options
-from dpofast.model.router import RouterLoss, check_router_loss, join, make_router_loss
+from dpofast.model.router import RouterLoss, add_router_loss, check_router_loss, make_router_loss
 from dpofast_kernels import make_loss
 from tests.exactness import SHORT
 from tests.families import tiny_model
@@ -62,7 +62,7 @@ def ours(model: Any, layout: Layout, router_loss: RouterLoss) -> tuple[Tensor, T
     task = PairLossTask(batch.labels, batch.bounds, batch.ref_logps, loss, options)
     with packed_attention(model.config, batch.shared_layout), pair_step(model):
         results = run_batch(model, batch, task, router_loss)
-    output, logged = join(results, router_loss, batch.num_pairs)
+    output, logged = add_router_loss(results, router_loss, batch.num_pairs)
     return output.loss, logged["aux_loss"]
 
 
@@ -115,7 +115,7 @@ def test_a_rank_without_pairs_adds_nothing(tmp_path, name):
     task = PairLossTask(batch.labels, batch.bounds, batch.ref_logps, loss, options)
     with packed_attention(model.config, batch.shared_layout), pair_step(model):
         results = run_batch(model, batch, task, router_loss)
-    output, logged = join(results, router_loss, batch.num_pairs)
+    output, logged = add_router_loss(results, router_loss, batch.num_pairs)
     assert output.loss.item() == logged["aux_loss"].item() == 0.0
     assert all(not gradient.any() for gradient in gradients(model, output.loss).values())
 
