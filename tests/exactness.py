@@ -13,8 +13,7 @@ from torch import Tensor
 
 from dpofast.data.packing.batch import TokenIds
 from dpofast.data.packing.collate import Layout
-from dpofast.model.attention import packed_attention
-from dpofast.model.forward import pair_step, run_batch
+from dpofast.model.forward import micro_batch, run_batch
 from dpofast.model.head import PairLossTask, head_options
 from dpofast.model.parts import body_of, causal_lm
 from dpofast_kernels import make_loss
@@ -113,9 +112,8 @@ def laid_out(model: Any, case: Case, layout: Layout) -> Outcome:
         scored.append(hidden_states)
         return task(hidden_states, *weights)
 
-    with packed_attention(lm.config, batch.shared_layout):
-        with pair_step(model):
-            total, *_ = run_batch(model, batch, spy)
+    with micro_batch(model, batch):
+        total, *_ = run_batch(model, batch, spy)
         total.backward()
     return Outcome(model, total, scored[0])
 

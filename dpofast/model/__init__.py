@@ -1,1 +1,1 @@
-"""A transformers model during our steps: loaded, taken apart, checked, run."""
+"""A transformers causal LM as dpofast runs it: loading, checks, attention, body and head."""

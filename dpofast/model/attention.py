@@ -1,4 +1,4 @@
-"""Our attention inside transformers: registered by name, and plugged in for packed rows alone."""
+"""Our attention inside transformers: registered by name, and plugged in for packed rows only."""
 
 from __future__ import annotations
 
@@ -14,21 +14,24 @@ from transformers import AttentionInterface
 from dpofast.errors import ModelError
 from dpofast_kernels.attention import AttentionOptions, SharedLayout, shared_attention
 
-# transformers gives names with flash, sdpa, flex_attention, "paged|" or "/" a meaning of their own,
-# and builds no mask at all for a name that no mask function is registered under.
+# transformers gives a meaning to names with flash, sdpa, flex_attention, "paged|" or "/": this one
+# has none of them. It has no mask function either, so transformers builds no mask for it; the
+# packed layout says what attends to what.
 NAME = "dpofast_shared"
 
 
 @dataclass(frozen=True)
 class AttentionCall:
-    """What a layer asked of our attention, sizes and numbers alone.
+    """One layer's call of our attention, reduced to what decides how it runs.
 
     Attributes:
-        dtype: of the query.
-        num_heads, num_kv_heads: of queries, and of keys and values.
-        head_dim, value_dim: sizes of their heads.
-        scale, window, softcap: those of AttentionOptions.
-        has_sinks: the layer has a sink per head.
+        dtype: dtype of the query.
+        num_heads: query heads.
+        num_kv_heads: key heads, and as many value heads.
+        head_dim: size of a query head and of a key head.
+        value_dim: size of a value head.
+        scale, window, softcap: the fields of AttentionOptions with these names.
+        has_sinks: True if the layer has a sink per head.
     """
 
     dtype: torch.dtype
@@ -45,12 +48,12 @@ class AttentionCall:
 class CallCounter:
     """Counts the calls of our attention, and records them when asked to.
 
-    The count shows whether a packed row reached our attention in every layer: any other attention
-    would mix the sequences of the row.
+    The count shows whether a packed row reached our attention in every layer. Any other attention
+    would mix the row's sequences.
 
     Attributes:
-        count: calls so far in this process.
-        recorded: the calls since recording began; None while nothing is recorded.
+        count: calls in this process so far.
+        recorded: calls since recording began; None while nothing is recorded.
     """
 
     def __init__(self) -> None:
@@ -58,12 +61,20 @@ class CallCounter:
         self.recorded: list[AttentionCall] | None = None
 
 
+# One per process, as transformers knows our attention by its name only.
 attention_calls = CallCounter()
 
 
 @contextlib.contextmanager
 def recorded_calls() -> Iterator[list[AttentionCall]]:
-    """Inside, every call of our attention is recorded, and runs the plain way on any device."""
+    """Records every call of our attention inside the block, and runs it the plain way.
+
+    The plain backend runs on any device, so the recording doesn't depend on a kernel that
+    `check_attention` has yet to compare.
+
+    Yields:
+        The calls, in the order of the layers.
+    """
     calls: list[AttentionCall] = []
     attention_calls.recorded = calls
     try:
@@ -86,7 +97,16 @@ def _attention(
     shared_layout: SharedLayout | None = None,
     **_others: Any,
 ) -> tuple[Tensor, None]:
-    """[1, T, Hq, Dv]; what transformers calls in every layer."""
+    """The function that transformers calls in every layer of a packed row.
+
+    Its arguments have transformers' names; `s_aux` are the sinks.
+
+    Returns:
+        [1, T, Hq, Dv], and None in place of the attention weights, which are never computed.
+
+    Raises:
+        ModelError: the layer didn't pass the layout on, or wants a mask or dropout.
+    """
     layer = type(module).__name__
     if shared_layout is None:
         raise ModelError(f"{layer} doesn't hand the packed layout on; set layout: padded.")
@@ -120,10 +140,14 @@ AttentionInterface.register(NAME, _attention)
 
 @contextlib.contextmanager
 def packed_attention(config: Any, layout: SharedLayout | None) -> Iterator[None]:
-    """Inside, a model of this config attends as a packed row's layout says.
+    """Makes a model attend inside the block as a packed row's layout says.
 
-    The backward belongs inside, too: gradient checkpointing runs the layers again there. Without a
-    layout nothing changes.
+    `micro_batch` enters this for training and scoring. The backward belongs inside the block, too:
+    gradient checkpointing runs the layers again there.
+
+    Args:
+        config: the model's config.
+        layout: layout of the packed row; None for padded rows, which keep the model's attention.
     """
     if layout is None:
         yield
@@ -134,10 +158,10 @@ def packed_attention(config: Any, layout: SharedLayout | None) -> Iterator[None]
 
 @contextlib.contextmanager
 def any_dtype_attention(config: Any) -> Iterator[None]:
-    """Inside, a model of this config attends in any dtype and on any device.
+    """Makes a model attend inside the block in any dtype and on any device.
 
-    FlashAttention's kernels, where a model has them, take half precision on GPUs alone; checks run
-    in the weights' own dtype, where these lie.
+    FlashAttention's kernels take half precision on GPUs only. The checks run a model in the dtype
+    of its weights, wherever these are, and so replace those kernels by eager attention.
     """
     if "flash" not in str(config.get_text_config()._attn_implementation):
         yield
@@ -148,13 +172,15 @@ def any_dtype_attention(config: Any) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _implementation(config: Any, name: str) -> Iterator[None]:
+    """Sets the attention's name inside the block; layers look it up in every call."""
     text_config = config.get_text_config()
-    configs = {id(each): each for each in (config, text_config)}.values()
-    kept = [(each, each._attn_implementation) for each in configs]
-    for each in configs:
-        each._attn_implementation = name
+    # Often these are one object, and a multimodal config has a text config of its own.
+    configs = {id(part): part for part in (config, text_config)}.values()
+    kept = [(part, part._attn_implementation) for part in configs]
+    for part in configs:
+        part._attn_implementation = name
     try:
         yield
     finally:
-        for each, before in kept:
-            each._attn_implementation = before
+        for part, before in kept:
+            part._attn_implementation = before

@@ -1,4 +1,4 @@
-"""Short checks of a model before a run: what would train it wrongly stops the run instead."""
+"""Short checks of a model before a run: a model that would be trained wrongly stops the run."""
 
 from __future__ import annotations
 
@@ -21,17 +21,18 @@ from dpofast_kernels.attention import AttentionOptions, WrongBackendError, probe
 from dpofast_kernels.head.naive import naive_logits
 from dpofast_kernels.rounding import product_precision
 
-# Packed and padded hidden states may differ by this much of their size, by rounding alone. Models
-# of transformers compute their norms in float32, whatever their dtype.
-TOLERANCE = {
+# Rounding explains a difference of this size between packed and padded hidden states, relative to
+# their norm. The bound for float64 is not tighter because models of transformers compute their
+# norms in float32, whatever their dtype.
+STATES_TOLERANCE = {
     torch.float64: 1e-5,
     torch.float32: 1e-4,
     torch.float16: 2e-2,
     torch.bfloat16: 1e-1,
 }
 
-
-# A part of the model may differ from stock by this much of the logits' size, by rounding alone.
+# Rounding explains a difference of this size between the model's own logits, or its own loss of the
+# routers, and ours.
 HEAD_TOLERANCE = {
     torch.float64: 1e-10,
     torch.float32: 1e-4,
@@ -43,20 +44,22 @@ HEAD_TOLERANCE = {
 def check_model(
     model: nn.Module, layout: Layout, device: torch.device, autocast_dtype: torch.dtype | None
 ) -> str | None:
-    """All checks that a model must pass before it trains, or scores.
+    """Runs all checks that a model must pass before it trains or scores.
 
     Args:
         model: policy or reference.
-        layout: of its micro-batches.
-        device: where it is to run.
-        autocast_dtype: of its forward pass; None without autocast.
+        layout: layout of its micro-batches.
+        device: device that it will run on; it may still be elsewhere.
+        autocast_dtype: dtype of the forward pass under autocast; None without autocast.
 
     Returns:
-        Which attention it runs on, in words; None where that is its own.
+        The attention backends of its packed rows, in words for the log; None for padded rows,
+        which run the model's own attention.
 
     Raises:
-        ModelError: its head does what we don't know.
-        ConfigError: packed rows would be wrong for it, or attention is on this device.
+        ModelError: the model does something to its logits that dpofast doesn't know.
+        ConfigError: packed rows would be wrong for this model, or our attention is wrong or fails
+            on this device.
     """
     with any_dtype_attention(causal_lm(model).config):
         check_head(model)
@@ -66,8 +69,11 @@ def check_model(
     return check_attention(calls, device, autocast_dtype)
 
 
-def some_sequences(model: nn.Module) -> list[tuple[TokenIds, TokenIds]]:
-    """Two pairs of (prompt ids, answer ids) that any model knows; the second's begin alike."""
+def sample_sequences(model: nn.Module) -> list[tuple[TokenIds, TokenIds]]:
+    """The sequences of two pairs, as (prompt ids, answer ids), within any model's vocabulary.
+
+    The answers of the second pair begin alike, so its shared prefix goes beyond the prompt.
+    """
     vocab_size = shape(causal_lm(model).get_input_embeddings().weight)[0]
     ids = [(7 * index + 1) % vocab_size for index in range(14)]
     return [
@@ -79,24 +85,29 @@ def some_sequences(model: nn.Module) -> list[tuple[TokenIds, TokenIds]]:
 
 
 def check_layout(layout: Layout, model: nn.Module) -> list[AttentionCall]:
-    """Compare a packed row's hidden states with those of padded rows, on a few tokens.
+    """Compares a packed row's hidden states with those of padded rows, on a few tokens.
 
-    Attention runs the plain way here, whatever the device: `check_attention` looks at the other.
+    Our attention runs its plain backend here. `check_attention` then compares the backend that the
+    run will use.
+
+    Args:
+        layout: shared or unshared.
+        model: policy or reference.
 
     Returns:
-        What the model's layers asked of our attention.
+        The calls of our attention, one or more per layer.
 
     Raises:
-        ConfigError: they differ, or a layer doesn't call our attention.
+        ConfigError: the hidden states differ, or a layer didn't call our attention.
     """
     lm = causal_lm(model)
-    sequences = some_sequences(model)
+    sequences = sample_sequences(model)
     with recorded_calls() as calls:
         packed = _scored_states(model, layout.collate(sequences))
     padded = _scored_states(model, collate_padded(sequences))
     error = ((packed - padded).norm() / padded.norm().clamp_min(1e-12)).item()
     dtype = product_precision(lm.get_output_embeddings().weight.dtype, packed.device)
-    if len(calls) < num_layers(lm) or not error <= TOLERANCE[dtype]:
+    if len(calls) < num_layers(lm) or not error <= STATES_TOLERANCE[dtype]:  # NaN is an error, too
         raise ConfigError(
             f"layout: {layout.name} rows give {type(lm).__name__} other hidden "
             f"states than padded ones (by {error:.1%}); use layout: padded, and please report "
@@ -105,9 +116,8 @@ def check_layout(layout: Layout, model: nn.Module) -> list[AttentionCall]:
     return calls
 
 
-@torch.no_grad()
 def _scored_states(model: nn.Module, batch: PackedPairs) -> Tensor:
-    """[N, H] float32 hidden states that predict the labels."""
+    """[N, H] float32 hidden states at the scored positions."""
     batch = batch.to(next(model.parameters()).device)
     with evaluating(model), micro_batch(model, batch):
         hidden_states = run_body(model, batch)
@@ -117,26 +127,27 @@ def _scored_states(model: nn.Module, batch: PackedPairs) -> Tensor:
 def check_attention(
     calls: list[AttentionCall], device: torch.device, autocast_dtype: torch.dtype | None
 ) -> str:
-    """Compare the attention that will run with its naive twin, for each kind of layer.
+    """Compares the attention that will run with its naive twin, once for each kind of layer.
 
     Args:
-        calls: what the layers ask for.
-        device: where they run.
-        autocast_dtype: in which they run, where not in their tensors' own.
+        calls: calls of the model's layers, from `check_layout`.
+        device: device that the model will run on.
+        autocast_dtype: dtype of the forward pass under autocast; None without autocast.
 
     Returns:
-        Which it is, in words.
+        The backend of each kind of layer, in words for the log.
 
     Raises:
-        ConfigError: it is wrong on this device, or doesn't run there.
+        ConfigError: the attention is wrong on this device, or fails there.
     """
     remedy = "use layout: padded, and please report this"
-    kinds = dict.fromkeys(_as_run(call, autocast_dtype) for call in calls)
+    # Layers that call attention alike are one kind; a dict keeps the kinds in the layers' order.
+    kinds = dict.fromkeys(_under_autocast(call, autocast_dtype) for call in calls)
     try:
-        found = dict.fromkeys(_words(_probed(device, kind), kind) for kind in kinds)
+        found = dict.fromkeys(_describe(probed_backend(device, kind), kind) for kind in kinds)
     except WrongBackendError as error:
         raise ConfigError(f"layout: {error}; {remedy}.") from error
-    except Exception as error:  # compilers and packages of kernels raise anything
+    except Exception as error:  # compilers and kernel packages can raise anything
         reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
         raise ConfigError(
             f"layout: packed rows' attention doesn't run on {device} ({reason}); {remedy}."
@@ -144,16 +155,22 @@ def check_attention(
     return f"{', '.join(found)}; compared with its naive twin on {device}"
 
 
-def _as_run(call: AttentionCall, autocast_dtype: torch.dtype | None) -> AttentionCall:
-    """Autocast leaves float64 alone."""
-    if autocast_dtype is None or call.dtype == torch.float64:
+def _under_autocast(call: AttentionCall, autocast_dtype: torch.dtype | None) -> AttentionCall:
+    """The call in the dtype that autocast gives it in the run."""
+    if autocast_dtype is None or call.dtype == torch.float64:  # autocast doesn't touch float64
         return call
     return replace(call, dtype=autocast_dtype)
 
 
 @functools.cache
-def _probed(device: torch.device, call: AttentionCall) -> str:
-    """The name of the backend that a layer gets, found right; once in a process."""
+def probed_backend(device: torch.device, call: AttentionCall) -> str:
+    """The name of the backend that runs a call on a device, once it has passed its probe.
+
+    The result is cached: policy and reference, and later trainers of the process, share a probe.
+
+    Raises:
+        WrongBackendError: the backend differs from its naive twin by more than rounding.
+    """
     options = AttentionOptions(
         scale=call.scale,
         window=call.window,
@@ -164,29 +181,29 @@ def _probed(device: torch.device, call: AttentionCall) -> str:
     return probe(device, call.dtype, *heads, options)
 
 
-def _words(backend: str, call: AttentionCall) -> str:
-    """One kind of layer, and the backend that it gets."""
-    asked = {"window": call.window, "softcap": call.softcap, "sinks": call.has_sinks or None}
-    more = "".join(
-        f", {name}" if value is True else f", {name} {value:g}"
-        for name, value in asked.items()
-        if value is not None
-    )
-    dtype = str(call.dtype).removeprefix("torch.")
-    return f"{backend} ({dtype}, {call.num_heads} heads of {call.head_dim}{more})"
+def _describe(backend: str, call: AttentionCall) -> str:
+    """A backend and the kind of layer that gets it, such as "sdpa (float32, 4 heads of 8)"."""
+    traits = [str(call.dtype).removeprefix("torch."), f"{call.num_heads} heads of {call.head_dim}"]
+    for name, value in (("window", call.window), ("softcap", call.softcap)):
+        if value is not None:
+            traits.append(f"{name} {value:g}")
+    if call.has_sinks:
+        traits.append("sinks")
+    return f"{backend} ({', '.join(traits)})"
 
 
 def check_head(model: nn.Module) -> None:
-    """Compare body, head and what follows it with the model's own forward, on a few tokens.
+    """Compares the logits of body, head and `head_options` with the model's own, on a few tokens.
 
     Raises:
-        ModelError: they differ, so the family does something to its hidden states or logits that
-            `head_options` doesn't know; training on it would be wrong.
+        ModelError: they differ. The family does something to its hidden states or logits that
+            `head_options` doesn't know, so training it would be wrong.
     """
     lm = causal_lm(model)
     vocab_size = shape(lm.get_input_embeddings().weight)[0]
     device = next(lm.parameters()).device
     input_ids = torch.arange(8, device=device)[None] * 7 % vocab_size  # [1, 8]
+    # Made by hand, as every position is scored here; of a real sequence only the answer is.
     batch = PackedPairs(
         input_ids=input_ids,
         position_ids=None,
@@ -205,7 +222,7 @@ def check_head(model: nn.Module) -> None:
     expected = stock.logits[0].float()  # [8, V]
     error = ((ours.float() - expected).norm() / expected.norm().clamp_min(1e-12)).item()
     dtype = product_precision(lm.get_output_embeddings().weight.dtype, device)
-    if not error <= HEAD_TOLERANCE[dtype]:
+    if not error <= HEAD_TOLERANCE[dtype]:  # NaN is an error, too
         raise ModelError(
             f"{type(lm).__name__} does something to its logits that dpofast doesn't know "
             f"(they differ by {error:.1%} from body and head alone), so its log-probs would be "
@@ -214,7 +231,7 @@ def check_head(model: nn.Module) -> None:
 
 
 class _LogitsTask:
-    """A head task that gives the logits themselves; for `check_head` alone."""
+    """A head task that returns the logits themselves, for `check_head` only."""
 
     def __init__(self, options: Any) -> None:
         self.options = options

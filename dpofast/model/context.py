@@ -1,4 +1,4 @@
-"""How long a sequence a model can take, and which pairs are longer."""
+"""The longest sequence that a model can take, and the pairs that are longer."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Context:
-    """The positions of a model.
+    """The positions that a model has.
 
     Attributes:
-        model: the name of its class.
-        length: tokens of the longest sequence that it was made for.
-        is_hard: it has a table of so many positions, and can't run longer sequences at all. RoPE
-            goes on beyond what the model was trained on.
+        model: name of the model's class.
+        length: tokens of the longest sequence that the model was made for.
+        is_hard: True if the positions are a table, so that longer sequences can't run at all. RoPE
+            has no such end: it goes on beyond what the model was trained on.
     """
 
     model: str
@@ -35,12 +35,12 @@ class Context:
 
 
 def context_of(model: nn.Module) -> Context | None:
-    """None where positions aren't limited: a state, or distances alone."""
+    """The context of a model; None if nothing limits it, as with a state or ALiBi's distances."""
     lm: Any = causal_lm(model)
     config = lm.config.get_text_config()
     if getattr(config, "alibi", False):
         return None
-    max_seq_len = getattr(config, "max_seq_len", None)  # of MPT, whose ALiBi is a table
+    max_seq_len = getattr(config, "max_seq_len", None)  # MPT, whose ALiBi is a table
     length = getattr(config, "max_position_embeddings", None) or max_seq_len
     if length is None:
         return None
@@ -48,25 +48,27 @@ def context_of(model: nn.Module) -> Context | None:
 
 
 def _has_table(lm: Any, length: int) -> bool:
-    """Whether positions are looked up, in an embedding or in a buffer [length, ...]."""
+    """Whether positions are looked up in an embedding, or in a buffer [length, ...]."""
+    # The embedding of the tokens could have as many entries as there are positions.
     modules = [module for module in lm.modules() if module is not lm.get_input_embeddings()]
     if any("rotary" in type(module).__name__.lower() for module in modules):
         return False
+    # Nothing in a config says what kind of positions it has, so the sizes have to tell.
     sizes = [module.num_embeddings for module in modules if isinstance(module, nn.Embedding)]
     sizes += [len(buffer) for buffer in lm.buffers() if buffer.dim() == 2]
-    return any(size in (length, length + 2) for size in sizes)  # OPT's begins at the third
+    return any(size in (length, length + 2) for size in sizes)  # OPT's first two are unused
 
 
 def refuse_longer(pairs: Any, name: str, contexts: Iterable[Context]) -> None:
-    """Look for pairs that are longer than a model's context, as they were cut.
+    """Looks for pairs that are longer than a model's context even after truncation.
 
     Args:
-        pairs: tokenised datasets.Dataset.
-        name: the dataset's, for the message.
-        contexts: of the models that will run them.
+        pairs: tokenised datasets.Dataset, with the column `row` of positions in the user's data.
+        name: dataset name, used in messages.
+        contexts: contexts of the models that will run the pairs.
 
     Raises:
-        DataError: a model can't run them. With RoPE there is a warning instead.
+        DataError: a model can't run a pair. If it has RoPE, a warning is logged instead.
     """
     table = pairs.select_columns([*ID_COLUMNS, "row"]).with_format("arrow")[:]
     prompt, *answers = (pc.list_value_length(table[column]).to_numpy() for column in ID_COLUMNS)
@@ -76,15 +78,16 @@ def refuse_longer(pairs: Any, name: str, contexts: Iterable[Context]) -> None:
         if not longer.size:
             continue
         longest = int(longer[lengths[longer].argmax()])
-        row, tokens = table["row"][longest].as_py(), lengths[longest]
+        source_row, tokens = table["row"][longest].as_py(), lengths[longest]
         if context.is_hard:
             raise DataError(
-                f"{name}, row {row} (counted from 0): a prompt and its answer have {tokens} "
+                f"{name}, row {source_row} (counted from 0): a prompt and its answer have {tokens} "
                 f"tokens, and {context.model} has {context.length} positions; set max_length to "
                 f"{context.length} or less."
             )
         logger.warning(
             "%s: %d pairs are longer than the %d positions of %s, the longest (row %d) of %d "
             "tokens; unless that is meant, set max_length to %d.",
-            *(name, len(longer), context.length, context.model, row, tokens, context.length),
+            *(name, len(longer), context.length, context.model),
+            *(source_row, tokens, context.length),
         )

@@ -1,4 +1,4 @@
-"""Every dropout of a model, whatever form it has."""
+"""Every dropout of a model, whether it is a layer or a number."""
 
 from __future__ import annotations
 
@@ -6,25 +6,29 @@ from collections.abc import Iterator
 
 from torch import nn
 
+# Random factors on what the routers of a mixture of experts see. They change the result of a
+# training step in the same way as a dropout does.
+ROUTER_NOISES = ("jitter_noise", "input_jitter_noise")
+
 
 def dropouts(model: nn.Module) -> Iterator[tuple[nn.Module, str]]:
-    """Every dropout above 0: (module, attribute), whether a layer or a number.
+    """Finds every dropout above 0, and every noise above 0 on the routers of a mixture of experts.
 
-    The noise that a mixture of experts puts on what its routers see counts as one.
+    Yields:
+        (module, name of the attribute that holds the rate).
     """
-    noises = ("jitter_noise", "input_jitter_noise")
     for module in model.modules():
         for name, value in vars(module).items():
             is_rate = (
                 name == "p"
                 if isinstance(module, nn.modules.dropout._DropoutNd)
-                else ("drop" in name or name in noises)
+                else ("drop" in name or name in ROUTER_NOISES)
             )
             if is_rate and isinstance(value, float) and value > 0.0:
                 yield module, name
 
 
 def disable_dropout(model: nn.Module) -> None:
-    """Set every dropout to 0, LoRA's included; the model's config keeps what it says."""
+    """Sets every dropout to 0, LoRA's included; the model's config keeps its values."""
     for module, name in list(dropouts(model)):
         setattr(module, name, 0.0)

@@ -1,8 +1,9 @@
-"""Floating-point operations that a training step needs, and what devices can do at most.
+"""Floating-point operations of a training step, and the most that devices can do in a second.
 
-Products alone are counted, two operations per multiplication and addition; what is computed a
-second time, as under gradient checkpointing, counts once (the PaLM paper's model FLOPs,
-arXiv:2204.02311, appendix B).
+Only matrix products count, with two operations for a multiplication and its addition. Work that
+gradient checkpointing does a second time counts once.
+
+Source: the model FLOPs of the PaLM paper, arXiv:2204.02311, appendix B.
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ from torch import nn
 from dpofast.data.packing.batch import PackedPairs
 from dpofast.model.parts import body_of, causal_lm, numel
 
-# Dense bf16 and fp16 products, in operations per second, from the makers' data sheets; by a part of
-# the device's name, the longer ones first.
+# Dense bf16 and fp16 products in operations per second, from the makers' data sheets. The keys are
+# parts of the names that the devices give themselves.
 PEAK_FLOPS = {
     "H100 PCIe": 756e12,
     "H100 NVL": 835e12,
@@ -39,16 +40,17 @@ PEAK_FLOPS = {
     "MI250X": 383e12,
 }
 HALVES = (torch.bfloat16, torch.float16)
-# Forward, and the gradient of a product's input; that of a weight comes on top where it is trained.
+# Products per weight: one in the forward, one for the gradient of the input, and, if the weight is
+# trained, one for its own gradient.
 PASSES_FROZEN, PASSES_TRAINED = 2, 3
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
-    """Operations a second of a CUDA or ROCm device at most; None where they aren't known."""
+    """Peak operations per second of a CUDA or ROCm device; None if they aren't known."""
     if device.type != "cuda" or dtype not in HALVES:
         return None
     name = torch.cuda.get_device_name(device)
-    known = sorted(PEAK_FLOPS, key=len, reverse=True)
+    known = sorted(PEAK_FLOPS, key=len, reverse=True)  # "H100 PCIe" before "H100"
     return next((PEAK_FLOPS[part] for part in known if part in name), None)
 
 
@@ -56,50 +58,56 @@ class TrainingFlops:
     """Counts the operations of a micro-batch: forward and backward of body, attention and head.
 
     Args:
-        model: whose parameters are counted, before anything shards them.
+        model: the policy. Its parameters are counted here, before anything shards them.
+
+    Attributes:
+        per_token: operations of the body's products for one token.
+        per_scored: operations of the head's product for one scored token.
+        per_score: operations of attention for one query, one key and all heads of a layer.
     """
 
     def __init__(self, model: nn.Module) -> None:
         lm = causal_lm(model)
-        self._config = lm.config.get_text_config()
-        head = lm.get_output_embeddings()
-        self._per_token = _product_flops(body_of(lm), self._config)
-        self._per_scored = _product_flops(head, self._config)
-        self._windows = _windows(self._config)
-        heads = getattr(self._config, "num_attention_heads", 0)
-        size = getattr(self._config, "head_dim", None)
+        config = lm.config.get_text_config()
+        self.per_token = _product_flops(body_of(lm), config)
+        self.per_scored = _product_flops(lm.get_output_embeddings(), config)
+        self._layers_by_window = _layers_by_window(config)
+        heads = getattr(config, "num_attention_heads", 0)
+        size = getattr(config, "head_dim", None)
         if size is None and heads:
-            size = self._config.hidden_size // heads
-        # scores and weighted values, each of one head's size
-        self._per_score = 2 * PASSES_TRAINED * 2 * heads * (size or 0)
+            size = config.hidden_size // heads
+        # Two products of a head's size each: query times key, and weight times value.
+        self.per_score = 2 * PASSES_TRAINED * 2 * heads * (size or 0)
 
     def of(self, batch: PackedPairs) -> float:
-        """Operations of one micro-batch; padding is no work."""
+        """Operations of one micro-batch, padding excluded."""
         layout = batch.shared_layout
         if layout is not None:
             num_tokens = layout.num_tokens
             segments = list(zip(layout.query_lengths, layout.key_lengths, strict=True))
-        else:  # rows of their mean length
+        else:
+            # The lengths of padded rows are on the device; their mean is close enough.
             num_tokens, num_rows = batch.num_tokens, len(batch.input_ids)
             segments = [(num_tokens // num_rows,) * 2] * num_rows
         scores = sum(
-            count * sum(_scores(*segment, window) for segment in segments)
-            for window, count in self._windows.items()
+            count * sum(causal_scores(*segment, window) for segment in segments)
+            for window, count in self._layers_by_window.items()
         )
         return (
-            self._per_token * num_tokens
-            + self._per_scored * len(batch.labels)
-            + self._per_score * scores
+            self.per_token * num_tokens
+            + self.per_scored * len(batch.labels)
+            + self.per_score * scores
         )
 
 
 def _product_flops(module: nn.Module, config: Any) -> float:
-    """Of all matrices of a module for one token, forward and backward."""
+    """Operations of all matrices of a module for one token, forward and backward."""
+    # An embedding is looked up, not multiplied.
     embeddings = {
         id(parameter)
-        for each in module.modules()
-        if isinstance(each, nn.Embedding)
-        for parameter in each.parameters()
+        for submodule in module.modules()
+        if isinstance(submodule, nn.Embedding)
+        for parameter in submodule.parameters()
     }
     total = 0.0
     for name, parameter in module.named_parameters():
@@ -111,7 +119,7 @@ def _product_flops(module: nn.Module, config: Any) -> float:
 
 
 def _active_share(name: str, config: Any) -> float:
-    """Of a mixture's experts that a token goes through."""
+    """Share of a weight that a token is multiplied with; below 1 for a mixture's experts."""
     if ".experts." not in name:
         return 1.0
     names = ("num_local_experts", "num_experts", "n_routed_experts")
@@ -120,20 +128,25 @@ def _active_share(name: str, config: Any) -> float:
     return used / count if count and used else 1.0
 
 
-def _windows(config: Any) -> dict[int | None, int]:
-    """How many layers attend within which window; None is no window."""
+def _layers_by_window(config: Any) -> dict[int | None, int]:
+    """Number of layers by the window that they attend within; None is no window."""
     num_layers = config.num_hidden_layers
     window = getattr(config, "sliding_window", None)
     types = getattr(config, "layer_types", None)
     if types is None:
         return {window: num_layers}
-    sliding = sum(each == "sliding_attention" for each in types)
-    full = sum(each == "full_attention" for each in types)
+    sliding, full = types.count("sliding_attention"), types.count("full_attention")
     return {None: full} if window is None else {None: full, window: sliding}
 
 
-def _scores(num_queries: int, num_keys: int, window: int | None) -> int:
-    """Scores of a causal segment whose queries are the last of its keys."""
+def causal_scores(num_queries: int, num_keys: int, window: int | None) -> int:
+    """Pairs of a query and a key that it sees, in a causal segment.
+
+    Args:
+        num_queries: queries of the segment, which are its last tokens.
+        num_keys: keys of the segment.
+        window: most keys that a query sees, its own included; None for all before it.
+    """
     first = num_keys - num_queries + 1  # keys that the first query sees
     if window is None or window >= num_keys:
         return num_queries * (first + num_keys) // 2

@@ -1,4 +1,8 @@
-"""A transformers causal LM during our steps: its body, then one call of its head."""
+"""A transformers causal LM during a step: its body runs once, then its head is called once.
+
+`micro_batch` prepares a model for this, and `run_batch` runs it. Outside `micro_batch` the model is
+stock: `generate`, a plain forward and `save_pretrained` behave as they always do.
+"""
 
 from __future__ import annotations
 
@@ -19,13 +23,87 @@ from dpofast_kernels.attention import SharedLayout
 
 
 class BodyTask(Protocol):
-    """What else is made of the body's outputs than the head does: a tensor."""
+    """Computes one more tensor from the body's outputs, beside what the head computes."""
 
     def __call__(
         self,
         outputs: Any,
-        uses: Tensor,  # [B, L], those of PackedPairs
+        uses: Tensor,  # [B, L], as in PackedPairs
     ) -> Tensor: ...
+
+
+@contextlib.contextmanager
+def micro_batch(model: nn.Module, batch: PackedPairs) -> Iterator[None]:
+    """Prepares a model for one micro-batch: its forward and its backward belong inside the block.
+
+    Gradient checkpointing runs the layers again in the backward, where they must attend as they
+    did in the forward.
+
+    Args:
+        model: causal LM or PeftModel. Inside the block call `run_batch` with this model or with
+            whatever wraps it (DDP, DeepSpeed's engine).
+        batch: the micro-batch. In a packed row each token attends as its layout says; padded rows
+            keep the model's own attention.
+    """
+    with packed_attention(causal_lm(model).config, batch.shared_layout), pair_step(model):
+        yield
+
+
+def run_batch(
+    wrapped: nn.Module,
+    batch: PackedPairs,
+    head_task: HeadTask,
+    body_task: BodyTask | None = None,
+) -> Any:
+    """Runs one forward pass, inside `micro_batch`.
+
+    Args:
+        wrapped: the model, or whatever wraps it.
+        batch: the micro-batch, on the model's device.
+        head_task: what the head computes from the hidden states of the scored positions.
+        body_task: computes one more tensor from the body's outputs, if given.
+
+    Returns:
+        The result of `head_task`. With a `body_task` this is a tuple, and the task's tensor is
+        appended to it.
+    """
+    return wrapped(
+        input_ids=batch.input_ids,
+        position_ids=batch.position_ids,
+        shared_layout=batch.shared_layout,
+        scored_positions=batch.scored_positions,
+        head_task=head_task,
+        body_task=None if body_task is None else partial(body_task, uses=batch.uses),
+    )
+
+
+def run_body(model: nn.Module, batch: PackedPairs) -> Tensor:
+    """Runs one forward pass of the body only, inside `micro_batch`.
+
+    Args:
+        model: causal LM or PeftModel, not wrapped by DDP or DeepSpeed.
+        batch: the micro-batch, on the model's device.
+
+    Returns:
+        [B, L, H] hidden states that the head would get.
+    """
+    lm = causal_lm(model)
+    outputs = _call_body(lm, batch.input_ids, batch.position_ids, batch.shared_layout)
+    hidden_states: Tensor = outputs[0]
+    return hidden_states
+
+
+def _call_body(
+    lm: Any,
+    input_ids: Tensor,  # [B, L]
+    position_ids: Tensor | None,  # [B, L]
+    shared_layout: SharedLayout | None,
+    **more: Any,
+) -> Any:
+    # Padded rows have neither of these, and call the body as stock code does.
+    packed = {"position_ids": position_ids, "shared_layout": shared_layout}
+    given = {name: value for name, value in packed.items() if value is not None}
+    return body_of(lm)(input_ids=input_ids, use_cache=False, **given, **more)
 
 
 def _pair_forward(
@@ -38,72 +116,38 @@ def _pair_forward(
     body_task: Callable[[Any], Tensor] | None = None,
     **_unused: Any,  # PEFT adds arguments of its own, all None here
 ) -> Any:
-    """The causal LM's forward during a step."""
+    """The causal LM's forward during a step; see `run_batch`.
+
+    Raises:
+        ModelError: the body ran a packed row through an attention other than ours.
+    """
     calls_before = attention_calls.count
     more = {} if body_task is None else {"output_router_logits": True}
     outputs = _call_body(model, input_ids, position_ids, shared_layout, **more)
+    # Every layer must have called our attention. Some families ignore its name without an error.
     if shared_layout is not None and attention_calls.count - calls_before < num_layers(model):
         raise ModelError(
             f"{type(model).__name__} ran a packed row through an attention that would mix its "
             "sequences; set layout: padded."
         )
+    # Only scored positions reach the head: prompts and padding never cost logits.
     scored = outputs[0].flatten(0, 1).index_select(0, scored_positions)  # [N, H]
     result = model.get_output_embeddings()(scored, head_task)
     return result if body_task is None else (*result, body_task(outputs))
 
 
-def _call_body(
-    lm: Any,
-    input_ids: Tensor,  # [B, L]
-    position_ids: Tensor | None,  # [B, L]
-    shared_layout: SharedLayout | None,
-    **more: Any,
-) -> Any:
-    # Padded rows have neither, and call the body as stock code does.
-    packed = {"position_ids": position_ids, "shared_layout": shared_layout}
-    given = {name: value for name, value in packed.items() if value is not None}
-    return body_of(lm)(input_ids=input_ids, use_cache=False, **given, **more)
-
-
-def run_body(model: nn.Module, batch: PackedPairs) -> Tensor:
-    """One forward pass of the body only, inside `micro_batch`.
-
-    Args:
-        model: causal LM or PeftModel; not wrapped by DDP or DeepSpeed.
-        batch: on the model's device.
-
-    Returns:
-        [B, L, H] hidden states.
-    """
-    outputs = _call_body(causal_lm(model), batch.input_ids, batch.position_ids, batch.shared_layout)
-    hidden_states: Tensor = outputs[0]
-    return hidden_states
-
-
-@contextlib.contextmanager
-def micro_batch(model: nn.Module, batch: PackedPairs) -> Iterator[None]:
-    """Everything that a model needs around the forward and the backward of one micro-batch.
-
-    The backward belongs inside as well: gradient checkpointing runs the layers again there, and
-    they must attend as they did in the forward.
-
-    Args:
-        model: causal LM or PeftModel. Inside, call `run_batch` with it, or with whatever wraps it.
-        batch: the micro-batch; a packed row is attended to as its layout says.
-    """
-    with packed_attention(causal_lm(model).config, batch.shared_layout), pair_step(model):
-        yield
-
-
 @contextlib.contextmanager
 def pair_step(model: nn.Module) -> Iterator[None]:
-    """Inside, a call of the model runs its body and a `head_task`; outside, the model is stock.
+    """Replaces the forward of a model and of its head, inside the block, by those of our steps.
 
-    Call whatever wraps the model (DDP, DeepSpeed's engine, a PeftModel) with `run_batch`.
+    `micro_batch` enters this together with the attention for packed rows.
+
+    Args:
+        model: causal LM or PeftModel; wrappers around it are called as usual.
     """
     lm = causal_lm(model)
     replaced = [(lm, _pair_forward), *head_forwards(lm.get_output_embeddings())]
-    # accelerate keeps an autocasting forward of its own on the instance
+    # accelerate keeps an autocasting forward on the instance itself, which must come back.
     kept = [(module, module.__dict__.get("forward")) for module, _ in replaced]
     for module, function in replaced:
         bind(module, function)
@@ -117,31 +161,12 @@ def pair_step(model: nn.Module) -> Iterator[None]:
                 module.forward = forward
 
 
-def run_batch(
-    wrapped: nn.Module,
-    batch: PackedPairs,
-    head_task: HeadTask,
-    body_task: BodyTask | None = None,
-) -> Any:
-    """One forward pass inside `pair_step`, and for a packed row `packed_attention`.
-
-    Returns:
-        What the head's task returns: where there is a `body_task`, too, a tuple, and behind it what
-        that one returns.
-    """
-    return wrapped(
-        input_ids=batch.input_ids,
-        position_ids=batch.position_ids,
-        shared_layout=batch.shared_layout,
-        scored_positions=batch.scored_positions,
-        head_task=head_task,
-        body_task=None if body_task is None else partial(body_task, uses=batch.uses),
-    )
-
-
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Inside, no gradients and no dropout; afterwards every module is in the mode it was in."""
+    """Runs a model inside the block without gradients and dropout.
+
+    Afterwards every module is back in its own mode: those of a PeftModel can differ.
+    """
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

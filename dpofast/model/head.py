@@ -1,7 +1,7 @@
-"""The head of a transformers causal LM: what it does to hidden states, and where our op takes over.
+"""The head of a transformers causal LM, whose forward becomes our op during a step.
 
-The op runs inside the head module's own forward. So ZeRO-3's hooks gather the weight around it, and
-DDP and PEFT see an ordinary forward.
+The op runs inside the head module's own forward. ZeRO-3's hooks therefore gather the weight around
+it, and DDP and PEFT see an ordinary forward.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from dpofast_kernels import HeadOptions, linear_logps, linear_pair_loss, linear_
 
 
 class HeadTask(Protocol):
-    """What the head is to do with the scored hidden states.
+    """The computation that the head runs on the hidden states of the scored positions.
 
-    It gives a tensor or a tuple of them: inside any other object DeepSpeed would not see them, and
-    ZeRO-3 would not gather the weight for the backward.
+    Its result is a tensor or a tuple of tensors. DeepSpeed would not see tensors inside any other
+    object, and ZeRO-3 would then not gather the weight for the backward.
     """
 
     def __call__(
@@ -41,7 +41,12 @@ class HeadTask(Protocol):
 
 @dataclass(frozen=True)
 class PairLossTask:
-    """The loss of whole pairs; the tensors are those of `linear_pair_loss`."""
+    """The head task of training and evaluation: the loss of whole pairs.
+
+    Attributes:
+        labels, bounds, ref_logps, loss: arguments of `linear_pair_loss` with these names.
+        options: what the model's family does to its logits; the bias comes from the head itself.
+    """
 
     labels: Tensor  # [N]
     bounds: Tensor  # [2P+1]
@@ -52,7 +57,7 @@ class PairLossTask:
     def __call__(
         self, hidden_states: Tensor, weight: Tensor, bias: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The fields of a PairLossOutput: summed loss [], logps [2P] and metrics [8, P]."""
+        """Returns the fields of a PairLossOutput: summed loss [], logps [2P], metrics [8, P]."""
         options = replace(self.options, bias=bias)
         output = linear_pair_loss(
             hidden_states, weight, self.labels, self.bounds, self.ref_logps, self.loss, options
@@ -62,9 +67,12 @@ class PairLossTask:
 
 @dataclass(frozen=True)
 class ScoreTask:
-    """Log-probs of each label, [N] in nats; or [2, N], with the logits' log-sum-exps below them.
+    """The head task of scoring: the log-prob of each label.
 
-    With these there is no gradient.
+    Attributes:
+        labels: [N] int64.
+        options: what the model's family does to its logits; the bias comes from the head itself.
+        with_logsumexps: also compute the log-sum-exps of the logits, which gives no gradient.
     """
 
     labels: Tensor  # [N]
@@ -72,16 +80,18 @@ class ScoreTask:
     with_logsumexps: bool = False
 
     def __call__(self, hidden_states: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Returns the log-probs [N] in nats, or [2, N]: log-probs, then log-sum-exps."""
         op = linear_scores if self.with_logsumexps else linear_logps
         return op(hidden_states, weight, self.labels, replace(self.options, bias=bias))
 
 
 def head_options(config: Any) -> HeadOptions:
-    """What a model family does to its logits after the head, read from its config.
+    """Reads from a model's config what its family does to the logits after the head.
 
-    Gemma caps them (`final_logit_softcapping`), as do RecurrentGemma and xLSTM under other names;
-    Cohere multiplies (`logit_scale`), Falcon-H1 too (`lm_head_multiplier`); Granite divides
-    (`logits_scaling`). What no name here covers is found by `dpofast.model.checks.check_head`.
+    Gemma caps them (`final_logit_softcapping`), and so do RecurrentGemma and xLSTM under other
+    names. Cohere (`logit_scale`) and Falcon-H1 (`lm_head_multiplier`) multiply them, and Granite
+    (`logits_scaling`) divides them. `dpofast.model.checks.check_head` finds the models that do
+    anything else.
     """
     config = config.get_text_config()
     softcap = next((cap for name in SOFTCAP_OPTIONS if (cap := getattr(config, name, None))), None)
@@ -96,18 +106,21 @@ def _number(config: Any, name: str) -> float:
 
 
 def head_forwards(head: Any) -> list[tuple[nn.Module, Callable[..., Any]]]:
-    """Which modules' forward becomes the op, and that forward: (module, forward) pairs.
+    """Lists the modules whose forward becomes the op during a step, each with its new forward.
 
     Args:
-        head: what `get_output_embeddings()` returns.
+        head: the result of the model's `get_output_embeddings()`.
+
+    Returns:
+        (module, forward) pairs, to be given to `bind`.
 
     Raises:
-        ModelError: a head that is neither a plain Linear, nor LoRA or modules_to_save around one.
+        ModelError: the head is neither a plain Linear, nor LoRA or modules_to_save around one.
     """
     if type(head) is nn.Linear:
         return [(head, _linear_forward)]
     if hasattr(head, "modules_to_save") and hasattr(head, "original_module"):
-        # PEFT's wrapper calls the copy that it trains, or the original with adapters off.
+        # PEFT's wrapper calls the copy that it trains, or the original while adapters are off.
         inner = [head.original_module, *head.modules_to_save.values()]
         return [pair for module in inner for pair in head_forwards(module)]
     if _is_plain_lora(head):
@@ -120,7 +133,7 @@ def head_forwards(head: Any) -> list[tuple[nn.Module, Callable[..., Any]]]:
 
 
 def bind(module: nn.Module, function: Callable[..., Any]) -> None:
-    """Give one module a forward of its own, until the attribute is deleted."""
+    """Gives one module a forward of its own; deleting the attribute brings its class's back."""
     module.forward = types.MethodType(function, module)
 
 
@@ -129,20 +142,21 @@ def _linear_forward(head: nn.Linear, hidden_states: Tensor, task: HeadTask) -> A
 
 
 def _is_plain_lora(head: Any) -> bool:
-    """LoRA whose forward is x W^T + s (x A^T) B^T and nothing else."""
+    """Whether this is LoRA whose forward is x W^T + s (x A^T) B^T and nothing else."""
     if not (hasattr(head, "lora_A") and type(getattr(head, "base_layer", None)) is nn.Linear):
         return False
     return not (
-        head.lora_variant  # DoRA and its kin
+        head.lora_variant  # DoRA and similar
         or any(head.lora_bias.values())
         or any(getattr(dropout, "p", 0.0) for dropout in head.lora_dropout.values())
     )
 
 
 def _lora_forward(head: Any, hidden_states: Tensor, task: HeadTask) -> Any:
-    """x W^T + s (x A^T) B^T as one product: [x, s x A^T] against [W, B].
+    """Runs the task on x W^T + s (x A^T) B^T, written as one product: [x, s x A^T] [W, B]^T.
 
-    The sum W + s B A would be rounded to the weight's dtype, where most of a small adapter is lost.
+    The other way, one weight W + s B A, would lose most of a small adapter when the sum is rounded
+    to the weight's dtype.
     """
     weight = head.base_layer.weight  # [V, H]
     inputs, weights = [hidden_states], [weight]

@@ -1,4 +1,4 @@
-"""Loads a policy, its skeleton without weights, and its tokenizer."""
+"""Loads a causal LM, its skeleton without weights, or its tokenizer."""
 
 from __future__ import annotations
 
@@ -10,19 +10,20 @@ from safetensors import SafetensorError
 
 from dpofast.errors import ModelError
 
-# Options of loading that say nothing of what the model computes.
-_OF_WEIGHTS = {"dtype", "use_safetensors", "device_map", "low_cpu_mem_usage", "variant"}
+# Options for loading weights, which a skeleton doesn't have.
+_WEIGHT_OPTIONS = {"dtype", "use_safetensors", "device_map", "low_cpu_mem_usage", "variant"}
 
 
 def load_policy(name_or_path: str, **options: Any) -> Any:
-    """A causal LM from a folder or the hub: safetensors only, float32 unless `dtype` says else.
+    """Loads a causal LM from a folder or the hub, in float32 unless `dtype` is given.
 
     Args:
         name_or_path: folder or hub name.
-        options: for `from_pretrained`; a string `dtype` such as "bfloat16" is taken, too.
+        options: arguments of `from_pretrained`. `dtype` may be a name such as "bfloat16".
+            use_safetensors is True by default, as other formats can hold pickles.
 
     Raises:
-        ModelError: nothing there, or nothing that a causal LM can be loaded from.
+        ModelError: there is no such model, or no causal LM can be loaded from it.
     """
     from transformers import AutoModelForCausalLM
 
@@ -37,20 +38,22 @@ def load_policy(name_or_path: str, **options: Any) -> Any:
 
 
 def load_skeleton(name_or_path: str, **options: Any) -> Any:
-    """A causal LM built from its config alone, on the device "meta": it has no weights.
+    """Builds a causal LM from its config only, on the device "meta": it has no weights.
+
+    A skeleton is enough to choose a layout, and costs neither memory nor a download.
 
     Args:
         name_or_path: folder or hub name.
-        options: what `load_policy` takes.
+        options: options that `load_policy` takes.
 
     Raises:
-        ModelError: there is no config, or none that a causal LM can be built from.
+        ModelError: there is no config, or no causal LM can be built from it.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
     _refuse_missing_folder(name_or_path)
     trusted = bool(options.get("trust_remote_code"))
-    own = {name: value for name, value in options.items() if name not in _OF_WEIGHTS}
+    own = {name: value for name, value in options.items() if name not in _WEIGHT_OPTIONS}
     try:
         config = AutoConfig.from_pretrained(name_or_path, **own)
         with torch.device("meta"):
@@ -64,10 +67,15 @@ def load_skeleton(name_or_path: str, **options: Any) -> Any:
 def load_tokenizer(
     name_or_path: str, trust_remote_code: bool = False, revision: str | None = None
 ) -> Any:
-    """The tokenizer that lies beside a model.
+    """Loads the tokenizer that is stored with a model.
+
+    Args:
+        name_or_path: the model's folder or hub name.
+        trust_remote_code: run the tokenizer's own code, if it has any.
+        revision: branch, tag or commit on the hub.
 
     Raises:
-        ModelError: there is none.
+        ModelError: there is no tokenizer, or it can't be loaded.
     """
     from transformers import AutoTokenizer
 
@@ -77,6 +85,7 @@ def load_tokenizer(
         "command line, processing_class in Python)"
     )
     folder = Path(name_or_path)
+    # The error of transformers for such a folder doesn't say that the tokenizer is missing.
     if folder.is_dir() and not any(folder.glob("*token*")) and not any(folder.glob("vocab*")):
         raise ModelError(f"The model folder {name_or_path!r} has no tokenizer: {remedy}.")
     try:
@@ -97,6 +106,7 @@ def _dtype_named(name: str) -> torch.dtype:
 
 
 def _refuse_missing_folder(name_or_path: str) -> None:
+    # transformers takes a folder that doesn't exist for a hub name, and complains about the name.
     looks_local = name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") > 1
     if looks_local and not Path(name_or_path).expanduser().is_dir():
         raise ModelError(f"The model folder {name_or_path!r} does not exist.")

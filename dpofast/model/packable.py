@@ -1,4 +1,4 @@
-"""Which layout is right for a model, and why."""
+"""Chooses the layout for a model, and says why a model can't be packed."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from dpofast.model.parts import causal_lm
 
 logger = logging.getLogger(__name__)
 
-# Model types whose packed rows give what separate sequences give: hidden states and gradients were
-# compared for each. Every run compares its own model's hidden states again.
+# Model types whose packed rows give the same as separate sequences. The tests compare hidden states
+# and gradients for each of them, and every run compares its own model's hidden states again.
 PACKABLE = frozenset(
     """
     afmoe apertus arcee biogpt bitnet cohere cohere2 cohere2_moe cwm deepseek_v2 deepseek_v3 dots1
@@ -26,8 +26,8 @@ PACKABLE = frozenset(
     vaultgemma youtu
     """.split()  # noqa: SIM905  a list of them would fill pages
 )
-# Why others aren't among them. State-space, convolution and chunked layers would carry one
-# sequence's tokens into the next; those are known by `layer_types`, or by the names below.
+# Why some other model types can't be packed. State-space, convolution and chunked layers, which
+# would carry tokens of one sequence into the next, are recognised by `layer_types` instead.
 NOT_REPLACEABLE = "its attention can't be replaced"
 NOT_TOLD = "its layers don't hand on to attention what it needs to know"
 NOT_PACKABLE = {
@@ -37,22 +37,22 @@ NOT_PACKABLE = {
     **dict.fromkeys(("doge", "gpt_neo"), "its attention is told what to look at by a mask alone"),
     "phimoe": "its routers draw experts at random while it is trained",
 }
-# Layers that look at other tokens by attention alone.
+# Types of layers that look at other tokens only through attention.
 PACKABLE_LAYERS = {"full_attention", "sliding_attention"}
-# RoPE whose frequencies depend on the longest position of a row.
+# Types of RoPE whose frequencies depend on the longest position in a row.
 ROW_DEPENDENT_ROPE = {"dynamic", "longrope"}
 
 
 def choose_layout(wanted: str, model: nn.Module, pad_token_id: int) -> Layout:
-    """The layout for a model: what was asked for, or the best that is right for it.
+    """Chooses the layout for a model.
 
     Args:
-        wanted: "auto", "shared", "unshared" or "padded".
-        model: as it will run: its dropouts count.
-        pad_token_id: for padded rows.
+        wanted: "shared", "unshared", "padded", or "auto" for the fastest that is right.
+        model: the model as it will run; a dropout above 0 can't be packed.
+        pad_token_id: fills the ends of padded rows.
 
     Raises:
-        ConfigError: a packed layout was asked for, and would be wrong for this model.
+        ConfigError: a packed layout is wanted but would be wrong for this model.
     """
     if wanted == "padded":
         return Layout("padded", pad_token_id)
@@ -66,7 +66,10 @@ def choose_layout(wanted: str, model: nn.Module, pad_token_id: int) -> Layout:
 
 
 def why_not_packed(model: nn.Module) -> str | None:
-    """Why packed rows would be wrong for a model, or None where they are right."""
+    """The reason why packed rows would be wrong for a model; None if they are right.
+
+    The reason is the rest of a sentence that begins with "Layout: padded, as ".
+    """
     lm = causal_lm(model)
     config = lm.config
     others = set(getattr(config, "layer_types", None) or ()) - PACKABLE_LAYERS
@@ -79,18 +82,21 @@ def why_not_packed(model: nn.Module) -> str | None:
     if getattr(config, "alibi", False):
         return "its ALiBi counts distances along the row"
     rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
-    kinds = {str(rope.get("rope_type", ""))} | {
-        str(each.get("rope_type", "")) for each in rope.values() if isinstance(each, dict)
-    }
-    if kinds & ROW_DEPENDENT_ROPE:
+    # Models such as Gemma 3 have one set of parameters for each type of layer.
+    ropes = [rope, *(nested for nested in rope.values() if isinstance(nested, dict))]
+    if {str(each.get("rope_type", "")) for each in ropes} & ROW_DEPENDENT_ROPE:
         return "its RoPE depends on the longest position of a row"
+    # Our attention has none, and both answers would get the same noise on the prefix they share.
     if (dropout := next(dropouts(model), None)) is not None:
         return f"{type(dropout[0]).__name__} has a dropout above 0"
     return None
 
 
 def attention_window(model: nn.Module) -> int | None:
-    """How many positions layers with a sliding window see, the query's own included, or None."""
+    """Positions that a query sees in a layer with a sliding window, its own included.
+
+    None if no layer has a window.
+    """
     config = causal_lm(model).config.get_text_config()
     layer_types = getattr(config, "layer_types", None) or ["sliding_attention"]
     window: int | None = getattr(config, "sliding_window", None)

@@ -1,4 +1,4 @@
-"""The parts of a transformers causal LM: what is inside an adapter, body, layers, parameters."""
+"""The parts of a transformers causal LM: the model inside an adapter, its body, its sizes."""
 
 from __future__ import annotations
 
@@ -16,14 +16,15 @@ def causal_lm(model: Any) -> Any:
 
 
 def is_peft_model(model: nn.Module) -> bool:
+    """Whether this is a PeftModel, found out without importing peft, which is optional."""
     return hasattr(model, "peft_config") and hasattr(model, "get_base_model")
 
 
 def body_of(model: Any) -> nn.Module:
-    """What makes the hidden states that the head gets.
+    """The part of a causal LM that computes the hidden states for the head.
 
     Raises:
-        ModelError: an encoder-decoder, or no body apart from the head.
+        ModelError: the model is an encoder-decoder, or its body can't be called without the head.
     """
     if model.config.is_encoder_decoder:
         raise ModelError(
@@ -33,22 +34,23 @@ def body_of(model: Any) -> nn.Module:
     if body is None or body is model:
         body = model.base_model
     if body is model:
-        body = getattr(model, "model", model)  # Llama4 names another attribute than it has
+        # Llama4's base_model_prefix names an attribute that it doesn't have.
+        body = getattr(model, "model", model)
     if body is model or model.get_output_embeddings() is None:
         raise ModelError(f"{type(model).__name__} has no body and head to be called apart.")
     return body
 
 
 def num_layers(model: Any) -> int:
-    """Decoder layers; each calls attention once at least, where it has any."""
+    """Decoder layers of a causal LM; each calls attention at least once if it has any."""
     return int(model.config.get_text_config().num_hidden_layers)
 
 
 def numel(parameter: Tensor) -> int:
-    """Elements of a parameter, also of one that ZeRO-3 has spread over the ranks."""
+    """Elements of a parameter, all of them even if ZeRO-3 has spread it over the ranks."""
     return int(getattr(parameter, "ds_numel", parameter.numel()))
 
 
 def shape(parameter: Tensor) -> torch.Size:
-    """Of a parameter, also of one that ZeRO-3 has spread over the ranks."""
+    """The whole shape of a parameter, even if ZeRO-3 has spread it over the ranks."""
     return torch.Size(getattr(parameter, "ds_shape", parameter.shape))

@@ -1,8 +1,8 @@
 """The auxiliary loss of a mixture of experts, which keeps its routers from preferring few experts.
 
-It is transformers' own function of a micro-batch's router logits, times a coefficient. A token of a
-packed row weighs as many times as there are sequences that it belongs to, so the loss is that of
-the same sequences in padded rows of their own.
+transformers computes it from the router logits of a micro-batch, and a coefficient scales it. A
+token of a packed row counts once for every sequence that it belongs to. The loss therefore equals
+that of the same sequences in padded rows.
 """
 
 from __future__ import annotations
@@ -18,27 +18,28 @@ from torch import Tensor, nn
 from dpofast.data.packing.padded_rows import collate_padded
 from dpofast.errors import ConfigError
 from dpofast.model.attention import any_dtype_attention
-from dpofast.model.checks import HEAD_TOLERANCE, some_sequences
+from dpofast.model.checks import HEAD_TOLERANCE, sample_sequences
 from dpofast.model.forward import evaluating, micro_batch, run_batch
 from dpofast.model.parts import causal_lm
 from dpofast.options.config import DPOConfig
 from dpofast_kernels import PairLossOutput
 
 OPTION = "router_aux_loss_coef"
-METRIC = "aux_loss"  # as TRL names it
+METRIC = "aux_loss"  # TRL's name of it
 
 
 @dataclass(frozen=True)
 class RouterLoss:
-    """The auxiliary loss of micro-batches.
+    """Computes the auxiliary loss of a micro-batch; the body task of `run_batch`.
 
-    It is no sum over tokens: that of two micro-batches together is another one than their mean.
+    It is not a sum over tokens. The loss of a larger micro-batch is not the mean of its parts'.
 
     Attributes:
-        coefficient: what it is multiplied with where it joins the pairs' losses.
-        balance: transformers' own, of router logits, the next two, and weights: -> [].
-        num_experts: of each router.
-        experts_per_token: that each router chooses.
+        coefficient: factor of the auxiliary loss in the loss that is trained.
+        balance: transformers' function (router logits, num_experts, experts_per_token, weights of
+            the tokens) -> [].
+        num_experts: experts that each router chooses from.
+        experts_per_token: experts that each router chooses for a token.
     """
 
     coefficient: float
@@ -47,19 +48,28 @@ class RouterLoss:
     experts_per_token: int
 
     def __call__(self, outputs: Any, uses: Tensor) -> Tensor:
-        """[], of the body's outputs and the uses [B, L] of its positions."""
-        logits = outputs.router_logits  # of each layer that has a router, [B*L, experts]
+        """Returns the auxiliary loss [], without its coefficient.
+
+        Args:
+            outputs: outputs of the body, with the router logits.
+            uses: [B, L] int64, sequences that each position belongs to; 0 on padding.
+        """
+        logits = outputs.router_logits  # one [B*L, experts] per layer that has a router
         return self.balance(logits, self.num_experts, self.experts_per_token, uses)
 
 
 def make_router_loss(model: nn.Module, config: DPOConfig) -> RouterLoss | None:
-    """What TRL adds for a model: its config's coefficient, or router_aux_loss_coef in its place.
+    """The auxiliary loss that TRL would add for this model.
+
+    Args:
+        model: the policy.
+        config: its router_aux_loss_coef replaces the coefficient in the model's own config.
 
     Returns:
-        None where the coefficient is 0, or the model has none.
+        The loss, or None if the coefficient is 0 or the model has none.
 
     Raises:
-        ConfigError: there is a coefficient, and what it would multiply can't be had.
+        ConfigError: there is a coefficient, but the loss can't be computed for this model.
     """
     lm = causal_lm(model)
     text_config = lm.config.get_text_config()
@@ -86,13 +96,13 @@ def make_router_loss(model: nn.Module, config: DPOConfig) -> RouterLoss | None:
 
 
 def check_router_loss(router_loss: RouterLoss, model: nn.Module) -> None:
-    """Compare the auxiliary loss of some padded sequences with the model's own.
+    """Compares the auxiliary loss of some padded sequences with the model's own.
 
     Raises:
-        ConfigError: they differ, or the model gives none.
+        ConfigError: the losses differ, or the model doesn't compute one.
     """
     lm = causal_lm(model)
-    batch = collate_padded(some_sequences(model)).to(next(lm.parameters()).device)
+    batch = collate_padded(sample_sequences(model)).to(next(lm.parameters()).device)
     inputs = {"input_ids": batch.input_ids, "attention_mask": batch.uses}
     with evaluating(lm), any_dtype_attention(lm.config):
         stock = lm(**inputs, use_cache=False, output_router_logits=True)
@@ -100,26 +110,29 @@ def check_router_loss(router_loss: RouterLoss, model: nn.Module) -> None:
         if not isinstance(expected, Tensor) or not getattr(stock, "router_logits", None):
             raise _unknown(lm, "gives none when asked for its router logits")
         with micro_batch(model, batch):
-            _, ours = run_batch(lm, batch, _nothing, router_loss)
+            _, ours = run_batch(lm, batch, _skip_head, router_loss)
     error = ((ours - expected).abs() / expected.abs()).item()
-    if not error <= HEAD_TOLERANCE[torch.float32]:
+    # float32 whatever the model's dtype, as transformers sums the loss in float32.
+    if not error <= HEAD_TOLERANCE[torch.float32]:  # NaN is an error, too
         raise _unknown(lm, f"computes it in another way (by {error:.1%})")
 
 
-def join(
+def add_router_loss(
     results: tuple[Tensor, ...], router_loss: RouterLoss | None, num_pairs: int
 ) -> tuple[PairLossOutput, dict[str, Tensor]]:
-    """A micro-batch's loss with its routers' share, and what is logged of that.
+    """Adds the auxiliary loss of a micro-batch to the loss of its pairs.
 
-    The auxiliary loss counts for as many pairs as there are: so the mean over the pairs of a step
-    of one micro-batch is what TRL computes, and a micro-batch without pairs adds nothing.
+    The auxiliary loss counts once per pair. The mean over the pairs of a step with one micro-batch
+    is then what TRL computes, and a micro-batch without pairs adds nothing.
 
     Args:
-        results: of `run_batch`.
-        router_loss: that it was called with.
-        num_pairs: of the micro-batch.
+        results: results of `run_batch` with a PairLossTask and `router_loss`.
+        router_loss: the auxiliary loss; None adds nothing.
+        num_pairs: pairs of the micro-batch.
+
     Returns:
-        The loss, a sum over pairs, with log-probs and metrics; and sums over pairs by their names.
+        The pairs' output with the whole loss, a sum over pairs; and the metrics to log for the
+        auxiliary loss, also sums over pairs, by their names.
     """
     if router_loss is None:
         return PairLossOutput(*results), {}
@@ -128,24 +141,30 @@ def join(
     return PairLossOutput(total, logps, metrics), {METRIC: num_pairs * aux_loss}
 
 
-def _nothing(hidden_states: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor]:
-    return (hidden_states,)
+def _skip_head(hidden_states: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor]:
+    return (hidden_states,)  # a tuple, to which `run_batch` appends the auxiliary loss
 
 
 def _is_reentrant(config: DPOConfig, model: nn.Module) -> bool:
-    """Whether checkpointed layers run without gradients first, so that their outputs have none."""
+    """Whether checkpointed layers run their forward without gradients.
+
+    Reentrant checkpointing does, so the router logits inside these layers have no gradient.
+    """
     if config.gradient_checkpointing:
-        own = ("every_n_layers", "offload")  # transformers' own, where these alone are given
+        # Given only these, transformers sets use_reentrant to False; any other argument goes to
+        # PyTorch's checkpoint, whose default is True.
+        own = ("every_n_layers", "offload")
         given = config.gradient_checkpointing_kwargs or {}
         kwargs = {name: value for name, value in given.items() if name not in own}
-        return bool(kwargs) and bool(kwargs.get("use_reentrant", True))  # PyTorch's default
+        return bool(kwargs) and bool(kwargs.get("use_reentrant", True))
+    # The model may have been given checkpointing before it came to the trainer.
     functions = (
         getattr(module, "_gradient_checkpointing_func", None)
         for module in model.modules()
         if getattr(module, "gradient_checkpointing", False)
     )
     keywords: list[dict[str, Any]] = [getattr(function, "keywords", {}) for function in functions]
-    return any(each.get("use_reentrant", True) for each in keywords)
+    return any(keyword.get("use_reentrant", True) for keyword in keywords)
 
 
 def _unknown(lm: nn.Module, what: str) -> ConfigError:

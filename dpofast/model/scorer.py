@@ -1,4 +1,4 @@
-"""Log-probs of answers under a fixed model."""
+"""Scores answers under a fixed model, for the reference store and for other readers."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from dpofast.model.parts import causal_lm
 
 
 class SequenceScorer:
-    """Log-probs of answers under a fixed model, by the kernel that the training steps use.
+    """Computes log-probs of answers under a fixed model, by the kernel that training uses.
 
     Args:
-        model: causal LM or PeftModel, on the device where it is to run.
-        autocast: makes the context of a forward pass.
-        layout: how answers are laid out; those of one prompt should be neighbours.
-        with_logsumexps: give the log-sum-exps of the logits, too.
+        model: causal LM or PeftModel, on the device that it is to run on.
+        autocast: returns the context manager of a forward pass.
+        layout: layout of the answers.
+        with_logsumexps: also return the log-sum-exps of the logits.
     """
 
     def __init__(
@@ -33,20 +33,24 @@ class SequenceScorer:
         self.options = head_options(causal_lm(model).config)
 
     def __call__(self, sequences: Sequence[tuple[TokenIds, TokenIds]]) -> list[np.ndarray]:
-        """One forward pass over (prompt ids, answer ids).
+        """Runs one forward pass over some sequences.
+
+        Args:
+            sequences: (prompt ids, answer ids); answers to the same prompt share it if they are
+                neighbours.
 
         Returns:
-            Of each answer [num_tokens] fp64, its per-token log-probs in nats; or [2, num_tokens],
-            the log-sum-exps below them.
+            One array per answer: [num_tokens] fp64, its per-token log-probs in nats. With
+            log-sum-exps it is [2, num_tokens], the log-probs first.
         """
         batch = self.layout.collate(sequences, by_prompt=True)
         batch = batch.to(next(self.model.parameters()).device)
         with evaluating(self.model), micro_batch(self.model, batch), self.autocast():
             task = ScoreTask(batch.labels, self.options, self.with_logsumexps)
             scores = run_batch(self.model, batch, task)  # [N] or [2, N]
-        # float64, so that what is summed later is what the head gave, whatever its precision
+        # float64 before anything is summed, whatever precision the head has.
         return np.split(scores.double().cpu().numpy(), batch.bounds[1:-1].numpy(), axis=-1)
 
     def num_tokens(self, sequences: Sequence[tuple[TokenIds, TokenIds]]) -> int:
-        """Positions that the body runs over in a call with these, padding included."""
+        """Positions that the body runs over in a call with these sequences, padding included."""
         return self.layout.num_tokens(sequences, by_prompt=True)

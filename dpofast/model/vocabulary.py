@@ -1,4 +1,4 @@
-"""Token ids that a model has no row for, found before anything runs."""
+"""Finds token ids outside a model's vocabulary before anything runs."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from dpofast.model.parts import causal_lm, shape
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """The token ids of a model.
+    """The token ids that a model knows: 0 up to `size` - 1.
 
     Attributes:
-        model: the name of its class.
-        size: rows of its embedding, or of its head where that has fewer.
+        model: name of the model's class.
+        size: tokens in the embedding or in the head, whichever has fewer.
     """
 
     model: str
@@ -29,7 +29,10 @@ class Vocabulary:
 
 
 def vocabulary_of(model: nn.Module) -> Vocabulary:
-    """Read from the weights, also those that ZeRO-3 has spread over the ranks."""
+    """Reads the vocabulary off the weights, even if ZeRO-3 has spread them over the ranks.
+
+    The weights are what an id indexes; the config's vocab_size can say something else.
+    """
     lm: Any = causal_lm(model)
     ends = (lm.get_input_embeddings(), lm.get_output_embeddings())
     weights = [end.weight for end in ends if end is not None]
@@ -37,31 +40,34 @@ def vocabulary_of(model: nn.Module) -> Vocabulary:
 
 
 def refuse_unknown_ids(pairs: Any, name: str, vocabularies: Iterable[Vocabulary]) -> None:
-    """Look for token ids outside the vocabularies of the models that will run them.
+    """Refuses token ids outside the vocabularies of the models that will run them.
 
-    On a GPU such an id would stop the run in the depths, or read what lies behind the weight.
+    On a GPU such an id would stop the run with an error that doesn't name it, or read memory behind
+    the weight.
 
     Args:
-        pairs: tokenised datasets.Dataset.
-        name: the dataset's, for the message.
-        vocabularies: of the models.
+        pairs: tokenised datasets.Dataset, with the column `row` of positions in the user's data.
+        name: dataset name, used in messages.
+        vocabularies: vocabularies of the models.
 
     Raises:
-        DataError: there is one; the message has its row.
+        DataError: there is such an id; the message names its row in the user's data.
     """
     table = pairs.select_columns([*ID_COLUMNS, "row"]).with_format("arrow")[:]
     for vocabulary in vocabularies:
         for column in ID_COLUMNS:
             ids = pc.list_flatten(table[column])
+            # The extremes suffice for nearly every dataset; ids are searched only after they fail.
             limits = pc.min_max(ids).as_py()
             if limits["max"] is None or 0 <= limits["min"] <= limits["max"] < vocabulary.size:
                 continue
             values = ids.to_numpy()
             place = int(np.flatnonzero((values < 0) | (values >= vocabulary.size))[0])
-            row = table["row"][pc.list_parent_indices(table[column])[place].as_py()].as_py()
+            pair = pc.list_parent_indices(table[column])[place].as_py()
+            source_row = table["row"][pair].as_py()
             raise DataError(
-                f"{name}, row {row} (counted from 0): the token id {values[place]} in {column} is "
-                f"not one of the {vocabulary.size} of {vocabulary.model}: use that model's "
-                "tokenizer, or give the model rows for added tokens with "
+                f"{name}, row {source_row} (counted from 0): the token id {values[place]} in "
+                f"{column} is not one of the {vocabulary.size} of {vocabulary.model}: use that "
+                "model's tokenizer, or give the model rows for added tokens with "
                 "model.resize_token_embeddings(len(tokenizer))."
             )

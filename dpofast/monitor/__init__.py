@@ -1,1 +1,1 @@
-"""What a run reports: metrics, throughput, files and plots, made from plain facts."""
+"""The reports of a run: metrics, throughput, files and plots, all made from plain facts."""

@@ -1,4 +1,4 @@
-"""Files that a run writes as it goes."""
+"""Callbacks of transformers that write files while a run goes on."""
 
 from __future__ import annotations
 
@@ -12,10 +12,12 @@ METRICS_FILE = "metrics.jsonl"
 
 
 class MetricsFile(TrainerCallback):
-    """Appends every log event to metrics.jsonl, one JSON object a line: step, epoch, values."""
+    """Appends every log event to metrics.jsonl as one JSON object a line: step, epoch, values."""
 
     def __init__(self) -> None:
-        self._has_written = False  # an evaluation before training belongs to the run
+        # Lines that this process has written belong to its run, even those of an evaluation before
+        # training. Older lines belong to it only if it resumes.
+        self._has_written = False
 
     def on_train_begin(
         self,
@@ -24,12 +26,12 @@ class MetricsFile(TrainerCallback):
         control: TrainerControl,
         **kwargs: Any,
     ) -> None:
-        """Drop the lines that a resumed run writes again, or all that an older run left."""
+        """Drops the lines that a resumed run will write again, or all lines of an older run."""
         path = Path(args.output_dir) / METRICS_FILE
         if not state.is_world_process_zero or not path.is_file():
             return
         lines = path.read_text(encoding="utf-8").splitlines()
-        # a killed run may have left half a line at the end
+        # A killed run may have left half a line at the end.
         whole = [line for line in lines if line.endswith("}")]
         is_resumed = state.global_step > 0
         kept = [
@@ -47,11 +49,12 @@ class MetricsFile(TrainerCallback):
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
+        """Appends one line; the first of a run that doesn't resume begins a new file."""
         if not state.is_world_process_zero:
             return
         path = Path(args.output_dir) / METRICS_FILE
         if not self._has_written and not state.global_step:
-            path.unlink(missing_ok=True)  # of an older run
+            path.unlink(missing_ok=True)  # an older run's file
         self._has_written = True
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a", encoding="utf-8") as file:

@@ -1,4 +1,4 @@
-"""Sums of per-pair metrics, for exact means however pairs are spread over batches and ranks."""
+"""Exact means of per-pair metrics, however the pairs are spread over batches and ranks."""
 
 from __future__ import annotations
 
@@ -11,31 +11,37 @@ SumOverRanks = Callable[[Tensor], Tensor]
 
 
 class MetricSums:
-    """Adds up metrics on the device; nothing is copied off it before `means`."""
+    """Sums of metrics, added up on the device so that no step waits for a copy to the host."""
 
     def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}
         self._num_pairs = 0
 
     def add(self, values: dict[str, Tensor], num_pairs: int) -> None:
-        """Add values of `num_pairs` pairs: [P] each, or a sum over them already."""
+        """Adds the metrics of some pairs.
+
+        Args:
+            values: by name, [P] values of pairs, or their sum [].
+            num_pairs: P; 0 on a rank without pairs.
+        """
         for name, value in values.items():
             total = value.detach().double().sum()
             self._sums[name] = self._sums[name] + total if name in self._sums else total
         self._num_pairs += num_pairs
 
     def means(self, sum_over_ranks: SumOverRanks, device: torch.device) -> dict[str, float]:
-        """Means over the pairs of all ranks since the last call; {} where no rank has any.
+        """Means over the pairs of all ranks since the last call; {} if no rank had any.
 
-        Every rank must call this, and must have called `add`, if only for zero pairs.
+        Every rank must call this together, and must have called `add` with the same names, even if
+        it has no pairs: the ranks add up vectors of the same length.
 
         Args:
-            sum_over_ranks: of a float64 vector.
-            device: where that vector is to be.
+            sum_over_ranks: adds up a float64 vector over the ranks.
+            device: device that `sum_over_ranks` expects the vector on.
         """
         if not self._sums:
             return {}
-        names = sorted(self._sums)
+        names = sorted(self._sums)  # the same order on all ranks
         count = torch.tensor(float(self._num_pairs), dtype=torch.float64, device=device)
         vector = torch.stack([*(self._sums[name].to(device) for name in names), count])
         *totals, num_pairs = sum_over_ranks(vector).tolist()

@@ -1,4 +1,4 @@
-"""A picture of a run: loss, margins, accuracy, log-probs and more over its steps."""
+"""Plots a run: loss, margins, accuracy, log-probs and more over its steps."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 PLOT_FILE = "training.png"
 
-# title, unit of the y axis, the logged values drawn there
+# Title, unit of the y axis, and names of the logged values of each panel.
 PANELS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("loss", "nats", ("loss",)),
     ("margin of the rewards", "nats", ("rewards/margins",)),
@@ -21,21 +21,22 @@ PANELS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
 
 
 def plot_run(log_history: Sequence[dict[str, Any]], path: Path, title: str) -> None:
-    """Draw training (lines) and evaluation (points) into a PNG.
+    """Draws training (lines) and evaluation (points) into a PNG.
 
     Args:
-        log_history: the Trainer's, one dict a log event, with `step`.
-        path: of the PNG; its folder must exist.
-        title: stands above the panels.
+        log_history: one dict per log event, with `step`, as transformers' TrainerState keeps them.
+        path: file of the PNG; its folder must exist.
+        title: text above the panels.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(15, 7.5), layout="constrained")
-    FigureCanvasAgg(figure)  # draws without a screen, and leaves pyplot's state alone
+    FigureCanvasAgg(figure)  # draws without a screen and without touching pyplot's state
     figure.suptitle(title)
     prefixes = _evaluation_prefixes(log_history)
     for axes, (name, unit, keys) in zip(figure.subplots(2, 3).flat, PANELS, strict=True):
+        # A panel with two values tells chosen from rejected by colour, and names them.
         for index, key in enumerate(keys):
             side = key.rpartition("/")[2] if len(keys) > 1 else "training"
             axes.plot(*_series(log_history, key), color=f"C{index}", label=side)
@@ -51,7 +52,7 @@ def plot_run(log_history: Sequence[dict[str, Any]], path: Path, title: str) -> N
 
 
 def _evaluation_prefixes(log_history: Sequence[dict[str, Any]]) -> list[str]:
-    """eval_, or eval_NAME_ for every named set."""
+    """The prefixes of evaluation metrics: eval_, or eval_NAME_ for every named set."""
     keys = {key for log in log_history for key in log}
     return sorted(
         key.removesuffix("loss")
@@ -61,5 +62,6 @@ def _evaluation_prefixes(log_history: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def _series(log_history: Sequence[dict[str, Any]], key: str) -> tuple[list[int], list[float]]:
+    """Steps and values of one logged name."""
     points = [(log["step"], log[key]) for log in log_history if key in log]
     return [step for step, _ in points], [value for _, value in points]

@@ -1,4 +1,4 @@
-"""How fast a run trains: pairs and tokens a second, and the share of the device's peak."""
+"""The speed of a run: pairs and tokens per second, and the share of the device's peak."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from dpofast.data.packing.batch import PackedPairs
 from dpofast.model.flops import TrainingFlops, peak_flops
 from dpofast.monitor.metrics import SumOverRanks
 
-# What is counted: pairs and rows (micro-batches), tokens of the sequences each for itself, tokens
-# that the body ran over, those that were scored, and floating-point operations.
-COUNTED = ("pairs", "rows", "tokens", "row_tokens", "scored", "flops")
+# Tokens are those of the sequences before they share a prefix; body tokens are the positions that
+# the body ran over, padding included.
+COUNTED = ("pairs", "micro_batches", "tokens", "body_tokens", "scored_tokens", "flops")
 
 
 class Throughput:
-    """Counts what training steps do between two logs.
+    """Counts the work of training steps between two logs, and the time that it took.
 
-    Time runs from the first step after a log to the next log, so that evaluations and checkpoints
-    don't count.
+    Time runs from the first step after a log to the next log. Evaluations and checkpoints, which
+    come between a log and the next step, don't count.
 
     Args:
-        model: the policy.
-        dtype: in which it computes.
-        device: it is on.
-        world_size: ranks, each with such a device.
+        model: the policy, before anything shards its parameters.
+        dtype: dtype that the forward pass computes in.
+        device: this rank's device.
+        world_size: number of ranks, each with such a device.
     """
 
     def __init__(
@@ -36,15 +36,16 @@ class Throughput:
         self._peak = peak_flops(device, dtype)
         self._device, self._world_size = device, world_size
         self._started: float | None = None
-        self._counts = dict.fromkeys(COUNTED, 0.0)  # of this rank since the last log
-        self._totals = dict.fromkeys((*COUNTED, "seconds"), 0.0)  # of all ranks
+        self._counts = dict.fromkeys(COUNTED, 0.0)  # this rank, since the last log
+        self._totals = dict.fromkeys((*COUNTED, "seconds"), 0.0)  # all ranks, the whole run
 
     def start_step(self) -> None:
+        """Starts the clock at the first step after a log."""
         if self._started is None:
             self._started = time.perf_counter()
 
     def add(self, batch: PackedPairs) -> None:
-        """Count a micro-batch; its tensors are not read."""
+        """Counts a micro-batch by its sizes only: reading its tensors would wait for the device."""
         numbers = (
             batch.num_pairs,
             1,
@@ -57,9 +58,13 @@ class Throughput:
             self._counts[name] += number
 
     def metrics(self, sum_over_ranks: SumOverRanks) -> dict[str, float]:
-        """Figures of all ranks since the last call; {} where nothing was trained.
+        """Figures of all ranks since the last call; {} if nothing was trained.
 
-        Every rank must call this, when the steps' results have been waited for.
+        Every rank must call this together, and only after it has waited for the results of its
+        steps: a GPU may still be at work when a step returns.
+
+        Args:
+            sum_over_ranks: adds up a float64 vector over the ranks.
         """
         own = torch.tensor([*self._counts.values()], dtype=torch.float64)
         counts = dict(zip(COUNTED, sum_over_ranks(own.to(self._device)).tolist(), strict=True))
@@ -73,17 +78,17 @@ class Throughput:
         return {
             **self._rates(counts, seconds),
             "lengths/pair": counts["tokens"] / counts["pairs"],
-            "lengths/scored": counts["scored"] / counts["pairs"],
-            "lengths/row": counts["row_tokens"] / counts["rows"],
+            "lengths/scored": counts["scored_tokens"] / counts["pairs"],
+            "lengths/row": counts["body_tokens"] / counts["micro_batches"],
         }
 
     def summary(self) -> dict[str, float]:
-        """Rates over all of the run so far, by the same names; {} where nothing was trained."""
+        """Rates over the whole run so far, by the names of `metrics`; {} if nothing was trained."""
         seconds = self._totals["seconds"]
         return self._rates(self._totals, seconds) if seconds else {}
 
     def _rates(self, counts: dict[str, float], seconds: float) -> dict[str, float]:
         rates = {f"{name}_per_second": counts[name] / seconds for name in ("pairs", "tokens")}
-        if self._peak is not None:
+        if self._peak is not None:  # model FLOPs utilisation, as a share of the device's peak
             rates["mfu"] = counts["flops"] / seconds / self._world_size / self._peak
         return rates

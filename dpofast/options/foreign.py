@@ -1,4 +1,4 @@
-"""Options of other tools and versions: which are harmless, and what to do instead of the others."""
+"""Options of other tools and versions: harmless ones are accepted, others refused with a remedy."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any
 
 from dpofast.errors import ConfigError
 
-# Options that TRL has or had: the values that change nothing and are therefore accepted, and what
-# to do instead of any other.
+# Options that TRL or transformers has or had. Each has the values that change nothing, which are
+# therefore accepted, and a remedy for all other values.
 FOREIGN_OPTIONS: dict[str, tuple[tuple[Any, ...], str]] = {
     "max_prompt_length": ((None,), "set max_length, which counts prompt + answer"),
     "max_completion_length": ((None,), "set max_length, which counts prompt + answer"),
@@ -53,12 +53,18 @@ FOREIGN_OPTIONS: dict[str, tuple[tuple[Any, ...], str]] = {
 def refuse_unknown_options(
     options: dict[str, Any], known: Collection[str], where: str = "DPOConfig"
 ) -> dict[str, Any]:
-    """Drop TRL's options whose value changes nothing; raise ConfigError at any other unknown one.
+    """Drops foreign options whose value changes nothing, and refuses all other unknown ones.
 
     Args:
         options: names and values as the user gave them.
         known: names of the options that exist.
-        where: named in the error: a file, or the class.
+        where: file or class that the options come from, used in messages.
+
+    Returns:
+        The known options.
+
+    Raises:
+        ConfigError: a foreign option has a value that isn't supported, or an option doesn't exist.
     """
     kept = {}
     for name, value in options.items():

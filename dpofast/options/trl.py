@@ -1,4 +1,4 @@
-"""Arguments of `DPOTrainer` as scripts for TRL give them, of today and of years ago."""
+"""Reads the arguments that TRL scripts, new and old, give to `DPOTrainer`."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from dpofast.options.foreign import refuse_unknown_options
 def resolve_config(
     args: TrainingArguments | None, options: dict[str, Any], model_name: str
 ) -> DPOConfig:
-    """One DPOConfig of `args` and the options that old scripts give the trainer itself.
+    """Merges `args` and the options that old scripts give to the trainer itself.
 
     Args:
-        args: ours, TRL's or a plain TrainingArguments; None for the defaults.
+        args: a DPOConfig, TRL's or ours, or plain TrainingArguments; None for the defaults.
         options: further keyword arguments of the trainer, such as beta and max_length.
-        model_name: names the output folder where `args` is None.
+        model_name: name of the model, which names the output folder if `args` is None.
 
     Raises:
-        ConfigError: an option that is unknown, or that can't be honoured.
+        ConfigError: an option is unknown or can't be honoured, or `args` is of another type.
     """
     options = refuse_unknown_options(options, option_names(), where="DPOTrainer")
     if args is None:
@@ -32,15 +32,20 @@ def resolve_config(
         return args
     if not isinstance(args, TrainingArguments):
         raise ConfigError(f"args: got a {type(args).__name__}, expected a dpofast.DPOConfig.")
+    # TRL's config has options of its own, which DPOConfig then accepts or refuses one by one.
     given = {item.name: getattr(args, item.name) for item in fields(args) if item.init}
     return DPOConfig(**{**given, **options})
 
 
 def resolve_tokenizer(processing_class: Any, options: dict[str, Any]) -> Any:
-    """The tokenizer under its present name or its old one, `tokenizer`; removes that from options.
+    """The tokenizer, given under its present name or its old one, `tokenizer`.
+
+    Args:
+        processing_class: the argument with the present name.
+        options: further keyword arguments of the trainer; `tokenizer` is removed from them.
 
     Raises:
-        ConfigError: both were given, or a processor of images.
+        ConfigError: both names were given, or the argument is a processor of images.
     """
     old = options.pop("tokenizer", None)
     if old is not None and processing_class is not None:
@@ -54,6 +59,6 @@ def resolve_tokenizer(processing_class: Any, options: dict[str, Any]) -> Any:
 
 
 def refuse(argument: str, value: Any, remedy: str) -> None:
-    """Raise ConfigError if an argument that can't be honoured was given."""
+    """Raises ConfigError if an argument that can't be honoured was given."""
     if value is not None:
         raise ConfigError(f"DPOTrainer: {argument} isn't supported: {remedy}.")

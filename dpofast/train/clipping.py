@@ -9,11 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-CHUNK_ELEMENTS = 1 << 20  # cast at a time: PyTorch makes a float64 copy of what it sums
+# PyTorch copies to float64 what it sums in float64; in chunks of this size the copy stays small.
+CHUNK_ELEMENTS = 1 << 20
 
 
 class ClipsExactly:
-    """Part of a transformers Trainer: what it clips by, and logs, is summed in float64."""
+    """Makes a transformers Trainer clip by, and log, a gradient norm that is summed in float64.
+
+    It comes before Trainer among a class's bases, and overrides two of its methods.
+    """
 
     args: Any
     accelerator: Any
@@ -23,28 +27,31 @@ class ClipsExactly:
         return self._clipped(model, self.args.max_grad_norm)
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        # Without clipping no norm has been computed; an infinite bound only measures it.
         return self._clipped(model, math.inf) if grad_norm is None else grad_norm
 
     def _clipped(self, model: nn.Module, max_norm: float) -> Any:
-        if self.is_deepspeed_enabled:  # its engine has clipped, and tells its norm
+        if self.is_deepspeed_enabled:  # its engine clips by itself, and this returns its norm
             return self.accelerator.clip_grad_norm_(model.parameters(), max_norm)
         self.accelerator.unscale_gradients()
         return clip_grad_norm(model.parameters(), max_norm)
 
 
 def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
-    """Scale the gradients down where their joint norm is above `max_norm`.
+    """Scales the gradients down if their joint norm is above `max_norm`.
 
-    As `torch.nn.utils.clip_grad_norm_`, whose sum on a CPU loses digits: it is off by 1e-4 with a
-    matrix of 4 million elements, by 5e-3 with one of 60 million. A GPU sums a matrix in thousands
-    of parts, which float32 is enough for; its float64 copy would be as large as two of them.
+    This does what `torch.nn.utils.clip_grad_norm_` does, whose sum loses digits on a CPU: it is off
+    by 1e-4 for a matrix of 4 million elements, and by 5e-3 for one of 60 million.
 
     Args:
-        parameters: those without a gradient are passed over.
-        max_norm: infinity only measures.
+        parameters: parameters; those without a gradient are left out.
+        max_norm: largest norm; infinity measures the norm and scales nothing.
 
     Returns:
-        [] float64, the norm before; inf or NaN where a gradient is.
+        [] float64, the norm before scaling; inf or NaN if a gradient has such an element.
+
+    Numerics: on a CPU all sums are in float64. On a GPU the norm of one gradient is summed in
+    float32 or its own wider dtype, and the sum over gradients is in float64.
     """
     parameters = [p for p in parameters if p.grad is not None]
     squares = [_sum_of_squares(p.grad) for p in parameters if p.grad is not None]
@@ -56,6 +63,9 @@ def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float) -> Tenso
 
 
 def _sum_of_squares(gradient: Tensor) -> Tensor:
+    """[] float64."""
+    # A GPU sums a matrix in thousands of parts, so float32 is enough. A float64 copy of the matrix
+    # would take twice the memory of the gradient.
     if not gradient.is_cpu:
         dtype = torch.promote_types(gradient.dtype, torch.float32)
         return torch.linalg.vector_norm(gradient, dtype=dtype).double().square()

@@ -1,4 +1,4 @@
-"""How many tokens a packed row may have on a GPU, beside the model and what training adds to it."""
+"""Computes how many tokens a packed row can have in the memory that training leaves free."""
 
 from __future__ import annotations
 
@@ -18,15 +18,17 @@ from dpofast_kernels.head.workspace import DEVICE_WORKSPACE_BYTES
 
 logger = logging.getLogger(__name__)
 
-# Of what is free: the allocator loses some to fragments, and the backward holds gradients of a
-# layer's activations beside those that wait.
+# Share of the free memory that rows may use. The allocator loses some of the rest to fragments, and
+# the backward holds the gradients of one layer's activations.
 USED_SHARE = 0.8
-# Rows of so many short pairs are run; short, as some models know few positions.
+# Numbers of pairs in the two rows that are run to measure memory, and the pair that they repeat, as
+# (prompt ids, answer ids). The pair is short because some models know few positions.
 PROBED_PAIRS = (8, 24)
-PROBED_PAIR = (([1] * 8, [2] * 4), ([1] * 8, [3] * 4))  # prompt and answer ids
-# Longer rows have nothing left to gain; shorter ones are slow, and a pair rarely has fewer tokens.
+PROBED_PAIR = (([1] * 8, [2] * 4), ([1] * 8, [3] * 4))
+# Limits of a row in tokens, and what it is a multiple of. Longer rows have nothing left to gain.
+# Shorter rows are slow, and a pair rarely has fewer tokens.
 LARGEST_ROW, SMALLEST_ROW, STEP = 2**16, 2**9, 2**8
-MOMENTS = 2  # Adam's
+MOMENTS = 2  # states of Adam per parameter
 
 
 def tokens_that_fit(
@@ -36,20 +38,21 @@ def tokens_that_fit(
     autocast: Callable[[], Any],
     free_bytes: int,
 ) -> int:
-    """Tokens of a packed row with which a training step fits the memory of a device.
+    """The most tokens of a packed row with which a training step fits a device's memory.
 
     Args:
-        model: the policy, on the device where it will be trained, or still on the CPU.
+        model: the policy, on the device that it will be trained on, or still on the CPU.
         layout: shared or unshared.
-        config: says how it is trained: checkpointing, DeepSpeed.
-        autocast: makes the context of a forward pass.
-        free_bytes: of the device, beside the model as it stands.
+        config: options of the run, which say whether layers are checkpointed and DeepSpeed shards.
+        autocast: returns the context manager of a forward pass.
+        free_bytes: free bytes of the device while the model is where it is.
 
     Returns:
-        A multiple of 256, from 512 to 65,536, whatever is free.
+        A multiple of 256 from 512 to 65,536, even if less or more is free.
     """
     lm = causal_lm(model)
-    # of what ZeRO-3 has spread, this rank's part
+    # `training_bytes` counts the parameters again, so those already on the device are added to what
+    # is free. ZeRO-3 keeps this rank's part of a parameter in ds_tensor.
     held: list[Tensor] = [getattr(p, "ds_tensor", p) for p in model.parameters()]
     placed = sum(part.nbytes for part in held if part.device.type != "cpu")
     cost = row_bytes(model, layout, config, autocast)
@@ -68,24 +71,26 @@ def tokens_that_fit(
 
 
 def free_device_bytes(device: torch.device) -> int:
-    """What PyTorch can still allocate on a CUDA or ROCm device, cached blocks included."""
+    """Bytes that PyTorch can still allocate on a CUDA or ROCm device, cached blocks included."""
     free, _ = torch.cuda.mem_get_info(device)
     return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
 def training_bytes(model: nn.Module, config: DPOConfig) -> int:
-    """What parameters, gradients and optimizer states take on one rank's device.
+    """Bytes of parameters, gradients and optimizer states on one rank's device.
 
-    With ZeRO by DeepSpeed's own estimates, else for AdamW in the parameters' dtype.
+    DeepSpeed's own estimates serve for ZeRO. Without it AdamW is assumed, with its states in the
+    dtype of the parameters.
     """
     trained = [p for p in model.parameters() if p.requires_grad]
     frozen_bytes = sum(_num_bytes(p) for p in model.parameters() if not p.requires_grad)
     trained_bytes = sum(map(_num_bytes, trained))
     stage, offloads = zero_stage(config)
     if stage == 0:
-        buckets = config.world_size > 1  # DDP's, as large as the gradients
+        buckets = config.world_size > 1  # DDP reduces in buckets, as large as all gradients
         return frozen_bytes + (2 + buckets + MOMENTS) * trained_bytes
     count = sum(numel(p) for p in trained)
+    # All ranks are counted as one node: an estimate for a GPU depends only on the total number.
     ranks: dict[str, Any] = {"num_gpus_per_node": config.world_size, "cpu_offload": offloads}
     if stage < 3:
         from deepspeed.runtime.zero.stage_1_and_2 import estimate_zero2_model_states_mem_needs
@@ -111,7 +116,12 @@ def zero_stage(config: DPOConfig) -> tuple[int, bool]:
 
 
 class RowBytes(NamedTuple):
-    """What a row costs beside the parameters: for each of its tokens, and whatever its length."""
+    """Bytes of a row in addition to the parameters.
+
+    Attributes:
+        per_token: bytes of each token.
+        fixed: bytes of a row of any length.
+    """
 
     per_token: float
     fixed: float
@@ -120,11 +130,11 @@ class RowBytes(NamedTuple):
 def row_bytes(
     model: nn.Module, layout: Layout, config: DPOConfig, autocast: Callable[[], Any]
 ) -> RowBytes:
-    """What of a row waits for the backward.
+    """Bytes that a row keeps for its backward.
 
-    Counted on two short rows: what doesn't grow with them is autocast's copies of the weights.
-    These stand until the forward pass ends even where layers are checkpointed. A checkpointed layer
-    keeps its input alone, and the inside of one at a time is made again.
+    The body runs over two short rows, and the difference gives the bytes of a token. The rest, the
+    same for both rows, is autocast's copies of the weights. They live until the forward pass ends,
+    even if layers are checkpointed.
     """
     text = causal_lm(model).config.get_text_config()
     small, large = (_kept_by_body(model, layout, count, autocast) for count in PROBED_PAIRS)
@@ -132,15 +142,22 @@ def row_bytes(
     slope = (large.kept - small.kept) / (large.tokens - small.tokens)
     layer = slope / num_layers
     checkpointed = _checkpointed_layers(config, num_layers)
+    # A checkpointed layer keeps only its input; the inside of one at a time is computed again.
     inside = (num_layers - checkpointed + (checkpointed > 0)) * layer
-    # A scored token's hidden state is gathered, and its gradient made in fp32 at least.
+    # Every token counts as scored: its hidden state is gathered, and has a gradient in fp32.
     scored = large.state + text.hidden_size * torch.float32.itemsize
     fixed = max(small.kept - slope * small.tokens, 0.0)
     return RowBytes(inside + checkpointed * large.state + scored, fixed)
 
 
 class _Pass(NamedTuple):
-    """Tokens of a row, bytes that its forward keeps, and bytes of a token's hidden state."""
+    """One forward pass of the body over a row.
+
+    Attributes:
+        tokens: tokens of the row.
+        kept: bytes that the pass keeps for its backward.
+        state: bytes of one token's hidden state.
+    """
 
     tokens: int
     kept: int
@@ -148,7 +165,7 @@ class _Pass(NamedTuple):
 
 
 def _checkpointed_layers(config: DPOConfig, num_layers: int) -> int:
-    # transformers 5.23 renamed the option
+    # transformers 5.23 renamed the option.
     if not getattr(config, "activation_checkpointing", config.gradient_checkpointing):
         return 0
     kwargs = getattr(config, "activation_checkpointing_kwargs", None) or {}
@@ -158,19 +175,22 @@ def _checkpointed_layers(config: DPOConfig, num_layers: int) -> int:
 def _kept_by_body(
     model: nn.Module, layout: Layout, num_pairs: int, autocast: Callable[[], Any]
 ) -> _Pass:
-    """Run the body over a row of short pairs, and count what it keeps for its backward."""
+    """Runs the body over a row of short pairs, and counts the bytes that it keeps."""
     lm = causal_lm(model)
     batch = layout.collate(PROBED_PAIR * num_pairs).to(next(lm.parameters()).device)
-    kept: dict[int, Tensor] = {}  # alive, so that no address is used twice
+    # By address, as several tensors can share memory. The tensors stay alive here, or a later one
+    # could get the address of an earlier one.
+    kept: dict[int, Tensor] = {}
 
     def keep(tensor: Tensor) -> None:
         address = tensor.untyped_storage().data_ptr()
-        # kept alive, the weights of a model that ZeRO-3 has spread would add up to the whole of it
+        # Weights are no cost of the row. Those that ZeRO-3 gathers for one layer at a time would,
+        # kept alive here, add up to the whole model.
         if all(address != p.untyped_storage().data_ptr() for p in lm.parameters()):
             kept.setdefault(address, tensor)
 
     with (
-        evaluating(lm),  # where nothing is checkpointed
+        evaluating(lm),  # layers are checkpointed in training mode only
         micro_batch(lm, batch),
         autocast(),
         torch.enable_grad(),
@@ -183,9 +203,10 @@ def _kept_by_body(
 
 
 def _head_bytes(lm: Any) -> int:
-    """What the head holds for a while: a chunk of logits, and its weight's gradient in fp32.
+    """Bytes that the head holds during its op: a chunk of logits, and the gradient of its weight.
 
-    The gradient twice, as the second pair of a row that is longer than a chunk sums its own.
+    The gradient, in fp32, counts twice. A pair that is longer than a chunk sums its own, which is
+    then added to the gradient of the pairs before it.
     """
     weight = lm.get_output_embeddings().weight
     gradients = 2 * weight.requires_grad * numel(weight)

@@ -1,4 +1,4 @@
-"""The policy as it enters training: loaded, wrapped in its adapter, without dropout."""
+"""Prepares the policy for training: loads it, wraps it in an adapter, sets dropout to 0."""
 
 from __future__ import annotations
 
@@ -19,13 +19,22 @@ logger = logging.getLogger(__name__)
 
 
 def resolve_model(model: Any, config: DPOConfig, tokenizer: Any) -> tuple[nn.Module, Any]:
-    """The model and its tokenizer, loaded where they were named.
+    """The model and its tokenizer; those that are given by name are loaded.
+
+    Args:
+        model: causal LM or PeftModel, or the folder or hub name of a causal LM.
+        config: options of the run.
+        tokenizer: tokenizer; None for the one that is stored with the model.
+
+    Returns:
+        The model, and the tokenizer with a token for padding.
 
     Raises:
-        ConfigError: DeepSpeed is asked for, and no launcher has started this process.
-        ModelError: the model can't be loaded, or no tokenizer belongs to it.
+        ConfigError: DeepSpeed is wanted but no launcher has started this process, or pad_token
+            isn't in the vocabulary.
+        ModelError: the model or its tokenizer can't be loaded.
     """
-    refuse_missing_launcher(config)
+    refuse_missing_launcher(config)  # before loading, which can take minutes
     options = config.loading_options()
     if tokenizer is None:
         name = model_name(model)
@@ -49,11 +58,19 @@ def resolve_model(model: Any, config: DPOConfig, tokenizer: Any) -> tuple[nn.Mod
 
 
 def resolve_ref_model(ref_model: Any, model: Any, config: DPOConfig) -> Any:
-    """The reference model, loaded where it was named; None where it is the policy's start.
+    """The reference model, loaded if it is given by name.
+
+    Args:
+        ref_model: model, folder or hub name; None if the reference is the policy before step 1.
+        model: the policy as it was given.
+        config: options of the run.
+
+    Returns:
+        The model, or None if the reference is the policy before step 1.
 
     Raises:
-        ConfigError: it is the very object that is trained.
-        ModelError: it can't be loaded.
+        ConfigError: the reference is the same object as the policy, so it would move with it.
+        ModelError: the reference can't be loaded.
     """
     if ref_model is None or (isinstance(ref_model, str) and ref_model == model):
         return None
@@ -65,10 +82,10 @@ def resolve_ref_model(ref_model: Any, model: Any, config: DPOConfig) -> Any:
 
 
 def model_name(model: Any) -> str:
-    """The folder or hub name of a model, as far as it knows it.
+    """The folder or hub name of a model; empty if the model doesn't know it.
 
     Raises:
-        ConfigError: it is no model.
+        ConfigError: the argument is neither a name nor a model.
     """
     if isinstance(model, str):
         return model
@@ -80,11 +97,16 @@ def model_name(model: Any) -> str:
 
 
 def prepare_policy(model: Any, config: DPOConfig, peft_config: Any) -> nn.Module:
-    """Wrap a fresh adapter around the model if asked for, set dropout to 0, check the head.
+    """Wraps a fresh adapter around the model if there is one, sets dropout to 0, checks the head.
+
+    Args:
+        model: causal LM or PeftModel.
+        config: options of the run.
+        peft_config: the adapter's config; None for no fresh adapter.
 
     Raises:
-        ConfigError: peft isn't installed, or a kind of adapter that isn't supported.
-        ModelError: a model or head that can't be trained exactly.
+        ConfigError: peft isn't installed, or this kind of adapter isn't supported.
+        ModelError: nothing would be trained, or the model or its head can't be trained exactly.
     """
     if peft_config is not None:
         model = _with_adapter(model, peft_config)
@@ -94,6 +116,8 @@ def prepare_policy(model: Any, config: DPOConfig, peft_config: Any) -> nn.Module
                 "peft_config: prompt and prefix tuning aren't supported; use LoRA or another "
                 "adapter that changes layers."
             )
+        # The embedding below an adapter is frozen. Reentrant checkpointing of a layer whose input
+        # needs no gradient would give none to the adapter inside.
         if config.gradient_checkpointing:
             model.enable_input_require_grads()
     if not any(parameter.requires_grad for parameter in model.parameters()):
@@ -103,6 +127,7 @@ def prepare_policy(model: Any, config: DPOConfig, peft_config: Any) -> nn.Module
         )
     if config.disable_dropout:
         disable_dropout(model)
+    # A body or a head that can't be called apart raises here, not in the first step.
     lm = causal_lm(model)
     body_of(lm)
     head_forwards(lm.get_output_embeddings())
@@ -115,6 +140,7 @@ def prepare_policy(model: Any, config: DPOConfig, peft_config: Any) -> nn.Module
 
 
 def _with_adapter(model: Any, peft_config: Any) -> Any:
+    """The model inside a fresh adapter."""
     try:
         from peft import PeftConfig, get_peft_model
     except ImportError as error:

@@ -15,7 +15,7 @@ from dpofast.data.packing.batch import PackedPairs
 from dpofast.model.forward import run_batch
 from dpofast.model.head import PairLossTask, head_options
 from dpofast.model.parts import causal_lm
-from dpofast.model.router import RouterLoss, join
+from dpofast.model.router import RouterLoss, add_router_loss
 from dpofast.monitor.metrics import MetricSums
 from dpofast_kernels import METRIC_NAMES, PairLoss, PairLossOutput
 
@@ -55,7 +55,7 @@ class PairLossPass:
         task = PairLossTask(batch.labels, batch.bounds, batch.ref_logps, self.pair_loss, options)
         with self.autocast():
             results = run_batch(wrapped, batch, task, self.router_loss)
-        output, more = join(results, self.router_loss, batch.num_pairs)
+        output, more = add_router_loss(results, self.router_loss, batch.num_pairs)
         metrics = dict(zip(METRIC_NAMES, output.metrics, strict=True))
         sums.add({**metrics, **more, "loss": output.loss}, batch.num_pairs)
         return output

@@ -1,4 +1,4 @@
-"""The check of a fresh run's first batch: a policy that is its reference has zero log-ratios."""
+"""Checks a fresh run's first batch: a policy that equals its reference has zero log-ratios."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from dpofast.data.packing.batch import PackedPairs
 from dpofast.errors import ModelError
 from dpofast_kernels import PairLoss, PairLossOutput
 
-# The largest mean log-ratio per token, over the batch's answers, that rounding explains: a batch of
-# another width, when the reference was scored. A wrong reference is off by tenths of nats or more.
+# The largest mean log-ratio per token, in nats, that rounding explains: the reference was scored in
+# batches of other shapes. A wrong reference is off by tenths of nats or more.
 TOLERANCE = {
     torch.float64: 1e-8,
     torch.float32: 1e-4,
@@ -19,21 +19,29 @@ TOLERANCE = {
 
 
 class StepZeroCheck:
-    """Compares the first batch with zero log-ratios, where the loss is known (sigmoid: ln 2).
+    """Checks that the first batch has zero log-ratios, where the loss is known (sigmoid: ln 2).
 
-    The log-ratios are what is bounded, not the loss: its slope grows with beta, or with 1 / beta.
-    Only for a policy of the reference's own identity, without dropout, before its first step.
+    This holds for a policy with the identity of its reference, without dropout, before step 1. The
+    check bounds the log-ratios rather than the loss, whose slope depends on beta.
 
     Args:
-        loss: that is trained.
-        dtype: in which the model computes.
+        loss: the loss that is trained; its value goes into the message.
+        dtype: dtype that the forward pass computes in.
     """
 
     def __init__(self, loss: PairLoss, dtype: torch.dtype) -> None:
         self.loss, self.tolerance = loss, TOLERANCE[dtype]
 
     def check(self, output: PairLossOutput, batch: PackedPairs) -> None:
-        """Raise ModelError if the log-ratios of the first batch aren't zero but for rounding."""
+        """Compares the log-ratios of the first batch with zero.
+
+        Args:
+            output: output of the batch's forward pass.
+            batch: the batch, with its reference log-probs and at least one pair.
+
+        Raises:
+            ModelError: the log-ratios are larger than rounding explains.
+        """
         assert batch.ref_logps is not None
         lengths = batch.bounds.diff()  # [2P]
         logratios = output.logps.cpu() - batch.ref_logps.cpu()  # [2P]

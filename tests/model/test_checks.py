@@ -1,8 +1,8 @@
-"""What a run checks before it begins: packed rows, and the attention for them on this device."""
+"""The checks before a run: packed rows, and the attention for them on this device."""
 
 from __future__ import annotations
 
-import time
+import importlib
 
 import pytest
 import torch
@@ -14,8 +14,7 @@ from dpofast.model import checks
 from dpofast.model.attention import attention_calls, packed_attention
 from dpofast.model.checks import check_attention, check_layout
 from dpofast.model.forward import pair_step, run_batch
-from dpofast_kernels.attention import dispatch
-from dpofast_kernels.attention.segments import sdpa_attention
+from dpofast_kernels.attention import shared_attention
 from tests.exactness import SHORT, compare
 from tests.families import DEAF_FAMILIES, MASKED_FAMILIES, MIXING_FAMILIES, tiny_model
 from tests.support import make_trainer, tiny_llama
@@ -26,13 +25,29 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(autouse=True)
 def forget_what_was_probed():
-    checks._probed.cache_clear()
+    checks.probed_backend.cache_clear()
     yield
-    checks._probed.cache_clear()
+    checks.probed_backend.cache_clear()
+
+
+@pytest.fixture
+def probe_with(monkeypatch):
+    """Lets the probe compare this function of query, key, value, layout and options with ours."""
+    # the package's name `probe` is the function, not the module that holds it
+    module = importlib.import_module("dpofast_kernels.attention.probe")
+
+    def replace(attention):
+        def tampered(query, key, value, layout, options):
+            chosen = shared_attention if options.backend == "naive" else attention
+            return chosen(query, key, value, layout, options)
+
+        monkeypatch.setattr(module, "shared_attention", tampered)
+
+    return replace
 
 
 def run_packed(model):
-    """One packed micro-batch through the model's body, whatever attention it has."""
+    """Runs a packed micro-batch through the model's body, without plugging our attention in."""
     batch = Layout("shared").collate(SHORT.sequences)
     with pair_step(model):
         return run_batch(model, batch, lambda hidden_states, *_: hidden_states)
@@ -55,11 +70,8 @@ def test_a_padded_run_names_none(tmp_path, caplog):
     assert not [record for record in caplog.records if "Attention:" in record.message]
 
 
-def test_a_wrong_backend_stops_the_run_before_it_begins(tmp_path, monkeypatch):
-    def unscaled(query, key, value, layout, options):
-        return sdpa_attention(query * 1.5, key, value, layout, options)
-
-    monkeypatch.setitem(dispatch._ATTENTION, "sdpa", unscaled)
+def test_a_wrong_backend_stops_the_run_before_it_begins(tmp_path, probe_with):
+    probe_with(lambda query, *others: shared_attention(query * 1.5, *others))
     trainer = make_trainer(tmp_path)
     with pytest.raises(ConfigError, match=r"'sdpa' is wrong on cpu: its output .*layout: padded"):
         trainer.train()
@@ -92,46 +104,46 @@ def test_float64_stays_float64_under_autocast():
     assert check_attention(calls, CPU, torch.bfloat16).startswith("sdpa (float64")
 
 
-def test_the_check_of_attention_takes_a_moment_on_a_cpu():
-    model = tiny_model("llama")
-    calls = check_layout(Layout("shared"), model)
-    check_attention(calls, CPU, None)
-    checks._probed.cache_clear()
-    start = time.process_time()
-    check_attention(calls, CPU, None)
-    assert time.process_time() - start < 0.5  # measured: 0.005
-    start = time.process_time()
-    check_attention(calls, CPU, None)
-    assert time.process_time() - start < 0.01, "once in a process"
+def test_a_kind_of_layer_is_probed_once_in_a_process(monkeypatch):
+    probed = []
+
+    def spy(device, *_):
+        probed.append(device)
+        return "some"
+
+    monkeypatch.setattr(checks, "probe", spy)
+    for _ in range(2):
+        model = tiny_model("llama")  # three layers of one kind
+        check_attention(check_layout(Layout("shared"), model), CPU, None)
+    assert probed == [CPU]
 
 
 def test_a_model_that_is_wrong_in_packed_rows_is_found_out():
-    """One whose layers look past the attention: each token also sees the one before it."""
     model = tiny_model("llama")
     layer = model.model.layers[1].mlp
-    forward = layer.forward
-    layer.forward = lambda x: forward(x + 0.3 * x.roll(1, 1))
+    layer.forward = mixing(layer.forward)
     with pytest.raises(ConfigError, match="shared rows give LlamaForCausalLM other hidden states"):
         check_layout(Layout("shared"), model)
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 def test_a_packed_row_that_reaches_another_attention_raises(attention):
-    """Stock attention would take the row for one long text, or for documents that it isn't."""
+    """Stock attention would take the row for one long text."""
     model = tiny_model("llama", attention)
     with pytest.raises(ModelError, match="through an attention that would mix its sequences"):
         run_packed(model)
 
 
 def test_checks_need_no_flash_kernels_that_take_no_float32(monkeypatch):
-    """As FlashAttention's: half precision alone, on a GPU."""
+    """FlashAttention's kernels take only half precision on a GPU."""
 
     def flash(module, query, *_, **__):
         raise RuntimeError("FlashAttention only support fp16 and bf16 data type")
 
     monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "flash_attention_2", flash)
     model = tiny_model("llama")
-    model.config._attn_implementation = "flash_attention_2"  # as loaded where the package is there
+    # set by hand: loading with this attention needs its package
+    model.config._attn_implementation = "flash_attention_2"
     with pytest.raises(RuntimeError, match="FlashAttention only"):
         model(input_ids=torch.ones(1, 4, dtype=torch.int64))
     for layout in ("shared", "padded"):
@@ -139,11 +151,11 @@ def test_checks_need_no_flash_kernels_that_take_no_float32(monkeypatch):
     assert model.config._attn_implementation == "flash_attention_2"
 
 
-def test_an_attention_that_does_not_run_stops_the_run_with_a_remedy(monkeypatch):
+def test_an_attention_that_does_not_run_stops_the_run_with_a_remedy(probe_with):
     def broken(*_):
         raise OSError("no kernel image is available\nfor this device")
 
-    monkeypatch.setitem(dispatch._ATTENTION, "sdpa", broken)
+    probe_with(broken)
     expected = r"doesn't run on cpu \(OSError: no kernel image is available\); use layout: padded"
     with pytest.raises(ConfigError, match=expected):
         checks.check_model(tiny_model("llama"), Layout("shared"), CPU, None)
@@ -160,7 +172,7 @@ def test_products_in_tf32_are_no_error_of_the_model(family):
 
 
 def mixing(forward):
-    """A layer in which a token sees the one before it in the row."""
+    """The forward of a layer in which a token also sees the one before it in the row."""
     return lambda x, *others, **more: forward(x + 0.3 * x.roll(1, 1), *others, **more)
 
 
@@ -168,7 +180,7 @@ def mixing(forward):
 def test_packed_rows_are_right_whatever_attention_the_model_has(attention):
     model = tiny_model("llama").double()
     batch = Layout("shared").collate(SHORT.sequences)
-    model.config._attn_implementation = attention  # as loaded; the flash package isn't needed here
+    model.config._attn_implementation = attention  # set by hand, as the flash package is missing
     with torch.no_grad(), packed_attention(model.config, batch.shared_layout):
         got = run_packed(model)
     assert model.config._attn_implementation == attention
@@ -179,7 +191,7 @@ def test_packed_rows_are_right_whatever_attention_the_model_has(attention):
 
 @pytest.mark.parametrize("method", ["forward", "generate"])
 def test_no_layout_no_packed_attention(method):
-    """Our attention runs for packed rows alone: anything else in its place stops."""
+    """Our attention runs for packed rows only, and a call without a layout raises."""
     model = tiny_model("llama")
     input_ids = torch.arange(6)[None]
     layout = Layout("shared").collate(SHORT.sequences).shared_layout
@@ -195,10 +207,10 @@ def test_no_layout_no_packed_attention(method):
 
 @pytest.mark.parametrize("family", DEAF_FAMILIES)
 def test_models_that_cannot_take_our_attention_raise_in_packed_rows(family):
-    """Some have no settable attention, which transformers only warns of; some drop arguments."""
+    """transformers only warns if an attention can't be set; other models drop our arguments."""
     model = tiny_model(family)
     layout = Layout("shared").collate(SHORT.sequences).shared_layout
-    # Falcon and MPT stumble over the mask that isn't there, before they get to attention
+    # Falcon and MPT fail before they get to attention, as they have no mask
     expected = {"falcon": TypeError, "mpt": AttributeError}.get(family, ModelError)
     with packed_attention(model.config, layout), pytest.raises(expected):
         run_packed(model)

@@ -1,4 +1,4 @@
-"""Pairs longer than a model's context are refused with their row, or warned of."""
+"""Pairs that are longer than a model's context are refused with their row, or warned of."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_a_row_of_many_pairs_may_be_longer_than_the_context(family):
 
 
 def long_pairs() -> Dataset:
-    """Of 8, 66 and 70 tokens at most."""
+    """Three pairs whose longer sequences have 8, 66 and 70 tokens."""
     lengths = [(3, 5, 4), (60, 2, 6), (30, 40, 9)]
     return Dataset.from_list(
         [

@@ -1,4 +1,4 @@
-"""Operations of a step against what PyTorch's own counter sees, and attention by hand."""
+"""The operations of a step, against PyTorch's own counter; attention against a count by hand."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from dpofast.data.packing.collate import Layout
-from dpofast.model.flops import TrainingFlops, _scores, peak_flops
-from dpofast.model.forward import pair_step, run_batch
+from dpofast.model.flops import TrainingFlops, causal_scores, peak_flops
+from dpofast.model.forward import micro_batch, run_batch
 from dpofast.model.head import ScoreTask, head_options
 from dpofast_kernels.head.workspace import ROWS_AT_A_TIME
 from tests.families import tiny_model
@@ -18,13 +18,12 @@ SEQUENCES = [([5, 6, 7], [8, 9]), ([5, 6, 7], [10, 11, 12, 13])]
 
 
 def counted(model, batch):
-    """Of forward and backward, in fp32, attention left out as it runs by another formula."""
+    """Operations of forward and backward that PyTorch counts, without those of attention."""
     task = ScoreTask(batch.labels, head_options(model.config))
-    with FlopCounterMode(display=False) as counter, pair_step(model):
+    with FlopCounterMode(display=False) as counter, micro_batch(model, batch):
         run_batch(model, batch, task).sum().backward()
-    attention = counter.get_flop_counts()["Global"]
-    kept = {op: n for op, n in attention.items() if "attention" not in str(op)}
-    return sum(kept.values())
+    counts = counter.get_flop_counts()["Global"]
+    return sum(count for op, count in counts.items() if "attention" not in str(op))
 
 
 @pytest.mark.parametrize("frozen", [(), ("q_proj", "down_proj"), ("lm_head",)])
@@ -34,14 +33,14 @@ def test_products_are_those_that_pytorch_counts(frozen):
         parameter.requires_grad_(not any(part in name for part in frozen))
     batch = Layout("padded").collate(SEQUENCES)
     expected = TrainingFlops(model)
-    expected._per_score = 0
+    expected.per_score = 0
     num_scored = batch.labels.numel()
-    # `linear_logps` makes its logits again in the backward, which is no work of the model
+    # `linear_logps` computes its logits again in the backward, which we don't count as work
     again = 2 * num_scored * model.lm_head.weight.numel()
-    # nor is padding: of the body, and twice of a CPU's logits
-    padding = (batch.num_body_tokens - batch.num_tokens) * expected._per_token
+    # nor do we count padding: that of the body, and that of a CPU's logits, computed twice
+    padding = (batch.num_body_tokens - batch.num_tokens) * expected.per_token
     padding += 2 * 2 * (-num_scored % ROWS_AT_A_TIME) * model.lm_head.weight.numel()
-    # RoPE's angles are a tiny product, in some releases of transformers
+    # some releases of transformers compute RoPE's angles by a tiny product
     assert counted(model, batch) == pytest.approx(expected.of(batch) + again + padding, rel=1e-4)
 
 
@@ -52,23 +51,23 @@ def test_a_mixture_counts_the_experts_that_a_token_goes_through():
         for name, parameter in model.model.named_parameters()
         if parameter.dim() > 1 and "embed" not in name
     )
-    assert TrainingFlops(model)._per_token == 6 * dense
+    assert TrainingFlops(model).per_token == 6 * dense
 
 
 @pytest.mark.parametrize("window", [None, 1, 3, 6, 50])
 @pytest.mark.parametrize(("queries", "keys"), [(7, 7), (3, 9), (1, 1), (1, 12)])
 def test_scores_of_a_segment(queries, keys, window):
     sees = [min(keys - queries + 1 + i, window or keys) for i in range(queries)]
-    assert _scores(queries, keys, window) == sum(sees)
+    assert causal_scores(queries, keys, window) == sum(sees)
 
 
 def test_attention_of_shared_rows_is_less_than_that_of_separate_ones():
     model = tiny_llama()
     flops = TrainingFlops(model)
     shared, unshared = (flops.of(Layout(n).collate(SEQUENCES)) for n in ("shared", "unshared"))
-    tokens, scores = 3, 1 + 2 + 3  # the prompt's, that stand once
-    # two layers; 12 operations for each number of a head's score and value, 4 heads of 8
-    assert unshared - shared == tokens * flops._per_token + 2 * scores * 12 * 4 * 8
+    tokens, scores = 3, 1 + 2 + 3  # those of the prompt, which the shared row has only once
+    # two layers of 4 heads of 8; 12 operations for each element of a head
+    assert unshared - shared == tokens * flops.per_token + 2 * scores * 12 * 4 * 8
 
 
 @pytest.mark.parametrize(

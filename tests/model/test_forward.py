@@ -1,3 +1,5 @@
+"""A step's forward against the stock model: log-probs, gradients, and the model afterwards."""
+
 from __future__ import annotations
 
 import copy
@@ -13,7 +15,7 @@ from dpofast.data.packing.padded_rows import collate_padded
 from dpofast.errors import ModelError
 from dpofast.model.checks import check_head
 from dpofast.model.dropout import disable_dropout, dropouts
-from dpofast.model.forward import pair_step, run_batch
+from dpofast.model.forward import micro_batch, pair_step, run_batch
 from dpofast.model.head import PairLossTask, head_options
 from dpofast.model.load import load_policy, load_tokenizer
 from dpofast.model.parts import body_of
@@ -89,7 +91,7 @@ def test_every_family_gives_its_own_log_probs_and_gradients(family):
     task = PairLossTask(
         batch.labels, batch.bounds, batch.ref_logps, loss, head_options(model.config)
     )
-    with pair_step(model):
+    with micro_batch(model, batch):
         total, logps, _ = run_batch(model, batch, task)
     total.backward()
     expected = [answer_logps(naive, *sequence) for sequence in sequences]
@@ -101,7 +103,7 @@ def test_every_family_gives_its_own_log_probs_and_gradients(family):
         if want.grad is None:
             assert got.grad is None, name
         else:
-            # a key's bias, say, has no gradient but rounding
+            # the true gradient of a key's bias, say, is 0, and only rounding remains
             bound = 5e-5 * want.grad.norm() + 1e-6 * norm
             assert (got.grad - want.grad).norm() <= bound, name
 
@@ -161,7 +163,7 @@ def test_a_step_that_fails_leaves_the_model_stock():
     assert "forward" not in model.lm_head.__dict__
 
 
-def test_a_forward_that_stood_on_the_instance_comes_back():
+def test_a_forward_that_was_on_the_instance_comes_back():
     model = tiny_llama()
     model.forward = wrapper = lambda *args, **kwargs: "wrapped"
     with pair_step(model):
@@ -179,7 +181,7 @@ def test_encoder_decoders_are_refused():
 def test_dropout_goes_whether_a_layer_or_a_number():
     model = tiny_llama(attention_dropout=0.2)
     model.extra = nn.Dropout(0.1)
-    assert len(list(dropouts(model))) == 3  # two attentions and the layer
+    assert len(list(dropouts(model))) == 3  # two numbers of attention, and the layer
     disable_dropout(model)
     assert not list(dropouts(model))
     assert model.extra.p == 0.0

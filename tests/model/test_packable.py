@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-from unittest import mock
-
 import pytest
 import torch
 import transformers
 
 from dpofast.data.packing.collate import Layout
 from dpofast.errors import ConfigError
-from dpofast.model.attention import packed_attention
+from dpofast.model.attention import recorded_calls
 from dpofast.model.checks import check_layout
-from dpofast.model.forward import pair_step, run_batch
+from dpofast.model.forward import micro_batch, run_batch, run_body
 from dpofast.model.head import PairLossTask, head_options
 from dpofast.model.load import load_skeleton
 from dpofast.model.packable import PACKABLE, attention_window, choose_layout, why_not_packed
-from dpofast.model.parts import body_of
 from dpofast_kernels import make_loss
-from dpofast_kernels.attention import shared_attention
 from tests.exactness import SHORT, compare
 from tests.families import (
     DEAF_FAMILIES,
@@ -32,7 +28,7 @@ from tests.families import (
 )
 from tests.support import make_trainer, tiny_llama, tiny_mixtral, train
 
-NO_SDPA = {"gemma2", "gpt_oss", "mamba", "bloom"}  # transformers refuses
+NO_SDPA = {"gemma2", "gpt_oss", "mamba", "bloom"}  # transformers refuses sdpa for these
 
 
 @pytest.fixture(autouse=True)
@@ -62,7 +58,7 @@ def test_all_model_types_that_are_packed_equal_separate_sequences(family, name):
 
 
 def test_every_packable_model_type_is_compared():
-    """Whoever adds one to the list adds a model to the tests, too."""
+    """A model type that is added to the list needs a model in the tests as well."""
     families = {**PACKABLE_FAMILIES, **OTHER_PACKABLE_FAMILIES}
     classes = {getattr(transformers, name, None) for name, _ in families.values()} - {None}
     missing = {family for family, (name, _) in families.items() if not hasattr(transformers, name)}
@@ -100,13 +96,13 @@ def test_what_cannot_be_packed_is_recognised_and_right_when_padded(family, caplo
 
 @pytest.mark.parametrize("family", sorted({*PACKABLE_FAMILIES, *UNPACKABLE_FAMILIES} - NO_SDPA))
 def test_padded_rows_are_right_under_sdpa(family):
-    """Without a mask it takes the kernel that knows only of causal rows."""
+    """Without a mask sdpa takes its kernel for causal rows."""
     compare(tiny_model(family, "sdpa").double(), SHORT, Layout("padded"))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_padded_row_with_nothing_scored_moves_nothing(family):
-    """What a rank without pairs runs: one token."""
+    """A rank without pairs runs such a row, of one token."""
     model = tiny_model(family)
     batch = Layout("padded").collate([], [])
     task = PairLossTask(
@@ -116,7 +112,7 @@ def test_a_padded_row_with_nothing_scored_moves_nothing(family):
         make_loss("sigmoid", beta=SHORT.beta),
         head_options(model.config),
     )
-    with pair_step(model):
+    with micro_batch(model, batch):
         loss, *_ = run_batch(model, batch, task)
     loss.backward()
     assert batch.input_ids.shape == (1, 1)
@@ -155,25 +151,19 @@ def test_dropout_takes_the_padded_layout():
     [("llama", None), ("qwen2", None), ("mistral with window", 6), ("gemma3", 6), ("gpt_oss", 6)],
 )
 def test_the_window_that_layers_look_through(family, window):
-    """As what their attention is really called with."""
+    """The window equals the one that attention is really called with."""
     model = tiny_model(family)
     assert attention_window(model) == window
     batch = Layout("shared").collate(SHORT.sequences)
-    with mock.patch("dpofast.model.attention.shared_attention", wraps=shared_attention) as spy:
-        with packed_attention(model.config, batch.shared_layout), torch.no_grad():
-            body_of(model)(
-                batch.input_ids,
-                position_ids=batch.position_ids,
-                shared_layout=batch.shared_layout,
-                use_cache=False,
-            )
-        seen = {call.args[4].window for call in spy.call_args_list}
+    with recorded_calls() as calls, micro_batch(model, batch), torch.no_grad():
+        run_body(model, batch)
+    seen = {call.window for call in calls}
     assert max(seen, key=lambda each: each or 0) == window
 
 
 @pytest.mark.parametrize("family", [*PACKABLE_FAMILIES, *UNPACKABLE_FAMILIES])
 def test_a_model_without_weights_takes_the_layout_of_the_whole(tmp_path, family):
-    """And with dropouts above 0, those of the config included."""
+    """With and without dropouts above 0 in its config."""
     for index, rate in enumerate((0.0, 0.1)):
         model = tiny_model(family)
         for name in ("attention_dropout", "hidden_dropout", "dropout", "resid_pdrop"):

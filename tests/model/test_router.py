@@ -1,4 +1,4 @@
-"""The routers' auxiliary loss of packed rows is that of the same sequences padded."""
+"""The routers' auxiliary loss is the same for packed rows and for the same sequences padded."""
 
 from __future__ import annotations
 
@@ -14,10 +14,9 @@ from dpofast import DPOConfig
 from dpofast.data.packing.collate import Layout
 from dpofast.data.packing.padded_rows import collate_padded
 from dpofast.errors import ConfigError
-from dpofast.model.attention import packed_attention
-from dpofast.model.forward import pair_step, run_batch
+from dpofast.model.forward import micro_batch, run_batch
 from dpofast.model.head import PairLossTask, head_options
-from dpofast.model.router import RouterLoss, check_router_loss, join, make_router_loss
+from dpofast.model.router import RouterLoss, add_router_loss, check_router_loss, make_router_loss
 from dpofast_kernels import make_loss
 from tests.exactness import SHORT
 from tests.families import tiny_model
@@ -42,7 +41,7 @@ def gradients(model: Any, loss: Tensor) -> dict[str, Tensor]:
 
 
 def stock(model: Any) -> tuple[Tensor, Tensor]:
-    """Loss of the pairs and auxiliary loss of one padded batch, by transformers' own forward."""
+    """Loss of the pairs, and auxiliary loss, of one padded batch by transformers' own forward."""
     batch = collate_padded(SHORT.sequences, SHORT.ref_logps)
     inputs = {"input_ids": batch.input_ids, "attention_mask": batch.uses}
     output = model(**inputs, use_cache=False, output_router_logits=True)
@@ -54,16 +53,18 @@ def stock(model: Any) -> tuple[Tensor, Tensor]:
     return -F.logsigmoid(margins).sum(), output.aux_loss
 
 
-def ours(model: Any, layout: Layout, router_loss: RouterLoss) -> tuple[Tensor, Tensor]:
-    """The loss that is trained and the auxiliary loss, both sums over pairs."""
+def ours(
+    model: Any, layout: Layout, router_loss: RouterLoss
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """The loss that is trained, the auxiliary loss, both as sums over pairs, and the gradients."""
     batch = layout.collate(SHORT.sequences, SHORT.ref_logps)
     loss = make_loss("sigmoid", beta=SHORT.beta)
     options = head_options(model.config)
     task = PairLossTask(batch.labels, batch.bounds, batch.ref_logps, loss, options)
-    with packed_attention(model.config, batch.shared_layout), pair_step(model):
+    with micro_batch(model, batch):
         results = run_batch(model, batch, task, router_loss)
-    output, logged = join(results, router_loss, batch.num_pairs)
-    return output.loss, logged["aux_loss"]
+        output, logged = add_router_loss(results, router_loss, batch.num_pairs)
+        return output.loss, logged["aux_loss"], gradients(model, output.loss)
 
 
 @pytest.mark.parametrize("name", ["shared", "unshared", "padded"])
@@ -74,7 +75,7 @@ def test_loss_and_gradients_are_those_of_a_padded_batch(tmp_path, family, name):
         num_pairs = len(SHORT.sequences) // 2
         router_loss = make_router_loss(model, config(tmp_path, router_aux_loss_coef=COEFFICIENT))
         pairs, aux = stock(model)
-        if not isinstance(aux, Tensor):  # GraniteMoE's logits are lost in transformers 5.17
+        if not isinstance(aux, Tensor):  # transformers 5.17 loses GraniteMoE's router logits
             with pytest.raises(ConfigError, match="gives none when asked for its router logits"):
                 check_router_loss(router_loss, model)
             return
@@ -82,8 +83,7 @@ def test_loss_and_gradients_are_those_of_a_padded_batch(tmp_path, family, name):
         total = pairs + num_pairs * COEFFICIENT * aux
         expected = gradients(model, total)
         without = gradients(model, stock(model)[0])
-        got_total, got_aux = ours(model, Layout(name), router_loss)
-        got = gradients(model, got_total)
+        got_total, got_aux, got = ours(model, Layout(name), router_loss)
     assert got_total.item() == pytest.approx(total.item(), rel=1e-12)
     assert got_aux.item() == pytest.approx(num_pairs * aux.item(), rel=1e-12)
     largest = max(gradient.abs().max() for gradient in expected.values())
@@ -97,11 +97,9 @@ def test_gradient_checkpointing_keeps_the_auxiliary_gradient(tmp_path):
     with float64_throughout():
         model = tiny_model("mixtral").double()
         router_loss = make_router_loss(model, config(tmp_path, router_aux_loss_coef=COEFFICIENT))
-        expected = gradients(model, ours(model, Layout("shared"), router_loss)[0])
+        *_, expected = ours(model, Layout("shared"), router_loss)
         model.gradient_checkpointing_enable({"use_reentrant": False})
-        batch = Layout("shared").collate(SHORT.sequences, SHORT.ref_logps)
-        with packed_attention(model.config, batch.shared_layout):
-            got = gradients(model, ours(model, Layout("shared"), router_loss)[0])
+        *_, got = ours(model, Layout("shared"), router_loss)
     for key, gradient in expected.items():
         assert (got[key] - gradient).abs().max() <= 1e-10, key
 
@@ -113,9 +111,9 @@ def test_a_rank_without_pairs_adds_nothing(tmp_path, name):
     batch = Layout(name).collate([], [])
     loss, options = make_loss("sigmoid", beta=SHORT.beta), head_options(model.config)
     task = PairLossTask(batch.labels, batch.bounds, batch.ref_logps, loss, options)
-    with packed_attention(model.config, batch.shared_layout), pair_step(model):
+    with micro_batch(model, batch):
         results = run_batch(model, batch, task, router_loss)
-    output, logged = join(results, router_loss, batch.num_pairs)
+    output, logged = add_router_loss(results, router_loss, batch.num_pairs)
     assert output.loss.item() == logged["aux_loss"].item() == 0.0
     assert all(not gradient.any() for gradient in gradients(model, output.loss).values())
 

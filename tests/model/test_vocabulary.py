@@ -1,4 +1,4 @@
-"""Token ids that a model has no row for are refused with their row, before anything runs."""
+"""Token ids outside a model's vocabulary are refused with their row, before anything runs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tests.support import make_trainer, tiny_llama, token_pairs, train
 
 
 def pairs_with(token_id: int, column: str) -> Dataset:
-    """Four pairs, one with this token id as the last of its third row."""
+    """Four pairs; the third has this token id at the end of the column."""
     rows = token_pairs(4).to_list()
     rows[2][column][-1] = token_id
     return Dataset.from_list(rows)

@@ -1,3 +1,5 @@
+"""Means of metrics over batches and ranks of different sizes."""
+
 from __future__ import annotations
 
 import pytest

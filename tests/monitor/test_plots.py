@@ -1,3 +1,5 @@
+"""The plot of a run."""
+
 from __future__ import annotations
 
 from dpofast.monitor.plots import plot_run

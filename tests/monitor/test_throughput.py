@@ -1,3 +1,5 @@
+"""Rates and lengths of training steps, between two logs and over a run."""
+
 from __future__ import annotations
 
 import json
@@ -38,7 +40,7 @@ def test_figures_of_two_ranks_since_the_last_log(monkeypatch):
         "lengths/scored": 6.0,
         "lengths/row": 9.0,
     }
-    now[0] = 150.0  # an evaluation
+    now[0] = 150.0  # an evaluation has run, which doesn't count
     counts.start_step()
     counts.add(batch)
     now[0] = 152.0
@@ -53,11 +55,9 @@ def test_a_run_logs_them_and_sums_them_up(tmp_path):
     columns = ("prompt_ids", "prompt_ids", "chosen_ids", "rejected_ids")
     pairs = trainer.train_dataset
     lengths = [sum(len(pair[name]) for name in columns) for pair in pairs]
-    epoch = logs[:3]  # ten pairs: 4, 4, 2
-    weights = (4, 4, 2)
-    assert sum(w * log["lengths/pair"] for w, log in zip(weights, epoch, strict=True)) == (
-        pytest.approx(sum(lengths))
-    )
+    epoch, pairs_per_step = logs[:3], (4, 4, 2)
+    logged = (n * log["lengths/pair"] for n, log in zip(pairs_per_step, epoch, strict=True))
+    assert sum(logged) == pytest.approx(sum(lengths))
     assert all(log["pairs_per_second"] > 0 and "mfu" not in log for log in logs)
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["layout"] == "shared"

@@ -1,3 +1,5 @@
+"""The options of a run: defaults, refusals, and the options of TRL and of the launchers."""
+
 from __future__ import annotations
 
 from dataclasses import fields

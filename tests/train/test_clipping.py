@@ -1,3 +1,5 @@
+"""Clipping by a norm that keeps its digits on a CPU."""
+
 from __future__ import annotations
 
 import math
@@ -26,7 +28,7 @@ def test_the_norm_is_right_where_pytorchs_is_not():
     theirs = torch.nn.utils.clip_grad_norm_(made, math.inf).item()
     assert abs(theirs / expected - 1.0) > 1e-5
     assert clip_grad_norm(iter(made), math.inf).item() == pytest.approx(expected, rel=1e-12)
-    assert true_norm(made) == expected  # measured only
+    assert true_norm(made) == expected  # an infinite bound scales nothing
 
 
 @pytest.mark.parametrize("size", [(3,), (CHUNK_ELEMENTS + 1,)])
@@ -44,7 +46,7 @@ def test_gradients_are_scaled_to_the_norm(size, max_norm):
 
 
 def test_other_devices_sum_without_a_copy_in_float64(monkeypatch):
-    """Of bf16 gradients PyTorch casts each element as it sums; a matrix of them stays one."""
+    """PyTorch casts the elements of a bf16 gradient while it sums, without a copy of the matrix."""
     monkeypatch.setattr(torch.Tensor, "is_cpu", property(lambda _: False))
     asked = []
 

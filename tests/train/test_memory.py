@@ -1,4 +1,4 @@
-"""Row lengths from a device's free memory; what is counted against what autograd really keeps."""
+"""The length of rows that fit free memory, and the bytes that a row keeps, against autograd's."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def per_token(model, made, layout="shared"):
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "mixtral", "gpt_oss", "opt"])
 def test_a_token_costs_the_same_whatever_the_parameters(tmp_path, family):
-    """Half of the parameters' bytes would show, if they were counted as growing with the row."""
+    """Half of the parameters' bytes would show if they were counted as growing with the row."""
     model = tiny_model(family)
     cost = per_token(model, config(tmp_path))
     assert 1000 < cost < 100_000
@@ -40,12 +40,13 @@ def test_a_token_costs_the_same_whatever_the_parameters(tmp_path, family):
 
 
 def test_by_hand_for_a_llama_layer(tmp_path):
-    """What a layer of this Llama keeps, by the formulas of its operations, within a fifth."""
+    """The bytes of a layer agree within a fifth with those that its operations need."""
     model = tiny_llama(num_hidden_layers=4)
     hidden, inner, kv = 32, 48, 16
     norms = 2 * (2 * hidden)  # input and its normed form, twice a layer
-    attention = 2 * (hidden + kv) + 2 * (kv + kv) + 2 * hidden  # rotated q, k; gathered k, v; out
-    mlp = 4 * inner  # gate, its activation, up, their product
+    rotated, gathered = 2 * (hidden + kv), 2 * (kv + kv)  # q and k; k and v
+    attention = rotated + gathered + 2 * hidden  # and the output
+    mlp = 4 * inner  # gate, its activation, up, and their product
     by_hand = 4 * (norms + attention + mlp)
     four, two = (
         per_token(tiny_llama(num_hidden_layers=count), config(tmp_path)) for count in (4, 2)
@@ -62,13 +63,13 @@ def test_checkpointing_keeps_the_inputs_of_its_layers(tmp_path):
     assert checkpointed < whole / 3
     assert checkpointed == pytest.approx((whole - 2 * state) / 8 + 10 * state, rel=1e-6)
     some = config(tmp_path, gradient_checkpointing=True)
-    some.activation_checkpointing = True  # as transformers 5.23 names it
+    some.activation_checkpointing = True  # the option's name since transformers 5.23
     some.activation_checkpointing_kwargs = {"every_n_layers": 2}
     assert checkpointed < per_token(model, some) < whole
 
 
 def test_weights_that_are_taken_away_after_their_layer_are_not_kept(tmp_path):
-    """As ZeRO-3 does; what waits for a backward must not keep them all alive."""
+    """ZeRO-3 takes them away, so counting must not keep the weights of all layers alive."""
     model, kept = tiny_llama(num_hidden_layers=4), {}
     cost = per_token(model, config(tmp_path))
     most = [0]
@@ -128,7 +129,7 @@ def test_what_all_rows_cost_is_taken_off(tmp_path, monkeypatch):
 def test_training_bytes(tmp_path):
     model = tiny_llama()
     size = sum(parameter.numel() * 4 for parameter in model.parameters())
-    assert training_bytes(model, config(tmp_path)) == 4 * size  # itself, gradient, two moments
+    assert training_bytes(model, config(tmp_path)) == 4 * size  # weights, gradients, two moments
     model.model.requires_grad_(False)
     head = model.lm_head.weight.numel() * 4
     assert training_bytes(model, config(tmp_path)) == size + 3 * head
