@@ -11,7 +11,6 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub.constants import HF_HOME
 from transformers import TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
 from transformers.utils import is_torch_bf16_gpu_available
@@ -20,6 +19,7 @@ from dpofast.data.packing.collate import LAYOUTS
 from dpofast.data.tokens.truncate import TRUNCATION_MODES
 from dpofast.errors import ConfigError
 from dpofast.options.foreign import refuse_unknown_options
+from dpofast.reference.store.location import default_folder
 from dpofast.reference.store.row_detail import DETAILS, Detail
 from dpofast.zero.batch import ShownBatch, settle_deepspeed
 from dpofast.zero.config import read_deepspeed
@@ -209,7 +209,7 @@ class DPOConfig(TrainingArguments):
             return None
         if self.reference_store is not None:
             return Path(self.reference_store).expanduser()
-        return Path(HF_HOME) / "dpofast" / "reference"
+        return default_folder()
 
     def reference_detail(self) -> Detail:
         """What is stored of each answer that a run scores."""

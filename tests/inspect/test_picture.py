@@ -67,7 +67,7 @@ def test_cells_are_what_most_of_their_tokens_do(window):
 def test_a_long_row_is_thinned_and_looks_the_same(monkeypatch):
     layout = build_layout(((400, (300, 500)), (200, (100, 300))))
     whole = attended_cells(layout, 36)
-    monkeypatch.setattr(attention_picture, "_MAX_TOKENS", 180)
+    monkeypatch.setattr(attention_picture, "MAX_TOKENS", 180)
     assert torch.equal(attended_cells(layout, 36), whole)
 
 

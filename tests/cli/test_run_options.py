@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from dpofast.cli.options import RunOptions, read_options
+from dpofast.cli.run_options import RunOptions, read_options
 from dpofast.errors import ConfigError
 
 
