@@ -6,6 +6,8 @@ import argparse
 import re
 from typing import TYPE_CHECKING, Any
 
+from rich.text import Text
+
 from dpofast.cli.given import COMMAND_LINE, GivenOption, split_own_options
 from dpofast.cli.inputs import load_policy_skeleton, load_tokenizer_for, load_training_data
 from dpofast.cli.option_types import checked_value
@@ -55,8 +57,6 @@ def _show_pair(options: RunOptions, row: int) -> None:
 
 
 def _show_step(options: RunOptions, step: int, rank: tuple[int, int]) -> None:
-    from rich.text import Text
-
     from dpofast.data.packing.step_dataset import token_limit
     from dpofast.model.packable import attention_window
     from dpofast.train.dataset import PreparedData
@@ -82,8 +82,6 @@ def _show_step(options: RunOptions, step: int, rank: tuple[int, int]) -> None:
 
 
 def _print_headline(planned: PlannedStep, place: str) -> None:
-    from rich.text import Text
-
     rows = planned.micro_batches
     count = f"{sum(map(len, rows))} of the step's {planned.num_pairs} pairs"
     in_rows = "1 row" if len(rows) == 1 else f"{len(rows)} rows"
@@ -96,7 +94,6 @@ def _print_packed_rows(
 ) -> None:
     """Lay out each micro-batch of a step as training would, and print it."""
     import numpy as np
-    from rich.text import Text
 
     from dpofast.data.packing.step_dataset import StepDataset
     from dpofast.inspect.packed import render_packed
