@@ -1,4 +1,4 @@
-"""The demo's model: a byte-level tokenizer and a small Llama, both made here."""
+"""Makes the demo's model and tokenizer: a small Llama, and one token per byte."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 PAD, END, USER, ASSISTANT = "<|pad|>", "<|end|>", "<|user|>", "<|assistant|>"
 
-# A turn is its role's token, the text and <|end|>.
+# A turn is its role's token, then the text, then <|end|>.
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "{{ '<|' + message['role'] + '|>' + message['content'] + '<|end|>' }}"
@@ -16,7 +16,7 @@ CHAT_TEMPLATE = (
 
 
 def make_tokenizer() -> Any:
-    """A transformers tokenizer with one token per byte and four for the chat's structure."""
+    """Make a transformers tokenizer with one token per byte, and four for the chat's structure."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -33,7 +33,7 @@ def make_tokenizer() -> Any:
 
 
 def make_model(tokenizer: Any, seed: int) -> Any:
-    """A Llama of 0.9 million parameters in float32, initialised from `seed`."""
+    """Make a Llama of 0.76 million parameters in float32, initialised from `seed`."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
