@@ -34,7 +34,7 @@ class Source:
         source: path, hub name, datasets.Dataset or list of dicts.
         columns: our name of a column -> its name in the data.
         split: split to read.
-        roles: our name of a role -> its name in the data.
+        roles: name of a role in the data -> system, user, assistant or tool.
         config_name: configuration of a hub dataset.
 
     Raises:
