@@ -227,6 +227,7 @@ def _load_model(options: RunOptions, name_or_path: str, load: Callable[..., Any]
         ) from error
     model = load(base, **kwargs)
     try:
+        # Without is_trainable, peft would freeze the adapter.
         return PeftModel.from_pretrained(model, name_or_path, is_trainable=True)
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise ModelError(f"The adapter in {name_or_path!r} can't be loaded: {error}") from error

@@ -25,6 +25,7 @@ class Parser(argparse.ArgumentParser):
     """Reports a wrong command line in one sentence; argparse itself prints the whole usage."""
 
     def error(self, message: str) -> NoReturn:
+        """End the process with exit code 2."""
         sentence = message[0].lower() + message[1:]
         self.exit(2, f"dpofast: error: {sentence}; see `{self.prog} --help`.\n")
 
@@ -66,10 +67,11 @@ def split_arguments(arguments: list[str]) -> tuple[list[str], list[str]]:
     arguments = [text for text in arguments if not text.startswith("--local_rank=")]
     is_configured = bool(arguments) and arguments[0] in _CONFIGURED
     takes_overrides = is_configured or arguments[:2] in (["ref", "build"], ["ref", "export"])
+    # The parser answers --help wherever it is in the command line.
     if not takes_overrides or {"-h", "--help"} & set(arguments):
         return arguments, []
-    is_option = [text.startswith("--") for text in arguments]
-    first = is_option.index(True) if True in is_option else len(arguments)
+    options = (index for index, text in enumerate(arguments) if text.startswith("--"))
+    first = next(options, len(arguments))
     return arguments[:first], arguments[first:]
 
 

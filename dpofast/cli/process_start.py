@@ -27,6 +27,7 @@ def is_main_process() -> bool:
 
 def prepare_process() -> None:
     """Show dpofast's log lines on rank 0, and only errors of other ranks and of the libraries."""
+    # Set to anything, it stops the warning that tokenizers prints when a process forks.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     # DeepSpeed warns on every machine without a GPU. It resets the level of its logger when it is
@@ -34,9 +35,9 @@ def prepare_process() -> None:
     logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
     warnings.filterwarnings("ignore", module=r"(torch|transformers|accelerate|datasets|triton)\b")
     logger = logging.getLogger("dpofast")
-    if not logger.handlers:
+    if not logger.handlers:  # `main` can run several times in one process
         handler = _StderrHandler()
         handler.setFormatter(logging.Formatter("%(message)s"))
         logger.addHandler(handler)
     logger.setLevel(logging.INFO if is_main_process() else logging.ERROR)
-    logger.propagate = False
+    logger.propagate = False  # a handler of the root logger would print each line again

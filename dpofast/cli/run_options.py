@@ -159,10 +159,11 @@ def _config(
     }
     own = options.get("model_init_kwargs") or {}
     for name, value in loading.items():
-        if value is not None and isinstance(own, dict):
+        if value is not None and isinstance(own, dict):  # DPOConfig refuses other types
             own = {**own, name: value}
     if own:
         options["model_init_kwargs"] = own
+    # transformers' own default would put every run into the same folder.
     if script.model_name_or_path:
         options.setdefault("output_dir", f"{Path(script.model_name_or_path).name}-DPO")
     try:

@@ -48,7 +48,7 @@ def resume_point(options: RunOptions) -> str | bool | None:
         from the beginning.
     """
     value = options.config.resume_from_checkpoint
-    # The config stores text, and text such as "false" would be taken for a folder's name.
+    # The value can be text, and the Trainer would take "false" for a folder's name.
     spellings = {"true": True, "false": None, "none": None, "": None}
     return spellings.get(str(value).lower(), value)
 

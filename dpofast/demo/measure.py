@@ -65,6 +65,7 @@ def score_policy(model: Any, pairs: Any, pad_token_id: int, batch_pairs: int = 3
     from dpofast.data.packing.collate import Layout
     from dpofast.model.scorer import SequenceScorer
 
+    # The demo's model is in float32, so no autocast.
     scorer = SequenceScorer(model, contextlib.nullcontext, Layout("padded", pad_token_id))
     pairs = list(pairs)
     logps = []
@@ -89,6 +90,8 @@ def answer(model: Any, tokenizer: Any, prompts: list[str], max_new_tokens: int =
         )
         for prompt in prompts
     ]
+    # The template has added all special tokens. Padding is on the left, because generation goes on
+    # from the last column.
     inputs = tokenizer(
         texts, add_special_tokens=False, padding=True, padding_side="left", return_tensors="pt"
     )

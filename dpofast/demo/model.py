@@ -20,6 +20,7 @@ def make_tokenizer() -> Any:
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
+    # A BPE without merges: every byte stays a token of its own.
     special = [PAD, END, USER, ASSISTANT]
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocab = {token: index for index, token in enumerate([*special, *alphabet])}
@@ -48,7 +49,7 @@ def make_model(tokenizer: Any, seed: int) -> Any:
         tie_word_embeddings=True,
         initializer_range=0.06,  # near 1/sqrt(hidden_size): a small model starts learning sooner
         pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=None,
+        bos_token_id=None,  # the chat template begins with the user's token instead
         eos_token_id=tokenizer.eos_token_id,
     )
     torch.manual_seed(seed)

@@ -139,7 +139,7 @@ def make_trainer(folder: Path, data: DemoData, seed: int) -> Any:
         train_dataset=datasets.Dataset.from_list(data.train),
         eval_dataset=datasets.Dataset.from_list(data.held_out),
     )
-    trainer.remove_callback(PrinterCallback)
+    trainer.remove_callback(PrinterCallback)  # with disable_tqdm, it prints every log to stdout
     return trainer
 
 

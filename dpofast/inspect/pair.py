@@ -36,6 +36,7 @@ def render_untokenised_pair(
         ConfigError: max_length or truncation_mode can't be used.
         DataError: the row can't be tokenised.
     """
+    # Nothing is cut yet: render_pair shows what the cut takes away.
     split, _ = prepare_row(row, tokenizer, max_length=max_length, truncation_mode=truncation_mode)
     example = {
         "row": row.get("row"),
@@ -113,6 +114,7 @@ def render_pair(
 
 def _headline(row: Any, lengths: tuple[int, int, int], shared: int) -> Text:
     prompt, chosen, rejected = lengths
+    # Pairs that were built by hand have no row number.
     place = "pair" if row is None else f"row {row} (counted from 0)"
     return Text(
         f"{place}: prompt {prompt} tokens, chosen {chosen}, rejected {rejected}; the answers share "

@@ -16,7 +16,7 @@ from dpofast_kernels.attention import SharedLayout, attends
 # A character is about twice as high as wide, so it shows two cells: (upper, lower).
 _GLYPHS = {(False, False): " ", (True, False): "▀", (False, True): "▄", (True, True): "█"}
 _MIN_CELLS, _MAX_CELLS = 16, 96  # per side
-MAX_TOKENS = 2048  # a longer row is sampled down to this many tokens: the mask is [T, T]
+MAX_TOKENS = 2048  # tokens kept of a longer row, since the mask takes [T, T] memory
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,7 @@ class AttentionPicture:
         num_tokens = self.layout.num_tokens
         cells = attended_cells(self.layout, room, self.window).tolist()
         limits = cell_limits(num_tokens, len(cells))
+        # A line of text has one colour, that of the part in the middle of its upper cell.
         styles = [self._part_at((start + end) // 2).style for start, end in pairwise(limits)]
         size = "a token" if len(cells) == num_tokens else f"{num_tokens / len(cells):.1f} tokens"
         yield Text(f"who (line) looks at whom (column); a cell is {size} wide and high", "italic")
@@ -94,9 +95,8 @@ def attended_cells(layout: SharedLayout, num_cells: int, window: int | None = No
     num_tokens = layout.num_tokens
     limits = cell_limits(num_tokens, min(num_cells, num_tokens))
     sizes = torch.tensor(limits).diff()
-    member = torch.eye(len(sizes)).repeat_interleave(
-        sizes, 1
-    )  # [n, T], 1 if the cell has the token
+    # [n, T], 1 where a cell has a token. Two products with it count the True entries of each cell.
+    member = torch.eye(len(sizes)).repeat_interleave(sizes, 1)
     # [n, T] @ [T, T] @ [T, n]
     counts = member @ attends(layout, window).float() @ member.t()
     return counts * 2 >= sizes[:, None] * sizes

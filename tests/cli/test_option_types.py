@@ -13,7 +13,7 @@ from dpofast.errors import ConfigError
 @pytest.mark.parametrize(
     ("value", "annotation", "expected"),
     [
-        ("1e-6", float, 1e-6),  # what YAML makes of 1e-6
+        ("1e-6", float, 1e-6),  # YAML reads 1e-6 as text
         (1, float, 1.0),
         ("3", int, 3),
         (2.0, int, 2),

@@ -1,4 +1,4 @@
-"""`dpofast ref` from its arguments to what it prints and leaves behind."""
+"""`dpofast ref`, from its arguments to what it prints and leaves behind."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From names and values to checked options."""
+"""Names and values become checked options, or are refused."""
 
 from __future__ import annotations
 
