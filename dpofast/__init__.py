@@ -13,7 +13,7 @@ __all__ = ["DPOConfig", "DPOTrainer", "__version__"]
 
 
 def __getattr__(name: str) -> Any:
-    """Import the trainer only when it is asked for: the command line's help needs no torch."""
+    """Import the trainer when it is first used, so that the command line's help needs no torch."""
     if name == "DPOConfig":
         from dpofast.options.config import DPOConfig
 

@@ -1,4 +1,4 @@
-"""Preference pairs with their reference log-probs beside them, as a file to train on."""
+"""Writes preference pairs and their stored reference log-probs to a file to train on."""
 
 from __future__ import annotations
 
@@ -29,14 +29,17 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Source:
-    """Where preference pairs come from, and how they are read; as for `load_preferences`.
+    """Preference pairs, and how to read them; the fields are arguments of `load_preferences`.
 
     Attributes:
-        source: a path, a hub name, a datasets.Dataset, a list of dicts.
-        columns, split, roles, config_name: as there.
+        source: path, hub name, datasets.Dataset or list of dicts.
+        columns: our name of a column -> its name in the data.
+        split: split to read.
+        roles: name of a role in the data -> system, user, assistant or tool.
+        config_name: configuration of a hub dataset.
 
     Raises:
-        DataError: from `rows` and `pairs`, as there.
+        DataError: the data can't be used; raised by `rows` and `pairs`.
     """
 
     source: Any
@@ -46,14 +49,14 @@ class Source:
     config_name: str | None = None
 
     def rows(self) -> Iterator[Row]:
-        """As they stand there, with all their columns."""
+        """Yield the rows as they are in the source, with all their columns."""
         records = read_records(
             self.source, split=self.split, name=None, config_name=self.config_name
         )
         return (dict(record.values) for record in records)
 
     def pairs(self) -> datasets.Dataset:
-        """In the normal form."""
+        """Load the rows as pairs in the normal form."""
         return load_preferences(
             self.source,
             columns=self.columns,
@@ -70,50 +73,45 @@ def export_pairs(
     report: PreparationReport,
     namespace: Namespace,
 ) -> int:
-    """Write the pairs that a run trains on, their reference log-probs in two columns more.
+    """Write the pairs that a run trains on, with their reference log-probs in two more columns.
 
-    Rows keep their columns and their order; the columns ref_chosen_logps and ref_rejected_logps
-    are float64, in nats, exactly as the store has them. Pairs that `tokenize_preferences` left out
-    are left out here, too. The file is written whole or not at all, and read back first: the pairs
-    in it are those that were scored.
+    Rows keep their columns and their order. The new columns, ref_chosen_logps and
+    ref_rejected_logps, are float64, in nats, exactly as the store has them. Pairs that
+    `tokenize_preferences` leaves out are left out here, too. The file is written whole or not at
+    all. It is read back before it gets its name, to be sure that it holds the scored pairs.
 
     Args:
-        path: of the file, .parquet, .jsonl, .ndjson or .json; replaced where it exists.
-        source: of the pairs.
-        tokens, report: what `tokenize_preferences` made of them.
-        namespace: of the reference.
+        path: file to write, .parquet, .jsonl, .ndjson or .json; an existing file is replaced.
+        source: pairs to export.
+        tokens: the same pairs, tokenised by `tokenize_preferences`.
+        report: report that `tokenize_preferences` made of them.
+        namespace: stored log-probs of one reference.
 
     Returns:
-        Rows written.
+        Number of rows written.
 
     Raises:
-        MissingRowsError: the store lacks some; nothing is scored here.
+        MissingRowsError: log-probs are missing from the store; nothing is scored here.
         DataError: answers were cut, so that their log-probs aren't those of the rows; the rows
-            have such columns already; the file's format can't hold the rows as they are.
-        ConfigError: an ending that is none of these; a path that can't be written, or that the
-            pairs are read from.
+            have such columns already; or the file's format can't hold the rows unchanged.
+        ConfigError: the path has another ending, can't be written, or is the source itself.
     """
     path = check_output(path, source.source)
     _refuse_cuts(report)
     pairs = source.pairs()
-    places = _places(pairs, tokens)
-    try:
-        logps = reference_logps(namespace, read_answers(tokens)).tolist()
-    except MissingRowsError as error:
-        raise MissingRowsError(
-            f"{error} Nothing was written; run `dpofast ref build` with the same options first."
-        ) from error
-    wanted = iter(zip(places, logps, strict=True))
-    rows: list[Row] = []
-    place, of_pair = next(wanted)
-    for index, row in enumerate(source.rows()):
-        if index == place:
-            rows.append({**row, **dict(zip(REF_COLUMNS, of_pair, strict=True))})
-            place, of_pair = next(wanted, (-1, []))
+    _refuse_ref_columns(pairs)
+    indices = _source_indices(pairs, tokens)
+    logps = _stored_logps(namespace, tokens)
+    logps_of = dict(zip(indices, logps, strict=True))
+    rows = [
+        {**row, **dict(zip(REF_COLUMNS, logps_of[index], strict=True))}
+        for index, row in enumerate(source.rows())
+        if index in logps_of
+    ]
     temporary = path.with_name(f".tmp-{uuid.uuid4().hex}{path.suffix.lower()}")
     try:
         WRITERS[path.suffix.lower()](temporary, rows, source.source)
-        _check_written(temporary, path, source, pairs.select(places), logps)
+        _refuse_changed_pairs(temporary, path, source, pairs.select(indices), logps)
         temporary.replace(path)
     except OSError as error:
         raise ConfigError(f"{path} can't be written: {error.strerror or error}.") from error
@@ -123,10 +121,13 @@ def export_pairs(
 
 
 def check_output(path: str | Path, source: Any) -> Path:
-    """The path, if a file of that ending can be written there and isn't the source itself.
+    """Check that a file can be written to a path, and isn't the source itself.
+
+    Returns:
+        The path, with `~` expanded.
 
     Raises:
-        ConfigError: it can't, or is.
+        ConfigError: the path has another ending, its folder doesn't exist, or it is the source.
     """
     path = Path(path).expanduser()
     if path.suffix.lower() not in WRITERS:
@@ -149,25 +150,43 @@ def _refuse_cuts(report: PreparationReport) -> None:
         )
 
 
-def _places(pairs: datasets.Dataset, tokens: datasets.Dataset) -> list[int]:
-    """Of each tokenised pair, where it stands among all pairs."""
+def _refuse_ref_columns(pairs: datasets.Dataset) -> None:
     brought = [name for name in REF_COLUMNS if name in pairs.column_names]
     if brought:
         raise DataError(
             f"The pairs have a column {brought[0]!r} already, which a run believes: remove the "
             f"columns {' and '.join(REF_COLUMNS)} to have them taken from the store."
         )
-    place_of = {row: place for place, row in enumerate(pairs["row"])}
-    if len(place_of) < len(pairs):
+
+
+def _source_indices(pairs: datasets.Dataset, tokens: datasets.Dataset) -> list[int]:
+    """For each tokenised pair, its index among all pairs of the source."""
+    # Tokenised pairs keep the column `row`, whose numbers can be the source's own.
+    index_of = {row: index for index, row in enumerate(pairs["row"])}
+    if len(index_of) < len(pairs):
         raise DataError(
-            "The pairs have a column 'row' in which a number stands twice, so nobody knows which "
+            "The pairs have a column 'row' in which a number occurs twice, so nobody knows which "
             "row is which: remove that column."
         )
-    return [place_of[row] for row in tokens["row"]]
+    return [index_of[row] for row in tokens["row"]]
+
+
+def _stored_logps(namespace: Namespace, tokens: datasets.Dataset) -> list[list[float]]:
+    """Read [chosen, rejected] for each pair, in nats."""
+    try:
+        return reference_logps(namespace, read_answers(tokens)).tolist()
+    except MissingRowsError as error:
+        raise MissingRowsError(
+            f"{error} Nothing was written; run `dpofast ref build` with the same options first."
+        ) from error
 
 
 def _schema(source: Any) -> pa.Schema | None:
-    """The types that a Dataset's or a Parquet file's columns have, and ours; None elsewhere."""
+    """The column types of a Dataset or a Parquet file, and of our columns; None for other sources.
+
+    Without them, Arrow would guess the types from the values and could write, say, a float32 column
+    as double.
+    """
     if isinstance(source, datasets.Dataset):
         features = source.features
     elif isinstance(source, str | Path) and data_suffix(Path(source)) == ".parquet":
@@ -190,8 +209,8 @@ def _write_json(path: Path, rows: Sequence[Row], _: Any) -> None:
 
 
 def _json(row: Row) -> str:
-    """Floats as Python writes them: the shortest text that reads back as the same bits."""
     try:
+        # Python writes a float as the shortest text that reads back as the same bits.
         return json.dumps(row, ensure_ascii=False, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise DataError(
@@ -200,10 +219,11 @@ def _json(row: Row) -> str:
 
 
 def _write_parquet(path: Path, rows: Sequence[Row], source: Any) -> None:
-    names = dict.fromkeys(itertools.chain.from_iterable(rows))
     try:
         schema = _schema(source)
         if schema is None:
+            # Rows of a JSON file can have different fields; the missing ones are null here.
+            names = dict.fromkeys(itertools.chain.from_iterable(rows))
             table = pa.table({name: [row.get(name) for row in rows] for name in names})
         else:
             table = pa.Table.from_pylist(rows, schema=schema)
@@ -222,20 +242,28 @@ WRITERS: dict[str, Callable[[Path, Sequence[Row], Any], None]] = {
 }
 
 
-def _check_written(
+def _refuse_changed_pairs(
     temporary: Path,
     path: Path,
     source: Source,
     pairs: datasets.Dataset,
     logps: Sequence[Sequence[float]],
 ) -> None:
-    """Raise DataError unless the file reads back as these pairs with these log-probs."""
+    """Raise DataError unless the file reads back as these pairs with these log-probs.
+
+    Args:
+        temporary: file that was written.
+        path: name that the file will get, used in the error message.
+        source: how to read the pairs.
+        pairs: pairs that the file should hold, in its order.
+        logps: [chosen, rejected] for each of them.
+    """
     columns, roles = source.columns, source.roles
     written = Source(str(temporary), columns=columns, roles=roles).pairs()
     for number, (pair, own, read) in enumerate(zip(pairs, logps, written, strict=True)):
         found = [read.pop(name) for name in REF_COLUMNS]
-        names = pair.keys() - {"row"}
-        same = all(_filled(read.get(name)) == _filled(pair[name]) for name in names)
+        names = pair.keys() - {"row"}  # rows that were left out change the count
+        same = all(_comparable(read.get(name)) == _comparable(pair[name]) for name in names)
         if found != own or not same:
             raise DataError(
                 f"{path} was not written: as {path.suffix} its row {number} would read back as "
@@ -244,8 +272,11 @@ def _check_written(
             )
 
 
-def _filled(value: Any) -> Any:
-    """A column's value, its messages without `extra` where that is null, as only some have it."""
+def _comparable(value: Any) -> Any:
+    """A column's value without the null fields of its messages.
+
+    Every message has a field `extra` if any message of the dataset has one. The others' is null.
+    """
     if not isinstance(value, list) or not value or not isinstance(value[0], dict):
         return value
     return [{name: item for name, item in message.items() if item is not None} for message in value]

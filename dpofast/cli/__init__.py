@@ -11,5 +11,5 @@ __all__ = ["command", "main"]
 
 
 def command() -> NoReturn:
-    """The process of `dpofast ...`."""
+    """Run the command `dpofast` and end the process with its exit code."""
     run_to_end(main)

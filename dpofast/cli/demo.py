@@ -8,10 +8,10 @@ from pathlib import Path
 
 
 def demo(parsed: argparse.Namespace, overrides: list[str]) -> None:
-    """Run the demo; it takes no overrides."""
+    """Run the demo. `overrides` is empty, because the parser reads all options of the demo."""
     del overrides
-    # Before torch is imported: OpenMP's threads spin while they wait, by default for so long that a
-    # small model gets many times slower where other programs want the same cores.
+    # OpenMP reads this when torch is imported. By default its threads spin for so long while they
+    # wait that a small model runs many times slower when other programs want the same cores.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     from dpofast.demo.run import run_demo
 

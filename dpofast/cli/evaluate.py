@@ -15,15 +15,15 @@ from dpofast.cli.inputs import (
     make_output_dir,
     refuse_missing_model,
 )
-from dpofast.cli.options import RunOptions, read_options
-from dpofast.cli.quiet import is_main_process
+from dpofast.cli.process_start import is_main_process
+from dpofast.cli.run_options import RunOptions, read_options
 from dpofast.errors import ConfigError
 
 EVALUATION_FILE = "evaluation.json"
 
 
 def evaluate(parsed: argparse.Namespace, overrides: list[str]) -> None:
-    """Measure rewards and log-probs on the held-out pairs; write evaluation.json."""
+    """Measure rewards and log-probs on the held-out pairs, and write evaluation.json."""
     from dpofast.monitor.summary import write_json
     from dpofast.train.trainer import DPOTrainer
 
@@ -53,6 +53,11 @@ def evaluate(parsed: argparse.Namespace, overrides: list[str]) -> None:
 
 
 def _with_reference(options: RunOptions) -> RunOptions:
+    """Fill in the reference model of an adapter, which is the model below it.
+
+    Raises:
+        ConfigError: no reference is named, and the policy isn't an adapter.
+    """
     options.require("model_name_or_path")
     script = options.script
     reference = script.ref_model_name_or_path or adapter_base(script.model)

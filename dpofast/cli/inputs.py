@@ -1,4 +1,7 @@
-"""Loads what the options name: the tokenizer and the data first, since they are cheap to check."""
+"""Loads the tokenizer, data and models that the options name.
+
+The tokenizer and the data come first, so that their errors show before a model is loaded.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dpofast.cli.options import RunOptions
+from dpofast.cli.run_options import RunOptions
 from dpofast.errors import ConfigError, ModelError
 
 ADAPTER_FILE = "adapter_config.json"
@@ -16,7 +19,7 @@ ADAPTER_FILE = "adapter_config.json"
 
 @dataclass(frozen=True)
 class Inputs:
-    """All that a trainer is made of."""
+    """The models, tokenizer and datasets that a DPOTrainer takes."""
 
     model: Any
     ref_model: Any
@@ -26,15 +29,16 @@ class Inputs:
 
 
 def load_tokenizer_for(options: RunOptions) -> Any:
-    """The tokenizer that the options name, with their chat template and pad token.
+    """Load the tokenizer, and give it the chat template and pad token of the options.
 
     Raises:
-        ModelError: there is none.
+        ModelError: there is no tokenizer of this name.
         ConfigError: the chat template's file can't be read.
     """
     from dpofast.model.load import load_tokenizer
 
     script = options.script
+    # The revision belongs to the policy's repository, not to another one.
     revision = script.model_revision if script.tokenizer_name_or_path is None else None
     tokenizer = load_tokenizer(script.tokenizer, options.config.trust_remote_code, revision)
     template = options.script.chat_template
@@ -46,31 +50,37 @@ def load_tokenizer_for(options: RunOptions) -> Any:
 
 
 def load_training_data(options: RunOptions) -> Any:
-    """The training pairs in the normal form.
+    """Load the training pairs in the normal form.
 
     Raises:
-        DataError: with the file and row.
+        DataError: the data can't be used; names the file and row.
     """
-    return _load(options, options.script.dataset_name, options.script.dataset_train_split)
+    return _load_pairs(options, options.script.dataset_name, options.script.dataset_train_split)
 
 
 def load_held_out_data(options: RunOptions) -> Any:
-    """The held-out pairs in the normal form; None where no option names any.
+    """Load the held-out pairs in the normal form; None if no option names any.
 
     Raises:
-        DataError: with the file and row.
+        DataError: the data can't be used; names the file and row.
     """
     script = options.script
     if script.eval_dataset_name is not None:
         split = script.dataset_test_split or "train"
-        return _load(options, script.eval_dataset_name, split)
+        return _load_pairs(options, script.eval_dataset_name, split)
     if script.dataset_test_split is not None:
-        return _load(options, script.dataset_name, script.dataset_test_split)
+        return _load_pairs(options, script.dataset_name, script.dataset_test_split)
     return None
 
 
 def load_inputs(options: RunOptions) -> Inputs:
-    """Everything that training or scoring takes, the models last."""
+    """Load everything that training or scoring needs, the models last.
+
+    Raises:
+        ConfigError: evaluation is asked for, but there are no held-out pairs.
+        DataError: the data can't be used; names the file and row.
+        ModelError: a model or the tokenizer can't be loaded.
+    """
     tokenizer = load_tokenizer_for(options)
     refuse_missing_model(options.script.model)
     if options.script.ref_model_name_or_path is not None:
@@ -92,14 +102,14 @@ def load_inputs(options: RunOptions) -> Inputs:
 
 
 def load_policy_model(options: RunOptions) -> Any:
-    """The policy: a causal LM, or a PeftModel whose adapter is trained further."""
+    """Load the policy: a causal LM, or a PeftModel whose adapter is trained further."""
     from dpofast.model.load import load_policy
 
     return _load_model(options, options.script.model, load_policy)
 
 
 def load_reference_model(options: RunOptions) -> Any:
-    """The reference model; None where the policy's start is the reference."""
+    """Load the reference model; None if the reference is the policy before training."""
     from dpofast.model.load import load_policy
 
     name = options.script.ref_model_name_or_path
@@ -107,10 +117,11 @@ def load_reference_model(options: RunOptions) -> Any:
 
 
 def load_policy_skeleton(options: RunOptions) -> Any:
-    """The policy as it would train, adapter and dropout included, but without its weights.
+    """Build the policy as training would, with its adapter and dropouts, but without weights.
 
     Raises:
-        ModelError, ConfigError: as where it is loaded for training.
+        ModelError: the model's config can't be used.
+        ConfigError: an option doesn't suit the model.
     """
     from dpofast.model.load import load_skeleton
     from dpofast.train.policy import prepare_policy
@@ -121,7 +132,11 @@ def load_policy_skeleton(options: RunOptions) -> Any:
 
 
 def adapter_base(name_or_path: str) -> str | None:
-    """The model below an adapter's folder; None where the folder holds no adapter."""
+    """The name of the model below an adapter; None if the folder holds no adapter.
+
+    Raises:
+        ModelError: the adapter's config can't be read, or names no model.
+    """
     path = Path(name_or_path).expanduser() / ADAPTER_FILE
     if not path.is_file():
         return None
@@ -137,10 +152,10 @@ def adapter_base(name_or_path: str) -> str | None:
 
 
 def adapter_options(options: RunOptions) -> Any:
-    """A peft.LoraConfig of the lora_ options; None where no adapter was asked for.
+    """Make a peft.LoraConfig from the lora_ options; None if no adapter is asked for.
 
     Raises:
-        ConfigError: peft isn't installed.
+        ConfigError: peft isn't installed, or an option is out of range.
     """
     script = options.script
     if not script.use_peft:
@@ -182,10 +197,10 @@ def make_output_dir(options: RunOptions) -> None:
 
 
 def refuse_missing_model(name_or_path: str) -> None:
-    """Raise ModelError where a local model folder holds no model, before data is loaded."""
+    """Raise ModelError if a local folder holds no model, which is cheap to find out early."""
     folder = Path(name_or_path).expanduser()
     if not folder.is_dir():
-        return  # a name on the hub, or a path that loading the tokenizer has refused
+        return  # a name on the hub; a wrong path was refused when the tokenizer was loaded
     if not (folder / "config.json").is_file() and not (folder / ADAPTER_FILE).is_file():
         raise ModelError(
             f"The model folder {name_or_path!r} has neither config.json nor {ADAPTER_FILE}: name "
@@ -194,13 +209,14 @@ def refuse_missing_model(name_or_path: str) -> None:
 
 
 def _load_model(options: RunOptions, name_or_path: str, load: Callable[..., Any]) -> Any:
+    """Load a model with `load`; if the name is an adapter's, load its base and put it on top."""
     from dpofast.zero.batch import refuse_missing_launcher
 
-    refuse_missing_launcher(options.config)  # ZeRO-3 loads a model in parts
+    refuse_missing_launcher(options.config)  # ZeRO-3 loads each rank's part of the weights only
     kwargs = options.config.loading_options()
     base = adapter_base(name_or_path)
     if name_or_path != options.script.model or base is not None:
-        kwargs.pop("revision", None)  # the policy's, of no other model
+        kwargs.pop("revision", None)  # it belongs to the policy's repository, not to another one
     if base is None:
         return load(name_or_path, **kwargs)
     try:
@@ -211,12 +227,13 @@ def _load_model(options: RunOptions, name_or_path: str, load: Callable[..., Any]
         ) from error
     model = load(base, **kwargs)
     try:
+        # Without is_trainable, peft would freeze the adapter.
         return PeftModel.from_pretrained(model, name_or_path, is_trainable=True)
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise ModelError(f"The adapter in {name_or_path!r} can't be loaded: {error}") from error
 
 
-def _load(options: RunOptions, source: str | None, split: str) -> Any:
+def _load_pairs(options: RunOptions, source: str | None, split: str) -> Any:
     from dpofast.data import load_preferences
 
     return load_preferences(
@@ -230,7 +247,7 @@ def _load(options: RunOptions, source: str | None, split: str) -> Any:
 
 
 def _template_text(template: str) -> str:
-    if "{" in template:
+    if "{" in template:  # every Jinja template has a brace, and hardly any path does
         return template
     try:
         return Path(template).expanduser().read_text(encoding="utf-8")

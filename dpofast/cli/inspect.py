@@ -1,24 +1,30 @@
-"""`dpofast inspect`: one pair, or the packed rows of one optimizer step."""
+"""`dpofast inspect`: shows one pair, or the packed rows of one optimizer step."""
 
 from __future__ import annotations
 
 import argparse
 import re
-import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from rich.text import Text
+
+from dpofast.cli.given import COMMAND_LINE, GivenOption, split_own_options
 from dpofast.cli.inputs import load_policy_skeleton, load_tokenizer_for, load_training_data
-from dpofast.cli.options import RunOptions, read_options
-from dpofast.cli.reading import COMMAND_LINE, Given, split_own
-from dpofast.cli.values import checked_value
+from dpofast.cli.option_types import checked_value
+from dpofast.cli.run_options import RunOptions, read_options
+from dpofast.cli.terminal import print_rich
 from dpofast.errors import ConfigError
+
+if TYPE_CHECKING:
+    from dpofast.data.packing.collate import Layout
+    from dpofast.data.packing.plan import PlannedStep
 
 OWN_OPTIONS = ("row", "step", "rank")
 
 
 def show(parsed: argparse.Namespace, overrides: list[str]) -> None:
-    """Print a training pair with --row, or with --step the rows that a rank runs in it."""
-    own, others = split_own(overrides, OWN_OPTIONS)
+    """Print the training pair that --row names, or the packed rows that a rank runs in --step."""
+    own, others = split_own_options(overrides, OWN_OPTIONS)
     options = read_options(parsed.config, others, OWN_OPTIONS)
     options.require("dataset_name")
     if "step" in own and "row" in own:
@@ -33,15 +39,15 @@ def show(parsed: argparse.Namespace, overrides: list[str]) -> None:
 
 
 def _show_pair(options: RunOptions, row: int) -> None:
-    from dpofast.inspect.pair import render_row
+    from dpofast.inspect.pair import render_untokenised_pair
 
     if options.script.tokenizer_name_or_path is None:
         options.require("model_name_or_path")
     tokenizer = load_tokenizer_for(options)
     pairs = load_training_data(options)
     _refuse_beyond("row", row, len(pairs), "the data's rows")
-    _print(
-        render_row(
+    print_rich(
+        render_untokenised_pair(
             pairs[row],
             tokenizer,
             max_length=options.config.max_length,
@@ -51,11 +57,7 @@ def _show_pair(options: RunOptions, row: int) -> None:
 
 
 def _show_step(options: RunOptions, step: int, rank: tuple[int, int]) -> None:
-    import numpy as np
-    from rich.text import Text
-
-    from dpofast.data.packing.step_dataset import StepDataset, token_limit
-    from dpofast.inspect.packed import render_packed
+    from dpofast.data.packing.step_dataset import token_limit
     from dpofast.model.packable import attention_window
     from dpofast.train.dataset import PairPreparer
     from dpofast.train.sampler import planned_steps, train_sampler
@@ -72,25 +74,46 @@ def _show_step(options: RunOptions, step: int, rank: tuple[int, int]) -> None:
     epoch, index = divmod(step, len(sampler))
     sampler.set_epoch(epoch)
     planned = sampler.step(index)
-    rows = planned.micro_batches
     figures = sampler.figures()
     assert figures is not None  # rows are packed
-    _print(Text(f"Layout: {layout.name}; {sampler.describe(figures)}."))
-    place = f"step {step} (epoch {epoch}), rank {rank[0]} of {rank[1]}"
+    print_rich(Text(f"Layout: {layout.name}; {sampler.describe(figures)}."))
+    _print_headline(planned, f"step {step} (epoch {epoch}), rank {rank[0]} of {rank[1]}")
+    _print_packed_rows(planned, pairs, layout, tokenizer, attention_window(model))
+
+
+def _print_headline(planned: PlannedStep, place: str) -> None:
+    rows = planned.micro_batches
     count = f"{sum(map(len, rows))} of the step's {planned.num_pairs} pairs"
     in_rows = "1 row" if len(rows) == 1 else f"{len(rows)} rows"
-    _print(Text(f"{place}: {count} in {in_rows}", style="bold"))
-    _print(Text("scored from: the places whose hidden states predict the answer", style="dim"))
-    unknown = np.full((len(pairs), 2), np.nan)  # the reference's log-probs: nobody looks at them
-    batches = StepDataset(pairs, unknown, layout).__getitems__(planned).micro_batches
+    print_rich(Text(f"{place}: {count} in {in_rows}", style="bold"))
+    print_rich(Text("scored from: the places whose hidden states predict the answer", style="dim"))
+
+
+def _print_packed_rows(
+    planned: PlannedStep, pairs: Any, layout: Layout, tokenizer: Any, window: int | None
+) -> None:
+    """Lay out each micro-batch of a step as training would, and print it."""
+    import numpy as np
+
+    from dpofast.data.packing.step_dataset import StepDataset
+    from dpofast.inspect.packed import render_packed
+
+    # The layout doesn't depend on the reference's log-probs, so nothing is scored.
+    unknown_logps = np.full((len(pairs), 2), np.nan)
+    rows = planned.micro_batches
+    batches = StepDataset(pairs, unknown_logps, layout).__getitems__(planned).micro_batches
     for number, (row, batch) in enumerate(zip(rows, batches, strict=True)):
-        _print(Text(f"\nrow {number} of {len(rows)}", style="bold reverse"))
+        print_rich(Text(f"\nrow {number} of {len(rows)}", style="bold reverse"))
         examples = [pairs[pair] for pair in row]
-        _print(render_packed(batch, examples, tokenizer, window=attention_window(model)))
+        print_rich(render_packed(batch, examples, tokenizer, window=window))
 
 
 def _row_tokens(config: Any) -> int:
-    """Most tokens of a packed row, as training will take them."""
+    """The limit on a packed row's tokens that training will use.
+
+    Raises:
+        ConfigError: on a GPU, training finds the limit by its free memory, which isn't known here.
+    """
     from dpofast.train.loaders import CPU_ROW_TOKENS
 
     if config.max_tokens_per_microbatch is not None:
@@ -103,7 +126,12 @@ def _row_tokens(config: Any) -> int:
     return CPU_ROW_TOKENS
 
 
-def _packed_layout(wanted: str, model: Any) -> Any:
+def _packed_layout(wanted: str, model: Any) -> Layout:
+    """The layout that training will use.
+
+    Raises:
+        ConfigError: it is padded, or a packed layout is asked for that would be wrong.
+    """
     from dpofast.model.packable import choose_layout, why_not_packed
 
     reason = "it was asked for" if wanted == "padded" else why_not_packed(model)
@@ -112,15 +140,15 @@ def _packed_layout(wanted: str, model: Any) -> Any:
             f"--step: the run's layout is padded, as {reason}, so each sequence has a row of its "
             "own and no row is packed; --row N shows a pair."
         )
-    return choose_layout(wanted, model, pad_token_id=0)  # there is no padding
+    return choose_layout(wanted, model, pad_token_id=0)  # unused, as packed rows have no padding
 
 
-def _number(name: str, given: Given) -> int:
+def _number(name: str, given: GivenOption) -> int:
     return checked_value(f"--{name}", given.value, int, COMMAND_LINE)
 
 
-def _rank(given: Given | None, config: Any) -> tuple[int, int]:
-    """Of "2/8" 2 and 8; this process' own where nothing is given."""
+def _rank(given: GivenOption | None, config: Any) -> tuple[int, int]:
+    """Read "2/8" as rank 2 of 8; by default, take the rank of this process."""
     if given is None:
         return config.process_index, config.world_size
     found = re.fullmatch(r"(\d+)/(\d+)", str(given.value))
@@ -135,15 +163,3 @@ def _rank(given: Given | None, config: Any) -> tuple[int, int]:
 def _refuse_beyond(name: str, value: int, count: int, what: str) -> None:
     if not 0 <= value < count:
         raise ConfigError(f"--{name}: got {value}, but {what} are 0 to {count - 1}.")
-
-
-def _print(renderable: Any) -> None:
-    """By our own hand: rich would answer a closed pipe by ending the process with exit code 1."""
-    from rich.console import Console
-
-    console = Console(highlight=False)
-    with console.capture() as captured:
-        console.print(renderable)
-    encoding = sys.stdout.encoding or "utf-8"  # what it lacks is shown as a question mark
-    sys.stdout.write(captured.get().encode(encoding, "replace").decode(encoding))
-    sys.stdout.flush()

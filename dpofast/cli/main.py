@@ -1,4 +1,4 @@
-"""Runs a command; turns errors into one sentence and an exit code."""
+"""Runs a command, and turns errors into one sentence and an exit code."""
 
 from __future__ import annotations
 
@@ -11,18 +11,21 @@ from collections.abc import Callable, Sequence
 from dpofast.cli.parser import build_parser, split_arguments
 from dpofast.errors import ConfigError, DPOFastError
 
-# No fault of the program: no room, no right, or a medium that can only be read.
+# Errors of the machine, not of the program: no space, no permission, or a read-only disk.
 MACHINE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES}
-EXIT_USAGE = 2  # the input's fault
-EXIT_INTERRUPTED = 130  # what shells report for Ctrl-C
-EXIT_PIPE = 141  # and for a closed pipe
+EXIT_USAGE = 2  # an error that the user can fix
+EXIT_INTERRUPTED = 130  # the code that shells report for Ctrl-C
+EXIT_PIPE = 141  # the code that shells report for a closed pipe
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; -> exit code: 0, 2 for an error that the user can mend, 130, 141.
+    """Run the command line.
 
     Args:
-        arguments: without the program's name; by default those of the process.
+        arguments: command line without the program's name; by default that of the process.
+
+    Returns:
+        Exit code: 0, EXIT_USAGE, EXIT_INTERRUPTED or EXIT_PIPE.
     """
     head, overrides = split_arguments(list(sys.argv[1:] if arguments is None else arguments))
     parser = build_parser()
@@ -43,7 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("dpofast: interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
-    except BrokenPipeError:  # who reads our output has seen enough, as `head` does
+    except BrokenPipeError:  # the reader of our output has closed it, as `head` does
+        # Python flushes stdout once more at exit, which would print another error.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_PIPE
     except OSError as error:
@@ -55,8 +59,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _command(parsed: argparse.Namespace) -> Callable[[argparse.Namespace, list[str]], None]:
-    """The function of a command, whose module is imported only now."""
-    from dpofast.cli.quiet import prepare_process
+    """The function that runs a command. Its module is imported here, so that `--help` is fast."""
+    from dpofast.cli.process_start import prepare_process
 
     prepare_process()
     match parsed.command:
@@ -83,9 +87,9 @@ def _command(parsed: argparse.Namespace) -> Callable[[argparse.Namespace, list[s
 
 
 def _report(error: DPOFastError) -> None:
-    """One line on stderr; an error in the options is the same on every rank, so rank 0 says it."""
+    """Print an error as one line on stderr."""
     rank = int(os.environ.get("RANK", "0"))
     if rank and isinstance(error, ConfigError):
-        return
+        return  # every rank has the same options, so rank 0 reports for all
     sentence = " ".join(str(error).split())
     print(f"dpofast: error: {f'rank {rank}: ' if rank else ''}{sentence}", file=sys.stderr)

@@ -1,13 +1,13 @@
-"""The commands and their help. Nothing heavy is imported, so that `--help` answers at once."""
+"""The commands and their help. This file imports nothing heavy, so `--help` answers at once."""
 
 from __future__ import annotations
 
 import argparse
 from typing import NoReturn
 
-from dpofast.cli.script import script_help
+from dpofast.cli.script_options import script_help
 
-# Commands that take a YAML file and overrides of any option.
+# Commands that take a YAML file and any option as an override, with their line of help.
 _CONFIGURED = {
     "train": "train a model on preference pairs",
     "eval": "measure a trained model on held-out pairs",
@@ -22,15 +22,16 @@ _DPO_OPTIONS = """\
 
 
 class Parser(argparse.ArgumentParser):
-    """Says in one sentence what is wrong, instead of the whole usage."""
+    """Reports a wrong command line in one sentence; argparse itself prints the whole usage."""
 
     def error(self, message: str) -> NoReturn:
+        """End the process with exit code 2."""
         sentence = message[0].lower() + message[1:]
         self.exit(2, f"dpofast: error: {sentence}; see `{self.prog} --help`.\n")
 
 
 def build_parser() -> Parser:
-    """The parser of all that stands before the overrides; those are read by `read_overrides`."""
+    """Build the parser of the command and its arguments; `read_overrides` reads the options."""
     parser = Parser(
         prog="dpofast",
         description="Direct Preference Optimization: stored reference log-probs, no logits.",
@@ -56,16 +57,21 @@ def build_parser() -> Parser:
 
 
 def split_arguments(arguments: list[str]) -> tuple[list[str], list[str]]:
-    """Split a command line into what the parser reads and the overrides after it.
+    """Split a command line into the command, for the parser, and the options that override.
 
-    A rank that DeepSpeed's launcher has put in front is dropped: the environment tells it, too.
+    Returns:
+        The command with its arguments, and the options from the first `--` on. Commands that don't
+        take every option have no second part.
     """
-    arguments = [word for word in arguments if not word.startswith("--local_rank=")]
+    # DeepSpeed's launcher puts the rank in front; the environment variable LOCAL_RANK has it, too.
+    arguments = [text for text in arguments if not text.startswith("--local_rank=")]
     is_configured = bool(arguments) and arguments[0] in _CONFIGURED
     takes_overrides = is_configured or arguments[:2] in (["ref", "build"], ["ref", "export"])
+    # The parser answers --help wherever it is in the command line.
     if not takes_overrides or {"-h", "--help"} & set(arguments):
         return arguments, []
-    first = next((i for i, word in enumerate(arguments) if word.startswith("--")), len(arguments))
+    options = (index for index, text in enumerate(arguments) if text.startswith("--"))
+    first = next(options, len(arguments))
     return arguments[:first], arguments[first:]
 
 
@@ -82,7 +88,7 @@ def _add_reference(commands: argparse._SubParsersAction[Parser]) -> None:
     for name, summary in (
         ("info", "say what a store holds"),
         ("verify", "read every byte of a store and check it"),
-        ("prune", "merge segments, drop rows that stand twice, forget references"),
+        ("prune", "merge segments, drop duplicate rows, forget references"),
     ):
         action = actions.add_parser(
             name, help=summary, description=f"{summary.capitalize()}.", allow_abbrev=False

@@ -1,4 +1,4 @@
-"""How a rank's process ends once its work is done."""
+"""Ends the process of a command or a rank once its work is done."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ from typing import NoReturn
 
 
 def run_to_end(main: Callable[[], int]) -> NoReturn:
-    """Run a program's `main` and end the process with the exit code that it returns.
+    """Run a program's `main`, and end the process with the exit code that it returns.
 
-    A thread of gloo may hold the last reference to a tensor. If it lets go of that while Python is
-    being taken down, the process aborts, and a run that has succeeded counts as failed (PyTorch's
-    pull request 179291 describes it). So a process with gloo's ranks ends after Python's own exit
-    handlers, without the rest; every other process, and one whose `main` raises, ends as usual.
+    A thread of gloo can hold the last reference to a tensor. If the thread drops it while Python is
+    shutting down, the process aborts, and a run that has succeeded counts as failed (PyTorch's pull
+    request 179291 describes this). A process with a gloo group therefore ends right after Python's
+    exit handlers and skips the rest of the shutdown. Every other process ends as usual, and so does
+    one whose `main` raises.
     """
     codes: list[int] = []
 
@@ -25,13 +26,14 @@ def run_to_end(main: Callable[[], int]) -> NoReturn:
             sys.stderr.flush()
             os._exit(codes[0])
 
-    atexit.register(end)  # what is registered first runs last
+    atexit.register(end)  # handlers run in reverse order, so this one is the last
     codes.append(main())
     sys.exit(codes[0])
 
 
 def _has_gloo() -> bool:
-    """Whether this process has gloo's threads; PyTorch isn't imported for the question."""
+    """Whether this process has a gloo group, and so gloo's threads."""
+    # Importing torch only to ask would take seconds; without it there is no group.
     dist = sys.modules.get("torch.distributed")
     if dist is None or not dist.is_available() or not dist.is_initialized():
         return False

@@ -1,19 +1,20 @@
-"""`dpofast ref build | info | verify | prune | export`."""
+"""`dpofast ref build | info | verify | prune | export`: commands of the reference store."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
 
-from dpofast.cli.options import RunOptions, read_options
-from dpofast.cli.quiet import is_main_process
-from dpofast.cli.reading import COMMAND_LINE, split_own
-from dpofast.cli.values import checked_value
+from dpofast.cli.given import COMMAND_LINE, split_own_options
+from dpofast.cli.option_types import checked_value
+from dpofast.cli.process_start import is_main_process
+from dpofast.cli.run_options import RunOptions, read_options
+from dpofast.columns import REF_COLUMNS
 from dpofast.errors import ConfigError, ReferenceStoreError
 
 
 def reference(parsed: argparse.Namespace, overrides: list[str]) -> None:
-    """Run one of the store's commands."""
+    """Run the command that the parser found."""
     match parsed.action:
         case "build":
             _build(parsed.config, overrides)
@@ -28,7 +29,7 @@ def reference(parsed: argparse.Namespace, overrides: list[str]) -> None:
 
 
 def _build(yaml_file: str | None, overrides: list[str]) -> None:
-    """Score the answers of the training and held-out pairs that the store lacks."""
+    """Score the answers of the training and held-out pairs that are missing from the store."""
     from dpofast.cli.train import make_trainer
     from dpofast.train.summary import reference_summary
 
@@ -47,11 +48,11 @@ def _build(yaml_file: str | None, overrides: list[str]) -> None:
 
 
 def _export(yaml_file: str | None, overrides: list[str]) -> None:
-    """Write the training pairs with their log-probs, all from the store."""
+    """Write the training pairs and their stored log-probs to a file; nothing is scored."""
     from dpofast.cli.train import make_trainer
     from dpofast.export import Source, check_output, export_pairs
 
-    own, others = split_own(overrides, ("output",))
+    own, others = split_own_options(overrides, ("output",))
     options = read_options(yaml_file, others, ("output",))
     options.require("model_name_or_path", "dataset_name")
     script = options.script
@@ -80,11 +81,12 @@ def _export(yaml_file: str | None, overrides: list[str]) -> None:
         count = export_pairs(output, source, train_set.pairs, report, namespace)
         print(
             f"{count} of {report.pairs_read} pairs written to {output}, with the log-probs of "
-            f"reference {identity.digest[:12]} in ref_chosen_logps and ref_rejected_logps"
+            f"reference {identity.digest[:12]} in {' and '.join(REF_COLUMNS)}"
         )
 
 
 def _refuse_unkept(options: RunOptions, consequence: str) -> None:
+    """Raise ConfigError if log-probs aren't kept, so that the command could do nothing."""
     if not options.config.precompute_ref_log_probs:
         raise ConfigError(
             f"{options.source}: precompute_ref_log_probs is false, so no log-probs are kept, and "
@@ -114,9 +116,9 @@ def _prune(folder: Path, forget: list[str]) -> None:
 
 
 def _folder(given: str | None) -> Path:
-    """The store's folder; without one given, the default of DPOConfig.reference_store."""
+    """The store's folder, by default the one that training uses."""
     if given is not None:
         return Path(given).expanduser()
-    from huggingface_hub.constants import HF_HOME
+    from dpofast.reference.store.location import default_folder
 
-    return Path(HF_HOME) / "dpofast" / "reference"
+    return default_folder()

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from dpofast.cli.inputs import adapter_options, load_inputs, make_output_dir
-from dpofast.cli.options import RunOptions, read_options
-from dpofast.cli.quiet import is_main_process
+from dpofast.cli.process_start import is_main_process
+from dpofast.cli.run_options import RunOptions, read_options
 
 
 def train(parsed: argparse.Namespace, overrides: list[str]) -> None:
-    """Train, save the model, and say where everything lies."""
+    """Train, save the model, and print what came out and where it is."""
     options = read_options(parsed.config, overrides)
     options.require("model_name_or_path", "dataset_name")
     trainer = make_trainer(options)
@@ -23,7 +23,7 @@ def train(parsed: argparse.Namespace, overrides: list[str]) -> None:
 
 
 def make_trainer(options: RunOptions) -> Any:
-    """A DPOTrainer of the options."""
+    """Make a DPOTrainer from the options."""
     from dpofast.train.trainer import DPOTrainer
 
     make_output_dir(options)
@@ -41,10 +41,16 @@ def make_trainer(options: RunOptions) -> Any:
 
 
 def resume_point(options: RunOptions) -> str | bool | None:
-    """A checkpoint's folder; True for the newest of the output folder; None to start afresh."""
+    """Where to resume from, as `Trainer.train` takes it.
+
+    Returns:
+        A checkpoint's folder, True for the newest checkpoint in the output folder, or None to start
+        from the beginning.
+    """
     value = options.config.resume_from_checkpoint
-    words = {"true": True, "false": None, "none": None, "": None}
-    return words.get(str(value).lower(), value)
+    # The value can be text, and the Trainer would take "false" for a folder's name.
+    spellings = {"true": True, "false": None, "none": None, "": None}
+    return spellings.get(str(value).lower(), value)
 
 
 def _print_result(folder: Path) -> None:
@@ -52,6 +58,8 @@ def _print_result(folder: Path) -> None:
 
     from rich.console import Console
 
+    from dpofast.monitor.callbacks import METRICS_FILE
+    from dpofast.monitor.plots import PLOT_FILE
     from dpofast.monitor.summary import SUMMARY_FILE
 
     summary = json.loads((folder / SUMMARY_FILE).read_text(encoding="utf-8"))
@@ -64,4 +72,4 @@ def _print_result(folder: Path) -> None:
         f"reference: {summary['ref_forward_passes']} forward passes, "
         f"{summary['ref_store_hits']} answers found, {summary['ref_rows_scored']} scored"
     )
-    console.print(f"model, {SUMMARY_FILE}, metrics.jsonl and training.png: {folder}")
+    console.print(f"model, {SUMMARY_FILE}, {METRICS_FILE} and {PLOT_FILE}: {folder}")

@@ -12,13 +12,13 @@ from dpofast.demo.tasks import Question, Row, capitals, lists, sums
 
 @dataclass(frozen=True)
 class DemoSize:
-    """How many of each.
+    """Numbers of pairs to make.
 
     Attributes:
-        facts: training pairs of capitals, and as many of sums.
-        lists: training pairs of lists, which no fact helps with.
-        held_out: held-out pairs per family; even.
-        warmup_lists: further lists that only the warm-up sees.
+        facts: training pairs of capitals, and also of sums.
+        lists: training pairs of lists, where knowing facts doesn't help.
+        held_out: held-out pairs of each family, an even number.
+        warmup_lists: questions about lists that only the warm-up sees.
     """
 
     facts: int = 128
@@ -29,12 +29,12 @@ class DemoSize:
 
 @dataclass(frozen=True)
 class DemoData:
-    """The three splits; no held-out prompt stands in another one.
+    """The demo's three splits; no prompt of `held_out` is in another one.
 
     Attributes:
-        warmup: (prompt, answer) texts, each question with all three of its answers.
-        train: preference pairs, right against wrong or, one in three, right against wordy.
-        held_out: likewise, but half and half.
+        warmup: (prompt, answer) texts; each question is there with all three of its answers.
+        train: preference pairs; two in three are right against wrong, one right against wordy.
+        held_out: preference pairs; half are right against wrong, half right against wordy.
     """
 
     warmup: list[tuple[str, str]]
@@ -43,15 +43,16 @@ class DemoData:
 
 
 def make_data(seed: int, size: DemoSize | None = None) -> DemoData:
-    """Generate the demo's data; the same seed gives the same data."""
+    """Generate the demo's data. The same seed gives the same data."""
     size = size or DemoSize()
     rng = random.Random(seed)
     families = {
-        "capitals": _drawn(list(capitals(rng)), rng),
-        "sums": _drawn(list(sums(rng)), rng),
+        "capitals": _shuffled(list(capitals(rng)), rng),
+        "sums": _shuffled(list(sums(rng)), rng),
         "lists": _distinct_lists(rng, size.held_out + size.lists + size.warmup_lists),
     }
     counts = {"capitals": size.facts, "sums": size.facts, "lists": size.lists}
+    # Training and warm-up use the same questions; the warm-up has some more.
     held_out, train, known = [], [], []
     for name, questions in families.items():
         rest = questions[size.held_out :]
@@ -68,17 +69,18 @@ def make_data(seed: int, size: DemoSize | None = None) -> DemoData:
 
 
 def save_rows(rows: list[Row], path: Path) -> None:
-    """Write pairs as JSON lines."""
+    """Write rows as JSON lines, and make the folder if it doesn't exist."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
-def _drawn(questions: list[Question], rng: random.Random) -> list[Question]:
+def _shuffled(questions: list[Question], rng: random.Random) -> list[Question]:
     rng.shuffle(questions)
     return questions
 
 
 def _distinct_lists(rng: random.Random, count: int) -> list[Question]:
+    """Draw lists until `count` different prompts have come up."""
     by_prompt: dict[str, Question] = {}
     for question in lists(rng):
         by_prompt[question.prompt] = question
@@ -88,7 +90,7 @@ def _distinct_lists(rng: random.Random, count: int) -> list[Question]:
 
 
 def _pairs(questions: list[Question], every: int, rng: random.Random) -> list[Row]:
-    """One pair per question; one in `every` is right against wordy, the others against wrong."""
+    """Make one pair of each question; one pair in `every` rejects the wordy answer."""
     rows = [
         question.pair("wordy" if index % every == 0 else "wrong")
         for index, question in enumerate(questions)

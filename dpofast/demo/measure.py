@@ -1,4 +1,4 @@
-"""What the demo measures of a model: log-probs of held-out pairs, and answers in its own words."""
+"""Measures the demo's model: log-probs of held-out pairs, and the answers that it generates."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ import numpy as np
 
 from dpofast.demo.tasks import Row
 
-# The same model gives an answer log-probs that differ by some 1e-6 nats when it stands in a batch
-# of another shape. A log-ratio is a tie below this, as before training, when all of them are 0.
+# Nats. A model's log-probs of the same answer differ by about 1e-6 between batches of different
+# shapes. Before training, all log-ratios are 0 up to that noise, and must not count as wins.
 ROUNDING = 1e-3
 
 
 @dataclass(frozen=True)
 class PolicyScores:
-    """A policy's own log-probs, without any reference.
+    """A policy's log-probs of pairs; the reference plays no part in them.
 
     Attributes:
         logps: [P, 2] fp64, summed log-probs of chosen and rejected, in nats.
-        equal_length: [P] bool, whether both answers have the same number of tokens.
+        equal_length: [P] bool, True if both answers have the same number of tokens.
     """
 
     logps: np.ndarray
@@ -34,7 +34,7 @@ class PolicyScores:
 
     @property
     def equal_length_accuracy(self) -> float:
-        """The same over pairs of equally long answers, where brevity can't help."""
+        """The same share among pairs of equally long answers, where preferring short ones fails."""
         return float(self._is_right()[self.equal_length].mean())
 
     def _is_right(self) -> np.ndarray:
@@ -43,37 +43,45 @@ class PolicyScores:
 
 
 def reward_accuracy(logps: np.ndarray, ref_logps: np.ndarray) -> float:
-    """Share of pairs whose chosen answer is rewarded above the rejected one; ties are wrong.
+    """Share of pairs whose chosen answer has the higher reward; ties count as wrong.
 
     Args:
         logps: [P, 2] fp64, summed log-probs of chosen and rejected under the policy, in nats.
-        ref_logps: [P, 2] fp64, under the reference.
+        ref_logps: [P, 2] fp64, the same under the reference.
     """
     chosen, rejected = (logps - ref_logps).T
     return float((chosen - rejected > ROUNDING).mean())
 
 
 def score_policy(model: Any, pairs: Any, pad_token_id: int, batch_pairs: int = 32) -> PolicyScores:
-    """Score tokenised pairs (columns prompt_ids, chosen_ids, rejected_ids) under a model."""
+    """Compute a model's log-probs of tokenised pairs.
+
+    Args:
+        model: causal LM.
+        pairs: mappings with prompt_ids, chosen_ids and rejected_ids, lists of token ids.
+        pad_token_id: fills the ends of shorter sequences.
+        batch_pairs: pairs in a forward pass.
+    """
     from dpofast.data.packing.collate import Layout
     from dpofast.model.scorer import SequenceScorer
 
+    # The demo's model is in float32, so no autocast.
     scorer = SequenceScorer(model, contextlib.nullcontext, Layout("padded", pad_token_id))
-    rows = list(pairs)
+    pairs = list(pairs)
     logps = []
-    for start in range(0, len(rows), batch_pairs):
+    for start in range(0, len(pairs), batch_pairs):
         sequences = [
-            (row["prompt_ids"], row[side])
-            for row in rows[start : start + batch_pairs]
+            (pair["prompt_ids"], pair[side])
+            for pair in pairs[start : start + batch_pairs]
             for side in ("chosen_ids", "rejected_ids")
         ]
         logps += [per_token_logps.sum() for per_token_logps in scorer(sequences)]
-    equal = [len(row["chosen_ids"]) == len(row["rejected_ids"]) for row in rows]
+    equal = [len(pair["chosen_ids"]) == len(pair["rejected_ids"]) for pair in pairs]
     return PolicyScores(np.array(logps).reshape(-1, 2), np.array(equal))
 
 
 def answer(model: Any, tokenizer: Any, prompts: list[str], max_new_tokens: int = 48) -> list[str]:
-    """Each prompt's most probable answer, token by token (greedy decoding)."""
+    """Generate an answer to each prompt by greedy decoding."""
     import torch
 
     texts = [
@@ -82,6 +90,8 @@ def answer(model: Any, tokenizer: Any, prompts: list[str], max_new_tokens: int =
         )
         for prompt in prompts
     ]
+    # The template has added all special tokens. Padding is on the left, because generation goes on
+    # from the last column.
     inputs = tokenizer(
         texts, add_special_tokens=False, padding=True, padding_side="left", return_tensors="pt"
     )
@@ -101,6 +111,6 @@ def answer(model: Any, tokenizer: Any, prompts: list[str], max_new_tokens: int =
 
 
 def exact_share(answers: list[str], rows: list[Row]) -> float:
-    """Share of answers that are the chosen one, to the letter."""
+    """Share of answers that equal the row's chosen answer, to the letter."""
     pairs = zip(answers, rows, strict=True)
     return sum(given == row["chosen"][0]["content"] for given, row in pairs) / len(rows)

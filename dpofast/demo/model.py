@@ -1,4 +1,4 @@
-"""The demo's model: a byte-level tokenizer and a small Llama, both made here."""
+"""Makes the demo's model and tokenizer: a small Llama, and one token per byte."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 PAD, END, USER, ASSISTANT = "<|pad|>", "<|end|>", "<|user|>", "<|assistant|>"
 
-# A turn is its role's token, the text and <|end|>.
+# A turn is its role's token, then the text, then <|end|>.
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "{{ '<|' + message['role'] + '|>' + message['content'] + '<|end|>' }}"
@@ -16,10 +16,11 @@ CHAT_TEMPLATE = (
 
 
 def make_tokenizer() -> Any:
-    """A transformers tokenizer with one token per byte and four for the chat's structure."""
+    """Make a transformers tokenizer with one token per byte, and four for the chat's structure."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
+    # A BPE without merges: every byte stays a token of its own.
     special = [PAD, END, USER, ASSISTANT]
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocab = {token: index for index, token in enumerate([*special, *alphabet])}
@@ -33,7 +34,7 @@ def make_tokenizer() -> Any:
 
 
 def make_model(tokenizer: Any, seed: int) -> Any:
-    """A Llama of 0.9 million parameters in float32, initialised from `seed`."""
+    """Make a Llama of 0.76 million parameters in float32, initialised from `seed`."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -48,7 +49,7 @@ def make_model(tokenizer: Any, seed: int) -> Any:
         tie_word_embeddings=True,
         initializer_range=0.06,  # near 1/sqrt(hidden_size): a small model starts learning sooner
         pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=None,
+        bos_token_id=None,  # the chat template begins with the user's token instead
         eos_token_id=tokenizer.eos_token_id,
     )
     torch.manual_seed(seed)

@@ -1,4 +1,4 @@
-"""The demo: make data and a model, warm it up, train it by DPO, compare before and after."""
+"""Runs the demo: makes data and a model, warms it up, trains it by DPO, and shows what changed."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from dpofast.monitor.plots import PLOT_FILE, plot_run
 from dpofast.monitor.summary import SUMMARY_FILE, hardware, versions, write_json
 from dpofast.train.summary import reference_summary
 
-BETA = 1.0  # ten times the usual: a tiny model drifts off its reference easily
+BETA = 1.0  # ten times the usual, because a tiny model drifts away from its reference easily
 EPOCHS = 6
 LEARNING_RATE = 2e-4
 PAIRS_PER_STEP = 16
@@ -36,13 +36,13 @@ REFERENCE_COUNTS = ("ref_forward_passes", "ref_rows_scored", "ref_store_hits")
 
 @dataclass(frozen=True)
 class Measured:
-    """A model on the held-out pairs.
+    """Measurements of a model on the held-out pairs.
 
     Attributes:
-        reward_accuracy: share of pairs whose chosen answer is rewarded above the rejected one.
-        policy: the model's own log-probs of both answers.
-        answers: what it says to each held-out prompt.
-        exact: share of those that are right to the letter.
+        reward_accuracy: share of pairs whose chosen answer has the higher reward.
+        policy: the model's log-probs of both answers.
+        answers: generated answers, one for each held-out prompt.
+        exact: share of the generated answers that are right to the letter.
     """
 
     reward_accuracy: float
@@ -52,11 +52,14 @@ class Measured:
 
 
 def run_demo(folder: Path, seed: int = 0) -> dict[str, Any]:
-    """Run it all; -> the content of summary.json.
+    """Run the whole demo.
 
     Args:
-        folder: for data, models, the reference store, the picture and summary.json.
-        seed: of data and weights.
+        folder: folder to write data, models, the reference store, the plot and summary.json to.
+        seed: random seed of data and weights.
+
+    Returns:
+        The content of summary.json.
     """
     started = time.monotonic()
     _quiet()
@@ -70,7 +73,8 @@ def run_demo(folder: Path, seed: int = 0) -> dict[str, Any]:
 
     _warm_up(data, folder / "warm", seed, screen)
 
-    # Scored here once. The training below is another reader of the store, as a later run would be.
+    # One trainer scores the answers, and another one trains. The second finds all log-probs in the
+    # store, as any later run on these pairs would.
     stored = build_references(make_trainer(folder, data, seed))
     screen.reference(stored, folder / "reference")
 
@@ -94,7 +98,7 @@ def run_demo(folder: Path, seed: int = 0) -> dict[str, Any]:
 
 
 def _quiet() -> None:
-    """The screen says in its own words what these would log or draw bars for."""
+    """Silence log lines and progress bars, since the screen shows all of that itself."""
     import datasets
     import transformers
 
@@ -104,7 +108,7 @@ def _quiet() -> None:
 
 
 def make_trainer(folder: Path, data: DemoData, seed: int) -> Any:
-    """A DPOTrainer that starts from the warmed-up model; all of it in float32."""
+    """Make a DPOTrainer that trains the warmed-up model in float32."""
     import datasets
     from transformers import PrinterCallback
 
@@ -136,12 +140,16 @@ def make_trainer(folder: Path, data: DemoData, seed: int) -> Any:
         train_dataset=datasets.Dataset.from_list(data.train),
         eval_dataset=datasets.Dataset.from_list(data.held_out),
     )
-    trainer.remove_callback(PrinterCallback)
+    trainer.remove_callback(PrinterCallback)  # with disable_tqdm, it prints every log to stdout
     return trainer
 
 
 def build_references(trainer: Any) -> dict[str, Any]:
-    """Score what the store lacks for both datasets; -> counts, as summary.json has them."""
+    """Score the answers of both datasets that are missing from the store.
+
+    Returns:
+        Counts as in summary.json.
+    """
     trainer.score_datasets()
     return reference_summary(trainer.reference)
 
@@ -197,7 +205,7 @@ def _summary(
 
 
 def _samples(data: DemoData, before: Measured, after: Measured) -> Samples:
-    """How many answers became right, how many wrong, and two of those that became right."""
+    """Compare answers before and after, and pick two that became right."""
     became_right, became_wrong = [], 0
     for row, old, new in zip(data.held_out, before.answers, after.answers, strict=True):
         right = row["chosen"][0]["content"]

@@ -1,4 +1,4 @@
-"""What a person sees of the demo."""
+"""Prints the demo's progress and results."""
 
 from __future__ import annotations
 
@@ -14,14 +14,16 @@ from rich.table import Table
 from transformers import TrainerCallback
 
 from dpofast.demo.data import DemoData
+from dpofast.monitor.plots import PLOT_FILE
+from dpofast.monitor.summary import SUMMARY_FILE
 
-# called with the step, the number of steps, and the loss
+# Called after each step with the step's number, the number of steps and the loss.
 StepFunction = Callable[[int, int, float], None]
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A held-out prompt, and the most probable answer to it before and after DPO."""
+    """A held-out prompt, and the model's answer to it before and after DPO."""
 
     prompt: str
     before: str
@@ -30,7 +32,13 @@ class Sample:
 
 @dataclass(frozen=True)
 class Samples:
-    """Some answers that became right, and how many became right and wrong in all."""
+    """How DPO changed the answers.
+
+    Attributes:
+        shown: a few answers that became right.
+        became_right: number of all answers that became right.
+        became_wrong: number of all answers that became wrong.
+    """
 
     shown: list[Sample]
     became_right: int
@@ -38,7 +46,7 @@ class Samples:
 
 
 class ProgressCallback(TrainerCallback):
-    """Passes the Trainer's logged losses on to a progress bar."""
+    """Passes the losses that the Trainer logs on to a progress bar."""
 
     def __init__(self, on_step: StepFunction) -> None:
         self.on_step = on_step
@@ -51,17 +59,17 @@ class ProgressCallback(TrainerCallback):
 
 
 class Screen:
-    """Prints the demo's steps, numbered, with bars for what takes long."""
+    """Prints the numbered sections of the demo, with progress bars for the long ones."""
 
     def __init__(self) -> None:
         self.console = Console(highlight=False)
-        self.step = 0
+        self.section = 0
 
     def title(self, text: str) -> None:
         self.console.print(f"\n[bold]{text}[/bold]")
 
     def data(self, data: DemoData, folder: Path) -> None:
-        """The pairs, with one of each kind as an example."""
+        """Print how many pairs there are, and a few of them."""
         self._heading(f"{len(data.train)} preference pairs, {len(data.held_out)} more held out")
         table = Table("prompt", "chosen", "rejected", box=None, padding=(0, 2, 0, 2))
         for row in data.train[:4]:
@@ -74,7 +82,7 @@ class Screen:
 
     @contextlib.contextmanager
     def progress(self, title: str) -> Iterator[StepFunction]:
-        """A bar; -> the function that moves it."""
+        """Show a progress bar, and yield the function that moves it."""
         self._heading(title)
         columns = (
             BarColumn(40),
@@ -91,6 +99,7 @@ class Screen:
             yield on_step
 
     def warmed_up(self, num_parameters: int, folder: Path) -> None:
+        """Print what the model is after the warm-up."""
         self._note(
             f"A Llama of {num_parameters / 1e6:.2f} million parameters, one token per byte. It has "
             "read right, wrong and wordy answers equally often, so it can answer, and has no "
@@ -98,7 +107,7 @@ class Screen:
         )
 
     def reference(self, done: dict[str, Any], folder: Path) -> None:
-        """What building the reference store took."""
+        """Print how many answers were found and scored; `done` has the counts of summary.json."""
         self._heading("Reference log-probs")
         self._note(
             f"{done['ref_rows_needed']} answers: {done['ref_store_hits']} found in the store, "
@@ -108,7 +117,7 @@ class Screen:
         )
 
     def result(self, summary: dict[str, Any], samples: Samples, folder: Path) -> None:
-        """Before and after: accuracies, log-probs, sample answers."""
+        """Print accuracies, log-probs and sample answers, before and after."""
         self._heading("Held-out pairs, before and after")
         table = Table("", "before", "after", box=None, padding=(0, 2, 0, 2))
         table.columns[1].justify = table.columns[2].justify = "right"
@@ -129,7 +138,7 @@ class Screen:
         self._samples(samples)
         self.console.print(
             f"\n{summary['wall_seconds']:.0f} seconds. Everything is in [bold]{folder}[/bold]: "
-            "summary.json, training.png, dpo/ (the trained model), warm/ (the model before)."
+            f"{SUMMARY_FILE}, {PLOT_FILE}, dpo/ (the trained model), warm/ (the model before)."
         )
 
     def _samples(self, samples: Samples) -> None:
@@ -143,8 +152,8 @@ class Screen:
         self.console.print(table)
 
     def _heading(self, text: str) -> None:
-        self.step += 1
-        self.console.print(f"\n[bold]{self.step}. {text}[/bold]")
+        self.section += 1
+        self.console.print(f"\n[bold]{self.section}. {text}[/bold]")
 
     def _note(self, text: str) -> None:
         self.console.print(f"   {text}", style="dim")

@@ -1,7 +1,7 @@
-"""The demo's questions: small families, each with a right, a wrong and a wordy answer.
+"""Generates the demo's questions, each with a right, a wrong and a wordy answer.
 
 Everything is generated from a seed. A wrong answer is exactly as long as the right one, so a model
-that prefers the right one can't have learnt to count.
+can't learn to prefer right answers from their length.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ Kind = Literal["wrong", "wordy"]
 Message = dict[str, str]
 Row = dict[str, list[Message]]
 
-# country, capital, another of its cities with as many letters
+# Each entry: a country, its capital, and another of its cities with as many letters.
 CITIES = """
 France Paris Lille|Italy Rome Pisa|Germany Berlin Munich|Spain Madrid Malaga
 Greece Athens Patras|Ireland Dublin Galway|Poland Warsaw Krakow|Norway Oslo Bodo
@@ -72,14 +72,14 @@ WORDY_ANSWERS = (
 
 @dataclass(frozen=True)
 class Question:
-    """A prompt and three ways to answer it.
+    """A prompt and three answers to it.
 
     Attributes:
         family: capitals, sums or lists.
-        prompt: what the user asks.
-        right: the short, right answer.
-        wrong: a plausible error with as many bytes as `right`.
-        wordy: right, but long-winded.
+        prompt: the user's message.
+        right: short, right answer.
+        wrong: plausible wrong answer with as many bytes as `right`.
+        wordy: right, but long-winded answer.
     """
 
     family: str
@@ -89,7 +89,7 @@ class Question:
     wordy: str
 
     def pair(self, kind: Kind) -> Row:
-        """A preference pair as message lists: right against wrong, or against wordy."""
+        """Make a preference pair of message lists: right against wrong, or right against wordy."""
         return {
             "prompt": [{"role": "user", "content": self.prompt}],
             "chosen": [{"role": "assistant", "content": self.right}],
@@ -98,7 +98,7 @@ class Question:
 
 
 def capitals(rng: random.Random) -> Iterator[Question]:
-    """Every country in every phrasing: whoever knows a fact must find it in other words."""
+    """Yield every country in every phrasing; held-out prompts ask for known facts in new words."""
     for entry in CITIES.strip().replace("\n", "|").split("|"):
         country, capital, other = entry.split()
         for prompt in CAPITAL_PROMPTS:
@@ -106,18 +106,21 @@ def capitals(rng: random.Random) -> Iterator[Question]:
 
 
 def sums(rng: random.Random) -> Iterator[Question]:
-    """Sums of two digits that come to 10 or more, in every phrasing; wrong is 41 for 14."""
+    """Yield sums from 10 on of two digits, in every phrasing; where 14 is right, 41 is wrong."""
     for a in range(2, 10):
         for b in range(2, 10):
             right = str(a + b)
             if a + b < 10 or right[0] == right[1]:
-                continue
+                continue  # turned around, the answer would be the same
             for prompt in SUM_PROMPTS:
                 yield _question("sums", prompt.format(a, b), right, right[::-1], rng)
 
 
 def lists(rng: random.Random) -> Iterator[Question]:
-    """Endless lists of three animals; wrong is the middle one, or the list as it was."""
+    """Yield questions about lists of three animals without end.
+
+    The wrong answer is the animal in the middle, or the list in its old order.
+    """
     while True:
         operation = rng.choice(list(LIST_PROMPTS))
         items = rng.sample(ANIMALS, 3)

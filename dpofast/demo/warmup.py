@@ -1,4 +1,4 @@
-"""A short supervised warm-up, so that DPO starts from a model that can answer at all."""
+"""A short supervised warm-up. Without it, DPO would start from a model that can't answer at all."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class WarmupOptions:
-    """Plain AdamW with a linear rise and a cosine fall.
+    """Options of AdamW and its schedule, which rises linearly and falls along a cosine.
 
     Attributes:
         epochs: passes over the texts.
-        batch_size: texts per step.
-        learning_rate: at its highest.
-        warmup_steps: steps until then.
+        batch_size: texts in a step.
+        learning_rate: highest learning rate.
+        warmup_steps: steps until the learning rate is at its highest.
     """
 
     epochs: int = 9
@@ -37,17 +37,18 @@ def warm_up(
     options: WarmupOptions | None = None,
     on_step: Callable[[int, int, float], None] | None = None,
 ) -> None:
-    """Train on answers alone, by next-token cross-entropy.
+    """Train a model by next-token cross-entropy on the answers; prompts aren't learnt.
 
     Args:
         model: causal LM in float32; changed in place.
-        tokenizer: with a chat template and a pad token.
-        texts: (prompt, answer).
-        on_step: called with (step, number of steps, loss) after each.
+        tokenizer: tokenizer with a chat template and a pad token.
+        texts: (prompt, answer) pairs.
+        options: options of the optimizer; by default WarmupOptions().
+        on_step: called with (step, number of steps, loss) after each step.
     """
     options = options or WarmupOptions()
-    rows = [encode_turn(tokenizer, *text) for text in texts]
-    batches = list(_batches(rows, options, tokenizer.pad_token_id))
+    turns = [encode_turn(tokenizer, *text) for text in texts]
+    batches = list(_batches(turns, options, tokenizer.pad_token_id))
     optimizer = torch.optim.AdamW(model.parameters(), lr=options.learning_rate, weight_decay=0.01)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, _schedule(options, len(batches)))
     model.train()
@@ -63,7 +64,11 @@ def warm_up(
 
 
 def encode_turn(tokenizer: Any, prompt: str, answer: str) -> tuple[list[int], list[int]]:
-    """Token ids of one exchange, split where the answer begins; the answer ends its turn."""
+    """Tokenise one exchange.
+
+    Returns:
+        Token ids of the prompt and of the answer, which ends with the end of its turn.
+    """
     messages = [{"role": "user", "content": prompt}]
     head = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     messages.append({"role": "assistant", "content": answer})
@@ -74,24 +79,27 @@ def encode_turn(tokenizer: Any, prompt: str, answer: str) -> tuple[list[int], li
 
 
 def _schedule(options: WarmupOptions, num_steps: int) -> Callable[[int], float]:
+    """The factor on the learning rate at each step, as LambdaLR takes it."""
+
     def factor(step: int) -> float:
         if step < options.warmup_steps:
             return (step + 1) / options.warmup_steps
         done = (step - options.warmup_steps) / max(1, num_steps - options.warmup_steps)
-        return 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * done))
+        return 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * done))  # ends at 5 % of the highest
 
     return factor
 
 
 def _batches(
-    rows: list[tuple[list[int], list[int]]], options: WarmupOptions, pad_token_id: int
+    turns: list[tuple[list[int], list[int]]], options: WarmupOptions, pad_token_id: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches of every epoch in random order; neighbours are sorted by length, to pad little."""
+    """Yield the batches of all epochs, shuffled, with turns of similar length in each batch."""
     generator = torch.Generator().manual_seed(0)
     for _ in range(options.epochs):
-        order = torch.randperm(len(rows), generator=generator).tolist()
+        order = torch.randperm(len(turns), generator=generator).tolist()
         for drawn in _chunks(order, 4 * options.batch_size):
-            near = sorted((rows[index] for index in drawn), key=lambda row: len(row[0] + row[1]))
+            # Sorting four batches at a time saves padding and keeps most of the randomness.
+            near = sorted((turns[i] for i in drawn), key=lambda turn: len(turn[0] + turn[1]))
             for batch in _chunks(near, options.batch_size):
                 yield _padded(batch, pad_token_id)
 
@@ -101,12 +109,16 @@ def _chunks(items: list[T], size: int) -> Iterator[list[T]]:
         yield items[start : start + size]
 
 
-def _padded(rows: list[tuple[list[int], list[int]]], pad_token_id: int) -> tuple[Tensor, Tensor]:
-    """-> input_ids and labels, [B, L] each; -100 where nothing is learnt."""
-    width = max(len(prompt) + len(answer) for prompt, answer in rows)
-    input_ids = torch.full((len(rows), width), pad_token_id)
-    labels = torch.full((len(rows), width), -100)
-    for index, (prompt, answer) in enumerate(rows):
+def _padded(turns: list[tuple[list[int], list[int]]], pad_token_id: int) -> tuple[Tensor, Tensor]:
+    """Pad turns on the right.
+
+    Returns:
+        input_ids and labels, [B, L] each; labels are -100 on prompts and padding.
+    """
+    width = max(len(prompt) + len(answer) for prompt, answer in turns)
+    input_ids = torch.full((len(turns), width), pad_token_id)
+    labels = torch.full((len(turns), width), -100)
+    for index, (prompt, answer) in enumerate(turns):
         length = len(prompt) + len(answer)
         input_ids[index, :length] = torch.tensor([*prompt, *answer])
         labels[index, len(prompt) : length] = torch.tensor(answer)

@@ -1,1 +1,1 @@
-"""A pair or a packed row, shown as the model sees it."""
+"""Shows a pair or a packed row in the terminal, as the model sees it."""

@@ -1,4 +1,4 @@
-"""Shows a packed row: which token belongs to which pair, and what attends to what."""
+"""Shows a packed row: its parts, a picture of the attention, and the tokens of each pair."""
 
 from __future__ import annotations
 
@@ -21,17 +21,16 @@ _STYLES = {"prefix": SHARED, "chosen": CHOSEN, "rejected": REJECTED}
 
 @dataclass(frozen=True)
 class RowPart:
-    """A stretch of a packed row.
+    """A stretch of a packed row: the prefix that a pair shares, or (the rest of) one sequence.
 
     Attributes:
-        pair: which of the row's pairs it belongs to, from 0.
-        name: "prefix" (of both sequences), "chosen" or "rejected" (all of it, or what follows the
-            prefix).
-        start: place in the row of its first token.
-        length: tokens, 0 where the other answer begins with this one.
-        position: of its first token in its sequence.
-        scored: of an answer, the runs (first, last) of places whose hidden state predicts one of
-            its tokens.
+        pair: number of the pair in the row, from 0.
+        name: "prefix", "chosen" or "rejected".
+        start: index in the row of the part's first token.
+        length: number of tokens; 0 for a sequence that ends with the prefix.
+        position: index in its sequence of the part's first token.
+        scored: indices in the row whose hidden states predict the answer's tokens, as runs
+            (first, last); empty for a prefix.
     """
 
     pair: int
@@ -43,25 +42,44 @@ class RowPart:
 
 
 def row_parts(batch: PackedPairs) -> Iterator[RowPart]:
-    """The parts of a packed row of pairs, in its order."""
+    """Yield the parts of a packed row of pairs, in the row's order.
+
+    A pair in the layout `shared` has three parts: prefix, chosen, rejected. A pair in the layout
+    `unshared` has two: chosen and rejected, each with the prompt before it.
+    """
     layout = batch.shared_layout
     assert layout is not None
     num_groups = int(layout.group_ids[-1]) + 1
-    shares = num_groups == batch.num_pairs
-    tails = 2 if shares else 0
-    keys = layout.group_ids * (tails + 1) + layout.tail_ids
-    lengths = torch.bincount(keys, minlength=num_groups * (tails + 1)).tolist()
+    # A group has a prefix and at most two tails, so three numbers are enough for its parts.
+    part_ids = layout.group_ids * 3 + layout.tail_ids  # [T]
+    lengths = torch.bincount(part_ids, minlength=3 * num_groups).view(num_groups, 3).tolist()
+    is_shared = num_groups == batch.num_pairs
     start = 0
-    for index, length in enumerate(lengths):
-        group, tail = divmod(index, tails + 1)
-        pair, answer = (group, tail - 1) if shares else divmod(group, 2)
-        prefix = 0 if tail == 0 else lengths[index - tail]
-        scored: tuple[tuple[int, int], ...] = ()
-        if answer >= 0:
-            first, end = batch.bounds[2 * pair + answer : 2 * pair + answer + 2].tolist()
-            scored = tuple(_runs(batch.scored_positions[first:end]))
-        yield RowPart(pair, ("chosen", "rejected", "prefix")[answer], start, length, prefix, scored)
+    for pair, name, length, position in _pairs(lengths) if is_shared else _sequences(lengths):
+        scored = () if name == "prefix" else _scored_runs(batch, pair, name)
+        yield RowPart(pair, name, start, length, position, scored)
         start += length
+
+
+def _pairs(lengths: Sequence[Sequence[int]]) -> Iterator[tuple[int, str, int, int]]:
+    """Yield (pair, name, length, position) for the parts of groups that are pairs."""
+    for pair, (prefix, chosen, rejected) in enumerate(lengths):
+        yield pair, "prefix", prefix, 0
+        yield pair, "chosen", chosen, prefix
+        yield pair, "rejected", rejected, prefix
+
+
+def _sequences(lengths: Sequence[Sequence[int]]) -> Iterator[tuple[int, str, int, int]]:
+    """Yield (pair, name, length, position) for groups that are single sequences."""
+    for group, (length, _, _) in enumerate(lengths):  # such a group is all prefix, without tails
+        pair, answer = divmod(group, 2)
+        yield pair, ("chosen", "rejected")[answer], length, 0
+
+
+def _scored_runs(batch: PackedPairs, pair: int, name: str) -> tuple[tuple[int, int], ...]:
+    sequence = 2 * pair + (name == "rejected")
+    first, end = batch.bounds[sequence : sequence + 2].tolist()
+    return tuple(_runs(batch.scored_positions[first:end]))
 
 
 def render_packed(
@@ -72,33 +90,36 @@ def render_packed(
     window: int | None = None,
     max_tokens: int = 40,
 ) -> RenderableType:
-    """Show a packed row: its parts, a picture of its attention, its tokens.
+    """Render a packed row: a table of its parts, a picture of its attention, its tokens.
 
     Args:
-        batch: in a packed layout, of pairs.
-        examples: of each pair, `row` (as the data counts it) and prompt_ids.
+        batch: pairs in a packed layout.
+        examples: one mapping for each pair, with prompt_ids and `row` (the pair's number in the
+            data).
         tokenizer: turns ids into text.
-        window: of layers that look back only so far, in positions.
-        max_tokens: of a longer part, the first and last tokens are shown, this many in all.
+        window: number of positions that layers with a sliding window look back; None if the model
+            has no such layers.
+        max_tokens: most tokens to print of one part; of a longer part, the middle is left out.
     """
     if not batch.num_pairs:
         return Text("no pairs: one token runs along, and nothing is scored", style="yellow")
     parts = list(row_parts(batch))
+    input_ids = batch.input_ids[0].tolist()
     shown: list[RenderableType] = [_headline(batch), _table(parts, examples), Text()]
     shown += [*_pictures(batch, parts, examples, window), Text()]
     for pair, example in enumerate(examples):
         own = [part for part in parts if part.pair == pair]
         shown.append(Text(f"pair {example['row']}", style="bold"))
-        stretches = _stretches(own, batch.input_ids[0].tolist(), len(example["prompt_ids"]))
+        stretches = _stretches(own, input_ids, len(example["prompt_ids"]))
         shown.append(token_table(list(stretches), tokenizer, max_tokens))
     return Group(*shown)
 
 
 def _headline(batch: PackedPairs) -> Text:
-    tokens, alone, scored = batch.num_body_tokens, batch.num_tokens, len(batch.labels)
     pairs = "1 pair" if batch.num_pairs == 1 else f"{batch.num_pairs} pairs"
     return Text(
-        f"{pairs} in {tokens} tokens ({alone} one sequence at a time), {scored} scored",
+        f"{pairs} in {batch.num_body_tokens} tokens ({batch.num_tokens} one sequence at a time), "
+        f"{len(batch.labels)} scored",
         style="bold",
     )
 
@@ -110,17 +131,18 @@ def _table(parts: Sequence[RowPart], examples: Sequence[Mapping[str, Any]]) -> T
     for name in ("tokens", "in the row", "positions"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("scored from", overflow="fold")
-    last = -1
+    last_pair = -1
     for part in parts:
-        name = str(examples[part.pair]["row"]) if part.pair != last else ""
-        last = part.pair
+        # Only the first line of a pair shows its number.
+        number = str(examples[part.pair]["row"]) if part.pair != last_pair else ""
+        last_pair = part.pair
         table.add_row(
-            name,
+            number,
             Text(part.name, style=_STYLES[part.name]),
             str(part.length),
             _span(part.start, part.length),
             _span(part.position, part.length),
-            ", ".join(_span(first, final - first + 1) for first, final in part.scored),
+            ", ".join(_span(first, last - first + 1) for first, last in part.scored),
         )
     return table
 
@@ -131,7 +153,7 @@ def _pictures(
     examples: Sequence[Mapping[str, Any]],
     window: int | None,
 ) -> Iterator[RenderableType]:
-    """That of the attention; another one where a window cuts something off."""
+    """A picture of full attention, and one of windowed attention if the window cuts anything."""
     layout = batch.shared_layout
     assert layout is not None
     drawn = [
@@ -146,23 +168,25 @@ def _pictures(
         yield AttentionPicture(layout, drawn, window)
 
 
-def _stretches(parts: Sequence[RowPart], row: Sequence[int], prompt: int) -> Iterator[TokenPart]:
-    """What of a pair is shown in one style; the prompt ends inside the part it begins."""
+def _stretches(
+    parts: Sequence[RowPart], input_ids: Sequence[int], prompt_length: int
+) -> Iterator[TokenPart]:
+    """Split a pair's parts where the prompt ends, so that each stretch is shown in one style."""
     for part in parts:
-        ids = row[part.start : part.start + part.length]
-        masked = max(prompt - part.position, 0)
-        rest = "both begin" if part.name == "prefix" else part.name
-        yield TokenPart("prompt", MASKED, ids[:masked])
-        yield TokenPart(rest, _STYLES[part.name], ids[masked:])
+        ids = input_ids[part.start : part.start + part.length]
+        num_masked = max(prompt_length - part.position, 0)
+        title = "both begin" if part.name == "prefix" else part.name
+        yield TokenPart("prompt", MASKED, ids[:num_masked])
+        yield TokenPart(title, _STYLES[part.name], ids[num_masked:])
 
 
 def _runs(
-    places: Tensor,  # [n]
+    positions: Tensor,  # [n]
 ) -> Iterator[tuple[int, int]]:
-    """First and last of each run of consecutive numbers."""
-    breaks = (places.diff() != 1).nonzero()[:, 0].tolist()
-    firsts, finals = [0, *(place + 1 for place in breaks)], [*breaks, len(places) - 1]
-    return ((int(places[i]), int(places[j])) for i, j in zip(firsts, finals, strict=True))
+    """First and last number of each run of consecutive numbers."""
+    breaks = (positions.diff() != 1).nonzero()[:, 0].tolist()
+    firsts, lasts = [0, *(index + 1 for index in breaks)], [*breaks, len(positions) - 1]
+    return ((int(positions[i]), int(positions[j])) for i, j in zip(firsts, lasts, strict=True))
 
 
 def _span(start: int, length: int) -> str:

@@ -1,4 +1,4 @@
-"""Shows a pair as the model sees it: tokens, what is masked, what is shared, what is cut."""
+"""Shows a pair as the model sees it: which tokens are masked, shared, scored or cut."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from dpofast.data.tokens.truncate import Cut, check_truncation, plan_cut
 from dpofast.inspect.tokens import CHOSEN, CUT, MASKED, REJECTED, SHARED, TokenPart, token_table
 
 
-def render_row(
+def render_untokenised_pair(
     row: Mapping[str, Any],
     tokenizer: Any,
     *,
@@ -23,10 +23,20 @@ def render_row(
     truncation_mode: str = "keep_start",
     max_tokens: int = 200,
 ) -> RenderableType:
-    """Show one row of the normal form (`load_preferences(...)[i]`) as training would take it.
+    """Tokenise a pair as training would, and render it.
 
-    Takes and raises what `render_pair` does; also DataError where the row can't be tokenised.
+    Args:
+        row: a row in the normal form, `load_preferences(...)[i]`.
+        tokenizer, max_length, truncation_mode, max_tokens: see `render_pair`.
+
+    Returns:
+        A rich renderable.
+
+    Raises:
+        ConfigError: max_length or truncation_mode can't be used.
+        DataError: the row can't be tokenised.
     """
+    # Nothing is cut yet: render_pair shows what the cut takes away.
     split, _ = prepare_row(row, tokenizer, max_length=max_length, truncation_mode=truncation_mode)
     example = {
         "row": row.get("row"),
@@ -60,16 +70,19 @@ def render_pair(
     truncation_mode: str = "keep_start",
     max_tokens: int = 200,
 ) -> RenderableType:
-    """Show a tokenised pair, and what `max_length` would cut from it.
+    """Render a tokenised pair, and what `max_length` would cut from it.
 
     Args:
-        example: prompt_ids, chosen_ids and rejected_ids as lists of token ids, and `row`, if known.
+        example: prompt_ids, chosen_ids and rejected_ids, lists of token ids; optionally `row`, the
+            pair's number in the data.
         tokenizer: turns ids into text.
         max_length: most tokens of a prompt and one answer, None for no limit.
         truncation_mode: keep_start or keep_end.
-        max_tokens: of a longer part, the first and last tokens are shown, this many in all.
+        max_tokens: most tokens to print of one part; of a longer part, the middle is left out.
+
     Returns:
-        A rich renderable: tokens are parted by "|", line breaks shown as "⏎".
+        A rich renderable with "|" between tokens and "⏎" for line breaks.
+
     Raises:
         ConfigError: max_length or truncation_mode can't be used.
     """
@@ -101,6 +114,7 @@ def render_pair(
 
 def _headline(row: Any, lengths: tuple[int, int, int], shared: int) -> Text:
     prompt, chosen, rejected = lengths
+    # Pairs that were built by hand have no row number.
     place = "pair" if row is None else f"row {row} (counted from 0)"
     return Text(
         f"{place}: prompt {prompt} tokens, chosen {chosen}, rejected {rejected}; the answers share "

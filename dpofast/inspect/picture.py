@@ -1,4 +1,4 @@
-"""A small picture of what attends to what in a packed row."""
+"""A small picture of which tokens of a packed row attend to which."""
 
 from __future__ import annotations
 
@@ -13,15 +13,21 @@ from torch import Tensor
 
 from dpofast_kernels.attention import SharedLayout, attends
 
-# Two cells share a character's height, so that a cell is about as high as wide.
+# A character is about twice as high as wide, so it shows two cells: (upper, lower).
 _GLYPHS = {(False, False): " ", (True, False): "▀", (False, True): "▄", (True, True): "█"}
-_MIN_CELLS, _MAX_CELLS = 16, 96
-_MAX_TOKENS = 2048  # of a longer row so many are looked at, evenly spaced
+_MIN_CELLS, _MAX_CELLS = 16, 96  # per side
+MAX_TOKENS = 2048  # tokens kept of a longer row, since the mask takes [T, T] memory
 
 
 @dataclass(frozen=True)
 class PicturePart:
-    """A stretch of the row: where it begins, what it is called, and its colour."""
+    """A stretch of the row.
+
+    Attributes:
+        start: index of its first token in the row.
+        label: text shown beside the line in which the stretch begins.
+        style: rich style of its lines.
+    """
 
     start: int
     label: str
@@ -29,15 +35,17 @@ class PicturePart:
 
 
 class AttentionPicture:
-    """A rich renderable as wide as the terminal allows: lines look at columns.
+    """A rich renderable of the attention mask, as wide as the terminal allows.
 
-    A cell stands for one token, or where there are more tokens than cells for some neighbours; it
-    is filled where at least half of its tokens look at each other.
+    Lines are queries, columns are keys. A cell covers one token, or several neighbours if the row
+    has more tokens than the picture has cells. A cell is filled if at least half of its (query,
+    key) pairs attend.
 
     Args:
-        layout: of the row.
-        parts: in the row's order; the first begins at 0.
-        window: of layers that look back only so far, in positions.
+        layout: structure of the packed row.
+        parts: stretches in the row's order; the first begins at 0.
+        window: number of positions that layers with a sliding window look back; None for full
+            attention.
     """
 
     def __init__(
@@ -51,13 +59,14 @@ class AttentionPicture:
         num_tokens = self.layout.num_tokens
         cells = attended_cells(self.layout, room, self.window).tolist()
         limits = cell_limits(num_tokens, len(cells))
+        # A line of text has one colour, that of the part in the middle of its upper cell.
         styles = [self._part_at((start + end) // 2).style for start, end in pairwise(limits)]
-        is_single = len(cells) == num_tokens
-        size = "a token" if is_single else f"{num_tokens / len(cells):.1f} tokens"
+        size = "a token" if len(cells) == num_tokens else f"{num_tokens / len(cells):.1f} tokens"
         yield Text(f"who (line) looks at whom (column); a cell is {size} wide and high", "italic")
         for top in range(0, len(cells), 2):
             bottom = min(top + 1, len(cells) - 1)
             label = self._label(limits[top], limits[bottom + 1])
+            # With an odd number of cells, the last line has no lower half.
             below = cells[bottom] if bottom > top else [False] * len(cells)
             glyphs = "".join(_GLYPHS[pair] for pair in zip(cells[top], below, strict=True))
             yield Text.assemble((f"{label:{margin - 1}} │", "dim"), (glyphs.rstrip(), styles[top]))
@@ -66,32 +75,44 @@ class AttentionPicture:
         return max((p for p in self.parts if p.start <= token), key=lambda part: part.start)
 
     def _label(self, start: int, end: int) -> str:
-        """Of the first part that begins there."""
+        """Label of the first part that begins in this range of tokens, or no text."""
         return next((part.label for part in self.parts if start <= part.start < end), "")
 
 
 def attended_cells(layout: SharedLayout, num_cells: int, window: int | None = None) -> Tensor:
-    """[n, n] bool, n at most `num_cells` and the row's tokens: queries, keys.
+    """Reduce a row's attention mask to a few cells.
 
-    True where at least half of the cell's pairs of tokens attend.
+    Args:
+        layout: structure of the packed row.
+        num_cells: most cells per side; the row's tokens if it has fewer.
+        window: number of positions to look back, None for full attention.
+
+    Returns:
+        [n, n] bool, queries by keys; True if at least half of the cell's pairs of tokens attend.
     """
-    if layout.num_tokens > _MAX_TOKENS:
+    if layout.num_tokens > MAX_TOKENS:
         layout = _thinned(layout)
     num_tokens = layout.num_tokens
     limits = cell_limits(num_tokens, min(num_cells, num_tokens))
     sizes = torch.tensor(limits).diff()
-    member = torch.eye(len(sizes)).repeat_interleave(sizes, 1)  # [n, T]
+    # [n, T], 1 where a cell has a token. Two products with it count the True entries of each cell.
+    member = torch.eye(len(sizes)).repeat_interleave(sizes, 1)
+    # [n, T] @ [T, T] @ [T, n]
     counts = member @ attends(layout, window).float() @ member.t()
     return counts * 2 >= sizes[:, None] * sizes
 
 
 def cell_limits(num_tokens: int, num_cells: int) -> list[int]:
-    """[n+1]: the tokens of cell i are limits[i] to limits[i + 1] - 1."""
+    """Divide tokens among cells: cell i has the tokens limits[i] to limits[i + 1] - 1.
+
+    Returns:
+        [n+1] limits.
+    """
     return [round(index * num_tokens / num_cells) for index in range(num_cells + 1)]
 
 
 def _thinned(layout: SharedLayout) -> SharedLayout:
-    """Some of a long row's tokens, with all that `attends` reads of them."""
-    kept = torch.linspace(0, layout.num_tokens - 1, _MAX_TOKENS).long()
+    """Keep MAX_TOKENS evenly spaced tokens of a long row, with the fields that `attends` reads."""
+    kept = torch.linspace(0, layout.num_tokens - 1, MAX_TOKENS).long()
     names = ("position_ids", "group_ids", "tail_ids")
     return replace(layout, **{name: getattr(layout, name)[kept] for name in names})

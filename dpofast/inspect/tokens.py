@@ -1,4 +1,4 @@
-"""Tokens as coloured text, parted by "|"."""
+"""Tokens as coloured text with "|" between them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ MASKED, SHARED, CHOSEN, REJECTED, CUT = "dim", "cyan", "green", "red", "dim stri
 
 @dataclass(frozen=True)
 class TokenPart:
-    """A stretch of tokens that is shown in one style."""
+    """A stretch of tokens that has one title and is shown in one style."""
 
     title: str
     style: str
@@ -22,12 +22,12 @@ class TokenPart:
 
 
 def token_table(parts: Sequence[TokenPart], tokenizer: Any, max_tokens: int) -> Table:
-    """A line for each part that has tokens: its title, their number, and the tokens.
+    """Make a table with a line for each part: its title, the number of its tokens, the tokens.
 
     Args:
-        parts: from the first line to the last.
+        parts: what to show, from the first line to the last; a part without tokens has no line.
         tokenizer: turns ids into text; line breaks are shown as "⏎".
-        max_tokens: of a longer part, the first and last tokens are shown, this many in all.
+        max_tokens: most tokens to print of one part; of a longer part, the middle is left out.
     """
     table = Table.grid(padding=(0, 1))
     for part in parts:
@@ -54,6 +54,7 @@ def _joined(ids: Sequence[int], style: str, tokenizer: Any) -> Text:
     for index, token in enumerate(ids):
         if index:
             text.append("|", style="dim")
+        # Tokens are decoded one by one, so that the text shows where each of them ends.
         shown = tokenizer.decode([token], skip_special_tokens=False)
         text.append(shown.replace("\r", "␍").replace("\n", "⏎").replace("\t", "⇥"), style=style)
     return text

@@ -10,7 +10,6 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub.constants import HF_HOME
 from transformers import TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
 from transformers.utils import is_torch_bf16_gpu_available
@@ -19,6 +18,7 @@ from dpofast.data.packing.collate import LAYOUTS
 from dpofast.data.tokens.truncate import TRUNCATION_MODES
 from dpofast.errors import ConfigError
 from dpofast.options.foreign import refuse_unknown_options
+from dpofast.reference.store.location import default_folder
 from dpofast.reference.store.row_detail import DETAILS, RowDetail
 from dpofast.zero.batch import settle_deepspeed
 from dpofast.zero.config import read_deepspeed
@@ -216,7 +216,7 @@ class DPOConfig(TrainingArguments):
             return None
         if self.reference_store is not None:
             return Path(self.reference_store).expanduser()
-        return Path(HF_HOME) / "dpofast" / "reference"
+        return default_folder()
 
     def reference_detail(self) -> RowDetail:
         """How much is stored of each answer that a run scores."""

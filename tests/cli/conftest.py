@@ -1,4 +1,4 @@
-"""A model for the commands; and a process as it was, whose logging and warnings they set up."""
+"""A model for the commands, and a fixture that undoes what they change in the process."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def restored_process() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small model with the demo's tokenizer beside it."""
+    """Folder of a small model with the demo's tokenizer."""
     folder = tmp_path_factory.mktemp("models") / "tiny"
     tokenizer = make_tokenizer()
     tiny_llama(vocab_size=len(tokenizer)).save_pretrained(folder)

@@ -22,7 +22,7 @@ def write_pairs(path: Path, rows: list[dict[str, Any]]) -> Path:
 
 
 def run_arguments(folder: Path, model_folder: Path, *more: str) -> list[str]:
-    """`dpofast train` on PAIRS, two steps of two pairs."""
+    """Arguments of `dpofast train` for two steps of two PAIRS."""
     data = write_pairs(folder / "pairs.json", PAIRS)
     options = {
         "model_name_or_path": model_folder,
@@ -41,7 +41,7 @@ def run_arguments(folder: Path, model_folder: Path, *more: str) -> list[str]:
 
 
 def error_of(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> str:
-    """The sentence of a run that must end with exit code 2."""
+    """The error message of a run that must end with exit code 2."""
     capsys.readouterr()
     assert main(arguments) == 2
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("dpofast: ")]

@@ -1,4 +1,4 @@
-"""The page of options is complete, and names nothing that doesn't exist."""
+"""The page of options is complete, and names only options that exist."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from pathlib import Path
 from transformers import TrainingArguments
 
 from dpofast import DPOConfig
-from dpofast.cli.script import ALIASES, ScriptOptions
+from dpofast.cli.script_options import ALIASES, ScriptOptions
 
 PAGE = (Path(__file__).parents[2] / "docs" / "configuration.md").read_text(encoding="utf-8")
 
 
 def names_in_tables() -> set[str]:
-    """What stands in backticks in the first column of a table."""
+    """The names in backticks in the first column of all tables."""
     cells = [line.split("|")[1] for line in PAGE.splitlines() if line.startswith("| `")]
     return {name for cell in cells for name in re.findall(r"`(\w+)`", cell)}
 
@@ -34,10 +34,10 @@ def test_every_documented_option_exists() -> None:
 
 def test_documented_defaults_are_the_defaults() -> None:
     rows = dict(re.findall(r"^\| `(\w+)` \| ([^|]+) \|", PAGE, flags=re.MULTILINE))
-    words = {"true": True, "false": False}
+    values = {"true": True, "false": False}
     config = DPOConfig(output_dir="unused", use_cpu=True, bf16=False)
     for name in ("beta", "label_smoothing", "max_length", "learning_rate", "logging_steps"):
         assert float(rows[name]) == getattr(config, name), name
     for name in ("strict", "disable_dropout", "precompute_ref_log_probs", "trust_remote_code"):
-        assert words[rows[name]] == getattr(config, name), name
+        assert values[rows[name]] == getattr(config, name), name
     assert rows["truncation_mode"] == config.truncation_mode

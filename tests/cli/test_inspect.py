@@ -1,21 +1,18 @@
-"""`dpofast inspect` from its words to what it prints."""
+"""`dpofast inspect`, from the command line to what it prints."""
 
 from __future__ import annotations
 
-import io
 import re
-import sys
 from pathlib import Path
 
 import pytest
 from peft import LoraConfig, get_peft_model
 
-from dpofast.cli import inspect as show
 from dpofast.cli import main
-from dpofast.cli.options import read_options
+from dpofast.cli.run_options import read_options
 from dpofast.cli.train import make_trainer
 from dpofast.demo.model import make_tokenizer
-from tests.cli.test_main import PAIRS, error_of, write_pairs
+from tests.cli.runs import PAIRS, error_of, write_pairs
 from tests.families import tiny_model
 from tests.support import tiny_llama
 
@@ -31,8 +28,8 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def words(tmp_path: Path, model_folder: Path) -> list[str]:
-    """`dpofast inspect` of a run of 4 pairs a step, two steps an epoch."""
+def command(tmp_path: Path, model_folder: Path) -> list[str]:
+    """`dpofast inspect` for a run of two epochs, with 4 pairs in a step and two steps an epoch."""
     config = tmp_path / "run.yaml"
     data = write_pairs(tmp_path / "pairs.json", PAIRS)
     options = {
@@ -58,18 +55,18 @@ def pairs_and_tokens(text: str) -> list[tuple[int, int]]:
 
 
 def test_rows_are_those_that_training_runs(
-    words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The third step is the first of the second epoch."""
     capsys.readouterr()
-    assert main([*words, "--step", "2"]) == 0
+    assert main([*command, "--step", "2"]) == 0
     shown = capsys.readouterr().out
     assert not (tmp_path / "run").exists()
     vocab_size = len(make_tokenizer())
     folder = tmp_path / "whole"
     tiny_llama(vocab_size=vocab_size).save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
-    options = read_options(words[1], [f"--model_name_or_path={folder}"])
+    options = read_options(command[1], [f"--model_name_or_path={folder}"])
     loader = make_trainer(options).get_train_dataloader()
     loader.set_epoch(1)
     step = next(iter(loader))
@@ -80,45 +77,45 @@ def test_rows_are_those_that_training_runs(
     assert f"row {len(expected) - 1} of {len(expected)}" in shown
 
 
-def test_ranks_share_a_step(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_ranks_share_a_step(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     shown = []
     for rank in range(2):
-        assert main([*words, "--step=0", f"--rank={rank}/2"]) == 0
+        assert main([*command, "--step=0", f"--rank={rank}/2"]) == 0
         shown.append(capsys.readouterr().out)
         assert f"step 0 (epoch 0), rank {rank} of 2:" in shown[-1]
     numbers = [re.findall(r"^pair (\d+)$", text, flags=re.MULTILINE) for text in shown]
     assert sorted(map(int, numbers[0] + numbers[1])) == list(range(6))
 
 
-def test_a_pair_is_shown_by_its_row(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([*words, "--row", "3"]) == 0
+def test_a_pair_is_shown_by_its_row(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*command, "--row", "3"]) == 0
     assert "row 3" in capsys.readouterr().out
 
 
 def test_an_adapter_is_laid_out_as_its_base(
-    words: list[str], model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    command: list[str], model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = tiny_llama(vocab_size=len(make_tokenizer()))
     model.name_or_path = model.config._name_or_path = str(model_folder)
     adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", lora_dropout=0.1))
     adapted.save_pretrained(tmp_path / "adapter")
     make_tokenizer().save_pretrained(tmp_path / "adapter")
-    words = [*words, f"--model_name_or_path={tmp_path / 'adapter'}", "--step=0"]
-    assert main(words) == 0
+    command = [*command, f"--model_name_or_path={tmp_path / 'adapter'}", "--step=0"]
+    assert main(command) == 0
     assert "Layout: shared" in capsys.readouterr().out
-    sentence = error_of(capsys, [*words, "--disable_dropout=false"])
+    sentence = error_of(capsys, [*command, "--disable_dropout=false"])
     assert "padded, as Dropout has a dropout above 0" in sentence
 
 
 def test_a_model_that_is_padded_has_no_packed_rows(
-    words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "mamba"
     tiny_model("mamba").config.save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
-    words = [*words, "--step=0", f"--model_name_or_path={folder}"]
-    assert "layout is padded, as its layers of type linear_attention" in error_of(capsys, words)
-    assert "'shared' would be wrong here" in error_of(capsys, [*words, "--layout=shared"])
+    command = [*command, "--step=0", f"--model_name_or_path={folder}"]
+    assert "layout is padded, as its layers of type linear_attention" in error_of(capsys, command)
+    assert "'shared' would be wrong here" in error_of(capsys, [*command, "--layout=shared"])
 
 
 @pytest.mark.parametrize(
@@ -139,47 +136,25 @@ def test_a_model_that_is_padded_has_no_packed_rows(
     ],
 )
 def test_errors_name_the_option(
-    words: list[str], capsys: pytest.CaptureFixture[str], more: list[str], sentence: str
+    command: list[str], capsys: pytest.CaptureFixture[str], more: list[str], sentence: str
 ) -> None:
-    words = [words[0], words[1], *more]
-    assert sentence in error_of(capsys, words)
+    command = [command[0], command[1], *more]
+    assert sentence in error_of(capsys, command)
 
 
 def test_its_own_options_do_not_belong_into_the_file(
-    words: list[str], capsys: pytest.CaptureFixture[str]
+    command: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path = Path(words[1])
+    path = Path(command[1])
     path.write_text(path.read_text() + "step: 0\n")
-    assert "run.yaml: step belongs on the command line, as `--step N`" in error_of(capsys, words)
+    assert "run.yaml: step belongs on the command line, as `--step N`" in error_of(capsys, command)
 
 
 def test_a_broken_config_is_named(
-    words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "broken"
     make_tokenizer().save_pretrained(folder)
     (folder / "config.json").write_text('{"model_type": "nothing known"}')
-    sentence = error_of(capsys, [*words, "--step=0", f"--model_name_or_path={folder}"])
+    sentence = error_of(capsys, [*command, "--step=0", f"--model_name_or_path={folder}"])
     assert "broken' can't be built from its config" in sentence
-
-
-def test_a_closed_pipe_is_left_to_the_command_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Which ends with its exit code; rich would end the process with 1."""
-
-    def closed(text: str) -> int:
-        if text:  # as the system has it
-            raise BrokenPipeError
-        return 0
-
-    monkeypatch.setattr(sys.stdout, "write", closed)
-    with pytest.raises(BrokenPipeError):
-        show._print("a line")
-
-
-def test_signs_that_the_terminal_lacks_become_question_marks(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    written = io.BytesIO()
-    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii"))
-    show._print("█ and a")
-    assert written.getvalue() == b"? and a\n"

@@ -1,3 +1,5 @@
+"""Splitting a command line into the command and its overrides."""
+
 from __future__ import annotations
 
 import pytest
@@ -9,7 +11,7 @@ from dpofast.cli.parser import split_arguments
     ("arguments", "expected"),
     [
         ("train run.yaml --beta 0.2", (["train", "run.yaml"], ["--beta", "0.2"])),
-        # as DeepSpeed's launcher starts a rank
+        # DeepSpeed's launcher starts a rank like this
         ("--local_rank=1 train run.yaml --beta 0.2", (["train", "run.yaml"], ["--beta", "0.2"])),
         ("--local_rank=1 ref info folder", (["ref", "info", "folder"], [])),
     ],

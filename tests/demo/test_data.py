@@ -28,7 +28,7 @@ def num_tokens(rows: list[Row], side: str) -> list[int]:
     return [len(ids) for ids in tokenizer(texts(rows, side))["input_ids"]]
 
 
-def test_held_out_prompts_stand_nowhere_else(data: DemoData) -> None:
+def test_held_out_prompts_occur_nowhere_else(data: DemoData) -> None:
     held_out = set(texts(data.held_out, "prompt"))
     assert len(held_out) == len(data.held_out)
     assert not held_out & set(texts(data.train, "prompt"))

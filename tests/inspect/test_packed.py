@@ -63,7 +63,7 @@ def tokens(text):
 
 PAIRS = [
     (tokens("ab"), tokens("cd"), tokens("ce")),
-    (tokens("f"), tokens("g"), tokens("gh")),  # rejected goes on from chosen
+    (tokens("f"), tokens("g"), tokens("gh")),  # rejected begins with all of chosen
 ]
 
 

@@ -7,7 +7,7 @@ from rich.console import Console
 
 from dpofast.data import load_preferences
 from dpofast.errors import ConfigError, DataError
-from dpofast.inspect.pair import render_pair, render_row
+from dpofast.inspect.pair import render_pair, render_untokenised_pair
 from tests.data.builders import CHAT_TEMPLATE, assistant, byte_bpe, user
 
 
@@ -23,7 +23,7 @@ def row_of(prompt, chosen, rejected):
 
 
 def test_every_part_is_named_with_its_tokens():
-    text = printed(render_row(row_of("a\nb", " xy", " xz"), byte_bpe()))
+    text = printed(render_untokenised_pair(row_of("a\nb", " xy", " xz"), byte_bpe()))
     assert "row 0 (counted from 0): prompt 3 tokens, chosen 4, rejected 4" in text
     assert "the answers share their first 2" in text
     lines = [line.rstrip() for line in text.splitlines()]
@@ -37,10 +37,12 @@ def test_every_part_is_named_with_its_tokens():
 
 def test_what_is_cut_is_shown():
     row = row_of("abcdef", "uvwxyz", "123")
-    text = printed(render_row(row, byte_bpe(), max_length=8))
+    text = printed(render_untokenised_pair(row, byte_bpe(), max_length=8))
     assert "max_length 8, keep_start: cut 0 tokens of the prompt on its left, 5 of chosen" in text
     assert "chosen, cut (5)      w|x|y|z|</s>" in text
-    text = printed(render_row(row, byte_bpe(), max_length=8, truncation_mode="keep_end"))
+    text = printed(
+        render_untokenised_pair(row, byte_bpe(), max_length=8, truncation_mode="keep_end")
+    )
     assert "prompt, cut on the left (5) a|b|c|d|e" in text
 
 
@@ -53,19 +55,21 @@ def test_what_is_cut_is_shown():
     ],
 )
 def test_pairs_that_training_leaves_out_say_why(row, max_length, reason):
-    text = printed(render_row(row_of(*row), byte_bpe(), max_length=max_length))
+    text = printed(render_untokenised_pair(row_of(*row), byte_bpe(), max_length=max_length))
     assert f"left out of training: {reason}\n" in text
 
 
 def test_a_merge_across_the_boundary_is_told():
-    text = printed(render_row(row_of("ab", "cd", "x"), byte_bpe((("b", "c"),))))
+    text = printed(render_untokenised_pair(row_of("ab", "cd", "x"), byte_bpe((("b", "c"),))))
     assert "the tokenizer merges prompt and answer" in text
-    assert "merges" not in printed(render_row(row_of("ab", "d", "x"), byte_bpe((("b", "c"),))))
+    assert "merges" not in printed(
+        render_untokenised_pair(row_of("ab", "d", "x"), byte_bpe((("b", "c"),)))
+    )
 
 
 def test_long_parts_are_shortened():
     row = row_of("a" * 50 + "b" * 50, "x", "y")
-    text = printed(render_row(row, byte_bpe(), max_tokens=4))
+    text = printed(render_untokenised_pair(row, byte_bpe(), max_tokens=4))
     assert "a|a ... 96 tokens ... b|b" in text
 
 
@@ -73,9 +77,11 @@ def test_messages_show_their_template():
     row = load_preferences(
         [{"prompt": [user("a")], "chosen": [assistant("b")], "rejected": [assistant("c")]}]
     )[0]
-    assert "|a|</s>|" in printed(render_row(row, byte_bpe(chat_template=CHAT_TEMPLATE)))
+    assert "|a|</s>|" in printed(
+        render_untokenised_pair(row, byte_bpe(chat_template=CHAT_TEMPLATE))
+    )
     with pytest.raises(DataError, match="no chat template"):
-        render_row(row, byte_bpe())
+        render_untokenised_pair(row, byte_bpe())
 
 
 def test_brackets_are_text_and_not_markup():
@@ -86,4 +92,4 @@ def test_brackets_are_text_and_not_markup():
 
 def test_a_wrong_length_is_refused():
     with pytest.raises(ConfigError, match="max_length"):
-        render_row(row_of("a", "b", "c"), byte_bpe(), max_length=1)
+        render_untokenised_pair(row_of("a", "b", "c"), byte_bpe(), max_length=1)

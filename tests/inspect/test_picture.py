@@ -1,4 +1,4 @@
-"""The picture shows the kernels' own rule, whatever its size."""
+"""The picture shows what the kernels' own mask says, at any size."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def drawn(picture, width):
 
 
 def test_a_short_row_is_shown_token_by_token():
-    """Two tokens a line: the upper one above, the lower one below."""
+    """A line of text shows two tokens, one in its upper half and one in its lower half."""
     lines = drawn(AttentionPicture(build_layout(GROUPS), PARTS), 80)
     assert lines == [
         "who (line) looks at whom (column); a cell is a token wide and high",
@@ -67,7 +67,7 @@ def test_cells_are_what_most_of_their_tokens_do(window):
 def test_a_long_row_is_thinned_and_looks_the_same(monkeypatch):
     layout = build_layout(((400, (300, 500)), (200, (100, 300))))
     whole = attended_cells(layout, 36)
-    monkeypatch.setattr(attention_picture, "_MAX_TOKENS", 180)
+    monkeypatch.setattr(attention_picture, "MAX_TOKENS", 180)
     assert torch.equal(attended_cells(layout, 36), whole)
 
 

@@ -1,6 +1,6 @@
-"""Options of the command line that are no options of DPOConfig: models, data, adapters.
+"""The options of the command line that DPOConfig doesn't have: models, data and adapters.
 
-Torch and transformers must not be imported here: `--help` reads this file.
+`--help` imports this file, so it must not import torch or transformers.
 """
 
 from __future__ import annotations
@@ -11,9 +11,10 @@ from typing import Annotated, Literal, get_type_hints
 
 @dataclass(frozen=True)
 class ScriptOptions:
-    """What a run reads; names as in TRL's scripts and the Hugging Face handbook's recipes.
+    """The models, data and adapter of a run.
 
-    The text beside each option's type is its help.
+    Names are those of TRL's scripts and of the recipes in Hugging Face's alignment handbook. The
+    text beside each type is the option's help.
     """
 
     model_name_or_path: Annotated[str | None, "The policy: a folder or hub name."] = None
@@ -52,22 +53,23 @@ class ScriptOptions:
 
     @property
     def model(self) -> str:
-        """The policy's name, which every command but `inspect` has checked."""
+        """The policy's name; `RunOptions.require` has checked that it is given."""
         assert self.model_name_or_path is not None
         return self.model_name_or_path
 
     @property
     def tokenizer(self) -> str:
+        """The tokenizer's name, by default the policy's."""
         return self.tokenizer_name_or_path or self.model
 
 
 def script_help() -> dict[str, str]:
-    """Each option's one line of help."""
+    """One line of help for each option, by name."""
     hints = get_type_hints(ScriptOptions, include_extras=True)
     return {name: hint.__metadata__[0] for name, hint in hints.items()}
 
 
-# Names that other tools give the same options.
+# Names that other tools use for the same options.
 ALIASES = {
     "torch_dtype": "dtype",
     "train_file": "dataset_name",
@@ -77,7 +79,7 @@ ALIASES = {
     "roles": "dataset_roles",
 }
 
-# Options of other tools, and what to do instead; TRL's own stand in dpofast/foreign.py.
+# Options of other tools, and what to do instead. TRL's own are in dpofast.options.foreign.
 FOREIGN_KEYS = {
     "evaluation_strategy": "transformers calls it eval_strategy now",
     "use_flash_attention_2": "set attn_implementation: flash_attention_2",

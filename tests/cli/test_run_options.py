@@ -1,4 +1,4 @@
-"""From names and values to checked options."""
+"""Names and values become checked options, or are refused."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from dpofast.cli.options import RunOptions, read_options
+from dpofast.cli.run_options import RunOptions, read_options
 from dpofast.errors import ConfigError
 
 

@@ -1,4 +1,4 @@
-"""What the commands print: our own lines, and of the libraries only what matters."""
+"""Sets up a command's process: our own log lines are shown, the libraries' only from errors on."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TextIO
 
 
 class _StderrHandler(logging.StreamHandler[TextIO]):
-    """Writes to what sys.stderr is at the time, as tests and notebooks replace it."""
+    """Writes to the current sys.stderr, which tests and notebooks replace."""
 
     def __init__(self) -> None:
         super().__init__(sys.stderr)
@@ -21,21 +21,23 @@ class _StderrHandler(logging.StreamHandler[TextIO]):
 
 
 def is_main_process() -> bool:
-    """Whether this is the process that speaks, among those that torchrun started."""
+    """Whether this process is rank 0, the only rank that prints results."""
     return os.environ.get("RANK", "0") == "0"
 
 
 def prepare_process() -> None:
-    """Show dpofast's own log lines on rank 0, and the libraries' from errors on."""
+    """Show dpofast's log lines on rank 0, and only errors of other ranks and of the libraries."""
+    # Set to anything, it stops the warning that tokenizers prints when a process forks.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    # DeepSpeed warns of every machine without a GPU, and sets its logger's level by itself.
+    # DeepSpeed warns on every machine without a GPU. It resets the level of its logger when it is
+    # imported, so a filter is needed.
     logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
     warnings.filterwarnings("ignore", module=r"(torch|transformers|accelerate|datasets|triton)\b")
     logger = logging.getLogger("dpofast")
-    if not logger.handlers:
+    if not logger.handlers:  # `main` can run several times in one process
         handler = _StderrHandler()
         handler.setFormatter(logging.Formatter("%(message)s"))
         logger.addHandler(handler)
     logger.setLevel(logging.INFO if is_main_process() else logging.ERROR)
-    logger.propagate = False
+    logger.propagate = False  # a handler of the root logger would print each line again

@@ -1,4 +1,4 @@
-"""Option values as people write them."""
+"""Values as people write them are converted to the options' types, or refused."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from typing import Any
 
 import pytest
 
-from dpofast.cli.values import checked_value
+from dpofast.cli.option_types import checked_value
 from dpofast.errors import ConfigError
 
 
 @pytest.mark.parametrize(
     ("value", "annotation", "expected"),
     [
-        ("1e-6", float, 1e-6),  # what YAML makes of 1e-6
+        ("1e-6", float, 1e-6),  # YAML reads 1e-6 as text
         (1, float, 1.0),
         ("3", int, 3),
         (2.0, int, 2),
@@ -32,7 +32,7 @@ def test_takes_what_people_write(value: Any, annotation: Any, expected: Any) -> 
 
 
 @pytest.mark.parametrize(
-    ("value", "annotation", "words"),
+    ("value", "annotation", "expected"),
     [
         ([1, 2], float, "a number"),
         ("much", float, "a number"),
@@ -43,10 +43,10 @@ def test_takes_what_people_write(value: Any, annotation: Any, expected: Any) -> 
         ({"a": 1}, list[str] | str, "a list of texts or text"),
     ],
 )
-def test_refuses_other_types_by_name(value: Any, annotation: Any, words: str) -> None:
+def test_refuses_other_types_by_name(value: Any, annotation: Any, expected: str) -> None:
     with pytest.raises(ConfigError) as caught:
         checked_value("beta", value, annotation, "run.yaml")
-    assert str(caught.value) == f"run.yaml: beta: got {value!r}, expected {words}."
+    assert str(caught.value) == f"run.yaml: beta: got {value!r}, expected {expected}."
 
 
 def test_bare_no_of_yaml_is_a_strategy() -> None:

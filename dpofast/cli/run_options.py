@@ -1,4 +1,4 @@
-"""From what was written to what a run takes: known names, right types, values that can be used."""
+"""Reads all options of a run, and checks their names, types and values."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_type_hints
 
-from dpofast.cli.reading import COMMAND_LINE, Given, read_overrides, read_yaml
-from dpofast.cli.script import ALIASES, FOREIGN_KEYS, ScriptOptions
-from dpofast.cli.values import checked_value
+from dpofast.cli.given import COMMAND_LINE, GivenOption, read_overrides, read_yaml
+from dpofast.cli.option_types import checked_value
+from dpofast.cli.script_options import ALIASES, FOREIGN_KEYS, ScriptOptions
 from dpofast.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -20,12 +20,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RunOptions:
-    """All options of a command, checked.
+    """All options of a run, checked.
 
     Attributes:
-        script: models, data, adapter.
-        config: of the trainer.
-        source: the YAML file, or "command line".
+        script: options of models, data and adapter.
+        config: options of the trainer.
+        source: name of the YAML file, or "command line"; used in error messages.
     """
 
     script: ScriptOptions
@@ -33,7 +33,7 @@ class RunOptions:
     source: str
 
     def require(self, *names: str) -> None:
-        """Raise ConfigError where one of the script's options is missing."""
+        """Raise ConfigError if one of these options of the script is missing."""
         for name in names:
             if getattr(self.script, name) is None:
                 example = "name: value" if self.source != COMMAND_LINE else "--name value"
@@ -46,15 +46,16 @@ class RunOptions:
 def read_options(
     yaml_file: str | None, overrides: Sequence[str], own: Sequence[str] = ()
 ) -> RunOptions:
-    """Read, name-check and type-check all options; models and data aren't touched.
+    """Read all options and check their names, types and values, without loading models or data.
 
     Args:
-        yaml_file: the file, if any.
-        overrides: words of the command line.
-        own: names of the command's own options, which were read before and may have been meant.
+        yaml_file: path of the YAML file, None if there is none.
+        overrides: options on the command line, which win over the file.
+        own: names of options that only this command has. They have been read already; here they
+            only serve as suggestions for misspelt names.
 
     Raises:
-        ConfigError: with the file (or "command line") and the option.
+        ConfigError: an option is unknown or unusable; names the option and where it is given.
     """
     given = read_yaml(yaml_file) if yaml_file else {}
     source = yaml_file or COMMAND_LINE
@@ -73,7 +74,7 @@ def read_options(
     return RunOptions(script, _config(options, given, script, source), source)
 
 
-def _refuse_idle_adapter_options(script: ScriptOptions, given: dict[str, Given]) -> None:
+def _refuse_idle_adapter_options(script: ScriptOptions, given: dict[str, GivenOption]) -> None:
     for name, option in given.items():
         if name.startswith("lora_") and not script.use_peft:
             raise ConfigError(
@@ -82,9 +83,13 @@ def _refuse_idle_adapter_options(script: ScriptOptions, given: dict[str, Given])
             )
 
 
-def _canonical(given: dict[str, Given]) -> dict[str, Given]:
-    """The options under our own names for them."""
-    names: dict[str, str] = {}
+def _canonical(given: dict[str, GivenOption]) -> dict[str, GivenOption]:
+    """Rename aliases to our own names.
+
+    Raises:
+        ConfigError: an option is given under two names.
+    """
+    names: dict[str, str] = {}  # our own name -> the name that is given
     for name, option in given.items():
         other = names.setdefault(ALIASES.get(name, name), name)
         if other != name:
@@ -96,15 +101,18 @@ def _canonical(given: dict[str, Given]) -> dict[str, Given]:
 
 @functools.cache
 def _known_types() -> dict[str, Any]:
+    """The type of each option that can be given."""
     from dpofast.options.config import DPOConfig
 
     hints = get_type_hints(DPOConfig) | get_type_hints(ScriptOptions)
-    hints["resume_from_checkpoint"] = str | bool | None  # true: the newest of the output folder
+    # transformers says `str | None`, but its Trainer also takes True, for the newest checkpoint.
+    hints["resume_from_checkpoint"] = str | bool | None
     names = [item.name for item in (*fields(DPOConfig), *fields(ScriptOptions)) if item.init]
     return {name: hints[name] for name in names}
 
 
 def _own_names() -> list[str]:
+    """The options that TrainingArguments doesn't have."""
     from transformers import TrainingArguments
 
     from dpofast.options.config import DPOConfig
@@ -114,7 +122,9 @@ def _own_names() -> list[str]:
     return [name for name in own if name not in inherited]
 
 
-def _refuse_unknown(given: dict[str, Given], known: dict[str, Any], own: Sequence[str]) -> None:
+def _refuse_unknown(
+    given: dict[str, GivenOption], known: dict[str, Any], own: Sequence[str]
+) -> None:
     from dpofast.options.foreign import FOREIGN_OPTIONS, refuse_unknown_options
 
     for name, option in given.items():
@@ -129,7 +139,7 @@ def _refuse_unknown(given: dict[str, Given], known: dict[str, Any], own: Sequenc
         if name in FOREIGN_OPTIONS:
             refuse_unknown_options({name: option.value}, known, where=option.where)
             continue
-        # of nearly equal matches, rather ours than one of the hundred of TrainingArguments
+        # TrainingArguments has over a hundred options, and one of ours is more likely meant.
         ours = [*own, *_own_names(), *ALIASES]
         nearest = difflib.get_close_matches(name, ours, n=1, cutoff=0.75)
         nearest = nearest or difflib.get_close_matches(name, known, n=1)
@@ -138,7 +148,7 @@ def _refuse_unknown(given: dict[str, Given], known: dict[str, Any], own: Sequenc
 
 
 def _config(
-    options: dict[str, Any], given: dict[str, Given], script: ScriptOptions, source: str
+    options: dict[str, Any], given: dict[str, GivenOption], script: ScriptOptions, source: str
 ) -> DPOConfig:
     from dpofast.options.config import DPOConfig
 
@@ -149,15 +159,17 @@ def _config(
     }
     own = options.get("model_init_kwargs") or {}
     for name, value in loading.items():
-        if value is not None and isinstance(own, dict):
+        if value is not None and isinstance(own, dict):  # DPOConfig refuses other types
             own = {**own, name: value}
     if own:
         options["model_init_kwargs"] = own
+    # transformers' own default would put every run into the same folder.
     if script.model_name_or_path:
         options.setdefault("output_dir", f"{Path(script.model_name_or_path).name}-DPO")
     try:
         return DPOConfig(**options)
     except (ValueError, TypeError, ImportError) as error:
+        # DPOConfig's messages begin with the option's name, which tells where it was given.
         named = [name for name in given if str(error).startswith(name)]
         where = given[max(named, key=len)].where if named else source
         raise ConfigError(f"{where}: {error}") from error

@@ -1,4 +1,4 @@
-"""YAML files and overrides, before their names and values are looked at."""
+"""Reading YAML files and overrides, before names and values are checked."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from dpofast.cli.reading import read_overrides, read_yaml
+from dpofast.cli.given import read_overrides, read_yaml
 from dpofast.errors import ConfigError
 
 
@@ -25,7 +25,7 @@ def test_yaml_keeps_names_values_and_their_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "words"),
+    ("text", "message"),
     [
         ("beta: 0.1\nseed: 1\nbeta: 0.2\n", "'beta' is given twice, in lines 1 and 3"),
         ("dataset_columns: {prompt: a, prompt: b}\n", "'prompt' is given twice"),
@@ -35,11 +35,11 @@ def test_yaml_keeps_names_values_and_their_file(tmp_path: Path) -> None:
         ("beta: !!python/object/apply:os.getcwd []\n", "not YAML at line 1"),
     ],
 )
-def test_refuses_a_file_that_is_no_set_of_options(tmp_path: Path, text: str, words: str) -> None:
+def test_refuses_a_file_that_is_no_set_of_options(tmp_path: Path, text: str, message: str) -> None:
     path = written(tmp_path, text)
     with pytest.raises(ConfigError, match=r"run\.yaml") as caught:
         read_yaml(path)
-    assert words in str(caught.value)
+    assert message in str(caught.value)
 
 
 def test_refuses_a_missing_file(tmp_path: Path) -> None:
@@ -48,8 +48,8 @@ def test_refuses_a_missing_file(tmp_path: Path) -> None:
 
 
 def test_overrides_in_every_spelling() -> None:
-    words = "--beta 0.2 --seed=3 --max-length 64 --use_peft --lora_target_modules q v --note -1"
-    values = {name: given.value for name, given in read_overrides(words.split()).items()}
+    arguments = "--beta 0.2 --seed=3 --max-length 64 --use_peft --lora_target_modules q v --note -1"
+    values = {name: given.value for name, given in read_overrides(arguments.split()).items()}
     assert values == {
         "beta": 0.2,
         "seed": 3,
@@ -66,12 +66,12 @@ def test_override_that_looks_like_yaml_stays_text() -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "sentence"),
+    ("arguments", "sentence"),
     [
         ("0.2 --beta 3", "'0.2' belongs to no option"),
         ("--beta 1 --beta 2", "--beta is given twice"),
     ],
 )
-def test_refuses_what_belongs_to_no_option(words: str, sentence: str) -> None:
+def test_refuses_what_belongs_to_no_option(arguments: str, sentence: str) -> None:
     with pytest.raises(ConfigError, match=sentence):
-        read_overrides(words.split())
+        read_overrides(arguments.split())

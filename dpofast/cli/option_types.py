@@ -1,4 +1,4 @@
-"""Option values as people write them, checked against the options' types."""
+"""Checks the values that people write against the types of the options."""
 
 from __future__ import annotations
 
@@ -25,29 +25,32 @@ _NAMES = {
 
 
 def checked_value(name: str, value: Any, annotation: Any, where: str) -> Any:
-    """The value as the option's type has it: "1e-6" becomes 1e-6.
+    """Convert a value to its option's type, for example the text "1e-6" to the number 1e-6.
 
     Args:
-        name: of the option.
-        value: as YAML gives it.
-        annotation: the option's type.
-        where: file, or command line; named in the error.
+        name: option name, used in error messages.
+        value: value as YAML reads it.
+        annotation: type of the option.
+        where: the file's name, or "command line"; used in error messages.
+
+    Returns:
+        The value in the option's type.
 
     Raises:
-        ConfigError: it isn't of that type.
+        ConfigError: the value isn't of that type.
     """
     if value is False and name.endswith("_strategy"):
-        return "no"  # what a YAML file says with the bare word no
+        return "no"  # YAML reads the bare word no as False
     accepted = _members(annotation)
     if isinstance(value, bool) and not {bool, Any} & set(accepted):
-        raise ConfigError(_message(name, value, accepted, where))  # not 1, whatever Python says
+        raise ConfigError(_message(name, value, accepted, where))  # Python would take True for 1
     enums = tuple(member for member in accepted if isinstance(member, EnumType))
     if enums and isinstance(value, str):
-        accepted, annotation = enums, enums[0]  # text stands for one of its members
+        accepted, annotation = enums, enums[0]  # a text is the value of one of its members
     try:
         config = ConfigDict(coerce_numbers_to_str=True, arbitrary_types_allowed=True)
         adapter: TypeAdapter[Any] = TypeAdapter(annotation, config=config)
-    except PydanticUserError:  # a type with a configuration of its own
+    except PydanticUserError:  # the type has a configuration of its own and accepts no other
         adapter = TypeAdapter(annotation)
     try:
         return adapter.validate_python(value)
@@ -56,17 +59,19 @@ def checked_value(name: str, value: Any, annotation: Any, where: str) -> Any:
 
 
 def _members(annotation: Any) -> tuple[Any, ...]:
+    """The types in a union, or the type itself."""
     if get_origin(annotation) in (Union, types.UnionType):
         return tuple(member for part in get_args(annotation) for member in _members(part))
     return (annotation,)
 
 
 def _message(name: str, value: Any, accepted: tuple[Any, ...], where: str) -> str:
-    words = list(dict.fromkeys(_words(member) for member in accepted))
-    return f"{where}: {name}: got {value!r}, expected {' or '.join(words)}."
+    expected = list(dict.fromkeys(_type_name(member) for member in accepted))
+    return f"{where}: {name}: got {value!r}, expected {' or '.join(expected)}."
 
 
-def _words(annotation: Any) -> str:
+def _type_name(annotation: Any) -> str:
+    """The name of a type in an error message."""
     origin = get_origin(annotation) or annotation
     if origin is Literal:
         return "one of " + ", ".join(map(str, get_args(annotation)))
@@ -74,7 +79,7 @@ def _words(annotation: Any) -> str:
         members: Iterable[Any] = origin
         return "one of " + ", ".join(str(member.value) for member in members)
     if origin is list and get_args(annotation):
-        return f"a list of {_words(get_args(annotation)[0]).removeprefix('a ')}s"
+        return f"a list of {_type_name(get_args(annotation)[0]).removeprefix('a ')}s"
     if isinstance(origin, type) and issubclass(origin, Mapping):
         return _NAMES[dict]
     return _NAMES.get(origin, getattr(origin, "__name__", str(origin)))
