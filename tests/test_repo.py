@@ -6,7 +6,6 @@ import ast
 import itertools
 import re
 import tomllib
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,66 +13,10 @@ import pytest
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted([*ROOT.glob("dpofast/**/*.py"), *ROOT.glob("kernels/dpofast_kernels/**/*.py")])
 
-# A room may import itself, what stands to its right, and nothing else of dpofast. Files that
-# stand directly in dpofast/ are the trainer and its parts.
-_BASE = {"errors"}
-_TRAINER = {path.stem for path in ROOT.glob("dpofast/*.py")} - {"__init__", "__main__"}
-ALLOWED = {
-    "cli": {"cli", "demo", "data", "reference", "zero"} | _TRAINER,
-    "demo": {"demo", "data"} | _TRAINER,
-    "data": {"data"} | _BASE,
-    "reference": {"reference"} | _BASE,
-    "zero": {"zero"} | _BASE,
-}
-# Inside `reference` only these look at data or model.
-REFERENCE_READERS = {"builder.py"}
-
-
-def imported(path: Path) -> Iterator[str]:
-    """Absolute names of all modules that a file imports, also inside functions."""
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}: imports are absolute here"
-            assert node.module is not None
-            yield node.module
-            if node.module == "dpofast":
-                yield from (f"dpofast.{alias.name}" for alias in node.names)
-
-
-def rooms(path: Path) -> set[str]:
-    """Rooms of dpofast that a file imports; names of dpofast/__init__.py count as the trainer."""
-    names = {name.split(".")[1] for name in imported(path) if name.startswith("dpofast.")}
-    return {"trainer" if name.startswith("DPO") else name for name in names} - {"__version__"}
-
-
 def test_kernels_never_becomes_a_package() -> None:
     """Hugging Face publishes a package `kernels`, which a regular package here would shadow."""
     assert (ROOT / "kernels" / "dpofast_kernels" / "__init__.py").is_file()
     assert not (ROOT / "kernels" / "__init__.py").exists()
-
-
-@pytest.mark.parametrize("room", sorted(ALLOWED))
-def test_rooms_import_one_way(room: str) -> None:
-    files = sorted((ROOT / "dpofast" / room).rglob("*.py"))
-    assert files
-    for path in files:
-        allowed = ALLOWED[room]
-        if room == "reference" and path.name in REFERENCE_READERS:
-            allowed = allowed | {"data", "model"}
-        assert rooms(path) <= allowed, path
-
-
-def test_trainer_does_not_import_the_command_line() -> None:
-    for path in ROOT.glob("dpofast/*.py"):
-        if path.name != "__main__.py":
-            assert not {"cli", "demo"} & rooms(path), path
-
-
-def test_kernels_import_nothing_of_dpofast() -> None:
-    for path in ROOT.glob("kernels/dpofast_kernels/**/*.py"):
-        assert not [name for name in imported(path) if name.split(".")[0] == "dpofast"], path
 
 
 def test_losses_stand_in_the_kernels_alone() -> None:
