@@ -14,10 +14,12 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset
+from transformers import LlamaForCausalLM
 
 from benchmarks.data import find_data, race_tokenizer
+from benchmarks.train_cases import Case
 from dpofast.data import load_preferences, tokenize_preferences
-from tests.support import PlainDPO, race_model
+from tests.support import PlainDPO
 
 STEPS = 20
 PAIRS_PER_STEP = 4
@@ -37,6 +39,11 @@ OPTIONS: dict[str, Any] = {
 
 def real_tokenizer() -> Any:
     return race_tokenizer(find_data("dpo_en_demo")[0])
+
+
+def race_model(tokenizer: Any) -> LlamaForCausalLM:
+    """A Llama of 4 layers of width 256, with random weights."""
+    return Case("race").model(tokenizer)
 
 
 def real_pairs(tokenizer: Any) -> Dataset:

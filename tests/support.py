@@ -22,7 +22,6 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from benchmarks.train_cases import Case
 from dpofast import DPOConfig, DPOTrainer
 
 VOCAB_SIZE = 259  # 256 bytes and three special tokens
@@ -201,8 +200,3 @@ def history(trainer: DPOTrainer) -> list[tuple[float, float]]:
 def train(trainer: DPOTrainer) -> list[tuple[float, float]]:
     trainer.train()
     return history(trainer)
-
-
-def race_model(tokenizer: Any) -> LlamaForCausalLM:
-    """The model of the comparisons on real pairs: 4 layers of 256, with random weights."""
-    return Case("race").model(tokenizer)

@@ -8,10 +8,10 @@ import re
 import tomllib
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).parents[1]
+CPU_TARGETS = ("test", "test-ranks", "test-slow")
 SOURCES = sorted([*ROOT.glob("dpofast/**/*.py"), *ROOT.glob("kernels/dpofast_kernels/**/*.py")])
+
 
 def test_kernels_never_becomes_a_package() -> None:
     """Hugging Face publishes a package `kernels`, which a regular package here would shadow."""
@@ -19,22 +19,27 @@ def test_kernels_never_becomes_a_package() -> None:
     assert not (ROOT / "kernels" / "__init__.py").exists()
 
 
-def test_losses_stand_in_the_kernels_alone() -> None:
-    """The formula of a loss has one home; log-sigmoid elsewhere would be a second one."""
-    for path in ROOT.glob("dpofast/**/*.py"):
-        assert "logsigmoid" not in path.read_text(encoding="utf-8"), path
+def test_only_the_kernels_have_formulas_of_losses() -> None:
+    """Log-sigmoid anywhere else would be a second home for one of them."""
+    texts = {path: path.read_text(encoding="utf-8") for path in ROOT.glob("dpofast/**/*.py")}
+    assert not [str(path) for path, text in texts.items() if "logsigmoid" in text]
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_files_and_functions_stay_small(path: Path) -> None:
-    text = path.read_text(encoding="utf-8")
-    assert len(text.splitlines()) <= 400
-    for node in ast.walk(ast.parse(text)):
-        if isinstance(node, ast.FunctionDef):
-            is_kernel = node.name.endswith("_kernel")
-            assert node.end_lineno is not None
-            lines = node.end_lineno - node.body[0].lineno + 1  # the signature apart
-            assert lines <= (150 if is_kernel else 60), node.name
+def test_files_and_functions_stay_small() -> None:
+    long = []
+    for path in SOURCES:
+        text = path.read_text(encoding="utf-8")
+        name = path.relative_to(ROOT)
+        if len(text.splitlines()) > 400:
+            long.append(f"{name} has more than 400 lines")
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef):
+                limit = 150 if node.name.endswith("_kernel") else 60
+                assert node.end_lineno is not None
+                lines = node.end_lineno - node.body[0].lineno + 1  # without the signature
+                if lines > limit:
+                    long.append(f"{name}: {node.name} has {lines} lines, at most {limit}")
+    assert not long
 
 
 def test_both_packages_carry_their_types() -> None:
@@ -55,9 +60,43 @@ def test_constraints_are_exact_and_cover_what_is_declared() -> None:
     assert "torch==2.13.0" in lines
 
 
-def test_tests_without_a_gpu_do_not_see_one() -> None:
-    """Where one is seen, Triton's kernels are compiled, and refuse the CPU tensors of the tests."""
+def pytest_lines(target: str) -> list[str]:
+    """The lines of a Makefile's target that run pytest."""
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
-    lines = [line for line in makefile.splitlines() if "pytest" in line and "not gpu" in line]
-    assert len(lines) == 2
-    assert all(line.startswith("\tCUDA_VISIBLE_DEVICES= ") for line in lines)
+    rule = makefile.split(f"\n{target}: ")[1].split("\n\n")[0]
+    return [line for line in rule.splitlines() if "pytest" in line]
+
+
+def test_every_test_is_run_by_exactly_one_target() -> None:
+    """Tests marked `gpu` or `torture` aside: they have targets of their own."""
+    markers = ("slow", "distributed", "torture", "gpu")
+    selections = []
+    for target in CPU_TARGETS:
+        (line,) = pytest_lines(target)
+        selections.append(re.search(r"-m '(.*)'", line)[1])  # type: ignore[index]
+    for carried in itertools.product((False, True), repeat=len(markers)):
+        marked = dict(zip(markers, carried, strict=True))
+        selected = [bool(eval(selection, {}, marked)) for selection in selections]
+        assert sum(selected) == (not marked["torture"] and not marked["gpu"]), marked
+
+
+def test_ci_runs_every_target_that_needs_no_gpu() -> None:
+    commands = (ROOT / ".ci" / "run").read_text(encoding="utf-8").splitlines()
+    assert {f"make {target}" for target in CPU_TARGETS} <= set(commands)
+
+
+def test_tests_that_launch_ranks_are_marked() -> None:
+    """Unmarked, they would run with `make test`, which has no time for them."""
+    files = [path for path in ROOT.glob("tests/**/test_*.py") if path != Path(__file__)]
+    texts = {path: path.read_text(encoding="utf-8") for path in files}
+    assert not [
+        str(path.relative_to(ROOT))
+        for path, text in texts.items()
+        if "tests.distributed.launch" in text and "pytest.mark.distributed" not in text
+    ]
+
+
+def test_tests_without_a_gpu_do_not_see_one() -> None:
+    """If they did, Triton would compile its kernels, and those would refuse the CPU tensors."""
+    for target in CPU_TARGETS:
+        assert all(line.startswith("\tCUDA_VISIBLE_DEVICES= ") for line in pytest_lines(target))
