@@ -290,6 +290,7 @@ def test_memory_of_a_contender():
     assert peaks("ours_varlen", case_of(), "cpu") == {"reason": "it runs on CUDA alone, not on cpu"}
 
 
+@pytest.mark.slow  # starts several processes
 def test_a_dry_run_measures_everything_and_exits_0(tmp_path):
     file = tmp_path / "attention.json"
     command = [sys.executable, "-m", "benchmarks.attention", "--device", "cuda", "--dry-run"]

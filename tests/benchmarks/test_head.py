@@ -253,6 +253,7 @@ def test_a_case_out_of_memory_is_reported(monkeypatch, tmp_path):
     assert case["reason"] == "OutOfMemoryError: tried to allocate"
 
 
+@pytest.mark.slow  # starts several processes
 def test_a_dry_run_measures_everything_and_exits_0(tmp_path):
     file = tmp_path / "head.json"
     paths = [str(REPOSITORY), str(REPOSITORY / "kernels")]

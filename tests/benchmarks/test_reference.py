@@ -201,6 +201,7 @@ def test_a_dry_run_with_everyone(device, tmp_path):
     assert given["ratios"]["trl_speed"] > 0.0
 
 
+@pytest.mark.slow  # starts several processes
 def test_a_dry_run_in_processes_of_their_own(tmp_path):
     file = tmp_path / "reference.json"
     arguments = ["--dry-run", "--skip", "trl", "--threads", "1", "--json", str(file)]

@@ -332,6 +332,7 @@ def test_what_cannot_be_raced_is_refused(arguments, message, capsys):
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.slow  # starts several processes
 def test_a_dry_run_in_processes_of_their_own(tmp_path):
     """Their memory is their own, too: the kernel's ru_maxrss would start with this process'."""
     file, held = tmp_path / "train.json", bytearray(b"\1") * 2**30
