@@ -20,8 +20,8 @@ MANY = 10  # sizes: PyTorch compiles a function for 8 and refuses the next
 def test_each_of_many_cases_is_compiled(monkeypatch, tmp_path, capsys):
     def make(inputs):
         options = {"backend": "eager", "fullgraph": True, "dynamic": False}
-        compiled = torch.compile(head_contenders._naive_logps, **options)
-        return head_contenders._from_logps(compiled, inputs)
+        compiled = torch.compile(head_contenders.naive_logps, **options)
+        return head_contenders.work_of_logps(compiled, inputs)
 
     monkeypatch.setitem(ENTRIES, "compile", replace(ENTRIES["compile"], make=make))
     cases = [Case("tiny", 4 + number, 8, 11, 1, "float32", even=False) for number in range(MANY)]
