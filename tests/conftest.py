@@ -44,7 +44,7 @@ def _no_plots(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.fixture(scope="session")
 def plain_history() -> Any:
-    """[20, 2]: loss and gradient norm of textbook DPO on real pairs; minutes of work."""
+    """[20, 2]: loss and gradient norm of textbook DPO on real pairs; takes minutes."""
     from tests.real_pairs import plain_history
 
     return plain_history()

@@ -1,4 +1,4 @@
-"""Rules of the repository that no other test would notice being broken."""
+"""Rules of the repository that no other test checks."""
 
 from __future__ import annotations
 

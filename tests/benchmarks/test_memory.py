@@ -1,4 +1,4 @@
-"""The processes that measure memory: many cases in one, and whatever one of them has left."""
+"""The processes that measure memory: many cases in one, and reports of one that is stopped."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from benchmarks.head_cases import Case, make_inputs
 from benchmarks.head_contenders import ENTRIES
 from benchmarks.memory import measure_in_child
 
-MANY = 10  # sizes: PyTorch compiles a function for 8 and refuses the next
+MANY = 10  # torch.compile gives up on a function after 8 sizes
 
 
 def test_each_of_many_cases_is_compiled(monkeypatch, tmp_path, capsys):
