@@ -5,7 +5,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constr
 STAMP := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-gpu torture lint format bench race race-ref wheel freeze
+.PHONY: help setup demo test test-ranks test-slow test-gpu torture lint format bench race race-ref wheel freeze
 
 help:  ## list these commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 12
@@ -26,12 +26,16 @@ $(STAMP): pyproject.toml setup.py constraints.txt
 demo: setup  ## train a small model by DPO on generated pairs and see that it learnt (minutes)
 	$(BIN)/dpofast demo
 
-# Without a GPU to see, Triton's kernels are interpreted, on CPU tensors: one process can't do both.
-test: setup  ## all tests but the slow ones, those that need a GPU and the torture tests
-	CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest -q -m 'not slow and not torture and not gpu'
+# Triton's kernels are interpreted, on CPU tensors, where no GPU is visible, and compiled otherwise.
+# One process can't do both, so the tests on CPU tensors hide the GPU.
+test: setup  ## the tests for every change (5 minutes on 2 cores)
+	CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest -q -m 'not slow and not distributed and not torture and not gpu'
+
+test-ranks: setup  ## the tests that train on several ranks, and those of the launchers
+	CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest -q -m 'distributed and not torture and not gpu'
 
 test-slow: setup  ## the slow tests, among them the step by step comparison with TRL
-	CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest -q -m 'slow and not torture and not gpu'
+	CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest -q -m 'slow and not distributed and not torture and not gpu'
 
 test-gpu: setup  ## the tests that need a GPU, with compiled kernels
 	$(BIN)/python -m pytest -q -m gpu

@@ -2,7 +2,7 @@
 
 python -m benchmarks.attention --device cpu --json attention.json
 
-Every contender's result is held against the naive twin in fp64 before it is timed. See
+Every contender's result is compared with the naive twin in fp64 before it is timed. See
 docs/benchmarks.md.
 """
 
@@ -29,38 +29,43 @@ from benchmarks.suite import Benchmark, CaseRun, add_options, judge_all, settle,
 from dpofast_kernels.attention import backend_for
 
 MODULE = "benchmarks.attention"
+# Tokens of a row, unless the command line says otherwise; "side" rows are those of further data
+# and of other kinds of attention.
 GPU_TOKENS = (2048, 4096, 8192, 16384, 32768)
 GPU_SIDE_TOKENS = 8192
-CPU_TOKENS = 2048  # what a row has there by default
+CPU_TOKENS = 2048
 CPU_SIDE_TOKENS = 512
 DRY_TOKENS = 128
 
 
 def run_case(case: Case, options: argparse.Namespace) -> CaseRun:
-    """Judge everyone in every pass, then time who was right."""
+    """Judge all contenders in every pass, then time those that were right."""
     inputs = make_inputs(case, options.device)
     backend = backend_for(inputs.query, inputs.value, inputs.options)
     run = CaseRun(case, options.ours or f"ours_{backend}", payload=case)
     judge = Judge(inputs)
     run.judge = {"naive_errors": judge.naive_errors, "error_bounds": judge.bounds}
     entered = judge_all(run, ENTRIES, inputs, judge, options)
-    del judge  # it holds gradients in fp64
+    del judge  # frees its gradients in fp64 before the race
     time_all(run, entered, options)
     run.extra = {"gather_costs": {step: _gather_costs(run, step) for step in run.results}}
     return run
 
 
 def _gather_costs(run: CaseRun, step: str) -> float | None:
-    """Varlen attention with its gather over varlen attention alone."""
+    """Time of varlen attention with its gather, over the time without it."""
     whole, alone = (run.results[step][name].median for name in ("ours_varlen", "varlen_alone"))
     return whole / alone if whole and alone else None
 
 
 def peaks(name: str, payload: Any, device: str) -> dict[str, Any]:
-    """Bytes; inputs and gradients are the contender's own, more where tokens stand twice."""
+    """Peak memory of one contender in bytes, beyond its inputs, and beyond its gradients too.
+
+    Inputs and gradients are the contender's own. They are larger where it holds tokens twice.
+    """
     try:
         work = ENTRIES[name].make(make_inputs(payload, device))
-    except Exception as error:  # as where it is raced
+    except Exception as error:  # a contender may raise anything; the reason is reported
         return {"reason": one_line(error)}
     gradients = sum(leaf.nbytes for leaf in work.leaves)
     peak = peak_beyond_baseline(work.forward_backward, device)
@@ -83,15 +88,15 @@ BENCHMARK = Benchmark(
 
 
 def benchmark(options: argparse.Namespace) -> int:
-    """As `Benchmark.run`, on the command line's cases."""
+    """Run the command line's cases and return the exit code, see `Benchmark.run`."""
     return BENCHMARK.run(cases_of(options), options)
 
 
 def cases_of(options: argparse.Namespace) -> list[Case]:
-    """What the command line asks for.
+    """The cases that the command line asks for.
 
-    The first data set's rows at all lengths, at one length those of the others, and of a single
-    model the options of its attention.
+    The first data set runs at all lengths, the others run at one. The last model also runs the
+    other kinds of attention.
     """
     data, *other_data = options.data
     rows = [(data, tokens) for tokens in options.tokens]
@@ -104,7 +109,7 @@ def cases_of(options: argparse.Namespace) -> list[Case]:
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    """The command line; what isn't given depends on the device."""
+    """Parse the command line; defaults depend on the device."""
     parser = argparse.ArgumentParser(prog=f"python -m {MODULE}", description=HELP)
     add_options(parser, ENTRIES, OURS)
     add = parser.add_argument
@@ -133,10 +138,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     return options
 
 
-HELP = """Races the back ends of attention over packed rows: ours on a row in which the beginning of
-a pair stands once, the same sequences each for itself, and padded SDPA. Lengths are those of real
-pairs. On a GPU 21 rows run: pick with --models, --tokens and --kinds, leave out what compiles long
-with `--skip ours_flex`, and what starts processes with --no-memory. Exit code 1 means that ours was
+HELP = """Races the back ends of attention over packed rows: ours on a row that holds the prefix of
+a pair once, the same with each sequence separate, and padded SDPA. Lengths are those of real pairs.
+On a GPU 21 rows run: pick with --models, --tokens and --kinds, leave out what compiles long with
+`--skip ours_flex`, and what starts processes with --no-memory. Exit code 1 means that ours was
 wrong or failed; others may."""
 
 

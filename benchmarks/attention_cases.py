@@ -1,4 +1,4 @@
-"""The rows that the attention benchmark runs, of the lengths of real pairs, and their inputs."""
+"""The packed rows of the attention benchmark, with lengths of real pairs, and their inputs."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ from torch import Tensor
 from dpofast.data.tokens.truncate import plan_cut
 from dpofast_kernels.attention import AttentionOptions, SharedLayout, build_layout
 
-Group = tuple[int, tuple[int, int]]  # tokens of a pair's prefix, and of what follows in each answer
+Group = tuple[int, tuple[int, int]]  # tokens of a pair's shared prefix, and of its two tails
 
-MAX_LENGTH = 1024  # of a prompt and an answer; what is longer is cut as in training
-QUERY_STD = 2.0  # of scores, too: weights are neither even nor on one key alone
-# An option of a model's attention, beside none. Gemma-2 caps at 50, which would hardly show here.
+MAX_LENGTH = 1024  # tokens of prompt and answer; longer pairs are cut as in training
+# Scores have the same spread, so that the weights are neither even nor all on one key.
+QUERY_STD = 2.0
+# Options of attention that models have. Gemma-2 caps at 50, which these scores would hardly reach.
 KINDS: dict[str, dict[str, Any]] = {
     "plain": {},
     "window": {"window": 128},
@@ -34,7 +35,7 @@ _PRODUCTS = {"forward": 2, "forward_backward": 7}
 
 @dataclass(frozen=True)
 class Heads:
-    """Query heads, key and value heads, and the size of each."""
+    """Number of query heads, number of key and value heads, and the size of a head."""
 
     query: int
     key: int
@@ -50,14 +51,14 @@ MODELS = {
 
 @dataclass(frozen=True)
 class Case:
-    """One row.
+    """One packed row.
 
     Attributes:
-        model: whose heads these are.
-        data: whose pairs' lengths.
-        max_tokens: of the row; as many pairs as fit.
-        kind: of `KINDS`.
-        dtype: of query, key and value, by its name in torch.
+        model: key of `MODELS`; gives the heads.
+        data: data set whose pairs give the lengths.
+        max_tokens: largest number of tokens; the row holds the pairs that fit.
+        kind: key of `KINDS`; gives the options of attention.
+        dtype: torch's name for the dtype of query, key and value.
     """
 
     model: str
@@ -80,14 +81,14 @@ class Case:
         return fill_row(pair_groups(self.data), self.max_tokens)
 
     def flop(self, step: str) -> float:
-        """Of the products that a pass needs, over the scores that aren't masked."""
+        """Floating-point operations of a pass: its products, for the scores that aren't masked."""
         seen = build_layout(self.groups).position_ids + 1
         window = KINDS[self.kind].get("window")
         scores = int((seen if window is None else seen.clamp(max=window)).sum())
         return _PRODUCTS[step] * 2.0 * self.heads.dim * self.heads.query * scores
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """The case as it is written to JSON."""
         groups = self.groups
         return {
             "name": self.name,
@@ -108,16 +109,16 @@ class Case:
 
 @dataclass(frozen=True, eq=False)
 class Inputs:
-    """What every contender gets, as the shared row has it; leaves with gradients.
+    """Inputs of all contenders, in the order of the shared row; leaves that get gradients.
 
     Attributes:
-        groups: of the row.
-        layout: of the row, on the tensors' device.
+        groups: prefix and tails of each pair in the row.
+        layout: layout of these groups, on the tensors' device.
         query: [T, Hq, D].
         key, value: [T, Hkv, D].
         sinks: [Hq], or None.
         d_output: [T, Hq, D], the upstream gradient.
-        options: window and softcap.
+        options: window, softcap and sinks.
     """
 
     groups: Sequence[Group]
@@ -132,17 +133,19 @@ class Inputs:
 
 @dataclass(frozen=True, eq=False)
 class Outputs:
-    """What a contender gives, R rows of queries and M rows of keys; None where it doesn't.
+    """Results of a contender for its R query positions and M key positions; None if not computed.
+
+    A contender may copy tokens of the shared row. Each copy then has the token's output, and the
+    token's gradient is the sum over its copies.
 
     Attributes:
         output: [R, Hq, D].
         d_query: [R, Hq, D].
         d_key, d_value: [M, Hkv, D].
         d_sinks: [Hq].
-        query_tokens: [R] int64, the shared row's token that each row is, -1 for padding; None
-            where these are the same rows. A token that stands there several times has its output
-            in each, and its gradient in their sum.
-        key_tokens: [M] int64, likewise.
+        query_tokens: [R] int64, index in the shared row of each query position, -1 for padding;
+            None if the positions are those of the shared row.
+        key_tokens: [M] int64, the same for key positions.
     """
 
     output: Tensor
@@ -156,12 +159,13 @@ class Outputs:
 
 @functools.cache
 def pair_groups(data: str) -> list[Group]:
-    """Prefix and rests of each real pair of a data set, cut to MAX_LENGTH; in the file's order."""
+    """Prefix and tails of each real pair of a data set, cut to MAX_LENGTH, in the file's order."""
     rows = json.loads(_LENGTHS.read_text(encoding="utf-8"))[data]
     groups = []
     for row in rows:
-        # dpo_en_demo: roles, prompt, chosen, rejected; its answers hardly ever begin alike.
-        # instruction_preference: prompt, what both answers begin with, chosen, rejected.
+        # Fields of a line in dpo_en_demo: roles, prompt, chosen, rejected. Its answers hardly ever
+        # begin alike. In instruction_preference: prompt, common start of the answers, chosen,
+        # rejected.
         prompt, common, chosen, rejected = row if data != "dpo_en_demo" else (row[1], 0, *row[2:])
         cut = plan_cut(prompt, chosen, rejected, MAX_LENGTH, "keep_start")
         if cut.fits:
@@ -172,10 +176,10 @@ def pair_groups(data: str) -> list[Group]:
 
 
 def fill_row(groups: Sequence[Group], max_tokens: int) -> list[Group]:
-    """Each group in its order, if it still fits.
+    """Take every group that still fits, in the given order.
 
     Raises:
-        ValueError: none fits.
+        ValueError: no group fits.
     """
     row: list[Group] = []
     room = max_tokens
@@ -191,7 +195,7 @@ def fill_row(groups: Sequence[Group], max_tokens: int) -> list[Group]:
 
 
 def make_inputs(case: Case, device: str) -> Inputs:
-    """The inputs of a case: the same ones in every process."""
+    """Make the inputs of a case: the same in every process."""
     generator = torch.Generator(device).manual_seed(0)
     dtype, heads = getattr(torch, case.dtype), case.heads
     layout = build_layout(case.groups)

@@ -1,8 +1,8 @@
-"""Who runs in the attention benchmark: our back ends on a shared row, and what else would do.
+"""Contenders of the attention benchmark: our back ends on a shared row, and the alternatives.
 
-All do the same work: causal attention of the same sequences, and the gradients of queries, keys and
-values (and sinks). What the sequences of a pair begin with stands once in the shared row, and twice
-for those that take each sequence for itself. Their inputs are laid out before the clock starts.
+All do the same work: causal attention over the same sequences, and the gradients of queries, keys
+and values (and sinks). The shared row holds the common prefix of a pair once. Contenders that take
+each sequence separately hold it twice. All inputs are laid out before the clock starts.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ from dpofast_kernels.attention import (
 from dpofast_kernels.attention.backends import machine_of, why_not
 from dpofast_kernels.attention.flash import padded_head_dim, varlen_on_gathered
 
-PADDING = -1
+PADDING = -1  # index of a position that holds no token
 
 Attend = Callable[[Tensor, Tensor, Tensor, AttentionOptions], Tensor]
 
 
 def contender(name: str, inputs: Inputs, step: str) -> Contender:
-    """The contender of that name; `step` is "forward" or "forward_backward"."""
+    """Bind a contender to its inputs; `step` is "forward" or "forward_backward"."""
     return make_contender(name, ENTRIES[name], inputs, step)
 
 
@@ -46,7 +46,7 @@ def _work(
     query_tokens: Tensor | None = None,
     key_tokens: Tensor | None = None,
 ) -> Work:
-    """Both passes; tokens as in `Outputs`."""
+    """Both passes of a contender; `query_tokens` and `key_tokens` are explained at `Outputs`."""
     query, key, value, d_output = states
     sinks = [] if inputs.sinks is None else [inputs.sinks]
     leaves = [query, key, value, *sinks]
@@ -73,7 +73,7 @@ def _work(
 
 
 def _rows(states: Tensor) -> Tensor:
-    """[R, H, D] of [R, H, D] or [S, L, H, D]."""
+    """Flatten [S, L, H, D] to [R, H, D]; [R, H, D] stays as it is."""
     return states.flatten(0, -3)
 
 
@@ -118,7 +118,8 @@ def _padded(inputs: Inputs) -> Work:
     ).to(inputs.query.device)  # [S, L]
 
     def attend(query: Tensor, key: Tensor, value: Tensor, _options: AttentionOptions) -> Tensor:
-        # [S, L, H, D] as a model's projections are; padding on the right is never looked at
+        # [S, L, H, D], the form of a model's projections. Causal attention never sees the padding,
+        # which is on the right.
         query, key, value = (states.transpose(1, 2) for states in (query, key, value))
         return F.scaled_dot_product_attention(
             query, key, value, is_causal=True, enable_gqa=query.shape[1] != key.shape[1]
@@ -144,7 +145,7 @@ def _varlen_alone(inputs: Inputs) -> Work:
 
 
 def sequence_tokens(groups: Sequence[Group]) -> Iterator[Tensor]:
-    """Of every sequence, chosen and rejected in turn, its tokens' places in the shared row."""
+    """Yield each sequence's indices in the shared row, chosen and rejected in turn."""
     start = 0
     for prefix, tails in groups:
         tail = start + prefix
@@ -158,12 +159,12 @@ def sequence_tokens(groups: Sequence[Group]) -> Iterator[Tensor]:
 
 def _copied(
     inputs: Inputs,
-    tokens: Tensor,  # [...], places in the shared row, or PADDING
+    tokens: Tensor,  # [...], indices in the shared row, or PADDING
 ) -> list[Tensor]:
-    """Query, key, value and upstream gradient of these tokens, [..., H, D].
+    """Copy the query, key, value and upstream gradient of these tokens, each [..., H, D].
 
-    A token's upstream gradient is shared out evenly over its copies, so that what its copies get
-    adds up to the shared row's gradient; padding gets none.
+    A token's upstream gradient is divided by its number of copies: the copies' gradients then add
+    up to the shared row's. Padding gets zero.
     """
     counts = torch.bincount(tokens[tokens != PADDING], minlength=len(inputs.query))
     d_output = inputs.d_output / counts[:, None, None].to(inputs.d_output.dtype)

@@ -1,8 +1,8 @@
 """The truth about a row of the attention benchmark, and the rule by which results are judged.
 
-A result is held against the naive twin in fp64, one pair and one key head at a time. Its errors
-may be MULTIPLE times those of plain PyTorch in the same dtype, plus FLOORS. An error is the largest
-one among the row's pairs: what is wrong in one of them shows, however long the row.
+A result is compared with the naive twin in fp64, one pair and one key head at a time. Its errors
+can be MULTIPLE times those of plain PyTorch in the same dtype, plus FLOORS. An error is the largest
+one among the row's pairs: a mistake in a single pair shows, however long the row.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from dpofast_kernels.attention import (
 )
 
 MULTIPLE = 3.0
-# Relative, Frobenius, within a pair.
+# Relative Frobenius error within a pair.
 FLOORS = {torch.float32: 5e-6, torch.bfloat16: 3e-3}
 GRADIENTS = ("d_query", "d_key", "d_value")
 
@@ -33,12 +33,12 @@ Attention = Callable[[Tensor, Tensor, Tensor, SharedLayout, AttentionOptions], T
 
 
 def find_truth(inputs: Inputs) -> Outputs:
-    """Output and gradients of the shared row, fp64, by the naive twin."""
+    """Output and gradients of the shared row in fp64, from the naive twin."""
     return _by_parts(_naive, inputs, torch.float64)
 
 
 def plain_in_dtype(inputs: Inputs) -> Outputs:
-    """The same in the inputs' dtype, as a model's eager attention goes: the second baseline."""
+    """The same from eager attention in the inputs' dtype: the second baseline."""
     return _by_parts(eager_attention, inputs, inputs.query.dtype)
 
 
@@ -55,7 +55,7 @@ def eager_attention(
     layout: SharedLayout,
     options: AttentionOptions,
 ) -> Tensor:
-    """[T, Hq, D]: products in the inputs' dtype under a dense mask, the softmax in fp32."""
+    """[T, Hq, D]: attention with a dense mask; products in the inputs' dtype, softmax in fp32."""
     repeats = query.shape[1] // key.shape[1]
     query, key, value = (states.transpose(0, 1) for states in (query, key, value))
     key, value = key.repeat_interleave(repeats, 0), value.repeat_interleave(repeats, 0)
@@ -71,7 +71,10 @@ def eager_attention(
 
 
 def _by_parts(attention: Attention, inputs: Inputs, dtype: torch.dtype) -> Outputs:
-    """Pairs never look at each other, nor heads; all at once would be too large."""
+    """Run `attention` and its backward for one pair and one key head at a time.
+
+    Neither pairs nor heads see each other, and the scores of all at once would not fit in memory.
+    """
     repeats = inputs.query.shape[1] // inputs.key.shape[1]
     found = {
         "output": torch.empty_like(inputs.d_output, dtype=dtype),
@@ -114,7 +117,7 @@ def _leaf(states: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class Judge:
-    """Knows the truth about a case, and how wrong plain PyTorch is there."""
+    """Judges results by the truth and by the errors that plain PyTorch makes."""
 
     def __init__(self, inputs: Inputs) -> None:
         self.truth = find_truth(inputs)
@@ -125,22 +128,22 @@ class Judge:
         }
 
     def forward(self, outputs: Outputs) -> Verdict:
-        """Of the output alone."""
+        """Judge only the output."""
         return self._verdict(outputs, ("output",))
 
     def forward_backward(self, outputs: Outputs) -> Verdict:
-        """Of output and gradients."""
+        """Judge the output and the gradients."""
         return self._verdict(outputs, tuple(self.naive_errors))
 
     def _verdict(self, outputs: Outputs, needed: tuple[str, ...]) -> Verdict:
-        lacking = [name for name in needed if getattr(outputs, name) is None]
-        if lacking:
-            raise ValueError(f"the result lacks {', '.join(lacking)}")
+        missing = [name for name in needed if getattr(outputs, name) is None]
+        if missing:
+            raise ValueError(f"the result lacks {', '.join(missing)}")
         errors = self.errors(outputs)
         return Verdict(errors, {name: self.bounds[name] for name in errors})
 
     def errors(self, outputs: Outputs) -> dict[str, float]:
-        """Relative errors of what the outputs hold, each the largest among the row's pairs."""
+        """Relative errors of all results that are given, each the largest among the row's pairs."""
         tokens = _tokens(outputs.query_tokens, self.group_ids)
         real = tokens != PADDING
         rows = tokens[real]
@@ -168,7 +171,7 @@ class Judge:
         exact: Tensor,  # [R, ...]
         group_ids: Tensor,  # [R]
     ) -> float:
-        """Norm of the difference over the norm of the truth in the worst group; NaN if any is."""
+        """Norm of the difference over the norm of the truth, in the worst group; NaN if any is."""
         sums = given.new_zeros(2, int(self.group_ids[-1]) + 1)
         sums[0].index_add_(0, group_ids, (given - exact).square().flatten(1).sum(1))
         sums[1].index_add_(0, group_ids, exact.square().flatten(1).sum(1))
@@ -176,5 +179,5 @@ class Judge:
 
 
 def _tokens(places: Tensor | None, group_ids: Tensor) -> Tensor:
-    """[R]; those of the shared row itself where none are given."""
+    """[R] indices in the shared row; all of its tokens, in order, if none are given."""
     return torch.arange(len(group_ids), device=group_ids.device) if places is None else places

@@ -1,8 +1,8 @@
-"""The real preference files that tests and benchmarks use, or generated ones in their place.
+"""The real preference files that tests and benchmarks use, or generated replacements.
 
-The files are looked for in the folder given, in $DPOFAST_DATA, and in ../shared/data beside the
-repository. Where one isn't found, a seeded set of the same format, number of rows and lengths is
-generated, and the answer says so: its text is made of invented words.
+A file is looked for in the given folder, in $DPOFAST_DATA, and in ../shared/data next to the
+repository. If it isn't found, a replacement is generated from a fixed seed and reported as such. It
+has the same format, number of rows and lengths, and its texts consist of invented words.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from dpofast.data.reading.files import data_suffix
 from dpofast.data.reading.messages import to_template
 
 REAL, GENERATED = "file", "generated"
-# A change of what is generated needs a new number: files of the old one may lie in the cache.
+# Raise this number whenever the generated text changes: older files may still be in the cache.
 GENERATOR_VERSION = 1
 SEED = 20_000
 
@@ -50,7 +50,7 @@ def add_data_option(parser: argparse.ArgumentParser) -> None:
 
 
 def find_data(name: str, folder: str | Path | None = None) -> tuple[Path, str]:
-    """Where a preference file lies, and whether it is real.
+    """Find a preference file, or generate its replacement.
 
     Args:
         name: "dpo_en_demo", "instruction_preference" or "kto_en_demo".
@@ -58,7 +58,7 @@ def find_data(name: str, folder: str | Path | None = None) -> tuple[Path, str]:
     Returns:
         The path of a JSON file, and "file" or "generated".
     Raises:
-        ValueError: no file of that name is known.
+        ValueError: the name is unknown.
     """
     if name not in _GENERATORS:
         raise ValueError(f"no data named {name!r}; known are {', '.join(_GENERATORS)}")
@@ -71,16 +71,19 @@ def find_data(name: str, folder: str | Path | None = None) -> tuple[Path, str]:
 
 
 def generate(name: str, folder: Path | None = None) -> Path:
-    """Write the generated stand-in for `name`, unless it lies there already.
+    """Write the generated replacement for `name`, unless it exists already.
 
     Args:
-        folder: where to; by default a folder in Hugging Face's cache.
+        name: see `find_data`.
+        folder: folder of the file; by default one in Hugging Face's cache.
+    Returns:
+        The path of the file.
     """
     folder = folder or Path(HF_HOME) / "dpofast" / f"generated-{GENERATOR_VERSION}"
     path = folder / f"{name}.json"
     if not path.is_file():
         folder.mkdir(parents=True, exist_ok=True)
-        # Written aside and renamed: several processes may ask for it at once.
+        # Written to another name first: several processes can come here at once.
         draft = path.with_name(f".{name}.{os.getpid()}")
         rows = _GENERATORS[name](random.Random(f"{SEED} {name}"))
         draft.write_text(json.dumps(rows, indent=1), encoding="utf-8")
@@ -89,7 +92,7 @@ def generate(name: str, folder: Path | None = None) -> Path:
 
 
 def training_texts(path: str | Path) -> Iterator[str]:
-    """Every text of a preference file: what a tokenizer is trained on."""
+    """Yield every text of a preference file, to train a tokenizer on."""
     if not data_suffix(Path(path)):
         raise ValueError(f"{path} is no data file")
     for row in load_preferences(str(path)):
@@ -103,7 +106,7 @@ def training_texts(path: str | Path) -> Iterator[str]:
 def train_bpe(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer with pad, BOS, EOS, role tokens and a simple chat template.
 
-    It has fewer than `vocab_size` tokens where the texts hold no more pairs to merge.
+    It has fewer than `vocab_size` tokens if the texts run out of pairs to merge.
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -128,12 +131,12 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
 
 @functools.lru_cache(maxsize=4)
 def race_tokenizer(path: Path, vocab_size: int = 16_000) -> PreTrainedTokenizerFast:
-    """The tokenizer of the races, trained on the texts of one preference file."""
+    """The tokenizer of the races: a BPE trained on the texts of one preference file."""
     return train_bpe(training_texts(path), vocab_size)
 
 
 class _Words:
-    """Invented words, common ones drawn more often, as in a language."""
+    """Invented words with the frequencies of a language: some common, most rare."""
 
     def __init__(self, rng: random.Random, size: int = 14_000) -> None:
         syllables = [c + v + e for c in "bdfgklmnprstvz" for v in "aeiou" for e in ("", "n", "r")]
@@ -147,13 +150,13 @@ class _Words:
             self.cumulative.append(total)
 
     def text(self, count: int) -> str:
-        """`count` words: about as many tokens of a BPE trained on them."""
+        """A text of `count` words, about one token each for a BPE trained on these words."""
         words = self.rng.choices(self.words, cum_weights=self.cumulative, k=max(1, count))
         return " ".join(words).capitalize()
 
 
 def _conversations(rng: random.Random) -> list[dict[str, Any]]:
-    """300 pairs as dpo_en_demo.json: turns and token lengths are those of its pairs."""
+    """300 pairs like those of dpo_en_demo.json, with their turns and token lengths."""
     words, rows = _Words(rng), []
     lengths = json.loads(_LENGTHS.read_text(encoding="utf-8"))["dpo_en_demo"]
     for roles, prompt, chosen, rejected in lengths:
@@ -170,9 +173,9 @@ def _conversations(rng: random.Random) -> list[dict[str, Any]]:
 
 
 def _instructions(rng: random.Random) -> list[dict[str, Any]]:
-    """1,100 short pairs as instruction_preference.json, six of them with identical answers.
+    """1,100 short pairs like those of instruction_preference.json, six with identical answers.
 
-    The rejected answer is the chosen one with a few words put in, so that both begin alike.
+    The rejected answer is the chosen one with a few words inserted, so both begin alike.
     """
     words, rows = _Words(rng), []
     for row in range(1_100):
@@ -194,7 +197,7 @@ def _instructions(rng: random.Random) -> list[dict[str, Any]]:
 
 
 def _unpaired(rng: random.Random) -> list[dict[str, Any]]:
-    """300 rows as kto_en_demo.json: a conversation and whether it is good."""
+    """300 rows like those of kto_en_demo.json: a conversation and whether it is good."""
     words = _Words(rng)
     return [
         {

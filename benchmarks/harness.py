@@ -1,7 +1,7 @@
 """Races between contenders that do the same work: judged first, then timed in interleaved rounds.
 
-A contender whose result is wrong gets no speed, one that can't run is reported with its reason, and
-neither ends the benchmark. Memory is in benchmarks/memory.py, tables are in benchmarks/tables.py.
+A contender with a wrong result gets no speed. One that can't run is reported with the reason.
+Neither ends the benchmark. Memory is measured in benchmarks/memory.py; benchmarks/tables.py prints.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 TIMED, WRONG, FAILED, ABSENT = "timed", "wrong", "failed", "absent"
-# Larger than any L2 cache; zeroing it also lets the host run ahead of the device.
+# Larger than any L2 cache. Zeroing it also keeps the device busy while the host queues the call.
 FLUSH_BYTES = 2**28
 
 Clock = Callable[[Callable[[], Any]], float]
@@ -32,13 +32,13 @@ class Contender:
     """Something that does the work, or the reason why it can't.
 
     Attributes:
-        name: as it stands in the JSON and in the names of ratios.
-        run: one round; what it returns is judged. None where it can't run.
+        name: name in the JSON and in the names of ratios.
+        run: function of one round, whose result is judged; None if the contender can't run.
         reason: why it can't run.
-        note: what work it does where that isn't just the work asked for.
-        judged: False for a floor, which has no result.
-        holding: entered around each round, outside its time: memory that a round finds ready, and
-            that must not lack while others run.
+        note: how its work differs from what all others do.
+        judged: False for a floor, which computes no result.
+        holding: context of a round, entered before the clock starts and left after it stops. It
+            allocates what a round finds ready, and frees it for the other contenders.
     """
 
     name: str
@@ -51,14 +51,14 @@ class Contender:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Errors of one result, and how large each may be; under the same names."""
+    """Errors of one result, and their bounds under the same names."""
 
     errors: dict[str, float]
     bounds: dict[str, float]
 
     @property
     def complaint(self) -> str | None:
-        """Which errors exceed their bounds, or None if the result is right. NaN exceeds any."""
+        """The errors above their bounds, in words; None if there are none. NaN counts as above."""
         beyond = [
             f"{name} {error:.2e}, at most {self.bounds[name]:.2e}"
             for name, error in self.errors.items()
@@ -69,13 +69,15 @@ class Verdict:
 
 @dataclass(eq=False)
 class Result:
-    """What became of one contender.
+    """The outcome of one contender.
 
     Attributes:
+        name: the contender's name.
+        note: the contender's note.
         status: "timed", "wrong", "failed" or "absent".
         reason: why it isn't timed.
-        verdict: None where nothing was judged.
-        seconds: of each counted round; empty unless timed.
+        verdict: errors and bounds; None if nothing was judged.
+        seconds: time of each counted round; empty unless timed.
     """
 
     name: str
@@ -86,7 +88,7 @@ class Result:
     seconds: list[float] = field(default_factory=list)
 
     def drop(self, status: str, reason: str) -> None:
-        """Take it out of the race; what it was timed at is forgotten."""
+        """Take the contender out of the race and forget its times."""
         self.status, self.reason = status, reason
         self.seconds.clear()
 
@@ -95,7 +97,7 @@ class Result:
         return statistics.median(self.seconds) if self.seconds else None
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON; seconds throughout."""
+        """The result as it is written to JSON; all times in seconds."""
         verdict = self.verdict
         return {
             "status": self.status,
@@ -112,16 +114,19 @@ class Result:
 
 
 class AbsentError(Exception):
-    """A contender can't run here; the message says why, and stands as its reason."""
+    """A contender can't run here; the message becomes its reason."""
 
 
 class TimeLimitError(Exception):
-    """A contender took longer than it may."""
+    """A contender exceeded its time limit."""
 
 
 @contextmanager
 def time_limit(seconds: float) -> Iterator[None]:
-    """Raise TimeLimitError after so long; an operation under way is ended first. Main thread."""
+    """Raise TimeLimitError after so many seconds, once the operation under way has ended.
+
+    Works only in the main thread, which gets the signals.
+    """
 
     def on_alarm(_signal: int, _frame: FrameType | None) -> None:
         raise TimeLimitError(f"took longer than {seconds:g} s")
@@ -136,16 +141,16 @@ def time_limit(seconds: float) -> Iterator[None]:
 
 
 def wall_clock(run: Callable[[], Any]) -> float:
-    """Seconds of one call, on a CPU."""
+    """Seconds of one call on a CPU."""
     started = time.perf_counter()
     result = run()
     elapsed = time.perf_counter() - started
-    del result  # freed outside the time
+    del result  # only now: freeing it is not part of the time
     return elapsed
 
 
 class CudaClock:
-    """Seconds of one call on the current CUDA device, between two events, from a cold L2 cache."""
+    """Seconds of one call on the current CUDA device, starting with a cold L2 cache."""
 
     def __init__(self) -> None:
         self._flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device="cuda")
@@ -168,7 +173,7 @@ def clock_for(device: str) -> Clock:
 
 
 def one_line(error: BaseException) -> str:
-    """Class and first line of an error; of an AbsentError the line alone."""
+    """Class and first line of an error; only the line for an AbsentError."""
     lines = str(error).strip().splitlines()
     if not lines:
         return type(error).__name__
@@ -177,10 +182,10 @@ def one_line(error: BaseException) -> str:
 
 
 def make_contender(name: str, make: Callable[[], Contender], note: str = "") -> Contender:
-    """A contender from what imports it and sets it up; if that fails, one that can't run."""
+    """Call `make`; if it raises, return a contender that can't run, with the reason."""
     try:
         return make()
-    except Exception as error:  # a peer's import may raise anything
+    except Exception as error:  # a peer's import can raise anything
         return Contender(name, reason=one_line(error), note=note)
 
 
@@ -189,7 +194,7 @@ def attempt(
     judge: Callable[[Any], Verdict],
     limit_seconds: float,
 ) -> Result:
-    """Run a contender once and judge what it gives; compilation falls in here, too."""
+    """Run a contender once, compilation included, and judge its result."""
     result = Result(contender.name, contender.note)
     if contender.run is None:
         result.drop(ABSENT, contender.reason or "no reason given")
@@ -200,7 +205,7 @@ def attempt(
             _synchronize()
         if contender.judged:
             result.verdict = judge(given)
-    except Exception as error:  # a peer may raise anything, and the race goes on
+    except Exception as error:  # a peer can raise anything, and the race goes on
         result.drop(FAILED, one_line(error))
     else:
         if result.verdict is not None and result.verdict.complaint:
@@ -217,14 +222,14 @@ def race(
     rounds: int,
     warmup: int,
 ) -> None:
-    """Time everyone whose attempt was right, in rounds that each start with another one.
+    """Time all contenders whose attempt was right, in rounds that each start with another one.
 
     Args:
-        contenders: all of them.
-        attempts: by name, what `attempt` gave; seconds and failures are written to it.
-        clock: that times one call.
-        rounds: that count.
-        warmup: rounds before, which don't.
+        contenders: all contenders.
+        attempts: results of `attempt` by name; seconds and failures are written to them.
+        clock: function that times one call.
+        rounds: number of rounds that count.
+        warmup: number of rounds before those, which don't count.
     """
     for number in range(-warmup, rounds):
         running = [each for each in contenders if attempts[each.name].status == TIMED]
@@ -234,7 +239,7 @@ def race(
             try:
                 with contender.holding():
                     elapsed = clock(contender.run)
-            except Exception as error:  # likewise
+            except Exception as error:  # a peer can raise anything
                 result.drop(FAILED, one_line(error))
             else:
                 if number >= 0:
@@ -244,7 +249,7 @@ def race(
 
 
 def rotated(items: Sequence[Any], number: int) -> list[Any]:
-    """The items in their order, from another one on with every number."""
+    """The items in their order, beginning with item `number`, counted in a circle."""
     start = number % len(items) if items else 0
     return [*items[start:], *items[:start]]
 
@@ -252,16 +257,16 @@ def rotated(items: Sequence[Any], number: int) -> list[Any]:
 def ratios(
     values: dict[str, float | None], reasons: dict[str, str | None], ours: str, suffix: str
 ) -> tuple[dict[str, float | None], dict[str, str]]:
-    """Ours over theirs for every other contender, as "<name>_<suffix>".
+    """Divide our value by that of every other contender.
 
     Args:
-        values: by contender; None where there is nothing to compare.
-        reasons: by contender, why there isn't.
-        ours: the name of ours.
-        suffix: what is compared.
+        values: value of each contender; None if there is nothing to compare.
+        reasons: why a contender has no value.
+        ours: name of our contender.
+        suffix: what is compared; a ratio is named "<contender>_<suffix>".
 
     Returns:
-        The ratios, None where one of the two has no value, and the reasons for those.
+        The ratios, None if either value is missing, and the reasons for those that are None.
     """
     found: dict[str, float | None] = {}
     why: dict[str, str] = {}
@@ -271,21 +276,21 @@ def ratios(
         key, mine = f"{name}_{suffix}", values[ours]
         found[key] = mine / theirs if mine is not None and theirs else None
         if found[key] is None:
-            lacking = ours if mine is None else name
-            why[key] = f"{lacking}: {reasons.get(lacking) or 'measured nothing above zero'}"
+            missing = ours if mine is None else name
+            why[key] = f"{missing}: {reasons.get(missing) or 'measured nothing above zero'}"
     return found, why
 
 
 def time_ratios(
     results: dict[str, Result], ours: str, suffix: str
 ) -> tuple[dict[str, float | None], dict[str, str]]:
-    """`ratios` of median times."""
+    """The `ratios` of median times."""
     medians = {name: result.median for name, result in results.items()}
     return ratios(medians, {name: r.reason for name, r in results.items()}, ours, suffix)
 
 
 def worst(all_ratios: Sequence[dict[str, float | None]]) -> dict[str, float | None]:
-    """Of every ratio the largest over several cases; None where no case has it."""
+    """The largest value of each ratio over several cases; None if no case has one."""
     keys = dict.fromkeys(key for each in all_ratios for key in each)
     found = {key: [each.get(key) for each in all_ratios] for key in keys}
     known = {key: [v for v in values if v is not None] for key, values in found.items()}
@@ -293,14 +298,14 @@ def worst(all_ratios: Sequence[dict[str, float | None]]) -> dict[str, float | No
 
 
 def positive(text: str) -> int:
-    """A whole number above 0, for a command line."""
+    """Parse a whole number above 0, for a command line."""
     if not (text.isdecimal() and int(text) > 0):
         raise argparse.ArgumentTypeError(f"{text!r} is no whole number above 0")
     return int(text)
 
 
 def quantile(values: Sequence[float], share: float) -> float | None:
-    """The value below which that share lies, interpolated; None of nothing."""
+    """The value below which that share of the values lies, interpolated; None if there are none."""
     if not values:
         return None
     place = share * (len(values) - 1)

@@ -2,7 +2,7 @@
 
 python -m benchmarks.head --device cpu --json head.json
 
-Every contender's result is held against fp64 before it is timed. See docs/benchmarks.md.
+Every contender's result is compared with fp64 before it is timed. See docs/benchmarks.md.
 """
 
 from __future__ import annotations
@@ -23,26 +23,30 @@ from dpofast_kernels import backend_for
 
 MODULE = "benchmarks.head"
 GPU_TOKENS = (4096, 8192, 16384, 32768)
-TOKENS_PER_PAIR = 512  # on a GPU, on average
+TOKENS_PER_PAIR = 512  # scored tokens of a pair on a GPU, on average
 
 
 def run_case(case: Case, options: argparse.Namespace) -> CaseRun:
-    """Judge everyone in every pass, then time who was right."""
-    torch.compiler.reset()  # beyond a number of sizes nothing more is compiled
+    """Judge all contenders in every pass, then time those that were right."""
+    torch.compiler.reset()  # torch.compile gives up on a function after 8 sizes
     inputs = make_inputs(case, options.device)
     run = CaseRun(case, options.ours or f"ours_{backend_for(inputs.hidden_states)}")
-    # labels and ref_logps cost a pass to make
+    # The processes that measure memory get these, which cost a forward pass to make.
     run.payload = case, {"labels": inputs.labels.cpu(), "ref_logps": inputs.ref_logps.cpu()}
     judge = Judge(inputs)
     run.judge = {"naive_errors": judge.naive_errors, "error_bounds": judge.bounds}
     entered = judge_all(run, ENTRIES, inputs, judge, options)
-    del judge  # it holds gradients in fp64
+    del judge  # frees its gradients in fp64 before the race
     time_all(run, entered, options)
     return run
 
 
 def peaks(name: str, payload: Any, device: str) -> dict[str, Any]:
-    """Bytes; a gradient in fp32 that a contender sums in stands in the peak, too."""
+    """Peak memory of one contender in bytes, beyond its inputs, and beyond its gradients too.
+
+    Some contenders sum the weight's gradient in fp32, others in the inputs' dtype. The last of the
+    three peaks leaves that sum out, too.
+    """
     case, targets = payload
     inputs: Inputs = make_inputs(case, device, targets)
     made = contender(name, inputs, "forward_backward")
@@ -50,7 +54,7 @@ def peaks(name: str, payload: Any, device: str) -> dict[str, Any]:
         return {"reason": made.reason}
     peak = peak_beyond_baseline(made.run, device)
     beyond_gradients = peak - inputs.gradient_bytes
-    # an fp32 weight's gradient is such a sum itself
+    # In fp32 the gradient itself is that sum.
     fp32_sum = 4 * inputs.weight.numel() if inputs.weight.itemsize < 4 else 0
     return {
         "beyond_inputs": peak,
@@ -72,12 +76,12 @@ BENCHMARK = Benchmark(
 
 
 def benchmark(options: argparse.Namespace) -> int:
-    """As `Benchmark.run`, on the command line's cases."""
+    """Run the command line's cases and return the exit code, see `Benchmark.run`."""
     return BENCHMARK.run(cases_of(options), options)
 
 
 def cases_of(options: argparse.Namespace) -> list[Case]:
-    """What the command line asks for: on a CPU one small case, else five heads at four sizes."""
+    """The cases that the command line asks for: by default one on a CPU, twenty on a GPU."""
     if options.dry_run:
         return [Case("tiny", 96, 64, 1003, 3, options.dtype, even=False)]
     is_gpu = options.device == "cuda"
@@ -101,7 +105,7 @@ def cases_of(options: argparse.Namespace) -> list[Case]:
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    """The command line; what isn't given depends on the device."""
+    """Parse the command line; defaults depend on the device."""
     parser = argparse.ArgumentParser(prog=f"python -m {MODULE}", description=HELP)
     add_options(parser, ENTRIES, OURS)
     add = parser.add_argument

@@ -1,4 +1,4 @@
-"""The sizes that the head's benchmark runs, and their inputs."""
+"""The cases of the head's benchmark, and their inputs."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-BETA = 0.1  # of the loss
-# hidden size and vocabulary of each model's head
+BETA = 0.1  # of the DPO loss
+# Hidden size and vocabulary size of each model.
 MODELS = {
     "llama-3-8b": (4096, 128256),
     "qwen2.5-7b": (3584, 152064),
@@ -21,9 +21,11 @@ MODELS = {
     "mistral-7b": (4096, 32768),
 }
 WEIGHT_STD = 0.02
-LOGIT_STD = (2.0, 3.0)  # of a row's logits, its aim aside
-AIM = 22.0  # up to this much a row's logits point at one token: from flat rows to p > 0.999
-SCORED_BLOCK = 64  # rows whose labels are drawn at once
+# Spread of a position's logits: a random value in this range, before one token is favoured.
+LOGIT_STD = (2.0, 3.0)
+# One token's logit is raised by 0 to AIM: from flat distributions to p > 0.999.
+AIM = 22.0
+SCORED_BLOCK = 64  # positions whose labels are drawn at once
 _PRODUCTS = {"forward": 1, "forward_backward": 3}
 
 
@@ -32,11 +34,13 @@ class Case:
     """One size of the head's work.
 
     Attributes:
-        model: whose hidden size and vocabulary these are.
+        model: name of the model with this hidden size and vocabulary.
         num_tokens: N, scored tokens.
+        hidden_size: H.
+        vocab_size: V.
         num_pairs: P.
-        dtype: of hidden states and weight, by its name in torch.
-        even: whether all answers are of the same length.
+        dtype: torch's name for the dtype of hidden states and weight.
+        even: whether all answers have the same length.
     """
 
     model: str
@@ -52,11 +56,11 @@ class Case:
         return f"{self.model}, N={self.num_tokens}, {self.dtype}"
 
     def flop(self, step: str) -> float:
-        """Of the products that a pass needs, 2NHV each."""
+        """Floating-point operations of a pass: its products, 2NHV each."""
         return _PRODUCTS[step] * 2.0 * self.num_tokens * self.hidden_size * self.vocab_size
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """The case as it is written to JSON."""
         return {
             "name": self.name,
             "model": self.model,
@@ -71,10 +75,10 @@ class Case:
 
 @dataclass(frozen=True, eq=False)
 class Inputs:
-    """What every contender gets; hidden states and weight are leaves with gradients.
+    """Inputs of all contenders; hidden states and weight are leaves that get gradients.
 
-    `ref_hidden_states` are what `ref_logps` were made from, with the same weight, for contenders
-    that take no reference log-probs.
+    `ref_logps` were computed from `ref_hidden_states` with the same weight. Contenders that take no
+    reference log-probs get the hidden states.
     """
 
     hidden_states: Tensor  # [N, H]
@@ -95,11 +99,11 @@ class Inputs:
 
 @dataclass(frozen=True, eq=False)
 class Outputs:
-    """What a contender gives; None where it doesn't.
+    """Results of a contender; None if it doesn't compute one.
 
     Attributes:
-        per_token_logps: [N].
-        logps: [2P].
+        per_token_logps: [N], nats.
+        logps: [2P], nats.
         loss: [], mean over pairs.
         d_hidden_states: [N, H].
         d_weight: [V, H].
@@ -113,15 +117,15 @@ class Outputs:
 
 
 def make_inputs(case: Case, device: str, targets: dict[str, Tensor] | None = None) -> Inputs:
-    """The inputs of a case: the same ones in every process.
+    """Make the inputs of a case: the same in every process.
 
-    The logits of a row spread by 2 to 3, and point at one token more or less; labels are drawn
-    from the model's own distribution, so that log-probs are those of a model that knows its text.
+    The logits of a position have a standard deviation of 2 to 3, and favour one token more or less.
+    Labels are drawn from this distribution, as if the model had been trained on such text.
 
     Args:
-        case: its size.
+        case: sizes and dtype.
         device: "cpu" or "cuda".
-        targets: labels and ref_logps of another process, which cost a pass to make.
+        targets: labels and ref_logps from another process; computing them costs a forward pass.
     """
     generator = torch.Generator(device).manual_seed(0)
     dtype = getattr(torch, case.dtype)
@@ -134,7 +138,8 @@ def make_inputs(case: Case, device: str, targets: dict[str, Tensor] | None = Non
         draws = torch.rand(case.num_tokens, 1, generator=generator, device=device)
         return draws * (high - low) + low
 
-    unit = WEIGHT_STD * case.hidden_size**0.5  # spread of logits of a standard normal row
+    # A standard normal hidden state gives logits with this standard deviation.
+    unit = WEIGHT_STD * case.hidden_size**0.5
     noise = torch.randn(size, generator=generator, device=device)
     aimed = torch.randint(case.vocab_size, (case.num_tokens,), generator=generator, device=device)
     hidden_states = noise * uniform(*LOGIT_STD) / unit
@@ -158,20 +163,20 @@ def make_inputs(case: Case, device: str, targets: dict[str, Tensor] | None = Non
 
 
 def _bounds(case: Case) -> Tensor:
-    """[2P+1] limits; uneven answers are of a quarter to seven quarters of the mean length."""
+    """[2P+1] bounds; uneven answers have a quarter to seven quarters of the mean length."""
     num_sequences = 2 * case.num_pairs
     generator = torch.Generator().manual_seed(1)
     shares = torch.rand(num_sequences, generator=generator, dtype=torch.float64) * 1.5 + 0.25
     if case.even:
         shares.fill_(1.0)
-    # At least one token each: the rest is shared out.
+    # One token for each answer; the others are distributed.
     spare = case.num_tokens - num_sequences
     ends = (shares.cumsum(0) / shares.sum() * spare).round().long()
     return F.pad(ends + torch.arange(1, num_sequences + 1), (1, 0))
 
 
 def _draw_labels(hidden_states: Tensor, weight: Tensor, generator: torch.Generator) -> Tensor:
-    """[N] from the softmax of every row's logits."""
+    """[N] labels, drawn from the softmax of each position's logits."""
     draws = []
     for start in range(0, len(hidden_states), SCORED_BLOCK):
         logits = hidden_states[start : start + SCORED_BLOCK] @ weight.t()
@@ -181,7 +186,7 @@ def _draw_labels(hidden_states: Tensor, weight: Tensor, generator: torch.Generat
 
 
 def _exact_logps(hidden_states: Tensor, weight: Tensor, labels: Tensor, bounds: Tensor) -> Tensor:
-    """[N] fp64 per-token log-probs, for a weight that is fp64 already."""
+    """[N] fp64 per-token log-probs, in nats, for a weight in fp64."""
     logps = []
     for rows in sequence_rows(bounds):
         z = hidden_states[rows].double() @ weight.t()
@@ -191,10 +196,11 @@ def _exact_logps(hidden_states: Tensor, weight: Tensor, labels: Tensor, bounds: 
 
 
 def sequence_sums(per_token_logps: Tensor, bounds: Tensor) -> Tensor:
-    """[2P] fp64."""
+    """[2P] fp64: sums over each sequence."""
     return torch.stack([per_token_logps[rows].double().sum() for rows in sequence_rows(bounds)])
 
 
 def sequence_rows(bounds: Tensor) -> Iterator[slice]:
+    """Yield the positions of each sequence."""
     for start, end in pairwise(bounds.tolist()):
         yield slice(start, end)

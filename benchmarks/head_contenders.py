@@ -1,8 +1,9 @@
-"""Who runs in the head's benchmark: ours, plain PyTorch, the peers, and the bare products.
+"""Contenders of the head's benchmark: ours, plain PyTorch, the peers, and the bare products.
 
-All do the same work on the same tensors: log-probs of the labels, and for forward and backward the
-sums per sequence in fp64, the sigmoid loss against cached reference log-probs, and the gradients of
-hidden states and weight. Where one can't, its note says what it does in place of that.
+All do the same work on the same tensors. The forward pass computes the log-probs of the labels.
+Forward and backward together compute their sums per sequence in fp64, the sigmoid loss against
+cached reference log-probs, and the gradients of hidden states and weight. A contender's note says
+where its work differs.
 """
 
 from __future__ import annotations
@@ -29,20 +30,20 @@ from dpofast_kernels import (
 
 TRL_VOCAB_CHUNK = 32768
 IGNORED = -100
-# Relative, of a gradient that is rounded to bf16 after each of a vocabulary's thousand or two of
-# blocks: each rounding adds up to 2^-9, in any direction.
+# Relative error allowed for a gradient that is rounded to bf16 after each block of the vocabulary,
+# a thousand times or two. Each rounding adds an error of up to 2^-9, with either sign.
 BF16_SUMS = 0.2
 
 LogpsFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def contender(name: str, inputs: Inputs, step: str) -> Contender:
-    """The contender of that name; `step` is "forward" or "forward_backward"."""
+    """Bind a contender to its inputs; `step` is "forward" or "forward_backward"."""
     return make_contender(name, ENTRIES[name], inputs, step)
 
 
-def _from_logps(function: LogpsFunction, inputs: Inputs) -> Work:
-    """The work of someone who gives per-token log-probs with a backward."""
+def work_of_logps(function: LogpsFunction, inputs: Inputs) -> Work:
+    """The work of a contender that computes per-token log-probs and has a backward for them."""
     loss_of = make_loss("sigmoid", beta=BETA)
     lengths = inputs.bounds.diff().view(-1, 2).to(inputs.labels.device)  # [P, 2]
 
@@ -94,22 +95,22 @@ def _ours(backend: str) -> Entry:
     return Entry(make)
 
 
-def _naive_logps(hidden_states: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    """[N]; neither the logits nor all log-probs [N, V] have a name that outlives this."""
+def naive_logps(hidden_states: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """[N] log-probs of the labels; logits and log-probs [N, V] are freed on return."""
     all_logps = (hidden_states @ weight.t()).log_softmax(-1, dtype=torch.float32)
     return all_logps.gather(-1, labels[:, None])[:, 0]
 
 
 def _naive(inputs: Inputs) -> Work:
-    return _from_logps(_naive_logps, inputs)
+    return work_of_logps(naive_logps, inputs)
 
 
 def _compiled(inputs: Inputs) -> Work:
-    return _from_logps(torch.compile(_naive_logps, fullgraph=True, dynamic=False), inputs)
+    return work_of_logps(torch.compile(naive_logps, fullgraph=True, dynamic=False), inputs)
 
 
 def _trl(inputs: Inputs) -> Work:
-    # Its backward imports the trainer, which belongs neither to its time nor to its memory.
+    # Its backward imports the trainer. Imported here, that counts neither as time nor as memory.
     import trl.trainer.utils  # noqa: F401
     from trl.kernels.chunked_logprob import ChunkedLogProbFunction
 
@@ -128,7 +129,7 @@ def _trl(inputs: Inputs) -> Work:
         )[0]
         return per_token_logps
 
-    return _from_logps(logps, inputs)
+    return work_of_logps(logps, inputs)
 
 
 def _liger_flce(inputs: Inputs) -> Work:
@@ -136,7 +137,7 @@ def _liger_flce(inputs: Inputs) -> Work:
     from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
 
     nll = LigerFusedLinearCrossEntropyLoss(reduction="none", accum_dtype=torch.float32)
-    return _from_logps(lambda x, weight, labels: -nll(weight, x, labels), inputs)
+    return work_of_logps(lambda x, weight, labels: -nll(weight, x, labels), inputs)
 
 
 def _liger_dpo(inputs: Inputs) -> Work:
@@ -196,15 +197,15 @@ def _cce(filter_eps: str | None) -> Callable[[Inputs], Work]:
             )
             return -nll
 
-        return _from_logps(logps, inputs)
+        return work_of_logps(logps, inputs)
 
     return make
 
 
 def _floor(fp32_d_weight: bool) -> Callable[[Inputs], Work]:
-    """The products of a head, each of whole matrices into an output that is there already.
+    """The products of a head, of whole matrices, into outputs that exist already.
 
-    It is there for a round alone: on a GPU, logits of all rows would lack the others.
+    The outputs exist only during its rounds: other contenders need the memory of the logits.
     """
 
     def make(inputs: Inputs) -> Work:
@@ -217,12 +218,12 @@ def _floor(fp32_d_weight: bool) -> Callable[[Inputs], Work]:
         def holding() -> Iterator[None]:
             dtype = torch.float32 if fp32_d_weight else x.dtype
             try:
-                # [N, V], which stands for d_logits, too; [N, H]; [V, H]
+                # logits and d_logits [N, V]; d_hidden_states [N, H]; d_weight [V, H]
                 outputs.append(x.new_empty(len(x), len(weight)))
                 outputs.append(torch.empty_like(x))
                 outputs.append(torch.empty_like(weight, dtype=dtype))
                 for output in outputs:
-                    output.zero_()  # a CPU has no memory until it is written to
+                    output.zero_()  # the OS only hands out memory that is written to
                 yield
             finally:
                 outputs.clear()

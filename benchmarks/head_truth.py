@@ -1,6 +1,6 @@
 """The truth about a case of the head's benchmark, and the rule by which results are judged.
 
-A result is held against fp64. Its errors may be MULTIPLE times those of naive PyTorch in the same
+A result is compared with fp64. Its errors can be MULTIPLE times those of naive PyTorch in the same
 dtype, plus FLOORS. Neither the truth nor that baseline comes from a contender.
 """
 
@@ -16,10 +16,10 @@ from torch import Tensor
 from benchmarks.harness import Verdict
 from benchmarks.head_cases import BETA, Inputs, Outputs, sequence_sums
 
-# Largest errors are a matter of chance: with the same roundings, in another order, one result's may
-# be this many times another's.
+# The largest of many rounding errors is a matter of chance: the same roundings in another order can
+# make it this many times larger.
 MULTIPLE = 3.0
-# Per error of `errors_of`; nats, and for gradients relative.
+# Keys are those of `errors_of`: nats for log-probs and loss, relative for gradients.
 FLOORS: dict[torch.dtype, dict[str, float]] = {
     torch.float32: {
         "per_token_logps": 1e-5,
@@ -37,13 +37,12 @@ FLOORS: dict[torch.dtype, dict[str, float]] = {
     },
 }
 VOCAB_BLOCK = 16384
-# What each pass has to give; of log-probs, one of the two.
 GRADIENTS = ("d_hidden_states", "d_weight")
 
 
 @dataclass(frozen=True, eq=False)
 class Truth:
-    """The case in fp64; the same fields as `Outputs`, and the loss of every pair, [P]."""
+    """Right results of a case, shaped as in `Outputs`; `pair_losses` are [P]."""
 
     per_token_logps: Tensor
     logps: Tensor
@@ -54,11 +53,11 @@ class Truth:
 
 @torch.no_grad()
 def find_truth(inputs: Inputs) -> Truth:
-    """Log-probs, loss and gradients in fp64 from their formulas, pair by pair.
+    """Compute log-probs, loss and gradients in fp64 from their formulas, one pair at a time.
 
-    With p = softmax(z) and c = d loss / d logp of a row's sequence, d loss / d z = c (onehot - p).
-    The loss of a pair is -log sigmoid(m) / P, m = beta (chosen - rejected log-ratio), so that
-    c = -/+ beta sigmoid(-m) / P for chosen / rejected.
+    A pair contributes -log sigmoid(m) / P to the loss, with m = beta (chosen - rejected log-ratio).
+    Its derivative by the log-prob of the chosen or rejected answer is c = -/+ beta sigmoid(-m) / P.
+    With p = softmax(z), the derivative by the logits of a position is c (onehot - p).
     """
     weight = inputs.weight.double()  # [V, H]
     limits = inputs.limits
@@ -94,9 +93,9 @@ def find_truth(inputs: Inputs) -> Truth:
 
 
 def naive_in_dtype(inputs: Inputs) -> Truth:
-    """Naive PyTorch in the inputs' dtype by autograd, also pair by pair: the second baseline.
+    """Run naive PyTorch with autograd in the inputs' dtype, one pair at a time: the baseline.
 
-    The weight's gradient is summed over pairs in fp32, and rounded at last to the inputs' dtype.
+    The weight's gradient is summed over pairs in fp32 and rounded to the inputs' dtype at the end.
     """
     limits = inputs.limits
     num_pairs = len(limits) // 2
@@ -129,13 +128,13 @@ def naive_in_dtype(inputs: Inputs) -> Truth:
 
 
 class Judge:
-    """Knows the truth about a case, and how wrong naive PyTorch is there."""
+    """Judges results by the truth and by the errors that naive PyTorch makes."""
 
     def __init__(self, inputs: Inputs) -> None:
         self.truth = find_truth(inputs)
         naive = naive_in_dtype(inputs)
         errors = errors_of(self.truth, Outputs(**_tensors(naive)))
-        # The mean of pairs' errors, as those of the loss itself may cancel by chance.
+        # Errors of the pairs' losses can cancel in the mean by chance, so take the mean of errors.
         pair_errors = (naive.pair_losses - self.truth.pair_losses).abs()
         errors["loss"] = float(pair_errors.mean())
         self.naive_errors = errors
@@ -143,17 +142,17 @@ class Judge:
         self.bounds = {name: MULTIPLE * errors[name] + floor for name, floor in floors.items()}
 
     def forward(self, outputs: Outputs, gradient_error: float = 0.0) -> Verdict:
-        """Of log-probs alone."""
+        """Judge only the log-probs."""
         return self._verdict(outputs, (), gradient_error)
 
     def forward_backward(self, outputs: Outputs, gradient_error: float = 0.0) -> Verdict:
-        """Of log-probs, loss and gradients; the last may have that error, if the rule says less."""
+        """Judge log-probs, loss and gradients; `gradient_error` can raise the gradients' bound."""
         return self._verdict(outputs, ("loss", *GRADIENTS), gradient_error)
 
     def _verdict(self, outputs: Outputs, needed: tuple[str, ...], gradient_error: float) -> Verdict:
-        lacking = [name for name in needed if getattr(outputs, name) is None]
-        if lacking or (outputs.per_token_logps is None and outputs.logps is None):
-            raise ValueError(f"the result lacks {', '.join(lacking) or 'log-probs'}")
+        missing = [name for name in needed if getattr(outputs, name) is None]
+        if missing or (outputs.per_token_logps is None and outputs.logps is None):
+            raise ValueError(f"the result lacks {', '.join(missing) or 'log-probs'}")
         errors = errors_of(self.truth, outputs)
         bounds = {name: self.bounds[name] for name in errors}
         for name in GRADIENTS:
@@ -163,10 +162,9 @@ class Judge:
 
 
 def errors_of(truth: Truth, outputs: Outputs) -> dict[str, float]:
-    """Largest absolute error of log-probs and loss; relative Frobenius error of gradients.
+    """Largest absolute errors of log-probs and loss, relative Frobenius errors of gradients.
 
-    Of what the outputs hold. Sums per sequence are made of per-token log-probs where only those are
-    given.
+    Results that are None have no error here.
     """
     errors: dict[str, float] = {}
     for name in ("per_token_logps", "logps"):
@@ -183,12 +181,12 @@ def errors_of(truth: Truth, outputs: Outputs) -> dict[str, float]:
 
 
 def _largest(differences: Tensor) -> float:
-    """NaN if any is."""
+    """The largest absolute value; NaN if any is NaN."""
     return float(differences.abs().max())
 
 
 def _relative_frobenius(given: Tensor, exact: Tensor) -> float:
-    """A few rows at a time, as copies of the weight's gradient in fp64 are large."""
+    """Relative Frobenius error, a block at a time: a copy of d_weight in fp64 would be large."""
     differences = norms = torch.zeros((), dtype=torch.float64, device=exact.device)
     for start in range(0, len(exact), VOCAB_BLOCK):
         rows = slice(start, start + VOCAB_BLOCK)
@@ -198,6 +196,6 @@ def _relative_frobenius(given: Tensor, exact: Tensor) -> float:
 
 
 def _tensors(truth: Truth) -> dict[str, Any]:
-    """The fields that `Outputs` has, too."""
+    """The results that `Outputs` has fields for."""
     names = {each.name for each in fields(Outputs)} & {each.name for each in fields(Truth)}
     return {name: getattr(truth, name) for name in names}

@@ -1,6 +1,6 @@
-"""Peak memory of one contender at a time, each in a process of its own.
+"""Peak memory of contenders, each measured in a process of its own.
 
-A benchmark starts itself again with hidden arguments; the child prints one JSON line a case.
+A benchmark starts itself again with hidden arguments. The child prints one line of JSON per case.
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ import torch
 from benchmarks import REPOSITORY
 from benchmarks.harness import ratios
 
-# Written to clear_refs, this sets the peak VmHWM back to what is resident now (proc(5)).
+# Written to /proc/self/clear_refs, this resets the peak VmHWM to the resident size (proc(5)).
 CLEAR_PEAK = "5"
 CHILD_SECONDS = 600.0
-CASE_SECONDS = 120.0  # for each case more
+CASE_SECONDS = 120.0  # more for each case after the first
 
 
 def peak_beyond_baseline(run: Callable[[], Any], device: str) -> int:
-    """Bytes that a call needs at its peak beyond what was held before the first call.
+    """Peak memory of a call, in bytes beyond what was allocated before.
 
-    Inputs and imports must be there already. It runs twice, and the second call is measured: so
-    buffers that stay are counted, and what is needed once (compilation, tuning) is not. On the CPU
-    that takes a peak that can be reset; where it can't be, the first call is measured.
+    Make inputs and imports before. The call runs twice and the second run is measured. That counts
+    buffers which stay allocated, and leaves out what is needed once, like compilation and tuning.
+    On a CPU whose peak can't be reset, the first run is measured.
 
     Args:
-        run: one round of a contender; its result counts, too, as long as the call holds it.
+        run: one round of a contender; its result counts as long as `run` holds it.
         device: "cpu" or "cuda".
     """
     gc.collect()
@@ -67,7 +67,7 @@ def measure_in_child(
     """Run `python -m module arguments` and read what it prints.
 
     Returns:
-        The JSON objects that it printed, one a line, and why it ended early, or None if it didn't.
+        The JSON objects that it printed, one per line, and the reason if it failed, else None.
     """
     paths = [str(REPOSITORY), str(REPOSITORY / "kernels"), *filter(None, sys.path)]
     try:
@@ -81,7 +81,7 @@ def measure_in_child(
             check=False,
         )
     except subprocess.TimeoutExpired as expired:
-        printed = (expired.stdout or b"").decode()  # bytes, whatever was asked for
+        printed = (expired.stdout or b"").decode()  # bytes here, in spite of text=True
         return _objects(printed), f"took longer than {timeout_seconds:g} s"
     objects = _objects(child.stdout)
     if child.returncode == 0:
@@ -99,16 +99,19 @@ def _objects(printed: str) -> list[dict[str, Any]]:
 def peaks_in_children(
     module: str, name: str, payloads: Sequence[Any], options: argparse.Namespace
 ) -> list[dict[str, Any]]:
-    """Peaks of one contender in every case, or a reason.
+    """Measure the peaks of one contender in every case.
 
-    On a GPU one process takes all cases, as the allocator's count can be set back; on a CPU each
-    case has its own, as what the C library keeps of one would count in the next (but in a dry run).
+    On a GPU one process runs all cases, because the allocator's peak can be reset. On a CPU each
+    case gets a process of its own, except in a dry run: memory that the C library keeps from one
+    case would count in the next.
 
     Args:
-        module: the benchmark's, whose hidden options --memory-of and --child-file start it.
-        name: the contender's.
+        module: module of the benchmark, which has the hidden options --memory-of and --child-file.
+        name: name of the contender.
         payloads: what the process makes each case's inputs from; pickled.
-        options: of the command line; the process gets device and threads.
+        options: command line; device and threads are passed on.
+    Returns:
+        For each case its peaks in bytes, or {"reason": why there are none}.
     """
     if options.device == "cuda" or options.dry_run:
         return _peaks_in_child(module, name, payloads, options)
@@ -118,9 +121,9 @@ def peaks_in_children(
 def memory_ratios(
     memory: dict[str, dict[str, Any]], ours: str
 ) -> tuple[dict[str, float | None], dict[str, str]]:
-    """Ours over theirs, beyond inputs and gradients."""
+    """Ratios of our peak to theirs, beyond inputs and gradients, and reasons for those missing."""
     peaks = {name: each.get("beyond_inputs_and_gradients") for name, each in memory.items()}
-    # A peak that noise makes negative compares with nothing.
+    # Noise can make a small peak negative, and then a ratio means nothing.
     values = {name: peak if peak is not None and peak > 0 else None for name, peak in peaks.items()}
     reasons = {name: each.get("reason") for name, each in memory.items()}
     return ratios(values, reasons, ours, "memory")
@@ -143,10 +146,9 @@ def _peaks_in_child(
 
 
 def process_peak_bytes() -> int:
-    """The largest resident set that this process had so far, imports included.
+    """The largest resident set of this process until now, imports included.
 
-    Read from /proc where there is one: `ru_maxrss` starts with what the parent had when it started
-    this process.
+    Read from /proc if there is one: `ru_maxrss` starts with the parent's size at the fork.
     """
     if _has_status():
         return _status_bytes("VmHWM")
@@ -163,7 +165,7 @@ def _reset_peak() -> None:
 
 
 def _resident_bytes() -> int:
-    """What is resident now; where there is no /proc, the peak until now."""
+    """The resident set now; without /proc, the peak until now."""
     return _status_bytes("VmRSS") if _has_status() else process_peak_bytes()
 
 

@@ -1,4 +1,4 @@
-"""A race from its command line to its JSON: what the races of steps and of references share."""
+"""A race from its command line to its JSON, for the races of steps and of reference log-probs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from benchmarks.tables import print_race
 from benchmarks.train_cases import SHAPES, Case, prepare
 from dpofast.monitor.summary import write_json
 
-# Body tokens and head rows of our contenders, as planned for the case in a folder, on a device.
+# From a race, the folder of its case and a device: the counts that our contenders are to reach.
 Plan = Callable[[Race, Path, str], dict[str, Counts]]
 
 
@@ -28,11 +28,11 @@ class Program:
     """A race that can be run.
 
     Attributes:
-        module: that `python -m` runs, benchmarks.NAME.
-        contest: who races.
-        plan: what ours are to run.
-        judged: what is compared with the right one's, in words.
-        at_least, at_most: what the race on a CPU is to show, of `ratios`.
+        module: name for `python -m`, benchmarks.NAME.
+        contest: contenders of the race.
+        plan: function that gives the counts of our contenders.
+        judged: in words, what is compared with the right result.
+        at_least, at_most: targets for the ratios of the race on a CPU.
     """
 
     module: str
@@ -44,7 +44,7 @@ class Program:
 
 
 def benchmark(program: Program, case: Case, title: str, options: argparse.Namespace) -> int:
-    """Run everything; 0 if ours was right, timed, and ran what the plan says, else 1."""
+    """Run a race; 0 if ours was right, was timed, and ran the planned tokens, else 1."""
     run_on = "cpu" if options.dry_run else options.device
     disable_progress_bars()
     with tempfile.TemporaryDirectory(prefix="dpofast-race-") as name:
@@ -56,7 +56,7 @@ def benchmark(program: Program, case: Case, title: str, options: argparse.Namesp
         planned = program.plan(race, folder, run_on)
         for number in range(options.rounds):
             race.run_round(number)
-            if options.json:
+            if options.json:  # after each round: a race that is stopped keeps its rounds
                 write_json(options.json, _report(program, race, planned, origin, options))
     ratios, _ = race.ratios()
     print_race(title, race.standings, ratios)
@@ -68,11 +68,12 @@ def benchmark(program: Program, case: Case, title: str, options: argparse.Namesp
 
 
 def has_targets(options: argparse.Namespace) -> bool:
+    """Whether targets are checked: they are set for the race on a CPU."""
     return options.device == "cpu" and not options.dry_run
 
 
 def targets(program: Program, ratios: dict[str, float | None]) -> dict[str, dict[str, Any]]:
-    """What the race on a CPU is to show, and whether it does; None where there is no ratio."""
+    """The targets and whether each holds; None if there is no ratio."""
     found: dict[str, dict[str, Any]] = {}
     for rule, bounds in (("at least", program.at_least), ("at most", program.at_most)):
         for name, bound in bounds.items():
@@ -124,7 +125,7 @@ def _report(
 
 
 def make_parser(program: Program, description: str) -> argparse.ArgumentParser:
-    """A command line with what all races take."""
+    """A command line with the options of all races."""
     parser = argparse.ArgumentParser(prog=f"python -m {program.module}", description=description)
     add, names = parser.add_argument, program.contest.entries
     add("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
@@ -142,6 +143,6 @@ def make_parser(program: Program, description: str) -> argparse.ArgumentParser:
 
 
 def settle(options: argparse.Namespace) -> None:
-    """What isn't given depends on the device."""
+    """Fill in the defaults that depend on the device."""
     options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     options.rounds = options.rounds or (1 if options.dry_run else 3)

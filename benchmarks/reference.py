@@ -2,7 +2,7 @@
 
 python -m benchmarks.reference --device cpu --json reference.json
 
-Every contender's log-probs are held against plain PyTorch's before it gets a speed. See
+Every contender's log-probs are compared with plain PyTorch's before it gets a speed. See
 docs/benchmarks.md.
 """
 
@@ -28,7 +28,7 @@ CONTEST = Contest(ENTRIES, OURS, TRUTH, CHILD_MODULE)
 
 
 def benchmark(options: argparse.Namespace) -> int:
-    """Run everything; 0 if ours was right, timed, and ran what the plan says, else 1."""
+    """Run the race; 0 if ours was right, was timed, and ran the planned tokens, else 1."""
     case = case_of(options)
     title = (
         f"{case.shape}: reference log-probs of {case.pairs_per_step} pairs, {case.dtype}, "
@@ -38,12 +38,12 @@ def benchmark(options: argparse.Namespace) -> int:
 
 
 def plan(race: Race, folder: Path, device: str) -> dict[str, Counts]:
-    """What our builder is to run."""
+    """The counts that our builder is to reach."""
     return {OURS: planned_counts(ReferenceWork(folder, device, 1, race.case.steps))}
 
 
 def planned_counts(work: Work) -> Counts:
-    """Body tokens and head rows of our builder."""
+    """Body tokens and scored positions of our builder, from its plan."""
     answers = read_answers(work.timed_pairs)
     num_tokens = partial(Layout("shared").num_tokens, by_prompt=True)
     batches = BatchesOfTokens(work.case.max_tokens, num_tokens)(answers, answers.first)
@@ -52,13 +52,13 @@ def planned_counts(work: Work) -> Counts:
 
 
 def case_of(options: argparse.Namespace) -> ReferenceCase:
-    """What the command line asks for."""
+    """The case that the command line asks for."""
     case = gpu_case(options.shape) if options.device == "cuda" else race_case()
     return tiny(case) if options.dry_run else case
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    """The command line; what isn't given depends on the device."""
+    """Parse the command line; defaults depend on the device."""
     options = make_parser(PROGRAM, HELP).parse_args(arguments)
     settle(options)
     return options

@@ -1,4 +1,4 @@
-"""What is scored in the race of reference log-probs: the model and the pairs, as data."""
+"""The cases of the race of reference log-probs: a model and the pairs that it scores."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from typing import ClassVar
 
 from benchmarks.train_cases import Case, Work
 
-# By dtype, how much an answer's summed log-prob may differ from naive's, relative.
+# By dtype: allowed relative difference of an answer's summed log-prob from naive's.
 TOLERANCES = {"float32": {"logps": 1e-5}, "bfloat16": {"logps": 2e-2}}
 BATCH_SIZES: tuple[int, ...] = (1, 2, 4, 8, 16)
 
 
 @dataclass(frozen=True)
 class ReferenceCase(Case):
-    """One race: all pairs are scored in one go, which is its only step.
+    """One race, whose only step scores all pairs.
 
-    A batch needn't divide the pairs. What Case says of training plays no part.
+    Batches need not divide the pairs evenly. The fields of `Case` for training are not used.
     """
 
     pairs_per_step: int = 100
@@ -24,7 +24,7 @@ class ReferenceCase(Case):
     fixed_batch: int = 1
 
     def __post_init__(self) -> None:
-        """Any number of pairs will do."""
+        """Accept any number of pairs, unlike `Case`."""
 
     @property
     def tolerances(self) -> dict[str, float]:
@@ -35,18 +35,18 @@ class ReferenceCase(Case):
 
 
 class ReferenceWork(Work):
-    """A case with its pairs, which are `timed_pairs`."""
+    """A case with the pairs to score, `timed_pairs`."""
 
     case_type: ClassVar[type[Case]] = ReferenceCase
 
 
 def race_case() -> ReferenceCase:
-    """The race on a CPU: the model and the file of the race of whole steps."""
+    """The race on a CPU, with the model and the data of the race of whole steps."""
     return ReferenceCase("race", batch_sizes={"trl": BATCH_SIZES})
 
 
 def gpu_case(shape: str) -> ReferenceCase:
-    """The race on a GPU: bf16, long rows, and everyone at the best batch size."""
+    """The race on a GPU: bf16, long packed rows, each contender at its best batch size."""
     sizes = {"trl": BATCH_SIZES, "naive": BATCH_SIZES}
     return ReferenceCase(shape, dtype="bfloat16", max_tokens=16384, batch_sizes=sizes)
 

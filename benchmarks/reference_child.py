@@ -14,7 +14,7 @@ MODULE = "benchmarks.reference_child"
 
 
 def run(name: str, work: Work) -> dict[str, Any]:
-    """What was measured of scoring all pairs, or why nothing was."""
+    """Let a contender score all pairs; see `measured` for what is returned."""
 
     def score(meter: Meter) -> dict[str, list[float]]:
         return {"logps": ENTRIES[name].run(work, meter).tolist()}

@@ -1,8 +1,8 @@
-"""Who runs in the race of reference log-probs: our builder, TRL's precompute, plain PyTorch.
+"""Contenders of the race of reference log-probs: our builder, TRL's precompute, plain PyTorch.
 
-All score the same model on the same pairs. The clock of a contender's `Meter` starts once model
-and pairs are there and the model has run on a few tokens, and ends when all log-probs are there.
-Each returns them: [2n] fp64, chosen and rejected of each pair.
+All score the same pairs with the same model. The clock of a contender's `Meter` starts when model
+and pairs are loaded and the model has run on a few tokens. It stops when all log-probs are there.
+Each contender returns [2n] fp64: chosen and rejected log-prob of each pair in turn.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ from benchmarks.train_contenders import (
 
 
 def _warm(model: Any) -> None:
-    """What the first forward pass of a process needs once; before anything is counted."""
+    """Run the model on a few tokens: the first forward pass of a process takes longer."""
     with torch.no_grad():
         model(input_ids=torch.ones(1, 8, dtype=torch.int64, device=model.device))
 
 
 def _ours(work: Work, meter: Meter) -> np.ndarray:
-    """The trainer's own way to its log-probs: rows that are missed, scored, committed, and read.
+    """Let the trainer find the missing rows, score and commit them, and read them back.
 
-    The model's identity and the checks of a run's start come before the clock, as TRL's hash of the
-    model does.
+    The clock starts after the model's identity and the checks at the start of a run. TRL's hash of
+    the model comes before the clock, too.
     """
     from dpofast import DPOConfig, DPOTrainer
 
@@ -45,7 +45,7 @@ def _ours(work: Work, meter: Meter) -> np.ndarray:
             **trainer_options(work, "ours"),
             layout="shared",
             max_tokens_per_microbatch=work.case.max_tokens,
-            precompute_ref_log_probs=False,  # a store of its own, which the next round doesn't find
+            precompute_ref_log_probs=False,  # a temporary store, which the next round won't find
         ),
         train_dataset=work.timed_pairs,
         processing_class=work.tokenizer,
@@ -63,7 +63,7 @@ def _ours(work: Work, meter: Meter) -> np.ndarray:
 
 
 def _trl(work: Work, meter: Meter) -> np.ndarray:
-    """What TRL's trainer does where it is made; its hash of the model comes before the clock."""
+    """Let TRL's trainer precompute, which its constructor does after hashing the model."""
     import trl
 
     count_trl_rows(meter)
@@ -93,14 +93,14 @@ def _trl(work: Work, meter: Meter) -> np.ndarray:
 
 
 def _uncached(work: Work) -> Any:
-    """The pairs as no process has seen them: TRL would find a former round's log-probs."""
+    """Copy the pairs: TRL would find an earlier round's log-probs in the cache of the original."""
     from datasets import Dataset
 
     return Dataset.from_list(work.timed_pairs.to_list())
 
 
 def _naive(work: Work, meter: Meter) -> np.ndarray:
-    """All logits of padded rows."""
+    """Score padded batches with all of their logits."""
     model, pairs = work.model().eval(), work.timed_pairs.to_list()
     _warm(model)
     meter.watch(model)

@@ -1,6 +1,6 @@
 """Writes the README's figures, from the results that are committed under benchmarks/results/.
 
-python -m benchmarks.report           # after a result was added or measured anew
+python -m benchmarks.report           # after a result was added or measured again
 python -m benchmarks.report --check   # exit code 1 if the README says anything else
 """
 
@@ -20,12 +20,12 @@ RESULTS = REPOSITORY / "benchmarks" / "results"
 README = REPOSITORY / "README.md"
 BEGIN = "<!-- figures: written by `python -m benchmarks.report`, from benchmarks/results/ -->"
 END = "<!-- end of figures -->"
-# Who is reported, in this order; the other contenders are our own variants and the bare products.
+# Contenders in the README, in this order. The others are variants of ours and the bare products.
 RIVALS = {
     "naive": "plain PyTorch",
     "compile": "the same under torch.compile",
     "trl": "TRL",
-    "trl_compact": "TRL, its head made to score answers alone, as on a GPU",
+    "trl_compact": "TRL, its head made to score only the answers, as on a GPU",
     "trl_plain": "TRL, reference on every step",
     "liger_dpo": "Liger's DPO loss",
     "liger_flce": "Liger's fused linear cross-entropy",
@@ -45,13 +45,13 @@ class ResultError(ValueError):
 
 @dataclass(frozen=True)
 class Figures:
-    """What one result file says.
+    """The figures of one result file.
 
     Attributes:
         machine: hardware and versions, in words.
-        title: of the benchmark, and what it ran.
-        rows: (rival, how many times faster ours is, ours over its memory); None where unknown.
-        source: the file, the command, and the commit that it ran at.
+        title: the benchmark and what it ran.
+        rows: (rival, its time over ours, our memory over its memory); None if unknown.
+        source: the command, with the commit and the date of the run.
     """
 
     machine: str
@@ -61,10 +61,10 @@ class Figures:
 
 
 def read_figures(path: Path) -> Figures:
-    """The figures of a file that a benchmark wrote with --json.
+    """Read a file that a benchmark wrote with --json.
 
     Raises:
-        ResultError: it isn't one, was a dry run, or ran in a changed checkout.
+        ResultError: the file is no such result, is from a dry run, or from a changed checkout.
     """
     name = path.name
     try:
@@ -80,7 +80,7 @@ def read_figures(path: Path) -> Figures:
 
 
 def block(figures: list[Figures]) -> str:
-    """The part of the README between its two markers."""
+    """The text of the README from one marker to the other."""
     lines = [BEGIN, ""]
     for machine in sorted({each.machine for each in figures}):
         lines += [f"On {machine}:", ""]
@@ -101,10 +101,10 @@ def block(figures: list[Figures]) -> str:
 
 
 def with_block(text: str, new: str) -> str:
-    """A README with that block in place of its own.
+    """Replace the block between the markers of a README.
 
     Raises:
-        ResultError: it has no markers.
+        ResultError: the text has no markers.
     """
     begin, end = text.find(BEGIN), text.find(END)
     if begin < 0 or end < begin:

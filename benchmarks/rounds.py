@@ -1,4 +1,4 @@
-"""The rounds of a race: contenders in processes of their own, and who of them is right."""
+"""The rounds of a race: runs contenders in processes of their own and judges their results."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ from benchmarks.train_cases import Case
 from benchmarks.train_contenders import Entry
 
 Counts = dict[str, int]
-# What one process of a contender reports: see `benchmarks.train_child.measured`.
+# Report of a contender's process, see `benchmarks.train_child.measured`.
 Measured = dict[str, Any]
-RunChild = Callable[[str, int, int], Measured]  # of a contender, its batch size, timed steps
-# Timed steps of a run that looks for the best batch size.
+RunChild = Callable[[str, int, int], Measured]  # from contender, batch size, timed steps
+# Timed steps of a run that tries a batch size.
 TRIAL_STEPS = 1
-# Under which name a process reports what is judged as ...
+# Name of a judged value: its key in a process' report.
 REPORTED_AS = {"loss": "losses", "grad_norm": "grad_norms", "logps": "logps"}
 
 
 @dataclass(frozen=True)
 class Contest:
-    """Who races.
+    """The contenders of a race.
 
     Attributes:
         entries: all contenders.
-        ours: the one that ratios are of.
-        truth: the one whose results are right.
-        child: the module that runs one contender.
+        ours: the contender that the others are compared with.
+        truth: the contender whose results are right by definition.
+        child: module that runs one contender in its process.
     """
 
     entries: dict[str, Entry]
@@ -43,7 +43,7 @@ class Contest:
     child: str
 
     def left_out(self, options: argparse.Namespace) -> dict[str, str]:
-        """Who takes no part, and why; ours and the one that is right always do."""
+        """Contenders that take no part, with the reason. Ours and the truth always take part."""
         found = {}
         for name, entry in self.entries.items():
             if name in (self.ours, self.truth):
@@ -57,14 +57,14 @@ class Contest:
 
 @dataclass(eq=False)
 class Standing:
-    """What was found of one contender.
+    """The standing of one contender.
 
     Attributes:
-        result: its status, and the seconds of each round's timed steps.
-        num_pairs: of the timed steps.
-        batch_size: pairs in a micro-batch, where tokens don't decide.
-        tried: by batch size, pairs a second of one step or a reason, where the best was looked for.
-        runs: what its processes reported, one a round.
+        result: status, and for each round the seconds of its timed steps.
+        num_pairs: pairs in the timed steps.
+        batch_size: pairs in a micro-batch; packed contenders split a step by tokens instead.
+        tried: for each batch size that was tried, its pairs per second or why it failed.
+        runs: reports of its processes, one per round.
     """
 
     result: Result
@@ -75,13 +75,13 @@ class Standing:
 
     @property
     def speed(self) -> float | None:
-        """Pairs a second, the median of the rounds; None unless it was right."""
+        """Pairs per second, the median of the rounds; None unless its results were right."""
         median = self.result.median
         return self.num_pairs / median if median else None
 
     @property
     def peak(self) -> float | None:
-        """Bytes, the median of the rounds; None unless it was right."""
+        """Peak bytes, the median of the rounds; None unless its results were right."""
         peaks = [run["peak_bytes"] for run in self.runs]
         return statistics.median(peaks) if peaks and self.result.status == TIMED else None
 
@@ -90,19 +90,19 @@ class Standing:
         return self.runs[0]["counts"] if self.runs else None
 
     def judge(self, truth: Measured, bounds: dict[str, float]) -> None:
-        """Compare what every run gave with what is right, one by one."""
+        """Compare the results of every run with the right ones."""
         errors = {}
         for name in bounds:
             key = REPORTED_AS[name]
             right = torch.tensor(truth[key], dtype=torch.float64)  # [n]
             got = torch.tensor([run[key] for run in self.runs], dtype=torch.float64)
-            errors[name] = (got / right - 1.0).abs().max().item()  # NaN where any is
+            errors[name] = (got / right - 1.0).abs().max().item()  # NaN if any is NaN
         self.result.verdict = Verdict(errors, bounds)
         if self.result.verdict.complaint:
             self.result.drop(WRONG, self.result.verdict.complaint)
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """The standing as it is written to JSON."""
         return {
             **self.result.as_dict(),
             "pairs_per_second": self.speed,
@@ -118,10 +118,10 @@ class Race:
     """All contenders of a case.
 
     Args:
-        contest: who they are.
-        case: that is run.
-        run_child: runs a contender at a batch size in a process of its own.
-        left_out: by contender, why it takes no part.
+        contest: the contenders.
+        case: model, pairs and steps.
+        run_child: function that runs a contender in a process of its own.
+        left_out: contenders that take no part, with the reason.
     """
 
     def __init__(
@@ -138,10 +138,11 @@ class Race:
 
     @property
     def running(self) -> list[str]:
+        """Contenders that are still in the race."""
         return [name for name, each in self.standings.items() if each.result.status == TIMED]
 
     def choose_batches(self) -> None:
-        """Find the batch size at which each is fastest, in runs that don't count."""
+        """Find each contender's fastest batch size, in runs that don't count."""
         for name in self.running:
             standing, sizes = self.standings[name], self.case.batches_of(name)
             standing.batch_size = sizes[0]
@@ -161,7 +162,7 @@ class Race:
                 standing.result.drop(found["status"], found["reason"])
 
     def run_round(self, number: int) -> None:
-        """Run everyone who is still in the race once, then judge them."""
+        """Run all contenders that are still in the race once, then judge them."""
         for name in rotated(self.running, number):
             standing = self.standings[name]
             assert standing.batch_size is not None
@@ -180,7 +181,7 @@ class Race:
                 self.standings[name].result.drop(FAILED, reason)
 
     def ratios(self) -> tuple[dict[str, float | None], dict[str, str]]:
-        """Ours over theirs in pairs a second and in bytes at the peak, and why some are None."""
+        """Ours over theirs, for pairs per second and peak bytes, and why some are None."""
         reasons = {name: each.result.reason for name, each in self.standings.items()}
         found: dict[str, float | None] = {}
         why: dict[str, str] = {}
@@ -192,7 +193,7 @@ class Race:
         return found, why
 
     def miscounts(self, planned: dict[str, Counts]) -> list[str]:
-        """Who of ours ran other tokens or rows than the plan says."""
+        """One line for each of our runs whose counts differ from the plan."""
         return [
             f"{name} ran {run['counts']}, planned were {planned[name]}"
             for name in planned
@@ -201,7 +202,7 @@ class Race:
         ]
 
     def is_good(self, planned: dict[str, Counts]) -> bool:
-        """Whether ours was right and timed, and ran what the plan says."""
+        """Whether ours was right, was timed, and ran the planned tokens."""
         is_timed = self.standings[self.contest.ours].result.status == TIMED
         return is_timed and not self.miscounts(planned)
 
@@ -209,7 +210,7 @@ class Race:
 def child_runner(
     contest: Contest, folder: Path, device: str, threads: int, limit: float
 ) -> RunChild:
-    """Runs contenders on the case in `folder`, in new processes of at most `limit` seconds."""
+    """A function that runs contenders on the case in `folder`, for at most `limit` seconds each."""
 
     def run(name: str, batch_size: int, steps: int) -> Measured:
         arguments = [str(folder), name, "--device", device, "--threads", str(threads)]

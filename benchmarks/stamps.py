@@ -1,4 +1,4 @@
-"""What every benchmark says beside its figures."""
+"""Date, machine, versions and command of a benchmark, for its JSON."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PEERS = ("trl", "liger-kernel", "cut-cross-entropy")
 
 
 def stamps(module: str) -> dict[str, Any]:
-    """When, where, with which versions and by which command line a benchmark ran."""
+    """When and where a benchmark ran, with which versions and which command line."""
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": shlex.join(["python", "-m", module, *sys.argv[1:]]),
@@ -31,7 +31,7 @@ def stamps(module: str) -> dict[str, Any]:
 
 
 def git_state(folder: Path) -> dict[str, Any]:
-    """The commit that is checked out, and whether anything differs from it; None if unknown."""
+    """The commit that is checked out, and whether files differ from it; None if unknown."""
     commit = _git(folder, "rev-parse", "HEAD")
     changes = _git(folder, "status", "--porcelain")
     return {"commit": commit or None, "dirty": None if changes is None else bool(changes)}

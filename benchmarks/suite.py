@@ -1,7 +1,7 @@
-"""A benchmark of several cases: all are judged, who was right is timed, then memory is measured.
+"""A benchmark of several cases: judge all contenders, time the right ones, then measure memory.
 
-What a benchmark brings along: its cases, its contenders, a judge, and how a case is run
-(`Benchmark`). Command lines, tables and JSON have one form for all.
+A benchmark provides its cases, contenders and judge, and a function that runs a case (`Benchmark`).
+Command line, tables and JSON are the same for all benchmarks.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ from benchmarks.stamps import stamps
 from benchmarks.tables import print_peaks, print_times
 from dpofast.monitor.summary import write_json
 
-# Of each pass, the suffix in the names of its ratios.
+# Each pass, with the suffix in the names of its ratios.
 PASSES = {"forward": "forward_time", "forward_backward": "time"}
-# On a CPU the forward pass stands beside the point: a few rounds of it tell enough.
+# On a CPU a few rounds of the forward pass tell enough: training needs both passes.
 CPU_FORWARD_ROUNDS = 3
 
 Step = Callable[[], Any]
@@ -50,10 +50,10 @@ class Work:
     """The two passes that are raced, bound to their inputs.
 
     Attributes:
-        forward: without gradients.
-        forward_backward: with them.
-        leaves: inputs that are the contender's own and get gradients.
-        holding: as in `Contender`.
+        forward: the pass without gradients.
+        forward_backward: the pass with gradients.
+        leaves: the contender's own inputs, which get gradients.
+        holding: context of a round, see `Contender`.
     """
 
     forward: Step
@@ -64,15 +64,16 @@ class Work:
 
 @dataclass(frozen=True)
 class Entry:
-    """How a contender is made.
+    """How to make a contender.
 
     Attributes:
-        make: imports what it needs and binds it to inputs; raises where it can't run.
-        note: what work it does, where that isn't the work asked for.
+        make: function that imports what the contender needs and binds it to inputs; raises if the
+            contender can't run here.
+        note: how its work differs from what all others do.
         judged: see `Contender`.
-        on_cpu: whether it takes part on a CPU unless asked for.
-        gradient_error: that its gradients may have where the rule for all allows less, so that one
-            known to round much is timed, with its errors; a mistake would be larger.
+        on_cpu: whether it takes part on a CPU without being asked for.
+        gradient_error: error allowed for its gradients if the common rule allows less. Contenders
+            that are known to round a lot are timed this way; a mistake would be a larger error.
     """
 
     make: Callable[[Any], Work]
@@ -86,29 +87,32 @@ class Case(Protocol):
     """One size of the work."""
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """Name of the case in tables and JSON."""
+        ...
 
     def flop(self, step: str) -> float:
-        """Operations that a pass needs, whatever a contender really does."""
+        """Floating-point operations that a pass needs, whatever a contender really does."""
         ...
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """The case as it is written to JSON."""
         ...
 
 
 @dataclass(eq=False)
 class CaseRun:
-    """What was found of one case.
+    """The results of one case.
 
     Attributes:
-        ours: the contender that ratios are of.
+        case: the case that ran.
+        ours: the contender that the others are compared with.
         payload: what a process that measures memory makes the inputs from.
-        results: by pass, then contender.
-        judge: errors of naive PyTorch, and the bounds made of them.
-        memory: by contender, peaks in bytes or a reason.
-        extra: figures that other benchmarks don't have.
-        reason: why there is nothing else.
+        results: results by pass, then by contender.
+        judge: errors of naive PyTorch, and the bounds that follow from them.
+        memory: for each contender its peaks in bytes, or the reason why there are none.
+        extra: figures that only this benchmark has.
+        reason: why the case could not run.
     """
 
     case: Case
@@ -122,13 +126,13 @@ class CaseRun:
 
     @property
     def is_good(self) -> bool:
-        """Whether ours was right, was timed in every pass, and its memory measured if asked for."""
+        """Whether ours was right and timed in every pass, and its memory measured if asked for."""
         timed = all(results[self.ours].status == TIMED for results in self.results.values())
         measured = not self.memory or "reason" not in self.memory[self.ours]
         return self.reason is None and timed and measured
 
     def ratios(self) -> tuple[dict[str, float | None], dict[str, str]]:
-        """Ours over theirs, and why some are None."""
+        """Ours over theirs for times and memory, and why some are None."""
         found: dict[str, float | None] = {}
         why: dict[str, str] = {}
         for step, results in self.results.items():
@@ -159,22 +163,22 @@ class CaseRun:
         }
 
     def _timed(self, step: str, result: Result) -> dict[str, Any]:
-        """A result with its rate: operations that the work needs, not those that were done."""
+        """A result with its rate, which counts the operations needed, not those that were done."""
         rate = self.case.flop(step) / result.median / 1e12 if result.median else None
         return {**result.as_dict(), "tflop_per_second": rate}
 
 
 @dataclass(frozen=True)
 class Benchmark:
-    """What one benchmark brings along.
+    """One benchmark.
 
     Attributes:
-        name: in the JSON.
-        module: that `python -m` runs, also for memory.
-        entries: the contenders, by name.
-        run_case: everything of a case but its memory.
-        peaks: bytes of one contender, from its name, a case's payload and a device.
-        error_rule: of the judge, in words.
+        name: name in the JSON.
+        module: name for `python -m`, also in the processes that measure memory.
+        entries: the contenders by name.
+        run_case: function that runs a case, memory excepted.
+        peaks: function from a contender's name, a case's payload and a device to peaks in bytes.
+        error_rule: the judge's rule, in words.
     """
 
     name: str
@@ -185,7 +189,7 @@ class Benchmark:
     error_rule: str
 
     def run(self, cases: Sequence[Case], options: argparse.Namespace) -> int:
-        """Run everything; 0 if ours was right and measured, 1 if not."""
+        """Run all cases, then measure memory; 0 if ours was right and measured, else 1."""
         torch.set_num_threads(options.threads)
         runs = []
         for case in cases:
@@ -208,13 +212,13 @@ class Benchmark:
         return 0 if all(run.is_good for run in runs) else 1
 
     def child(self, options: argparse.Namespace) -> None:
-        """In the process that `peaks_in_children` starts: measure, and print a JSON line a case."""
+        """In a process of `peaks_in_children`: measure, and print a line of JSON for each case."""
         torch.set_num_threads(options.threads)
         for payload in torch.load(options.child_file, weights_only=False):
-            torch.compiler.reset()  # beyond a number of sizes nothing more is compiled
+            torch.compiler.reset()  # torch.compile gives up on a function after 8 sizes
             try:
                 peaks = self.peaks(options.memory_of, payload, options.device)
-            except Exception as error:  # a peer may raise anything; the next case may do
+            except Exception as error:  # a peer can raise anything, and the next case can work
                 peaks = {"reason": one_line(error)}
             print(json.dumps(peaks), flush=True)
             gc.collect()
@@ -227,7 +231,7 @@ class Benchmark:
             "device": options.device,
             "dry_run": options.dry_run,
             "ours": runs[0].ours,
-            # of several cases the worst; each case has its own
+            # The worst of all cases; each case has its own, too.
             "ratios": worst(all_ratios),
             "ratio_reasons": {key: why for run in runs for key, why in run.ratios()[1].items()},
             "error_rule": self.error_rule,
@@ -240,7 +244,7 @@ class Benchmark:
             write_json(options.json, self.report(runs, options))
 
     def _measure_memory(self, runs: list[CaseRun], options: argparse.Namespace) -> None:
-        """Of everyone who was timed forward and backward."""
+        """Measure the contenders that were timed forward and backward."""
         step = "forward_backward"
         runs = [run for run in runs if step in run.results]
         for name, entry in self.entries.items():
@@ -260,7 +264,7 @@ class Benchmark:
 def judge_all(
     run: CaseRun, entries: Mapping[str, Entry], inputs: Any, judge: Any, options: argparse.Namespace
 ) -> dict[str, list[Contender]]:
-    """Every pass' contenders; what they gave is judged by the judge's method of the pass' name."""
+    """Make the contenders of every pass and judge each by the judge's method of that name."""
     entered = {
         step: [_enter(name, entries[name], inputs, step, run.ours, options) for name in entries]
         for step in options.passes
@@ -278,7 +282,7 @@ def judge_all(
 def time_all(
     run: CaseRun, entered: dict[str, list[Contender]], options: argparse.Namespace
 ) -> None:
-    """Time who was right, in interleaved rounds."""
+    """Time the contenders that were right, in interleaved rounds."""
     for step, contenders in entered.items():
         short = options.device == "cpu" and step == "forward"
         rounds = min(options.rounds, CPU_FORWARD_ROUNDS) if short else options.rounds
@@ -286,7 +290,7 @@ def time_all(
 
 
 def contender(name: str, entry: Entry, inputs: Any, step: str) -> Contender:
-    """The contender of that name; `step` is "forward" or "forward_backward"."""
+    """Bind a contender to its inputs; `step` is "forward" or "forward_backward"."""
 
     def make() -> Contender:
         work = entry.make(inputs)
@@ -299,7 +303,7 @@ def contender(name: str, entry: Entry, inputs: Any, step: str) -> Contender:
 def _enter(
     name: str, entry: Entry, inputs: Any, step: str, ours: str, options: argparse.Namespace
 ) -> Contender:
-    """The contender, unless it is to stay out."""
+    """Make the contender, or one with the reason why it is left out."""
     if name != ours:
         if name in options.skip or (options.contenders and name not in options.contenders):
             return Contender(name, reason="left out by the command line")
@@ -314,7 +318,7 @@ def _enter(
 def add_options(
     parser: argparse.ArgumentParser, entries: Mapping[str, Entry], ours: Sequence[str]
 ) -> None:
-    """The options that every benchmark has."""
+    """Add the options that all benchmarks have."""
     add = parser.add_argument
     add("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
     add("--json", type=Path, help="write everything to this file, too")
@@ -334,7 +338,7 @@ def add_options(
 
 
 def settle(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Read a command line, and fill in what depends on the device; a dry run is on the CPU."""
+    """Parse a command line and fill in defaults for the device; a dry run is on the CPU."""
     options = parser.parse_args(arguments)
     if options.dry_run:
         options.device, options.rounds = "cpu", options.rounds or 2
@@ -345,5 +349,5 @@ def settle(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> 
     options.dtype = options.dtype or ("bfloat16" if is_gpu or options.dry_run else "float32")
     options.rounds = options.rounds or (15 if is_gpu else 7)
     if options.warmup is None:
-        options.warmup = 2 if is_gpu else 0  # on a CPU the judged call is warm-up enough
+        options.warmup = 2 if is_gpu else 0  # on a CPU the judged call has warmed up
     return options

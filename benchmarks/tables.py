@@ -1,4 +1,4 @@
-"""How benchmarks print their figures."""
+"""Tables of the benchmarks' figures, for the terminal."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ def print_times(
     suffix: str,
     flop: float,
 ) -> None:
-    """A table of one race.
+    """Print the times of one race.
 
     Args:
-        title: of the table.
-        results: by contender.
-        ratios: by "<contender>_<suffix>", ours over theirs.
-        suffix: of this race in the names of ratios.
+        title: title of the table.
+        results: results by contender.
+        ratios: ours over theirs, by "<contender>_<suffix>".
+        suffix: what this race compares.
         flop: floating-point operations that the work needs.
     """
     numbers = ("ms", "p20", "p80", "TFLOP/s", "ours/theirs")
@@ -46,7 +46,7 @@ def print_times(
 def print_peaks(
     title: str, memory: dict[str, dict[str, Any]], ratios: dict[str, float | None]
 ) -> None:
-    """A table of peaks beyond inputs and gradients."""
+    """Print peaks of memory beyond inputs and gradients."""
     numbers = ("GB beyond inputs and gradients", "ours/theirs")
     table = _table(title, numbers, "why there is none")
     for name, peaks in memory.items():
@@ -61,12 +61,12 @@ def print_peaks(
 
 
 def print_race(title: str, standings: dict[str, Any], ratios: dict[str, float | None]) -> None:
-    """A table of a race of whole steps.
+    """Print the speeds and peaks of a race.
 
     Args:
-        title: of the table.
-        standings: by contender, as `benchmarks.rounds.Standing`.
-        ratios: by "<contender>_speed" and "<contender>_memory", ours over theirs.
+        title: title of the table.
+        standings: `benchmarks.rounds.Standing` by contender.
+        ratios: ours over theirs, by "<contender>_speed" and "<contender>_memory".
     """
     numbers = ("pairs", "pairs/s", "ours/theirs", "peak GB", "ours/theirs")
     table = _table(title, numbers, "error nearest to its bound, or why there is no speed")
@@ -85,7 +85,7 @@ def print_race(title: str, standings: dict[str, Any], ratios: dict[str, float | 
 
 
 def _table(title: str, numbers: Sequence[str], remark: str) -> Table:
-    """Of contenders: columns of numbers, and a last one of words."""
+    """A table with a line for each contender: columns of numbers, and a last one of words."""
     table = Table(title=title, title_justify="left")
     table.add_column("contender", no_wrap=True)
     for name in numbers:
@@ -95,12 +95,12 @@ def _table(title: str, numbers: Sequence[str], remark: str) -> Table:
 
 
 def _console() -> Console:
-    """As wide as the terminal; wide enough for the tables where there is none."""
+    """A console as wide as the terminal, or wide enough for the tables without one."""
     return Console(width=None if sys.stdout.isatty() else 132)
 
 
 def _closest(result: Result) -> str:
-    """The error that comes closest to its bound."""
+    """The error that is closest to its bound, and that bound."""
     if result.verdict is None:
         return "not judged"
     errors, bounds = result.verdict.errors, result.verdict.bounds

@@ -2,7 +2,7 @@
 
 python -m benchmarks.train --device cpu --json train.json
 
-Every contender's losses are held against plain PyTorch's before it gets a speed. See
+Every contender's losses are compared with plain PyTorch's before it gets a speed. See
 docs/benchmarks.md.
 """
 
@@ -27,7 +27,7 @@ CONTEST = Contest(ENTRIES, OURS, TRUTH, CHILD_MODULE)
 
 
 def benchmark(options: argparse.Namespace) -> int:
-    """Run everything; 0 if ours was right, timed, and ran what the plan says, else 1."""
+    """Run the race; 0 if ours was right, was timed, and ran the planned tokens, else 1."""
     case = case_of(options)
     title = (
         f"{case.shape}: {case.steps} steps of {case.pairs_per_step} pairs, {case.dtype}, "
@@ -37,7 +37,7 @@ def benchmark(options: argparse.Namespace) -> int:
 
 
 def plan(race: Race, folder: Path, device: str) -> dict[str, Counts]:
-    """What each of our contenders is to run."""
+    """The counts that each of our contenders is to reach."""
     return {
         name: planned_counts(Work(folder, device, standing.batch_size, race.case.steps), name)
         for name, standing in race.standings.items()
@@ -46,7 +46,7 @@ def plan(race: Race, folder: Path, device: str) -> dict[str, Counts]:
 
 
 def planned_counts(work: Work, name: str) -> Counts:
-    """Body tokens and head rows of one of our contenders' timed steps, as the plan says."""
+    """Body tokens and scored positions of one of our contenders, planned for its timed steps."""
     case, pairs = work.case, work.pairs
     layout = Layout(ENTRIES[name].layout or "")
     limit = token_limit(pairs, layout, case.max_tokens)
@@ -69,7 +69,7 @@ def _longest(pair: dict[str, list[int]]) -> int:
 
 
 def case_of(options: argparse.Namespace) -> Case:
-    """What the command line asks for."""
+    """The case that the command line asks for."""
     case = race_case()
     if options.device == "cuda":
         case = gpu_case(options.shape, tuple(options.batch_sizes))
@@ -86,7 +86,7 @@ def case_of(options: argparse.Namespace) -> Case:
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    """The command line; what isn't given depends on the device."""
+    """Parse the command line; defaults depend on the device."""
     parser = make_parser(PROGRAM, HELP)
     gpu = parser.add_argument_group("for --device cuda")
     gpu.add_argument("--layers", type=int, help="in place of the shape's")

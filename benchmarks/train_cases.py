@@ -1,7 +1,7 @@
-"""What is trained in the race of whole DPO steps: the model, the pairs, the steps, as data.
+"""The cases of the race of whole DPO steps: a model, its pairs and the steps.
 
-The process that runs the race writes a case and its pairs into a folder; those of the contenders
-read them there, so that none of them reads texts or trains a tokenizer.
+The process of the race tokenises the pairs and writes them into a folder with the case. The
+contenders' processes read them there, and spend no time on texts or tokenizers.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ MAX_GRAD_NORM = 1.0
 SEED = 0
 TINY_VOCABULARY = 300
 LORA_LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-# By dtype, how much a step's loss and gradient norm may differ from naive's, relative.
+# By dtype: allowed relative differences of a step's loss and gradient norm from naive's.
 TOLERANCES = {
     "float32": {"loss": 1e-4, "grad_norm": 1e-3},
     "bfloat16": {"loss": 5e-2, "grad_norm": 1e-1},
@@ -35,10 +35,10 @@ def _shape(
     hidden_size: int,
     intermediate_size: int,
     num_layers: int,
-    num_heads: tuple[int, int],  # of queries, of keys
+    num_heads: tuple[int, int],  # query heads, key heads
     **others: Any,
 ) -> tuple[str, dict[str, Any]]:
-    """A model type of transformers, and fields of its config."""
+    """A model type of transformers, and the fields of its config."""
     return model_type, {
         "hidden_size": hidden_size,
         "intermediate_size": intermediate_size,
@@ -50,7 +50,7 @@ def _shape(
     }
 
 
-# Where there is no vocabulary the model gets the tokenizer's.
+# Shapes without a vocabulary size get the tokenizer's.
 _TIED = {"vocab_size": 151936, "tie_word_embeddings": True}
 SHAPES = {
     "tiny": _shape("llama", 32, 48, 2, (4, 2)),
@@ -67,20 +67,20 @@ class Case:
     """One race.
 
     Attributes:
-        shape: of the model, by its name in SHAPES.
-        layers: in place of the shape's; None for those.
-        dtype: of the weights and of all arithmetic, by its name in torch.
-        data: the preference file whose first pairs are trained; "random" for short ones.
-        pairs_per_step: of an optimizer step.
-        steps: that are timed, each over pairs of its own. One that isn't comes before them, over
-            the first step's pairs.
-        max_length: tokens of prompt and answer.
-        max_tokens: of a packed micro-batch (`max_tokens_per_microbatch`).
-        checkpointing: whether activations are computed again in the backward, in all contenders.
-        learning_rate: constant.
-        lora: train adapters on all layers but the head in place of the weights.
-        fixed_batch: pairs in a micro-batch of contenders that `batch_sizes` doesn't name.
-        batch_sizes: by contender, the numbers of pairs in a micro-batch of which it gets the best.
+        shape: shape of the model, a key of SHAPES.
+        layers: number of layers; None for the shape's.
+        dtype: torch's name for the dtype of the weights and of all arithmetic.
+        data: preference file whose first pairs are trained; "random" for short random pairs.
+        pairs_per_step: pairs in an optimizer step.
+        steps: timed steps, each with pairs of its own. An untimed step comes first, with the pairs
+            of the first timed one.
+        max_length: largest number of tokens in prompt and answer.
+        max_tokens: largest number of tokens in a packed micro-batch (`max_tokens_per_microbatch`).
+        checkpointing: whether all contenders recompute activations in the backward.
+        lora: whether adapters on all layers except the head are trained, and the weights frozen.
+        learning_rate: constant learning rate.
+        fixed_batch: pairs in a micro-batch, for contenders that `batch_sizes` doesn't name.
+        batch_sizes: micro-batch sizes to try for a contender, which races with the fastest.
     """
 
     shape: str
@@ -115,12 +115,12 @@ class Case:
         return dtype
 
     def batches_of(self, contender: str) -> tuple[int, ...]:
-        """Pairs in a micro-batch that are tried for a contender: those that fill a step."""
+        """Micro-batch sizes to try for a contender, without those that don't divide a step."""
         wanted = self.batch_sizes.get(contender, (self.fixed_batch,))
         return tuple(dict.fromkeys(size for size in wanted if self.pairs_per_step % size == 0))
 
     def config(self, vocab_size: int, pad_token_id: int) -> Any:
-        """The model's config; `vocab_size` counts where the shape has none."""
+        """The model's config; `vocab_size` is used if the shape has none."""
         model_type, shape = SHAPES[self.shape]
         fields = {"vocab_size": vocab_size, **shape}
         if self.layers is not None:
@@ -128,7 +128,7 @@ class Case:
         return AutoConfig.for_model(model_type, pad_token_id=pad_token_id, **fields)
 
     def model(self, tokenizer: Any, device: str = "cpu", attention: str = "sdpa") -> Any:
-        """The causal LM with random weights, the same ones in every process."""
+        """The causal LM with random weights, the same in every process."""
         torch.manual_seed(SEED)
         with torch.device(device):
             return AutoModelForCausalLM.from_config(
@@ -140,13 +140,14 @@ class Case:
 
 @dataclass(frozen=True, eq=False)
 class Work:
-    """A case with its pairs, as a contender's process finds it in the folder.
+    """A case with its pairs, as a contender's process reads it from the folder.
 
     Attributes:
-        folder: that `prepare` has filled; contenders write their files there, too.
-        device: that the steps run on, "cpu" or "cuda".
-        batch_size: pairs in a micro-batch, where tokens don't decide.
-        num_steps: that are timed; the case's or fewer.
+        folder: folder that `prepare` has filled; contenders write their files there, too.
+        device: device of the steps, "cpu" or "cuda".
+        batch_size: pairs in a micro-batch; packed contenders split a step by tokens instead.
+        num_steps: timed steps, the case's number or fewer.
+        case_type: class of the case.
     """
 
     folder: Path
@@ -163,12 +164,12 @@ class Work:
 
     @cached_property
     def timed_pairs(self) -> Dataset:
-        """With prompt_ids, chosen_ids and rejected_ids, in their order."""
+        """The pairs of the timed steps in order, with prompt_ids, chosen_ids and rejected_ids."""
         return load_from_disk(str(self.folder / "pairs"))
 
     @cached_property
     def pairs(self) -> Dataset:
-        """In the order in which they are trained: those of the first step again before all."""
+        """All pairs in training order: the untimed step takes those of the first timed step."""
         first_again = self.timed_pairs.select(range(self.case.pairs_per_step))
         return concatenate_datasets([first_again, self.timed_pairs])
 
@@ -178,7 +179,7 @@ class Work:
 
     @property
     def attention(self) -> str:
-        """The fastest attention that transformers has here, by the name it has there."""
+        """transformers' name for the fastest attention that it has here."""
         from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
 
         if self.device == "cuda" and is_flash_attn_3_available():
@@ -191,7 +192,7 @@ class Work:
         return self.case.model(self.tokenizer, self.device, self.attention)
 
     def adapter(self) -> Any:
-        """The config of the LoRA adapter that is trained; None where the weights are."""
+        """Config of the LoRA adapter to train; None if the weights are trained."""
         if not self.case.lora:
             return None
         from peft import LoraConfig
@@ -208,12 +209,14 @@ class Work:
 
 
 def prepare(case: Case, folder: Path, data: Path | None) -> str:
-    """Write what `Work` reads; -> "file", "generated" or "random", what the pairs are.
+    """Write the files that `Work` reads.
 
     Args:
-        case: to be run.
-        folder: a new one.
-        data: folder of the preference files, None for the usual places.
+        case: case to be run.
+        folder: folder to write to.
+        data: folder of the preference files; None for the usual places.
+    Returns:
+        Where the pairs come from: "file", "generated" or "random".
     """
     tokenizer, pairs, origin = _texts(case, data) if case.data != "random" else _random(case)
     folder.mkdir(parents=True, exist_ok=True)
@@ -243,7 +246,7 @@ def _texts(case: Case, data: Path | None) -> tuple[Any, Dataset, str]:
 
 
 def _random(case: Case) -> tuple[Any, Dataset, str]:
-    """Short pairs of random tokens."""
+    """A small tokenizer and short pairs of random tokens, for dry runs."""
     from benchmarks.data import train_bpe
 
     rng = random.Random(SEED)
@@ -265,7 +268,7 @@ def race_case() -> Case:
 
 
 def gpu_case(shape: str, batch_sizes: tuple[int, ...]) -> Case:
-    """The race on a GPU: bf16, larger steps, everyone at the best batch size for them."""
+    """The race on a GPU: bf16, larger steps, each contender at its best batch size."""
     names = ("padded", "trl", "trl_plain", "naive")
     return Case(
         shape,

@@ -1,4 +1,4 @@
-"""One contender of a race, in a process of its own: runs all steps and prints one JSON line."""
+"""The process of one contender: runs all steps and prints one line of JSON."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MODULE = "benchmarks.train_child"
 
 
 def run(name: str, work: Work) -> dict[str, Any]:
-    """What was measured of training, or why nothing was."""
+    """Let a contender train all steps; see `measured` for what is returned."""
 
     def train(meter: Meter) -> dict[str, list[float]]:
         ENTRIES[name].run(work, meter)
@@ -33,17 +33,20 @@ def run(name: str, work: Work) -> dict[str, Any]:
 
 
 def measured(run_it: Callable[[Meter], dict[str, list[float]]], device: str) -> dict[str, Any]:
-    """What a contender gave and was metered at, or {"status": ..., "reason": ...}.
+    """Run a contender and collect its results, seconds, counts and peak bytes.
 
-    Seconds and bytes. The peak is that of the process on a CPU, imports included; on a GPU that of
-    what PyTorch allocated while the time ran.
+    On a CPU the peak is the resident set of the process, imports included. On a GPU it is what
+    PyTorch allocated while the clock ran.
+
+    Returns:
+        These, or {"status": ..., "reason": ...} if the contender is absent or fails.
     """
     meter = Meter(device)
     try:
         results = run_it(meter)
     except (AbsentError, ImportError) as error:
         return {"status": ABSENT, "reason": one_line(error)}
-    except Exception as error:  # a peer may raise anything
+    except Exception as error:  # a peer can raise anything
         return {"status": FAILED, "reason": one_line(error)}
     is_gpu = device == "cuda"
     return {
@@ -58,7 +61,7 @@ def measured(run_it: Callable[[Meter], dict[str, list[float]]], device: str) -> 
 def serve(
     names: Iterable[str], run_it: Callable[[str, Work], dict[str, Any]], work_type: type[Work]
 ) -> None:
-    """Run the contender that the command line names, and print what it gave as a line of JSON."""
+    """Run the contender that the command line names and print its report as a line of JSON."""
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=Path)
     parser.add_argument("name", choices=names)
@@ -68,7 +71,7 @@ def serve(
     parser.add_argument("--threads", type=int, required=True)
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
-    with contextlib.redirect_stdout(sys.stderr):  # trainers print their logs
+    with contextlib.redirect_stdout(sys.stderr):  # keeps trainers' logs out of the report
         work = work_type(given.folder, given.device, given.batch_size, given.steps)
         found = run_it(given.name, work)
     print(json.dumps(found), flush=True)

@@ -1,7 +1,7 @@
-"""Who runs in the race of whole DPO steps: our layouts, TRL, and PyTorch as a textbook writes it.
+"""Contenders of the race of whole DPO steps: our layouts, TRL, and plain PyTorch.
 
 All train the same model on the same pairs in the same steps, with the same AdamW. A contender runs
-all steps and tells its `Meter` when each has ended, with what loss and gradient norm.
+all steps and reports the end, the loss and the gradient norm of each to its `Meter`.
 """
 
 from __future__ import annotations
@@ -27,15 +27,17 @@ CHECKPOINTING = {"use_reentrant": False}
 
 
 class Meter:
-    """Time, tokens and losses of a contender's steps; of the first step only the loss counts.
+    """Time, tokens and losses of a contender's steps.
+
+    Time and tokens leave out the first step, which warms up.
 
     Attributes:
-        losses: of every step, the mean over its pairs.
-        grad_norms: of every step, before clipping.
+        losses: loss of every step, the mean over its pairs.
+        grad_norms: gradient norm of every step, before clipping.
         body_tokens: positions that went through the embedding, padding and reference included.
         head_rows: positions that went through the head.
-        seconds: of all steps but the first.
-        attention: what ran it, as far as the contender says.
+        seconds: time of all steps after the first.
+        attention: attention implementation that the contender names.
     """
 
     def __init__(self, device: str) -> None:
@@ -48,7 +50,7 @@ class Meter:
         self._started: float | None = None
 
     def watch(self, model: Any, head: bool = True) -> None:
-        """Count what passes a causal LM's embedding and, unless told not to, its head."""
+        """Count the positions in a causal LM's embedding and, with `head`, in its head."""
 
         def count_tokens(_: nn.Module, inputs: tuple[Tensor, ...], __: Any) -> None:
             self.body_tokens += inputs[0].numel()
@@ -61,13 +63,14 @@ class Meter:
             model.get_output_embeddings().register_forward_hook(count_rows)
 
     def step_ends(self) -> None:
-        """To be called once the weights have moved."""
+        """Take the time: called after every optimizer step."""
         if self.device == "cuda":
             torch.cuda.synchronize()
         now = time.perf_counter()
         if self._started is not None:
             self.seconds = now - self._started
             return
+        # The end of the first step, which doesn't count.
         self.body_tokens = self.head_rows = 0
         if self.device == "cuda":
             torch.cuda.reset_peak_memory_stats()
@@ -75,7 +78,7 @@ class Meter:
 
 
 class StepCallback(TrainerCallback):
-    """Tells a meter of a Trainer's steps."""
+    """Reports a Trainer's steps to a meter."""
 
     def __init__(self, meter: Meter) -> None:
         self.meter = meter
@@ -84,7 +87,7 @@ class StepCallback(TrainerCallback):
         self.meter.step_ends()
 
     def on_log(self, *_: Any, logs: dict[str, Any] | None = None, **__: Any) -> None:
-        if logs and "grad_norm" in logs:  # of a step, not of the whole run
+        if logs and "grad_norm" in logs:  # absent from the log at the end of the run
             self.meter.losses.append(float(logs["loss"]))
             self.meter.grad_norms.append(float(logs["grad_norm"]))
 
@@ -94,10 +97,10 @@ class Entry:
     """A contender.
 
     Attributes:
-        run: does all the work and tells the meter; raises where it can't.
-        note: what it does.
-        layout: of ours.
-        on: the devices where it takes part unless asked for.
+        run: function that does all the work and reports to the meter; raises if it can't.
+        note: description.
+        layout: layout of our contenders; None for others.
+        on: devices where it takes part without being asked for.
     """
 
     run: Callable[[Work, Meter], Any]
@@ -107,7 +110,7 @@ class Entry:
 
 
 def trainer_options(work: Work, name: str) -> dict[str, Any]:
-    """What our DPOConfig and TRL's get alike."""
+    """The options that our DPOConfig and TRL's have in common."""
     case = work.case
     return {
         "output_dir": str(work.folder / "runs" / name),
@@ -124,7 +127,7 @@ def trainer_options(work: Work, name: str) -> dict[str, Any]:
         "max_grad_norm": MAX_GRAD_NORM,
         "gradient_checkpointing": case.checkpointing,
         "gradient_checkpointing_kwargs": CHECKPOINTING,
-        "bf16": False,  # the weights are in the case's dtype, so nothing is left to autocast
+        "bf16": False,  # autocast has nothing to do: the weights are in the case's dtype
         "use_cpu": work.device == "cpu",
         "logging_steps": 1,
         "save_strategy": "no",
@@ -135,7 +138,7 @@ def trainer_options(work: Work, name: str) -> dict[str, Any]:
 
 
 def _ours(layout: str) -> Callable[[Work, Meter], None]:
-    """Our trainer; all layouts share one store of reference log-probs, filled by the first."""
+    """Train with our trainer. All layouts share one reference store, which the first one fills."""
 
     def run(work: Work, meter: Meter) -> None:
         from dpofast import DPOConfig, DPOTrainer
@@ -161,7 +164,7 @@ def _ours(layout: str) -> Callable[[Work, Meter], None]:
 
 
 def packed_attention_of(work: Work) -> str:
-    """The back end that our attention takes in this case's layers."""
+    """The back end that our attention uses in this case's layers."""
     from dpofast_kernels.attention import backend_for
 
     config = work.case.config(1, 0)
@@ -175,7 +178,7 @@ def packed_attention_of(work: Work) -> str:
 
 
 def token_trainer() -> Any:
-    """TRL's DPOTrainer on token ids as they are; it would tokenise texts by itself."""
+    """TRL's DPOTrainer for pairs of token ids; the original would tokenise texts."""
     import trl
 
     class TokenTrainer(trl.DPOTrainer):
@@ -186,12 +189,12 @@ def token_trainer() -> Any:
 
 
 def _trl(precompute: bool = True, compact: bool = False) -> Callable[[Work, Meter], None]:
-    """TRL's trainer.
+    """Train with TRL's trainer.
 
     Args:
-        precompute: the reference's log-probs, which TRL keeps beside the dataset; else a second
-            model runs on every step.
-        compact: score the rows of answers alone also where TRL scores all.
+        precompute: whether TRL computes the reference's log-probs before training and keeps them
+            in the dataset's cache. Otherwise a second model runs in every step.
+        compact: whether its head scores only the answers, even on devices where it scores all.
     """
 
     def run(work: Work, meter: Meter) -> None:
@@ -200,7 +203,7 @@ def _trl(precompute: bool = True, compact: bool = False) -> Callable[[Work, Mete
 
         count_trl_rows(meter)
         if compact:
-            # Its head asks this to choose its rows, and its kernels ask the original for theirs.
+            # Its head calls this to choose what to score. Its kernels keep calling the original.
             utils._use_triton = lambda _device: True
         model = work.model()
         needs_reference = not (precompute or work.case.lora)
@@ -222,7 +225,7 @@ def _trl(precompute: bool = True, compact: bool = False) -> Callable[[Work, Mete
 
 
 def count_trl_rows(meter: Meter) -> None:
-    """Let a meter count the rows of TRL's head, in this process from here on."""
+    """Let a meter count the positions in TRL's head, from now on in this process."""
     import trl
     from trl.trainer import utils
 
@@ -233,7 +236,7 @@ def count_trl_rows(meter: Meter) -> None:
 
 
 class _CountedHead:
-    """TRL's head reads the weight of the head module and never calls it, so rows count here."""
+    """Counts positions in TRL's head, which uses the head's weight and never calls the module."""
 
     def __init__(self, function: Any, meter: Meter) -> None:
         self.function, self.meter = function, meter
@@ -244,11 +247,11 @@ class _CountedHead:
 
 
 def _naive(work: Work, meter: Meter) -> None:
-    """Two models, or with an adapter one with it off; padded rows; all logits; reference each step.
+    """Train with plain PyTorch: padded sequences, all logits, the reference scored in every step.
 
-    Written as DPO's authors did (github.com/eric-mitchell/direct-preference-optimization), but that
-    rows run without a mask, which is faster, and which causal models don't need where padding is
-    on the right.
+    The reference is a second model, or with an adapter the same model without it. The code follows
+    DPO's authors (github.com/eric-mitchell/direct-preference-optimization), except that sequences
+    run without a mask. That is faster, and causal models need no mask if padding is on the right.
     """
     model, adapter, reference = work.model(), work.adapter(), None
     if adapter is None:
@@ -278,7 +281,7 @@ def _naive(work: Work, meter: Meter) -> None:
             loss = naive_loss(logps, ref_logps) / len(step)
             loss.backward()  # type: ignore[no-untyped-call]
             total += loss.item()
-            del logps, loss  # with all that the backward kept
+            del logps, loss  # and with them what the backward kept, before the next forward pass
         norm = torch.nn.utils.clip_grad_norm_(trained, MAX_GRAD_NORM)
         optimizer.step()
         optimizer.zero_grad()
@@ -289,7 +292,7 @@ def _naive(work: Work, meter: Meter) -> None:
 
 @contextlib.contextmanager
 def _adapter_off(model: Any, reference: Any) -> Any:
-    """The reference model, or inside the model without its adapter."""
+    """Context of the reference's forward pass: a second model, or the model without its adapter."""
     if reference is not None:
         yield reference
         return
@@ -300,10 +303,10 @@ def _adapter_off(model: Any, reference: Any) -> Any:
 def naive_batch(
     pairs: list[dict[str, list[int]]], pad_token_id: int, device: str
 ) -> tuple[Tensor, Tensor]:
-    """Chosen, then rejected sequences, padded on the right.
+    """Batch the chosen, then the rejected sequences, padded on the right.
 
     Returns:
-        input ids and labels, [2P, L] int64; labels are IGNORED where nothing is scored.
+        Input ids and labels, [2P, L] int64; labels are IGNORED at positions that aren't scored.
     """
     input_ids, labels = [], []
     for side in ("chosen_ids", "rejected_ids"):

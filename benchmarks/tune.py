@@ -2,9 +2,9 @@
 
 python -m benchmarks.tune --write
 
-Each kernel's entry for this machine's architecture is tried in turn, the others as they stand, in
-calls of `linear_pair_loss` with its backward. What doesn't compile, doesn't fit or differs from the
-backend "torch" is left out. Without --write the table is printed alone.
+Kernels are tuned one after the other, in calls of `linear_pair_loss` with its backward; the others
+keep their entries in the meantime. Configurations that don't compile, don't fit or differ from the
+backend "torch" are left out. Without --write the table is only printed.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from dpofast_kernels.head.launch import TABLE_FILE, architecture, launch_table, 
 Table = dict[str, dict[str, Any]]
 
 ROUNDS = 7
-# Every value that is tried of a kernel's constexprs, warps and stages.
+# The values that are tried for each kernel's constexprs, warps and stages.
 CHOICES: dict[str, dict[str, list[Any]]] = {
     "score_rows": {"BV": [2048, 4096, 8192, 16384], "num_warps": [4, 8, 16]},
     "differentiate_rows": {"BV": [2048, 4096, 8192, 16384], "num_warps": [4, 8, 16]},
@@ -57,24 +57,24 @@ CHOICES: dict[str, dict[str, list[Any]]] = {
     "target_products": {"BH": [512, 1024, 4096], "num_warps": [1, 2, 4]},
     "pair_loss": {"BN": [256, 1024, 4096], "num_warps": [1, 4]},
 }
-# Tiles of more products than this a warp spill on every architecture.
+# Tiles with more products per warp spill registers on every architecture.
 MAX_PRODUCTS_PER_WARP = 4096
 SMALL_VOCAB = 1024
-# Against the backend "torch": of a log-prob, in nats, and of a gradient's norm. Gradients are made
-# from numbers that were rounded to bf16, each backend's at another place.
+# Allowed differences from the backend "torch": nats per token for log-probs, and for gradients
+# relative to the norm. Backends round to bf16 at different places on the way to a gradient.
 MAX_LOGP_ERROR = 1e-4
 MAX_GRADIENT_ERROR = 1e-2
 
 
 @dataclass(frozen=True)
 class Work:
-    """Which calls run a kernel.
+    """The call of the head that runs a kernel.
 
     Attributes:
-        backend: of the head.
-        softcap: of the head.
-        small: whether the vocabulary is to be a small one, as the kernel's time is lost in that of
-            whole products.
+        backend: backend of the head.
+        softcap: softcap of the head.
+        small: whether to use a small vocabulary, because the time of the whole products would hide
+            the kernel's.
     """
 
     backend: str
@@ -95,7 +95,7 @@ WORK = {
 
 @dataclass(frozen=True, eq=False)
 class Answers:
-    """What every configuration has to give; gradients are of the loss summed over pairs."""
+    """Results of a configuration; gradients are those of the loss summed over pairs."""
 
     logps: Tensor  # [2P]
     d_hidden_states: Tensor  # [N, H]
@@ -103,7 +103,7 @@ class Answers:
 
 
 def work(kernel: str, inputs: Inputs, backend: str | None = None) -> Callable[[], Answers]:
-    """A forward and backward that run the kernel, or do the same by another backend."""
+    """A forward and backward that run the kernel, or the same work with another backend."""
     told = WORK[kernel]
     options = HeadOptions(backend=backend or told.backend, softcap=told.softcap)
     loss = make_loss("sigmoid", beta=BETA)
@@ -125,7 +125,7 @@ def work(kernel: str, inputs: Inputs, backend: str | None = None) -> Callable[[]
 
 
 def complaint(found: Answers, expected: Answers, bounds: Tensor) -> str | None:
-    """What is wrong with the answers; None where nothing is. NaN is wrong."""
+    """What is wrong with the answers, in words; None if nothing is. NaN is wrong."""
     lengths = bounds.diff().to(found.logps.device)
     error = float(((found.logps - expected.logps).abs() / lengths).max())
     if not error <= MAX_LOGP_ERROR:
@@ -139,7 +139,7 @@ def complaint(found: Answers, expected: Answers, bounds: Tensor) -> str | None:
 
 
 def candidates(kernel: str, current: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """The present configuration, then the others."""
+    """Yield the present configuration, then all others."""
     yield dict(current)
     choices = CHOICES[kernel]
     for values in product(*choices.values()):
@@ -155,7 +155,7 @@ def tune(
     """Put the fastest configuration of a kernel into `entry`, which is the table's own.
 
     Returns:
-        Whether any could be timed; else the present one stays.
+        Whether any configuration could be timed; if not, the present one stays.
     """
     current, run = entry[kernel], work(kernel, inputs)
     expected = work(kernel, inputs, "torch")()
@@ -167,7 +167,7 @@ def tune(
         try:
             reason = complaint(run(), expected, inputs.bounds)
             median = statistics.median(clock(run) for _ in range(ROUNDS)) if not reason else 0.0
-        except Exception as error:  # compilers and launchers raise anything
+        except Exception as error:  # compilers and launchers can raise anything
             reason = one_line(error)
         if reason:
             print(f"{kernel} {json.dumps(candidate)}: left out, {reason}", flush=True)
@@ -179,14 +179,14 @@ def tune(
 
 
 def own_entry(table: Table, name: str) -> dict[str, Any]:
-    """An architecture's entry; where the table lacks one, it gets a copy of what served it."""
+    """An architecture's entry; if it has none, a copy of the entry that it has used until now."""
     if name not in table:
         table[name] = {**deepcopy(table[table_entry(name)]), "measured": None}
     return table[name]
 
 
 def as_text(table: Table) -> str:
-    """The table as JSON, a line for each kernel."""
+    """The table as JSON, with one line per kernel."""
     entries = []
     for name, entry in table.items():
         lines = [f"    {json.dumps(key)}: {json.dumps(value)}" for key, value in entry.items()]
@@ -195,6 +195,7 @@ def as_text(table: Table) -> str:
 
 
 def case_for(kernel: str, given: argparse.Namespace) -> Case:
+    """The case that a kernel is tuned on."""
     hidden_size, vocab_size = (64, 512) if given.dry_run else MODELS[given.model]
     tokens = 32 if given.dry_run else given.tokens
     num_pairs = max(tokens // TOKENS_PER_PAIR, 2)
@@ -204,7 +205,7 @@ def case_for(kernel: str, given: argparse.Namespace) -> Case:
 
 
 def stamp(case: Case) -> dict[str, Any]:
-    """Where, when, on what and with what a kernel was measured."""
+    """Device, date, case and versions of a measurement."""
     return {
         "device": torch.cuda.get_device_name(),
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
@@ -227,7 +228,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> None:
     given = parse(arguments)
     if given.dry_run:
-        # read when Triton is imported, which is when the head first needs it
+        # Triton reads this when it is imported, which the head does at its first call.
         os.environ["TRITON_INTERPRET"] = "1"
     elif not torch.cuda.is_available():
         sys.exit("There is no CUDA or ROCm device to measure on; --dry-run does without.")
@@ -238,7 +239,7 @@ def main(arguments: list[str] | None = None) -> None:
     for kernel in given.kernels:
         case = case_for(kernel, given)
         if case not in inputs:
-            inputs = {case: make_inputs(case, device)}  # the other case's memory is given back
+            inputs = {case: make_inputs(case, device)}  # frees the inputs of the other case
         if tune(kernel, entry, inputs[case], clock, given.limit) and not given.dry_run:
             entry["measured"] = {**(entry["measured"] or {}), kernel: stamp(case)}
     print(as_text(table))

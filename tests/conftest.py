@@ -1,15 +1,17 @@
-"""Settings that must stand before Triton and DeepSpeed are imported, and what is made but once."""
+"""Settings that Triton and DeepSpeed read when they are imported, and fixtures for all tests."""
 
 from __future__ import annotations
 
+import gc
 import os
+import sys
 from typing import Any
 
 import pytest
 import torch
 
 if not torch.cuda.is_available():
-    # Without a GPU Triton's kernels run interpreted, on CPU tensors. Tests that compile (marker
+    # Without a GPU, Triton's kernels run interpreted, on CPU tensors. Tests that compile (marker
     # `aot`) do so in a subprocess: one process can't do both.
     os.environ.setdefault("TRITON_INTERPRET", "1")
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -17,9 +19,32 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _imports_are_no_garbage() -> None:
+    """Hide the objects of imported modules from the garbage collector.
+
+    accelerate runs the collector in every training run. It would look at half a million objects of
+    the imported libraries each time, which takes longer than the steps of a tiny model.
+    """
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture
+def real_plots() -> None:
+    """For a test that needs the plot of its training run."""
+
+
+@pytest.fixture(autouse=True)
+def _no_plots(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Training draws no plot, which would take longer than the training; see `real_plots`."""
+    if "dpofast.train.trainer" in sys.modules and "real_plots" not in request.fixturenames:
+        monkeypatch.setattr("dpofast.train.trainer.plot_run", lambda *_: None)
+
+
 @pytest.fixture(scope="session")
 def plain_history() -> Any:
-    """[20, 2]: loss and gradient norm of textbook DPO on real pairs; minutes of work."""
+    """[20, 2]: loss and gradient norm of textbook DPO on real pairs; takes minutes."""
     from tests.real_pairs import plain_history
 
     return plain_history()

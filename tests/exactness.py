@@ -1,4 +1,4 @@
-"""One micro-batch, laid out, against every sequence alone: hidden states, loss, gradients."""
+"""Compares a laid-out micro-batch with separate sequences: hidden states, loss, gradients."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from dpofast_kernels import make_loss
 from tests.families import VOCAB_SIZE
 from tests.support import float64_throughout
 
-# tokens of prompt, of what both answers begin with, and of the rest of chosen and rejected
+# Tokens of the prompt, of the answers' common start, and of the rest of chosen and rejected.
 _SHORT_PAIRS = (
     *((13, 0, 7, 9), (5, 3, 11, 1), (20, 0, 3, 17)),
     *((1, 2, 4, 6), (4, 5, 0, 3), (6, 4, 2, 0)),
@@ -30,7 +30,7 @@ Sequences = Sequence[tuple[TokenIds, TokenIds]]
 
 @dataclass(frozen=True)
 class Case:
-    """Pairs as (prompt ids, answer ids), chosen and rejected in turn, and a loss for them."""
+    """Pairs as (prompt ids, answer ids), chosen and rejected in turn, and what their loss needs."""
 
     sequences: Sequences
     ref_logps: list[float]
@@ -51,7 +51,7 @@ def _short_sequences() -> list[tuple[list[int], list[int]]]:
 
 
 def case_of(sequences: Sequences, beta: float, per_token: float = -3.0) -> Case:
-    """With reference log-probs about as a model would give, other ones for each pair."""
+    """Add reference log-probs as a model could give them, different for each sequence."""
     ref_logps = [per_token * len(answer) - 0.05 * i for i, (_, answer) in enumerate(sequences)]
     return Case(sequences, ref_logps, beta)
 
@@ -60,7 +60,7 @@ SHORT = case_of(_short_sequences(), beta=0.7)
 
 
 class Outcome:
-    """Loss, hidden states that predict the answers, and the gradients of all parameters."""
+    """Loss, hidden states at the scored positions, and the gradients of all parameters."""
 
     def __init__(self, model: Any, loss: Tensor, hidden_states: Tensor) -> None:
         self.loss, self.hidden_states = loss.detach(), hidden_states.detach()
@@ -72,7 +72,7 @@ class Outcome:
 
 
 def separate(model: Any, case: Case) -> Outcome:
-    """Every sequence through the stock model alone, as a textbook writes DPO."""
+    """Run every sequence separately through the stock model, as in textbook DPO."""
     model.zero_grad()
     losses, states = [], []
     body = body_of(causal_lm(model))
@@ -93,13 +93,13 @@ def separate(model: Any, case: Case) -> Outcome:
 
 
 def _logits_kept(model: Any, count: int) -> dict[str, int]:
-    """Those of a prompt are work for nothing; not all models can leave them out."""
+    """Arguments that skip the prompt's logits, for models that can: nobody needs them."""
     parameters = inspect.signature(causal_lm(model).forward).parameters
     return {"logits_to_keep": count} if "logits_to_keep" in parameters else {}
 
 
 def laid_out(model: Any, case: Case, layout: Layout) -> Outcome:
-    """All pairs in one micro-batch, by the way that the trainer takes."""
+    """Run all pairs in one micro-batch, the way the trainer does."""
     model.zero_grad()
     lm = causal_lm(model)
     batch = layout.collate(case.sequences, case.ref_logps)
@@ -119,7 +119,7 @@ def laid_out(model: Any, case: Case, layout: Layout) -> Outcome:
 
 
 def compare(model: Any, case: Case, layout: Layout) -> None:
-    """Within 1e-12 in the hidden states and 1e-10 in loss and gradients, of the largest of each."""
+    """Assert that laid-out and separate sequences give the same, in float64; see `assert_alike`."""
     with float64_throughout():
         expected = separate(model, case)
         found = laid_out(model, case, layout)
@@ -127,6 +127,10 @@ def compare(model: Any, case: Case, layout: Layout) -> None:
 
 
 def assert_alike(found: Outcome, expected: Outcome) -> None:
+    """Assert equality within 1e-12 for hidden states and 1e-10 for loss and gradients.
+
+    Tolerances are relative to the largest hidden state and the largest gradient.
+    """
     scale = expected.hidden_states.abs().max()
     assert (found.hidden_states - expected.hidden_states).abs().max() <= 1e-12 * scale
     assert abs(found.loss - expected.loss) <= 1e-10 * expected.loss

@@ -1,4 +1,4 @@
-"""Tiny models of many families, with random weights so large that every part of them matters."""
+"""Tiny models of many families, with random weights large enough for every part to matter."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ BASE: dict[str, Any] = {
     "num_hidden_layers": 3,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
-    "max_position_embeddings": 64,  # fewer than a packed row has
+    "max_position_embeddings": 64,  # fewer than the tokens of a packed row
     "attention_dropout": 0.0,
 }
 MULTI_HEAD = {key: value for key, value in BASE.items() if key != "num_key_value_heads"}
@@ -25,7 +25,7 @@ MIXED = {"layer_types": ["sliding_attention", "full_attention", "sliding_attenti
 EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
 HEAD_8 = {"head_dim": 8}
 
-# family -> (class of its config in transformers, fields)
+# Family: (transformers' class of its config, fields of that config).
 PACKABLE_FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("LlamaConfig", BASE),
     "qwen2": ("Qwen2Config", BASE),
@@ -56,7 +56,7 @@ PACKABLE_FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt_oss": ("GptOssConfig", {**BASE, **HEAD_8, **WINDOW, **MIXED, **EXPERTS}),
     "olmo2": ("Olmo2Config", {**BASE, "pad_token_id": 0}),
 }
-# The model types that are left of those that packed rows are right for, in the same way.
+# All other model types that run packed, in the same form.
 _PAD = {**BASE, "pad_token_id": 0}
 _PAD_8 = {**_PAD, **HEAD_8}
 _ROUTED = {
@@ -239,7 +239,7 @@ UNPACKABLE_FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         {**SIZES, "n_layer": 2, "n_head": 4, "hidden_dropout": 0.0, "attention_dropout": 0.0},
     ),
 }
-# Those whose attention can't be replaced, or doesn't hear of the layout.
+# Families whose attention can't be replaced, or isn't told the layout.
 DEAF_FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "bloom": UNPACKABLE_FAMILIES["bloom"],
     "codegen": ("CodeGenConfig", {**_GPT2, "rotary_dim": 4}),
@@ -255,7 +255,7 @@ DEAF_FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "nemotron": ("NemotronConfig", {**_PAD, "hidden_dropout": 0.0}),
     "stablelm": ("StableLmConfig", {**_PAD, "hidden_dropout": 0.0}),
 }
-# Those that packed rows would be wrong for, though they call our attention.
+# Families that call our attention, but would be wrong in packed rows.
 MASKED_FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "doge": ("DogeConfig", _PAD),
     "gpt_neo": (
@@ -267,7 +267,7 @@ MASKED_FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
 }
-# Those in which something else than attention looks at other tokens, or attention at chunks.
+# Families that mix tokens outside of attention, or whose attention works on chunks.
 MIXING_FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "lfm2": ("Lfm2Config", {**_PAD, "layer_types": ["conv", "full_attention", "conv"]}),
     "llama4": (
@@ -294,7 +294,7 @@ FAMILIES = {
 
 
 def tiny_model(family: str, attention: str = "eager") -> Any:
-    """A causal LM in float32, in training mode."""
+    """Make a causal LM in float32, in training mode; skip the test if transformers is too old."""
     class_name, fields = FAMILIES[family]
     if not hasattr(transformers, class_name):
         pytest.skip(f"transformers {transformers.__version__} is older than {family}")

@@ -1,6 +1,6 @@
-"""Twenty steps on real pairs, by textbook DPO and by ours: what the tests of both compare.
+"""Twenty steps on real pairs, for tests that compare our training with textbook DPO.
 
-The 77 pairs make 20 steps of 4, of which the last has a single pair: on two ranks one has none.
+The 77 pairs make 20 steps of 4 pairs. The last step has a single pair: one of two ranks has none.
 """
 
 from __future__ import annotations
@@ -14,10 +14,12 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset
+from transformers import LlamaForCausalLM
 
 from benchmarks.data import find_data, race_tokenizer
+from benchmarks.train_cases import Case
 from dpofast.data import load_preferences, tokenize_preferences
-from tests.support import PlainDPO, race_model
+from tests.support import PlainDPO
 
 STEPS = 20
 PAIRS_PER_STEP = 4
@@ -39,6 +41,11 @@ def real_tokenizer() -> Any:
     return race_tokenizer(find_data("dpo_en_demo")[0])
 
 
+def race_model(tokenizer: Any) -> LlamaForCausalLM:
+    """A Llama of 4 layers of width 256, with random weights."""
+    return Case("race").model(tokenizer)
+
+
 def real_pairs(tokenizer: Any) -> Dataset:
     data = load_preferences(str(find_data("dpo_en_demo")[0]))
     tokenised, _ = tokenize_preferences(data, tokenizer, max_length=OPTIONS["max_length"])
@@ -47,7 +54,7 @@ def real_pairs(tokenizer: Any) -> Dataset:
 
 
 def plain_history() -> np.ndarray:
-    """[20, 2] fp64: loss and gradient norm of each step of two-model DPO, a sequence at a time."""
+    """[20, 2] fp64: loss and gradient norm of each step of textbook DPO."""
     tokenizer = real_tokenizer()
     plain = PlainDPO(race_model(tokenizer), OPTIONS["beta"], OPTIONS["learning_rate"])
     with two_threads():
@@ -57,19 +64,20 @@ def plain_history() -> np.ndarray:
 
 
 def assert_is_plain_dpo(name: str, got: list[tuple[float, float]], plain: np.ndarray) -> None:
-    """Every step's loss and gradient norm are those of `plain_history` within 1e-5."""
+    """Assert that each step's loss and gradient norm equal `plain_history` within 1e-5."""
     worst = np.abs(np.asarray(got) / plain - 1.0).max(0)
     print(f"{name}: worst relative difference of loss {worst[0]:.1e}, norm {worst[1]:.1e}")
     assert (worst <= TOLERANCE).all(), name
 
 
 def checkpoint(run: Path) -> str:
+    """The checkpoint that a run with OPTIONS saves in mid-epoch."""
     return str(run / f"checkpoint-{SAVED_STEP}")
 
 
 @contextlib.contextmanager
 def two_threads() -> Iterator[None]:
-    """A fault of gathering keys showed on real lengths with threads alone."""
+    """Run PyTorch on two threads: a race between writes to the same position shows only then."""
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:

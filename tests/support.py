@@ -1,4 +1,4 @@
-"""What several tests share: tiny models, a tokenizer, pairs, and plain DPO to compare with."""
+"""Shared by several tests: tiny models, a tokenizer, pairs, and plain DPO to compare with."""
 
 from __future__ import annotations
 
@@ -22,7 +22,6 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from benchmarks.train_cases import Case
 from dpofast import DPOConfig, DPOTrainer
 
 VOCAB_SIZE = 259  # 256 bytes and three special tokens
@@ -40,7 +39,7 @@ TINY_FIELDS: dict[str, Any] = {
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a byte; no chat template."""
+    """A tokenizer with one token per byte and no chat template."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     specials = ["<pad>", "<s>", "</s>"]
     vocab = {token: index for index, token in enumerate(specials + alphabet)}
@@ -54,12 +53,13 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def tiny_llama(seed: int = 0, **overrides: Any) -> LlamaForCausalLM:
+    """A Llama of two layers with random weights; `overrides` are fields of its config."""
     torch.manual_seed(seed)
     return LlamaForCausalLM(LlamaConfig(**{**TINY_FIELDS, **overrides}))
 
 
 def tiny_mixtral(seed: int = 0, **overrides: Any) -> MixtralForCausalLM:
-    """A mixture of four experts, two of them for each token."""
+    """A mixture of four experts, two for each token."""
     torch.manual_seed(seed)
     config = MixtralConfig(**{**TINY_FIELDS, "num_local_experts": 4, **overrides})
     return MixtralForCausalLM(config)
@@ -81,7 +81,7 @@ def token_pairs(num_pairs: int = 12, seed: int = 0) -> Dataset:
 
 
 def answer_logps(model: Any, prompt: list[int], answer: list[int]) -> torch.Tensor:
-    """Summed in float64: [] in nats, from the whole logits of one sequence."""
+    """[] fp64: log-prob of an answer in nats, from all logits of its sequence."""
     input_ids = torch.tensor([prompt + answer])
     logits = model(input_ids=input_ids, use_cache=False).logits[0, len(prompt) - 1 : -1]
     per_token = logits.log_softmax(-1).gather(-1, torch.tensor(answer)[:, None])[:, 0]
@@ -89,7 +89,7 @@ def answer_logps(model: Any, prompt: list[int], answer: list[int]) -> torch.Tens
 
 
 def naive_margin(model: Any, reference: Any, pair: dict[str, list[int]]) -> torch.Tensor:
-    """chosen log-ratio - rejected log-ratio of one pair."""
+    """[] fp64: chosen log-ratio - rejected log-ratio of one pair."""
     logratios = []
     for answer in (pair["chosen_ids"], pair["rejected_ids"]):
         with torch.no_grad():
@@ -99,7 +99,7 @@ def naive_margin(model: Any, reference: Any, pair: dict[str, list[int]]) -> torc
 
 
 def clip_exactly(parameters: Iterable[Any], max_norm: float) -> torch.Tensor:
-    """`clip_grad_norm_` with a norm in float64: PyTorch's is off by 1e-4 for 4 million elements."""
+    """Clip by a norm in float64: PyTorch's own is off by 1e-4 for 4 million elements."""
     parameters = [p for p in parameters if p.grad is not None]
     norm = torch.stack([p.grad.double().norm() for p in parameters]).norm()
     torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
@@ -107,7 +107,7 @@ def clip_exactly(parameters: Iterable[Any], max_norm: float) -> torch.Tensor:
 
 
 class PlainDPO:
-    """Textbook DPO: two models, one sequence at a time, AdamW at a constant rate."""
+    """Textbook DPO: two models, one sequence at a time, AdamW at a constant learning rate."""
 
     def __init__(self, model: Any, beta: float, learning_rate: float, max_norm: float = 1.0):
         self.model, self.reference = model, copy.deepcopy(model).eval()
@@ -116,7 +116,7 @@ class PlainDPO:
         self.optimizer = torch.optim.AdamW(trained, lr=learning_rate, weight_decay=0.0)
 
     def step(self, pairs: list[dict[str, list[int]]]) -> tuple[float, float]:
-        """One optimizer step over these pairs: (loss, gradient norm before clipping)."""
+        """Take an optimizer step over these pairs: (loss, gradient norm before clipping)."""
         self.model.train()
         total = 0.0
         for pair in pairs:
@@ -130,7 +130,11 @@ class PlainDPO:
         return total, norm
 
     def train(self, pairs: Dataset, batch_size: int, steps: int, seed: int) -> list[tuple]:
-        """The order of transformers' Trainer: a new permutation an epoch."""
+        """Train in the order of transformers' Trainer, which permutes the pairs in every epoch.
+
+        Returns:
+            (loss, gradient norm) of each step.
+        """
         history, epoch = [], 0
         while len(history) < steps:
             generator = torch.Generator().manual_seed(seed + epoch)
@@ -144,7 +148,10 @@ class PlainDPO:
 
 @contextlib.contextmanager
 def float64_throughout() -> Iterator[None]:
-    """transformers upcasts norms and softmax to float32 by name: let that name mean float64."""
+    """Keep everything in float64, also where transformers casts to float32.
+
+    It casts norms and softmax by the name `torch.float32`, which means float64 in here.
+    """
     with (
         mock.patch.object(torch, "float32", torch.float64),
         mock.patch.object(torch, "float", torch.float64),
@@ -161,7 +168,7 @@ def make_trainer(
     options: dict[str, Any] | None = None,
     **arguments: Any,
 ) -> DPOTrainer:
-    """A trainer of six steps of four pairs, with its run and its store below `folder`."""
+    """Make a trainer for six steps of four pairs, with its run and its store below `folder`."""
     config = DPOConfig(
         **{
             "output_dir": str(folder / "run"),
@@ -193,16 +200,12 @@ def make_trainer(
 
 
 def history(trainer: DPOTrainer) -> list[tuple[float, float]]:
-    """(loss, gradient norm) of every step, those before a resume included."""
+    """(loss, gradient norm) of every step, including steps before a resume."""
     logs = [log for log in trainer.state.log_history if "grad_norm" in log]
     return [(log["loss"], log["grad_norm"]) for log in logs]
 
 
 def train(trainer: DPOTrainer) -> list[tuple[float, float]]:
+    """Train, and return (loss, gradient norm) of every step."""
     trainer.train()
     return history(trainer)
-
-
-def race_model(tokenizer: Any) -> LlamaForCausalLM:
-    """The model of the comparisons on real pairs: 4 layers of 256, with random weights."""
-    return Case("race").model(tokenizer)

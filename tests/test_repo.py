@@ -1,4 +1,4 @@
-"""Rules of the repository that no other test would notice being broken."""
+"""Rules of the repository that no other test checks."""
 
 from __future__ import annotations
 
@@ -6,46 +6,11 @@ import ast
 import itertools
 import re
 import tomllib
-from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).parents[1]
+CPU_TARGETS = ("test", "test-ranks", "test-slow")
 SOURCES = sorted([*ROOT.glob("dpofast/**/*.py"), *ROOT.glob("kernels/dpofast_kernels/**/*.py")])
-
-# A room may import itself, what stands to its right, and nothing else of dpofast. Files that
-# stand directly in dpofast/ are the trainer and its parts.
-_BASE = {"errors"}
-_TRAINER = {path.stem for path in ROOT.glob("dpofast/*.py")} - {"__init__", "__main__"}
-ALLOWED = {
-    "cli": {"cli", "demo", "data", "reference", "zero"} | _TRAINER,
-    "demo": {"demo", "data"} | _TRAINER,
-    "data": {"data"} | _BASE,
-    "reference": {"reference"} | _BASE,
-    "zero": {"zero"} | _BASE,
-}
-# Inside `reference` only these look at data or model.
-REFERENCE_READERS = {"builder.py"}
-
-
-def imported(path: Path) -> Iterator[str]:
-    """Absolute names of all modules that a file imports, also inside functions."""
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}: imports are absolute here"
-            assert node.module is not None
-            yield node.module
-            if node.module == "dpofast":
-                yield from (f"dpofast.{alias.name}" for alias in node.names)
-
-
-def rooms(path: Path) -> set[str]:
-    """Rooms of dpofast that a file imports; names of dpofast/__init__.py count as the trainer."""
-    names = {name.split(".")[1] for name in imported(path) if name.startswith("dpofast.")}
-    return {"trainer" if name.startswith("DPO") else name for name in names} - {"__version__"}
 
 
 def test_kernels_never_becomes_a_package() -> None:
@@ -54,44 +19,27 @@ def test_kernels_never_becomes_a_package() -> None:
     assert not (ROOT / "kernels" / "__init__.py").exists()
 
 
-@pytest.mark.parametrize("room", sorted(ALLOWED))
-def test_rooms_import_one_way(room: str) -> None:
-    files = sorted((ROOT / "dpofast" / room).rglob("*.py"))
-    assert files
-    for path in files:
-        allowed = ALLOWED[room]
-        if room == "reference" and path.name in REFERENCE_READERS:
-            allowed = allowed | {"data", "model"}
-        assert rooms(path) <= allowed, path
+def test_only_the_kernels_have_formulas_of_losses() -> None:
+    """Log-sigmoid anywhere else would be a second home for one of them."""
+    texts = {path: path.read_text(encoding="utf-8") for path in ROOT.glob("dpofast/**/*.py")}
+    assert not [str(path) for path, text in texts.items() if "logsigmoid" in text]
 
 
-def test_trainer_does_not_import_the_command_line() -> None:
-    for path in ROOT.glob("dpofast/*.py"):
-        if path.name != "__main__.py":
-            assert not {"cli", "demo"} & rooms(path), path
-
-
-def test_kernels_import_nothing_of_dpofast() -> None:
-    for path in ROOT.glob("kernels/dpofast_kernels/**/*.py"):
-        assert not [name for name in imported(path) if name.split(".")[0] == "dpofast"], path
-
-
-def test_losses_stand_in_the_kernels_alone() -> None:
-    """The formula of a loss has one home; log-sigmoid elsewhere would be a second one."""
-    for path in ROOT.glob("dpofast/**/*.py"):
-        assert "logsigmoid" not in path.read_text(encoding="utf-8"), path
-
-
-@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_files_and_functions_stay_small(path: Path) -> None:
-    text = path.read_text(encoding="utf-8")
-    assert len(text.splitlines()) <= 400
-    for node in ast.walk(ast.parse(text)):
-        if isinstance(node, ast.FunctionDef):
-            is_kernel = node.name.endswith("_kernel")
-            assert node.end_lineno is not None
-            lines = node.end_lineno - node.body[0].lineno + 1  # the signature apart
-            assert lines <= (150 if is_kernel else 60), node.name
+def test_files_and_functions_stay_small() -> None:
+    long = []
+    for path in SOURCES:
+        text = path.read_text(encoding="utf-8")
+        name = path.relative_to(ROOT)
+        if len(text.splitlines()) > 400:
+            long.append(f"{name} has more than 400 lines")
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef):
+                limit = 150 if node.name.endswith("_kernel") else 60
+                assert node.end_lineno is not None
+                lines = node.end_lineno - node.body[0].lineno + 1  # without the signature
+                if lines > limit:
+                    long.append(f"{name}: {node.name} has {lines} lines, at most {limit}")
+    assert not long
 
 
 def test_both_packages_carry_their_types() -> None:
@@ -112,9 +60,43 @@ def test_constraints_are_exact_and_cover_what_is_declared() -> None:
     assert "torch==2.13.0" in lines
 
 
-def test_tests_without_a_gpu_do_not_see_one() -> None:
-    """Where one is seen, Triton's kernels are compiled, and refuse the CPU tensors of the tests."""
+def pytest_lines(target: str) -> list[str]:
+    """The lines of a Makefile's target that run pytest."""
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
-    lines = [line for line in makefile.splitlines() if "pytest" in line and "not gpu" in line]
-    assert len(lines) == 2
-    assert all(line.startswith("\tCUDA_VISIBLE_DEVICES= ") for line in lines)
+    rule = makefile.split(f"\n{target}: ")[1].split("\n\n")[0]
+    return [line for line in rule.splitlines() if "pytest" in line]
+
+
+def test_every_test_is_run_by_exactly_one_target() -> None:
+    """Tests marked `gpu` or `torture` aside: they have targets of their own."""
+    markers = ("slow", "distributed", "torture", "gpu")
+    selections = []
+    for target in CPU_TARGETS:
+        (line,) = pytest_lines(target)
+        selections.append(re.search(r"-m '(.*)'", line)[1])  # type: ignore[index]
+    for carried in itertools.product((False, True), repeat=len(markers)):
+        marked = dict(zip(markers, carried, strict=True))
+        selected = [bool(eval(selection, {}, marked)) for selection in selections]
+        assert sum(selected) == (not marked["torture"] and not marked["gpu"]), marked
+
+
+def test_ci_runs_every_target_that_needs_no_gpu() -> None:
+    commands = (ROOT / ".ci" / "run").read_text(encoding="utf-8").splitlines()
+    assert {f"make {target}" for target in CPU_TARGETS} <= set(commands)
+
+
+def test_tests_that_launch_ranks_are_marked() -> None:
+    """Unmarked, they would run with `make test`, which has no time for them."""
+    files = [path for path in ROOT.glob("tests/**/test_*.py") if path != Path(__file__)]
+    texts = {path: path.read_text(encoding="utf-8") for path in files}
+    assert not [
+        str(path.relative_to(ROOT))
+        for path, text in texts.items()
+        if "tests.distributed.launch" in text and "pytest.mark.distributed" not in text
+    ]
+
+
+def test_tests_without_a_gpu_do_not_see_one() -> None:
+    """If they did, Triton would compile its kernels, and those would refuse the CPU tensors."""
+    for target in CPU_TARGETS:
+        assert all(line.startswith("\tCUDA_VISIBLE_DEVICES= ") for line in pytest_lines(target))

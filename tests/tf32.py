@@ -12,7 +12,7 @@ _PRODUCTS = ("aten::mm", "aten::bmm", "aten::addmm", "aten::baddbmm")
 
 
 class Tf32(TorchDispatchMode):
-    """Inside, products of float32 matrices lose all but 10 bits of their factors' mantissas."""
+    """Rounds the factors of float32 matrix products to mantissas of 10 bits, while it is active."""
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -27,4 +27,5 @@ def _rounded(factor: Tensor) -> Tensor:
     if factor.dtype != torch.float32:
         return factor
     bits = factor.contiguous().view(torch.int32)
+    # float32 has 23 bits of mantissa: add half of the last bit that is kept, then drop 13 bits.
     return ((bits + 0x1000) & ~0x1FFF).view(torch.float32)

@@ -1,4 +1,4 @@
-"""The attention benchmark: its rows, its truth, who it judges wrong, and what it writes."""
+"""The attention benchmark: packed rows, truth, judgement, and the JSON that it writes."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ def test_all_who_run_on_a_cpu_are_right(kind, dtype):
 
 
 def test_a_single_pair_that_is_wrong_is_found():
-    """Whatever is wrong: the row is long, the bound holds in each of its pairs."""
+    """The bounds hold for each pair of the row, so a mistake in one can't hide in the others."""
     inputs = make_inputs(case_of("sinks"), "cpu")
     judge = Judge(inputs)
     right = contender("ours_plain", inputs, "forward_backward").run()
@@ -145,7 +145,7 @@ def test_a_single_pair_that_is_wrong_is_found():
 
 
 def test_copies_that_differ_are_found():
-    """An output is compared in every copy of its token, gradients are added up."""
+    """Each copy of a token must have its output; the copies' gradients are added up."""
     inputs = make_inputs(case_of(), "cpu")
     judge = Judge(inputs)
     right = contender("unshared", inputs, "forward_backward").run()
@@ -165,7 +165,7 @@ def test_a_result_that_lacks_a_part_is_refused():
 
 @pytest.fixture
 def gpu(monkeypatch):
-    """CUDA's back ends where there is no GPU: their kernels emulated, the choice made as there."""
+    """Pretend to be a GPU: emulate the kernels of CUDA's back ends and let them be chosen."""
     library = torch.library.Library("aten", "IMPL", "CPU")
     library.impl("_flash_attention_forward", emulated.operator_forward)
     library.impl("_flash_attention_backward", emulated.operator_backward)
@@ -272,7 +272,7 @@ def test_a_contender_that_raises_is_no_failure_but_ours_is(monkeypatch, tmp_path
 
 
 def test_ours_that_is_wrong_is_a_failure(monkeypatch):
-    """One in which rejected answers see the chosen ones."""
+    """Rejected answers see the chosen ones here."""
 
     def leaking(query, key, value, layout, options):
         layout = replace(layout, tail_ids=layout.tail_ids.clamp(max=1))
@@ -290,6 +290,7 @@ def test_memory_of_a_contender():
     assert peaks("ours_varlen", case_of(), "cpu") == {"reason": "it runs on CUDA alone, not on cpu"}
 
 
+@pytest.mark.slow  # starts several processes
 def test_a_dry_run_measures_everything_and_exits_0(tmp_path):
     file = tmp_path / "attention.json"
     command = [sys.executable, "-m", "benchmarks.attention", "--device", "cuda", "--dry-run"]

@@ -1,4 +1,4 @@
-"""The stand-ins keep what tests and benchmarks rely on, and say that they are generated."""
+"""Generated files have what tests and benchmarks rely on, and are reported as generated."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from dpofast.errors import DataError
 
 @pytest.fixture
 def nothing_real(monkeypatch, tmp_path):
-    """A machine without the real files; what is generated goes to `tmp_path`."""
+    """A machine without the real files; generated files go to `tmp_path`."""
     monkeypatch.delenv("DPOFAST_DATA", raising=False)
     monkeypatch.setattr(benchmarks.data, "REPOSITORY", tmp_path / "repository")
     monkeypatch.setattr(benchmarks.data, "HF_HOME", str(tmp_path / "cache"))
@@ -59,7 +59,7 @@ def test_generated_conversations(tmp_path):
     assert len(tokenizer) == 16_000
     _, report = tokenize_preferences(load_preferences(path), tokenizer, max_length=None)
     assert (report.pairs_read, report.pairs_kept) == (300, 300)
-    # The real file's figures with its own tokenizer, within a tenth.
+    # Within a tenth of the real file's lengths with its own tokenizer.
     assert report.prompt_lengths.percentiles[50] == pytest.approx(181, rel=0.1)
     assert report.prompt_lengths.longest == pytest.approx(3_650, rel=0.1)
     assert report.answer_lengths.percentiles[50] == pytest.approx(323, rel=0.1)

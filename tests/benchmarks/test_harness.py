@@ -1,4 +1,4 @@
-"""Races are fair, mistakes get no speed, and what can't run says why."""
+"""Races are fair, wrong results get no speed, and contenders that can't run say why."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def attempts_of(contenders):
 
 
 class Calls:
-    """Contenders that note when they are called, and a clock that lets each take its own time."""
+    """Contenders that record their calls, and a clock with a fixed time for each of them."""
 
     def __init__(self):
         self.made, self.seconds = [], {}
@@ -71,7 +71,7 @@ def test_rounds_are_interleaved_and_start_with_another_each():
     attempts = attempts_of(contenders)
     calls.made.clear()
     race(contenders, attempts, calls.clock, rounds=3, warmup=1)
-    # the warm-up round has the number -1
+    # The warm-up round has number -1.
     assert calls.made == [*"cab", *"abc", *"bca", *"cab"]
     assert {len(result.seconds) for result in attempts.values()} == {3}
 
@@ -129,7 +129,7 @@ def test_a_contender_that_raises_ends_nothing():
 
 
 def test_a_contender_that_raises_late_loses_its_times():
-    given = iter([1.0, 1.0])  # for its attempt and one round
+    given = iter([1.0, 1.0])  # enough for its attempt and one round
     contenders = [Contender("tires", lambda: next(given)), Contender("runs", lambda: 1.0)]
     attempts = attempts_of(contenders)
     race(contenders, attempts, wall_clock, rounds=3, warmup=0)
@@ -239,8 +239,8 @@ def test_the_worst_of_several_cases():
 def test_peak_counts_what_a_call_holds_and_frees():
     size = 64 * MEBIBYTE
     peak = peak_beyond_baseline(lambda: len(bytearray(b"\1" * size)), "cpu")
-    assert 1.9 * size < peak < 2.5 * size  # the kernel counts some pages late
-    # the earlier peak isn't in the way
+    assert 1.9 * size < peak < 2.5 * size  # the OS counts some pages late
+    # The earlier peak has been reset.
     assert peak_beyond_baseline(lambda: len(b"\1" * size), "cpu") < 1.5 * size
 
 

@@ -1,4 +1,4 @@
-"""The head's benchmark: its inputs, its truth, who it judges wrong, and what it writes."""
+"""The head's benchmark: inputs, truth, judgement, and the JSON that it writes."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def judge(inputs):
 
 
 def autograd_truth(inputs):
-    """Everything by autograd in fp64, all pairs at once."""
+    """All results by autograd in fp64, for all pairs at once."""
     x, weight = (
         t.detach().double().requires_grad_() for t in (inputs.hidden_states, inputs.weight)
     )
@@ -119,7 +119,7 @@ def test_each_wrong_part_is_found(inputs, judge):
 
 
 def test_sums_in_bf16_are_timed_with_their_errors_and_mistakes_are_not(inputs, judge):
-    """d_hidden_states summed over the vocabulary in bf16, as Cut Cross-Entropy does."""
+    """Cut Cross-Entropy sums d_hidden_states over the vocabulary in bf16."""
     right = contender("naive", inputs, "forward_backward").run()
     d_hidden_states, weight = right.d_hidden_states, inputs.weight.detach()
     logits = inputs.hidden_states.detach() @ weight.t()
@@ -253,6 +253,7 @@ def test_a_case_out_of_memory_is_reported(monkeypatch, tmp_path):
     assert case["reason"] == "OutOfMemoryError: tried to allocate"
 
 
+@pytest.mark.slow  # starts several processes
 def test_a_dry_run_measures_everything_and_exits_0(tmp_path):
     file = tmp_path / "head.json"
     paths = [str(REPOSITORY), str(REPOSITORY / "kernels")]

@@ -1,4 +1,4 @@
-"""The benchmarks of the kernels run where little is installed, as on a rented GPU."""
+"""The kernels' benchmarks run with few packages, like those of a rented GPU."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 
 from benchmarks import REPOSITORY
 
-# What a machine with a GPU has: what PyTorch needs, and what prints the tables.
+# Installed on a machine with a GPU: PyTorch, what it needs, and rich for the tables.
 NEEDED = {"torch", "triton", "numpy", "rich"}
 IMPORTED_AS = {
     "pyyaml": "yaml",
@@ -22,12 +22,12 @@ IMPORTED_AS = {
 
 
 def other_packages():
-    """The project's dependencies and extras but those, as they are imported."""
+    """Import names of the project's dependencies and extras that are not NEEDED."""
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
     wanted = [*project["dependencies"], *extras["peft"], *extras["bench"]]
     names = {re.match(r"[\w-]+", each)[0] for each in wanted} - NEEDED
-    # what the first ones bring along, and the repository imports by itself
+    # Installed with these packages, and imported by the repository.
     return {IMPORTED_AS.get(name, name) for name in names} | {"huggingface_hub", "tokenizers"}
 
 

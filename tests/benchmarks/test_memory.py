@@ -1,4 +1,4 @@
-"""The processes that measure memory: many cases in one, and whatever one of them has left."""
+"""The processes that measure memory: many cases in one, and reports of one that is stopped."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from benchmarks.head_cases import Case, make_inputs
 from benchmarks.head_contenders import ENTRIES
 from benchmarks.memory import measure_in_child
 
-MANY = 10  # sizes: PyTorch compiles a function for 8 and refuses the next
+MANY = 10  # torch.compile gives up on a function after 8 sizes
 
 
 def test_each_of_many_cases_is_compiled(monkeypatch, tmp_path, capsys):
     def make(inputs):
         options = {"backend": "eager", "fullgraph": True, "dynamic": False}
-        compiled = torch.compile(head_contenders._naive_logps, **options)
-        return head_contenders._from_logps(compiled, inputs)
+        compiled = torch.compile(head_contenders.naive_logps, **options)
+        return head_contenders.work_of_logps(compiled, inputs)
 
     monkeypatch.setitem(ENTRIES, "compile", replace(ENTRIES["compile"], make=make))
     cases = [Case("tiny", 4 + number, 8, 11, 1, "float32", even=False) for number in range(MANY)]
@@ -42,5 +42,5 @@ def test_what_a_child_had_measured_before_its_time_was_up_is_kept(tmp_path, monk
     program = "import time\nprint('{\"peak\": 3}', flush=True)\ntime.sleep(30)\n"
     (tmp_path / "a_slow_one.py").write_text(program)
     monkeypatch.syspath_prepend(str(tmp_path))
-    found, reason = measure_in_child("a_slow_one", [], 5.0)
-    assert (found, reason) == ([{"peak": 3}], "took longer than 5 s")
+    found, reason = measure_in_child("a_slow_one", [], 2.0)
+    assert (found, reason) == ([{"peak": 3}], "took longer than 2 s")

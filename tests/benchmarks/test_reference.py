@@ -1,4 +1,4 @@
-"""The race of reference log-probs: all score the same, who is wrong gets no speed."""
+"""The race of reference log-probs: all score the same, and wrong results get no speed."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def truth(work):
 
 @pytest.fixture
 def stock_trl(monkeypatch):
-    """The contender changes TRL in its own process; here it is put back."""
+    """Undo the changes that the contender makes to TRL in its own process."""
     utils = pytest.importorskip("trl.trainer.utils")
     monkeypatch.setattr(utils, "_ChunkedLogProbFunction", utils._ChunkedLogProbFunction)
 
@@ -49,7 +49,7 @@ def compare(found, truth):
 
 
 def pairs(work):
-    """(prompt, chosen, rejected) ids."""
+    """(prompt, chosen, rejected) ids of the scored pairs."""
     return [[pair[name] for name in NAMES] for pair in work.timed_pairs]
 
 
@@ -85,7 +85,7 @@ def test_ours_scores_the_same_on_what_was_planned(work, truth):
 @pytest.mark.peer
 def test_trl_scores_the_same_again_in_each_process(work, truth, stock_trl):
     tokens = padded_tokens(work, 2)
-    for _ in range(2):  # the second finds nothing that the first has kept
+    for _ in range(2):  # the second run finds nothing in a cache
         found = run("trl", work)
         compare(found, truth)
         assert found["counts"]["body_tokens"] == tokens
@@ -98,7 +98,7 @@ def test_trl_counts_all_rows_but_each_sequences_last(work, stock_trl):
 
 
 class Children:
-    """In place of processes: what each contender reports."""
+    """Replaces the processes: gives the report of each contender."""
 
     def __init__(self, **changes):
         self.changes, self.calls = changes, []
@@ -201,6 +201,7 @@ def test_a_dry_run_with_everyone(device, tmp_path):
     assert given["ratios"]["trl_speed"] > 0.0
 
 
+@pytest.mark.slow  # starts several processes
 def test_a_dry_run_in_processes_of_their_own(tmp_path):
     file = tmp_path / "reference.json"
     arguments = ["--dry-run", "--skip", "trl", "--threads", "1", "--json", str(file)]

@@ -1,4 +1,4 @@
-"""The README's figures are those of the committed results, and of nothing else."""
+"""The README's figures are exactly those of the committed results."""
 
 from __future__ import annotations
 
@@ -82,8 +82,8 @@ def test_figures_of_a_race_of_steps(folder):
     assert "On 2 cores of Some CPU (PyTorch 2.13.0, TRL 1.16.0):" in text
     assert "llama of 4 layers x 256, float32, on pairs" in text
     assert "| plain PyTorch | 5.25 | 0.12 |" in text
-    assert "| TRL |" not in text  # it has no ratio
-    assert "padded" not in text  # our own
+    assert "| TRL |" not in text  # no ratio
+    assert "padded" not in text  # a variant of ours
     assert "(`python -m benchmarks.train --device cpu` at 0123456, 2026-01-02)" in text
 
 

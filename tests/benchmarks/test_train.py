@@ -1,4 +1,4 @@
-"""The race of whole steps: all train the same, who is wrong gets no speed, what is written."""
+"""The race of whole steps: all train the same, wrong results get no speed, JSON is written."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def truth(work):
 
 @pytest.fixture
 def stock_trl(monkeypatch):
-    """Contenders change TRL in their own process; here it is put back."""
+    """Undo the changes that contenders make to TRL in their own process."""
     utils = pytest.importorskip("trl.trainer.utils")
     for name in ("_use_triton", "_ChunkedLogProbFunction"):
         monkeypatch.setattr(utils, name, getattr(utils, name))
@@ -49,13 +49,13 @@ def compare(found, truth):
 
 
 def timed_pairs(work):
-    """(prompt, chosen, rejected) ids."""
+    """(prompt, chosen, rejected) ids of the timed pairs."""
     names = ("prompt_ids", "chosen_ids", "rejected_ids")
     return [[pair[name] for name in names] for pair in work.pairs][CASE.pairs_per_step :]
 
 
 def padded_tokens(work):
-    """In micro-batches of BATCH pairs."""
+    """Tokens with padding, in micro-batches of BATCH pairs."""
     longest = [len(p) + max(len(c), len(r)) for p, c, r in timed_pairs(work)]
     starts = range(0, len(longest), BATCH)
     return sum(2 * BATCH * max(longest[start : start + BATCH]) for start in starts)
@@ -77,7 +77,7 @@ def answer_tokens(work):
 
 def test_naive_is_dpo_that_trains_and_is_counted(work, truth):
     assert truth["losses"][0] == pytest.approx(0.6931471805599453, abs=1e-12)
-    assert truth["losses"][1] < truth["losses"][0]  # the same pairs again
+    assert truth["losses"][1] < truth["losses"][0]  # the same pairs, after a step
     assert len(truth["losses"]) == len(truth["grad_norms"]) == 1 + CASE.steps
     assert truth["seconds"] > 0.0
     tokens = 2 * padded_tokens(work)  # two models
@@ -106,9 +106,9 @@ def test_trl_trains_the_same(name, work, truth, stock_trl):
     rows = found["counts"]["head_rows"]
     if name == "trl_compact":
         assert rows == answer_tokens(work)
-    else:  # all but each row's last token
-        num_rows = models * 2 * CASE.steps * CASE.pairs_per_step
-        assert rows == models * padded_tokens(work) - num_rows
+    else:  # every token except the last of each sequence
+        num_sequences = models * 2 * CASE.steps * CASE.pairs_per_step
+        assert rows == models * padded_tokens(work) - num_sequences
 
 
 @pytest.mark.parametrize("name", ["shared", "naive"])
@@ -128,7 +128,7 @@ def test_adapters_and_checkpointing_in_bf16_as_on_a_gpu(name, tmp_path):
 
 
 class Children:
-    """In place of processes: what each contender reports, or why it doesn't."""
+    """Replaces the processes: gives the report of each contender, or why there is none."""
 
     def __init__(self, **changes):
         self.changes, self.calls = changes, []
@@ -278,7 +278,7 @@ def test_what_is_written(monkeypatch, tmp_path, capsys):
 def test_what_ends_with_exit_code_1(children, monkeypatch, tmp_path):
     code, given = write(monkeypatch, tmp_path, children)
     assert code == 1
-    assert given["targets"] is None  # of a dry run
+    assert given["targets"] is None  # a dry run has none
     assert bool(given["miscounts"]) == ("counts" in str(children.changes))
 
 
@@ -332,8 +332,9 @@ def test_what_cannot_be_raced_is_refused(arguments, message, capsys):
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.slow  # starts several processes
 def test_a_dry_run_in_processes_of_their_own(tmp_path):
-    """Their memory is their own, too: the kernel's ru_maxrss would start with this process'."""
+    """Peaks are those of the children: ru_maxrss would start with the peak of this process."""
     file, held = tmp_path / "train.json", bytearray(b"\1") * 2**30
     assert (
         benchmark(

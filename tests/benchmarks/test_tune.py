@@ -1,4 +1,4 @@
-"""The tuner runs the kernel it times, believes no wrong candidate, and keeps the fastest."""
+"""The tuner runs the kernel it times, rejects wrong candidates, and keeps the fastest."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ CANDIDATES = [{"BN": 1}, {"BN": 2}, {"BN": 3}, {"BN": 4}]
 
 
 class Launches:
-    """A kernel that notes the options that it is launched with."""
+    """A kernel that records the options of its launches."""
 
     def __init__(self, kernel):
         self.kernel, self.options = kernel, []
@@ -57,7 +57,7 @@ class Launches:
 
 @pytest.fixture
 def entry(monkeypatch):
-    """The CPU's entry of the table, to be changed at will."""
+    """A copy of the CPU's entry in the table, for the test to change."""
     entry = deepcopy(launch.launch_table()["cpu"])
     monkeypatch.setitem(launch.launch_table(), "cpu", entry)
     return entry
@@ -79,7 +79,7 @@ def test_each_work_launches_its_kernel_as_the_entry_says(kernel, entry, inputs, 
     assert launches.options
     for options in launches.options:
         assert OWN[kernel].items() <= options.items()
-        assert options.get("KEEP", True)  # with the gradient's part
+        assert options.get("KEEP", True)  # the variant that also computes gradients
 
 
 def test_every_kernel_of_the_table_can_be_tuned():
@@ -114,7 +114,7 @@ def test_candidates_start_with_the_present_one_and_come_once(kernel):
 
 @pytest.fixture
 def race(monkeypatch, inputs):
-    """Tune four configurations of pair_loss: what each gives, and how long it takes, by its BN."""
+    """Tune four configurations of pair_loss, with given answers and seconds for each BN."""
 
     def run(gives, seconds):
         entry = {"pair_loss": CANDIDATES[0]}

@@ -16,8 +16,8 @@ from pathlib import Path
 import torch
 
 from dpofast.cli.process_end import run_to_end
-from tests.real_pairs import OPTIONS, checkpoint, real_pairs, real_tokenizer
-from tests.support import history, make_trainer, race_model
+from tests.real_pairs import OPTIONS, checkpoint, race_model, real_pairs, real_tokenizer
+from tests.support import history, make_trainer
 
 
 def main(phase: str, folder: str, *ways: str) -> int:

@@ -13,7 +13,8 @@ from benchmarks.data import find_data, race_tokenizer
 from benchmarks.train_contenders import token_trainer
 from dpofast import DPOConfig, DPOTrainer
 from dpofast.data import load_preferences, tokenize_preferences
-from tests.support import clip_exactly, race_model
+from tests.real_pairs import race_model
+from tests.support import clip_exactly
 
 trl = pytest.importorskip("trl", reason="needs the extra `bench`")
 peft = pytest.importorskip("peft", reason="needs the extra `peft`")

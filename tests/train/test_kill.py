@@ -10,6 +10,8 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 SCRIPT = """
 import sys
 import torch
@@ -47,6 +49,7 @@ def losses(folder: Path) -> dict[int, float]:
     return {log["step"]: log["loss"] for log in logs if "grad_norm" in log}
 
 
+@pytest.mark.slow  # starts PyTorch three times
 def test_the_remaining_losses_are_those_of_an_unbroken_run(tmp_path):
     unbroken = start(tmp_path / "unbroken", "start")
     assert unbroken.wait(timeout=300) == 0, unbroken.stderr.read()

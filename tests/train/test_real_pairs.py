@@ -10,11 +10,12 @@ from tests.real_pairs import (
     OPTIONS,
     assert_is_plain_dpo,
     checkpoint,
+    race_model,
     real_pairs,
     real_tokenizer,
     two_threads,
 )
-from tests.support import history, make_trainer, race_model, train
+from tests.support import history, make_trainer, train
 
 pytestmark = pytest.mark.slow  # textbook DPO runs every sequence alone, through two models
 

@@ -22,8 +22,16 @@ from dpofast.reference.build.batches import Batch
 from dpofast.reference.build.builder import BuildOptions, build_reference
 from dpofast.reference.store.store import ReferenceStore
 from dpofast.train.sampler import train_sampler
-from tests.real_pairs import OPTIONS, STEPS, TOLERANCE, real_pairs, real_tokenizer, two_threads
-from tests.support import make_trainer, race_model, tiny_llama, token_pairs, train
+from tests.real_pairs import (
+    OPTIONS,
+    STEPS,
+    TOLERANCE,
+    race_model,
+    real_pairs,
+    real_tokenizer,
+    two_threads,
+)
+from tests.support import make_trainer, tiny_llama, token_pairs, train
 
 OWN_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
 
