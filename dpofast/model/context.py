@@ -35,7 +35,7 @@ class Context:
 
 
 def context_of(model: nn.Module) -> Context | None:
-    """The context of a model; None if nothing limits it, as with a state or ALiBi's distances."""
+    """The context of a model; None if a state or ALiBi has no limit."""
     lm: Any = causal_lm(model)
     config = lm.config.get_text_config()
     if getattr(config, "alibi", False):

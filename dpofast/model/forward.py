@@ -60,7 +60,7 @@ def run_batch(
     Args:
         wrapped: the model, or whatever wraps it.
         batch: the micro-batch, on the model's device.
-        head_task: what the head computes from the hidden states of the scored positions.
+        head_task: runs inside the head, on the hidden states of the scored positions.
         body_task: computes one more tensor from the body's outputs, if given.
 
     Returns:

@@ -45,7 +45,7 @@ class PairLossTask:
 
     Attributes:
         labels, bounds, ref_logps, loss: arguments of `linear_pair_loss` with these names.
-        options: what the model's family does to its logits; the bias comes from the head itself.
+        options: cap and scale of the family's logits; the bias comes from the head itself.
     """
 
     labels: Tensor  # [N]
@@ -71,7 +71,7 @@ class ScoreTask:
 
     Attributes:
         labels: [N] int64.
-        options: what the model's family does to its logits; the bias comes from the head itself.
+        options: cap and scale of the family's logits; the bias comes from the head itself.
         with_logsumexps: also compute the log-sum-exps of the logits, which gives no gradient.
     """
 

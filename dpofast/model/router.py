@@ -32,7 +32,8 @@ METRIC = "aux_loss"  # TRL's name of it
 class RouterLoss:
     """Computes the auxiliary loss of a micro-batch; the body task of `run_batch`.
 
-    It is not a sum over tokens. The loss of a larger micro-batch is not the mean of its parts'.
+    It is not a sum over tokens: the loss of one large micro-batch differs from the mean over its
+    parts.
 
     Attributes:
         coefficient: factor of the auxiliary loss in the loss that is trained.
@@ -88,6 +89,7 @@ def make_router_loss(model: nn.Module, config: DPOConfig) -> RouterLoss | None:
             "gradient_checkpointing_kwargs: with use_reentrant the auxiliary loss of the routers "
             f"would have no gradient; set use_reentrant to false, or {OPTION} to 0."
         )
+    # transformers repeats this function in the module of every family.
     balance = getattr(sys.modules[type(lm).__module__], "load_balancing_loss_func", None)
     experts, chosen = (getattr(lm, name, None) for name in ("num_experts", "num_experts_per_tok"))
     if balance is None or experts is None or chosen is None:
@@ -167,8 +169,8 @@ def _is_reentrant(config: DPOConfig, model: nn.Module) -> bool:
     return any(keyword.get("use_reentrant", True) for keyword in keywords)
 
 
-def _unknown(lm: nn.Module, what: str) -> ConfigError:
+def _unknown(lm: nn.Module, reason: str) -> ConfigError:
     return ConfigError(
         f"{OPTION}: the auxiliary loss of {type(lm).__name__}'s routers can't be added, as it "
-        f"{what}; set it to 0 to train without, and please report this model type."
+        f"{reason}; set it to 0 to train without, and please report this model type."
     )

@@ -1,4 +1,4 @@
-"""Scores answers under a fixed model, for the reference store and for other readers."""
+"""Log-probs of answers under a fixed model, such as the reference."""
 
 from __future__ import annotations
 

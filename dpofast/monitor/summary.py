@@ -1,6 +1,6 @@
-"""The facts around a run that summary.json and benchmark results carry, and how they are written.
+"""Memory, versions and hardware of a run, and the JSON files that report them.
 
-Nothing here knows a trainer: the facts of training come from the caller.
+Nothing here knows a trainer: facts about the training come from the caller.
 """
 
 from __future__ import annotations
@@ -74,6 +74,6 @@ def last_evaluation(log_history: Sequence[dict[str, Any]]) -> dict[str, Any] | N
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write readable JSON and make the folders above it; values unknown to JSON become text."""
+    """Writes readable JSON and makes the folders above it; values unknown to JSON become text."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content, indent=2, default=str) + "\n", encoding="utf-8")

@@ -45,7 +45,7 @@ def tokens_that_fit(
         layout: shared or unshared.
         config: options of the run, which say whether layers are checkpointed and DeepSpeed shards.
         autocast: returns the context manager of a forward pass.
-        free_bytes: free bytes of the device while the model is where it is.
+        free_bytes: free bytes of the device, with the model where it is now.
 
     Returns:
         A multiple of 256 from 512 to 65,536, even if less or more is free.

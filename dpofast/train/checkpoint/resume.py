@@ -1,4 +1,4 @@
-"""Chooses the checkpoint that a run resumes from, and refuses those that it can't."""
+"""Chooses the checkpoint that a run resumes from, and refuses one that it can't resume from."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def resolve_checkpoint(resume: str | bool | None, output_dir: str) -> str | None
 
 
 def refuse_finished(checkpoint: str, max_steps: int) -> None:
-    """Refuse a checkpoint of a finished run: transformers would train one step too many.
+    """Refuses a checkpoint of a finished run: transformers would train one step too many.
 
     Args:
         checkpoint: folder of a whole checkpoint.

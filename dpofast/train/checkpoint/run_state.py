@@ -31,7 +31,7 @@ class RunState:
     row_tokens: int | None = None  # checkpoints of early versions don't have it
 
     def save(self, checkpoint: str | Path) -> None:
-        """Write the state into a checkpoint's folder, which is made if it doesn't exist yet."""
+        """Writes the state into a checkpoint's folder, which is made if it doesn't exist yet."""
         text = json.dumps(asdict(self), indent=2)
         folder = Path(checkpoint)
         folder.mkdir(parents=True, exist_ok=True)
@@ -39,7 +39,7 @@ class RunState:
 
 
 def load_run_state(checkpoint: str | Path) -> RunState:
-    """Read what `RunState.save` wrote.
+    """Reads the state that `RunState.save` wrote.
 
     Raises:
         ReferenceStoreError: the file is missing or unreadable, so the reference isn't known.
