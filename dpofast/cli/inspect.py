@@ -57,9 +57,9 @@ def _show_pair(options: RunOptions, row: int) -> None:
 
 
 def _show_step(options: RunOptions, step: int, rank: tuple[int, int]) -> None:
-    from dpofast.data.packing.step_dataset import token_limit
     from dpofast.model.packable import attention_window
     from dpofast.train.dataset import PairPreparer
+    from dpofast.train.loaders import max_row_tokens
     from dpofast.train.sampler import planned_steps, train_sampler
 
     config = options.config
@@ -67,9 +67,9 @@ def _show_step(options: RunOptions, step: int, rank: tuple[int, int]) -> None:
     model = load_policy_skeleton(options)
     layout = _packed_layout(config.layout, model)
     tokenizer = load_tokenizer_for(options)
-    pairs = PairPreparer(config, tokenizer).prepare(load_training_data(options), "train").pairs
-    limit = token_limit(pairs, layout, _row_tokens(config))
-    sampler = train_sampler(config, len(pairs), limit, rank)
+    train_set = PairPreparer(config, tokenizer).prepare(load_training_data(options), "train")
+    train_set.measure_lengths(layout, max_row_tokens(config, _refuse_to_measure))
+    sampler = train_sampler(config, len(train_set), train_set.token_limit, rank)
     _refuse_beyond("step", step, planned_steps(config, sampler), "the run's steps")
     epoch, index = divmod(step, len(sampler))
     sampler.set_epoch(epoch)
@@ -78,7 +78,7 @@ def _show_step(options: RunOptions, step: int, rank: tuple[int, int]) -> None:
     assert figures is not None  # rows are packed
     print_rich(Text(f"Layout: {layout.name}; {sampler.describe(figures)}."))
     _print_headline(planned, f"step {step} (epoch {epoch}), rank {rank[0]} of {rank[1]}")
-    _print_packed_rows(planned, pairs, layout, tokenizer, attention_window(model))
+    _print_packed_rows(planned, train_set.pairs, layout, tokenizer, attention_window(model))
 
 
 def _print_headline(planned: PlannedStep, place: str) -> None:
@@ -108,22 +108,12 @@ def _print_packed_rows(
         print_rich(render_packed(batch, examples, tokenizer, window=window))
 
 
-def _row_tokens(config: Any) -> int:
-    """The limit on a packed row's tokens that training will use.
-
-    Raises:
-        ConfigError: on a GPU, training finds the limit by its free memory, which isn't known here.
-    """
-    from dpofast.train.loaders import CPU_ROW_TOKENS
-
-    if config.max_tokens_per_microbatch is not None:
-        return int(config.max_tokens_per_microbatch)
-    if config.device.type != "cpu":
-        raise ConfigError(
-            "--step: on a GPU rows are as long as its memory allows, which only training finds "
-            "out; give --max_tokens_per_microbatch, too (the log of a run says what it took)."
-        )
-    return CPU_ROW_TOKENS
+def _refuse_to_measure() -> int:
+    """Raise ConfigError: only training finds out what fits a GPU's free memory."""
+    raise ConfigError(
+        "--step: on a GPU rows are as long as its memory allows, which only training finds "
+        "out; give --max_tokens_per_microbatch, too (the log of a run says what it took)."
+    )
 
 
 def _packed_layout(wanted: str, model: Any) -> Layout:

@@ -1,4 +1,4 @@
-"""The optimizer steps of a training run: how many there are, and which pairs share a row."""
+"""The optimizer steps of a training run: their order, and how many there are."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ def train_sampler(
     limit: TokenLimit | None,
     rank: tuple[int, int] | None = None,
 ) -> StepSampler:
-    """One rank's steps of an epoch, in the order in which training takes them.
+    """A sampler of one rank's training steps.
 
     Args:
         config: options of the run.
-        num_pairs: pairs of the training set.
-        limit: packs rows by their tokens; None pads them.
-        rank: which of how many ranks, (0 to n - 1, n); by default this process.
+        num_pairs: number of pairs in the training set.
+        limit: lengths and token limit by which rows are packed; None where rows are padded.
+        rank: (rank, world size) to sample for; by default those of this process.
     """
     number, world_size = rank or (config.process_index, config.world_size)
     shape = BatchShape(
@@ -34,10 +34,14 @@ def train_sampler(
 
 
 def planned_steps(config: DPOConfig, epoch: StepSampler) -> int:
-    """Optimizer steps of the whole run; `epoch` is what `train_sampler` gives.
+    """Number of optimizer steps in the whole run.
+
+    Args:
+        config: options of the run.
+        epoch: sampler of an epoch, from `train_sampler`.
 
     Raises:
-        ConfigError: there is no step to be trained.
+        ConfigError: there is no step to train.
     """
     if not len(epoch):
         raise ConfigError(
