@@ -1,4 +1,4 @@
-"""Everything stands in pyproject.toml; this file serves tools that still look for it."""
+"""Everything is in pyproject.toml; this file serves tools that still look for it."""
 
 from setuptools import setup
 

@@ -75,7 +75,7 @@ class RunDataset:
         else:
             self.token_limit = replace(self.token_limit, max_tokens=row_tokens)
 
-    def steps(self, layout: Layout) -> StepDataset:
+    def step_dataset(self, layout: Layout) -> StepDataset:
         """The scored pairs, indexed by planned steps."""
         assert self.ref_logps is not None, "the dataset is scored first"
         return StepDataset(self.pairs, self.ref_logps, layout)

@@ -116,7 +116,7 @@ class StepLoaders:
         config = self.config
         workers = config.dataloader_num_workers
         return StepLoader(
-            dataset.steps(self.layout),
+            dataset.step_dataset(self.layout),
             batch_sampler=plan,
             collate_fn=whole_step,
             num_workers=workers,
