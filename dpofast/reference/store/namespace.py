@@ -133,7 +133,7 @@ class Namespace:
         self._order = list(self._segments.values())
         self._starts = np.cumsum([0, *map(len, self._order)], dtype=np.int64)
         self._details = self._all("details", np.empty(0, np.int8))
-        # Of rows with the same key, the index finds the one with the highest detail.
+        # Among rows with the same key, the index finds the one with the highest detail.
         keys = self._all("keys", np.empty((0, KEY_BYTES), np.uint8))
         self._index = KeyIndex(keys, self._details)
 
