@@ -20,7 +20,7 @@ import torch
 from dpofast.errors import ConfigError
 from dpofast.zero.config import BATCH_FIELDS, checked, source
 
-# Names of options by what transformers calls them in its list of mismatches, where the two differ.
+# Names that transformers uses in its list of mismatches, if they aren't the names of options.
 COMPARED_WITH = {
     "train_batch_size (calculated)": (
         "per_device_train_batch_size x gradient_accumulation_steps x ranks"
@@ -130,8 +130,8 @@ class ShownBatch:
         """Copy the objects that hold the configuration, with the user's values in the copies.
 
         Returns:
-            Copies by the names of TrainingArguments' attributes; no entries without DeepSpeed. They
-            are what logs and checkpoints should show inside `one_item`.
+            Copies by the names of TrainingArguments' attributes; no entries without DeepSpeed. Logs
+            and checkpoints should show these copies while inside `one_item`.
         """
         if self.plugin is None:
             return {}
