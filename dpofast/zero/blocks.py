@@ -37,6 +37,7 @@ def in_blocks(model: nn.Module) -> Iterator[None]:
         handles.append(unit.register_forward_pre_hook(partial(_gather, opened, needed)))
         handles.append(unit.register_forward_hook(partial(_release, opened)))
     try:
+        # Without units the whole model is gathered; if nothing is sharded, this does nothing.
         with contextlib.nullcontext() if units else gathering(parameters):
             yield
     finally:
@@ -94,6 +95,7 @@ def runnable(trainer: Any) -> Iterator[None]:
     must enter at the same time, run the model equally often, and leave at the same time.
     """
     model = trainer.model
+    # Once there is an engine, `model_wrapped` is that engine, and its hooks gather the weights.
     if not trainer.is_deepspeed_enabled or trainer.model_wrapped is not model:
         yield
         return
