@@ -24,8 +24,8 @@ def in_blocks(model: nn.Module) -> Iterator[None]:
     """Inside the `with` block, a model with sharded weights can run its forward.
 
     Each unit has its weights only during its own forward. A unit is a decoder block, or another
-    module with a forward: the embeddings, the last norm, the head. A model whose blocks aren't
-    known is whole for the length of the block. A model that isn't sharded is left unchanged.
+    module with a forward: the embeddings, the last norm, the head. If transformers doesn't name the
+    decoder blocks, the whole model is gathered at once. A model that isn't sharded is left unchanged.
 
     All ranks must enter at the same time, run the model equally often, and leave at the same time.
     """
