@@ -25,7 +25,7 @@ def in_blocks(model: nn.Module) -> Iterator[None]:
 
     Each unit has its weights only during its own forward. A unit is a decoder block, or another
     module with a forward: the embeddings, the last norm, the head. If transformers doesn't name the
-    decoder blocks, the whole model is gathered at once. A model that isn't sharded is left unchanged.
+    decoder blocks, the whole model is gathered at once. A model that isn't sharded isn't changed.
 
     All ranks must enter at the same time, run the model equally often, and leave at the same time.
     """
