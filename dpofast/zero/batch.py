@@ -20,7 +20,7 @@ import torch
 from dpofast.errors import ConfigError
 from dpofast.zero.config import BATCH_FIELDS, checked, source
 
-# Names of options by what transformers calls them in its list of mismatches, where the two differ.
+# Names that transformers uses in its list of mismatches, if they aren't the names of options.
 COMPARED_WITH = {
     "train_batch_size (calculated)": (
         "per_device_train_batch_size x gradient_accumulation_steps x ranks"
@@ -44,7 +44,7 @@ def settle_deepspeed(args: Any) -> None:
     """
     if args.deepspeed:
         where = source(args.deepspeed)
-    else:
+    else:  # `accelerate launch` passes its configuration through the environment
         where = source(os.environ.get(FILE_OF_ACCELERATE))
         _adopt(args, where)
     _refuse_contradictions(args, where)
@@ -72,6 +72,7 @@ def _adopt(args: Any, where: str) -> None:
 
     plugin = args.deepspeed_plugin
     args.hf_deepspeed_config = HfTrainerDeepSpeedConfig(checked(plugin.deepspeed_config, where))
+    # transformers and accelerate must share one dict, because it is changed in place later.
     plugin.hf_ds_config = args.hf_deepspeed_config
     plugin.deepspeed_config = args.hf_deepspeed_config.config
     args.hf_deepspeed_config.trainer_config_process(args)
@@ -85,7 +86,7 @@ def _refuse_contradictions(args: Any, where: str) -> None:
     """
     for noted in args.hf_deepspeed_config.mismatches:
         found = re.fullmatch(r"- ds (\S+?)=(.*) vs hf (.*?)=(.*)", noted)
-        if found is None:
+        if found is None:  # not the form above, but still a mismatch
             raise ConfigError(f"{where}: {noted.removeprefix('- ')}; make the two agree.")
         name, theirs, option, ours = found.groups()
         raise ConfigError(
@@ -130,8 +131,8 @@ class ShownBatch:
         """Copy the objects that hold the configuration, with the user's values in the copies.
 
         Returns:
-            Copies by the names of TrainingArguments' attributes; no entries without DeepSpeed. They
-            are what logs and checkpoints should show inside `one_item`.
+            Copies by the names of TrainingArguments' attributes; no entries without DeepSpeed. Logs
+            and checkpoints should show these copies while inside `one_item`.
         """
         if self.plugin is None:
             return {}

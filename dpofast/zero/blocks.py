@@ -24,8 +24,8 @@ def in_blocks(model: nn.Module) -> Iterator[None]:
     """Inside the `with` block, a model with sharded weights can run its forward.
 
     Each unit has its weights only during its own forward. A unit is a decoder block, or another
-    module with a forward: the embeddings, the last norm, the head. A model whose blocks aren't
-    known is whole for the length of the block. A model that isn't sharded is left unchanged.
+    module with a forward: the embeddings, the last norm, the head. If transformers doesn't name the
+    decoder blocks, the whole model is gathered at once. A model that isn't sharded isn't changed.
 
     All ranks must enter at the same time, run the model equally often, and leave at the same time.
     """
@@ -37,6 +37,7 @@ def in_blocks(model: nn.Module) -> Iterator[None]:
         handles.append(unit.register_forward_pre_hook(partial(_gather, opened, needed)))
         handles.append(unit.register_forward_hook(partial(_release, opened)))
     try:
+        # Without units the whole model is gathered; if nothing is sharded, this does nothing.
         with contextlib.nullcontext() if units else gathering(parameters):
             yield
     finally:
@@ -94,6 +95,7 @@ def runnable(trainer: Any) -> Iterator[None]:
     must enter at the same time, run the model equally often, and leave at the same time.
     """
     model = trainer.model
+    # Once there is an engine, `model_wrapped` is that engine, and its hooks gather the weights.
     if not trainer.is_deepspeed_enabled or trainer.model_wrapped is not model:
         yield
         return

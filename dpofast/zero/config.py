@@ -35,6 +35,7 @@ def read_deepspeed(option: Any) -> dict[str, Any]:
         ConfigError: there is no such name or file, or it isn't a usable configuration.
     """
     where = source(option)
+    # A copy, because defaults are filled in below and the user's mapping must not change.
     config = copy.deepcopy(option) if isinstance(option, dict) else _parsed(_text(option), where)
     if not isinstance(config, dict):
         raise ConfigError(f"{where}: got a {type(config).__name__}, expected a mapping.")

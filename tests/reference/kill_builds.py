@@ -1,6 +1,6 @@
 """Kills builds at random moments and counts what is lost; run by test_crashes.py.
 
-    python tests/reference/kill_builds.py kill|real|beside FOLDER ROUNDS SEED
+    python tests/reference/kill_builds.py kill|real|parallel FOLDER ROUNDS SEED
 
 Builds are forked from this process once it is warm, so that a kill falls into the build and not
 into imports. Prints one JSON object.
@@ -186,7 +186,7 @@ def kill_rounds(folder, rounds, rng):
     return report
 
 
-def beside_rounds(folder, rounds, rng):
+def parallel_rounds(folder, rounds, rng):
     """Run four independent builds and a prune at the same time, and kill one of the builds."""
     report = dict.fromkeys([*COUNTS, "incomplete", "merged", "killed", "longest_wait"], 0)
     index = -1
@@ -220,5 +220,5 @@ if __name__ == "__main__":
     mode, target, num_rounds, seed = sys.argv[1:]
     if mode == "real":
         score_by_model()
-    run = beside_rounds if mode == "beside" else kill_rounds
+    run = parallel_rounds if mode == "parallel" else kill_rounds
     print(json.dumps(run(Path(target), int(num_rounds), random.Random(int(seed)))))

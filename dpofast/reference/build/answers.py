@@ -100,7 +100,7 @@ def read_answers(pairs: Dataset) -> PairAnswers:
 
 
 def _token_lists(column: pa.ChunkedArray, name: str) -> TokenLists:
-    """Convert an Arrow column of lists; the named column is what a DataError is about."""
+    """Convert an Arrow column of lists; `name` is the column's name in errors."""
     try:
         lengths: Any = pa.compute.list_value_length(column)
         values: Any = pa.compute.list_flatten(column)
@@ -110,7 +110,7 @@ def _token_lists(column: pa.ChunkedArray, name: str) -> TokenLists:
             f"The column {name!r} holds {column.type}, expected lists of token ids."
         ) from error
     if column.null_count or ids.null_count:
-        bad = np.flatnonzero([None in (row or [None]) for row in column.to_pylist()])[0]
+        bad = np.flatnonzero([None in (each or [None]) for each in column.to_pylist()])[0]
         raise DataError(f"Row {bad} of the column {name!r} has no token ids, or a null among them.")
     offsets = np.cumsum(np.concatenate([[0], lengths.to_numpy()]), dtype=np.int64)
     return TokenLists(ids.to_numpy(), offsets)

@@ -80,9 +80,9 @@ class BatchesOfTokens:
         filled = 0
         for group in _by_prompt(answers, wanted):
             for number, (part, tokens) in enumerate(self._parts(answers, group)):
-                # Each part of a prompt's answers begins a new call. In one call the scorer would
-                # lay two parts out as one group, whose tokens aren't the sum of the parts' tokens:
-                # the shared prefix ends where any answer of the group differs.
+                # Two parts of a prompt's answers never share a call. The scorer would lay them out
+                # as one group, and the group's tokens aren't the sum of the parts' tokens: its
+                # shared prefix ends where any of its answers differs from the others.
                 if call and (number > 0 or filled + tokens > self.max_tokens):
                     batches.append(Batch(np.array(call), filled))
                     call, filled = [], 0
@@ -119,6 +119,7 @@ def _by_prompt(answers: PairAnswers, wanted: np.ndarray) -> Iterator[list[int]]:
     lengths, prompts = answers.lengths(wanted), answers.prompts(wanted)
     longest = np.zeros(prompts.max(initial=-1) + 1, np.int64)
     np.maximum.at(longest, prompts, lengths)
+    # lexsort sorts by its last key first. The prompt's number keeps prompts of one length apart.
     order = np.lexsort((-lengths, prompts, -longest[prompts]))
     starts = np.flatnonzero(np.diff(prompts[order], prepend=-1))
     for group in np.split(wanted[order], starts[1:]):

@@ -126,7 +126,7 @@ def build_reference(
     least = options.detail if options.rescore else RowDetail.SUMS
     missing = on_all_ranks(lambda: _missing(namespace, answers, least), exchange)
     needed, found = len(answers.first), len(answers.first) - len(missing)
-    held = namespace.contains(answers.keys[missing])
+    held = namespace.contains(answers.keys[missing])  # stored, but with less detail
     reason = why_missing(namespace, found, held, least) if len(missing) else ""
     if ranks.rank == 0:
         tail = f" ({reason})" if reason else "; no forward pass of the reference"
@@ -139,6 +139,7 @@ def build_reference(
     # add up to the whole.
     ranks.barrier()
     build = _Build(namespace, answers, scorer, ranks.rank, options, exchange)
+    # Neighbouring batches cost about the same, so taking turns gives the ranks equal shares.
     build.run(batches(answers, missing)[ranks.rank :: ranks.world_size], description)
     ranks.barrier()
     # Rows can still be missing here: another job may have written while the ranks looked, so that
@@ -208,9 +209,11 @@ class _Build:
     def run(self, batches: list[Batch], description: str) -> None:
         """Score and commit all batches. If anything raises, the rows so far are committed first."""
         exchange = self.exchange
+        # With a divided model every rank takes part in every call, so all make equally many.
         rounds = len(batches) if exchange is None else max(exchange(len(batches)))
         if not rounds:
             return
+        # Making a writer makes the folder, which can fail on one rank only.
         detail = self.options.detail
         writer = on_all_ranks(lambda: self.namespace.writer(self.rank, detail), exchange)
         self._next_commit = time.monotonic() + self.options.commit_seconds
@@ -244,6 +247,7 @@ class _Build:
             ReferenceStoreError: the scorer returned a wrong number of values, a value isn't finite,
                 or the store can't be written.
         """
+        # The last axis is the tokens, with or without log-sum-exps.
         got = [np.shape(per_token_scores)[-1] for per_token_scores in scored]
         expected = [len(self.answers.ids(answer)[1]) for answer in batch]
         if got != expected:
@@ -261,6 +265,7 @@ class _Build:
                 refused = refused or error  # raised once the call's other answers are added
         if refused is not None:
             raise refused
+        # Rows and seconds bound what a kill can lose, tokens bound the memory in use.
         if (
             writer.pending_rows >= self.options.commit_rows
             or writer.pending_tokens >= COMMIT_TOKENS

@@ -1,4 +1,4 @@
-"""Ranks that build together: what each must know of the others, and how they stop together.
+"""Coordinates the ranks that share a build, and stops all of them if one can't go on.
 
 When each rank holds a part of one model, none can score or stop without the others.
 """

@@ -155,6 +155,7 @@ class _Reader:
 
     def _read_adapters(self, layer: Any, prefix: str) -> None:
         """Read what the active adapters of a PEFT layer add to its base layer."""
+        # A merged adapter is part of the base layer's weight, which has been read already.
         if layer.disable_adapters or layer.merged:
             if layer.disable_adapters and layer.merged:
                 raise ModelError(
@@ -163,6 +164,7 @@ class _Reader:
                 )
             return
         for index, adapter in enumerate(layer.active_adapters):
+            # PEFT puts an adapter's name into the names of its tensors: lora_A.<adapter>.weight.
             tensors = {
                 name: tensor
                 for name, tensor in _tensors_below(layer, skip="base_layer")
@@ -220,7 +222,7 @@ class _Reader:
         dtype = tensor.dtype
         if self.scoring_dtype is not None and tensor.is_floating_point():
             dtype = self.scoring_dtype
-        flat = tensor.detach().reshape(-1)
+        flat = tensor.detach().reshape(-1)  # a copy only if the tensor isn't contiguous
         hasher = xxh3_128()
         for start in range(0, flat.numel(), CHUNK_ELEMENTS):
             chunk = flat[start : start + CHUNK_ELEMENTS].to("cpu", dtype).contiguous()

@@ -64,12 +64,14 @@ def write_durably(path: Path, content: Any) -> None:
     with naming_errors("write", path):
         try:
             with temporary.open("xb") as file:
+                # The content must be on the disk before the name is, or a power loss could leave
+                # the name with an empty file.
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
             temporary.rename(path)
             sync_folder(path.parent)
-        except BaseException:
+        except BaseException:  # a KeyboardInterrupt too must leave no temporary file
             with contextlib.suppress(OSError):
                 temporary.unlink()
             raise

@@ -38,12 +38,12 @@ def info(folder: str | Path) -> dict[str, Any]:
     references = []
     for digest in store.digests():
         names = segment_names(list_names(store.folder / digest))
-        if not names:
+        if not names:  # a writer was made, and has committed nothing
             continue
         identity = store.identity(digest)
         namespace = Namespace(store.folder, identity)
         stats = _stats([namespace.folder / name for name in names])
-        if not stats:
+        if not stats:  # the reference was forgotten meanwhile
             continue
         times = sorted(stat.st_mtime for stat in stats)
         counts = namespace.counts()

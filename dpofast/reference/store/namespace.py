@@ -128,7 +128,7 @@ class Namespace:
                     raise
         held = {name: part for name, part in self._segments.items() if name in names}
         if not new and len(held) == len(self._segments):
-            return
+            return  # the index is still right
         self._segments = held | new
         self._order = list(self._segments.values())
         self._starts = np.cumsum([0, *map(len, self._order)], dtype=np.int64)
@@ -194,6 +194,7 @@ class Namespace:
         logps = np.full(len(rows), np.nan)
         num_tokens = np.zeros(len(rows), np.int32)
         details = np.zeros(len(rows), np.int8)
+        # Keys without values share one empty array, to which nobody writes.
         per_token_logps = [np.empty(0, np.float32)] * len(rows)
         per_token_logsumexps = [np.empty(0, np.float32)] * len(rows)
         for places, columns, inside in self._checked(rows):
@@ -241,6 +242,7 @@ class Namespace:
         """
         make_folder(self.folder)
         path = self.folder / IDENTITY_FILE
+        # Two processes can get here at once. Both write the same text, so either may win.
         if not path.exists():
             write_durably(path, identity_text(self.identity).encode())
         return Writer(self.folder, self.digest, rank, detail)

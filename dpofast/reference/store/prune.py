@@ -139,13 +139,15 @@ def _to_merge(
 ) -> tuple[list[tuple[Segment, np.ndarray]], int]:
     """Choose the segments to replace.
 
-    Of the rows with one key, the one with the highest detail is kept. Large segments without
-    duplicates aren't replaced, so that a growing store isn't written anew by each prune.
+    For each key, the row with the highest detail is kept. Large segments without duplicates aren't
+    replaced, so that a growing store isn't written anew by each prune.
 
     Returns:
         Segments to replace with their rows to keep, and the number of segments that stay.
     """
     sizes = {segment.path: int(segment.columns.row_bytes.sum()) for segment in segments}
+    # Among rows of equal detail the index finds the first. With large segments first, duplicates
+    # are dropped from small ones, and a large segment more often stays as it is.
     largest_first = sorted(segments, key=lambda s: (-sizes[s.path], s.path.name))
     keys = np.concatenate([np.empty((0, KEY_BYTES), np.uint8), *_columns(largest_first, "keys")])
     details = np.concatenate([np.empty(0, np.int8), *_columns(largest_first, "details")])

@@ -141,6 +141,7 @@ class Columns:
     @property
     def details(self) -> np.ndarray:
         """The RowDetail of each row: [n] int8."""
+        # RowDetail counts the lists that a row has.
         has_logps = self.per_token_logps.lengths == self.num_tokens
         has_both = has_logps & (self.per_token_logsumexps.lengths == self.num_tokens)
         return has_logps.astype(np.int8) + has_both
@@ -195,6 +196,7 @@ class Columns:
             identity: 16 bytes of the reference's digest.
             rows: [m] int64.
         """
+        # All heads are built at once; each hash then only joins slices of bytes.
         heads = np.empty(len(rows), _ROW_HEAD)
         heads["identity"] = np.void(identity)
         heads["key"] = self.keys[rows].view(f"V{KEY_BYTES}").ravel()
@@ -233,7 +235,7 @@ def write_segment(folder: Path, identity: bytes, columns: Columns, rank: int) ->
     """
     num_rows = len(columns.keys)
     checksums = columns.checksums(identity, np.arange(num_rows))
-    arrays = [
+    arrays = [  # in the order of SCHEMA
         pa.FixedSizeBinaryArray.from_buffers(
             SCHEMA.field("key").type, num_rows, [None, pa.py_buffer(columns.keys.tobytes())]
         ),
@@ -245,6 +247,7 @@ def write_segment(folder: Path, identity: bytes, columns: Columns, rank: int) ->
         ),
         pa.array(checksums, pa.uint64()),
     ]
+    # The file is made in memory, because its name has the checksum of all its bytes.
     sink = pa.BufferOutputStream()
     with pa.ipc.new_file(sink, SCHEMA) as writer:
         writer.write_batch(pa.record_batch(arrays, schema=SCHEMA))
@@ -359,5 +362,6 @@ def _view(array: pa.Array, dtype: np.dtype | type, count: int) -> np.ndarray:
     """
     if array.null_count or array.offset:
         raise ValueError("a column has gaps")
+    # Buffer 0 would be the validity bitmap. An empty array can have no buffer 1 either.
     buffer = array.buffers()[1]
     return np.frombuffer(b"" if buffer is None else buffer, dtype, count)

@@ -68,6 +68,7 @@ class ReferenceStore:
 
     def digests(self) -> list[str]:
         """List the digests of the references that have a folder here, sorted."""
+        # Other names are the store's own files, temporary ones, or strangers.
         hexadecimal = set("0123456789abcdef")
         return [
             name
@@ -89,6 +90,7 @@ class ReferenceStore:
             try:
                 content = json.loads(path.read_text(encoding="utf-8"))
                 identity = ReferenceIdentity(content["digest"], content["description"])
+            # ReferenceIdentity refuses a digest that isn't its description's, with a ValueError.
             except (FileNotFoundError, ValueError, KeyError, TypeError) as error:
                 raise ReferenceStoreError(
                     f"{path} can't be read ({error}): delete that folder, its rows are scored "

@@ -118,7 +118,7 @@ def _verify_segment(path: Path, identity: bytes, report: VerifyReport) -> Segmen
     report.segments += 1
     report.bytes += len(content)
     if not is_named_by(path.name, content):
-        raise damaged(path, "its bytes are not those that its name stands for")
+        raise damaged(path, "its bytes are not those that its name was made from")
     segment = Segment(path, identity)
     segment.check(np.arange(len(segment)))
     report.rows += len(segment)

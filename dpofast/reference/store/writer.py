@@ -11,7 +11,7 @@ from dpofast.reference.store.keys import as_keys
 from dpofast.reference.store.row_detail import RowDetail
 from dpofast.reference.store.segments import Columns, FloatLists, write_segment
 
-_KINDS = ("log-prob", "log-sum-exp")  # rows of the scores that `add` takes, named for errors
+_KINDS = ("log-prob", "log-sum-exp")  # values along the first axis of the scores
 
 
 class Writer:
@@ -47,8 +47,8 @@ class Writer:
         Args:
             key: 16 bytes, from `row_key`.
             scores: [num_tokens] fp32 or fp64, log-probs in nats; or [2, num_tokens], log-probs and
-                log-sum-exps. The log-probs are summed in fp64, in the precision given. The
-                per-token values that the detail asks for are then rounded to fp32.
+                log-sum-exps. The log-probs are summed in fp64 before any rounding. The per-token
+                values that the detail asks for are stored in fp32.
             name: name of the row, used in errors; by default its key.
 
         Raises:

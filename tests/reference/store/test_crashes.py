@@ -41,8 +41,8 @@ def check_kills(folder, rounds, seed, mode="kill"):
     assert report["most_redone"] > 0  # otherwise no kill came between two commits
 
 
-def check_beside(folder, rounds, seed):
-    report = run("beside", folder, rounds, seed)
+def check_parallel(folder, rounds, seed):
+    report = run("parallel", folder, rounds, seed)
     assert report["incomplete"] == report["duplicates"] == 0
     assert report["merged"] > 0  # otherwise no two builds scored the same row
     assert report["killed"] == rounds
@@ -55,7 +55,7 @@ def test_builds_killed_at_any_moment_lose_no_acknowledged_row(tmp_path):
 
 
 def test_four_processes_write_at_once_and_one_is_killed(tmp_path):
-    check_beside(tmp_path, rounds=4, seed=0)
+    check_parallel(tmp_path, rounds=4, seed=0)
 
 
 @pytest.mark.torture
@@ -73,4 +73,4 @@ def test_builds_with_a_model_killed_at_any_moment_lose_no_acknowledged_row(tmp_p
 @pytest.mark.torture
 @pytest.mark.slow
 def test_many_rounds_of_four_processes(tmp_path):
-    check_beside(tmp_path, rounds=200, seed=1)
+    check_parallel(tmp_path, rounds=200, seed=1)

@@ -146,9 +146,8 @@ def test_files_of_killed_writers_are_deleted_after_a_day(tmp_path):
 
 @pytest.mark.parametrize("place", [0, 1, 2, 3])
 def test_a_damaged_row_stops_it_before_anything_changes(tmp_path, monkeypatch, place):
-    monkeypatch.setattr(
-        pruning, "MERGED_BYTES", 400
-    )  # all segments are small; two would be written
+    # All segments are small, and two would be written.
+    monkeypatch.setattr(pruning, "MERGED_BYTES", 400)
     namespace = write(tmp_path, commits=4)
     before = segments(tmp_path)
     path = namespace.folder / before[place]
