@@ -36,7 +36,8 @@ class LoopArguments(DPOConfig):
         """Pickle the user's config; `torch.save` puts it into every checkpoint."""
         shown = copy.copy(self._config)
         shown.__dict__.update(self._shown_batch.as_shown())
-        return shown.__reduce_ex__(protocol)
+        # Newer protocols insist on the class of the object that is pickled, which is this one.
+        return shown.__reduce_ex__(1)
 
 
 @contextlib.contextmanager
