@@ -19,7 +19,7 @@ CHAT_TEMPLATE = (
     "{{ '<|' + message['role'] + '|>' + message['content'] + eos_token }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
-# Renders an empty thought after the generation prompt only while generating.
+# Puts a thought after the generation prompt, but not into finished conversations.
 THINKING_TEMPLATE = CHAT_TEMPLATE.replace(
     "'<|assistant|>' }}{% endif", "'<|assistant|><t>' }}{% endif"
 )
@@ -33,11 +33,13 @@ def byte_bpe(
     prefix_space: bool = False,
     chat_template: str | None = None,
 ) -> PreTrainedTokenizerFast:
-    """Bytes and the given merges, which cross words and blanks: nothing is split before.
+    """A byte-level BPE tokenizer whose merges can cross words and blanks.
 
     Args:
-        bos, eos: whether the tokenizer itself adds them to every text.
+        merges: the only merges it knows.
+        bos, eos: add these tokens to every text.
         prefix_space: put a blank before every text, as SentencePiece models do.
+        chat_template: the chat template, if it has one.
     """
     specials = ["<pad>", "<s>", "</s>"]
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -58,7 +60,7 @@ def byte_bpe(
 
 
 def word_level(words: str) -> PreTrainedTokenizerFast:
-    """One token a word, the same everywhere in a text."""
+    """A tokenizer with one token per word, the same at any place in a text."""
     tokens = ["<pad>", "<s>", "</s>", "<unk>", *words.split()]
     vocab = {token: index for index, token in enumerate(tokens)}
     tokenizer = Tokenizer(models.WordLevel(vocab=vocab, unk_token="<unk>"))
@@ -68,7 +70,7 @@ def word_level(words: str) -> PreTrainedTokenizerFast:
 
 
 def metaspace(words: str, chat_template: str | None = None) -> PreTrainedTokenizerFast:
-    """As SentencePiece: letters, the given pieces, and a blank put before every text."""
+    """A tokenizer like SentencePiece: letters, the given pieces, and a blank before every text."""
     letters = "▁abcdefghijklmnopqrstuvwxyz<|>/"
     pieces = [*letters, *words.split()]
     scores = [-4.0] * len(letters) + [-1.0] * (len(pieces) - len(letters))

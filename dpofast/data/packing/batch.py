@@ -93,6 +93,7 @@ class PackedPairs:
 
     def to(self, device: torch.device | str) -> PackedPairs:
         """Copy to `device`, except the bounds: the head cuts its chunks by them on the CPU."""
+        # From pinned memory, such a copy overlaps with computation.
         moved = self._map(lambda tensor: tensor.to(device, non_blocking=True))
         layout = self.shared_layout
         return moved if layout is None else replace(moved, shared_layout=layout.to(device))

@@ -45,8 +45,8 @@ def collate_packed(
         for sequence, (prompt, _) in zip(ids, group, strict=True):
             # Positions in the sequence, of the tokens that predict the answer's tokens.
             positions = torch.arange(len(prompt) - 1, len(sequence) - 1)
-            # Some of them are in the prefix: the prompt's last token always, and more where both
-            # answers begin alike. The tail follows whatever the row holds by now.
+            # Some of them are in the prefix: the prompt's last token, and more if the answers begin
+            # alike. The others are in the tail, which begins where the row ends by now.
             tail_start = len(row) - prefix
             scored.append(positions + torch.where(positions < prefix, prefix_start, tail_start))
             row += sequence[prefix:]

@@ -82,6 +82,7 @@ def split_step(pairs: list[int], shape: BatchShape) -> list[list[MicroBatch]]:
         step has fewer pairs than ranks, some micro-batches are empty. They still have to be run,
         because the collectives of the other ranks wait for them.
     """
+    # The fewest micro-batches of which none has more than shape.pairs.
     num_slots = max(1, math.ceil(len(pairs) / (shape.pairs * shape.world_size)))
     num_batches = num_slots * shape.world_size
     size, larger = divmod(len(pairs), num_batches)

@@ -23,7 +23,7 @@ class StepDataset(Dataset[StepBatch]):
     """
 
     def __init__(self, pairs: Any, ref_logps: np.ndarray, layout: Layout) -> None:
-        self.pairs = pairs.select_columns(list(ID_COLUMNS))
+        self.pairs = pairs.select_columns(list(ID_COLUMNS))  # reading a row decodes no others
         self.ref_logps, self.layout = ref_logps, layout
 
     def __len__(self) -> int:

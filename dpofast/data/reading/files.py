@@ -28,7 +28,7 @@ def read_file(path: Path, split: str | None) -> Iterator[Record]:
         DataError: the file is broken or has no such split; names the line if the format has lines.
     """
     reader = READERS[data_suffix(path)]
-    if reader is not _read_json:
+    if reader is not _read_json:  # JSON can hold several splits, so its reader checks by itself
         check_whole_file(path, split)
     try:
         yield from reader(path, split)

@@ -67,9 +67,11 @@ def read_pair(row: Mapping[str, Any], found: Sequence[str], roles: Mapping[str, 
     Raises:
         RowError: the row can't be used; says why and what to do.
     """
+    # Ids come first: tokenised files often keep the texts that they were made from.
     if all(row.get(column) is not None for column in ID_COLUMNS):
         pair = Pair("ids", "tokenised prompt_ids", {c: _read_ids(row[c], c) for c in ID_COLUMNS})
     else:
+        # Rows for KTO have no chosen either; that they are unpaired is the more helpful answer.
         _refuse_unpaired(row)
         _require_answers(row, found)
         pair = _read_written_pair(row, roles)
@@ -79,35 +81,37 @@ def read_pair(row: Mapping[str, Any], found: Sequence[str], roles: Mapping[str, 
 
 
 def _read_written_pair(row: Mapping[str, Any], roles: Mapping[str, str]) -> Pair:
+    # The order matters: a file with prompts often has the chosen conversation in `messages`, too.
     if "prompt" in row:
-        return _explicit(row, roles)
+        return _read_explicit(row, roles)
     for column in ("messages", "conversations"):
         if row.get(column) is not None:
             prompt = _with_system(row, read_messages(row[column], column, roles))
-            return _conversation(row, prompt, f"{column}, chosen, rejected", roles)
+            return _read_conversation(row, prompt, f"{column}, chosen, rejected", roles)
     if row.get("instruction") is not None:
-        return _instruction(row, roles)
-    return _implicit(row, roles)
+        return _read_instruction(row, roles)
+    return _read_implicit(row, roles)
 
 
-def _explicit(row: Mapping[str, Any], roles: Mapping[str, str]) -> Pair:
+def _read_explicit(row: Mapping[str, Any], roles: Mapping[str, str]) -> Pair:
     """A row with a prompt column."""
     prompt, chosen, rejected = row["prompt"], row["chosen"], row["rejected"]
     columns = "prompt, chosen, rejected"
     if is_messages(prompt) or isinstance(prompt, list | tuple):
-        pair = _conversation(row, read_messages(prompt, "prompt", roles), columns, roles)
+        pair = _read_conversation(row, read_messages(prompt, "prompt", roles), columns, roles)
+        # An instruction row in the normal form, read again.
         if isinstance(row.get("plain_prompt"), str):
             pair.values["plain_prompt"] = text_of(row["plain_prompt"], "plain_prompt")
         return pair
     prompt = text_of(prompt, "prompt")
     if is_messages(chosen) and is_messages(rejected):
         user: list[Message] = [{"role": "user", "content": prompt}]
-        return _conversation(row, user, columns, roles)
+        return _read_conversation(row, user, columns, roles)
     values = {"prompt": prompt, **_answer_texts(chosen, rejected)}
     return Pair("text", columns, values)
 
 
-def _conversation(
+def _read_conversation(
     row: Mapping[str, Any], prompt: list[Message], columns: str, roles: Mapping[str, str]
 ) -> Pair:
     """A row whose prompt is messages, given as `prompt`."""
@@ -123,7 +127,7 @@ def _conversation(
     return _messages_pair(columns, prompt, chosen, rejected)
 
 
-def _implicit(row: Mapping[str, Any], roles: Mapping[str, str]) -> Pair:
+def _read_implicit(row: Mapping[str, Any], roles: Mapping[str, str]) -> Pair:
     """A row without a prompt column, whose answers both begin with the prompt."""
     columns = "chosen, rejected"
     if isinstance(row["chosen"], str) and isinstance(row["rejected"], str):
@@ -132,13 +136,14 @@ def _implicit(row: Mapping[str, Any], roles: Mapping[str, str]) -> Pair:
         return Pair("text", columns, {"prompt": prompt, **_answer_texts(chosen, rejected)})
     for column in ("chosen", "rejected"):
         if not isinstance(row[column], list | tuple | Mapping):
+            # Raises for a number or null. The error asks for a text, more likely than messages.
             text_of(row[column], column)
     chosen_messages = read_answer(row["chosen"], "chosen", roles)
     rejected_messages = read_answer(row["rejected"], "rejected", roles)
     return _messages_pair(columns, *split_messages(chosen_messages, rejected_messages))
 
 
-def _instruction(row: Mapping[str, Any], roles: Mapping[str, str]) -> Pair:
+def _read_instruction(row: Mapping[str, Any], roles: Mapping[str, str]) -> Pair:
     """A row in Alpaca's format: instruction and input become one message from the user.
 
     The pair also gets `plain_prompt`, for tokenizers without a chat template.
@@ -151,7 +156,8 @@ def _instruction(row: Mapping[str, Any], roles: Mapping[str, str]) -> Pair:
     history = _read_history(row.get("history"))
     prompt = _with_system(row, [*history, {"role": "user", "content": content}])
     columns = "instruction, input, chosen, rejected"
-    pair = _conversation(row, prompt, columns, roles)
+    pair = _read_conversation(row, prompt, columns, roles)
+    # Alpaca's headings have no place for earlier turns.
     if not history and isinstance(row["chosen"], str) and isinstance(row["rejected"], str):
         system = prompt[0]["content"] if prompt[0]["role"] == "system" else None
         pair.values["plain_prompt"] = plain_instruction(instruction, given, system)
@@ -212,12 +218,12 @@ def _answer_texts(chosen: Any, rejected: Any) -> dict[str, str]:
 
 
 def _read_ids(value: Any, column: str) -> list[int]:
-    ids = value.tolist() if hasattr(value, "tolist") else value
+    ids = value.tolist() if hasattr(value, "tolist") else value  # an array or a tensor
     if not isinstance(ids, list | tuple):
         raise RowError(f"{column} is not a list of token ids but {shown(value)}")
     if not ids:
         raise RowError(f"{column} is empty; give it at least one token or remove the row")
-    for token in ids:
+    for token in ids:  # ids are stored as int32; True is an int, but no id
         if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < 2**31:
             raise RowError(f"{column} holds {shown(token)}, which is not a token id")
     return list(ids)
@@ -235,6 +241,7 @@ def _template_options(row: Mapping[str, Any]) -> dict[str, str]:
             continue
         try:
             value = json.loads(value) if isinstance(value, str) else value
+            # A string is parsed, too: only valid JSON gets into the normal form.
             options[column] = json.dumps(value, ensure_ascii=False)
         except (TypeError, ValueError, RecursionError) as error:
             raise RowError(f"{column} is not plain JSON ({error})") from None
@@ -258,9 +265,9 @@ def _reference_logps(row: Mapping[str, Any]) -> dict[str, float]:
     for column in given:
         value = row[column]
         try:
-            logps[column] = float("nan") if isinstance(value, bool) else float(value)
+            logps[column] = math.nan if isinstance(value, bool) else float(value)
         except (TypeError, ValueError, OverflowError):
-            logps[column] = math.nan
+            logps[column] = math.nan  # refused below, like every value that isn't finite
         if not math.isfinite(logps[column]):
             raise RowError(f"{column} is {shown(value)}, expected a finite number")
     return logps

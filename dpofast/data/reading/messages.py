@@ -115,8 +115,9 @@ def _read_message(item: Any, what: str, roles: Mapping[str, str]) -> Message:
             raise RowError(f"the content of {what} is null or missing; give it a text")
         message["content"] = None if content is None else text_of(content, f"content of {what}")
     if extra:
+        # Keys are sorted, so messages with the same fields are equal in any order of them.
         message["extra"] = json.dumps(extra, sort_keys=True, ensure_ascii=False)
-        text_of(message["extra"], what)
+        text_of(message["extra"], what)  # refuses half a surrogate pair
     return message
 
 

@@ -88,6 +88,7 @@ def is_normal_form(source: Any) -> bool:
     """Whether `source` is a result of `load_preferences`, or a selection of its rows."""
     if not isinstance(source, datasets.Dataset) or source.info.description != _DESCRIPTION:
         return False
+    # `map` keeps the description as well, so the columns have to be right, too.
     names = set(source.column_names)
     known = {"row", *_OPTIONAL_TYPES}
     return any(set(types) <= names <= known | set(types) for types in _PAIR_TYPES.values())
@@ -149,7 +150,8 @@ class _TableBuilder:
         return table if self.has_extra else _without_extra(table)
 
     def _row_of(self, record: Record, count: int) -> int:
-        row = record.values.get("row")  # a dataset in the normal form brings its indices along
+        # A dataset in the normal form brings its indices along, even if rows were selected.
+        row = record.values.get("row")
         return row if isinstance(row, int) and 0 <= row < 2**63 and row is not True else count
 
     def _read(self, record: Record) -> Pair:

@@ -64,6 +64,7 @@ def _from_list(rows: Sequence[Any], name: str) -> Iterator[Record]:
 def _from_dataset(dataset: datasets.Dataset, name: str) -> Iterator[Record]:
     columns = tuple(dataset.column_names)
     row = 0
+    # Without a format, rows are plain Python values, not arrays or tensors.
     for batch in dataset.with_format(None).iter(batch_size=BATCH_ROWS):
         for values in zip(*batch.values(), strict=True):
             yield Record(name, row, None, dict(zip(batch, values, strict=True)), columns)
@@ -89,6 +90,7 @@ def _from_name(source: str, split: str, config_name: str | None) -> Iterator[Rec
                 f"{path} has an ending that can't be read; expected one of {', '.join(READERS)}"
             )
         return read_file(path, split)
+    # A mistyped path must not become a request to the hub.
     is_path = source[:1] in "./~" or bool(data_suffix(path)) or "\\" in source
     if is_path or not _HUB_NAME.fullmatch(source):
         raise DataError(f"there is no file {source}{_nearest_file(path)}")

@@ -93,11 +93,14 @@ class BoundaryTokenizer:
             triple = tuple(map(self._with_leading, triple))
         prompt, chosen, rejected = triple
         size = len(prompt)
+        # Rule 1
         if chosen[:size] == prompt == rejected[:size]:
             return SplitPair(prompt, chosen[size:], rejected[size:])
         wholes = (texts.with_chosen, texts.with_rejected)
+        # Rule 3: the ids differ because the texts do, not because of a merge.
         if not all(whole.startswith(texts.prompt) for whole in wholes):
             return _split_at_common_prefix(prompt, chosen, rejected, rerendered=True)
+        # Rule 2
         answers = [
             self._after(prompt, ids, whole[len(texts.prompt) :])
             for ids, whole in zip((chosen, rejected), wholes, strict=True)

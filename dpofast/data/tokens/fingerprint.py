@@ -29,6 +29,7 @@ def data_fingerprint(dataset: datasets.Dataset) -> str:
             for chunk in table.column(name).chunks:
                 offsets = chunk.offsets.to_numpy(zero_copy_only=False).astype("<i8")
                 lengths.update(np.diff(offsets).tobytes())
+                # Datasets hold ids as int32 or int64; the hash doesn't depend on which.
                 ids = chunk.flatten().cast(pa.int64()).to_numpy(zero_copy_only=False)
                 values.update(ids.astype("<i8").tobytes())
     total = xxhash.xxh3_128()

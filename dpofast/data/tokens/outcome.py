@@ -1,7 +1,7 @@
 """What became of each pair on its way to tokens, and the report that sums it up.
 
-`Dataset.map` can only pass on columns. So each pair's outcome becomes one row of columns, and the
-report is made from the whole table.
+`Dataset.map` can only return columns. So the outcome of each pair is written as columns, and the
+report is made from the table of all pairs.
 """
 
 from __future__ import annotations

@@ -30,6 +30,7 @@ class Lengths:
 
         Each percentile is a length that occurs, not an interpolation between two.
         """
+        # "higher" takes the next greater length where a percentile falls between two.
         values = np.percentile(lengths, PERCENTILES, method="higher")
         percentiles = {p: int(v) for p, v in zip(PERCENTILES, values, strict=True)}
         return cls(int(lengths.max()), percentiles)
@@ -95,21 +96,26 @@ class PreparationReport:
                 f"  the chat template renders {prompts} otherwise "
                 "before an answer than alone; there the prompt ends where they part"
             )
-        for what in ("prompt", "answer", "sequence"):
-            lengths: Lengths = getattr(self, f"{what}_lengths")
-            shares = ", ".join(f"p{p} {value}" for p, value in lengths.percentiles.items())
-            lines.append(f"  {what} tokens: {shares}, longest {lengths.longest}")
+        for part, lengths in self._all_lengths().items():
+            percentiles = ", ".join(f"p{p} {value}" for p, value in lengths.percentiles.items())
+            lines.append(f"  {part} tokens: {percentiles}, longest {lengths.longest}")
         return lines
 
     def as_dict(self) -> dict[str, Any]:
         """The report as values that JSON can hold."""
         plain = {key: value for key, value in vars(self).items() if not key.endswith("_lengths")}
         plain["left_out"] = {reason: list(rows) for reason, rows in self.left_out.items()}
-        for what in ("prompt", "answer", "sequence"):
-            lengths: Lengths = getattr(self, f"{what}_lengths")
-            shares = {f"p{p}": value for p, value in lengths.percentiles.items()}
-            plain[f"{what}_lengths"] = {"longest": lengths.longest, **shares}
+        for part, lengths in self._all_lengths().items():
+            percentiles = {f"p{p}": value for p, value in lengths.percentiles.items()}
+            plain[f"{part}_lengths"] = {"longest": lengths.longest, **percentiles}
         return plain
+
+    def _all_lengths(self) -> dict[str, Lengths]:
+        return {
+            "prompt": self.prompt_lengths,
+            "answer": self.answer_lengths,
+            "sequence": self.sequence_lengths,
+        }
 
 
 def _count(number: int, noun: str) -> str:

@@ -71,6 +71,7 @@ def tokenize_preferences(
         remove_columns=[c for c in dataset.column_names if c not in passed_on],
         features=datasets.Features({**passed_on, **OUTCOME_FEATURES}),
         num_proc=num_proc if num_proc is None else min(num_proc, len(dataset)),
+        # Nothing is written to disk, so a file of an earlier run can't be taken for this result.
         keep_in_memory=True,
         load_from_cache_file=False,
         desc=f"Tokenising {name}",
@@ -105,9 +106,9 @@ def prepare_row(
 
 
 class PairTokenizer:
-    """Tokenises and cuts batches of rows; an instance is the function for `Dataset.map`.
+    """Tokenises and cuts batches of rows; `Dataset.map` calls it with columns.
 
-    Args: as `tokenize_preferences`.
+    It takes the arguments of `tokenize_preferences`.
     """
 
     def __init__(
@@ -163,7 +164,7 @@ class PairTokenizer:
                 "the prompt has no token, so nothing predicts an answer's first token; give a "
                 "prompt, or a tokenizer that begins every text with a BOS token"
             )
-        # A text of only an EOS says nothing. In ids, that may be what the user wants.
+        # A text that is only an EOS says nothing. Someone who gives ids can have meant it.
         empty = [[]] if is_tokenised else [[], [self.tokenizer.eos_token_id]]
         for column, ids in (("chosen", split.chosen_ids), ("rejected", split.rejected_ids)):
             if ids in empty:

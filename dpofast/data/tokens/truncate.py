@@ -72,7 +72,9 @@ def plan_cut(
     prompt_cut = 0
     if truncation_mode == "keep_end":
         needed = prompt + max(chosen, rejected) - max_length
+        # One prompt token has to stay: it predicts the first token of an answer.
         prompt_cut = max(0, min(needed, prompt - 1))
+    # Both answers share the prompt and its cut, so they have the same room.
     room = max_length - (prompt - prompt_cut)
     if room < 1:
         return Cut(fits=False)

@@ -33,7 +33,7 @@ def test_each_label_is_predicted_from_its_own_sequence(some_pairs, share, by_pro
             seen = looks_at[place].nonzero()[:, 0]
             assert row[seen].tolist() == expected
             assert positions[seen].tolist() == list(range(len(expected)))
-        # The last scored position attends to the whole sequence but its last token.
+        # The last scored position attends to all tokens of its sequence except the last one.
         uses[looks_at[batch.scored_positions[end - 1]]] += 1
     ends = [len(prompt) + len(answer) for prompt, answer in sequences]
     assert batch.uses.sum() == sum(ends)

@@ -1,4 +1,4 @@
-"""Where the prompt ends when only whole texts or conversations are given."""
+"""The end of the prompt in texts and conversations without a prompt column."""
 
 from __future__ import annotations
 

@@ -1,0 +1,56 @@
+"""Every row that docs/data.md shows can be read, and every error there is what such a row gets."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from dpofast.data import load_preferences, tokenize_preferences
+from dpofast.errors import DataError
+from tests.data.builders import CHAT_TEMPLATE, byte_bpe
+
+PAGE = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
+ROWS = [
+    json.loads(line)
+    for block in re.findall(r"```json\n(.*?)```", PAGE, re.S)
+    for line in block.splitlines()
+]
+BROKEN_FILES = {
+    "pairs.jsonl": '{"prompt": "a", "chosen": "b", "rejected": "c"}\n\n'
+    '{"prompt": "a", "chosen": "", "rejected": "c"}\n',
+    "pairs.json": "[\n{}" + ",\n{}" * 6 + ',\n{"prompt": 1 "a"}]',
+    "pairs.csv": "prompt,chosen\na,b\n",
+}
+
+
+def test_every_row_on_the_page_is_a_pair():
+    assert len(ROWS) == 7
+    tokenizer = byte_bpe(chat_template=CHAT_TEMPLATE)
+    for row in ROWS:
+        pairs, _ = tokenize_preferences(load_preferences([row]), tokenizer, max_length=None)
+        assert len(pairs) == 1, row
+
+
+def test_every_error_on_the_page_is_what_such_a_file_gets(tmp_path):
+    for name, content in BROKEN_FILES.items():
+        (tmp_path / name).write_text(content)
+        with pytest.raises(DataError) as caught:
+            load_preferences(tmp_path / name)
+        assert str(caught.value).removeprefix(f"{tmp_path}/") in PAGE.splitlines()
+
+
+def test_the_error_from_tokenising_is_the_one_on_the_page():
+    rows = [{"prompt": "a" * (row != 17), "chosen": "b", "rejected": "c"} for row in range(18)]
+    with pytest.raises(DataError) as caught:
+        tokenize_preferences(load_preferences(rows), byte_bpe(), max_length=None)
+    (line,) = [line for line in PAGE.splitlines() if line.startswith("train, row 17")]
+    assert str(caught.value).startswith(line.removesuffix("..."))
+
+
+def test_the_list_of_generation_prompts_is_where_the_page_says():
+    path, name = "dpofast/data/reading/implicit.py", "GENERATION_PROMPTS"
+    assert re.search(rf"`{name}` in\s+`{path}`", PAGE)
+    assert f"\n{name} = (" in (Path(__file__).parents[2] / path).read_text(encoding="utf-8")
