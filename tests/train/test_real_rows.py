@@ -70,7 +70,7 @@ def llama():
     return model.double()
 
 
-@pytest.mark.parametrize("count", [8, pytest.param(30, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [5, pytest.param(30, marks=pytest.mark.slow)])
 def test_conversations_equal_separate_sequences(conversations, count):
     pairs, _ = conversations
     case = case_of(
