@@ -95,6 +95,7 @@ def _on_row(layout: SharedLayout, backend: str) -> Attend:
 
 def _refuse(backend: str, inputs: Inputs) -> None:
     query = inputs.query
+    # Flash kernels pad heads to their own sizes, which decides whether they can run.
     head_dim = padded_head_dim(query.shape[-1], inputs.value.shape[-1])
     reason = why_not(backend, machine_of(query.device), query.dtype, head_dim, inputs.options)
     if reason is not None:
@@ -105,6 +106,7 @@ def _unshared(inputs: Inputs) -> Work:
     backend = backend_for(inputs.query, inputs.value, inputs.options)
     sequences = list(sequence_tokens(inputs.groups))
     tokens = torch.cat(sequences).to(inputs.query.device)
+    # A sequence that shares nothing is a prefix with one empty tail.
     layout = build_layout([(len(each), (0,)) for each in sequences]).to(tokens.device)
     return _work(_on_row(layout, backend), _copied(inputs, tokens), inputs, tokens, tokens)
 
@@ -166,6 +168,7 @@ def _copied(
     A token's upstream gradient is divided by its number of copies: the copies' gradients then add
     up to the shared row's. Padding gets zero.
     """
+    # Number of copies of each token.
     counts = torch.bincount(tokens[tokens != PADDING], minlength=len(inputs.query))
     d_output = inputs.d_output / counts[:, None, None].to(inputs.d_output.dtype)
     d_output = d_output[tokens.clamp(min=0)] * (tokens != PADDING)[..., None, None]

@@ -144,6 +144,7 @@ class _Words:
         while len(words) < size:
             words["".join(rng.choices(syllables, k=rng.choice((1, 2, 2, 3))))] = None
         self.rng, self.words = rng, list(words)
+        # Zipf's law; the shift by 100 keeps the commonest words from filling every text.
         total, self.cumulative = 0.0, []
         for rank in range(size):
             total += 1 / (rank + 100)
@@ -161,6 +162,7 @@ def _conversations(rng: random.Random) -> list[dict[str, Any]]:
     lengths = json.loads(_LENGTHS.read_text(encoding="utf-8"))["dpo_en_demo"]
     for roles, prompt, chosen, rejected in lengths:
         speakers = [{"s": "system", "h": "human", "g": "gpt"}[role] for role in roles]
+        # Spread the prompt's tokens evenly over its turns.
         share = max(1, prompt // len(speakers))
         rows.append(
             {
@@ -182,6 +184,7 @@ def _instructions(rng: random.Random) -> list[dict[str, Any]]:
         chosen = words.text(rng.randint(5, 17)).split()
         place = rng.randint(0, len(chosen))
         added = [] if row in _IDENTICAL_ROWS else words.text(rng.randint(1, 4)).lower().split()
+        # A changed answer also loses up to two words at that place.
         kept = chosen[place + rng.randint(0, 2) :] if added else chosen[place:]
         answer = " ".join(chosen) + "."
         rows.append(

@@ -231,6 +231,7 @@ def race(
         rounds: number of rounds that count.
         warmup: number of rounds before those, which don't count.
     """
+    # Warm-up rounds have negative numbers.
     for number in range(-warmup, rounds):
         running = [each for each in contenders if attempts[each.name].status == TIMED]
         for contender in rotated(running, number):

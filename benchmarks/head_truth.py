@@ -68,6 +68,7 @@ def find_truth(inputs: Inputs) -> Truth:
         start, middle, end = limits[2 * pair : 2 * pair + 3]
         x, labels = inputs.hidden_states[start:end].double(), inputs.labels[start:end, None]
         z = x @ weight.t()  # [n, V]
+        # From here on z holds log-probs: the logits in fp64 fill enough memory once.
         z -= z.logsumexp(-1, keepdim=True)
         logps = z.gather(-1, labels)[:, 0]
         ref_chosen, ref_rejected = inputs.ref_logps[2 * pair : 2 * pair + 2].double()
@@ -76,6 +77,7 @@ def find_truth(inputs: Inputs) -> Truth:
         losses.append(torch.log1p(torch.exp(-margin.abs())) + (-margin).clamp(min=0.0))
         coefficients = torch.full_like(logps, BETA / num_pairs) * torch.sigmoid(-margin)  # [n]
         coefficients[: middle - start] *= -1.0
+        # c (onehot - p), again in place.
         d_z = z.exp_().neg_()
         d_z.scatter_add_(-1, labels, torch.ones_like(d_z[:, :1]))
         d_z *= coefficients[:, None]

@@ -86,6 +86,7 @@ def measure_in_child(
     objects = _objects(child.stdout)
     if child.returncode == 0:
         return objects, None
+    # A signal ended it: SIGKILL if the system ran out of memory.
     if child.returncode < 0:
         return objects, f"ended by {signal.Signals(-child.returncode).name}"
     lines = child.stderr.strip().splitlines()
@@ -141,6 +142,7 @@ def _peaks_in_child(
         arguments += ["--memory-of", name, "--child-file", str(file)]
         seconds = CHILD_SECONDS + CASE_SECONDS * (len(payloads) - 1)
         found, reason = measure_in_child(module, arguments, seconds)
+    # A child that died has reported fewer cases than it got.
     missing = {"reason": reason or "its process said nothing"}
     return [*found, *[missing] * (len(payloads) - len(found))]
 

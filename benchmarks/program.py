@@ -45,6 +45,7 @@ class Program:
 
 def benchmark(program: Program, case: Case, title: str, options: argparse.Namespace) -> int:
     """Run a race; 0 if ours was right, was timed, and ran the planned tokens, else 1."""
+    # A dry run of a GPU's race runs on the CPU.
     run_on = "cpu" if options.dry_run else options.device
     disable_progress_bars()
     with tempfile.TemporaryDirectory(prefix="dpofast-race-") as name:
@@ -53,6 +54,7 @@ def benchmark(program: Program, case: Case, title: str, options: argparse.Namesp
         run_child = child_runner(program.contest, folder, run_on, options.threads, options.limit)
         race = Race(program.contest, case, run_child, program.contest.left_out(options))
         race.choose_batches()
+        # After the batch sizes: padded micro-batches depend on them.
         planned = program.plan(race, folder, run_on)
         for number in range(options.rounds):
             race.run_round(number)

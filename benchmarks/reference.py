@@ -45,6 +45,7 @@ def plan(race: Race, folder: Path, device: str) -> dict[str, Counts]:
 def planned_counts(work: Work) -> Counts:
     """Body tokens and scored positions of our builder, from its plan."""
     answers = read_answers(work.timed_pairs)
+    # The builder's rows hold a prompt once for all of its answers.
     num_tokens = partial(Layout("shared").num_tokens, by_prompt=True)
     batches = BatchesOfTokens(work.case.max_tokens, num_tokens)(answers, answers.first)
     scored = sum(len(answers.ids(answer)[1]) for answer in answers.first.tolist())

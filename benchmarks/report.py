@@ -156,6 +156,7 @@ def _figures(result: dict[str, Any], name: str) -> Figures:
 def _rows(ratios: dict[str, float | None]) -> Iterator[tuple[str, float | None, float | None]]:
     for name, words in RIVALS.items():
         time, speed = ratios.get(f"{name}_time"), ratios.get(f"{name}_speed")
+        # Benchmarks of kernels give ratios of times, races give ratios of speeds.
         speed = 1 / time if time else speed
         memory = ratios.get(f"{name}_memory")
         if speed or memory:

@@ -154,6 +154,7 @@ class Race:
                 if "reason" not in found:
                     speeds[size] = TRIAL_STEPS * self.case.pairs_per_step / found["seconds"]
                 standing.tried[size] = speeds.get(size) or found["reason"]
+                # It won't run at another size, either.
                 if found.get("status") == ABSENT:
                     break
             if speeds:
@@ -172,6 +173,7 @@ class Race:
                 continue
             standing.runs.append(found)
             standing.result.seconds.append(found["seconds"])
+        # Its first run is the standard for all, its own later runs included.
         truth = self.standings[self.contest.truth].runs
         for name in self.running:
             if truth:

@@ -206,6 +206,7 @@ class Benchmark:
             self._write(runs, options)
         if options.memory:
             if options.device == "cuda":
+                # The children need the memory that this process' allocator keeps.
                 torch.cuda.empty_cache()
             self._measure_memory(runs, options)
             self._write(runs, options)
@@ -252,6 +253,7 @@ class Benchmark:
                 continue
             racing = [run for run in runs if run.results[step][name].status == TIMED]
             for run in runs:
+                # Only contenders that were timed are measured; the others keep their reason.
                 run.memory[name] = {"reason": run.results[step][name].reason}
             payloads = [run.payload for run in racing]
             found = peaks_in_children(self.module, name, payloads, options)

@@ -51,6 +51,7 @@ def planned_counts(work: Work, name: str) -> Counts:
     layout = Layout(ENTRIES[name].layout or "")
     limit = token_limit(pairs, layout, case.max_tokens)
     shape = BatchShape(work.batch_size, case.pairs_per_step // work.batch_size, 1)
+    # No seed: the race trains in the file's order. Its first step isn't timed.
     _, *timed = StepSampler(len(pairs), shape, rank=0, seed=None, limit=limit)
     answers = [len(pair["chosen_ids"]) + len(pair["rejected_ids"]) for pair in pairs]
     body_tokens = head_rows = 0
@@ -60,6 +61,7 @@ def planned_counts(work: Work, name: str) -> Counts:
             if limit is not None:
                 body_tokens += sum(limit.lengths[pair] for pair in batch)
             else:
+                # Padded: two sequences per pair, all as long as the longest of the micro-batch.
                 body_tokens += 2 * len(batch) * max(_longest(pairs[pair]) for pair in batch)
     return {"body_tokens": body_tokens, "head_rows": head_rows}
 

@@ -227,6 +227,7 @@ def prepare(case: Case, folder: Path, data: Path | None) -> str:
 
 
 def _texts(case: Case, data: Path | None) -> tuple[Any, Dataset, str]:
+    # Imported here, because the contenders' processes don't need it.
     from benchmarks.data import find_data, race_tokenizer
     from dpofast.columns import ID_COLUMNS
     from dpofast.data import load_preferences, tokenize_preferences

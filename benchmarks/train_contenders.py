@@ -170,6 +170,7 @@ def packed_attention_of(work: Work) -> str:
     config = work.case.config(1, 0)
     heads = config.num_attention_heads, config.num_key_value_heads
     size = getattr(config, "head_dim", None) or config.hidden_size // heads[0]
+    # The choice depends only on the dtype, device and head size of these tensors.
     query, key = (
         torch.empty(1, number, size, dtype=work.case.torch_dtype, device=work.device)
         for number in heads
@@ -206,6 +207,7 @@ def _trl(precompute: bool = True, compact: bool = False) -> Callable[[Work, Mete
             # Its head calls this to choose what to score. Its kernels keep calling the original.
             utils._use_triton = lambda _device: True
         model = work.model()
+        # With an adapter TRL's reference is the model without it.
         needs_reference = not (precompute or work.case.lora)
         trainer = token_trainer()(
             model,

@@ -158,6 +158,7 @@ def tune(
         Whether any configuration could be timed; if not, the present one stays.
     """
     current, run = entry[kernel], work(kernel, inputs)
+    # Every candidate is compared with a backend that launches none of these kernels.
     expected = work(kernel, inputs, "torch")()
     seconds: list[tuple[float, dict[str, Any]]] = []
     for number, candidate in enumerate(candidates(kernel, current)):

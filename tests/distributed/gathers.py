@@ -13,12 +13,12 @@ from torch import nn
 
 @contextlib.contextmanager
 def count_gathers(model: nn.Module) -> Iterator[Counter[str]]:
-    """Inside, every all-gather of a parameter is counted under its name.
+    """Count every all-gather of a parameter under its name.
 
-    DeepSpeed gives each partitioned parameter two functions through which alone it is gathered:
-    `all_gather_coalesced`, for its hooks around modules and for its prefetching, and `all_gather`
-    elsewhere. Both are told which parameters to gather, and pass over those that are there
-    already. What is counted is therefore a collective, whenever it runs and is waited for.
+    DeepSpeed gathers a partitioned parameter only through two functions, which it sets on the
+    parameter. `all_gather_coalesced` serves the hooks around modules and prefetching, `all_gather`
+    everything else. Both get a list of parameters and skip those that are whole already, so the
+    counts here are counts of collectives.
     """
     counts: Counter[str] = Counter()
     names = {id(p): name for name, p in model.named_parameters()}

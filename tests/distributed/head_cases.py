@@ -1,4 +1,4 @@
-"""What the head is tried under on two ranks: models, wrappers, and how pairs are dealt out."""
+"""Settings in which two ranks run the head: models, wrappers, and the pairs of each rank."""
 
 from __future__ import annotations
 
@@ -31,17 +31,17 @@ class Case:
     """One way to train.
 
     Attributes:
-        stage: of ZeRO; None for DDP.
-        family: a key of `make_model`.
-        adapter: where LoRA stands: "attention", "head", "saved_head" or nowhere.
-        checkpointing: of activations: "reentrant", "non_reentrant" or none.
-        deal: which rank gets which pairs.
+        stage: stage of ZeRO; None for DDP.
+        family: "llama", "tied", "bias" or "gemma2", see `make_model`.
+        adapter: place of a LoRA adapter: "attention", "head" or "saved_head"; None without one.
+        checkpointing: "reentrant" or "non_reentrant"; None without gradient checkpointing.
+        deal: pairs of each micro-batch on each rank.
         op: "pair_loss" in one pass, or "logps", whose backward needs the weight again.
-        steps: optimizer steps of rate 0, of which the last is compared. From the second on ZeRO-3
-            knows what will be used again, and keeps or fetches weights by that.
+        steps: optimizer steps with learning rate 0; the last one is compared. From the second step
+            on, ZeRO-3 knows what will be used again, and keeps or fetches weights accordingly.
         precision: "fp32", "autocast" (fp32 weights, computed in bf16) or "fp16".
         sent_in: under autocast, the dtype in which DeepSpeed sends the weights and gradients of
-            linear layers to other ranks; its own default is "bf16".
+            linear layers to other ranks; DeepSpeed's default is "bf16".
     """
 
     stage: int | None
@@ -107,7 +107,7 @@ FP16_CASES = {
 
 
 def make_model(case: Case) -> Any:
-    """The same weights on every rank; large enough that each parameter's gradient shows."""
+    """Make the model of a case, with weights large enough for every gradient to matter."""
     if case.family == "gemma2":
         torch.manual_seed(0)
         fields = {**tiny_llama().config.to_dict(), "head_dim": 8, "initializer_range": 0.12}
@@ -140,9 +140,10 @@ def _with_lora(model: Any, where: str) -> Any:
 
 
 def make_batch(indices: Sequence[int], lead: float = 0.0) -> PackedPairs:
-    """The pairs of these indices, with reference log-probs near those of a random model.
+    """Batch the pairs with these indices and reference log-probs near those of a random model.
 
     Args:
+        indices: indices into the pairs.
         lead: about how far the policy's margin is above the reference's, in nats.
     """
     pairs = token_pairs(NUM_PAIRS)

@@ -1,9 +1,9 @@
-"""Every case of `head_cases` on two ranks against one process; the main rank writes JSON.
+"""Compares two ranks with one process in every case of `head_cases`; the main rank writes JSON.
 
 torchrun --nproc-per-node 2 head_ranks.py REPORT
 
-The report holds, per case, the relative errors of the loss and of each parameter's gradient; and,
-under "gathers", how often ZeRO-3 gathered each weight in each of a few micro-batches.
+For each case the report has the relative errors of the loss and of each parameter's gradient. Its
+"gathers" say how often ZeRO-3 gathered each weight in each of a few micro-batches.
 """
 
 from __future__ import annotations
@@ -49,13 +49,13 @@ from tests.distributed.head_cases import (
 
 LOSS = make_loss("sigmoid", BETA, 0.0)
 LOSS_SCALE_POWER = 28
-# In fp16 the policy leads so far that a pair's coefficient is about e^-20, below all that fp16 can
-# hold; a loss scale of 2^28 brings it back to about 1.
+# In fp16 the policy leads so far that a pair's coefficient is about e^-20, too small for fp16. A
+# loss scale of 2^28 brings it back to about 1.
 FP16_LEAD = 20.0 / BETA
 
 
 def run_model(model: nn.Module, wrapped: Any, indices: Any, case: Case) -> Tensor:
-    """The mean loss over all pairs of the step, as far as these pairs go."""
+    """The part that these pairs contribute to the mean loss over all pairs of the step."""
     batch = make_batch(indices, FP16_LEAD if case.precision == "fp16" else 0.0)
     options = head_options(causal_lm(model).config)
     if case.op == "logps":
@@ -74,18 +74,22 @@ def autocast(case: Case) -> torch.autocast:
 
 
 def dealt(deal: Deal) -> list[Any]:
+    """The micro-batches of all ranks, in one list."""
     return [indices for rank in deal for indices in rank]
 
 
 def one_process(case: Case) -> tuple[float, dict[str, Tensor]]:
-    """The loss, and the gradient of every parameter that gets one.
+    """Loss and gradients in one process.
 
-    In fp32 all pairs are one batch. Under autocast and in fp16 the body rounds otherwise if its
-    batches are otherwise, so they are those of the ranks, one after the other.
+    In fp32 all pairs are one batch. Under autocast and in fp16 the rounding in the body depends on
+    the batch, so the ranks' batches run one after the other.
+
+    Returns:
+        The loss, and the gradient of every parameter that gets one.
     """
     case = replace(case, checkpointing=None, op="pair_loss")
     model = make_model(case)
-    if case.precision == "fp16":  # what DeepSpeed will compute with, in fp32
+    if case.precision == "fp16":  # DeepSpeed will compute with weights rounded to fp16
         model.half().float()
     total = 0.0
     for indices in [range(NUM_PAIRS)] if case.precision == "fp32" else dealt(case.deal):
@@ -98,7 +102,7 @@ def one_process(case: Case) -> tuple[float, dict[str, Tensor]]:
 
 
 def exact_head_gradient(case: Case) -> Tensor:
-    """Of the head's weight under autocast: [V, H] fp64, from both inputs rounded to bf16."""
+    """[V, H] fp64: gradient of the head's weight, computed from inputs rounded to bf16."""
     model = make_model(case)
     weight = model.lm_head.weight.detach().bfloat16().double().requires_grad_()
     for indices in dealt(case.deal):
@@ -122,7 +126,7 @@ def zero_config(case: Case, **zero_options: Any) -> dict[str, Any]:
     return {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": len(case.deal[0]),
-        # as small as the parameters are, ZeRO-3 would keep all of them gathered
+        # By default ZeRO-3 would keep parameters as small as these gathered.
         "zero_optimization": {
             "stage": case.stage,
             "stage3_param_persistence_threshold": 0,
@@ -139,7 +143,7 @@ def make_engine(model: nn.Module, case: Case, **zero_options: Any) -> Any:
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=0.0)
     config = zero_config(case, **zero_options)
-    # DeepSpeed asks for a CPU with instructions for fp16; PyTorch does without.
+    # DeepSpeed wants a CPU with fp16 instructions, which PyTorch doesn't need.
     get_accelerator().is_fp16_supported = lambda: True
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
     return engine
@@ -154,7 +158,7 @@ def under_zero(case: Case) -> tuple[Tensor, dict[str, Tensor]]:
         if index > 0:  # not after the last one: a step clears the gradients
             engine.step()
         losses.append(run_model(model, engine, indices, case))
-        # gradients are averaged over ranks
+        # DeepSpeed averages gradients over ranks.
         engine.backward(losses[-1] * dist.get_world_size(), scale_wrt_gas=False)
     total = torch.stack(losses[-len(batches) :]).detach().sum()
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
@@ -225,7 +229,7 @@ def main(report: str) -> None:
         cases = {name: case for name, case in cases.items() if case.adapter is None}
     results: dict[str, Any] = {}
     for name, case in cases.items():
-        print(name, file=sys.stderr, flush=True)  # should a rank fail, this says where
+        print(name, file=sys.stderr, flush=True)  # if a rank fails, this says in which case
         results[name] = compare(case)
     no_prefetch = {"stage3_prefetch_bucket_size": 0}
     results["gathers"] = {
@@ -236,7 +240,7 @@ def main(report: str) -> None:
     }
     if dist.get_rank() == 0:
         Path(report).write_text(json.dumps(results))
-    dist.barrier()  # a rank that leaves early would break what the other still has under way
+    dist.barrier()  # a rank that leaves early would break the other's last collectives
     dist.destroy_process_group()
 
 

@@ -1,4 +1,4 @@
-"""Identifies checkpoints that ZeRO-3 spreads over the ranks as they load; for test_identity.py.
+"""Identifies checkpoints that ZeRO-3 partitions while they load; for test_identity.py.
 
 torchrun --nproc-per-node 2 identity_ranks.py FOLDER CHECKPOINT ...
 """
@@ -26,7 +26,7 @@ CONFIG = {
 
 def main(folder: str, *checkpoints: str) -> int:
     deepspeed.init_distributed("gloo")
-    spreads = HfDeepSpeedConfig(CONFIG)  # from_pretrained looks for it as long as it is held
+    spreads = HfDeepSpeedConfig(CONFIG)  # while it is alive, from_pretrained partitions models
     digests = {}
     for checkpoint in checkpoints:
         model = AutoModelForCausalLM.from_pretrained(checkpoint)
@@ -34,7 +34,7 @@ def main(folder: str, *checkpoints: str) -> int:
         identity = model_identity(
             model, autocast_dtype=None, attention="sdpa", head_version=1, gather=gathered
         )
-        assert all(parameter.numel() == 0 for parameter in model.parameters())  # and again
+        assert all(parameter.numel() == 0 for parameter in model.parameters())  # partitioned again
         digests[Path(checkpoint).name] = identity.digest
     del spreads
     Path(folder, f"rank{dist.get_rank()}.json").write_text(json.dumps(digests))

@@ -1,4 +1,4 @@
-"""Starts commands on several ranks of this machine's CPU."""
+"""Starts commands on several ranks, all on this machine's CPU."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ ROOT = Path(__file__).parents[2]
 
 
 def torchrun(ranks: int) -> list[str]:
-    """The beginning of a command that runs a script, or `-m` and a module, on so many ranks."""
+    """The start of a command that runs a script, or `-m` and a module, on this many ranks."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     return [sys.executable, *launcher]
 
 
 def free_port() -> str:
-    """A port for a launcher that would otherwise take its usual one."""
+    """A free port, for launchers whose default port can be in use."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return str(probe.getsockname()[1])
@@ -29,7 +29,8 @@ def run_ranks(command: list[str], timeout: float = 300.0) -> None:
     """Run a launcher's command, one thread a rank, and wait for all of its processes.
 
     Raises:
-        AssertionError: a rank failed, or there was no end; the message ends with what was printed.
+        AssertionError: a rank failed; the message is the end of what was printed.
+        subprocess.TimeoutExpired: the command didn't end in time.
     """
     paths = [str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]
     environment = {
@@ -55,5 +56,5 @@ def run_ranks(command: list[str], timeout: float = 300.0) -> None:
 
 
 def launch(script: Path, ranks: int, *arguments: str, timeout: float = 300.0) -> None:
-    """Run `script` under torchrun; raises as `run_ranks`."""
+    """Run `script` under torchrun; raises what `run_ranks` raises."""
     run_ranks([*torchrun(ranks), str(script), *arguments], timeout)

@@ -1,4 +1,4 @@
-"""A user's script: trains on two ranks however they are started, and saves the model.
+"""A user's script: trains on two ranks, whatever starts them, and saves the model.
 
 LAUNCHER launched.py FOLDER [DEEPSPEED]
 """

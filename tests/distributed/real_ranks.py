@@ -1,9 +1,9 @@
-"""Trains on real pairs in several ways, one after the other; the main rank writes what it logged.
+"""Trains on real pairs in several ways, one after the other; the main rank writes its logs.
 
 torchrun --nproc-per-node 2 real_ranks.py whole|resumed FOLDER WAY...
 
-A way is "ddp" or the name of a DeepSpeed configuration. `resumed` goes on from the checkpoints that
-`whole` has left in the same folder.
+A way is "ddp" or the name of a DeepSpeed configuration. `resumed` continues from the checkpoints
+that `whole` has left in the same folder.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def main(phase: str, folder: str, *ways: str) -> int:
     tokenizer = real_tokenizer()
     pairs = real_pairs(tokenizer)
     for way in ways:
-        os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)  # left behind by the way before
+        os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)  # left by the previous way
         options = {
             "output_dir": f"{folder}/{way}",
             "gradient_accumulation_steps": 1,  # two ranks of two pairs

@@ -1,8 +1,8 @@
-"""Scores references that ZeRO-3 spreads over the ranks, block by block; for test_spread.py.
+"""Scores references that ZeRO-3 partitions, block by block; for test_spread.py.
 
 torchrun --nproc-per-node 2 spread_ranks.py FOLDER
 
-FOLDER holds a folder for each model. Each rank writes FOLDER/rank<N>.json.
+FOLDER has a folder for each model. Each rank writes FOLDER/rank<N>.json.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ QUIET = BuildOptions(progress=False)
 
 
 def load(folder: Path) -> Any:
-    """A model as a run loads it; its adapter, if it has one, lies in the folder's `adapter`."""
+    """Load a model as a run does, with the adapter in the folder's `adapter` if there is one."""
     model = AutoModelForCausalLM.from_pretrained(folder)
     if (folder / "adapter").is_dir():
         from peft import PeftModel
@@ -73,12 +73,14 @@ def detailed_scores(model: nn.Module) -> list[Any]:
 
 
 def exchange(word: Any) -> list[Any]:
+    """Gather a value from every rank."""
     words: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(words, word)
     return words
 
 
 def build(store: Path, num_pairs: int, scorer: Any) -> Any:
+    """Build reference log-probs together with the other ranks."""
     ranks = Ranks(dist.get_rank(), dist.get_world_size(), dist.barrier)
     return build_reference(
         ReferenceStore.open(store, create=True).namespace(identity()),
@@ -93,7 +95,7 @@ def build(store: Path, num_pairs: int, scorer: Any) -> Any:
 
 @contextlib.contextmanager
 def most_whole(parameters: list[Any], model: nn.Module) -> Iterator[list[int]]:
-    """Inside, a list with the most elements that were whole at the end of a module's forward."""
+    """Yield a list with one number: the most elements that were whole after a module's forward."""
     most = [0]
 
     def look(*_: Any) -> None:
@@ -107,7 +109,7 @@ def most_whole(parameters: list[Any], model: nn.Module) -> Iterator[list[int]]:
 
 
 def scored(folder: Path, model: nn.Module) -> dict[str, Any]:
-    """Of one model: passes of three batches, and how much of it was whole at once."""
+    """Score three batches: forward passes, stored rows, and the most elements whole at once."""
     parameters: list[Any] = spread(model.parameters())
     with most_whole(parameters, model) as most, in_blocks(model):
         check_head(model)
@@ -118,7 +120,7 @@ def scored(folder: Path, model: nn.Module) -> dict[str, Any]:
 
 
 def stopped(store: Path, model: nn.Module) -> str:
-    """The error that a build ends with if a log-prob is NaN on rank 1."""
+    """The message of the error that ends a build if a log-prob is NaN on rank 1."""
     scorer = scorer_of(model)
 
     def failing(sequences: Any) -> Any:
@@ -136,7 +138,7 @@ def stopped(store: Path, model: nn.Module) -> str:
 
 
 def in_trainer(root: Path) -> dict[str, Any]:
-    """Most that is whole at once in all that a run does before its engine, and its first loss."""
+    """The most elements whole at once before a run has its engine, and the run's first loss."""
     options = {"deepspeed": "zero3", "per_device_eval_batch_size": 2}
     made = make_trainer(
         root / "trainer", str(root / "llama"), options=options, eval_dataset=token_pairs(5)
@@ -153,14 +155,14 @@ def main(folder: str) -> int:
     torch.set_num_threads(1)
     deepspeed.init_distributed("gloo", verbose=False)
     rank, root = dist.get_rank(), Path(folder)
-    spreads = HfDeepSpeedConfig(CONFIG)  # from_pretrained looks for it as long as it is held
+    spreads = HfDeepSpeedConfig(CONFIG)  # while it is alive, from_pretrained partitions models
     models = {path.parent: load(path.parent) for path in sorted(root.glob("*/config.json"))}
     report: dict[str, Any] = {path.name: scored(path, model) for path, model in models.items()}
     model = models[root / "llama"]
     with in_blocks(model):
         report["one batch"] = build(root / "one", 2, scorer_of(model)).forward_passes
         report["detailed"] = detailed_scores(model)
-        # each has a folder of its own, and has to score the other's share for itself
+        # Each rank has its own folder, where it must score the other's share, too.
         report["apart"] = build(root / f"apart{rank}", 6, scorer_of(model)).forward_passes
     report["nan"] = stopped(root / "nan", model)
     del spreads

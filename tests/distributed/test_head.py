@@ -13,8 +13,8 @@ from tests.distributed.launch import launch
 
 pytestmark = pytest.mark.distributed
 
-# Until DeepSpeed has seen a whole micro-batch it doesn't know what will be used again, and frees
-# every weight after each use.
+# DeepSpeed frees every weight after each use until it has seen a whole micro-batch and knows what
+# will be used again.
 WARM_UP = 2
 
 
@@ -25,10 +25,10 @@ def results(tmp_path_factory):
     return json.loads(report.read_text())
 
 
-# Under ZeRO-3 and autocast, on a CPU without tiles for bf16, the gradients of one process are met
-# to the last bit from the head to the last layer's MLP. From that layer's attention on some of what
-# is rounded to bf16 falls to the other side, 8e-5 of o_proj's gradient, which grows to 4e-3 on its
-# way to the embedding. Which of DeepSpeed's operations differs in its last bits isn't known.
+# Under ZeRO-3 and autocast, on a CPU without tiles for bf16, gradients from the head down to the
+# last layer's MLP equal those of one process to the last bit. From that layer's attention on, some
+# values round to the other bf16 neighbour: 8e-5 of o_proj's gradient, which grows to 4e-3 on the
+# way to the embedding. It isn't known which of DeepSpeed's operations differs in its last bits.
 NEAR_THE_HEAD = ("lm_head.", "model.norm.", "model.layers.1.mlp.")
 AUTOCAST_TOLERANCE = 1e-6 if torch.cpu._is_amx_tile_supported() else 2.0**-7
 
@@ -39,7 +39,7 @@ def need_its_packages(case: Case) -> None:
 
 
 def wrong(result, tolerance):
-    """Gradients that differ by more, as a fraction of their norm; NaN counts."""
+    """Gradients whose error exceeds the tolerance, relative to their norm; NaN exceeds any."""
     return {name: error for name, error in result["errors"].items() if not error <= tolerance}
 
 
@@ -68,8 +68,8 @@ def test_autocast_casts_both_inputs_of_the_head_and_rounds_nothing_else(results,
 
 
 def test_autocast_takes_a_weight_that_was_gathered_in_bf16(results):
-    """DeepSpeed then rounds the gradients of linear layers, too; what lies before them shows that
-    the loss was the same."""
+    """DeepSpeed then rounds the gradients of linear layers, too. The embedding's gradient shows
+    that the loss was the same."""
     result = results["zero3_autocast_sent_in_bf16"]
     assert result["loss_error"] <= 1e-6
     assert result["errors"]["model.embed_tokens.weight"] <= AUTOCAST_TOLERANCE
@@ -78,7 +78,7 @@ def test_autocast_takes_a_weight_that_was_gathered_in_bf16(results):
 
 @pytest.mark.parametrize("name", FP16_CASES)
 def test_fp16_gradients_that_only_the_loss_scale_lifts_into_range(results, name):
-    """Each is far below fp16's least number, 2^-24: made in fp16 without the scale, it is 0."""
+    """Each is far below 2^-24, fp16's smallest number: without the scale it would be 0."""
     result = results[name]
     assert 0.0 < result["largest"] < 2.0**-25
     assert result["loss_error"] <= 1e-2
@@ -96,17 +96,17 @@ def gathers(results, setting, weight):
     [("default", "lm_head.weight"), ("tied", "model.embed_tokens.weight")],
 )
 def test_zero3_gathers_the_head_once_a_micro_batch(results, setting, weight):
-    """All-gathers of that weight in a forward and its backward, at the default reuse distance."""
+    """Count its all-gathers in a forward and backward, at the default reuse distance."""
     assert gathers(results, setting, weight) == {1}
 
 
 def test_zero3_gathers_the_head_once_if_only_what_is_used_next_is_kept(results):
-    """A reuse distance of one element stands for a model that is far larger than the default one:
-    the layers are gathered again for the backward, which begins with the head."""
+    """A reuse distance of one element does to this model what the default does to a large one: the
+    layers are gathered again for the backward, which begins with the head."""
     assert gathers(results, "next", "model.layers.0.mlp.down_proj.weight") == {2}
     assert gathers(results, "next", "lm_head.weight") == {1}
 
 
 def test_zero3_gathers_the_head_twice_if_nothing_is_kept(results):
-    """So the counts above can tell one gather from two."""
+    """Shows that the counts above can tell one gather from two."""
     assert gathers(results, "none", "lm_head.weight") == {2}

@@ -1,4 +1,4 @@
-"""A reference that ZeRO-3 has spread over two ranks is known as the one that it is in one piece."""
+"""A reference has the same identity in one piece and partitioned by ZeRO-3 over two ranks."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Each launcher starts the command line and a script on two ranks, which train as one process does.
 
-The commands are those of docs/distributed.md, but for what a machine without a GPU asks for.
+The commands are those of docs/distributed.md, with the options that a machine without a GPU needs.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ OPTIONS = {
 
 
 def command(launcher):
-    """How a command begins that runs on two ranks."""
+    """The start of a command that runs on two ranks."""
     accelerate = [
         str(BIN / "accelerate"), "launch", "--num_processes", "2", "--num_machines", "1",
         "--main_process_port", free_port(), "--mixed_precision", "no", "--dynamo_backend", "no",
@@ -60,7 +60,7 @@ def command(launcher):
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory):
-    """A model and pairs."""
+    """A folder with a model and pairs."""
     folder = tmp_path_factory.mktemp("inputs")
     tokenizer = make_tokenizer()
     tiny_llama(vocab_size=len(tokenizer)).save_pretrained(folder / "model")
@@ -71,7 +71,7 @@ def inputs(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def expected(inputs, tmp_path_factory):
-    """(loss, gradient norm) of three steps of four pairs, of one process; it fills the store."""
+    """(loss, gradient norm) of three steps of four pairs in one process, which fills the store."""
     folder = tmp_path_factory.mktemp("one")
     options = OPTIONS | {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 1}
     config = DPOConfig(
@@ -85,7 +85,7 @@ def expected(inputs, tmp_path_factory):
 
 @pytest.fixture
 def folder(inputs, tmp_path):
-    """A model, pairs, and a YAML file that names them and the store of all."""
+    """A folder with a model, pairs, and a YAML file that names them and the common store."""
     for name in ("model", "pairs.json"):
         (tmp_path / name).symlink_to(inputs / name)
     paths = {
@@ -111,7 +111,7 @@ def check(folder, expected, rows_scored):
         float((a - b).detach().abs().max())
         for a, b in zip(saved.parameters(), start.parameters(), strict=True)
     ]
-    assert min(moved) > 0.0  # whole weights were saved, of all layers
+    assert min(moved) > 0.0  # the weights of all layers were trained and saved whole
     summary = json.loads((folder / "run" / "summary.json").read_text())
     assert (summary["world_size"], summary["pairs_per_step"]) == (2, 4)
     assert summary["ref_rows_scored"] == rows_scored
@@ -131,7 +131,7 @@ def test_a_launcher_starts_the_command_line(folder, expected, launcher, deepspee
     words = [module, "dpofast", "train", str(folder / "run.yaml")]
     more = ["--deepspeed", deepspeed] if deepspeed else []
     run_ranks([*command(launcher), *words, *more])
-    # spread over ranks by ZeRO-3 or not, the reference is known again
+    # The reference is recognised, whether ZeRO-3 partitions it or not.
     check(folder, expected, rows_scored=0)
     checkpoint = folder / "run" / "checkpoint-3"
     args = torch.load(checkpoint / "training_args.bin", weights_only=False)

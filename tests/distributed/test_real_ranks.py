@@ -1,4 +1,4 @@
-"""Twenty steps on real pairs on two ranks are those of textbook DPO, also after a resume."""
+"""Two ranks train on real pairs like textbook DPO for twenty steps, also after a resume."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ WAYS = ["ddp", "zero1", "zero2", "zero3"]
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """Every way once, and again from its checkpoint in new processes."""
+    """Run every way once, then resume it from its checkpoint in new processes."""
     folder = tmp_path_factory.mktemp("real")
     for phase in ("whole", "resumed"):
         launch(SCRIPT, 2, phase, str(folder), *WAYS, timeout=1500)

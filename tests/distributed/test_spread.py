@@ -1,4 +1,4 @@
-"""A reference that ZeRO-3 has spread over two ranks is scored without ever being whole."""
+"""A reference that ZeRO-3 partitions over two ranks is scored without ever being whole."""
 
 from __future__ import annotations
 
@@ -138,4 +138,4 @@ def test_a_log_prob_that_is_not_finite_on_one_rank_stops_all(folder, reports):
     assert "and is not stored" in reports[1]["nan"]
     assert reports[0]["nan"] == f"Rank 1 stopped the build: {reports[1]['nan']}"
     kept = ReferenceStore.open(folder / "nan").namespace(identity())
-    assert len(kept) == 7  # a batch of rank 0, and of rank 1's what is right
+    assert len(kept) == 7  # a batch of rank 0, and the finite log-probs of rank 1

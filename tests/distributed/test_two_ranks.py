@@ -1,4 +1,4 @@
-"""Two ranks train and evaluate as one does, in every way that ranks can share the work."""
+"""Two ranks train and evaluate like one, in every way of sharing the work."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ pytestmark = pytest.mark.distributed
 SCRIPT = Path(__file__).with_name("two_ranks.py")
 WAYS = ["ddp", "zero1", "zero2", "zero3", "own"]
 BF16_WAYS = ["zero1.bf16", "zero2.bf16", "zero3.bf16"]
-# slow where DeepSpeed has to compile its Adam first
+# Slow: DeepSpeed may have to compile its Adam first.
 OFFLOADED = ["zero2_offload", "zero3_offload", "zero2_offload.bf16", "zero3_offload.bf16"]
 MIXTURE_WAYS = ["ddp.mixtral", "zero3.mixtral"]
 
@@ -73,7 +73,7 @@ def test_the_routers_auxiliary_loss_is_that_of_the_same_micro_batches(tmp_path):
 
 
 def assert_nearly_same(one, two):
-    """A micro-batch too few, or a divided loss, would change the norm by a fifth and more."""
+    """A missing micro-batch or a wrongly scaled loss would change the norm by a fifth or more."""
     assert len(one["logs"]) == len(two["logs"]) == 6
     for name in ("loss", "grad_norm"):
         expected = [log[name] for log in one["logs"]]
@@ -87,7 +87,7 @@ def assert_same(one, two):
         name
         for name in one["logs"][0]
         if name in ("loss", "aux_loss", "grad_norm", "num_tokens")
-        or ("/" in name and name != "lengths/row")  # rows are laid out anew
+        or ("/" in name and name != "lengths/row")  # packed rows depend on the number of ranks
     ]
     assert len(names) >= 10
     for name in names:

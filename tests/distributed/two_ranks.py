@@ -1,11 +1,11 @@
-"""Trains in several ways, one after the other, on however many ranks started it.
+"""Trains in several ways, one after the other, on any number of ranks.
 
 torchrun --nproc-per-node 2 two_ranks.py FOLDER PAIRS_PER_DEVICE ACCUMULATION WAY...
 
-A way is "ddp", the name of a DeepSpeed configuration, or "own": a configuration with its own batch;
-with ".bf16" behind it, in that precision, with ".mixtral" a mixture of experts: padded, so that
-micro-batches are the same on however many ranks, with gradient checkpointing and the routers'
-auxiliary loss. The main rank writes what each has logged to FOLDER/WAY.json.
+A way is "ddp", the name of a DeepSpeed configuration, or "own" for a user's configuration with its
+own batch fields. With the suffix ".bf16" it trains in that precision. With ".mixtral" it trains a
+mixture of experts with the routers' auxiliary loss and gradient checkpointing, padded: then any
+number of ranks has the same micro-batches. The main rank writes its logs to FOLDER/WAY.json.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def deepspeed_option(way: str, pairs_per_device: int, accumulation: int) -> Any:
 
 def train(way: str, folder: Path, pairs_per_device: int, accumulation: int) -> None:
     kind, _, variant = way.partition(".")
-    os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)  # left behind by the way before
+    os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)  # left by the previous way
     is_mixture = variant == "mixtral"
     config = DPOConfig(
         output_dir=str(folder / way),
@@ -46,7 +46,7 @@ def train(way: str, folder: Path, pairs_per_device: int, accumulation: int) -> N
         per_device_train_batch_size=pairs_per_device,
         per_device_eval_batch_size=2,
         gradient_accumulation_steps=accumulation,
-        max_tokens_per_microbatch=30,  # several micro-batches a step
+        max_tokens_per_microbatch=30,  # several micro-batches per step
         beta=0.5,
         learning_rate=5e-3,
         lr_scheduler_type="constant",
@@ -67,14 +67,14 @@ def train(way: str, folder: Path, pairs_per_device: int, accumulation: int) -> N
     trainer = DPOTrainer(
         tiny_mixtral() if is_mixture else tiny_llama(),
         args=config,
-        train_dataset=token_pairs(9),  # the last step has one pair: a rank is left without
+        train_dataset=token_pairs(9),  # the last step has one pair, so one rank has none
         eval_dataset=token_pairs(5, seed=4),
         processing_class=byte_tokenizer(),
     )
     trainer.train()
     assert trainer.is_deepspeed_enabled is (kind != "ddp")
     reference = trainer.reference.identity.description
-    # under DeepSpeed the reference is scored by the weights as they are trained, without autocast
+    # DeepSpeed trains weights in the precision itself, so the reference is scored without autocast.
     dtype = "bfloat16" if variant == "bf16" and kind != "ddp" else "float32"
     assert (reference["autocast_dtype"], list(reference["tensors"])) == (None, [dtype])
     evaluation = trainer.evaluate()

@@ -1,4 +1,4 @@
-"""A short training on a GPU, in the precision that people use there."""
+"""A short training run on a GPU, in float32 and in bfloat16."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ from tests.support import clip_exactly
 trl = pytest.importorskip("trl", reason="needs the extra `bench`")
 peft = pytest.importorskip("peft", reason="needs the extra `peft`")
 
-pytestmark = [pytest.mark.peer, pytest.mark.slow]  # some minutes: TRL scores every token on a CPU
+pytestmark = [pytest.mark.peer, pytest.mark.slow]  # minutes: TRL scores every token on a CPU
 
 STEPS, PAIRS_PER_STEP = 10, 4
 OPTIONS = {
@@ -42,7 +42,7 @@ OPTIONS = {
 
 
 class TokenTrainer(token_trainer()):
-    """With a norm that doesn't lose digits on a CPU."""
+    """TRL's trainer with a gradient norm that loses no digits on a CPU."""
 
     def _clip_grad_norm(self, model):
         return clip_exactly(model.parameters(), self.args.max_grad_norm)

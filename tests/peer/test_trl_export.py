@@ -1,4 +1,4 @@
-"""TRL takes an exported file: its preparation and its collator keep our columns."""
+"""TRL can train on an exported file: its preparation and its collator keep our columns."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The routers' auxiliary loss as TRL's DPOTrainer adds it, where micro-batches are the same."""
+"""With the same micro-batches, the routers' auxiliary loss equals that of TRL's DPOTrainer."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ OPTIONS = {
 
 
 class TokenTrainer(trl.DPOTrainer):
-    """TRL's trainer on token ids as they are; it would tokenise texts by itself."""
+    """TRL's trainer for pairs of token ids; the original would tokenise texts."""
 
     def _prepare_dataset(self, dataset, *args):
         return dataset
 
 
 def run(trainer):
-    """Logs of the steps, and the evaluation."""
+    """Train and evaluate: logs of the steps, metrics of the evaluation."""
     trainer.train()
     return [x for x in trainer.state.log_history if "grad_norm" in x], trainer.evaluate()
 

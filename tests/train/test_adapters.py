@@ -61,7 +61,7 @@ def lora(**options):
 def test_a_peft_config_trains_as_plain_dpo(tmp_path, options):
     with float64_throughout():
         naive = tiny_llama().double()
-        torch.manual_seed(3)  # as the trainer does before it makes the adapter
+        torch.manual_seed(3)  # the trainer's seed for making the adapter
         naive = peft.get_peft_model(naive, lora(**{**options, "lora_dropout": 0.0}))
         expected = PlainDPO(naive, BETA, LEARNING_RATE).train(token_pairs(8), 4, 5, seed=3)
         model = tiny_llama().double()
@@ -73,7 +73,7 @@ def test_a_peft_config_trains_as_plain_dpo(tmp_path, options):
 
 
 def test_an_adapter_on_the_head_keeps_its_own_rounding_in_bf16():
-    """As in peft's own forward; the sum of both weights would lose most of a small adapter."""
+    """In peft's forward, too. A sum of both weights would lose most of a small adapter."""
     config = lora(target_modules=["lm_head"], init_lora_weights=False, lora_alpha=1)
     model = peft.get_peft_model(tiny_llama(hidden_size=256), config)
     prompt, answer = list(range(3, 40)), list(range(40, 200))

@@ -1,4 +1,4 @@
-"""A run killed with SIGKILL goes on from its last checkpoint as if nothing had happened."""
+"""A run killed with SIGKILL resumes from its last checkpoint as if nothing had happened."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How long packed rows may be: settled once, the same on all ranks, kept by a resumed run."""
+"""The token limit of packed rows: set once, equal on all ranks, kept by a resumed run."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_the_rank_with_the_least_memory_decides(tmp_path, monkeypatch):
 
 
 def test_a_resumed_run_packs_as_before(tmp_path, monkeypatch):
-    monkeypatch.setattr(loaders, "CPU_ROW_TOKENS", 60)  # several rows a step
+    monkeypatch.setattr(loaders, "CPU_ROW_TOKENS", 60)  # several rows per step
     expected = train(make_trainer(tmp_path, options=SAVING))
     checkpoint = tmp_path / "run" / "checkpoint-4"
     assert json.loads((checkpoint / "dpofast_state.json").read_text())["row_tokens"] == 60

@@ -1,4 +1,4 @@
-"""Adapters in packed rows: every gradient that they train, and the model below them when off."""
+"""Adapters in packed rows: their gradients, and the base model's log-probs when they are off."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Packed training of a small Llama on real pairs against textbook DPO, twenty optimizer steps."""
+"""Twenty steps of a small Llama on real pairs, in packed rows, equal textbook DPO."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.real_pairs import (
 )
 from tests.support import history, make_trainer, train
 
-pytestmark = pytest.mark.slow  # textbook DPO runs every sequence alone, through two models
+pytestmark = pytest.mark.slow  # textbook DPO runs one sequence at a time through two models
 
 
 @pytest.fixture(autouse=True)
@@ -58,7 +58,7 @@ def test_twenty_steps_are_those_of_plain_dpo(tmp_path, tokenizer, pairs, plain_h
 
 
 def test_rows_hold_what_the_plan_counts(tmp_path, tokenizer, pairs):
-    """Tokens of the body and rows of the head, counted as they reach the modules."""
+    """Count the tokens that reach the body and the positions that reach the head."""
     trainer = make(tmp_path, tokenizer, pairs, max_steps=3, save_strategy="no")
     body_tokens, head_rows = [], []
     trainer.score_datasets()  # these passes are counted by nobody
@@ -73,7 +73,7 @@ def test_rows_hold_what_the_plan_counts(tmp_path, tokenizer, pairs):
     shape = BatchShape(2, 2, 1)
     sampler = StepSampler(NUM_PAIRS, shape, 0, seed=3, limit=limit)
     rows = [row for step in list(sampler)[:3] for row in step.micro_batches]
-    # the last call but these is the check before step 1
+    # Calls before these belong to the check before step 1.
     assert body_tokens[-len(rows) :] == [sum(limit.lengths[pair] for pair in row) for row in rows]
     answers = [
         len(pairs[i]["chosen_ids"]) + len(pairs[i]["rejected_ids"]) for i in range(NUM_PAIRS)

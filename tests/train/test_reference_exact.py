@@ -1,7 +1,7 @@
-"""Training on stored rows against a loop that scores the reference inside each step, in fp32.
+"""Training on stored log-probs equals training that scores the reference in every step, in fp32.
 
-Where the builder is given the training plan's own micro-batches, the two are the same to the last
-bit; with its own batches, but for rounding.
+Both are equal to the last bit if the builder scores the training plan's micro-batches, and up to
+rounding if it makes its own batches.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ OWN_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
 
 
 class InStep:
-    """Scores a copy of the model as it is now, in place of what a micro-batch brings along."""
+    """Scores every micro-batch with a copy of the model, made before training."""
 
     def __init__(self, trainer):
         self.frozen = copy.deepcopy(trainer.model).eval()
         self.compute = trainer.compute_pair_loss
 
     def compute_pair_loss(self, model, batch, sums):
-        assert (batch.ref_logps == 1.0).all()  # no log-prob: of `scored_in_each_step`
+        assert (batch.ref_logps == 1.0).all()  # the placeholder of `scored_in_each_step`
         return self.compute(model, replace(batch, ref_logps=self.logps(batch)), sums)
 
     def logps(self, batch):
@@ -58,7 +58,7 @@ class InStep:
 
 
 def scored_in_each_step(make, pairs):
-    """(loss, gradient norm) of every step of the loop that needs no store."""
+    """Train without a store: (loss, gradient norm) of every step."""
     for column in OWN_COLUMNS:
         pairs = pairs.add_column(column, [1.0] * len(pairs))
     trainer = make("in-step", pairs)
@@ -67,7 +67,7 @@ def scored_in_each_step(make, pairs):
 
 
 def micro_batches_of(trainer):
-    """The training plan's, for the builder."""
+    """A function that gives the builder the micro-batches of the training plan."""
     train_set = trainer.train_set()
     train_set.measure_lengths(trainer.layout, trainer.loaders.row_tokens)
     sampler = train_sampler(trainer.config, len(train_set), train_set.token_limit)
@@ -82,7 +82,7 @@ def micro_batches_of(trainer):
 
 
 def on_stored_rows(make, pairs, own_batches=False):
-    """The same of training that finds all rows in its store."""
+    """Train with all rows in the store: (loss, gradient norm) of every step."""
     trainer = make("stored", pairs)
     if own_batches:
         trainer.score_datasets()

@@ -1,4 +1,4 @@
-"""A resumed run goes on as if it had never stopped, against the reference of its start."""
+"""A resumed run continues as if it had never stopped, with the reference of its start."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from tests.support import history, make_trainer, tiny_llama, token_pairs, train
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_resume_goes_on_as_if_never_stopped(tmp_path, workers):
-    """From the first of an epoch's three steps, whoever lays out the batches."""
+    """Resume after the first of an epoch's three steps, with and without worker processes."""
     saving = {"save_strategy": "steps", "save_steps": 2, "max_tokens_per_microbatch": 60}
     expected = train(make_trainer(tmp_path, options=saving))
     resumed = make_trainer(tmp_path, options={**saving, "dataloader_num_workers": workers})
     resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-4"))
-    assert history(resumed) == expected  # the first four are read from the checkpoint
+    assert history(resumed) == expected  # the first four come from the checkpoint
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     steps = [json.loads(line)["step"] for line in lines if "grad_norm" in line]
     assert steps == [1, 2, 3, 4, 5, 6]

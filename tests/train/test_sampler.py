@@ -1,4 +1,4 @@
-"""The plan of a run, as training takes it and as `dpofast inspect` shows it."""
+"""The plan of a run, which training follows and `dpofast inspect` shows."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.support import make_trainer, token_pairs
     ],
 )
 def test_it_gives_what_the_trainer_s_loader_runs(tmp_path, options):
-    """Token for token, in every epoch."""
+    """Compare every token in two epochs."""
     pairs = token_pairs(11)
     trainer = make_trainer(tmp_path, pairs=pairs, options=options)
     loader = trainer.get_train_dataloader()

@@ -32,7 +32,7 @@ from tests.support import (
         {"layout": "padded"},
         {"layout": "unshared"},
         {"layout": "shared"},
-        {"max_tokens_per_microbatch": 40},  # several micro-batches a step, and pairs beyond it
+        {"max_tokens_per_microbatch": 40},  # several micro-batches per step, and longer pairs
         {"max_tokens_per_microbatch": 1, "gradient_checkpointing": True},
     ],
     ids=str,
@@ -42,7 +42,7 @@ def test_float64_training_is_plain_dpo(tmp_path, options):
     with float64_throughout():
         expected = PlainDPO(tiny_llama().double(), BETA, LEARNING_RATE).train(pairs, 4, 6, seed=3)
         got = train(make_trainer(tmp_path, tiny_llama().double(), pairs, options=options))
-    assert abs(expected[-1][0] / math.log(2) - 1) > 0.05  # else there is nothing to compare
+    assert abs(expected[-1][0] / math.log(2) - 1) > 0.05  # it learns
     np.testing.assert_allclose([x[0] for x in got], [x[0] for x in expected], atol=1e-9, rtol=0)
     np.testing.assert_allclose([x[1] for x in got], [x[1] for x in expected], rtol=1e-8)
 
@@ -154,7 +154,7 @@ def test_a_second_train_counts_for_itself(tmp_path):
     trainer.train()
     trainer.train()
     assert trainer.pairs_trained == 20  # two epochs of ten pairs
-    assert trainer.first_loss < math.log(2) - 0.05  # of the moved policy
+    assert trainer.first_loss < math.log(2) - 0.05  # the policy has moved
 
 
 def test_small_beta_of_ipo_is_no_reason_to_stop(tmp_path):

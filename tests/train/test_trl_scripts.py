@@ -1,4 +1,4 @@
-"""Scripts as people wrote them for TRL, of today and of years ago, with the import changed."""
+"""Scripts written for TRL, recent and years old, work with the import changed."""
 
 from __future__ import annotations
 
