@@ -131,7 +131,7 @@ def test_a_segment_that_the_system_refuses_is_not_called_damaged(tmp_path, monke
 
 
 @pytest.mark.slow
-def test_half_a_million_rows_open_in_a_second_and_ten_thousand_are_found_in_50_ms(tmp_path):
+def test_half_a_million_rows_open_as_fast_as_they_sort_and_are_found_in_a_part_of_that(tmp_path):
     rng = np.random.default_rng(0)
     keys = rng.integers(0, 256, (500_000, 16), dtype=np.uint8)
     store = ReferenceStore.open(tmp_path, create=True)
@@ -142,13 +142,18 @@ def test_half_a_million_rows_open_in_a_second_and_ten_thousand_are_found_in_50_m
         if row % 4096 == 4095:
             writer.commit()
     writer.commit()
-    started = time.perf_counter()
     rows = store.namespace(identity())
-    assert time.perf_counter() - started <= 1.0
     wanted = keys[rng.choice(len(keys), 10_000, replace=False)]
-    times = []
-    for _ in range(10):
-        started = time.perf_counter()
-        assert rows.lookup(wanted)[1].all()
-        times.append(time.perf_counter() - started)
-    assert min(times) <= 0.05
+    assert rows.lookup(wanted)[1].all()
+
+    def seconds(work):
+        times = []
+        for _ in range(5):
+            started = time.perf_counter()
+            work()
+            times.append(time.perf_counter() - started)
+        return min(times)
+
+    sorting = seconds(lambda: np.unique(keys.view("S16").ravel()))
+    assert seconds(lambda: store.namespace(identity())) < 2 * sorting  # 0.35
+    assert seconds(lambda: rows.lookup(wanted)) < 0.2 * sorting  # 0.04
