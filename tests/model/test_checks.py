@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -56,10 +57,10 @@ def test_a_padded_run_names_none(tmp_path, caplog):
 
 
 def test_a_wrong_backend_stops_the_run_before_it_begins(tmp_path, monkeypatch):
-    def unscaled(query, key, value, layout, options):
-        return sdpa_attention(query * 1.5, key, value, layout, options)
+    def unscaled(call):
+        return sdpa_attention(replace(call, query=call.query * 1.5))
 
-    monkeypatch.setitem(dispatch._ATTENTION, "sdpa", unscaled)
+    monkeypatch.setitem(dispatch.ATTENTIONS, "sdpa", unscaled)
     trainer = make_trainer(tmp_path)
     with pytest.raises(ConfigError, match=r"'sdpa' is wrong on cpu: its output .*layout: padded"):
         trainer.train()
@@ -143,7 +144,7 @@ def test_an_attention_that_does_not_run_stops_the_run_with_a_remedy(monkeypatch)
     def broken(*_):
         raise OSError("no kernel image is available\nfor this device")
 
-    monkeypatch.setitem(dispatch._ATTENTION, "sdpa", broken)
+    monkeypatch.setitem(dispatch.ATTENTIONS, "sdpa", broken)
     expected = r"doesn't run on cpu \(OSError: no kernel image is available\); use layout: padded"
     with pytest.raises(ConfigError, match=expected):
         checks.check_model(tiny_model("llama"), Layout("shared"), CPU, None)

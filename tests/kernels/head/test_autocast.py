@@ -39,11 +39,11 @@ def test_autocast_computes_in_its_dtype_and_returns_gradients_in_the_inputs(back
     for op, values in found.items():
         assert torch.equal(values["logps"], cast[op]["logps"])
         for name in ("hidden_states", "weight", "bias"):
-            # far below bf16's 2e-3: they were never rounded to it
+            # Gradients that had been rounded to bf16 would be off by 2e-3.
             assert relative_error(values[name], truth[op][name]) <= 1e-5, (op, name)
 
 
-def test_autocast_of_the_naive_twin_casts_the_bias_too():
+def test_autocast_of_the_naive_op_casts_the_bias_too():
     inputs = make_inputs(torch.float32, bias=True)
     rounded = inputs.to(torch.bfloat16)
     expected = run_both(rounded, options_for(rounded, "naive"))
@@ -77,7 +77,7 @@ def test_autocast_leaves_float64_alone(backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("op", ["pair_loss", "logps"])
 def test_fp16_gradients_wait_for_the_loss_scale(backend, op):
-    """Unscaled they are some 1e-9, below all that fp16 can hold."""
+    """Without the scale they are about 1e-9, less than fp16 can represent."""
     inputs = make_inputs(torch.float16)
     exact = inputs.to(torch.float64)
     scale = 2.0**20

@@ -1,4 +1,4 @@
-"""linear_scores: the log-probs of linear_logps, and log-sum-exps held to fp64."""
+"""linear_scores: the log-probs of linear_logps, and log-sum-exps compared with fp64."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch
 from dpofast_kernels import linear_logps, linear_scores
 from tests.kernels.head.cases import (
     FULL_OPTIONS,
+    LENGTHS,
     allowed_error,
     make_inputs,
     options_for,
@@ -23,7 +24,7 @@ def scores(inputs, options):
 
 
 def plain_logsumexps(inputs, softcap=None, logit_scale=1.0, temperature=1.0):
-    """By the formula, in fp64."""
+    """Log-sum-exps by the formula, in fp64."""
     logits = inputs.hidden_states.detach().double() @ inputs.weight.detach().double().T
     if inputs.bias is not None:
         logits = logits + inputs.bias.detach().double()
@@ -38,7 +39,7 @@ def plain_logsumexps(inputs, softcap=None, logit_scale=1.0, temperature=1.0):
 @pytest.mark.parametrize("rows", [1, 7, 1000])
 def test_float64_equals_the_formula(backend, full, rows, monkeypatch):
     options = FULL_OPTIONS if full else {}
-    inputs = make_inputs(bias=full)
+    inputs = make_inputs(bias=full, lengths=(2, 3) if rows == 1 else LENGTHS)
     set_chunk_rows(monkeypatch, rows)
     found = scores(inputs, options_for(inputs, backend, **options))
     assert found.shape == (2, len(inputs.labels))
@@ -71,7 +72,7 @@ def test_log_probs_are_bit_for_bit_those_of_linear_logps(backend, dtype):
 
 @pytest.mark.parametrize("backend", ["naive", *BACKENDS])
 def test_a_label_that_a_bias_rules_out(backend):
-    """Its log-prob is -inf, and the sum over the others stands."""
+    """Its log-prob is -inf, and the log-sum-exp is that of the other tokens."""
     inputs = make_inputs(bias=True)
     with torch.no_grad():
         inputs.bias[inputs.labels[3]] = float("-inf")
@@ -83,7 +84,7 @@ def test_a_label_that_a_bias_rules_out(backend):
 @pytest.mark.parametrize("backend", ["naive", *BACKENDS])
 @pytest.mark.parametrize("spread", [1e-3, 60.0])
 def test_unlikely_and_certain_labels(backend, spread):
-    """A label's log-prob may be hundreds of nats: nothing of the sum is lost beside it."""
+    """The log-sum-exp stays exact if the label's log-prob is hundreds of nats."""
     inputs = make_inputs(torch.float32, spread=spread)
     truth = plain_logsumexps(inputs)
     logits = inputs.hidden_states.detach().double() @ inputs.weight.detach().double().T
