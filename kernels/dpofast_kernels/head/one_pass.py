@@ -62,8 +62,8 @@ def one_pass(
     """The loss of all pairs, and the gradients of its sum.
 
     Returns:
-        Summed loss [] fp64, summed logps [2P] fp64, metrics [8, P] fp64, and the gradients; None
-        for the latter if none is wanted.
+        Summed loss [] fp64, summed logps [2P] fp64, metrics [8, P] fp64, and the gradients, or None
+        in their place if none is wanted.
     """
     gradients = head.new_gradients(wanted) if wanted else None
     chunks = list(pair_chunks(pairs.limits, head.max_rows))

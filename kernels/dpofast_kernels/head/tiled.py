@@ -51,8 +51,8 @@ class TorchRows:
         assert workspace is not None
         logits, targets = workspace[: len(labels)], labels[:, None]  # [n, V], [n, 1]
         padding = len(workspace) - len(labels)
-        # The workspace has a multiple of 16 rows. The product fills all of them, and nothing reads
-        # the last ones again.
+        # On a CPU the workspace has a multiple of 16 rows. The product fills all of them, and the
+        # last ones are never read again.
         hidden_states = F.pad(hidden_states, (0, 0, 0, padding))  # [m, H]
         # First pass: the logits, block by block, and the maximum of each row.
         row_max = logits.new_full(targets.shape, -math.inf)

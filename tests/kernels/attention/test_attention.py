@@ -69,7 +69,7 @@ def test_sinks_are_an_extra_key_without_value():
 
 @pytest.mark.parametrize("backend", ["sdpa", "plain"])
 def test_real_lengths(backend: str):
-    groups = real_groups(4)
+    groups = real_groups(2)
     inputs = make_inputs(groups, HEADS["gqa"])
     got = run(inputs, AttentionOptions(window=300, backend=backend))
     assert_close(got, run_alone(inputs, groups, 300))

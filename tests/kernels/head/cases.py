@@ -13,6 +13,16 @@ from dpofast_kernels import HeadOptions, PairLoss, linear_logps, linear_pair_los
 from dpofast_kernels.head import chunked
 
 LENGTHS = (3, 1, 8, 5, 2, 12)  # scored tokens of three pairs, which have 4, 13 and 14 rows
+SHORT_LENGTHS = (2, 1, 1, 3)  # two pairs of 3 and 4 rows: the interpreter takes time for each row
+BACKENDS = ("torch", "triton", "triton_fused")
+# (backend, dtype, full). The interpreter is slow: without options, it runs bf16 only.
+PRECISION_CASES = [
+    (backend, dtype, full)
+    for backend in BACKENDS
+    for dtype in (torch.float32, torch.bfloat16, torch.float16)
+    for full in (False, True)
+    if backend == "torch" or full or dtype == torch.bfloat16
+]
 FULL_OPTIONS = {"softcap": 5.0, "logit_scale": 0.7, "temperature": 1.3}
 
 
