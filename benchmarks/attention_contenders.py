@@ -27,6 +27,7 @@ from dpofast_kernels.attention import (
     shared_attention,
 )
 from dpofast_kernels.attention.backends import machine_of, why_not
+from dpofast_kernels.attention.call import AttentionCall
 from dpofast_kernels.attention.flash import padded_head_dim, varlen_on_gathered
 
 PADDING = -1  # index of a position that holds no token
@@ -139,11 +140,11 @@ def _varlen_alone(inputs: Inputs) -> Work:
     options = replace(options, scale=options.scale_for(inputs.query.shape[-1]))
 
     def attend(query: Tensor, key: Tensor, value: Tensor, _options: AttentionOptions) -> Tensor:
-        return varlen_on_gathered(query, key, value, layout, options)
+        return varlen_on_gathered(AttentionCall(query, key, value, layout, options))
 
-    key, value = (_leaf(states, layout.key_rows) for states in (inputs.key, inputs.value))
+    key, value = (_leaf(states, layout.key_tokens) for states in (inputs.key, inputs.value))
     states = (inputs.query, key, value, inputs.d_output)
-    return _work(attend, states, inputs, None, layout.key_rows)
+    return _work(attend, states, inputs, None, layout.key_tokens)
 
 
 def sequence_tokens(groups: Sequence[Group]) -> Iterator[Tensor]:

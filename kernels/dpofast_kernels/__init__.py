@@ -1,18 +1,18 @@
-"""The kernels of Direct Preference Optimization; needs PyTorch alone, and Triton on a GPU.
+"""Kernels for Direct Preference Optimization. They need only PyTorch, and Triton on a GPU.
 
-Shapes, everywhere in this package:
+Names of dimensions in this package:
 
     P    pairs
     S    sequences, 2P: chosen_0, rejected_0, chosen_1, rejected_1, ...
     T    packed tokens, prompts included
-    N    scored tokens: those of the answers
+    N    scored tokens: the tokens of the answers
     H    hidden size
-    V    vocabulary
-    B*   blocks of a kernel (BV: block of the vocabulary)
+    V    vocabulary size
+    B*   block sizes of a kernel (BV: block of the vocabulary)
 
-`bounds` [S+1] are the sequences' limits: the scored tokens of sequence s are rows
-bounds[s]:bounds[s+1]. `logps` are summed over a sequence, `per_token_logps` are not; both in nats.
-`ref_` means the reference policy.
+`bounds` [S+1] delimits the sequences: the scored tokens of sequence s are rows
+bounds[s]:bounds[s+1]. `logps` are summed over a sequence, `per_token_logps` are not; both are in
+nats. `ref_` always means the reference policy.
 """
 
 from __future__ import annotations

@@ -1,18 +1,20 @@
-"""How exact a device's products of matrices are."""
+"""How exact matrix products are on a device."""
 
 from __future__ import annotations
 
 import torch
 
-# Of the norm of the result. One of 64 terms: fp32 gives 1e-7, TF32 3e-4, bf16 2e-3.
+# Largest relative error (of the result's norm) that counts as fp32, and as fp16. A product with 64
+# terms has an error of 1e-7 in fp32, 3e-4 in TF32 and 2e-3 in bf16.
 _EXACT, _AS_FP16 = 1e-5, 1e-3
 
 
 def product_precision(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """The dtype whose mantissa products of matrices of `dtype` have; tolerances go by it.
+    """The dtype whose mantissa matrix products of `dtype` have on this device.
 
-    Settings of PyTorch, and of the environment, let fp32 be multiplied in TF32, whose mantissa is
-    that of fp16, or in bf16. There are several of them, so what they give is measured.
+    Tolerances are chosen by it. Several settings of PyTorch and of the environment let fp32
+    products run in TF32, whose mantissa is as short as that of fp16, or in bf16. This function
+    measures what they add up to instead of reading them all.
     """
     if dtype != torch.float32:
         return dtype

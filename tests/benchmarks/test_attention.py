@@ -274,11 +274,11 @@ def test_a_contender_that_raises_is_no_failure_but_ours_is(monkeypatch, tmp_path
 def test_ours_that_is_wrong_is_a_failure(monkeypatch):
     """Rejected answers see the chosen ones here."""
 
-    def leaking(query, key, value, layout, options):
-        layout = replace(layout, tail_ids=layout.tail_ids.clamp(max=1))
-        return dispatch.naive_attention(query, key, value, layout, options)
+    def leaking(call):
+        layout = replace(call.layout, tail_ids=call.layout.tail_ids.clamp(max=1))
+        return dispatch.naive_attention(replace(call, layout=layout))
 
-    monkeypatch.setitem(dispatch._ATTENTION, "sdpa", leaking)
+    monkeypatch.setitem(dispatch.ATTENTIONS, "sdpa", leaking)
     assert benchmark(parse([*SMALL, "--no-memory", "--kinds", "plain"])) == 1
 
 

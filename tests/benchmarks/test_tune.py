@@ -68,7 +68,9 @@ def inputs():
     return make_inputs(tuner.case_for("score_rows", tuner.parse(["--dry-run"])), "cpu")
 
 
-@pytest.mark.skipif(not rows_triton.is_interpreted(), reason="needs interpreted kernels")
+@pytest.mark.skipif(
+    not launch.is_interpreted(rows_triton.score_rows_kernel), reason="needs interpreted kernels"
+)
 @pytest.mark.parametrize("kernel", tuner.WORK)
 def test_each_work_launches_its_kernel_as_the_entry_says(kernel, entry, inputs, monkeypatch):
     name = f"{kernel.removesuffix('_wide')}_kernel"

@@ -1,4 +1,4 @@
-"""Attention's GPU backends as they really run, against the naive twin in float64."""
+"""The real GPU back ends of attention, compared with the naive one in float64."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA or ROCm device"),
 ]
 
-# Across the kernels' blocks and within them, with several tails and empty ones.
+# Prefixes and tails within a block of the kernels and across several, with empty tails.
 GROUPS = ((300, (200, 513)), (17, (0, 40)), (64, (128, 127, 0, 9)), (1, (1, 2)), (5, (0,)))
 HEADS = {
     "mha": Heads(4, 4, 64, 64),
@@ -31,19 +31,19 @@ BACKENDS = ("varlen", "flash3", "flash_attn", "flex")
 
 
 def errors(inputs: Inputs, options: AttentionOptions, with_sinks: bool) -> dict[str, float]:
-    """Relative ones of the output and all gradients."""
+    """Relative errors of the output and all gradients."""
     got = run_attention(inputs, options, with_sinks=with_sinks)
     exact = inputs.to("cuda", torch.float64)
     expected = run_attention(exact, replace(options, backend="naive"), with_sinks=with_sinks)
     if options.window == 1 and not with_sinks:
-        for name in ("query", "key"):  # true zeros
+        for name in ("query", "key"):  # the true values are 0, so there is no relative error
             assert got.pop(name).abs().max() < 0.1
             del expected[name]
     return relative_errors(got, expected)
 
 
 def check(backend: str, inputs: Inputs, options: AttentionOptions, with_sinks: bool) -> None:
-    """Skip what this machine hasn't; else compare."""
+    """Compare a back end with the naive one; skip if it can't run on this machine."""
     options = replace(options, backend=backend)
     sinks = inputs.sinks if with_sinks else None
     try:
@@ -77,7 +77,7 @@ def test_softcap_and_sinks(
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_many_rows_one_after_the_other(backend: str):
-    """Each of another length: what is compiled or cached for one must not serve another."""
+    """Rows of different lengths: what is compiled or cached for one must not serve another."""
     for skip in range(0, 12, 2):
         inputs = make_inputs(real_groups(2, skip=skip), HEADS["mha"], torch.bfloat16)
         inputs = inputs.to("cuda", torch.bfloat16)

@@ -1,4 +1,4 @@
-"""The head's Triton backends as they really run: compiled, on a CUDA or ROCm device."""
+"""The head's Triton back ends, compiled, on a CUDA or ROCm device."""
 
 from __future__ import annotations
 
@@ -32,15 +32,15 @@ LOSSES = {
     "hinge": make_loss("hinge", 0.01),
     "ipo": make_loss("ipo", 0.01),
 }
-# Of a gradient's norm. In bf16 a pair's coefficient is rounded by up to 2^-8, and so is the result;
-# of few pairs that is one throw of the dice. fp16 alone has roundings of the result only.
+# Largest error relative to a gradient's norm. In bf16 a pair's coefficient is rounded by up to
+# 2^-8, and so is the result; with few pairs, how much is chance. In fp16 only the result is.
 TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 6e-3, torch.float16: 1e-3}
 
 
 def inputs(
     dtype: torch.dtype, hidden_size: int = 256, lengths: tuple[int, ...] = LENGTHS
 ) -> dict[str, torch.Tensor]:
-    """What `linear_pair_loss` takes; a label's log-prob is some -15, the reference's likewise."""
+    """Arguments of `linear_pair_loss`; policy and reference give a label about -15 nats."""
     generator = torch.Generator().manual_seed(0)
     bounds = torch.tensor((0, *lengths)).cumsum(0)
     rows = sum(lengths)
@@ -59,7 +59,7 @@ def inputs(
 def with_reference_nearby(
     tensors: dict[str, torch.Tensor], full: bool = False
 ) -> dict[str, torch.Tensor]:
-    """The same, but no pair is so well separated that its gradient vanishes."""
+    """The same with a reference so close that no pair's gradient vanishes."""
     logps = run(tensors, "naive", torch.float64, full)["logps"].cpu()
     return {**tensors, "ref_logps": logps + torch.linspace(-40.0, 40.0, len(logps))}
 
@@ -72,7 +72,7 @@ def leaves_of(tensors: dict[str, torch.Tensor], dtype: torch.dtype) -> dict[str,
 
 
 def options_for(backend: str, dtype: torch.dtype, full: bool) -> HeadOptions:
-    """`full` has a bias, a cap and scales."""
+    """Options without anything, or with `full` a bias, a cap and scales."""
     options = HeadOptions(backend=backend)
     if full:
         bias = torch.linspace(-1.0, 1.0, VOCAB_SIZE, device="cuda").bfloat16().to(dtype)
@@ -121,7 +121,7 @@ def relative(got: torch.Tensor, expected: torch.Tensor) -> float:
 def assert_close(
     got: dict[str, torch.Tensor], truth: dict[str, torch.Tensor], tolerance: float
 ) -> None:
-    """Hold gradients to that tolerance, that of the hidden states sequence by sequence, too."""
+    """Compare results; the gradient of the hidden states also sequence by sequence."""
     tolerances = {"loss": 1e-4, "logps": 1e-5, "hidden_states": tolerance, "weight": tolerance}
     assert got.keys() == truth.keys()
     for name, expected in truth.items():
@@ -135,7 +135,7 @@ def assert_close(
 
 @pytest.fixture
 def chunk_rows(monkeypatch):
-    """Lets chunks have that many rows, whatever a workspace could hold."""
+    """A function that sets the most rows of a chunk, whatever fits the workspace."""
 
     def limit(rows: int) -> None:
         monkeypatch.setattr(chunked, "max_chunk_rows", lambda *_: rows)
@@ -145,7 +145,7 @@ def chunk_rows(monkeypatch):
 
 @pytest.fixture
 def scored_rows(monkeypatch) -> list[int]:
-    """Numbers of rows of all the chunks that are scored."""
+    """A list that the number of rows of every scored chunk is appended to."""
     numbers = []
     score = chunked.ChunkedHead.score
 
@@ -171,7 +171,7 @@ def scored_rows(monkeypatch) -> list[int]:
 @pytest.mark.parametrize("hidden_size", [256, 123])
 @pytest.mark.parametrize("op", [run, run_logps])
 def test_triton_is_the_float64_truth(op, hidden_size, full, backend, dtype):
-    """Rows of 123 numbers are not aligned to what block loads and matrix units like best."""
+    """Rows of 123 numbers don't have the alignment that block loads and matrix units want."""
     tensors = with_reference_nearby(inputs(dtype, hidden_size), full)
     assert backend_for(tensors["weight"]) == "triton"
     truth = op(tensors, "naive", torch.float64, full)
@@ -179,7 +179,7 @@ def test_triton_is_the_float64_truth(op, hidden_size, full, backend, dtype):
 
 
 def test_bf16_gradients_are_no_less_exact_than_naive():
-    """Of many pairs, so that no single coefficient's rounding decides."""
+    """There are many pairs, and no single coefficient's rounding decides."""
     tensors = with_reference_nearby(inputs(torch.bfloat16, lengths=(11, 7) * 64))
     truth = run(tensors, "naive", torch.float64)
     got, naive = (run(tensors, backend, torch.bfloat16) for backend in ("triton", "naive"))
@@ -259,7 +259,7 @@ def test_bf16_autocast_of_an_fp32_weight(op, hidden_dtype, backend):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("vocab_size", [507, 32003, 151936])
 def test_per_token_logps_are_within_1e_4(backend, dtype, vocab_size):
-    """Inputs whose logits spread widely; no logit is ever rounded to the inputs' dtype."""
+    """The logits spread widely, so rounding one to the inputs' dtype would show."""
     generator = torch.Generator("cuda").manual_seed(0)
     hidden_states = torch.randn(123, 896, generator=generator, device="cuda").to(dtype)
     weight = torch.randn(vocab_size, 896, generator=generator, device="cuda").mul_(0.2).to(dtype)
@@ -275,7 +275,7 @@ def test_per_token_logps_are_within_1e_4(backend, dtype, vocab_size):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("op", [run, run_logps])
 def test_labels_of_vanishing_probability(op, dtype, backend):
-    """exp(z - z_label) overflows fp32 in some rows, in others it passes the fused MAX_REST."""
+    """exp(z - z_label) overflows fp32 in some rows and passes the fused MAX_REST in others."""
     tensors = inputs(dtype)
     tensors["hidden_states"][::5] *= 20.0
     tensors["hidden_states"][1::5] *= 5.0
@@ -300,7 +300,7 @@ def test_two_runs_are_equal_bit_for_bit(backend):
 @pytest.mark.parametrize("rows", [50, 10_000])
 @pytest.mark.parametrize("loss", LOSSES)
 def test_the_device_is_never_waited_for(loss, rows, backend, chunk_rows):
-    """With bounds on the CPU, neither by the forward nor by the backward; also with long pairs."""
+    """With bounds on the CPU, neither the forward nor the backward waits, even for long pairs."""
     tensors = inputs(torch.bfloat16)
     leaves, options = leaves_of(tensors, torch.bfloat16), HeadOptions(backend=backend)
     chunk_rows(rows)
@@ -309,7 +309,7 @@ def test_the_device_is_never_waited_for(loss, rows, backend, chunk_rows):
         output = linear_pair_loss(**{**tensors, **leaves}, loss=LOSSES[loss], options=options)
         torch.autograd.grad(output.loss, list(leaves.values()))
 
-    step()  # compiles, and learns what the device can do
+    step()  # compiles, and finds out what the device can do
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -338,7 +338,7 @@ def test_peak_memory_is_far_below_that_of_all_logits(op, backend, monkeypatch):
         if loss.requires_grad:
             torch.autograd.grad(loss, list(leaves.values()))
 
-    step()  # the library takes memory of its own at its first product
+    step()  # the library allocates memory of its own in its first product
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()

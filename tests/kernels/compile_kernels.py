@@ -1,7 +1,8 @@
-"""Cross-compiles every Triton kernel for every entry of the launch table; run by test_aot.py.
+"""Cross-compiles every Triton kernel for the architectures given as arguments.
 
-A process of its own, as Triton decides at import whether kernels are interpreted. Prints one line
-of JSON a kernel: name, target, bytes of shared memory, spills, matrix instructions.
+test_aot.py runs this as a process of its own, because Triton decides at import whether kernels are
+interpreted. It prints one line of JSON per kernel: name, target, bytes of shared memory, spills,
+matrix instructions.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import json
 import re
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -47,7 +49,7 @@ TYPES = {
     "stride_w": "i64",
     "stride_d": "i64",
 }
-# As at run time, where Triton finds them to be multiples of 16: pointers, H and rows' strides.
+# What Triton finds to be a multiple of 16 at run time: pointers, H and the strides of rows.
 ALIGNED = ("p_", "stride", "d_stride", "H", "hidden_states", "weight")
 HEADS = {
     "plain": logit_constants(HeadOptions()),
@@ -63,7 +65,7 @@ Variant = tuple[str, dict[str, str], dict[str, Any]]
 
 
 def variants(kernel: str) -> Iterator[Variant]:
-    """(name, types, constants) of each set of options that changes a kernel's code."""
+    """(name, types, constants) for each set of options that changes a kernel's code."""
     if kernel == "pair_loss":
         for loss, formula in FORMULAS.items():
             yield loss, {"p_per_token_logps": "*fp32", "*": "*fp64"}, {"FORMULA": formula}
@@ -92,7 +94,7 @@ def variants(kernel: str) -> Iterator[Variant]:
         heads = ("bias", "full")
         yield from head_variants("bf16", input_types("bf16", "bf16"), heads, {"UPCAST": False})
         yield from head_variants("fp16", input_types("fp16", "fp32"), heads, {"UPCAST": False})
-        # rows that aren't aligned, which no descriptor can read
+        # Unaligned rows, which descriptors can't read.
         odd = {"H": "i32 odd", "stride_x": "i64 odd", "stride_w": "i64 odd"}
         constants = {"UPCAST": False, "DESCRIPTORS": False}
         types = {**input_types("bf16", "bf16"), **odd}
@@ -152,10 +154,10 @@ def target(architecture: str) -> GPUTarget:
 
 
 def inspected(binary: Any) -> dict[str, int]:
-    """Spills to memory and matrix instructions, counted in the machine code."""
+    """Numbers of spills to memory and of matrix instructions in the machine code."""
     if "amdgcn" in binary.asm:
         code = binary.asm["amdgcn"]
-        # scalar registers spill into vector registers, not into memory
+        # Scalar registers spill into vector registers, so only these count.
         spills = re.findall(r"\.vgpr_spill_count:\s*(\d+)", code)
         return {"spills": sum(map(int, spills)), "matrix": len(re.findall(r"\bv_mfma", code))}
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -184,9 +186,9 @@ def report(job: tuple[str, str, str]) -> dict[str, Any]:
 
 
 def jobs() -> Iterator[tuple[str, str, str]]:
-    """(kernel, architecture, variant) of all there is.
+    """Every (kernel, architecture, variant).
 
-    But for what sm_86 has in common with sm_80, whose machine code it runs.
+    Entries that sm_86 has in common with sm_80 are left out, because it runs sm_80's machine code.
     """
     table = {name: entry for name, entry in launch_table().items() if name != "cpu"}
     for architecture, entry in table.items():
@@ -197,11 +199,12 @@ def jobs() -> Iterator[tuple[str, str, str]]:
                     yield kernel, architecture, variant
 
 
-def main() -> None:
+def main(architectures: list[str]) -> None:
+    chosen = [job for job in jobs() if job[1] in architectures]
     with ProcessPoolExecutor(max_workers=2) as pool:
-        for line in pool.map(report, jobs()):
+        for line in pool.map(report, chosen):
             print(json.dumps(line), flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -11,7 +11,7 @@ import torch
 
 @pytest.fixture(autouse=True)
 def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fill memory that nobody has written with NaN, so that reading it shows."""
+    """Fill uninitialised memory with NaN, so that a read of it shows."""
 
     def poison(function: Any) -> Any:
         def poisoned(*args: Any, **kwargs: Any) -> torch.Tensor:

@@ -1,13 +1,30 @@
-"""Attention over packed rows in which what sequences begin with stands once.
+"""Attention over packed rows in which a prefix that several sequences share is stored once.
 
-Shapes, beside those of the package:
+How a call travels through the files:
 
-    G    keys, gathered: T and one more for every further copy of a prefix token
+    dispatch      shared_attention: checks, dtype, back end
+    |-- layout    where the groups, segments and copied keys of a packed row are
+    |-- backends  which back end runs where, and why another one doesn't
+    call          AttentionCall, what every back end is given
+    segments      "sdpa" and "plain", segment by segment, default on a CPU
+    |-- merged    "sdpa" on a CPU: no masks, no copies of keys
+    |-- gather    keys and values copied into the order of the segments
+    flash         "varlen", "flash3" and "flash_attn", all segments at once, CUDA only
+    flex          "flex", by a block mask
+    naive         all scores at once; tests and the probe compare every back end with it
+    probe         that comparison, short enough for the start of a run
+
+Names of dimensions, in addition to those of the package:
+
+    G    gathered keys: T plus one for every further copy of a prefix token
+    Z    segments
     Hq   query heads
-    Hkv  key and value heads, a divisor of Hq
-    D    size of a query's and a key's head
-    Dv   size of a value's head
+    Hkv  key and value heads; divides Hq
+    D    head size of queries and keys
+    Dv   head size of values
     n, m queries and keys of one segment
+
+A row here is a packed row: the one row [1, T] of a micro-batch.
 """
 
 from __future__ import annotations

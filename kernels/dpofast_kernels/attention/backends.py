@@ -1,4 +1,4 @@
-"""Which backend runs where."""
+"""Which back end runs where."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ import torch
 from dpofast_kernels.attention.flash import MAX_HEAD_DIM
 from dpofast_kernels.attention.options import AttentionOptions
 
-# The first that can run is taken.
+# "auto" takes the first that can run.
 PREFERENCE = ("flash3", "varlen", "flash_attn", "flex", "sdpa", "plain")
 
 
 @dataclass(frozen=True)
 class Machine:
-    """A device, as far as the choice depends on it.
+    """What the choice of a back end depends on.
 
     Attributes:
-        device_type: "cpu", "cuda" (ROCm's devices are called so, too), ...
-        is_rocm: PyTorch is built for ROCm.
-        capability: CUDA's compute capability, (0, 0) elsewhere.
-        packages: those of flash attention that can be used.
+        device_type: "cpu", "cuda" (also ROCm's devices), ...
+        is_rocm: whether PyTorch is built for ROCm.
+        capability: compute capability, (0, 0) without CUDA.
+        packages: packages of flash attention that can be used.
     """
 
     device_type: str
@@ -34,7 +34,7 @@ class Machine:
 
 @functools.cache
 def machine_of(device: torch.device) -> Machine:
-    """What stands on this machine."""
+    """The facts about a device of this machine."""
     is_cuda = device.type == "cuda"
     packages = ("flash_attn", "flash_attn_interface")
     return Machine(
@@ -46,9 +46,9 @@ def machine_of(device: torch.device) -> Machine:
 
 
 def _has_varlen(package: str) -> bool:
-    """Whether a package is there, works with this PyTorch, and has what we call.
+    """Whether a package is installed, works with this PyTorch, and has the function we call.
 
-    FlashAttention-4 lies in a folder flash_attn that lacks it.
+    FlashAttention-4 installs a folder flash_attn without that function.
     """
     try:
         return hasattr(importlib.import_module(package), "flash_attn_varlen_func")
@@ -59,10 +59,16 @@ def _has_varlen(package: str) -> bool:
 def choose_backend(
     machine: Machine, dtype: torch.dtype, head_dim: int, options: AttentionOptions
 ) -> str:
-    """The backend's name; `head_dim` is the padded size of heads.
+    """The name of the back end to run.
+
+    Args:
+        machine: facts about the device.
+        dtype: dtype to compute in.
+        head_dim: padded head size.
+        options: options of the op; `backend` is a name or "auto".
 
     Raises:
-        ValueError: the one asked for can't run, with the reason.
+        ValueError: the back end asked for can't run, with the reason.
     """
     if options.backend == "auto":
         return next(
@@ -80,7 +86,7 @@ def choose_backend(
 def why_not(
     name: str, machine: Machine, dtype: torch.dtype, head_dim: int, options: AttentionOptions
 ) -> str | None:
-    """Why a backend can't run, or None if it can."""
+    """The reason why a back end can't run, or None if it can."""
     if name in ("flash3", "varlen", "flash_attn"):
         return _why_no_flash(name, machine, dtype, head_dim, options)
     if name == "flex":

@@ -1,4 +1,4 @@
-"""The public op: inputs are checked here, and a backend is chosen."""
+"""The public op: it checks its inputs and chooses a back end."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dpofast_kernels.attention.backends import choose_backend, machine_of
+from dpofast_kernels.attention.call import AttentionCall
 from dpofast_kernels.attention.flash import (
     flash3_attention,
     flash_attn_attention,
@@ -22,8 +23,8 @@ from dpofast_kernels.attention.options import AttentionOptions
 from dpofast_kernels.attention.segments import plain_attention, sdpa_attention
 
 DEFAULT_OPTIONS = AttentionOptions()
-_Attention = Callable[[Tensor, Tensor, Tensor, SharedLayout, AttentionOptions], Tensor]
-_ATTENTION: dict[str, _Attention] = {
+# The back ends by name. Each returns [T, Hq, Dv] and is differentiable by autograd.
+ATTENTIONS: dict[str, Callable[[AttentionCall], Tensor]] = {
     "sdpa": sdpa_attention,
     "plain": plain_attention,
     "varlen": varlen_attention,
@@ -35,10 +36,15 @@ _ATTENTION: dict[str, _Attention] = {
 
 
 def backend_for(query: Tensor, value: Tensor, options: AttentionOptions = DEFAULT_OPTIONS) -> str:
-    """The backend that runs for such a query [T, Hq, D] and value [T, Hkv, Dv]; never "auto".
+    """The name of the back end that runs for tensors like these; never "auto".
+
+    Args:
+        query: [T, Hq, D].
+        value: [T, Hkv, Dv].
+        options: options of the op.
 
     Raises:
-        ValueError: the backend asked for can't run, with the reason.
+        ValueError: the back end asked for can't run, with the reason.
     """
     head_dim = padded_head_dim(query.shape[-1], value.shape[-1])
     return choose_backend(machine_of(query.device), _compute_dtype(query), head_dim, options)
@@ -51,36 +57,48 @@ def shared_attention(
     layout: SharedLayout,
     options: AttentionOptions = DEFAULT_OPTIONS,
 ) -> Tensor:
-    """Causal attention in a packed row, as if each of its sequences stood alone.
+    """Causal attention in a packed row, as if each sequence were computed without the others.
 
     Args:
         query: [T, Hq, D] fp64, fp32, bf16 or fp16.
-        key: [T, Hkv, D], the same dtype, but under torch.autocast, where all are cast to its dtype.
-        value: [T, Hkv, Dv], likewise.
-        layout: of the row, on the same device.
-        options: what is done to scores, and the backend.
+        key: [T, Hkv, D], same dtype. Under torch.autocast the dtypes may differ, and all three
+            tensors are cast to the autocast dtype.
+        value: [T, Hkv, Dv], like `key`.
+        layout: layout of the row, on the same device.
+        options: what is done to the scores, and the back end.
 
     Returns:
-        [T, Hq, Dv] in the dtype it was computed in; differentiable once.
+        [T, Hq, Dv] in the dtype that was computed in; differentiable once.
 
     Raises:
-        ValueError: shapes, dtypes or devices don't belong together, or the backend asked for can't
+        ValueError: shapes, dtypes or devices don't belong together, or the back end asked for can't
             run.
 
-    Numerics: the softmax is in fp32 at least. A prefix' keys and values get the sum of their
-    copies' gradients, added in the tensors' dtype, in a fixed order.
+    Numerics: the softmax is computed in fp32 at least. The gradients of a prefix's keys and values
+    are sums over their copies, added in the tensors' dtype, in a fixed order.
+
+    Example:
+        >>> import torch
+        >>> from dpofast_kernels.attention import AttentionOptions, build_layout, shared_attention
+        >>> layout = build_layout([(4, (3, 2)), (2, (5, 1))])  # two pairs, T 17
+        >>> query = torch.randn(17, 8, 64)  # 8 query heads of 64
+        >>> key, value = torch.randn(2, 17, 2, 64)  # 2 heads of keys and of values
+        >>> shared_attention(query, key, value, layout, AttentionOptions(window=4)).shape
+        torch.Size([17, 8, 64])
     """
     _check_shapes(query, key, value, layout, options)
     dtype = _compute_dtype(query)
     backend = backend_for(query, value, options)
     if options.window is not None and options.window >= layout.max_key_length:
-        options = replace(options, window=None)  # no sequence is longer; kernels are faster so
+        # No sequence is longer than the window. Without one, kernels are faster.
+        options = replace(options, window=None)
     with torch.autocast(query.device.type, enabled=False):
-        return _ATTENTION[backend](query.to(dtype), key.to(dtype), value.to(dtype), layout, options)
+        call = AttentionCall(query.to(dtype), key.to(dtype), value.to(dtype), layout, options)
+        return ATTENTIONS[backend](call)
 
 
 def _compute_dtype(query: Tensor) -> torch.dtype:
-    """The autocast dtype, under autocast, else the query's; autocast leaves float64 alone."""
+    """The autocast dtype under autocast, else the query's own. Autocast leaves float64 alone."""
     device_type = query.device.type
     if torch.is_autocast_enabled(device_type) and query.dtype != torch.float64:
         return torch.get_autocast_dtype(device_type)
@@ -90,7 +108,11 @@ def _compute_dtype(query: Tensor) -> torch.dtype:
 def _check_shapes(
     query: Tensor, key: Tensor, value: Tensor, layout: SharedLayout, options: AttentionOptions
 ) -> None:
-    """Raise ValueError, naming the argument, unless these belong together."""
+    """Check that shapes, dtypes and devices belong together.
+
+    Raises:
+        ValueError: they don't; the message names the argument.
+    """
     num_tokens = layout.num_tokens
     for name, states in (("query", query), ("key", key), ("value", value)):
         if states.dim() != 3 or len(states) != num_tokens:

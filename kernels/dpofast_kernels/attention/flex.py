@@ -1,4 +1,4 @@
-"""Attention by FlexAttention, compiled: softcaps, sinks, fp32 and ROCm."""
+"""Attention by compiled FlexAttention, which has softcaps, sinks, fp32 and ROCm."""
 
 from __future__ import annotations
 
@@ -12,40 +12,36 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
+from dpofast_kernels.attention.call import AttentionCall
 from dpofast_kernels.attention.layout import SharedLayout
-from dpofast_kernels.attention.options import AttentionOptions
 
 BLOCK_SIZE = 128
-_MIN_HEAD_DIM = 16  # the least that its kernels multiply
-# It compiles anew for each kind of options, with and without gradients, and up to three times for
-# row lengths. PyTorch stops at 8 and would then make all T x T scores; here that is an error.
+_MIN_HEAD_DIM = 16  # the smallest head that its kernels can multiply
+# FlexAttention is compiled again for each kind of options, with and without gradients, and up to
+# three times for lengths of rows. PyTorch stops at 8 variants and would then compute all T x T
+# scores. Here a compile is forced (fullgraph), so hitting the limit is an error.
 _MAX_VARIANTS = 64
-_BLOCK_MASKS: WeakKeyDictionary[SharedLayout, dict[int | None, BlockMask]] = WeakKeyDictionary()
+# A mask serves all layers of a step, and is freed with its layout.
+BLOCK_MASKS: WeakKeyDictionary[SharedLayout, dict[int | None, BlockMask]] = WeakKeyDictionary()
 
 
-def flex_attention_on_row(
-    query: Tensor,  # [T, Hq, D]
-    key: Tensor,  # [T, Hkv, D]
-    value: Tensor,  # [T, Hkv, Dv]
-    layout: SharedLayout,
-    options: AttentionOptions,
-) -> Tensor:
-    """[T, Hq, Dv]; nothing is gathered, the block mask says who sees whom.
+def flex_attention_on_row(call: AttentionCall) -> Tensor:
+    """[T, Hq, Dv]; no keys are gathered, because the block mask says who looks at whom.
 
-    A sink takes the part e^sink / (e^sink + sum of e^score) of the softmax, so that what remains is
-    the output without it, times sigmoid(lse - sink); lse is the scores' log-sum-exp.
+    A sink takes the share e^sink / (e^sink + sum of e^score) of the softmax. So the output is the
+    one without sinks times sigmoid(lse - sink), where lse is the log-sum-exp of the scores.
     """
-    head_dim, value_dim = query.shape[-1], value.shape[-1]
-    query, key, value = (_batched(states) for states in (query, key, value))
+    options, value_dim = call.options, call.value.shape[-1]
+    query, key, value = (_batched(states) for states in (call.query, call.key, call.value))
     with _more_variants():
-        out, aux = _compiled()(
+        out, aux = compiled_flex()(
             query,
             key,
             value,
             score_mod=None if options.softcap is None else _capped(options.softcap),
-            block_mask=block_mask(layout, options.window),
-            scale=options.scale_for(head_dim),
-            enable_gqa=query.shape[1] != key.shape[1],
+            block_mask=block_mask(call.layout, options.window),
+            scale=call.scale,
+            enable_gqa=call.is_grouped,
             return_aux=AuxRequest(lse=True),
         )
     if options.sinks is not None:
@@ -56,15 +52,15 @@ def flex_attention_on_row(
 
 
 def block_mask(layout: SharedLayout, window: int | None) -> BlockMask:
-    """What attends to what, in blocks; made once for a layout and a window."""
-    masks = _BLOCK_MASKS.setdefault(layout, {})
+    """Which token looks at which, in blocks; made once for each layout and window."""
+    masks = BLOCK_MASKS.setdefault(layout, {})
     if window not in masks:
         masks[window] = _make_block_mask(layout, window)
     return masks[window]
 
 
 def _make_block_mask(layout: SharedLayout, window: int | None) -> BlockMask:
-    """As create_block_mask would, but from intervals, without a mask of T x T."""
+    """The result of create_block_mask, made from intervals instead of a T x T mask."""
     num_tokens = layout.num_tokens
     counts = _visible_in_blocks(layout, window)  # [T, blocks]
     padding = -num_tokens % BLOCK_SIZE
@@ -81,20 +77,22 @@ def _make_block_mask(layout: SharedLayout, window: int | None) -> BlockMask:
 
 
 def _visible_in_blocks(layout: SharedLayout, window: int | None) -> Tensor:
-    """[T, blocks] int64: how many keys of each block a token sees.
+    """[T, blocks] int64: how many keys of each block a token looks at.
 
-    In positions these are one interval, up to the token's own. In the row they are two: one in the
-    prefix, empty for the prefix' own tokens, and one in the part that the token stands in.
+    Counted in positions, these keys are one interval that ends at the token's own. In the row they
+    are two intervals: one in the prefix (empty for the prefix's own tokens), and one in the token's
+    own part, that is its prefix or its tail.
     """
-    rows = torch.arange(layout.num_tokens, device=layout.device)
+    tokens = torch.arange(layout.num_tokens, device=layout.device)
     positions = layout.position_ids
     group_start = torch.searchsorted(layout.group_ids, layout.group_ids)
-    parts = layout.group_ids * (layout.tail_ids.max() + 1) + layout.tail_ids  # in the row's order
+    # One number per part. The numbers rise along the row, so searchsorted finds a part's start.
+    parts = layout.group_ids * (layout.tail_ids.max() + 1) + layout.tail_ids
     part_start = torch.searchsorted(parts, parts)
-    part_position = positions - (rows - part_start)  # where the part begins: 0, or a prefix' length
-    first = torch.zeros_like(rows) if window is None else (positions - window + 1).clamp(min=0)
+    part_position = positions - (tokens - part_start)  # a part's first: 0, or the prefix's length
+    first = torch.zeros_like(tokens) if window is None else (positions - window + 1).clamp(min=0)
     in_prefix = _overlaps(group_start + first, group_start + part_position)
-    in_part = _overlaps(part_start + (first - part_position).clamp(min=0), rows + 1)
+    in_part = _overlaps(part_start + (first - part_position).clamp(min=0), tokens + 1)
     return in_prefix + in_part
 
 
@@ -102,7 +100,7 @@ def _overlaps(
     starts: Tensor,  # [T]
     ends: Tensor,  # [T]
 ) -> Tensor:
-    """[T, blocks]: the length of each interval's overlap with each block."""
+    """[T, blocks]: length of the overlap of each interval with each block."""
     blocks = torch.arange(0, len(starts), BLOCK_SIZE, device=starts.device)
     low = torch.maximum(starts[:, None], blocks)
     high = torch.minimum(ends[:, None], blocks + BLOCK_SIZE)
@@ -112,14 +110,14 @@ def _overlaps(
 def _listed(
     blocks: Tensor,  # [blocks, blocks] bool
 ) -> tuple[Tensor, Tensor]:
-    """How many key blocks each block of queries has, and which, in front of all others."""
+    """Number of key blocks for each block of queries, and their indices, before all others."""
     counts = blocks.sum(1, dtype=torch.int32)
     indices = blocks.to(torch.int8).argsort(dim=1, descending=True, stable=True).to(torch.int32)
     return counts[None, None], indices[None, None]
 
 
 def _mask_mod(layout: SharedLayout, window: int | None) -> Callable[..., Tensor]:
-    """What attends to what, of one query and one key."""
+    """A function that says whether one query looks at one key; see `attends`."""
     group, tail, position = layout.group_ids, layout.tail_ids, layout.position_ids
 
     def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
@@ -146,18 +144,18 @@ def _capped(softcap: float) -> Callable[..., Tensor]:
 def _batched(
     states: Tensor,  # [T, H, D]
 ) -> Tensor:
-    """[1, H, T, D], heads padded with zeros to what the kernels take."""
+    """[1, H, T, D], with heads padded by zeros to the smallest size that the kernels take."""
     missing = max(_MIN_HEAD_DIM - states.shape[-1], 0)
     return (F.pad(states, (0, missing)) if missing else states).transpose(0, 1)[None]
 
 
 @functools.cache
 def _more_variants() -> Any:
-    """One context for all calls: each that is made leaves a little memory behind."""
+    """A context with a higher limit of variants; one for all calls, because each leaks memory."""
     return torch._dynamo.config.patch(recompile_limit=_MAX_VARIANTS)
 
 
 @functools.cache
-def _compiled() -> Callable[..., Any]:
+def compiled_flex() -> Callable[..., Any]:
     compiled: Callable[..., Any] = torch.compile(flex_attention, fullgraph=True)
     return compiled

@@ -1,4 +1,4 @@
-"""Keys and values in the segments' order."""
+"""Keys and values copied into the order of the segments."""
 
 from __future__ import annotations
 
@@ -15,31 +15,32 @@ def gather_keys(
     states: Tensor,  # [T, H, D]
     layout: SharedLayout,
 ) -> Tensor:
-    """[G, H, D]: those of each segment one after the other, prefixes as often as they are used.
+    """[G, H, D]: the keys of one segment after the other; a prefix once for each tail.
 
-    The backward adds a prefix' gradients without atomics, in the same order each time.
+    The backward adds up a prefix's gradients without atomics, always in the same order.
     """
-    if len(layout.key_rows) == layout.num_tokens:
-        return states  # nothing is shared, and segments stand in the row's order
+    if len(layout.key_tokens) == layout.num_tokens:
+        return states  # nothing is shared, so the segments are in the row's order already
     gathered: Tensor = _Gather.apply(states, layout)  # type: ignore[no-untyped-call]
     return gathered
 
 
 class _Gather(torch.autograd.Function):
-    """states[key_rows]. PyTorch's own backward would add with atomics, in an order of its own."""
+    """states[key_tokens] with a deterministic backward; PyTorch's own uses atomics on a GPU."""
 
     @staticmethod
     def forward(ctx: Any, states: Tensor, layout: SharedLayout) -> Tensor:
         ctx.layout = layout
-        return states.index_select(0, layout.key_rows)
+        return states.index_select(0, layout.key_tokens)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_gathered: Tensor) -> tuple[Tensor, None]:
         layout: SharedLayout = ctx.layout
         d_states = d_gathered.index_select(0, layout.first_copies)  # [T, H, D]
-        for rows, copies in layout.later_copies:
-            # Tokens are unique here, so that they can be read, added to and written back.
-            total = d_states.index_select(0, rows) + d_gathered.index_select(0, copies)
-            d_states.index_copy_(0, rows, total)
+        for copies in layout.later_copies:
+            # No token occurs twice in a round, so read, add and write back can't collide.
+            total = d_states.index_select(0, copies.tokens)
+            total = total + d_gathered.index_select(0, copies.places)
+            d_states.index_copy_(0, copies.tokens, total)
         return d_states, None

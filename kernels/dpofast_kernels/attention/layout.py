@@ -1,13 +1,24 @@
-"""Where the groups of a packed row stand, and what attention needs to know of them.
+"""Where the groups of a packed row are, and what attention has to know about them.
 
-A row is a sequence of groups, a group a shared prefix and the tails that go on from it:
+A row is a sequence of groups. A group is a shared prefix and the tails that continue it:
 
     prefix | tail_1 | ... | tail_K | prefix | tail_1 | ...
 
-Attention runs on segments: the queries of a prefix and its first tail, which are neighbours, over
-their own keys; those of each further tail over the prefix' keys, copied again, and its own. Each
-segment is causal, its queries the last of its keys. Queries and outputs stay where they are in the
-row, keys and values are gathered.
+Attention runs on segments. A prefix and its first tail are neighbours in the row, so together they
+are one segment: their queries look at their own keys. Each further tail is a segment of its own:
+its queries look at a copy of the prefix's keys and at its own keys. Every segment is causal, with
+its queries being the last of its keys.
+
+Queries and outputs stay in the row's order. Keys and values are gathered into the segments' order.
+An example with a prefix of two tokens, a b, and three tails, c, d e and f:
+
+    row               a b c d e f          one group, T = 6
+    segments          a b c | d e | f      queries, Z = 3
+    gathered keys     a b c | a b d e | a b f
+    key_tokens        0 1 2   0 1 3 4   0 1 5
+    first_copies      0 1 2 5 6 9          place of the first copy of each of a b c d e f
+    later_copies      round 1: tokens 0 1, places 3 4
+                      round 2: tokens 0 1, places 7 8
 """
 
 from __future__ import annotations
@@ -21,29 +32,44 @@ from torch import Tensor
 
 
 @dataclass(frozen=True, eq=False)
-class SharedLayout:
-    """A packed row's structure, as `build_layout` makes it; Z segments.
+class CopyRound:
+    """Further copies of prefix tokens among the gathered keys, at most one of each token.
+
+    Round 1 has the second copies of all prefixes in the row, round 2 the third ones, and so on.
+    Because no token occurs twice in a round, its gradients can be added without collisions.
 
     Attributes:
-        position_ids: [T] int64; tails go on from the prefix' end.
-        group_ids: [T] int64, the group of each token, from 0.
+        tokens: [g] int64, prefix tokens, by their place in the row.
+        places: [g] int64, where these copies are among the gathered keys.
+    """
+
+    tokens: Tensor
+    places: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class SharedLayout:
+    """Structure of a packed row with Z segments, made by `build_layout`.
+
+    Attributes:
+        position_ids: [T] int64; every tail continues from its prefix's end.
+        group_ids: [T] int64, group of each token, from 0.
         tail_ids: [T] int64, 0 in a prefix, 1 to K in its tails.
-        key_rows: [G] int64, the token that each gathered key is a copy of.
-        first_copies: [T] int64, where each token's first copy is among the gathered keys.
-        later_copies: for the second copies of prefixes, the third ones and so on: the tokens, and
-            where these copies are, two [g] int64. No token occurs twice within a pair of these.
-        cu_seqlens_q: [Z+1] int32, limits of the segments' queries in the row.
-        cu_seqlens_k: [Z+1] int32, limits of the segments' gathered keys.
-        query_lengths: of the Z segments, at least 1 each.
-        key_lengths: likewise, at least as many as queries.
+        key_tokens: [G] int64, token that each gathered key is a copy of.
+        first_copies: [T] int64, place of each token's first copy among the gathered keys.
+        later_copies: rounds of all other copies, see `CopyRound`.
+        cu_seqlens_q: [Z+1] int32, bounds of the segments' queries in the row.
+        cu_seqlens_k: [Z+1] int32, bounds of the segments' keys among the gathered keys.
+        query_lengths: queries of each segment, at least 1.
+        key_lengths: keys of each segment, at least as many as queries.
     """
 
     position_ids: Tensor
     group_ids: Tensor
     tail_ids: Tensor
-    key_rows: Tensor
+    key_tokens: Tensor
     first_copies: Tensor
-    later_copies: tuple[tuple[Tensor, Tensor], ...]
+    later_copies: tuple[CopyRound, ...]
     cu_seqlens_q: Tensor
     cu_seqlens_k: Tensor
     query_lengths: tuple[int, ...]
@@ -51,7 +77,7 @@ class SharedLayout:
 
     @property
     def num_tokens(self) -> int:
-        """T, the row's length."""
+        """T, length of the row."""
         return len(self.position_ids)
 
     @property
@@ -68,24 +94,26 @@ class SharedLayout:
         return max(self.key_lengths)
 
     def to(self, device: torch.device | str) -> SharedLayout:
-        """The same on a device; copies from pinned memory are not waited for."""
-        # To the CPU they must be: the host could read them too early.
+        """The same layout on a device. Copies from pinned memory are not waited for."""
+        # A copy to the CPU must be waited for, or the host could read it too early.
         non_blocking = torch.device(device).type != "cpu"
         return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> SharedLayout:
-        """The same in page-locked memory."""
+        """The same layout in page-locked memory."""
         return self._map(lambda tensor: tensor.pin_memory())
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> SharedLayout:
+        """The same layout with a function applied to each of its tensors."""
         return SharedLayout(
             position_ids=function(self.position_ids),
             group_ids=function(self.group_ids),
             tail_ids=function(self.tail_ids),
-            key_rows=function(self.key_rows),
+            key_tokens=function(self.key_tokens),
             first_copies=function(self.first_copies),
             later_copies=tuple(
-                (function(rows), function(copies)) for rows, copies in self.later_copies
+                CopyRound(function(copies.tokens), function(copies.places))
+                for copies in self.later_copies
             ),
             cu_seqlens_q=function(self.cu_seqlens_q),
             cu_seqlens_k=function(self.cu_seqlens_k),
@@ -98,17 +126,26 @@ def build_layout(groups: Sequence[tuple[int, Sequence[int]]]) -> SharedLayout:
     """The layout of a row of groups, on the CPU.
 
     Args:
-        groups: in the row's order, the length of each group's prefix, at least 1, and those of its
-            tails, at least one of them. A tail may be of 0 tokens: an answer that another one
-            begins with ends where the prefix does.
+        groups: for each group, in the row's order, the length of its prefix (at least 1) and the
+            lengths of its tails (at least one tail). A tail can have 0 tokens: an answer that
+            another answer begins with ends where the prefix does.
 
     Raises:
-        ValueError: no groups, a group without prefix or tails, or a length below 0.
+        ValueError: there are no groups, a group has no prefix or no tails, or a length is negative.
+
+    Example:
+        >>> from dpofast_kernels.attention import build_layout
+        >>> layout = build_layout([(2, (1, 2))])  # a prefix of 2 tokens, tails of 1 and 2
+        >>> layout.position_ids.tolist()
+        [0, 1, 2, 2, 3]
+        >>> layout.key_tokens.tolist()  # the second tail gets the prefix's keys again
+        [0, 1, 2, 0, 1, 3, 4]
     """
     _check_groups(groups)
-    row = _Row()
+    segments = _Segments()
     for prefix, tails in groups:
-        row.add_group(prefix, [length for length in tails if length])
+        segments.add_group(prefix, [length for length in tails if length])
+    # The parts of the row: prefixes and tails, each a run of consecutive positions.
     parts = [
         (number, tail, prefix if tail else 0, length)
         for number, (prefix, tails) in enumerate(groups)
@@ -119,68 +156,70 @@ def build_layout(groups: Sequence[tuple[int, Sequence[int]]]) -> SharedLayout:
         position_ids=_ranges(starts, lengths),
         group_ids=group_ids.repeat_interleave(lengths),
         tail_ids=tail_ids.repeat_interleave(lengths),
-        key_rows=row.key_rows.ranges(),
-        first_copies=row.first_copies.ranges(),
-        later_copies=tuple((rows.ranges(), copies.ranges()) for rows, copies in row.later_copies),
-        cu_seqlens_q=_limits(row.query_lengths),
-        cu_seqlens_k=_limits(row.key_lengths),
-        query_lengths=tuple(row.query_lengths),
-        key_lengths=tuple(row.key_lengths),
+        key_tokens=segments.key_tokens.numbers(),
+        first_copies=segments.first_copies.numbers(),
+        later_copies=tuple(
+            CopyRound(tokens.numbers(), places.numbers()) for tokens, places in segments.rounds
+        ),
+        cu_seqlens_q=_limits(segments.query_lengths),
+        cu_seqlens_k=_limits(segments.key_lengths),
+        query_lengths=tuple(segments.query_lengths),
+        key_lengths=tuple(segments.key_lengths),
     )
 
 
-class _Spans:
-    """Runs of consecutive numbers, to be made one tensor at the end."""
+class _Runs:
+    """Runs of consecutive numbers, turned into one tensor at the end."""
 
     def __init__(self) -> None:
-        self.spans: list[tuple[int, int]] = []
+        self._runs: list[tuple[int, int]] = []
 
     def add(self, start: int, length: int) -> None:
-        self.spans.append((start, length))
+        self._runs.append((start, length))
 
-    def ranges(self) -> Tensor:
-        starts, lengths = torch.tensor(self.spans).unbind(1)
+    def numbers(self) -> Tensor:
+        starts, lengths = torch.tensor(self._runs).unbind(1)
         return _ranges(starts, lengths)
 
 
-class _Row:
-    """A row as it grows by a group at a time, and the gathered keys beside it."""
+class _Segments:
+    """The segments of a row and their gathered keys, built up group by group."""
 
     def __init__(self) -> None:
         self.query_lengths: list[int] = []
         self.key_lengths: list[int] = []
-        self.key_rows = _Spans()
-        self.first_copies = _Spans()
-        self.later_copies: list[tuple[_Spans, _Spans]] = []  # tokens, and where the copies are
+        self.key_tokens = _Runs()
+        self.first_copies = _Runs()
+        self.rounds: list[tuple[_Runs, _Runs]] = []  # tokens and places of each CopyRound
         self.num_queries = 0
         self.num_keys = 0
 
     def add_group(self, prefix: int, tails: Sequence[int]) -> None:
-        """`tails` without the empty ones, which have no queries."""
-        prefix_row = self.num_queries
-        first, *later = tails or (0,)
+        """Add a group; `tails` without the empty ones, which have no queries."""
+        prefix_start = self.num_queries
+        first, *others = tails or (0,)
         self._add_segment(prefix + first, 0)
-        for number, length in enumerate(later):
-            if number == len(self.later_copies):
-                self.later_copies.append((_Spans(), _Spans()))
-            rows, copies = self.later_copies[number]
-            rows.add(prefix_row, prefix)
-            copies.add(self.num_keys, prefix)
-            self.key_rows.add(prefix_row, prefix)
+        for number, length in enumerate(others):
+            if number == len(self.rounds):
+                self.rounds.append((_Runs(), _Runs()))
+            tokens, places = self.rounds[number]
+            tokens.add(prefix_start, prefix)
+            places.add(self.num_keys, prefix)
+            self.key_tokens.add(prefix_start, prefix)
             self._add_segment(length, prefix)
 
-    def _add_segment(self, num_queries: int, num_before: int) -> None:
-        """Queries that have their own keys, and `num_before` copied ones before those."""
-        self.key_rows.add(self.num_queries, num_queries)
-        self.first_copies.add(self.num_keys + num_before, num_queries)
+    def _add_segment(self, num_queries: int, num_copied: int) -> None:
+        """Add queries with keys of their own, behind `num_copied` keys copied from a prefix."""
+        self.key_tokens.add(self.num_queries, num_queries)
+        self.first_copies.add(self.num_keys + num_copied, num_queries)
         self.query_lengths.append(num_queries)
-        self.key_lengths.append(num_before + num_queries)
+        self.key_lengths.append(num_copied + num_queries)
         self.num_queries += num_queries
-        self.num_keys += num_before + num_queries
+        self.num_keys += num_copied + num_queries
 
 
 def _ranges(starts: Tensor, lengths: Tensor) -> Tensor:
-    """The numbers start, start + 1, ..., as many as its length, of one start after the other."""
+    """start, start + 1, ..., start + length - 1 of each start, one run after the other."""
     offsets = starts - (lengths.cumsum(0) - lengths)
     return offsets.repeat_interleave(lengths) + torch.arange(int(lengths.sum()))
 

@@ -1,9 +1,10 @@
 """Attention of a packed row on a CPU, without masks and without copies of keys.
 
-A further tail sees all of its prefix and the beginning of itself. So its attention is one over the
-prefix, which needs no mask, and a causal one over itself, and the two are merged by the logarithms
-of their softmaxes' denominators, as FlashAttention (https://arxiv.org/abs/2205.14135) merges blocks
-of keys. Its backward needs the merged output and denominator alone, whatever part the keys are of.
+Every tail but the first looks at all of its prefix and, causally, at itself. So its attention is
+computed in two parts: one over the prefix, which needs no mask, and a causal one over itself. The
+parts are merged by their log-sum-exps, as FlashAttention (https://arxiv.org/abs/2205.14135) merges
+blocks of keys. For the backward of either part, the merged output and log-sum-exp are all that is
+needed from the forward.
 """
 
 from __future__ import annotations
@@ -15,32 +16,27 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from dpofast_kernels.attention.call import AttentionCall
 from dpofast_kernels.attention.layout import SharedLayout
-from dpofast_kernels.attention.options import AttentionOptions
 
 _FORWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
-def can_merge(query: Tensor, value: Tensor, options: AttentionOptions) -> bool:
-    """Whether `merged_attention` runs for such a query [T, Hq, D] and value [T, Hkv, Dv]."""
+def can_merge(call: AttentionCall) -> bool:
+    """Whether `merged_attention` can run a call without softcap and sinks."""
     return (
-        query.device.type == "cpu"
-        and query.shape[-1] == value.shape[-1]
-        and options.window is None  # of a prefix the window is no rectangle
+        call.query.device.type == "cpu"
+        and call.query.shape[-1] == call.value.shape[-1]
+        and call.options.window is None  # with a window, the part over the prefix needs a mask
     )
 
 
-def merged_attention(
-    query: Tensor,  # [T, Hq, D]
-    key: Tensor,  # [T, Hkv, D]
-    value: Tensor,  # [T, Hkv, D]
-    layout: SharedLayout,
-    options: AttentionOptions,
-) -> Tensor:
-    """[T, Hq, D]; `options` without a window, softcap or sinks."""
-    scale = options.scale_for(query.shape[-1])
-    out: Tensor = _Merged.apply(query, key, value, layout, scale)  # type: ignore[no-untyped-call]
+def merged_attention(call: AttentionCall) -> Tensor:
+    """[T, Hq, D]; Dv equals D, and there is no window, no softcap and no sinks."""
+    out: Tensor = _Merged.apply(  # type: ignore[no-untyped-call]
+        call.query, call.key, call.value, call.layout, call.scale
+    )
     return out
 
 
@@ -52,16 +48,17 @@ class _Merged(torch.autograd.Function):
         out = query.new_empty(query.shape)
         lse_dtype = torch.promote_types(query.dtype, torch.float32)
         lse = query.new_empty(query.shape[1], len(query), dtype=lse_dtype)  # [Hq, T]
-        for rows, prefix in _segments(layout):
-            own, own_lse = _attend(query[rows], key[rows], value[rows], scale, is_causal=True)
+        for tokens, prefix in _segments(layout):
+            own, own_lse = _attend(query[tokens], key[tokens], value[tokens], scale, is_causal=True)
             if prefix is not None:
-                seen, seen_lse = _attend(query[rows], key[prefix], value[prefix], scale)
+                seen, seen_lse = _attend(query[tokens], key[prefix], value[prefix], scale)
+                # Each part is normalised by its own sum. Weigh it by its share of the whole one.
                 total = torch.logaddexp(own_lse, seen_lse)  # [1, Hq, n]
                 own = own * (own_lse - total).exp_()[..., None]
                 own += seen * (seen_lse - total).exp_()[..., None]
                 own_lse = total
-            out[rows] = own[0].transpose(0, 1)
-            lse[:, rows] = own_lse[0]
+            out[tokens] = own[0].transpose(0, 1)
+            lse[:, tokens] = own_lse[0]
         ctx.save_for_backward(query, key, value, out, lse)
         ctx.layout, ctx.scale = layout, scale
         return out
@@ -71,26 +68,31 @@ class _Merged(torch.autograd.Function):
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, out, lse = ctx.saved_tensors
         d_query, d_key, d_value = map(torch.empty_like, (query, key, value))
-        for rows, prefix in _segments(ctx.layout):
-            of_queries = d_out[rows], query[rows], out[rows], lse[:, rows]
-            own = _gradients(*of_queries, key[rows], value[rows], ctx.scale, is_causal=True)
-            d_query[rows], d_key[rows], d_value[rows] = own
-            if prefix is not None:  # whose own gradients stand by now
+        for tokens, prefix in _segments(ctx.layout):
+            of_queries = d_out[tokens], query[tokens], out[tokens], lse[:, tokens]
+            own = _gradients(*of_queries, key[tokens], value[tokens], ctx.scale, is_causal=True)
+            d_query[tokens], d_key[tokens], d_value[tokens] = own
+            if prefix is not None:
+                # The prefix is part of an earlier segment, so its gradients can be added to.
                 seen = _gradients(*of_queries, key[prefix], value[prefix], ctx.scale)
-                d_query[rows] += seen[0]
+                d_query[tokens] += seen[0]
                 d_key[prefix] += seen[1]
                 d_value[prefix] += seen[2]
         return d_query, d_key, d_value, None, None
 
 
 def _segments(layout: SharedLayout) -> Iterator[tuple[slice, slice | None]]:
-    """The rows of each segment, and those of the prefix that it goes on from, unless it has it."""
-    start = group = 0
+    """The tokens of each segment, and the prefix that it continues.
+
+    The prefix is None for the first segment of a group, which contains it.
+    """
+    start = group_start = 0
     for num_queries, num_keys in zip(layout.query_lengths, layout.key_lengths, strict=True):
-        shared = num_keys - num_queries
-        if not shared:
-            group = start
-        yield slice(start, start + num_queries), slice(group, group + shared) if shared else None
+        num_shared = num_keys - num_queries
+        if not num_shared:
+            group_start = start
+        prefix = slice(group_start, group_start + num_shared) if num_shared else None
+        yield slice(start, start + num_queries), prefix
         start += num_queries
 
 
@@ -101,7 +103,7 @@ def _attend(
     scale: float,
     is_causal: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Outputs [1, Hq, n, D], and the logarithms of the softmaxes' denominators [1, Hq, n]."""
+    """Outputs [1, Hq, n, D] and log-sum-exps of the scores [1, Hq, n]."""
     out, lse = _FORWARD(*map(_heads_first, (query, key, value)), 0.0, is_causal, scale=scale)
     return out, lse
 
@@ -116,7 +118,7 @@ def _gradients(
     scale: float,
     is_causal: bool = False,
 ) -> list[Tensor]:
-    """Those of queries, keys and values, shaped as these, as far as they come of these keys."""
+    """What these keys contribute to the gradients of queries, keys and values; shaped like them."""
     d_out, query, key, value, out = map(_heads_first, (d_out, query, key, value, out))
     gradients = _BACKWARD(d_out, query, key, value, out, lse[None], 0.0, is_causal, scale=scale)
     return [gradient[0].transpose(0, 1) for gradient in gradients]

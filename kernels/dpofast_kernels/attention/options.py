@@ -1,4 +1,4 @@
-"""What attention is told."""
+"""Options of attention."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ BACKENDS = ("auto", "sdpa", "plain", "varlen", "flash3", "flash_attn", "flex", "
 
 @dataclass(frozen=True, eq=False)
 class AttentionOptions:
-    """What a layer does to its scores, and how the op is to run.
+    """What a layer does to its scores, and how the op runs.
 
     Attributes:
-        scale: what q k^T is multiplied with; None is D^-0.5.
-        window: a query sees itself and the window - 1 positions before it, as in transformers;
-            None is all of them.
-        softcap: scores become softcap tanh(score / softcap); above 0, or None.
-        sinks: [Hq], a score per head that takes its part of the softmax and gives no value; gets a
-            gradient, too.
-        backend: "auto" takes the fastest that can: "flash3", "varlen", "flash_attn", "flex",
-            "sdpa", "plain", in this order. "flash3" and "flash_attn" are packages of their own,
-            "varlen" is what PyTorch has of them, "flex" its FlexAttention: these four for GPUs.
-            "sdpa" and "plain" go segment by segment on any device. "naive" masks all T x T scores
-            and is there to compare with.
+        scale: factor of q k^T; None is D^-0.5.
+        window: a query looks at itself and the window - 1 positions before it, as in transformers;
+            None is no limit.
+        softcap: cap of the scores, softcap tanh(score / softcap); above 0, or None.
+        sinks: [Hq], one extra score per head that takes its share of the softmax and gives no
+            value. It gets a gradient, too.
+        backend: "auto" takes the first that can run of "flash3", "varlen", "flash_attn", "flex",
+            "sdpa", "plain", which is the fastest. The first four need a GPU: "flash3" and
+            "flash_attn" are packages of their own, "varlen" is PyTorch's flash attention, "flex"
+            its FlexAttention. "sdpa" and "plain" go segment by segment on any device. "naive" masks
+            all T x T scores, for comparison.
 
     Raises:
-        ValueError: an option out of range, or an unknown backend.
+        ValueError: an option is out of range, or the back end is unknown.
     """
 
     scale: float | None = None
@@ -52,5 +52,5 @@ class AttentionOptions:
             )
 
     def scale_for(self, head_dim: int) -> float:
-        """What q k^T is multiplied with, where heads have this size."""
+        """Factor of q k^T for heads of this size."""
         return head_dim**-0.5 if self.scale is None else self.scale

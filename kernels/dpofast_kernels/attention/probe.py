@@ -1,4 +1,4 @@
-"""A short check, at start-up, that the chosen backend gives what the naive twin gives."""
+"""A short check for the start of a run: does the chosen back end agree with the naive one?"""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from dpofast_kernels.attention.layout import SharedLayout, build_layout
 from dpofast_kernels.attention.options import AttentionOptions
 from dpofast_kernels.rounding import product_precision
 
-# One tail and several, of no tokens, of one, and across the kernels' blocks of 64 and 128. Without
-# such blocks, on a CPU, fewer tokens tell the same in a moment.
+# Groups with one tail and several, with tails of no token, of one, and longer than the kernels'
+# blocks of 64 and 128. A CPU has no such blocks, so fewer tokens show the same, and faster.
 _GROUPS = ((150, (70, 33)), (1, (1, 1)), (40, (0, 130)), (5, (3, 0, 17)), (9, (0,)))
 _CPU_GROUPS = ((20, (11, 6)), (1, (1, 1)), (7, (0, 15)), (5, (3, 0, 9)), (9, (0,)))
-# A model's own window may be longer than any of these sequences. With one of 1 the softmax is
-# constant, and its gradients are nothing but rounding.
+# A model's own window can be longer than all of these sequences and would then be untested. With a
+# window of 1 the softmax is constant, and its gradients are nothing but rounding.
 _SHORTEST_WINDOW, _LONGEST_WINDOW, _CPU_LONGEST_WINDOW = 2, 48, 8
-# Of the norm of the difference over that of the truth. Rounding inputs of a product to bf16 gives
-# up to 1e-2, a wrong mask, scale or copy gives over 1e-1.
+# Largest norm of the difference, relative to the norm of the truth. Rounding a product's inputs to
+# bf16 gives up to 1e-2; a wrong mask, scale or copy gives more than 1e-1.
 _TOLERANCES = {
     torch.bfloat16: 3e-2,
     torch.float16: 5e-3,
@@ -30,7 +30,7 @@ _TOLERANCES = {
 
 
 class WrongBackendError(RuntimeError):
-    """A backend that doesn't give what attention is on this device."""
+    """A back end computes something other than attention on this device."""
 
 
 def probe(
@@ -42,15 +42,30 @@ def probe(
     value_dim: int,
     options: AttentionOptions = DEFAULT_OPTIONS,
 ) -> str:
-    """Compare the backend that `options` choose with the naive twin, gradients included.
+    """Compare the back end that `options` choose with the naive one, gradients included.
+
+    Args:
+        device: where to run.
+        dtype: dtype of queries, keys and values.
+        num_heads: query heads.
+        num_kv_heads: key and value heads.
+        head_dim: head size of queries and keys.
+        value_dim: head size of values.
+        options: options of a layer.
 
     Returns:
-        The backend's name.
+        The name of the back end.
 
     Raises:
-        WrongBackendError: they differ by more than rounding does; with the backend's name, what
+        WrongBackendError: they differ by more than rounding. The message names the back end, what
             differs and by how much.
-        ValueError: the backend asked for can't run.
+        ValueError: the back end asked for can't run.
+
+    Example:
+        >>> import torch
+        >>> from dpofast_kernels.attention import probe
+        >>> probe("cpu", torch.float32, num_heads=4, num_kv_heads=2, head_dim=16, value_dim=16)
+        'sdpa'
     """
     device = torch.device(device)
     is_cpu = device.type == "cpu"
@@ -91,7 +106,7 @@ def probe(
 def _run(
     leaves: dict[str, Tensor], d_output: Tensor, layout: SharedLayout, options: AttentionOptions
 ) -> dict[str, Tensor]:
-    """The output, and the gradient of each leaf."""
+    """The output of `shared_attention`, and the gradient of each leaf."""
     leaves = {name: leaf.detach().requires_grad_() for name, leaf in leaves.items()}
     options = replace(options, sinks=leaves.get("sinks"))
     with torch.autocast(d_output.device.type, enabled=False), torch.enable_grad():

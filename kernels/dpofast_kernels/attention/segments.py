@@ -8,52 +8,36 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dpofast_kernels.attention.call import AttentionCall
 from dpofast_kernels.attention.gather import gather_keys
-from dpofast_kernels.attention.layout import SharedLayout
 from dpofast_kernels.attention.merged import can_merge, merged_attention
 from dpofast_kernels.attention.options import AttentionOptions
 
+# Attention of one segment: query [1, Hq, n, D], key [1, Hkv, m, D], value [1, Hkv, m, Dv].
 _Attend = Callable[[Tensor, Tensor, Tensor, AttentionOptions], Tensor]
 
 
-def sdpa_attention(
-    query: Tensor,  # [T, Hq, D]
-    key: Tensor,  # [T, Hkv, D]
-    value: Tensor,  # [T, Hkv, Dv]
-    layout: SharedLayout,
-    options: AttentionOptions,
-) -> Tensor:
-    """[T, Hq, Dv] by scaled_dot_product_attention, which knows no softcap and no sinks."""
-    if can_merge(query, value, options):
-        return merged_attention(query, key, value, layout, options)
-    return _by_segments(_sdpa, query, key, value, layout, options)
+def sdpa_attention(call: AttentionCall) -> Tensor:
+    """[T, Hq, Dv] by scaled_dot_product_attention, which has no softcap and no sinks."""
+    if can_merge(call):
+        return merged_attention(call)
+    return _by_segments(_sdpa, call)
 
 
-def plain_attention(
-    query: Tensor,  # [T, Hq, D]
-    key: Tensor,  # [T, Hkv, D]
-    value: Tensor,  # [T, Hkv, Dv]
-    layout: SharedLayout,
-    options: AttentionOptions,
-) -> Tensor:
-    """[T, Hq, Dv] by products and a softmax in fp32 at least, which know everything."""
-    return _by_segments(_plain, query, key, value, layout, options)
+def plain_attention(call: AttentionCall) -> Tensor:
+    """[T, Hq, Dv] by matrix products and a softmax in fp32 at least, with every option."""
+    return _by_segments(_plain, call)
 
 
-def _by_segments(
-    attend: _Attend,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    layout: SharedLayout,
-    options: AttentionOptions,
-) -> Tensor:
-    # One split of each for all segments: a slice for each would make a gradient of T rows each.
-    queries = _split(query, layout.query_lengths)
-    keys = _split(gather_keys(key, layout), layout.key_lengths)
-    values = _split(gather_keys(value, layout), layout.key_lengths)
+def _by_segments(attend: _Attend, call: AttentionCall) -> Tensor:
+    layout = call.layout
+    # One split into all segments. The backward of a slice per segment would allocate a gradient of
+    # the whole row for each of them.
+    queries = _split(call.query, layout.query_lengths)
+    keys = _split(gather_keys(call.key, layout), layout.key_lengths)
+    values = _split(gather_keys(call.value, layout), layout.key_lengths)
     outputs = [
-        attend(*segment, options)[0].transpose(0, 1)  # [n, Hq, Dv]
+        attend(*segment, call.options)[0].transpose(0, 1)  # [n, Hq, Dv]
         for segment in zip(queries, keys, values, strict=True)
     ]
     return torch.cat(outputs)
@@ -63,7 +47,7 @@ def _split(
     states: Tensor,  # [T or G, H, D]
     lengths: Sequence[int],
 ) -> list[Tensor]:
-    """Z of [1, H, length, D]"""
+    """One [1, H, length, D] for each of the Z segments."""
     return [part.transpose(0, 1)[None] for part in torch.split(states, list(lengths))]
 
 
@@ -75,13 +59,14 @@ def _sdpa(
 ) -> Tensor:
     """[1, Hq, n, Dv]"""
     num_queries, num_keys = query.shape[2], key.shape[2]
+    # is_causal aligns the queries with the first keys. Ours are the last ones, which is the same
+    # only if there are as many queries as keys.
     is_square = num_queries == num_keys and (options.window is None or options.window >= num_keys)
     return F.scaled_dot_product_attention(
         query,
         key,
         value,
-        # is_causal aligns queries with the first keys, here they are the last
-        None if is_square else _sees(num_queries, num_keys, options.window, query.device),
+        None if is_square else _visible(num_queries, num_keys, options.window, query.device),
         is_causal=is_square,
         scale=options.scale_for(query.shape[-1]),
         enable_gqa=query.shape[1] != key.shape[1],
@@ -102,8 +87,8 @@ def _plain(
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
     if options.softcap is not None:
         scores = options.softcap * torch.tanh(scores / options.softcap)
-    sees = _sees(num_queries, num_keys, options.window, query.device)
-    scores = scores.masked_fill(~sees, float("-inf"))
+    visible = _visible(num_queries, num_keys, options.window, query.device)
+    scores = scores.masked_fill(~visible, float("-inf"))
     if options.sinks is not None:
         sinks = options.sinks.to(scores.dtype).view(1, -1, 1, 1).expand(1, -1, num_queries, 1)
         scores = torch.cat([scores, sinks], -1)  # [1, Hq, n, m+1]
@@ -111,9 +96,9 @@ def _plain(
     return probs @ value
 
 
-def _sees(num_queries: int, num_keys: int, window: int | None, device: torch.device) -> Tensor:
-    """[n, m] bool; the queries are the last of the keys."""
+def _visible(num_queries: int, num_keys: int, window: int | None, device: torch.device) -> Tensor:
+    """[n, m] bool, which query looks at which key; the queries are the last of the keys."""
     query = torch.arange(num_keys - num_queries, num_keys, device=device)[:, None]
     key = torch.arange(num_keys, device=device)
-    sees = key <= query
-    return sees if window is None else sees & (query - key < window)
+    visible = key <= query
+    return visible if window is None else visible & (query - key < window)

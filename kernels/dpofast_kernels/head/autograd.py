@@ -1,7 +1,7 @@
-"""Autograd around the chunked head.
+"""Autograd functions around the chunked head.
 
-Both functions take the inputs as they are and cast them inside, so that gradients come back in the
-inputs' own dtypes without a rounding through the dtype that was computed in.
+Both functions take the inputs uncast and cast them inside. So gradients are returned in the inputs'
+own dtypes, without a rounding through the dtype that was computed in.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from dpofast_kernels.head.options import HeadOptions
 
 @dataclass(frozen=True, eq=False)
 class HeadCall:
-    """What one call of an op is told beside its differentiable inputs.
+    """Arguments of one call of an op, apart from its differentiable inputs.
 
     Attributes:
-        labels: [N].
-        options: of the head.
-        dtype: to compute in.
+        labels: [N] int64.
+        options: options of the op.
+        dtype: dtype to compute in.
         backend: "torch", "triton" or "triton_fused".
         grad_enabled: whether autograd records this call.
-        pairs: None for per-token log-probs.
+        pairs: pairs and their loss; None for per-token log-probs.
     """
 
     labels: Tensor
@@ -40,6 +40,7 @@ class HeadCall:
     pairs: Pairs | None = None
 
     def head(self, hidden_states: Tensor, weight: Tensor, keep: bool) -> ChunkedHead:
+        """The chunked head of this call; `keep` if gradients will be asked for."""
         return ChunkedHead(
             hidden_states, weight, self.labels, self.options, self.dtype, self.backend, keep
         )
@@ -50,10 +51,11 @@ def forward_only(
     weight: Tensor,  # [V, H]
     call: HeadCall,
 ) -> tuple[Tensor, Tensor]:
-    """Per-token log-probs and log-sum-exps, [N] each, without a gradient."""
+    """Per-token log-probs and log-sum-exps, [N] each, without gradient."""
     with torch.autocast(hidden_states.device.type, enabled=False):
         head = call.head(hidden_states, weight, keep=False)
         scored = [head.score(rows) for rows in head.row_chunks(0, len(call.labels))]
+    # Without rows there are no chunks, and cat needs one tensor at least.
     nothing = hidden_states.new_empty(0, dtype=head.dtype)
     logps = [nothing, *(chunk.per_token_logps for chunk in scored)]
     logsumexps = [nothing, *(chunk.logsumexps for chunk in scored if chunk.logsumexps is not None)]
@@ -61,7 +63,7 @@ def forward_only(
 
 
 class LinearLogps(torch.autograd.Function):
-    """Per-token log-probs; the backward makes the logits again, for any upstream gradient."""
+    """Per-token log-probs; the backward computes the logits again, for any upstream gradient."""
 
     @staticmethod
     def forward(
@@ -72,7 +74,8 @@ class LinearLogps(torch.autograd.Function):
         call: HeadCall,
     ) -> Tensor:
         ctx.call = call
-        # the labels, too: whoever overwrites them before the backward is told so
+        # Autograd complains if a saved tensor is overwritten before the backward. The labels are
+        # saved for that reason only.
         ctx.save_for_backward(hidden_states, weight, bias, call.labels)
         return forward_only(hidden_states, weight, call)[0]
 
@@ -89,14 +92,15 @@ class LinearLogps(torch.autograd.Function):
                 head.add_gradients(gradients, rows, head.score(rows), d_per_token_logps[rows])
             gradients.fill_empty()
         if call.options.weight_grad is not None:
-            gradients.weight = None
+            gradients.weight = None  # it was added to the caller's buffer
         return *_as_inputs(gradients, hidden_states, weight, bias, None), None
 
 
 class LinearPairLoss(torch.autograd.Function):
-    """Summed loss, summed logps and metrics; the gradients are made in the forward.
+    """Summed loss, summed logps and metrics; the forward computes the gradients, too.
 
-    They stay in fp32 until the upstream gradient, which may carry a loss scale, was multiplied in.
+    The gradients stay in fp32 until they are multiplied by the upstream gradient. That one may
+    carry a loss scale, without which small gradients would vanish in fp16.
     """
 
     @staticmethod
@@ -108,8 +112,9 @@ class LinearPairLoss(torch.autograd.Function):
         call: HeadCall,
     ) -> tuple[Tensor, Tensor, Tensor]:
         ctx.call = call
-        # the labels, too: whoever overwrites them before the backward is told so
+        # As in LinearLogps, the labels are saved only to notice that they were overwritten.
         ctx.save_for_backward(hidden_states, weight, bias, call.labels)
+        # needs_input_grad is true under no_grad, too. Nobody would ask for these gradients then.
         wanted = Wanted(*(needed and call.grad_enabled for needed in ctx.needs_input_grad[:3]))
         loss, logps, metrics, ctx.gradients = _run_one_pass(call, hidden_states, weight, wanted)
         ctx.mark_non_differentiable(logps, metrics)
@@ -122,7 +127,8 @@ class LinearPairLoss(torch.autograd.Function):
         hidden_states, weight, bias, _ = ctx.saved_tensors
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:
-            # Handed over, scaled in place, to an earlier backward of a retained graph.
+            # An earlier backward of a retained graph scaled the gradients in place and gave them
+            # away. So they are computed once more.
             wanted = Wanted(*ctx.needs_input_grad[:3])
             gradients = _run_one_pass(call, hidden_states, weight, wanted)[-1]
         if call.options.weight_grad is not None and gradients.weight is not None:

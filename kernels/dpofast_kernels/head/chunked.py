@@ -1,4 +1,10 @@
-"""Log-probs and gradients of one head, a chunk of rows at a time; never a tensor [N, V]."""
+"""Log-probs and gradients of one head, a chunk of rows at a time; never a tensor [N, V].
+
+For each chunk, a caller first calls `score`, which makes the chunk's logits in the workspace and
+turns them into log-probs. Then it calls `add_gradients` with one coefficient per row. That turns
+the workspace into the gradient of the logits, and multiplies it with weight and hidden states to
+get the gradients of hidden states and weight. The next `score` overwrites the workspace.
+"""
 
 from __future__ import annotations
 
@@ -7,23 +13,22 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from dpofast_kernels.head.chunks import max_chunk_rows, row_chunks
+from dpofast_kernels.head.backends import row_ops
+from dpofast_kernels.head.dtypes import accumulate_dtype
 from dpofast_kernels.head.matmul import (
-    accumulate_dtype,
     add_weight_grad,
     hidden_grad_into,
     vocab_blocks,
     weight_grad_into,
 )
 from dpofast_kernels.head.options import HeadOptions
-from dpofast_kernels.head.rows import RowOps, ScoredRows
-from dpofast_kernels.head.tiled import TorchRows
-from dpofast_kernels.head.workspace import Workspace
+from dpofast_kernels.head.rows import ScoredRows
+from dpofast_kernels.head.workspace import Workspace, max_chunk_rows, row_chunks
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """Which gradients are."""
+    """Which of the inputs want a gradient."""
 
     hidden_states: bool
     weight: bool
@@ -35,13 +40,13 @@ class Wanted:
 
 @dataclass(eq=False)
 class Gradients:
-    """Gradients under way, fp32 (fp64 for fp64 inputs); None where none is wanted.
+    """Sums of gradients, fp32 (fp64 for fp64 inputs); None for an input that wants none.
 
     Attributes:
         hidden_states: [N, H].
         weight: [V, H].
         bias: [V].
-        is_empty: whether nothing was added yet; the memory of `weight` is nobody's then.
+        is_empty: whether nothing was added yet. The memory of `weight` is uninitialised then.
     """
 
     hidden_states: Tensor | None
@@ -50,12 +55,12 @@ class Gradients:
     is_empty: bool
 
     def add_pair(self, own: Gradients, rows: slice, factor: Tensor) -> None:
-        """Add those of one pair times a factor.
+        """Add the gradients of one pair times a factor.
 
         Args:
-            own: the pair's; its hidden states' stand in `rows` of this one's. Or this one itself,
-                where nothing else was added.
-            rows: of the pair.
+            own: the pair's gradients. Its `hidden_states` is this object's own tensor. It can also
+                be this object itself, if nothing but the pair was added.
+            rows: rows of the pair.
             factor: [].
         """
         if self.hidden_states is not None:
@@ -70,21 +75,21 @@ class Gradients:
                 total.addcmul_(of_pair, factor)
 
     def fill_empty(self) -> None:
-        """Zeros where no row has left a gradient."""
+        """Make the weight's gradient zero if no row was added to it."""
         if self.weight is not None and self.is_empty:
             self.weight.zero_()
             self.is_empty = False
 
 
 class ChunkedHead:
-    """A head and its inputs, cast to the dtype that it computes in.
+    """A head and its inputs, cast to the dtype to compute in.
 
     Args:
         hidden_states: [N, H].
         weight: [V, H].
         labels: [N].
-        options: with a bias [V] or None.
-        dtype: to compute in.
+        options: options of the op, with a bias [V] or None.
+        dtype: dtype to compute in.
         backend: "torch", "triton" or "triton_fused".
         keep: whether gradients will be asked for.
     """
@@ -101,16 +106,15 @@ class ChunkedHead:
     ) -> None:
         self.hidden_states, self.weight = hidden_states.to(dtype), weight.to(dtype)
         self.labels, self.keep = labels, keep
-        self.dtype = accumulate_dtype(dtype)  # of logits and gradients
+        self.dtype = accumulate_dtype(dtype)  # dtype of logits and gradients
         if options.bias is not None:
-            # rounded as the other inputs are, then added in the logits' own dtype
+            # First rounded like the other inputs, then added in the dtype of the logits.
             options = replace(options, bias=options.bias.to(dtype).to(self.dtype))
-        self._ops = _row_ops(backend, self.weight, options)
+        self._ops = row_ops(backend, self.weight, options)
         self.pair_loss = self._ops.pair_loss
         self._workspace_dtype = self._ops.workspace_dtype(keep)
-        self._vocab_major = isinstance(self._ops, TorchRows) and weight.device.type == "cpu"
         self.max_rows = max_chunk_rows(
-            self.weight, self._workspace_dtype, options.workspace_bytes, self._vocab_major
+            self.weight, self._workspace_dtype, options.workspace_bytes, self._ops.vocab_major
         )
         self._workspace: Workspace | None = None
         self._pair_gradients: Gradients | None = None
@@ -119,32 +123,36 @@ class ChunkedHead:
         return list(row_chunks(start, end, self.max_rows))
 
     def score(self, rows: slice, keep: bool | None = None) -> ScoredRows:
-        """Of at most `max_rows` rows; the next call reuses its memory.
+        """Log-probs of at most `max_rows` rows; the next call reuses their memory.
 
         Args:
             rows: start and end.
-            keep: False where these rows need no gradients although others will.
+            keep: False if these rows need no gradient although others will; None is the head's own.
         """
         keep = self.keep if keep is None else keep
         if self._workspace is None and self._workspace_dtype is not None:
             capacity = min(len(self.labels), self.max_rows)
-            # Triton's interpreter would copy all memory behind a tensor that it is given, so it
-            # gets none that is kept.
             self._workspace = Workspace(
-                self.weight, capacity, self._workspace_dtype, self._vocab_major
+                self.weight, capacity, self._workspace_dtype, self._ops.vocab_major
             )
         num_rows = rows.stop - rows.start
         logits = None if self._workspace is None else self._workspace.logits(num_rows)
         return self._ops.score(self.hidden_states[rows], self.labels[rows], logits, keep)
 
     def new_gradients(self, wanted: Wanted, weight_grad: Tensor | None = None) -> Gradients:
-        """Gradients to add to; the weight's is `weight_grad` where one is given.
+        """Gradients without anything added yet.
 
-        The rows of hidden_states' gradient are set by `add_gradients`, each row once.
+        `add_gradients` sets each row of the gradient of the hidden states once.
+
+        Args:
+            wanted: which gradients there are.
+            weight_grad: [V, H], a buffer with numbers in it to add the weight's gradient to; None
+                for memory of its own.
         """
         is_empty = weight_grad is None
         if weight_grad is None and wanted.weight:
-            # Zeroing this much memory takes longer than it looks: the first rows are written to it.
+            # Zeroing this much memory would cost a pass over it. The first chunk overwrites it
+            # instead.
             weight_grad = torch.empty_like(self.weight, dtype=self.dtype)
         return Gradients(
             torch.empty_like(self.hidden_states, dtype=self.dtype)
@@ -156,10 +164,11 @@ class ChunkedHead:
         )
 
     def gradients_of_one_pair(self, gradients: Gradients) -> Gradients:
-        """Where to add a pair's gradients before its factor is known; see `Gradients.add_pair`.
+        """Where to sum a pair's gradients until its factor is known; see `Gradients.add_pair`.
 
-        `gradients` themselves while they are empty, else others with memory of their own for what
-        sums over pairs: the next call reuses that.
+        While `gradients` are empty this is `gradients` itself. Otherwise weight and bias get memory
+        of their own, because the factor must not multiply what other pairs have added. The next
+        call uses that memory again.
         """
         if gradients.is_empty:
             return gradients
@@ -167,6 +176,7 @@ class ChunkedHead:
         if own is None:
             wanted = Wanted(False, gradients.weight is not None, gradients.bias is not None)
             own = self._pair_gradients = self.new_gradients(wanted)
+            # A pair's rows are its own: no other pair adds to them.
             own.hidden_states = gradients.hidden_states
         own.is_empty = True
         if own.bias is not None:
@@ -180,9 +190,9 @@ class ChunkedHead:
         scored: ScoredRows,
         coefficients: Tensor,  # [n]
     ) -> None:
-        """Add those of sum(coefficients * per_token_logps) over `rows`.
+        """Add the gradients of sum(coefficients * per_token_logps) over `rows`.
 
-        What `scored` kept is used up.
+        This uses up what `scored` kept.
         """
         labels = self.labels[rows]
         made = self._ops.differentiate(scored, labels, coefficients.to(self.dtype))
@@ -194,6 +204,7 @@ class ChunkedHead:
         if gradients.weight is not None:
             hidden_states = self.hidden_states[rows]  # [n, H]
             if factors is not None:
+                # [n, H] is smaller than d_logits [n, V], so the factors go here.
                 hidden_states = hidden_states * factors[:, None]
             hidden_states = hidden_states.to(d_logits.dtype)
             if gradients.is_empty:
@@ -203,19 +214,7 @@ class ChunkedHead:
         if gradients.bias is not None:
             if factors is None:
                 factors = d_logits.new_ones(len(d_logits), dtype=self.dtype)
-            for block in vocab_blocks(self.weight):  # upcast, a copy of all would be large
+            # Block by block, because an upcast copy of all of d_logits would be large.
+            for block in vocab_blocks(self.weight):
                 gradients.bias[block].addmv_(d_logits[:, block].t().to(self.dtype), factors)
         gradients.is_empty = False
-
-
-def _row_ops(backend: str, weight: Tensor, options: HeadOptions) -> RowOps:
-    # Triton's are imported here, as Triton exists on Linux alone.
-    if backend == "triton":
-        from dpofast_kernels.head.rows_triton import TritonRows
-
-        return TritonRows(weight, options)
-    if backend == "triton_fused":
-        from dpofast_kernels.head.fused_triton import FusedRows
-
-        return FusedRows(weight, options)
-    return TorchRows(weight, options)

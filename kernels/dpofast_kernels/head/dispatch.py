@@ -1,8 +1,7 @@
-"""The public ops: inputs are checked here, and a backend is chosen."""
+"""The public ops: they check their inputs, choose a back end and enter autograd."""
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -15,12 +14,13 @@ from dpofast_kernels.head.autograd import (
     apply_linear_pair_loss,
     forward_only,
 )
-from dpofast_kernels.head.checks import (
+from dpofast_kernels.head.backends import DEFAULT_OPTIONS, backend_for, check_formula
+from dpofast_kernels.head.dtypes import compute_dtype
+from dpofast_kernels.head.inputs import (
     IGNORED_LABEL,
     check_head_inputs,
     check_padded_inputs,
     check_pairs,
-    compute_dtype,
 )
 from dpofast_kernels.head.naive import (
     naive_linear_logps,
@@ -30,38 +30,6 @@ from dpofast_kernels.head.naive import (
 from dpofast_kernels.head.one_pass import Pairs
 from dpofast_kernels.head.options import HeadOptions, PairLossOutput
 from dpofast_kernels.preference import PairLoss
-
-DEFAULT_OPTIONS = HeadOptions()
-TRITON_BACKENDS = ("triton", "triton_fused")
-
-
-def backend_for(tensor: Tensor, options: HeadOptions = DEFAULT_OPTIONS) -> str:
-    """The backend that runs for tensors on this one's device, by its name; never "auto".
-
-    Raises:
-        ValueError: the backend asked for can't take an option, or no such device.
-        RuntimeError: Triton was asked for and isn't installed.
-    """
-    if options.backend == "naive" and options.weight_grad is not None:
-        raise ValueError(
-            "backend 'naive' can't add to weight_grad: leave it None, or choose another backend."
-        )
-    if options.backend == "auto":
-        # ROCm's devices are called cuda, too
-        return "triton" if tensor.is_cuda and _has_triton() else "torch"
-    if options.backend in TRITON_BACKENDS:
-        if not _has_triton():
-            raise RuntimeError(
-                f"backend {options.backend!r} was asked for, but Triton isn't installed: install "
-                "it (Linux only), or choose backend 'torch'."
-            )
-        if not tensor.is_cuda and not _is_interpreted():
-            raise ValueError(
-                f"backend {options.backend!r} was asked for, but the tensors are on "
-                f"{tensor.device}: move them to a CUDA or ROCm device, set TRITON_INTERPRET=1 "
-                "before Triton is imported (for tests), or choose backend 'torch'."
-            )
-    return options.backend
 
 
 def linear_logps(
@@ -73,23 +41,32 @@ def linear_logps(
     """Per-token log-probs of `labels`, without materialising the logits.
 
     Args:
-        hidden_states: [N, H] fp64, fp32, bf16 or fp16; or [B, T, H], of which only the positions
-            that have a label are worked on (finding them waits for a device).
-        weight: [V, H], the same dtype, but under torch.autocast, where both are cast to its dtype.
+        hidden_states: [N, H] fp64, fp32, bf16 or fp16; or [B, T, H]. Of the latter only positions
+            with a label are computed; finding them waits for a device.
+        weight: [V, H], same dtype. Under torch.autocast the dtypes may differ, and both are cast to
+            the autocast dtype.
         labels: [N] int64, already shifted; or [B, T], -100 where there is nothing to score.
-        options: what the model does to its logits, and the backend.
+        options: what the model does to its logits, and the back end.
 
     Returns:
         [N] or [B, T] fp32 (fp64 for fp64 inputs), in nats, 0 where the label is -100;
         differentiable for any upstream gradient.
 
     Raises:
-        ValueError: shapes, dtypes or devices don't belong together, a label is out of range (seen
-            on the CPU, on a device with DPOFAST_CHECK_LABELS=1), or the backend can't be had.
+        ValueError: shapes, dtypes or devices don't belong together, a label is out of range (on a
+            device this is seen only with DPOFAST_CHECK_LABELS=1), or the back end can't run.
         RuntimeError: Triton was asked for and isn't installed.
 
-    Numerics: logits are made and kept in fp32; gradients accumulate in fp32 and come back in the
-    inputs' dtypes. The backward makes the logits again: 8NHV operations in all.
+    Numerics: logits are computed and kept in fp32. Gradients accumulate in fp32 and are returned in
+    the inputs' dtypes. The backward computes the logits again: 8NHV operations in all.
+
+    Example:
+        >>> import torch
+        >>> from dpofast_kernels import linear_logps
+        >>> hidden_states, weight = torch.zeros(3, 16), torch.zeros(4, 16)  # N 3, H 16, V 4
+        >>> labels = torch.tensor([3, 0, 2])
+        >>> linear_logps(hidden_states, weight, labels)  # equal logits: log(1/4)
+        tensor([-1.3863, -1.3863, -1.3863])
     """
     if isinstance(hidden_states, Tensor) and hidden_states.dim() == 3:
         return _padded_logps(hidden_states, weight, labels, options)
@@ -111,15 +88,23 @@ def linear_scores(
     """Per-token log-probs of `labels`, and the log-sum-exp of the finished logits; forward only.
 
     Args:
-        hidden_states, weight, labels, options: as of `linear_logps`, the first as [N, H].
+        hidden_states: [N, H]; like `weight`, `labels` and `options` the same as in `linear_logps`.
 
     Returns:
-        [2, N] fp32 (fp64 for fp64 inputs), without gradient: the log-probs, in nats and bit for bit
-        those of `linear_logps`, and log sum exp z, z the logits that `HeadOptions` describes. Their
-        sum is the label's own logit.
+        [2, N] fp32 (fp64 for fp64 inputs), without gradient. First the log-probs in nats, bit for
+        bit those of `linear_logps`; then log sum exp z of the finished logits z that `HeadOptions`
+        describes. Their sum is the label's own logit.
 
     Raises:
-        ValueError, RuntimeError: as `linear_logps`.
+        ValueError, RuntimeError: as in `linear_logps`.
+
+    Example:
+        >>> import torch
+        >>> from dpofast_kernels import linear_scores
+        >>> hidden_states, weight = torch.zeros(3, 16), torch.zeros(4, 16)  # N 3, H 16, V 4
+        >>> logps, logsumexps = linear_scores(hidden_states, weight, torch.tensor([3, 0, 2]))
+        >>> logsumexps  # log(4)
+        tensor([1.3863, 1.3863, 1.3863])
     """
     check_head_inputs(hidden_states, weight, labels, options)
     backend = backend_for(hidden_states, options)
@@ -140,52 +125,58 @@ def linear_pair_loss(
     loss: PairLoss,
     options: HeadOptions = DEFAULT_OPTIONS,
 ) -> PairLossOutput:
-    """The loss summed over pairs; log-probs, loss and gradients in one pass over the logits.
+    """Loss summed over pairs; log-probs, loss and gradients come from one pass over the logits.
 
     Args:
-        hidden_states: [N, H] of the scored tokens, fp64, fp32, bf16 or fp16.
-        weight: [V, H], the same dtype, but under torch.autocast, where both are cast to its dtype.
+        hidden_states: [N, H] of the scored tokens; fp64, fp32, bf16 or fp16.
+        weight: [V, H], same dtype. Under torch.autocast the dtypes may differ, and both are cast to
+            the autocast dtype.
         labels: [N] int64, already shifted.
-        bounds: [2P+1] int64, limits of chosen_0, rejected_0, chosen_1, ...; best on the CPU, as
-            chunks are cut there. No sequence may be empty; no pairs at all give a loss of 0 and
-            gradients of zero.
+        bounds: [2P+1] int64, bounds of chosen_0, rejected_0, chosen_1, ...; best on the CPU, where
+            they are needed to cut chunks. No sequence may be empty. Without pairs the loss is 0 and
+            the gradients are zero.
         ref_logps: [2P] summed log-probs of the reference, in nats; on any device.
-        loss: from `make_loss`.
-        options: what the model does to its logits, and the backend.
+        loss: a loss from `make_loss`.
+        options: what the model does to its logits, and the back end.
 
     Returns:
-        The loss, differentiable once, and the summed log-probs.
+        The loss (differentiable once), the summed log-probs and the metrics.
 
     Raises:
-        ValueError: shapes, dtypes or devices don't belong together, bounds don't cover the rows or
-            are not of whole pairs, a sequence is empty, a label is out of range (seen on the CPU,
-            on a device with DPOFAST_CHECK_LABELS=1), or the backend can't be had, or has no formula
-            for the loss.
-        TypeError: an argument is no tensor, no loss, or no options.
+        ValueError: shapes, dtypes or devices don't belong together, the bounds don't cover the rows
+            or delimit an odd number of sequences, a sequence is empty, a label is out of range (on
+            a device this is seen only with DPOFAST_CHECK_LABELS=1), or the back end can't run or
+            has no formula for the loss.
+        TypeError: an argument is not a tensor, a loss or HeadOptions where it should be.
         RuntimeError: Triton was asked for and isn't installed.
 
-    Numerics: logits are made and kept in fp32 (fp64 for fp64 inputs), sums per sequence and losses
-    in fp64; gradients accumulate in fp32, are multiplied with the upstream gradient there, and come
-    back in the inputs' dtypes.
+    Numerics: logits are computed and kept in fp32 (fp64 for fp64 inputs), sums per sequence and
+    losses in fp64. Gradients accumulate in fp32, are multiplied by the upstream gradient there, and
+    are returned in the inputs' dtypes.
+
+    Example:
+        >>> import torch
+        >>> from dpofast_kernels import linear_pair_loss, make_loss
+        >>> hidden_states = torch.randn(5, 16, requires_grad=True)  # N 5, H 16
+        >>> weight = torch.randn(100, 16, requires_grad=True)  # V 100
+        >>> labels = torch.randint(100, (5,))
+        >>> bounds = torch.tensor([0, 3, 5])  # one pair: 3 chosen tokens, 2 rejected ones
+        >>> ref_logps = torch.tensor([-14.0, -9.0])
+        >>> loss = make_loss("sigmoid", beta=0.1)
+        >>> output = linear_pair_loss(hidden_states, weight, labels, bounds, ref_logps, loss)
+        >>> output.loss.backward()
+        >>> output.logps.shape, output.metrics.shape, weight.grad.shape
+        (torch.Size([2]), torch.Size([8, 1]), torch.Size([100, 16]))
     """
     check_head_inputs(hidden_states, weight, labels, options)
     limits = check_pairs(bounds, ref_logps, loss, len(labels))
     backend = backend_for(hidden_states, options)
-    if backend in TRITON_BACKENDS:
-        from dpofast_kernels.head.pairs_triton import formula_of
-
-        formula_of(loss)  # raises where there is none
+    check_formula(backend, loss)
     dtype = compute_dtype(hidden_states, weight)
     if backend == "naive":
         per_token_logps = _naive(naive_linear_logps, hidden_states, weight, labels, options, dtype)
         return naive_pair_loss(per_token_logps, bounds, ref_logps, loss)
-    device = hidden_states.device
-    pairs = Pairs(
-        bounds.to(device, non_blocking=True),
-        limits,
-        ref_logps.detach().to(device, torch.float64, non_blocking=True),
-        loss,
-    )
+    pairs = Pairs.on(hidden_states.device, bounds, limits, ref_logps, loss)
     call = HeadCall(labels, options, dtype, backend, torch.is_grad_enabled(), pairs)
     return PairLossOutput(*apply_linear_pair_loss(hidden_states, weight, options.bias, call))
 
@@ -196,7 +187,7 @@ def _padded_logps(
     labels: Tensor,  # [B, T]
     options: HeadOptions,
 ) -> Tensor:
-    """[B, T]: log-probs where there is a label, else 0."""
+    """[B, T] log-probs, 0 where there is no label."""
     check_padded_inputs(hidden_states, weight, labels)
     flat_labels = labels.flatten()  # [BT]
     rows = (flat_labels != IGNORED_LABEL).nonzero()[:, 0]  # [N]
@@ -213,18 +204,8 @@ def _naive(
     options: HeadOptions,
     dtype: torch.dtype,
 ) -> Tensor:
-    """One of the plain twins, its inputs cast as the other backends cast them."""
+    """Run a naive op, its inputs cast in the way that the other back ends cast them."""
     with torch.autocast(hidden_states.device.type, enabled=False):
         bias = None if options.bias is None else options.bias.to(dtype)
         cast = replace(options, bias=bias)
         return op(hidden_states.to(dtype), weight.to(dtype), labels, cast)
-
-
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
-
-
-def _is_interpreted() -> bool:
-    from dpofast_kernels.head.rows_triton import is_interpreted
-
-    return is_interpreted()

@@ -1,12 +1,18 @@
-"""Way B: a product whose epilogue writes exp(z - k) and its sums; logits are never written.
+"""Back end "triton_fused": a matrix product that writes exp(z - k) and its sums, never logits.
 
-k is one reference value per row: the label's own logit, made first by a dot product per row. Then
-exp(z - k) is p / p_label, its sum 1 / p_label, and no maximum is needed on the way. A row whose sum
-is past `MAX_REST` (its label has a probability below 1e-28), or is not finite, is made again with
-its maximum for k.
+Three kernels run one after the other. k is one reference value per row.
+
+    target_products   the label's own logit of each row, a dot product; it serves as k
+    score_tiles       the product, tile by tile: exp(z - k), and its sum over each tile
+    finish_rows       adds up the sums of a row: log-prob, and the gradient at the label
+
+With the label's logit as k, exp(z - k) is p / p_label and its sum 1 / p_label. So no maximum has to
+be known before the product. If the label is too unlikely (the sum is past `MAX_REST`, so its
+probability is below 1e-28) or the sum is not finite, finish_rows computes the row again with its
+maximum as k.
 """
 
-# jit functions can't be typed, and Triton and torch.cuda.device_of are not
+# jit functions can't have types; Triton and torch.cuda.device_of have none.
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call"
 
 from __future__ import annotations
@@ -19,22 +25,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dpofast_kernels.head.launch import launch_options
+from dpofast_kernels.head.dtypes import accumulate_dtype, product_dtype
+from dpofast_kernels.head.launch import is_interpreted, launch_options
 from dpofast_kernels.head.logits_triton import (
     finish_logits,
     label_logp,
     logit_constants,
     row_logsumexp,
 )
-from dpofast_kernels.head.matmul import accumulate_dtype, product_dtype
 from dpofast_kernels.head.options import HeadOptions
 from dpofast_kernels.head.pairs_triton import pair_loss_fwd
 from dpofast_kernels.head.rows import LogitGradients, PairTerms, ScoredRows
-from dpofast_kernels.head.rows_triton import is_interpreted
 from dpofast_kernels.preference import PairLoss
 
-# exp(z - k) up to this, times hidden states and weights, stays far inside the range of fp32 and
-# bf16, and so do the factors that undo it.
+# exp(z - k) up to this bound, times hidden states or weights, stays far inside the range of fp32
+# and bf16. So do the factors that undo it.
 MAX_REST = 2.0**96
 
 
@@ -49,7 +54,7 @@ def target_products_kernel(
     H,
     BH: tl.constexpr,
 ):
-    """hidden_states[r] . weight[labels[r]]; one program a row."""
+    """hidden_states[r] . weight[labels[r]]; one program per row."""
     i_n = tl.program_id(0).to(tl.int64)
     dtype: tl.constexpr = p_targets.dtype.element_ty
     p_x = p_hidden_states + i_n * stride_x
@@ -75,10 +80,10 @@ def _load_block(
     BH: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
 ):
-    """[BR, BH] from row i_row and column i_h on, with zeros beyond the columns.
+    """A block [BR, BH] that begins at (i_row, i_h), with zeros beyond the last column.
 
-    Without a descriptor, rows beyond the last are the last: nobody uses them, and they need no
-    mask.
+    Without a descriptor, the last row is read in place of those beyond it. Their results are never
+    used, and reading something valid needs no mask.
     """
     if DESCRIPTORS:
         b_rows = rows.load([i_row, i_h])
@@ -90,14 +95,15 @@ def _load_block(
     return b_rows
 
 
-# numbers that change from chunk to chunk: no kernel of its own for each alignment of theirs
+# n and num_programs change from chunk to chunk, and slices of labels start anywhere. Specialising
+# on them would compile a kernel for each alignment.
 @triton.jit(do_not_specialize=["n", "num_programs"], do_not_specialize_on_alignment=["p_labels"])
 def score_tiles_kernel(
     hidden_states,  # [n, H]: a descriptor of blocks [BM, BK], or a pointer
     weight,  # [V, H]: a descriptor of blocks [BN, BK], or a pointer
     p_bias,  # [V]
     p_labels,  # [n] int64
-    p_targets,  # [n] products of hidden states and the labels' weights
+    p_targets,  # [n], result of target_products_kernel
     p_d_logits,  # [n, V], rows `stride_d` apart
     p_sums,  # [tiles of V, n]
     n,
@@ -119,10 +125,11 @@ def score_tiles_kernel(
     BN: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """exp(z - k) times the slope of z, and its sums over tiles of the vocabulary, labels left out.
+    """exp(z - k) times the slope of z, and the sums of exp(z - k) per tile, labels left out.
 
-    Persistent: a program takes every num_programs-th tile. Tiles are numbered down columns of
-    GROUP blocks of rows, so that those running at one time share what they read.
+    The kernel is persistent: each program takes every num_programs-th tile. Tiles are numbered down
+    columns that are GROUP blocks of rows high. So the tiles that run at the same time read the same
+    rows and weights, and find them in the cache.
     """
     dtype: tl.constexpr = p_targets.dtype.element_ty
     num_m, num_n = tl.cdiv(n, BM), tl.cdiv(V, BN)
@@ -175,7 +182,7 @@ def _row_logits(
     BV: tl.constexpr,
     BH: tl.constexpr,
 ):
-    """[BV] finished logits of one row, and their slope."""
+    """[BV] finished logits of one row, and their derivative with respect to the product."""
     b_z = tl.zeros([BV], dtype=dtype)
     for i_h in range(0, H, BH):
         o_h = i_h + tl.arange(0, BH)
@@ -195,12 +202,12 @@ def finish_rows_kernel(
     p_weight,  # [V, H]
     p_bias,  # [V]
     p_labels,  # [n] int64
-    p_targets,  # [n] products of hidden states and the labels' weights
+    p_targets,  # [n], result of target_products_kernel
     p_d_logits,  # [n, V], rows `stride_d` apart
     p_sums,  # [num_tiles, n]
     p_logps,  # [n]
     p_factors,  # [n]
-    p_logsumexps,  # [n], without KEEP
+    p_logsumexps,  # [n], written only without KEEP
     n,
     V,
     H,
@@ -218,7 +225,10 @@ def finish_rows_kernel(
     BV: tl.constexpr,
     BH: tl.constexpr,
 ):
-    """Log-probs from the tiles' sums, in fixed order; the label's gradient; one program a row."""
+    """Log-probs from the sums of the tiles, and the gradient at the label; one program per row.
+
+    The sums are added in a fixed order: the same inputs give the same bits.
+    """
     i_n = tl.program_id(0).to(tl.int64)
     dtype: tl.constexpr = p_targets.dtype.element_ty
     p_d = p_d_logits + i_n * stride_d
@@ -233,7 +243,9 @@ def finish_rows_kernel(
         tl.load(p_targets + i_n), p_bias, label, True, HAS_BIAS, SCALE, SOFTCAP, TEMPERATURE
     )
     reference = target
-    if (rest <= MAX_REST) == 0:  # NaN, too
+    # Computed again with the row's maximum as k: first the maximum, then the sum. The comparison is
+    # written this way to be true for NaN, too.
+    if (rest <= MAX_REST) == 0:
         p_x = p_hidden_states + i_n * stride_x
         reference = tl.full([], float("-inf"), dtype=dtype)
         for i_v in range(0, V, BV):
@@ -261,14 +273,16 @@ def finish_rows_kernel(
     tl.store(p_logps + i_n, logp.to(dtype))
     if KEEP:
         tl.store(p_factors + i_n, factor.to(dtype))
-        # exp(z_label - k) - S in full precision, then its one rounding
+        # exp(z_label - k) - S is -R. It is exact here and rounded once, when it is stored.
         tl.store(p_d + label, (-rest.to(dtype) * slope).to(p_d.dtype.element_ty))
     else:
         tl.store(p_logsumexps + i_n, row_logsumexp(target, reference, rest).to(dtype))
 
 
 class FusedRows:
-    """`RowOps` of the three kernels above."""
+    """`RowOps` made of the three kernels above."""
+
+    vocab_major = False  # rows are what the kernels write
 
     def __init__(self, weight: Tensor, options: HeadOptions) -> None:
         if weight.stride(1) != 1:
@@ -276,7 +290,9 @@ class FusedRows:
                 f"weight has strides {weight.stride()}, but backend 'triton_fused' expects rows "
                 "without gaps: pass weight.contiguous(), or choose another backend."
             )
-        if weight.dtype not in (torch.bfloat16, torch.float16) and not is_interpreted():
+        if weight.dtype not in (torch.bfloat16, torch.float16) and not is_interpreted(
+            score_tiles_kernel
+        ):
             raise ValueError(
                 f"weight is {weight.dtype}, but backend 'triton_fused' multiplies bfloat16 and "
                 "float16 alone: choose backend 'triton' or 'auto'."
@@ -284,7 +300,8 @@ class FusedRows:
         self.weight = weight
         self.bias = None if options.bias is None else options.bias.contiguous()
         self.constants = logit_constants(options)
-        # A bias, a cap's slopes and gradients in fp32 take registers that the largest tiles lack.
+        # A bias, the slopes of a cap and fp32 gradients need registers. The largest tiles have none
+        # left, so these cases get smaller tiles.
         is_wide = self.bias is not None or options.softcap is not None
         is_wide = is_wide or weight.dtype != torch.bfloat16
         self.tile_entry = "score_tiles_wide" if is_wide else "score_tiles"
@@ -300,7 +317,7 @@ class FusedRows:
         num_rows, (vocab_size, hidden_size) = len(labels), weight.shape
         tiles = launch_options(self.tile_entry, device)
         if not _are_aligned(hidden_states, weight):
-            # no descriptor can read them, and pointers take registers that the largest tiles lack
+            # Descriptors can't read such rows. Pointers need registers, so the tiles are smaller.
             tiles = {**launch_options("score_tiles_wide", device), "DESCRIPTORS": False}
         num_tiles = triton.cdiv(vocab_size, tiles["BN"])
         dtype = accumulate_dtype(weight.dtype)
@@ -317,10 +334,10 @@ class FusedRows:
                 **launch_options("target_products", device),
             )  # fmt: skip
             score_tiles_kernel[(num_programs,)](
-                *_tile_sources(hidden_states, weight, tiles),
+                *tile_sources(hidden_states, weight, tiles),
                 p_bias, labels, targets, p_d_logits, sums,
                 num_rows, vocab_size, hidden_size, *strides, stride_d, num_programs,
-                **self.constants, KEEP=keep, UPCAST=is_interpreted(), **tiles,
+                **self.constants, KEEP=keep, UPCAST=is_interpreted(score_tiles_kernel), **tiles,
             )  # fmt: skip
             finish_rows_kernel[(num_rows,)](
                 hidden_states, weight, p_bias, labels, targets, p_d_logits, sums,
@@ -346,14 +363,15 @@ class FusedRows:
 
 
 def _are_aligned(*matrices: Tensor) -> bool:
-    """Whether all rows are, to the 16 bytes that the hardware's block loads need."""
+    """Whether all rows begin at multiples of 16 bytes, as the hardware's block loads need."""
     return all(
         matrix.data_ptr() % 16 == 0 and matrix.stride(0) * matrix.element_size() % 16 == 0
         for matrix in matrices
     )
 
 
-def _tile_sources(hidden_states: Tensor, weight: Tensor, tiles: dict[str, Any]) -> tuple[Any, Any]:
+def tile_sources(hidden_states: Tensor, weight: Tensor, tiles: dict[str, Any]) -> tuple[Any, Any]:
+    """What score_tiles_kernel reads its inputs from: descriptors of blocks, or the tensors."""
     if not tiles["DESCRIPTORS"]:
         return hidden_states, weight
     from triton.tools.tensor_descriptor import TensorDescriptor

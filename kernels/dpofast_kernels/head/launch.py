@@ -1,6 +1,6 @@
-"""How each Triton kernel is launched on each architecture: launch.json, and who reads it.
+"""How each Triton kernel is launched on each architecture, as launch.json says.
 
-The table stands in for tuning at every start; `python -m benchmarks.tune` measures it anew.
+The table spares every start the tuning; `python -m benchmarks.tune` measures its entries.
 """
 
 from __future__ import annotations
@@ -17,15 +17,18 @@ TABLE_FILE = Path(__file__).with_name("launch.json")
 
 @lru_cache(maxsize=1)
 def launch_table() -> dict[str, dict[str, Any]]:
-    """By architecture: `measured` (null, or where and when), and by kernel its constexprs, warps
-    and stages."""
+    """Launch parameters by architecture, then by kernel: its constexprs, warps and stages.
+
+    The entry `measured` of an architecture says where and when its values were measured; null means
+    never.
+    """
     table: dict[str, dict[str, Any]] = json.loads(TABLE_FILE.read_text())
     return table
 
 
 @lru_cache(maxsize=16)
 def architecture(device: torch.device) -> str:
-    """The table's name for a device: "sm_90", "gfx942", ...; that of the CPU is "cpu"."""
+    """The table's name for a device: "sm_90", "gfx942", ..., and "cpu" for the CPU."""
     if device.type != "cuda":
         return device.type
     properties = torch.cuda.get_device_properties(device)
@@ -37,15 +40,14 @@ def architecture(device: torch.device) -> str:
 def launch_options(kernel: str, device: torch.device) -> dict[str, Any]:
     """Constexprs, num_warps and num_stages for a kernel on a device.
 
-    An architecture that the table lacks gets the entry of the nearest older one of its maker, or
-    of the oldest.
+    An architecture without an entry uses the nearest older one of the same maker, or the oldest.
     """
     options: dict[str, Any] = launch_table()[table_entry(architecture(device))][kernel]
     return options
 
 
 def table_entry(name: str) -> str:
-    """The table's entry that serves an architecture; that of "cpu" is the interpreter's."""
+    """The name of the table entry that serves an architecture; "cpu" serves the interpreter."""
     table = launch_table()
     if name in table:
         return name
@@ -54,3 +56,14 @@ def table_entry(name: str) -> str:
     number = int(name.removeprefix("sm_"))
     known = [int(entry.removeprefix("sm_")) for entry in table if entry.startswith("sm_")]
     return f"sm_{max((entry for entry in known if entry <= number), default=min(known))}"
+
+
+def is_interpreted(kernel: Any) -> bool:
+    """Whether a jit function is interpreted, and so takes CPU tensors.
+
+    Triton reads TRITON_INTERPRET when it is imported and when it decorates a kernel. So the kernel
+    is asked, not the variable; and Triton is imported here, not before the variable can be set.
+    """
+    from triton import JITFunction
+
+    return not isinstance(kernel, JITFunction)

@@ -1,6 +1,6 @@
-"""What all Triton kernels of the head do with a logit."""
+"""Functions on logits that the Triton kernels of the head share."""
 
-# jit functions can't be typed
+# jit functions can't have types.
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dpofast_kernels.preference.formulas_triton import softplus
 
 
 def logit_constants(options: HeadOptions) -> dict[str, Any]:
-    """The constexprs of `finish_logits`; as arguments, floats would be rounded to fp32."""
+    """Constexprs of `finish_logits`. Triton would round float arguments to fp32."""
     return {
         "HAS_BIAS": options.bias is not None,
         "SCALE": options.logit_scale,
@@ -26,9 +26,10 @@ def logit_constants(options: HeadOptions) -> dict[str, Any]:
 
 @triton.jit
 def _tanh(x):
-    """tanh(x); libdevice's is unknown to the interpreter.
+    """tanh(x), written out because the interpreter has no libdevice.
 
-    Its absolute error is that of 1, some 1e-7 of the cap: the product's own rounding is no smaller.
+    Its absolute error is one rounding of 1.0, so about 1e-7 of the cap. The matrix product's own
+    rounding is no smaller.
     """
     e = tl.exp(-2.0 * tl.abs(x))
     magnitude = (1.0 - e) / (1.0 + e)
@@ -39,14 +40,14 @@ def _tanh(x):
 def finish_logits(
     b_z,  # products of hidden states and weight
     p_bias,  # [V]
-    o_v,  # where in the vocabulary they are; broadcasts to b_z
-    m_v,  # or None
+    o_v,  # their places in the vocabulary; broadcasts to b_z
+    m_v,  # mask of o_v, or None
     HAS_BIAS: tl.constexpr,
     SCALE: tl.constexpr,
     SOFTCAP: tl.constexpr,
     TEMPERATURE: tl.constexpr,
 ):
-    """Finished logits, and their slope by the product."""
+    """Finished logits, and their derivative with respect to the product."""
     b_slope = tl.full(b_z.shape, SCALE / TEMPERATURE, dtype=b_z.dtype)
     if HAS_BIAS:
         b_z += tl.load(p_bias + o_v, mask=m_v)
@@ -63,11 +64,11 @@ def finish_logits(
 def label_logp(
     target,  # the label's logit z_label
     reference,  # k
-    rest,  # R, the sum of exp(z - k) over all but the label
+    rest,  # R, the sum of exp(z - k) over all tokens but the label
 ):
-    """log p and -1 / S in fp64, S = R + exp(z_label - k).
+    """log p and -1 / S in fp64, with S = R + exp(z_label - k).
 
-    log p = -softplus(log R + k - z_label) loses nothing where p is close to 1.
+    log p = -softplus(log R + k - z_label) keeps its digits when p is close to 1.
     """
     gap = reference.to(tl.float64) - target.to(tl.float64)
     rest = rest.to(tl.float64)
@@ -76,6 +77,9 @@ def label_logp(
 
 @triton.jit
 def row_logsumexp(target, reference, rest):
-    """log S in fp64, of what `label_logp` takes; finite also where the label is ruled out."""
+    """k + log S in fp64, the log-sum-exp; arguments as in `label_logp`.
+
+    It is finite even if the label's own logit is -inf.
+    """
     gap = reference.to(tl.float64) - target.to(tl.float64)
     return reference.to(tl.float64) + tl.log(rest.to(tl.float64) + tl.exp(-gap))

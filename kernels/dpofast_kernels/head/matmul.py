@@ -1,46 +1,19 @@
-"""The head's three products, accumulated in fp32 (fp64 for fp64 inputs).
+"""The head's three matrix products, accumulated in fp32 (fp64 for fp64 inputs).
 
-Where the device has no product of low-precision matrices with an fp32 result, they are upcast: the
-weight block by block, so that no copy of its size is made.
+Some devices have no product of low-precision matrices with an fp32 result. There the matrices are
+upcast. The weight is upcast one block at a time, because a whole copy would be large.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import lru_cache
 
 import torch
 from torch import Tensor
 
+from dpofast_kernels.head.dtypes import has_wide_products
+
 VOCAB_BLOCK = 8192
-
-
-def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of logits and of gradients under way, for inputs of `dtype`."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def product_dtype(weight: Tensor) -> torch.dtype:
-    """The dtype in which d_logits and scaled hidden states go into a product.
-
-    fp16 is upcast: scaled by a pair's coefficient, hidden states fall below its range.
-    """
-    if weight.dtype == torch.bfloat16 and has_wide_products(weight.device, weight.dtype):
-        return torch.bfloat16
-    return accumulate_dtype(weight.dtype)
-
-
-@lru_cache(maxsize=32)
-def has_wide_products(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether a device multiplies matrices of that dtype with an fp32 result."""
-    if device.type != "cuda":
-        return False
-    small = torch.zeros(16, 16, dtype=dtype, device=device)
-    try:
-        torch.mm(small, small, out_dtype=torch.float32)
-    except RuntimeError:  # some builds for ROCm
-        return False
-    return True
 
 
 def logits_into(
@@ -80,7 +53,7 @@ def weight_grad_into(
     d_logits: Tensor,  # [n, V]
     hidden_states: Tensor,  # [n, H]
 ) -> None:
-    """out = d_logits^T @ hidden_states, both of them in `product_dtype`."""
+    """out = d_logits^T @ hidden_states; both factors are in `product_dtype`."""
     if d_logits.dtype == out.dtype:
         torch.mm(d_logits.t(), hidden_states, out=out)
     else:
@@ -92,7 +65,7 @@ def add_weight_grad(
     d_logits: Tensor,  # [n, V]
     hidden_states: Tensor,  # [n, H]
 ) -> None:
-    """d_weight += d_logits^T @ hidden_states, both of them in `product_dtype`."""
+    """d_weight += d_logits^T @ hidden_states; both factors are in `product_dtype`."""
     if d_logits.dtype == d_weight.dtype:
         d_weight.addmm_(d_logits.t(), hidden_states)
     else:
@@ -100,5 +73,6 @@ def add_weight_grad(
 
 
 def vocab_blocks(weight: Tensor) -> Iterator[slice]:
+    """Slices that cover the vocabulary, VOCAB_BLOCK tokens each."""
     for start in range(0, len(weight), VOCAB_BLOCK):
         yield slice(start, start + VOCAB_BLOCK)

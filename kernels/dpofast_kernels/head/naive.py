@@ -1,4 +1,7 @@
-"""The plain twin of the head's ops: all logits at once, and autograd; what the others equal."""
+"""The head's ops written plainly, with all logits at once and autograd.
+
+Tests hold the other back ends to these.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ def naive_logits(
     weight: Tensor,  # [V, H]
     options: HeadOptions,
 ) -> Tensor:
-    """[N, V] logits, fp32 (fp64 for fp64 inputs), as the model itself would make them."""
+    """[N, V] logits, fp32 (fp64 for fp64 inputs), as the model itself would compute them."""
     logits = F.linear(hidden_states, weight, options.bias)
     if logits.dtype != torch.float64:
         logits = logits.float()
@@ -54,7 +57,7 @@ def naive_pair_loss(
     ref_logps: Tensor,  # [2P]
     loss: PairLoss,
 ) -> PairLossOutput:
-    """The sum over pairs of the loss of given per-token log-probs; see `linear_pair_loss`."""
+    """The loss of given per-token log-probs, summed over pairs; see `linear_pair_loss`."""
     logps = segment_sums(per_token_logps, bounds)  # [2P]
     logratios = logps - ref_logps.to(logps)
     lengths = bounds.to(logps.device).diff().view(-1, 2)  # [P, 2]

@@ -1,8 +1,9 @@
-"""The loss of pairs and its gradients in one pass over the logits.
+"""The loss of pairs and its gradients, in one pass over the logits.
 
-With the reference's log-probs at hand, a pair's own logits are all that its loss needs. So chunks
-are whole pairs, and the derivative of each pair's loss is known while its logits still stand:
-6NHV operations forward and backward, where schemes that make the logits twice need 8NHV.
+With the reference's log-probs known beforehand, the loss of a pair depends on that pair's logits
+only. So chunks are cut between pairs, and the derivative of each pair's loss is known while its
+logits are still in memory. Forward and backward take 6NHV operations; schemes that compute the
+logits twice take 8NHV.
 """
 
 from __future__ import annotations
@@ -13,20 +14,20 @@ import torch
 from torch import Tensor
 
 from dpofast_kernels.head.chunked import ChunkedHead, Gradients, Wanted
-from dpofast_kernels.head.chunks import PairChunk, pair_chunks
 from dpofast_kernels.head.rows import PairTerms
+from dpofast_kernels.head.workspace import PairChunk, pair_chunks
 from dpofast_kernels.preference import METRIC_NAMES, PairLoss
 
 
 @dataclass(frozen=True, eq=False)
 class Pairs:
-    """Which rows belong to which pair, and how a pair is judged.
+    """Which rows belong to which pair, and the loss of a pair.
 
     Attributes:
         bounds: [2P+1] int64, on the device of the hidden states.
         limits: the same numbers on the host.
-        ref_logps: [2P] fp64, on the same device.
-        loss: of each pair.
+        ref_logps: [2P] fp64, on the device of the hidden states.
+        loss: loss of each pair.
     """
 
     bounds: Tensor
@@ -34,8 +35,21 @@ class Pairs:
     ref_logps: Tensor
     loss: PairLoss
 
+    @classmethod
+    def on(
+        cls,
+        device: torch.device,
+        bounds: Tensor,  # [2P+1]
+        limits: list[int],
+        ref_logps: Tensor,  # [2P]
+        loss: PairLoss,
+    ) -> Pairs:
+        """Pairs whose tensors are moved to a device, without waiting for the copies."""
+        ref_logps = ref_logps.detach().to(device, torch.float64, non_blocking=True)
+        return cls(bounds.to(device, non_blocking=True), limits, ref_logps, loss)
+
     def chunk_bounds(self, chunk: PairChunk) -> Tensor:
-        """[2p+1], from 0."""
+        """[2p+1], bounds of the chunk's sequences, counted from the chunk's first row."""
         return self.bounds[2 * chunk.first : 2 * chunk.last + 1] - chunk.start
 
     def chunk_ref_logps(self, chunk: PairChunk) -> Tensor:
@@ -45,22 +59,29 @@ class Pairs:
 def one_pass(
     head: ChunkedHead, pairs: Pairs, wanted: Wanted
 ) -> tuple[Tensor, Tensor, Tensor, Gradients | None]:
-    """Summed loss [] fp64, summed logps [2P] fp64, metrics [8, P] fp64; gradients of that loss."""
+    """The loss of all pairs, and the gradients of its sum.
+
+    Returns:
+        Summed loss [] fp64, summed logps [2P] fp64, metrics [8, P] fp64, and the gradients, or None
+        in their place if none is wanted.
+    """
     gradients = head.new_gradients(wanted) if wanted else None
     chunks = list(pair_chunks(pairs.limits, head.max_rows))
-    # The first long pair is summed up where all will be, while that is empty: so it goes first.
-    terms_of = {
-        chunk.first: _whole_chunk(head, pairs, chunk, gradients)
-        if chunk.num_rows <= head.max_rows
-        else _long_pair(head, pairs, chunk, gradients)
-        for chunk in sorted(chunks, key=lambda chunk: chunk.num_rows <= head.max_rows)
-    }
-    terms = [terms_of[chunk.first] for chunk in chunks]
+    terms_of: dict[PairChunk, PairTerms] = {}
+    # Pairs too long for a chunk go first. The first of them finds `gradients` empty and can be
+    # summed in place; every other one needs a second buffer of the weight's size.
+    for chunk in chunks:
+        if chunk.num_rows > head.max_rows:
+            terms_of[chunk] = _long_pair(head, pairs, chunk, gradients)
+    for chunk in chunks:
+        if chunk.num_rows <= head.max_rows:
+            terms_of[chunk] = _whole_chunk(head, pairs, chunk, gradients)
     if gradients is not None:
         gradients.fill_empty()
-    if not terms:
+    if not chunks:
         empty = pairs.ref_logps.new_zeros(len(METRIC_NAMES), 0)
         return empty.sum(), empty[0], empty, gradients
+    terms = [terms_of[chunk] for chunk in chunks]  # back in the pairs' order
     losses = torch.cat([term.losses for term in terms])
     logps = torch.cat([term.logps for term in terms])
     return losses.sum(), logps, torch.cat([term.metrics for term in terms], 1), gradients
@@ -69,6 +90,7 @@ def one_pass(
 def _whole_chunk(
     head: ChunkedHead, pairs: Pairs, chunk: PairChunk, gradients: Gradients | None
 ) -> PairTerms:
+    """Pairs that fit into one chunk, the usual case: score, loss, gradients."""
     rows = slice(chunk.start, chunk.end)
     scored = head.score(rows)
     terms = _pair_terms(head, pairs, chunk, scored.per_token_logps)
@@ -81,12 +103,13 @@ def _whole_chunk(
 def _long_pair(
     head: ChunkedHead, pairs: Pairs, chunk: PairChunk, gradients: Gradients | None
 ) -> PairTerms:
-    """A pair that doesn't fit a chunk: its gradient is made before its loss is known.
+    """A pair that doesn't fit a chunk: its loss is known only after its last chunk.
 
-    Where the loss' two derivatives keep one ratio, that direction takes their place and their
-    length is multiplied in afterwards. Else the logits are made a second time.
+    If the two derivatives of the loss always have the same ratio, the gradient is summed along that
+    direction, and multiplied by the derivatives' length at the end. Otherwise the logits are
+    computed a second time.
     """
-    # on the host: what is made there and sent to a device would be waited for
+    # A tensor on the host: one made there and copied to the device would have to be waited for.
     limits = torch.tensor(pairs.limits[2 * chunk.first : 2 * chunk.last + 1])
     direction = pairs.loss.direction(limits.diff().view(1, 2))  # [1, 2]
     if gradients is not None and direction is not None:
@@ -111,9 +134,9 @@ def _long_pair_along(
     gradients: Gradients,
     direction: list[float],  # [2]
 ) -> PairTerms:
-    """One pass over a long pair whose derivatives are a multiple of `direction`."""
+    """A long pair in one pass: its derivatives are a multiple of `direction`."""
     own = head.gradients_of_one_pair(gradients)
-    middle = pairs.limits[2 * chunk.first + 1] - chunk.start
+    middle = pairs.limits[2 * chunk.first + 1] - chunk.start  # the first row of the rejected answer
     coefficients = pairs.ref_logps.new_full((chunk.num_rows,), direction[0])  # [n]
     coefficients[middle:] = direction[1]
     per_token_logps = []
@@ -123,8 +146,9 @@ def _long_pair_along(
         part = coefficients[rows.start - chunk.start : rows.stop - chunk.start]
         head.add_gradients(own, rows, scored, part)
     terms = _pair_terms(head, pairs, chunk, torch.cat(per_token_logps))
-    longer = int(abs(direction[1]) > abs(direction[0]))  # either may be 0
-    length = (terms.d_logps[longer] / direction[longer]).to(head.dtype)  # []
+    # Divide by the larger component: the other one can be 0.
+    larger = int(abs(direction[1]) > abs(direction[0]))
+    length = (terms.d_logps[larger] / direction[larger]).to(head.dtype)  # []
     gradients.add_pair(own, slice(chunk.start, chunk.end), length)
     return terms
 
@@ -142,6 +166,6 @@ def _to_rows(
     bounds: Tensor,  # [2p+1]
     num_rows: int,
 ) -> Tensor:
-    """[n]: each sequence's number at each of its rows."""
-    # without the size a device would be waited for
+    """[n]: each sequence's number, repeated for each of its rows."""
+    # Without output_size PyTorch would wait for the device to learn it.
     return per_sequence.repeat_interleave(bounds.diff(), output_size=num_rows)

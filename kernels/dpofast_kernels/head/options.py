@@ -1,4 +1,4 @@
-"""What the head is told, and what it gives back."""
+"""Options of the head's ops, and the result of the pair loss."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-# Part of a reference's identity: raised whenever a log-prob could change by anything but rounding,
-# so that stored log-probs are made again.
+# Part of a reference's identity. Raise it whenever a log-prob changes by more than rounding: stored
+# reference log-probs are then computed again.
 HEAD_VERSION = 1
 
 BACKENDS = ("auto", "torch", "triton", "triton_fused", "naive")
@@ -16,32 +16,33 @@ BACKENDS = ("auto", "torch", "triton", "triton_fused", "naive")
 
 @dataclass(frozen=True, eq=False)
 class HeadOptions:
-    """What a model does to its logits, and how the op is to run.
+    """What a model does to its logits, and how the op runs.
 
     The logits are softcap(logit_scale (x W^T + bias)) / temperature, where softcap(z) is
     cap tanh(z / cap).
 
     Attributes:
-        bias: [V], in the weight's dtype; gets a gradient, too.
-        softcap: above 0, or None.
-        logit_scale: what logits are multiplied with.
-        temperature: what they are divided by at last.
+        bias: [V], in the weight's dtype. It gets a gradient, too.
+        softcap: cap of the logits, above 0, or None.
+        logit_scale: factor of the logits, applied before the cap.
+        temperature: divisor of the logits, applied last.
         weight_grad: [V, H] fp32 (fp64 for fp64 weights). If given, the backward adds the weight's
-            gradient, times the upstream gradient, to this buffer, and the weight itself gets none:
-            nothing that waits for its `.grad`, such as DDP's hooks, will see one. A backward adds
-            to it whenever the weight requires a gradient, also where only that of the hidden states
-            is asked for. `linear_pair_loss` sums over its own rows in memory of the same size
-            first, as the upstream gradient comes last.
-        workspace_bytes: that a chunk's logits may take; a row is the least. By default 1 GB, and on
-            a CPU, where larger chunks are no faster, 160 MiB, and sixteen rows are the least.
-        backend: "auto" is Triton on CUDA and ROCm, tiled PyTorch elsewhere. "triton" lets the
-            library multiply and runs one kernel over each chunk of logits; "triton_fused" is a
-            product of its own, bf16 and fp16 alone, that never writes logits. "naive" makes all
-            logits at once and is there to compare with.
+            gradient, times the upstream gradient, to this buffer, and the weight itself gets none.
+            So code that waits for the weight's `.grad`, such as DDP's hooks, never sees one. A
+            backward adds to the buffer whenever the weight requires a gradient, even if only the
+            gradient of the hidden states is asked for. `linear_pair_loss` first sums over its own
+            rows in another buffer of the same size, because the upstream gradient comes last.
+        workspace_bytes: the most bytes that a chunk's logits may take. A chunk has at least one
+            row, on a CPU at least sixteen. None is 1 GB, on a CPU 160 MiB: larger chunks are no
+            faster there.
+        backend: "auto" is "triton" on CUDA and ROCm, "torch" elsewhere. "torch" is tiled PyTorch.
+            "triton" uses the library's matrix product and one kernel over each chunk of logits.
+            "triton_fused" is a matrix product that never writes logits, for bf16 and fp16 only.
+            "naive" computes all logits at once, for comparison.
 
     Raises:
-        TypeError: bias or weight_grad is no tensor.
-        ValueError: an option out of range, or an unknown backend.
+        TypeError: bias or weight_grad is not a tensor.
+        ValueError: an option is out of range, or the back end is unknown.
     """
 
     bias: Tensor | None = None
@@ -76,12 +77,13 @@ class HeadOptions:
 
 @dataclass(frozen=True, eq=False)
 class PairLossOutput:
-    """What `linear_pair_loss` returns.
+    """Result of `linear_pair_loss`.
 
     Attributes:
-        loss: [] fp64, the sum over pairs; differentiable.
+        loss: [] fp64, sum over pairs; differentiable.
         logps: [2P] fp64, summed log-probs of the policy in nats; without gradient.
-        metrics: [8, P] fp64, those of `pair_metrics` in the order of `METRIC_NAMES`; likewise.
+        metrics: [8, P] fp64, the values of `pair_metrics` in the order of `METRIC_NAMES`; without
+            gradient.
     """
 
     loss: Tensor

@@ -1,6 +1,6 @@
-"""Sums per sequence, the loss of each pair and its metrics, in one launch."""
+"""Sums per sequence, the loss of each pair and its metrics, in one kernel launch."""
 
-# jit functions can't be typed, and Triton and torch.cuda.device_of are not
+# jit functions can't have types; Triton and torch.cuda.device_of have none.
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call"
 
 from __future__ import annotations
@@ -18,10 +18,20 @@ from dpofast_kernels.head.rows import PairTerms
 from dpofast_kernels.preference import METRIC_NAMES, PairLoss
 from dpofast_kernels.preference.formulas_triton import FORMULAS
 
+# Where each metric is in [8, P]. A jit function can read globals only if they are constexprs.
+_REWARDS_CHOSEN = tl.constexpr(METRIC_NAMES.index("rewards/chosen"))
+_REWARDS_REJECTED = tl.constexpr(METRIC_NAMES.index("rewards/rejected"))
+_REWARDS_MARGINS = tl.constexpr(METRIC_NAMES.index("rewards/margins"))
+_REWARDS_ACCURACIES = tl.constexpr(METRIC_NAMES.index("rewards/accuracies"))
+_LOGPS_CHOSEN = tl.constexpr(METRIC_NAMES.index("logps/chosen"))
+_LOGPS_REJECTED = tl.constexpr(METRIC_NAMES.index("logps/rejected"))
+_LOGRATIOS_CHOSEN = tl.constexpr(METRIC_NAMES.index("logratios/chosen"))
+_LOGRATIOS_REJECTED = tl.constexpr(METRIC_NAMES.index("logratios/rejected"))
+
 
 @triton.jit
 def _sum_rows(p_logps, start, end, BN: tl.constexpr):
-    """Sum of rows start:end in fp64, in an order that their number alone decides."""
+    """Sum of rows start:end in fp64. The order depends only on their number, not on their place."""
     b_sum = tl.zeros([BN], dtype=tl.float64)
     for i_start in range(start, end, BN):
         o_n = i_start + tl.arange(0, BN)
@@ -34,7 +44,7 @@ def pair_loss_kernel(
     p_per_token_logps,  # [n]
     p_bounds,  # [2P+1] int64
     p_ref_logps,  # [2P] fp64
-    p_settings,  # [2] fp64: beta, label_smoothing; a float argument would be rounded to fp32
+    p_settings,  # [2] fp64: beta and label_smoothing. Float arguments would be rounded to fp32.
     p_losses,  # [P] fp64
     p_logps,  # [2P] fp64
     p_d_logps,  # [2P] fp64
@@ -42,7 +52,7 @@ def pair_loss_kernel(
     FORMULA: tl.constexpr,
     BN: tl.constexpr,
 ):
-    """One program a pair."""
+    """Sums, loss, derivatives and metrics; one program per pair."""
     i_pair = tl.program_id(0).to(tl.int64)
     start = tl.load(p_bounds + 2 * i_pair)
     middle = tl.load(p_bounds + 2 * i_pair + 1)
@@ -67,18 +77,19 @@ def pair_loss_kernel(
     tl.store(p_logps + 2 * i_pair + 1, rejected)
     tl.store(p_d_logps + 2 * i_pair, d_chosen)
     tl.store(p_d_logps + 2 * i_pair + 1, d_rejected)
-    # the metrics of dpofast_kernels.preference.pair_metrics
+    # The same metrics as in dpofast_kernels.preference.pair_metrics.
     num_pairs = tl.num_programs(0)
     p_metrics += i_pair
     chosen_reward, rejected_reward = beta * chosen_logratio, beta * rejected_logratio
-    tl.store(p_metrics, chosen_reward)
-    tl.store(p_metrics + num_pairs, rejected_reward)
-    tl.store(p_metrics + 2 * num_pairs, chosen_reward - rejected_reward)
-    tl.store(p_metrics + 3 * num_pairs, (chosen_reward > rejected_reward).to(tl.float64))
-    tl.store(p_metrics + 4 * num_pairs, chosen)
-    tl.store(p_metrics + 5 * num_pairs, rejected)
-    tl.store(p_metrics + 6 * num_pairs, chosen_logratio / chosen_length)
-    tl.store(p_metrics + 7 * num_pairs, rejected_logratio / rejected_length)
+    is_right = (chosen_reward > rejected_reward).to(tl.float64)
+    tl.store(p_metrics + num_pairs * _REWARDS_CHOSEN, chosen_reward)
+    tl.store(p_metrics + num_pairs * _REWARDS_REJECTED, rejected_reward)
+    tl.store(p_metrics + num_pairs * _REWARDS_MARGINS, chosen_reward - rejected_reward)
+    tl.store(p_metrics + num_pairs * _REWARDS_ACCURACIES, is_right)
+    tl.store(p_metrics + num_pairs * _LOGPS_CHOSEN, chosen)
+    tl.store(p_metrics + num_pairs * _LOGPS_REJECTED, rejected)
+    tl.store(p_metrics + num_pairs * _LOGRATIOS_CHOSEN, chosen_logratio / chosen_length)
+    tl.store(p_metrics + num_pairs * _LOGRATIOS_REJECTED, rejected_logratio / rejected_length)
 
 
 def pair_loss_fwd(
@@ -114,15 +125,15 @@ def pair_loss_fwd(
 
 @lru_cache(maxsize=64)
 def _settings(beta: float, label_smoothing: float, device: torch.device) -> Tensor:
-    """Kept, as a copy to the device for every chunk would be waited for."""
+    """[2] fp64 on the device, cached: a copy to the device for each chunk would be waited for."""
     return torch.tensor([beta, label_smoothing], dtype=torch.float64, device=device)
 
 
 def formula_of(loss: PairLoss) -> Any:
-    """The loss as a jit function.
+    """The jit function of a loss.
 
     Raises:
-        ValueError: it has none.
+        ValueError: the loss has none.
     """
     if loss.name not in FORMULAS:
         raise ValueError(

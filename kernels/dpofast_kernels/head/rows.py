@@ -1,4 +1,4 @@
-"""What a backend does with a chunk of rows: from hidden states to log-probs and their gradient."""
+"""What a back end offers for one chunk of rows: scores, their gradient, and the pair loss."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from dpofast_kernels.preference import PairLoss
 
 @dataclass(frozen=True, eq=False)
 class ScoredRows:
-    """A chunk's log-probs, and what the backend keeps for their gradient.
+    """A chunk's log-probs, and what the back end needs for their gradient.
 
     Attributes:
         per_token_logps: [n], in nats.
-        kept: as the backend's own `differentiate` wants it; empty where no gradient is to follow.
-            May lie in the workspace.
-        logsumexps: [n], of the finished logits, or None where a gradient is to follow.
+        kept: tensors for the back end's own `differentiate`, some of them in the workspace; empty
+            if no gradient follows.
+        logsumexps: [n], log-sum-exp of the finished logits; None if a gradient follows.
     """
 
     per_token_logps: Tensor
@@ -29,12 +29,12 @@ class ScoredRows:
 
 @dataclass(frozen=True, eq=False)
 class LogitGradients:
-    """The gradient by row r of hidden_states @ weight^T is factors[r] * d_logits[r].
+    """Gradient with respect to the products x W^T: row r is factors[r] * d_logits[r].
 
     Attributes:
-        d_logits: [n, V], in the dtype that goes into products.
-        factors: [n], or None where all of them are 1. Apart from d_logits, small ones aren't lost
-            in a dtype of narrow range; but hidden states times factors are rounded once more.
+        d_logits: [n, V], in the dtype that enters matrix products.
+        factors: [n], or None if all are 1. Kept apart from d_logits, small factors are not lost in
+            a dtype of narrow range. The price is one more rounding, of hidden states times factors.
     """
 
     d_logits: Tensor
@@ -43,12 +43,12 @@ class LogitGradients:
 
 @dataclass(frozen=True, eq=False)
 class PairTerms:
-    """The loss of each pair, its derivatives, and what is logged of it.
+    """The loss of each pair, its derivatives and its metrics.
 
     Attributes:
         losses: [P] fp64.
-        logps: [2P] fp64, summed.
-        d_logps: [2P] fp64, derivative of its pair's loss by each.
+        logps: [2P] fp64, summed log-probs of the policy.
+        d_logps: [2P] fp64, derivative of each pair's loss with respect to its two logps.
         metrics: [8, P] fp64, in the order of `METRIC_NAMES`.
     """
 
@@ -59,19 +59,26 @@ class PairTerms:
 
 
 class RowOps(Protocol):
-    """The row operations of one backend, for one weight [V, H] and its options."""
+    """The row operations of a back end, for one weight [V, H] and its options."""
+
+    @property
+    def vocab_major(self) -> bool:
+        """Whether `score` wants a workspace whose columns are contiguous; see `Workspace`."""
 
     def workspace_dtype(self, keep: bool) -> torch.dtype | None:
-        """Of the [n, V] workspace that `score` needs; None where it needs none."""
+        """Dtype of the [n, V] workspace that `score` needs, or None if it needs none."""
 
     def score(
         self,
         hidden_states: Tensor,  # [n, H]
         labels: Tensor,  # [n]
-        workspace: Tensor | None,  # [m, V], m >= n: a product may fill a few rows more
+        workspace: Tensor | None,  # [m, V], m >= n: some products fill a few rows more
         keep: bool,
     ) -> ScoredRows:
-        """Log-probs of the labels; with `keep` what `differentiate` needs, else log-sum-exps."""
+        """Log-probs of the labels.
+
+        With `keep` the result has what `differentiate` needs, without it the log-sum-exps.
+        """
 
     def differentiate(
         self,
@@ -79,7 +86,10 @@ class RowOps(Protocol):
         labels: Tensor,  # [n]
         coefficients: Tensor,  # [n]
     ) -> LogitGradients:
-        """Of sum(coefficients * per_token_logps), in place of what `scored` kept: once alone."""
+        """Gradient of sum(coefficients * per_token_logps).
+
+        It is made in the memory of what `scored` kept, so it can be made only once.
+        """
 
     def pair_loss(
         self,

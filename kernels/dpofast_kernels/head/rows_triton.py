@@ -1,10 +1,11 @@
-"""Way A: a chunk's logits by the library's own product, then Triton kernels over its rows.
+"""Back end "triton": the library's matrix product makes a chunk's logits, kernels work on its rows.
 
-One makes log-probs. Once the pairs' losses are known, another makes gradients of the fp32 logits,
-times the coefficient of each row: rounded to bf16 once, as PyTorch's own are.
+The first kernel makes log-probs. Once the losses of the pairs are known, the second one turns the
+fp32 logits into their gradients, times the coefficient of each row. So a bf16 gradient is rounded
+once, as in PyTorch.
 """
 
-# jit functions can't be typed, and Triton and torch.cuda.device_of are not
+# jit functions can't have types; Triton and torch.cuda.device_of have none.
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call"
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dpofast_kernels.head.dtypes import accumulate_dtype, product_dtype
 from dpofast_kernels.head.launch import launch_options
 from dpofast_kernels.head.logits_triton import (
     finish_logits,
@@ -21,7 +23,7 @@ from dpofast_kernels.head.logits_triton import (
     logit_constants,
     row_logsumexp,
 )
-from dpofast_kernels.head.matmul import accumulate_dtype, logits_into, product_dtype
+from dpofast_kernels.head.matmul import logits_into
 from dpofast_kernels.head.options import HeadOptions
 from dpofast_kernels.head.pairs_triton import pair_loss_fwd
 from dpofast_kernels.head.rows import LogitGradients, PairTerms, ScoredRows
@@ -44,7 +46,10 @@ def _fold_block(
     BV: tl.constexpr,
     IS_WHOLE: tl.constexpr,
 ):
-    """Maximum, and sum of exp(z - maximum) without the label's own, with one more block."""
+    """Add a block of logits to the running maximum and to the running sum.
+
+    The sum is exp(z - maximum) over all but the label. It is rescaled whenever the maximum grows.
+    """
     o_v = i_v + tl.arange(0, BV)
     m_v = None if IS_WHOLE else o_v < V
     b_z = tl.load(p_row + o_v, mask=m_v)  # [BV]
@@ -52,7 +57,7 @@ def _fold_block(
     if not IS_WHOLE:
         b_z = tl.where(m_v, b_z, float("-inf"))
     new_max = tl.maximum(row_max, tl.max(b_z, axis=0))
-    # a block of -inf alone, as from a bias that rules tokens out, has no maximum to subtract
+    # If a bias rules out all tokens so far, the maximum is -inf, and -inf - -inf would be NaN.
     reference = tl.where(new_max == float("-inf"), 0.0, new_max)
     b_e = tl.where(o_v == label, 0.0, tl.exp(b_z - reference))
     rest = rest * tl.exp(row_max - reference) + tl.sum(b_e, axis=0)
@@ -77,14 +82,14 @@ def _store_block(
     BV: tl.constexpr,
     IS_WHOLE: tl.constexpr,
 ):
-    """factor exp(z - maximum) times the slope of z, in place of a block of logits."""
+    """Overwrite a block of logits with factor * exp(z - maximum) * slope of z."""
     o_v = i_v + tl.arange(0, BV)
     m_v = None if IS_WHOLE else o_v < V
     b_z = tl.load(p_row + o_v, mask=m_v)  # [BV]
     b_z, b_slope = finish_logits(b_z, p_bias, o_v, m_v, HAS_BIAS, SCALE, SOFTCAP, TEMPERATURE)
     b_d = tl.where(o_v == label, -rest, tl.exp(b_z - row_max)) * b_slope * factor
-    # A narrower dtype's block lies where this block's or an earlier one's logits do: all threads
-    # must have read theirs.
+    # In a narrower dtype, this block is written where logits of this block or an earlier one are.
+    # All threads must have read theirs before any of them writes.
     tl.debug_barrier()
     tl.store(p_d_row + o_v, b_d.to(p_d_row.dtype.element_ty), mask=m_v)
 
@@ -102,7 +107,7 @@ def score_rows_kernel(
     p_row_max,  # [n]
     p_rest,  # [n]
     p_factors,  # [n]
-    p_logsumexps,  # [n], without KEEP
+    p_logsumexps,  # [n], written only without KEEP
     stride,
     V,
     HAS_BIAS: tl.constexpr,
@@ -112,11 +117,11 @@ def score_rows_kernel(
     KEEP: tl.constexpr,
     BV: tl.constexpr,
 ):
-    """Log-softmax at the label, and the numbers that its gradient needs; one program a row.
+    """Log-softmax at the label, and the numbers that its gradient needs; one program per row.
 
-    Whole blocks go without masks, so that any V is read in wide words.
+    Only the last block is masked. Blocks without a mask are read in wide words, for any V.
     """
-    i_n = tl.program_id(0).to(tl.int64)  # n V passes 2^31
+    i_n = tl.program_id(0).to(tl.int64)  # offsets up to n V pass 2^31
     dtype: tl.constexpr = p_logits.dtype.element_ty
     p_row = p_logits + i_n * stride
     label = tl.load(p_labels + i_n)
@@ -163,7 +168,11 @@ def differentiate_rows_kernel(
     TEMPERATURE: tl.constexpr,
     BV: tl.constexpr,
 ):
-    """Gradients in place of logits; one program a row, as narrow ones move to its beginning."""
+    """Overwrite logits with their gradients; one program per row.
+
+    A row's gradients in a narrower dtype end up in the first part of its memory. So the blocks of a
+    row must be done in order, by one program.
+    """
     i_n = tl.program_id(0).to(tl.int64)
     p_row, p_d_row = p_logits + i_n * stride, p_d_logits + i_n * d_stride
     label = tl.load(p_labels + i_n)
@@ -183,7 +192,11 @@ def differentiate_rows_kernel(
 
 
 class TritonRows:
-    """`RowOps` of a matrix product and a Triton kernel over its rows."""
+    """`RowOps` made of a matrix product and two Triton kernels over its rows."""
+
+    # The kernels read rows. And the interpreter copies the whole storage behind each tensor, so it
+    # must not get the large memory that vocab_major keeps for a thread.
+    vocab_major = False
 
     def __init__(self, weight: Tensor, options: HeadOptions) -> None:
         self.weight = weight
@@ -248,15 +261,10 @@ class TritonRows:
 
 
 def _in_place(logits: Tensor, dtype: torch.dtype) -> Tensor:
-    """The rows' memory as rows of another dtype, each at the start of its row."""
+    """A view of the logits' memory as [n, V] of another dtype, each row at the start of its row."""
     if dtype == logits.dtype:
         return logits
     num_rows, vocab_size = logits.shape
-    # a slice of columns can't be viewed as another dtype, so all of the memory is
+    # PyTorch can't view a slice of columns as another dtype. So view rows with their gaps first.
     whole = logits.as_strided((num_rows, logits.stride(0)), (logits.stride(0), 1))
     return whole.view(dtype)[:, :vocab_size]
-
-
-def is_interpreted() -> bool:
-    """Whether the kernels run on CPU tensors; Triton decides that when it makes them."""
-    return not isinstance(score_rows_kernel, triton.JITFunction)

@@ -1,4 +1,4 @@
-"""From tokens to sequences."""
+"""Sums of per-token log-probs over sequences."""
 
 from __future__ import annotations
 
@@ -12,18 +12,25 @@ def sum_per_sequence(
     per_token_logps: Tensor,  # [N]
     bounds: Tensor,  # [S+1]
 ) -> Tensor:
-    """Sums over each sequence's tokens, in float64: a float32 sum loses digits over thousands.
+    """Sum over each sequence's tokens, in float64: over thousands of tokens fp32 loses digits.
 
     Args:
         per_token_logps: [N], any floating dtype.
-        bounds: [S+1] int64, from 0 to N; on the CPU or the device of `per_token_logps`. An empty
+        bounds: [S+1] int64, from 0 to N; on the CPU or on the device of `per_token_logps`. An empty
             sequence sums to 0.
 
     Returns:
         [S] fp64; differentiable.
 
     Raises:
-        ValueError: bounds that don't cover the rows.
+        ValueError: the bounds don't cover the rows.
+
+    Example:
+        >>> import torch
+        >>> from dpofast_kernels import sum_per_sequence
+        >>> per_token_logps = torch.tensor([-1.0, -2.0, -0.5])
+        >>> sum_per_sequence(per_token_logps, torch.tensor([0, 2, 3])).tolist()
+        [-3.0, -0.5]
     """
     if per_token_logps.dim() != 1:
         raise ValueError(f"per_token_logps is {list(per_token_logps.shape)}, expected [N].")
@@ -35,8 +42,9 @@ def segment_sums(
     per_token_logps: Tensor,  # [N]
     bounds: Tensor,  # [S+1]
 ) -> Tensor:
-    """`sum_per_sequence` of bounds that were checked before: [S] fp64."""
+    """`sum_per_sequence` for bounds that are checked already: [S] fp64."""
     if len(bounds) == 1:
+        # Without sequences there are no rows either. Adding their sum, 0, keeps the graph.
         return per_token_logps.new_zeros(0, dtype=torch.float64) + per_token_logps.double().sum()
     return torch.segment_reduce(
         per_token_logps.double(), "sum", offsets=bounds.to(per_token_logps.device), unsafe=True
@@ -44,10 +52,10 @@ def segment_sums(
 
 
 def check_bounds(bounds: Tensor, num_rows: int) -> list[int]:
-    """The bounds as a list, if they are int64 [S+1], start at 0, never fall and end at `num_rows`.
+    """The bounds as a list. They must be int64 [S+1], begin at 0, never fall, end at `num_rows`.
 
     Raises:
-        ValueError: they aren't, or don't.
+        ValueError: they break one of these rules.
     """
     if bounds.dim() != 1 or len(bounds) < 1 or bounds.dtype != torch.int64:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""The row operations in plain PyTorch, for CPUs and any other device."""
+"""The back end in plain PyTorch, for CPUs and any other device."""
 
 from __future__ import annotations
 
@@ -9,24 +9,30 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dpofast_kernels.head.matmul import accumulate_dtype, logits_into, product_dtype
+from dpofast_kernels.head.dtypes import accumulate_dtype, product_dtype
+from dpofast_kernels.head.matmul import logits_into
 from dpofast_kernels.head.options import HeadOptions
 from dpofast_kernels.head.rows import LogitGradients, PairTerms, ScoredRows
 from dpofast_kernels.head.sequences import segment_sums
 from dpofast_kernels.preference import PairLoss, pair_metrics
 
-# A CPU takes so much of the vocabulary at a time: products are a little faster so, and what they
-# leave is in the cache for the passes over it. One number for all chunks, as a row is to depend on
-# the length of its chunk as little as may be.
+# A CPU works on this many columns of the logits at a time: the product is a little faster, and its
+# result is still in the cache for the passes over it. The number is the same for all chunks: a
+# row's log-prob should depend on the length of its chunk as little as possible.
 CPU_COLUMNS = 2048
 
 
 class TorchRows:
-    """`RowOps` of PyTorch operations.
+    """`RowOps` made of PyTorch operations.
 
-    In place, logits become E = exp(z - max), with the label's entry left out of their sum R. Then
-    log p = -softplus(log R + max - z_label), which loses nothing where p is close to 1, and the
-    gradient by z is -(E - S onehot) / S, S the sum with the label's entry. There E - S is -R.
+    Logits z become E = exp(z - max) in place. R is the sum of E without the label's entry, S the
+    sum with it. Then
+
+        log p        = -softplus(log R + max - z_label)
+        d log p / dz = -(E - S onehot) / S
+
+    The first line keeps its digits when p is close to 1, where log(E_label / S) would lose them.
+    For the same reason the label's entry of the second line is written as -R, not as E - S.
     """
 
     def __init__(self, weight: Tensor, options: HeadOptions) -> None:
@@ -34,6 +40,7 @@ class TorchRows:
         self.bias, self.softcap = options.bias, options.softcap
         self.scale = options.logit_scale / options.temperature
         self.temperature = options.temperature
+        self.vocab_major = weight.device.type == "cpu"
 
     def workspace_dtype(self, keep: bool) -> torch.dtype:
         return accumulate_dtype(self.weight.dtype)
@@ -44,28 +51,34 @@ class TorchRows:
         assert workspace is not None
         logits, targets = workspace[: len(labels)], labels[:, None]  # [n, V], [n, 1]
         padding = len(workspace) - len(labels)
+        # On a CPU the workspace has a multiple of 16 rows. The product fills all of them, and the
+        # last ones are never read again.
         hidden_states = F.pad(hidden_states, (0, 0, 0, padding))  # [m, H]
+        # First pass: the logits, block by block, and the maximum of each row.
         row_max = logits.new_full(targets.shape, -math.inf)
         for block in self._blocks():
             logits_into(workspace[:, block], hidden_states, self.weight[block])
             z = self._finish_logits(logits[:, block], block)
             torch.maximum(row_max, z.amax(-1, keepdim=True), out=row_max)
         target_logits = logits.gather(-1, targets)
-        logits.scatter_(-1, targets, -math.inf)  # left out of the sum
+        logits.scatter_(-1, targets, -math.inf)  # exp makes it 0: R is without the label
+        # Second pass: E in place of z, times the slope of the cap, and the sum R.
         rest = torch.zeros_like(row_max, dtype=torch.float64)
         for block in self._blocks():
             z = logits[:, block]
+            # The slope is computed from the capped logit, which exp_ overwrites.
             slopes = self._cap_slopes(z) if keep and self.softcap else None
             rest += z.sub_(row_max).exp_().sum(-1, keepdim=True)
             if slopes is not None:
                 z.mul_(slopes)
         gaps = row_max.double() - target_logits
+        # softplus(x) = logaddexp(0, x)
         logps = -torch.logaddexp(gaps.new_zeros(()), rest.log() + gaps)
         per_token_logps = logps[:, 0].to(logits.dtype)
         if not keep:
             logsumexps = row_max + (rest + gaps.neg().exp()).log()
             return ScoredRows(per_token_logps, logsumexps=logsumexps[:, 0].to(logits.dtype))
-        d_target = rest.neg().to(logits.dtype)
+        d_target = rest.neg().to(logits.dtype)  # E - S at the label, without their rounding
         if self.softcap:
             d_target *= self._cap_slopes(target_logits)
         logits.scatter_(-1, targets, d_target)
@@ -79,7 +92,7 @@ class TorchRows:
         factors = coefficients * factors  # [n]
         dtype = product_dtype(self.weight)
         if dtype == logits.dtype:
-            return LogitGradients(logits, factors)
+            return LogitGradients(logits, factors)  # saves a pass over the logits
         return LogitGradients(logits.mul_(factors[:, None]).to(dtype), None)
 
     def pair_loss(
@@ -95,14 +108,14 @@ class TorchRows:
         )
 
     def _blocks(self) -> Iterator[slice]:
-        """All of the vocabulary, on a CPU a part at a time."""
+        """Slices that cover the vocabulary: one, on a CPU many."""
         vocab_size = len(self.weight)
         step = CPU_COLUMNS if self.weight.device.type == "cpu" else vocab_size
         for start in range(0, vocab_size, step):
             yield slice(start, start + step)
 
     def _finish_logits(self, z: Tensor, block: slice) -> Tensor:
-        """Bias, scale, cap and temperature, in place."""
+        """Apply bias, scale, cap and temperature in place."""
         if self.bias is not None:
             z.add_(self.bias[block])
         if self.softcap is not None:
@@ -113,6 +126,6 @@ class TorchRows:
         return z
 
     def _cap_slopes(self, z: Tensor) -> Tensor:
-        """The derivative of tanh at each finished logit."""
+        """1 - tanh^2, the derivative of the cap, from finished logits."""
         assert self.softcap is not None
         return 1.0 - (z * (self.temperature / self.softcap)).square()

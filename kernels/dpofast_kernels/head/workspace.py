@@ -1,64 +1,63 @@
-"""The memory that a chunk's logits are made in."""
+"""How rows are cut into chunks, and the memory that a chunk's logits are made in.
+
+A chunk has as many rows as its logits [n, V] fit into the workspace. The workspace is allocated
+once per call and used by one chunk after the other.
+"""
 
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-# Larger chunks don't make a CPU faster; on a GPU they keep the products wide.
+# Larger chunks don't make a CPU faster. On a GPU they keep the products wide.
 CPU_WORKSPACE_BYTES = 160 * 2**20
 DEVICE_WORKSPACE_BYTES = 10**9
-# Between the beginnings of two rows: matrix units and vector loads want them alike in alignment.
+# Rows in a chunk when the back end keeps nothing of the size of the vocabulary.
+FORWARD_ROWS = 2**13
+# Bytes from the start of one row to the next are a multiple of this: matrix units and vector loads
+# want every row to have the same alignment.
 ROW_ALIGNMENT_BYTES = 128
-# A CPU's products make so many rows at a time; with a few more or fewer they are much slower.
+# A CPU's matrix product works on this many rows at a time. It is much slower when a few are left.
 ROWS_AT_A_TIME = 16
-# A CPU's large tensors go back to the system when freed, and come back as zeroed pages one by one,
-# which costs as much as a pass over the logits. So each thread keeps what it worked in.
-_kept = threading.local()
+# When a large CPU tensor is freed, its pages go back to the system. New ones come zeroed, one page
+# fault each, which costs as much as a pass over the logits. So each thread keeps its last memory.
+thread_memory = threading.local()
 
 
-class Workspace:
-    """Memory of logits [n, V], for one chunk after the other.
+@dataclass(frozen=True)
+class PairChunk:
+    """Whole pairs first:last, which are rows start:end."""
 
-    Row by row, as Triton's kernels read them; or `vocab_major`, where a column, one token's logits
-    in all rows, lies together. CPUs like that better: the weight passes by once, each of its rows
-    making a short column, where else a product would write to hundreds of far apart rows at a time.
+    first: int
+    last: int
+    start: int
+    end: int
+
+    @property
+    def num_rows(self) -> int:
+        return self.end - self.start
+
+
+def max_chunk_rows(
+    weight: Tensor, dtype: torch.dtype | None, limit: int | None, vocab_major: bool
+) -> int:
+    """The most rows that a chunk can have.
 
     Args:
-        weight: [V, H], whose device it is for.
-        num_rows: the most that a chunk will have.
-        dtype: of the logits.
-        vocab_major: on a CPU alone. This memory is kept for the thread's next workspace, so what is
-            made in it must be used up by then.
+        weight: [V, H].
+        dtype: dtype of the workspace; None if the back end needs no workspace.
+        limit: bytes that the workspace may take; None for the device's default.
+        vocab_major: layout of the workspace, see `Workspace`.
+
+    Returns:
+        At least 1; with `vocab_major` a multiple of 16.
     """
-
-    def __init__(
-        self, weight: Tensor, num_rows: int, dtype: torch.dtype, vocab_major: bool
-    ) -> None:
-        self._vocab_size, self._vocab_major = len(weight), vocab_major
-        if vocab_major:
-            self._memory = _kept_memory(len(weight) * _padded_rows(num_rows), dtype)
-        else:
-            self._memory = weight.new_empty(num_rows * _row_width(len(weight), dtype), dtype=dtype)
-
-    def logits(self, num_rows: int) -> Tensor:
-        """[m, V] of nobody's numbers; m is `num_rows`, if vocab_major rounded up to 16."""
-        if self._vocab_major:
-            height = _padded_rows(num_rows)
-            return self._memory.as_strided((height, self._vocab_size), (1, height))
-        width = _row_width(self._vocab_size, self._memory.dtype)
-        return self._memory.as_strided((num_rows, self._vocab_size), (width, 1))
-
-
-def max_workspace_rows(
-    weight: Tensor, dtype: torch.dtype, limit: int | None, vocab_major: bool
-) -> int:
-    """Rows of a workspace of that dtype that `limit` bytes allow; at least 1, if vocab_major 16.
-
-    Without a limit the device's own holds.
-    """
+    if dtype is None:
+        return FORWARD_ROWS
     if limit is None:
         limit = CPU_WORKSPACE_BYTES if weight.device.type == "cpu" else DEVICE_WORKSPACE_BYTES
     if vocab_major:
@@ -67,19 +66,81 @@ def max_workspace_rows(
     return max(1, limit // (_row_width(len(weight), dtype) * dtype.itemsize))
 
 
-def _kept_memory(num_elements: int, dtype: torch.dtype) -> Tensor:
+def row_chunks(start: int, end: int, max_rows: int) -> Iterator[slice]:
+    """Cut rows start:end into as few chunks as possible, of nearly equal size."""
+    count = -(-(end - start) // max_rows)
+    size = -(-(end - start) // max(count, 1))
+    for first in range(start, end, max(size, 1)):
+        yield slice(first, min(first + size, end))
+
+
+def pair_chunks(limits: Sequence[int], max_rows: int) -> Iterator[PairChunk]:
+    """Cut whole pairs into chunks of at most `max_rows` rows.
+
+    A pair with more rows than that gets a chunk to itself.
+
+    Args:
+        limits: [2P+1], bounds of the sequences.
+        max_rows: the most rows of a chunk with several pairs.
+    """
+    num_pairs = len(limits) // 2
+    first = 0
+    while first < num_pairs:
+        last = first + 1
+        while last < num_pairs and limits[2 * last + 2] - limits[2 * first] <= max_rows:
+            last += 1
+        yield PairChunk(first, last, limits[2 * first], limits[2 * last])
+        first = last
+
+
+class Workspace:
+    """Memory for logits [n, V], used by one chunk after the other.
+
+    By default a row is contiguous, as the Triton kernels read it. With `vocab_major` a column is
+    contiguous: the logits of one vocabulary entry in all rows. A CPU prefers that. Its product
+    reads the weights of an entry and writes one short column; with contiguous rows it would write
+    to hundreds of places far apart.
+
+    Args:
+        weight: [V, H], gives the vocabulary size and the device.
+        num_rows: the most rows that a chunk will have.
+        dtype: dtype of the logits.
+        vocab_major: whether columns are contiguous; only on a CPU. The thread keeps this memory for
+            its next workspace, so its contents must be used up by then.
+    """
+
+    def __init__(
+        self, weight: Tensor, num_rows: int, dtype: torch.dtype, vocab_major: bool
+    ) -> None:
+        self._vocab_size, self._vocab_major = len(weight), vocab_major
+        if vocab_major:
+            self._memory = _memory_of_thread(len(weight) * _padded_rows(num_rows), dtype)
+        else:
+            self._memory = weight.new_empty(num_rows * _row_width(len(weight), dtype), dtype=dtype)
+
+    def logits(self, num_rows: int) -> Tensor:
+        """[m, V], uninitialised. m is `num_rows`, with `vocab_major` rounded up to 16."""
+        if self._vocab_major:
+            height = _padded_rows(num_rows)
+            return self._memory.as_strided((height, self._vocab_size), (1, height))
+        width = _row_width(self._vocab_size, self._memory.dtype)
+        return self._memory.as_strided((num_rows, self._vocab_size), (width, 1))
+
+
+def _memory_of_thread(num_elements: int, dtype: torch.dtype) -> Tensor:
     num_bytes = num_elements * dtype.itemsize
     if num_bytes > CPU_WORKSPACE_BYTES:
         return torch.empty(num_elements, dtype=dtype, device="cpu")
-    memory: Tensor | None = getattr(_kept, "memory", None)
+    memory: Tensor | None = getattr(thread_memory, "memory", None)
     if memory is None or len(memory) < num_bytes:
-        with torch.inference_mode(False):  # what is made inside can't be written to outside
-            memory = _kept.memory = torch.empty(num_bytes, dtype=torch.uint8, device="cpu")
+        # A tensor made in inference mode could not be written to by a later training step.
+        with torch.inference_mode(False):
+            memory = thread_memory.memory = torch.empty(num_bytes, dtype=torch.uint8, device="cpu")
     return memory[:num_bytes].view(dtype)
 
 
 def _row_width(vocab_size: int, dtype: torch.dtype) -> int:
-    """Elements from one row of logits to the next."""
+    """Elements from the start of one row of logits to the next."""
     step = ROW_ALIGNMENT_BYTES // dtype.itemsize
     return max(-(-vocab_size // step), 1) * step
 

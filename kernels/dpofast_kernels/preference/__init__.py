@@ -1,4 +1,7 @@
-"""The losses of preference pairs, their derivatives and metrics; they stand nowhere else."""
+"""Losses of preference pairs, their derivatives and metrics.
+
+Each formula is written twice, in PyTorch and for Triton, and both are in this folder.
+"""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
-"""The pair losses as jit functions; the same formulas as in each loss's own file.
+"""The pair losses as jit functions, with the formulas of each loss's own file.
 
-Each takes the two log-ratios, the two lengths, beta and label_smoothing, all fp64 scalars, and
-gives loss, d loss / d chosen log-ratio and d loss / d rejected log-ratio.
+Each function takes the two log-ratios, the two lengths, beta and label_smoothing, all fp64 scalars.
+It returns loss, d loss / d chosen log-ratio and d loss / d rejected log-ratio.
 """
 
-# jit functions can't be typed, and Triton and torch.cuda.device_of are not
+# jit functions can't have types.
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ import triton.language as tl
 
 @triton.jit
 def softplus(x):
-    """log(1 + exp(x)) for any x, exact to rounding also where it is close to 0."""
+    """log(1 + exp(x)) for any x, exact to rounding even if the result is close to 0."""
     e = tl.exp(-tl.abs(x))
     one_more = 1.0 + e
-    # log(1 + e) loses e's digits; the quotient gives them back (W. Kahan's log1p)
+    # 1 + e rounds away digits of e. The quotient brings them back (W. Kahan's log1p).
     rounded = one_more - 1.0
     log1p = tl.where(
         rounded == 0.0, e, tl.log(one_more) * (e / tl.where(rounded == 0.0, 1.0, rounded))
@@ -46,7 +46,7 @@ def _sigmoid_formula(chosen, rejected, chosen_length, rejected_length, beta, smo
 def _hinge_formula(chosen, rejected, chosen_length, rejected_length, beta, smoothing):
     gap = 1.0 - beta * (chosen - rejected)
     slope = tl.where(gap > 0.0, -beta, 0.0)
-    return tl.where(gap <= 0.0, 0.0, gap), slope, -slope  # NaN stays NaN
+    return tl.where(gap <= 0.0, 0.0, gap), slope, -slope  # tl.maximum would hide a NaN
 
 
 @triton.jit
@@ -55,6 +55,7 @@ def _ipo_formula(chosen, rejected, chosen_length, rejected_length, beta, smoothi
     return distance * distance, 2.0 * distance / chosen_length, -2.0 * distance / rejected_length
 
 
+# By the loss's name. A test compares the keys with the registry's.
 FORMULAS: dict[str, Any] = {
     "sigmoid": _sigmoid_formula,
     "hinge": _hinge_formula,

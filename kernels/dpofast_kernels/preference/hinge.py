@@ -1,4 +1,4 @@
-"""The hinge loss on DPO's margin."""
+"""Hinge loss on DPO's margin."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from dpofast_kernels.preference.loss import PairLoss
 
 @dataclass(frozen=True)
 class HingeLoss(PairLoss):
-    """max(0, 1 - z), z = beta (chosen - rejected log-ratio).
+    """max(0, 1 - z) with z = beta (chosen - rejected log-ratio).
 
     Source: SLiC, arXiv:2305.10425, in the normalised form of RSO, arXiv:2309.06657, table 1.
     """
@@ -24,7 +24,7 @@ class HingeLoss(PairLoss):
         self, chosen_logratios: Tensor, rejected_logratios: Tensor, lengths: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         loss = torch.relu(1.0 - self.beta * (chosen_logratios - rejected_logratios))  # [P]
-        # relu has slope 0 at the kink itself, so has this
+        # 0 at the kink itself, as the derivative of relu.
         slope = -self.beta * (loss > 0).to(loss.dtype)
         return loss, slope, -slope
 

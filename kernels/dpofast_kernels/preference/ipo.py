@@ -1,4 +1,4 @@
-"""The loss of identity preference optimization."""
+"""Loss of identity preference optimization (IPO)."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from dpofast_kernels.preference.loss import PairLoss
 
 @dataclass(frozen=True)
 class IPOLoss(PairLoss):
-    """(h - 1 / (2 beta))^2, h the difference of the log-ratios per token.
+    """(h - 1 / (2 beta))^2, where h is the difference of the mean log-ratios per token.
 
-    Source: arXiv:2310.12036, eq. 17, where beta is called tau. There h is of whole answers; its
-    authors' results, as TRL, divide each log-ratio by the answer's tokens.
+    Source: arXiv:2310.12036, eq. 17, with tau for beta. The paper sums h over whole answers. Its
+    authors' own results and TRL divide each log-ratio by the answer's number of tokens.
     """
 
     name: ClassVar[str] = "ipo"

@@ -1,4 +1,4 @@
-"""What every loss of a preference pair is: a frozen dataclass with a value and two derivatives."""
+"""Base class of the losses: a frozen dataclass that gives a value and two derivatives per pair."""
 
 from __future__ import annotations
 
@@ -11,15 +11,17 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class PairLoss:
-    """A loss that is a sum over pairs, of each pair's two log-ratios alone.
+    """A loss that is a sum over pairs. Each term depends only on the pair's two log-ratios.
 
     Attributes:
+        name: name in the registry.
+        takes_label_smoothing: whether the loss has label smoothing.
         beta: strength of the pull towards the reference, above 0.
         label_smoothing: probability that a pair's labels are swapped, in [0, 0.5).
 
     Raises:
-        TypeError: beta or label_smoothing is no number.
-        ValueError: beta or label_smoothing out of range, or smoothing where the loss has none.
+        TypeError: beta or label_smoothing is not a number.
+        ValueError: beta or label_smoothing is out of range, or the loss has no label smoothing.
     """
 
     name: ClassVar[str]
@@ -51,15 +53,16 @@ class PairLoss:
         rejected_logratios: Tensor,  # [P]
         lengths: Tensor,  # [P, 2]
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Value and derivatives of every pair's loss; differentiable by autograd, too.
+        """Loss of each pair and its derivatives; autograd can differentiate the loss, too.
 
         Args:
-            chosen_logratios: [P] fp64, summed log-prob of policy - reference, in nats.
-            rejected_logratios: [P] fp64, likewise.
+            chosen_logratios: [P] fp64, summed log-prob of the policy minus the reference's, in
+                nats, for the chosen answers.
+            rejected_logratios: [P] fp64, the same for the rejected answers.
             lengths: [P, 2] int64, scored tokens of chosen and rejected.
 
         Returns:
-            loss, d loss / d chosen_logratios, d loss / d rejected_logratios: [P] each.
+            Loss, d loss / d chosen_logratios, d loss / d rejected_logratios: [P] each.
         """
         raise NotImplementedError
 
@@ -67,9 +70,15 @@ class PairLoss:
         self,
         lengths: Tensor,  # [P, 2]
     ) -> Tensor | None:
-        """[P, 2] fp64 that the two derivatives are a common multiple of, whatever the logps.
+        """A vector per pair that its two derivatives are always a multiple of.
 
-        None where there is no such vector. With it, the gradient of a pair too long for one chunk
-        can be accumulated before its loss is known.
+        Such a vector depends on the lengths only, not on the log-probs. With it, the gradient of a
+        pair that is too long for one chunk can be summed before its loss is known.
+
+        Args:
+            lengths: [P, 2] int64, scored tokens of chosen and rejected.
+
+        Returns:
+            [P, 2] fp64, or None if the two derivatives have no fixed ratio.
         """
         return None

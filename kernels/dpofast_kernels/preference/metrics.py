@@ -1,10 +1,11 @@
-"""What is logged of each pair."""
+"""Metrics of each pair."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+# The order of `PairLossOutput.metrics`.
 METRIC_NAMES = (
     "rewards/chosen",
     "rewards/rejected",
@@ -23,22 +24,30 @@ def pair_metrics(
     bounds: Tensor,  # [2P+1]
     beta: float,
 ) -> dict[str, Tensor]:
-    """Rewards, log-probs and log-ratios of every pair, by the names that TRL logs them under.
+    """Rewards, log-probs and log-ratios of every pair, under the names that TRL logs.
 
     Args:
         logps: [2P] summed log-probs of the policy, in nats, chosen and rejected in turn.
-        ref_logps: [2P] of the reference, on any device.
-        bounds: [2P+1] int64 limits of the sequences, on any device; none may be empty.
-        beta: of the loss; a reward is beta times a log-ratio.
+        ref_logps: [2P] summed log-probs of the reference, on any device.
+        bounds: [2P+1] int64, bounds of the sequences, on any device. No sequence may be empty.
+        beta: beta of the loss; a reward is beta times a log-ratio.
 
     Returns:
-        METRIC_NAMES in their order, [P] fp64 each, on the device of `logps`: rewards/chosen,
-        rewards/rejected, rewards/margins, rewards/accuracies (1 where chosen is above rejected; a
-        tie counts 0), logps/chosen, logps/rejected, and logratios/chosen, logratios/rejected (means
-        per token).
+        [P] fp64 for each of METRIC_NAMES, in that order, on the device of `logps`. An accuracy is 1
+        if the chosen reward is above the rejected one; a tie counts 0. The logratios are means per
+        token.
 
     Raises:
         ValueError: the shapes don't belong together.
+
+    Example:
+        >>> import torch
+        >>> from dpofast_kernels import pair_metrics
+        >>> logps, ref_logps = torch.tensor([-2.0, -3.5]), torch.tensor([-3.0, -3.0])
+        >>> bounds = torch.tensor([0, 4, 6])  # 4 chosen tokens, 2 rejected ones
+        >>> metrics = pair_metrics(logps, ref_logps, bounds, beta=0.5)
+        >>> metrics["rewards/margins"].tolist(), metrics["logratios/chosen"].tolist()
+        ([0.75], [0.25])
     """
     if logps.dim() != 1 or len(logps) % 2 or ref_logps.shape != logps.shape:
         raise ValueError(
@@ -52,14 +61,14 @@ def pair_metrics(
     mean_logratios = logratios / bounds.to(logps.device).diff()
     rewards = beta * logratios
     chosen, rejected = slice(0, None, 2), slice(1, None, 2)
-    values = (
-        rewards[chosen],
-        rewards[rejected],
-        rewards[chosen] - rewards[rejected],
-        (rewards[chosen] > rewards[rejected]).to(torch.float64),
-        logps[chosen],
-        logps[rejected],
-        mean_logratios[chosen],
-        mean_logratios[rejected],
-    )
-    return dict(zip(METRIC_NAMES, values, strict=True))
+    values = {
+        "rewards/chosen": rewards[chosen],
+        "rewards/rejected": rewards[rejected],
+        "rewards/margins": rewards[chosen] - rewards[rejected],
+        "rewards/accuracies": (rewards[chosen] > rewards[rejected]).to(torch.float64),
+        "logps/chosen": logps[chosen],
+        "logps/rejected": logps[rejected],
+        "logratios/chosen": mean_logratios[chosen],
+        "logratios/rejected": mean_logratios[rejected],
+    }
+    return {name: values[name] for name in METRIC_NAMES}

@@ -1,4 +1,4 @@
-"""Every loss by its name."""
+"""All losses, by name."""
 
 from __future__ import annotations
 
@@ -13,16 +13,26 @@ LOSSES: dict[str, type[PairLoss]] = {loss.name: loss for loss in (SigmoidLoss, H
 
 
 def make_loss(name: str, beta: float = 0.1, label_smoothing: float = 0.0) -> PairLoss:
-    """The loss of that name.
+    """Make a loss by its name.
 
     Args:
         name: "sigmoid" (DPO; cDPO with label_smoothing above 0), "hinge" or "ipo".
-        beta: above 0.
-        label_smoothing: in [0, 0.5), with sigmoid only.
+        beta: strength of the pull towards the reference, above 0.
+        label_smoothing: probability that a pair's labels are swapped, in [0, 0.5); only "sigmoid"
+            takes it.
 
     Raises:
-        TypeError: beta or label_smoothing is no number.
-        ValueError: an unknown name, or an option out of range.
+        TypeError: beta or label_smoothing is not a number.
+        ValueError: the name is unknown, or an option is out of range.
+
+    Example:
+        >>> import torch
+        >>> from dpofast_kernels import make_loss
+        >>> loss = make_loss("sigmoid", beta=0.1)
+        >>> zero, lengths = torch.zeros(1, dtype=torch.float64), torch.tensor([[5, 3]])
+        >>> value, d_chosen, d_rejected = loss.pair_loss(zero, zero, lengths)
+        >>> round(value.item(), 4), d_chosen.item(), d_rejected.item()  # log(2), -beta/2, beta/2
+        (0.6931, -0.05, 0.05)
     """
     if not isinstance(name, str) or name not in LOSSES:
         near = difflib.get_close_matches(str(name), LOSSES, n=1)

@@ -1,4 +1,4 @@
-"""The loss of DPO, and of conservative DPO with smoothed labels."""
+"""Loss of DPO; with smoothed labels, of conservative DPO (cDPO)."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from dpofast_kernels.preference.loss import PairLoss
 
 @dataclass(frozen=True)
 class SigmoidLoss(PairLoss):
-    """-(1 - e) log sigmoid(z) - e log sigmoid(-z), z = beta (chosen - rejected log-ratio).
+    """-(1 - e) log sigmoid(z) - e log sigmoid(-z) with z = beta (chosen - rejected log-ratio).
 
-    Source: arXiv:2305.18290, eq. 7; with label_smoothing e > 0, cDPO: E. Mitchell, "A note on DPO
-    with noisy preferences and relationship to IPO" (2023), eq. 3.
+    Source: arXiv:2305.18290, eq. 7. With label_smoothing e > 0 it is cDPO: E. Mitchell, "A note on
+    DPO with noisy preferences and relationship to IPO" (2023), eq. 3.
     """
 
     name: ClassVar[str] = "sigmoid"

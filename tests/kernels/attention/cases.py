@@ -1,4 +1,4 @@
-"""Rows and inputs for attention, and runs of it that give everything there is to compare."""
+"""Rows and inputs for attention, and functions that run it and return all there is to compare."""
 
 from __future__ import annotations
 
@@ -17,11 +17,14 @@ from dpofast_kernels.attention import (
     build_layout,
     shared_attention,
 )
+from dpofast_kernels.attention.call import AttentionCall
 
 Groups = Sequence[tuple[int, Sequence[int]]]
-Attention = Callable[[Tensor, Tensor, Tensor, SharedLayout, AttentionOptions], Tensor]
+# The public op, and one back end.
+Op = Callable[[Tensor, Tensor, Tensor, SharedLayout, AttentionOptions], Tensor]
+Attention = Callable[[AttentionCall], Tensor]
 
-# Pairs, one tail, five tails, empty ones at any place, prefixes of one token.
+# Pairs, one tail, five tails, empty tails in any place, prefixes of one token.
 GROUPS: Groups = ((7, (5, 3)), (1, (1, 1)), (4, (9,)), (3, (0, 6)), (6, (2, 0)), (1, (0, 0)))
 MANY_TAILS: Groups = ((5, (3, 0, 7, 1, 2)), (1, (4,)), (9, (0,)), (2, (0, 1, 0, 4)))
 WINDOWS = (None, 1, 3, 6, 11, 1000)  # the longest sequence has 12 tokens
@@ -29,15 +32,15 @@ LENGTHS = Path(__file__).resolve().parents[3] / "benchmarks" / "lengths.json"
 
 
 def real_groups(num_pairs: int, skip: int = 0) -> Groups:
-    """Real pairs' prompts, chosen and rejected answers."""
-    rows = json.loads(LENGTHS.read_text())["dpo_en_demo"][skip : skip + num_pairs]
-    assert len(rows) == num_pairs
-    return [(prompt, (chosen, rejected)) for _, prompt, chosen, rejected in rows]
+    """Lengths of real pairs: prompts, chosen and rejected answers."""
+    pairs = json.loads(LENGTHS.read_text())["dpo_en_demo"][skip : skip + num_pairs]
+    assert len(pairs) == num_pairs
+    return [(prompt, (chosen, rejected)) for _, prompt, chosen, rejected in pairs]
 
 
 @dataclass(frozen=True)
 class Heads:
-    """How many heads there are, and their sizes."""
+    """Numbers of heads, and their sizes."""
 
     query: int
     key: int
@@ -56,7 +59,7 @@ HEADS = {
 
 @dataclass
 class Inputs:
-    """Leaves of autograd, and the upstream gradient."""
+    """Tensors in one dtype, among them the upstream gradient."""
 
     layout: SharedLayout
     query: Tensor  # [T, Hq, D]
@@ -66,7 +69,7 @@ class Inputs:
     d_output: Tensor  # [T, Hq, Dv]
 
     def to(self, device: str, dtype: torch.dtype) -> Inputs:
-        """The same numbers elsewhere."""
+        """The same numbers on a device, in a dtype."""
         names = ("query", "key", "value", "sinks", "d_output")
         moved = {name: getattr(self, name).to(device, dtype) for name in names}
         return Inputs(self.layout.to(device), **moved)
@@ -93,20 +96,25 @@ def make_inputs(groups: Groups, heads: Heads, dtype: torch.dtype = torch.float64
 def run(
     inputs: Inputs,
     options: AttentionOptions,
-    attention: Attention = shared_attention,
+    op: Op = shared_attention,
     with_sinks: bool = False,
 ) -> dict[str, Tensor]:
-    """The output, and the gradient of every input."""
+    """The output of an op, and the gradient of every input."""
     names = ("query", "key", "value", *(("sinks",) if with_sinks else ()))
     leaves = {name: getattr(inputs, name).detach().requires_grad_() for name in names}
     options = replace(options, sinks=leaves.get("sinks"))
-    out = attention(leaves["query"], leaves["key"], leaves["value"], inputs.layout, options)
+    out = op(leaves["query"], leaves["key"], leaves["value"], inputs.layout, options)
     gradients = torch.autograd.grad(out, list(leaves.values()), inputs.d_output.to(out.dtype))
     return {"output": out.detach(), **dict(zip(names, gradients, strict=True))}
 
 
+def as_op(attention: Attention) -> Op:
+    """A back end called with the arguments of `shared_attention`, without its checks."""
+    return lambda *arguments: attention(AttentionCall(*arguments))
+
+
 def assert_close(got: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    """Within 1e-12 in the output and 1e-11 in gradients."""
+    """The output within 1e-12, the gradients within 1e-11."""
     assert got.keys() == expected.keys()
     for name, truth in expected.items():
         assert got[name].shape == truth.shape, name
@@ -117,7 +125,7 @@ def assert_close(got: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 
 
 def relative_errors(got: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, float]:
-    """Norm of the difference over the norm of the truth."""
+    """Norm of the difference, divided by the norm of the truth."""
     return {
         name: ((got[name].double() - truth.double()).norm() / truth.double().norm()).item()
         for name, truth in expected.items()
@@ -125,7 +133,7 @@ def relative_errors(got: dict[str, Tensor], expected: dict[str, Tensor]) -> dict
 
 
 def sequences_of(groups: Groups) -> list[Tensor]:
-    """Of every sequence, alone: the rows of its tokens, written without the layout."""
+    """The tokens of every sequence, by their place in the row; computed without a layout."""
     sequences, start = [], 0
     for prefix, tails in groups:
         shared = list(range(start, start + prefix))
@@ -137,24 +145,24 @@ def sequences_of(groups: Groups) -> list[Tensor]:
 
 
 def run_alone(inputs: Inputs, groups: Groups, window: int | None) -> dict[str, Tensor]:
-    """As `run`, by PyTorch's attention for each sequence alone, a prefix once per tail.
+    """The result of `run` from PyTorch's attention of each sequence, a prefix once per tail.
 
-    The upstream gradient of a prefix' output belongs to its first sequence.
+    The upstream gradient of a prefix's output is given to its first sequence.
     """
     leaves = [t.detach().requires_grad_() for t in (inputs.query, inputs.key, inputs.value)]
     out = torch.zeros_like(inputs.d_output)
     loss = torch.zeros((), dtype=out.dtype)
     seen: set[int] = set()
-    for rows in sequences_of(groups):
-        query, key, value = (leaf[rows].transpose(0, 1)[None] for leaf in leaves)
-        position = torch.arange(len(rows))
+    for tokens in sequences_of(groups):
+        query, key, value = (leaf[tokens].transpose(0, 1)[None] for leaf in leaves)
+        position = torch.arange(len(tokens))
         distance = position[:, None] - position
-        mask = (distance >= 0) & (distance < (window or len(rows)))
+        mask = (distance >= 0) & (distance < (window or len(tokens)))
         alone = F.scaled_dot_product_attention(query, key, value, mask, enable_gqa=True)
         alone = alone[0].transpose(0, 1)  # [n, Hq, Dv]
-        out[rows] = alone.detach()
-        new = torch.tensor([row not in seen for row in rows.tolist()])
-        seen |= set(rows.tolist())
-        loss = loss + (alone * inputs.d_output[rows])[new].sum()
+        out[tokens] = alone.detach()
+        new = torch.tensor([token not in seen for token in tokens.tolist()])
+        seen |= set(tokens.tolist())
+        loss = loss + (alone * inputs.d_output[tokens])[new].sum()
     gradients = torch.autograd.grad(loss, leaves)
     return {"output": out, **dict(zip(("query", "key", "value"), gradients, strict=True))}

@@ -1,7 +1,7 @@
-"""Flash attention for variable lengths, as a GPU does it, emulated on the CPU.
+"""The GPU's flash attention for variable lengths, emulated on the CPU.
 
-Packages and PyTorch's operator have one meaning: queries are the last of their segment's keys, and
-see `left` keys before their own one and `right` after it; -1 is all of them.
+The packages and PyTorch's operator agree on the meaning: queries are the last of their segment's
+keys, and look at `left` keys before their own and at `right` keys after it; -1 is all of them.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def masked(scores: Tensor, window: Limits) -> Tensor:
 
 
 def check_heads(query: Tensor, key: Tensor, value: Tensor) -> int:
-    """What the kernels ask for; how many query heads share a key."""
+    """Check what the kernels require, and return how many query heads share a key head."""
     assert query.shape[2] == key.shape[2] == value.shape[2]
     assert query.shape[2] % 8 == 0
     assert query.shape[2] <= 256
@@ -71,8 +71,8 @@ def package_function(
     assert not deterministic
     repeats = check_heads(query, key, value)
     outputs = []
-    for rows, keys in segments(cu_q, cu_k):
-        scores = heads_first(query[rows]) @ heads_first(key[keys], repeats).transpose(1, 2)
+    for queries, keys in segments(cu_q, cu_k):
+        scores = heads_first(query[queries]) @ heads_first(key[keys], repeats).transpose(1, 2)
         scores = scores * softmax_scale
         if softcap:
             scores = softcap * torch.tanh(scores / softcap)
@@ -111,12 +111,12 @@ def operator_forward(
     assert max_k == int(cu_k.diff().max())
     repeats = check_heads(query, key, value)
     out = torch.zeros_like(query)
-    for rows, keys in segments(cu_q, cu_k):
+    for queries, keys in segments(cu_q, cu_k):
         segment_key = heads_first(key[keys], repeats)
-        probs = _probs(heads_first(query[rows]), segment_key, scale, _window(is_causal, options))
-        out[rows] = (probs @ heads_first(value[keys], repeats)).transpose(0, 1)
+        probs = _probs(heads_first(query[queries]), segment_key, scale, _window(is_causal, options))
+        out[queries] = (probs @ heads_first(value[keys], repeats)).transpose(0, 1)
     state = torch.zeros(2, dtype=torch.uint64)
-    # The backward below makes the scores again, and needs no log-sum-exp.
+    # The backward below computes the scores again, so it needs no log-sum-exp.
     return out, query.new_zeros(query.shape[1], len(query)), state, state.clone(), torch.zeros(0)
 
 
@@ -146,15 +146,15 @@ def operator_backward(
     def shared(gradient: Tensor) -> Tensor:  # [Hq, m, D] -> [m, Hkv, D]
         return gradient.unflatten(0, (-1, repeats)).sum(1).transpose(0, 1)
 
-    for rows, keys in segments(cu_q, cu_k):
-        segment_query, segment_grad = heads_first(query[rows]), heads_first(d_output[rows])
+    for queries, keys in segments(cu_q, cu_k):
+        segment_query, segment_grad = heads_first(query[queries]), heads_first(d_output[queries])
         segment_key = heads_first(key[keys], repeats)
         segment_value = heads_first(value[keys], repeats)
         probs = _probs(segment_query, segment_key, scale, _window(is_causal, options))
         d_probs = segment_grad @ segment_value.transpose(1, 2)
-        delta = (segment_grad * heads_first(out[rows])).sum(-1, keepdim=True)
+        delta = (segment_grad * heads_first(out[queries])).sum(-1, keepdim=True)
         d_scores = probs * (d_probs - delta) * scale
-        d_query[rows] = (d_scores @ segment_key).transpose(0, 1)
+        d_query[queries] = (d_scores @ segment_key).transpose(0, 1)
         d_key[keys] = shared(d_scores.transpose(1, 2) @ segment_query)
         d_value[keys] = shared(probs.transpose(1, 2) @ segment_grad)
     return d_query, d_key, d_value

@@ -1,4 +1,4 @@
-"""Which backend runs on which machine, and why not."""
+"""Which back end runs on which machine, and for which reason another one does not."""
 
 from __future__ import annotations
 
@@ -80,13 +80,13 @@ def test_a_wish_that_cannot_be_met_raises(
         choose_backend(machine, dtype, 128, options)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="of a machine without a GPU")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
 @pytest.mark.parametrize(
     ("source", "usable"),
     [
         ("def flash_attn_varlen_func(): ...", True),
-        ("def flash_attn_func(): ...", False),  # another package of that name
-        ("raise ImportError('undefined symbol: of another PyTorch')", False),
+        ("def flash_attn_func(): ...", False),  # another package with the same name
+        ("raise ImportError('undefined symbol: built for another PyTorch')", False),
         (None, False),
     ],
 )

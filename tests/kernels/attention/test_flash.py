@@ -1,6 +1,6 @@
-"""What surrounds flash attention on CUDA: tables, windows, padded heads and the gather.
+"""The code around flash attention on CUDA: bounds, windows, padded heads and the gather.
 
-The kernels are emulated; that the real ones are right is for the tests on a GPU to say.
+The kernels are emulated here. The tests on a GPU check the real ones.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from tests.kernels.attention.cases import (
     WINDOWS,
     Attention,
     Groups,
+    as_op,
     assert_close,
     make_inputs,
     real_groups,
@@ -33,7 +34,7 @@ ROWS = {"pairs": GROUPS, "many tails": MANY_TAILS}
 
 @pytest.fixture
 def operator() -> Iterator[None]:
-    """PyTorch's operators of flash attention, which have no kernel for CPUs, get one."""
+    """Give PyTorch's operators of flash attention an emulated kernel for CPUs; they have none."""
     library = torch.library.Library("aten", "IMPL", "CPU")
     library.impl("_flash_attention_forward", emulated.operator_forward)
     library.impl("_flash_attention_backward", emulated.operator_backward)
@@ -43,7 +44,7 @@ def operator() -> Iterator[None]:
 
 @pytest.fixture
 def packages(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Modules with the names of the packages."""
+    """Put emulated modules in place of the packages."""
 
     def with_logsumexp(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, None]:
         return emulated.package_function(*args, **kwargs), None
@@ -66,7 +67,7 @@ def test_varlen_equals_naive(groups: Groups, heads: str, window: int | None):
     inputs = make_inputs(groups, HEADS[heads])
     options = AttentionOptions(window=window)
     expected = run(inputs, AttentionOptions(window=window, backend="naive"))
-    assert_close(run(inputs, options, flash.varlen_attention), expected)
+    assert_close(run(inputs, options, as_op(flash.varlen_attention)), expected)
 
 
 @pytest.mark.usefixtures("operator")
@@ -74,7 +75,7 @@ def test_varlen_on_real_lengths():
     inputs = make_inputs(real_groups(3, skip=10), HEADS["gqa"])
     options = AttentionOptions(scale=0.5, window=100)
     expected = run(inputs, AttentionOptions(scale=0.5, window=100, backend="sdpa"))
-    assert_close(run(inputs, options, flash.varlen_attention), expected)
+    assert_close(run(inputs, options, as_op(flash.varlen_attention)), expected)
 
 
 @pytest.mark.usefixtures("packages")
@@ -94,4 +95,4 @@ def test_packages_equal_naive(
     inputs = make_inputs(GROUPS, HEADS[heads])
     options = AttentionOptions(window=window, softcap=softcap)
     expected = run(inputs, AttentionOptions(window=window, softcap=softcap, backend="naive"))
-    assert_close(run(inputs, options, attention), expected)
+    assert_close(run(inputs, options, as_op(attention)), expected)

@@ -1,4 +1,4 @@
-"""The gather of keys, and its backward, against PyTorch's own index_add."""
+"""The gather of keys and its backward, compared with PyTorch's index_add."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ CASES = {
 
 @pytest.fixture
 def two_threads(one_thread: None) -> Iterator[None]:
-    """On real lengths with threads: writes to the same row would show."""
+    """With two threads, colliding writes to one token would show."""
     torch.set_num_threads(2)
     yield
     torch.set_num_threads(1)
@@ -36,11 +36,11 @@ def test_gradient_equals_index_add(groups: Groups):
     generator = torch.Generator().manual_seed(0)
     options = {"generator": generator, "dtype": torch.float64}
     states = torch.randn(layout.num_tokens, 2, 16, **options).requires_grad_()
-    d_gathered = torch.randn(len(layout.key_rows), 2, 16, **options)
+    d_gathered = torch.randn(len(layout.key_tokens), 2, 16, **options)
     gathered = gather_keys(states, layout)
-    assert torch.equal(gathered, states.detach()[layout.key_rows])
+    assert torch.equal(gathered, states.detach()[layout.key_tokens])
     (got,) = torch.autograd.grad(gathered, states, d_gathered, retain_graph=True)
-    expected = torch.zeros_like(states).index_add(0, layout.key_rows, d_gathered)
+    expected = torch.zeros_like(states).index_add(0, layout.key_tokens, d_gathered)
     assert (got - expected).abs().max().item() <= 1e-12
     (again,) = torch.autograd.grad(gathered, states, d_gathered)
     assert torch.equal(got, again)

@@ -1,4 +1,4 @@
-"""The layout: positions, segments and copies."""
+"""The layout of a packed row: positions, segments and copies of keys."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dpofast_kernels.attention import attends, build_layout
+from dpofast_kernels.attention.layout import CopyRound
 from tests.kernels.attention.cases import GROUPS, MANY_TAILS, Groups, sequences_of
 
 groups_strategy = st.lists(
@@ -28,33 +29,43 @@ def test_a_pair_is_laid_out_as_it_is_drawn():
     assert layout.tail_ids.tolist() == [0, 0, 1, 2, 2, 0, 2]
     assert layout.query_lengths == (3, 2, 2)
     assert layout.key_lengths == (3, 4, 2)
-    assert layout.key_rows.tolist() == [0, 1, 2, 0, 1, 3, 4, 5, 6]
+    assert layout.key_tokens.tolist() == [0, 1, 2, 0, 1, 3, 4, 5, 6]
     assert layout.cu_seqlens_q.tolist() == [0, 3, 5, 7]
     assert layout.cu_seqlens_k.tolist() == [0, 3, 7, 9]
     assert layout.position_ids.dtype == torch.int64
     assert layout.cu_seqlens_q.dtype == layout.cu_seqlens_k.dtype == torch.int32
 
 
+def test_the_example_of_the_module():
+    layout = build_layout([(2, (1, 2, 1))])
+    assert layout.key_tokens.tolist() == [0, 1, 2, 0, 1, 3, 4, 0, 1, 5]
+    assert layout.first_copies.tolist() == [0, 1, 2, 5, 6, 9]
+    found = [(copies.tokens.tolist(), copies.places.tolist()) for copies in layout.later_copies]
+    assert found == [([0, 1], [3, 4]), ([0, 1], [7, 8])]
+
+
 @settings(max_examples=60, deadline=None)
 @given(groups_strategy)
 def test_everything_says_the_same(groups: Groups):
-    """Segments, the naive mask and a list of the sequences agree on what attends to what."""
+    """Segments, the naive mask and a list of the sequences agree on which token looks at which."""
     layout = build_layout(groups)
     num_tokens = sum(prefix + sum(tails) for prefix, tails in groups)
     assert layout.num_tokens == num_tokens
 
     by_sequence = torch.zeros(num_tokens, num_tokens, dtype=torch.bool)
-    for rows in sequences_of(groups):
-        assert layout.position_ids[rows].tolist() == list(range(len(rows)))
-        by_sequence[rows[:, None], rows] |= torch.ones(len(rows), len(rows)).tril().bool()
+    for tokens in sequences_of(groups):
+        length = len(tokens)
+        assert layout.position_ids[tokens].tolist() == list(range(length))
+        by_sequence[tokens[:, None], tokens] |= torch.ones(length, length).tril().bool()
     assert torch.equal(attends(layout), by_sequence)
 
     by_segment = torch.zeros_like(by_sequence)
     limits_q, limits_k = layout.cu_seqlens_q.tolist(), layout.cu_seqlens_k.tolist()
     for queries, keys in zip(pairwise(limits_q), pairwise(limits_k), strict=True):
-        rows, key_rows = torch.arange(*queries), layout.key_rows[slice(*keys)]
-        seen = torch.ones(len(rows), len(key_rows)).tril(len(key_rows) - len(rows)).bool()
-        by_segment[rows[:, None], key_rows] = seen
+        tokens, key_tokens = torch.arange(*queries), layout.key_tokens[slice(*keys)]
+        num_shared = len(key_tokens) - len(tokens)
+        seen = torch.ones(len(tokens), len(key_tokens)).tril(num_shared).bool()
+        by_segment[tokens[:, None], key_tokens] = seen
     assert torch.equal(by_segment, by_sequence)
     assert tuple(b - a for a, b in pairwise(limits_q)) == layout.query_lengths
     assert tuple(b - a for a, b in pairwise(limits_k)) == layout.key_lengths
@@ -66,13 +77,14 @@ def test_everything_says_the_same(groups: Groups):
 @given(groups_strategy)
 def test_copies_are_all_there_once(groups: Groups):
     layout = build_layout(groups)
-    tokens = [torch.arange(layout.num_tokens), *(rows for rows, _ in layout.later_copies)]
-    copies = [layout.first_copies, *(copies for _, copies in layout.later_copies)]
-    everywhere = torch.cat(copies)
-    assert torch.equal(everywhere.sort().values, torch.arange(len(layout.key_rows)))
-    assert torch.equal(layout.key_rows[everywhere], torch.cat(tokens))
-    for rows in tokens:
-        assert len(rows.unique()) == len(rows)
+    first = CopyRound(torch.arange(layout.num_tokens), layout.first_copies)
+    rounds = [first, *layout.later_copies]
+    everywhere = torch.cat([copies.places for copies in rounds])
+    assert torch.equal(everywhere.sort().values, torch.arange(len(layout.key_tokens)))
+    copied = torch.cat([copies.tokens for copies in rounds])
+    assert torch.equal(layout.key_tokens[everywhere], copied)
+    for copies in rounds:
+        assert len(copies.tokens.unique()) == len(copies.tokens)
 
 
 @pytest.mark.parametrize("window", [1, 3, 1000])
@@ -91,11 +103,11 @@ def test_moves_whole():
     layout = build_layout(MANY_TAILS)
     for moved in (layout.to("cpu"), pickle.loads(pickle.dumps(layout))):
         assert moved.query_lengths == layout.query_lengths
-        assert torch.equal(moved.key_rows, layout.key_rows)
+        assert torch.equal(moved.key_tokens, layout.key_tokens)
         assert len(moved.later_copies) == 3
     meta = layout.to("meta")
     tensors = [value for value in vars(meta).values() if isinstance(value, torch.Tensor)]
-    tensors += [tensor for pair in meta.later_copies for tensor in pair]
+    tensors += [tensor for copies in meta.later_copies for tensor in vars(copies).values()]
     assert len(tensors) == 7 + 2 * len(layout.later_copies)
     assert all(tensor.is_meta for tensor in tensors)
 

@@ -1,13 +1,15 @@
-"""Two calls merged by their softmaxes' denominators, against one under a mask."""
+"""Attention merged from two parts, compared with one call under a mask."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
 
 from dpofast_kernels.attention import AttentionOptions, segments
+from dpofast_kernels.attention.call import AttentionCall
 from dpofast_kernels.attention.merged import can_merge
 from tests.kernels.attention.cases import (
     GROUPS,
@@ -27,7 +29,7 @@ SDPA = AttentionOptions(backend="sdpa")
 
 @pytest.fixture
 def masked(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
-    """Until undone, no call is merged."""
+    """Merge no call until this is undone."""
     with monkeypatch.context() as context:
         context.setattr(segments, "can_merge", lambda *_: False)
         yield context
@@ -37,7 +39,7 @@ def masked(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
 @pytest.mark.parametrize("groups", ROWS.values(), ids=ROWS)
 @pytest.mark.parametrize("scale", [None, 0.7, 30.0])
 def test_equals_one_call_under_a_mask(masked, groups: Groups, heads: str, scale: float | None):
-    """Also where one of two keys takes it all: with a scale of 30 scores differ by hundreds."""
+    """With a scale of 30 scores differ by hundreds, so one part has nearly all of the softmax."""
     inputs = make_inputs(groups, HEADS[heads])
     options = AttentionOptions(scale=scale, backend="sdpa")
     expected = run(inputs, options)
@@ -57,7 +59,7 @@ def test_loses_no_more_in_low_precision(masked, dtype: torch.dtype):
 
 
 def test_repeats_itself_on_real_lengths_with_two_threads(masked, one_thread):
-    inputs = make_inputs(real_groups(30), HEADS["gqa"])
+    inputs = make_inputs(real_groups(8), HEADS["gqa"])
     expected = run(inputs, SDPA)
     masked.undo()
     torch.set_num_threads(2)
@@ -74,7 +76,9 @@ def test_copies_no_keys(monkeypatch):
 
 def test_where_it_runs():
     inputs = make_inputs(GROUPS, HEADS["gqa"])
-    assert can_merge(inputs.query, inputs.value, AttentionOptions())
-    assert not can_merge(inputs.query, inputs.value, AttentionOptions(window=3))
-    assert not can_merge(inputs.query, inputs.value[..., 1:], AttentionOptions())
-    assert not can_merge(inputs.query.to("meta"), inputs.value.to("meta"), AttentionOptions())
+    states = (inputs.query, inputs.key, inputs.value)
+    call = AttentionCall(*states, inputs.layout, AttentionOptions())
+    assert can_merge(call)
+    assert not can_merge(replace(call, options=AttentionOptions(window=3)))
+    assert not can_merge(replace(call, value=inputs.value[..., 1:]))
+    assert not can_merge(replace(call, query=inputs.query.to("meta")))

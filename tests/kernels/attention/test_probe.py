@@ -1,4 +1,4 @@
-"""The probe lets right backends pass, and none that is wrong."""
+"""The probe accepts right back ends and refuses wrong ones."""
 
 from __future__ import annotations
 
@@ -9,10 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from dpofast_kernels.attention import AttentionOptions, SharedLayout, build_layout, dispatch, probe
+from dpofast_kernels.attention import AttentionOptions, build_layout, dispatch, probe
+from dpofast_kernels.attention.call import AttentionCall
 from dpofast_kernels.attention.segments import sdpa_attention
-
-Change = Callable[[Tensor, Tensor, Tensor, SharedLayout, AttentionOptions], Tensor]
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
@@ -25,51 +24,56 @@ def test_passes(kind: str, window: int | None, dtype: torch.dtype):
     probe("cpu", dtype, 4, 2, 24, 16, options)
 
 
-def _transposed(query, key, value, layout, options):
-    return sdpa_attention(query, key, value.flip(1), layout, options)
+def transposed(call: AttentionCall) -> Tensor:
+    return sdpa_attention(replace(call, value=call.value.flip(1)))
 
 
-def _unscaled(query, key, value, layout, options):
-    return sdpa_attention(query, key, value, layout, replace(options, scale=1.0))
+def unscaled(call: AttentionCall) -> Tensor:
+    return sdpa_attention(replace(call, options=replace(call.options, scale=1.0)))
 
 
-def _windowless(query, key, value, layout, options):
-    return sdpa_attention(query, key, value, layout, replace(options, window=None))
+def windowless(call: AttentionCall) -> Tensor:
+    return sdpa_attention(replace(call, options=replace(call.options, window=None)))
 
 
-def _one_more(query, key, value, layout, options):
-    wider = replace(options, window=options.window + 1)
-    return sdpa_attention(query, key, value, layout, wider)
+def one_more(call: AttentionCall) -> Tensor:
+    wider = replace(call.options, window=call.options.window + 1)
+    return sdpa_attention(replace(call, options=wider))
 
 
-def _mixed(query, key, value, layout, options):
-    row = build_layout([(layout.num_tokens, (0,))])
-    return sdpa_attention(query, key, value, row, options)
+def mixed(call: AttentionCall) -> Tensor:
+    """Every token looks at all tokens before it, those of other groups included."""
+    return sdpa_attention(replace(call, layout=build_layout([(call.layout.num_tokens, (0,))])))
 
 
-def _no_key_gradient(query, key, value, layout, options):
-    return sdpa_attention(query, key.detach() + 0 * key, value, layout, options)
+def no_key_gradient(call: AttentionCall) -> Tensor:
+    return sdpa_attention(replace(call, key=call.key.detach() + 0 * call.key))
 
 
-def _nan(query, key, value, layout, options):
-    return sdpa_attention(query, key, value, layout, options) * float("nan")
+def nan(call: AttentionCall) -> Tensor:
+    return sdpa_attention(call) * float("nan")
 
 
 @pytest.mark.parametrize(
     ("wrong", "what"),
     [
-        (_transposed, "output"),
-        (_unscaled, "output"),
-        (_windowless, "output"),
-        (_one_more, "output"),
-        (_mixed, "output"),
-        (_no_key_gradient, "gradient of key"),
-        (_nan, "output"),
+        (transposed, "output"),
+        (unscaled, "output"),
+        (windowless, "output"),
+        (one_more, "output"),
+        (mixed, "output"),
+        (no_key_gradient, "gradient of key"),
+        (nan, "output"),
     ],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_refuses(monkeypatch: pytest.MonkeyPatch, wrong: Change, what: str, dtype: torch.dtype):
-    monkeypatch.setitem(dispatch._ATTENTION, "sdpa", wrong)
+def test_refuses(
+    monkeypatch: pytest.MonkeyPatch,
+    wrong: Callable[[AttentionCall], Tensor],
+    what: str,
+    dtype: torch.dtype,
+):
+    monkeypatch.setitem(dispatch.ATTENTIONS, "sdpa", wrong)
     with pytest.raises(RuntimeError, match=f"'sdpa' is wrong on cpu: its {what} in {dtype}"):
         probe("cpu", dtype, 4, 2, 16, 16, AttentionOptions(window=4096))
 

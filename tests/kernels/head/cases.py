@@ -1,4 +1,4 @@
-"""Inputs for the head's ops, and runs of them that give everything there is to compare."""
+"""Inputs for the head's ops, and functions that run them and return all there is to compare."""
 
 from __future__ import annotations
 
@@ -12,13 +12,23 @@ from torch import Tensor
 from dpofast_kernels import HeadOptions, PairLoss, linear_logps, linear_pair_loss, pair_metrics
 from dpofast_kernels.head import chunked
 
-LENGTHS = (5, 1, 17, 9, 2, 29)  # scored tokens of three pairs
+LENGTHS = (3, 1, 8, 5, 2, 12)  # scored tokens of three pairs, which have 4, 13 and 14 rows
+SHORT_LENGTHS = (2, 1, 1, 3)  # two pairs of 3 and 4 rows: the interpreter takes time for each row
+BACKENDS = ("torch", "triton", "triton_fused")
+# (backend, dtype, full). The interpreter is slow: without options, it runs bf16 only.
+PRECISION_CASES = [
+    (backend, dtype, full)
+    for backend in BACKENDS
+    for dtype in (torch.float32, torch.bfloat16, torch.float16)
+    for full in (False, True)
+    if backend == "torch" or full or dtype == torch.bfloat16
+]
 FULL_OPTIONS = {"softcap": 5.0, "logit_scale": 0.7, "temperature": 1.3}
 
 
 @dataclass
 class Inputs:
-    """Leaves of autograd in one dtype, and what goes with them."""
+    """Leaves of autograd in one dtype, and the rest of an op's arguments."""
 
     hidden_states: Tensor  # [N, H]
     weight: Tensor  # [V, H]
@@ -53,7 +63,7 @@ def make_inputs(
     spread: float = 2.0,
     seed: int = 0,
 ) -> Inputs:
-    """Random inputs whose logits have about the given standard deviation."""
+    """Random inputs; `spread` is about the standard deviation of their logits."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int, scale: float = 1.0) -> Tensor:
@@ -118,18 +128,18 @@ def gradients(inputs: Inputs) -> dict[str, Tensor]:
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
-    """Frobenius norm of the difference over that of what is expected."""
+    """Norm of the difference, divided by the norm of what is expected."""
     return ((actual - expected).norm() / expected.norm().clamp_min(1e-300)).item()
 
 
 def set_chunk_rows(monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
-    """Let chunks have that many rows, whatever a workspace could hold."""
+    """Set the most rows of a chunk, whatever fits the workspace."""
     monkeypatch.setattr(chunked, "max_chunk_rows", lambda *_: rows)
 
 
 def allowed_error(naive_error: float, dtype: torch.dtype) -> float:
-    """What an op's error may be where naive PyTorch of the same dtype has `naive_error`.
+    """The error that an op may have if the naive one in the same dtype has `naive_error`.
 
-    In fp32 both round but the result's last digits, in another order each.
+    In fp32 both round only the last digits, each in its own order, so the op may be off by more.
     """
     return max(2.0 * naive_error, 3e-7) if dtype == torch.float32 else naive_error

@@ -7,7 +7,7 @@ from itertools import accumulate
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dpofast_kernels.head.chunks import pair_chunks, row_chunks
+from dpofast_kernels.head.workspace import pair_chunks, row_chunks
 
 
 @given(st.integers(0, 50), st.integers(0, 200), st.integers(1, 60))

@@ -1,4 +1,4 @@
-"""What only the fused product has: block loads in two ways, and rows that are made again."""
+"""What only the fused product has: two kinds of block loads, and rows that are computed again."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from dpofast_kernels.head import fused_triton
 from dpofast_kernels.head.launch import launch_table
 from tests.kernels.head.cases import (
     FULL_OPTIONS,
+    SHORT_LENGTHS,
     make_inputs,
     options_for,
     relative_error,
@@ -21,7 +22,7 @@ SIGMOID = make_loss("sigmoid", beta=0.3)
 
 @pytest.fixture
 def tiles(monkeypatch):
-    """Sets entries of the table's configurations of the fused product."""
+    """A function that changes the fused product's entries of the launch table."""
 
     def change(**changes):
         for name in ("score_tiles", "score_tiles_wide"):
@@ -41,15 +42,15 @@ def compare(inputs, tolerance, **options):
 
 
 def noted_tiles(monkeypatch):
-    """The configurations of tiles that will be launched."""
+    """A list that every launched configuration of tiles is appended to."""
     used = []
-    sources = fused_triton._tile_sources
+    sources = fused_triton.tile_sources
 
     def noting(*given):
         used.append(given[-1])
         return sources(*given)
 
-    monkeypatch.setattr(fused_triton, "_tile_sources", noting)
+    monkeypatch.setattr(fused_triton, "tile_sources", noting)
     return used
 
 
@@ -68,7 +69,7 @@ def test_block_loads_by_descriptor_and_by_pointer(
 def test_rows_that_are_not_aligned_are_loaded_by_pointer_in_smaller_tiles(
     by_descriptor, tiles, monkeypatch
 ):
-    """Whatever the table's largest tiles are loaded by: only the smaller ones are compiled so."""
+    """Whatever the table says about the largest tiles. With pointers, only smaller ones compile."""
     tiles(DESCRIPTORS=by_descriptor)
     wide = {**launch_table()["cpu"]["score_tiles_wide"], "BM": 16}
     monkeypatch.setitem(launch_table()["cpu"], "score_tiles_wide", wide)
@@ -88,14 +89,14 @@ def test_any_tiles_give_the_same(blocks, tiles):
 
 
 @pytest.mark.parametrize("full", [False, True], ids=["plain", "full"])
-def test_rows_made_again_equal_the_others(full, monkeypatch):
-    """With no sum small enough, every row takes the path of labels of vanishing probability."""
+def test_rows_computed_again_equal_the_others(full, monkeypatch):
+    """With a bound of 0, every row takes the path for labels of vanishing probability."""
     monkeypatch.setattr(fused_triton, "MAX_REST", 0.0)
-    compare(make_inputs(bias=full), 1e-12, **(FULL_OPTIONS if full else {}))
+    compare(make_inputs(bias=full, lengths=SHORT_LENGTHS), 1e-12, **(FULL_OPTIONS if full else {}))
 
 
 def test_labels_of_vanishing_probability():
-    """exp(z - z_label) overflows fp32 in some rows, and passes MAX_REST in others."""
+    """exp(z - z_label) overflows fp32 in some rows and passes MAX_REST in others."""
     inputs = make_inputs(torch.float32, spread=1.0)
     with torch.no_grad():
         inputs.hidden_states[::5] *= 60.0
@@ -111,7 +112,7 @@ def test_labels_of_vanishing_probability():
         assert relative_error(found[name], truth[name]) <= 1e-5, name
 
 
-def test_a_row_of_nan_stays_alone():
+def test_a_row_of_nan_changes_no_other():
     inputs = make_inputs(torch.float32)
     clean = run_pair_loss(inputs, SIGMOID, options_for(inputs, "triton_fused"))
     inputs.hidden_states.data[0] = float("nan")
@@ -123,7 +124,7 @@ def test_a_row_of_nan_stays_alone():
 
 
 def test_float32_is_refused_where_kernels_are_compiled(monkeypatch):
-    monkeypatch.setattr(fused_triton, "is_interpreted", lambda: False)
+    monkeypatch.setattr(fused_triton, "is_interpreted", lambda kernel: False)
     inputs = make_inputs(torch.float32)
     with pytest.raises(ValueError, match=r"weight is torch.float32.*choose backend 'triton'"):
         fused_triton.FusedRows(inputs.weight, options_for(inputs, "triton_fused"))

@@ -1,4 +1,4 @@
-"""The products: upcast in blocks, or of bf16 matrices with an fp32 result, as on a device."""
+"""The matrix products: upcast in blocks, or of bf16 matrices with an fp32 result as on a device."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dpofast_kernels import make_loss
-from dpofast_kernels.head import matmul, rows_triton
+from dpofast_kernels.head import dtypes, matmul, rows_triton
 from tests.kernels.head.cases import (
     make_inputs,
     options_for,
@@ -23,7 +23,7 @@ SIGMOID = make_loss("sigmoid", beta=0.3)
 
 @pytest.fixture
 def device_products(monkeypatch):
-    """Let the CPU multiply bf16 matrices with an fp32 result, as CUDA does; counts the products."""
+    """Let the CPU multiply bf16 matrices with an fp32 result, as CUDA does; names of the calls."""
     calls = []
 
     def with_out_dtype(function):
@@ -39,25 +39,26 @@ def device_products(monkeypatch):
 
     monkeypatch.setattr(torch, "mm", with_out_dtype(torch.mm))
     monkeypatch.setattr(torch, "addmm", with_out_dtype(torch.addmm))
-    monkeypatch.setattr(matmul, "has_wide_products", lambda device, dtype: True)
+    for module in (dtypes, matmul):
+        monkeypatch.setattr(module, "has_wide_products", lambda device, dtype: True)
     return calls
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton", "triton_fused"])
 def test_products_of_bf16_matrices(backend, device_products, monkeypatch):
     inputs = make_inputs(torch.bfloat16, bias=True)
-    # two chunks of logits: of two pairs and of one
-    set_chunk_rows(monkeypatch, 40)
+    # Two chunks: the first two pairs have 17 rows, the third one 14.
+    set_chunk_rows(monkeypatch, 20)
     exact = inputs.to(torch.float64)
     truth = run_pair_loss(exact, SIGMOID, options_for(exact, "naive", softcap=5.0))
     found = run_pair_loss(inputs, SIGMOID, options_for(inputs, backend, softcap=5.0))
     expected = ["mm", "mm", "mm", "mm", "mm", "addmm"]
-    if backend == "triton_fused":  # makes no logits by the library's product
+    if backend == "triton_fused":  # the library computes no logits
         expected = ["mm", "mm", "mm", "addmm"]
     assert device_products == expected
     assert relative_error(found["logps"], truth["logps"]) <= 1e-6
-    # two roundings to bf16, of d_logits and of the result, in way B a third one, of scaled hidden
-    # states; the interpreter cuts off where a device rounds to nearest
+    # Two roundings to bf16: d_logits and the result. The fused product has a third one, of scaled
+    # hidden states. The interpreter cuts digits off, while a device rounds to nearest.
     tolerance = 3e-3 if backend == "torch" else 8e-3
     for name in ("hidden_states", "weight", "bias"):
         assert relative_error(found[name], truth[name]) <= tolerance, name
@@ -65,8 +66,8 @@ def test_products_of_bf16_matrices(backend, device_products, monkeypatch):
 
 @pytest.mark.parametrize("spread", [1.0, 2.0, 4.0])
 def test_products_of_bf16_matrices_are_no_less_exact_than_naive(spread, device_products):
-    """Both round d_logits and results; naive rounds logits, too, which matters more the wider they
-    spread. A pair's rounding is one throw of the dice, so there are many pairs."""
+    """Both round d_logits and results. The naive op also rounds logits, which matters more the
+    wider they spread. How a single pair is rounded is chance, so there are many pairs."""
     squares = {"ours": Counter(), "naive": Counter()}
     for seed in range(4):
         inputs = make_inputs(
@@ -85,7 +86,7 @@ def test_products_of_bf16_matrices_are_no_less_exact_than_naive(spread, device_p
 
 
 def test_a_triton_gradient_is_rounded_once(monkeypatch):
-    """In bf16 it is the fp32 one with its last bits cut off, as the interpreter rounds."""
+    """In bf16 it is the fp32 one with its last bits cut off: the interpreter rounds that way."""
     inputs = make_inputs(torch.bfloat16, bias=True)
     coefficients = torch.linspace(-1e-3, 2e-3, len(inputs.labels))
     options = options_for(inputs, "triton", softcap=5.0)
@@ -105,10 +106,10 @@ def test_a_triton_gradient_is_rounded_once(monkeypatch):
 
 
 def test_fp16_gradients_are_never_products_of_fp16(monkeypatch):
-    """Also where a device has such products: a pair's coefficient lies below fp16's range."""
-    monkeypatch.setattr(matmul, "has_wide_products", lambda device, dtype: True)
+    """Even if a device has such products: a pair's coefficient is below fp16's range."""
+    monkeypatch.setattr(dtypes, "has_wide_products", lambda device, dtype: True)
     found = {
-        dtype: matmul.product_dtype(torch.zeros(1, dtype=dtype))
+        dtype: dtypes.product_dtype(torch.zeros(1, dtype=dtype))
         for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
     }
     assert found == {

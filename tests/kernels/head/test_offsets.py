@@ -1,4 +1,4 @@
-"""Rows that lie more than 2^31 elements behind the first: offsets are of 64 bits."""
+"""Rows more than 2^31 elements away from the first need offsets of 64 bits."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from dpofast_kernels.head.launch import launch_table
 from dpofast_kernels.head.rows_triton import TritonRows
 from tests.kernels.head.cases import make_inputs
 
-# The third row's offset passes 2^31, while the stride itself fits 32 bits.
+# The third row's offset passes 2^31, although the stride itself fits 32 bits.
 STRIDE = 2**30 + 64
 
 
 @pytest.fixture
 def far_rows(tmp_path):
-    """[3, 507] float32 rows STRIDE apart, in a sparse file of which only they are touched."""
+    """[3, 507] float32 rows STRIDE apart, in a sparse file. Nothing else of the file is touched."""
     numbers = 2 * STRIDE + 512
     path = tmp_path / "rows"
     with path.open("wb") as file:
@@ -48,10 +48,10 @@ def test_rows_far_apart(ops, keep, far_rows):
         assert torch.equal(made.d_logits, wanted.d_logits)
 
 
-@pytest.mark.parametrize("max_rest", [fused_triton.MAX_REST, 0.0], ids=["once", "made again"])
+@pytest.mark.parametrize("max_rest", [fused_triton.MAX_REST, 0.0], ids=["once", "computed again"])
 @pytest.mark.parametrize("hidden_size", [63, 64])
 def test_weights_far_apart(hidden_size, max_rest, far_rows, monkeypatch):
-    """The rows of a weight so large, read by the fused product and by what is around it."""
+    """A weight this large, read by each of the three fused kernels."""
     monkeypatch.setattr(fused_triton, "MAX_REST", max_rest)
     for name in ("score_tiles", "score_tiles_wide"):
         by_pointer = {**launch_table()["cpu"][name], "DESCRIPTORS": False}

@@ -1,4 +1,4 @@
-"""The tiled PyTorch head: blocks of the vocabulary change nothing."""
+"""The PyTorch back end: its blocks of the vocabulary change nothing."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 
 from dpofast_kernels import HeadOptions, linear_logps, make_loss
 from dpofast_kernels.head import tiled
-from dpofast_kernels.head.chunks import row_chunks
+from dpofast_kernels.head.workspace import row_chunks
 from tests.kernels.head.cases import (
     FULL_OPTIONS,
     make_inputs,
@@ -50,10 +50,10 @@ def test_a_block_that_a_bias_rules_out(monkeypatch):
 
 
 def test_a_capped_label_of_probability_one():
-    """There E - S is minus the others' sum, which is lost where it is made from E and S."""
+    """There E - S is -R, which would be lost if it were computed from E and S."""
     inputs = make_inputs(torch.float32, hidden_size=507)
     with torch.no_grad():
-        # orthogonal, so that a row that points at its label has no logit elsewhere
+        # With orthogonal weights, a row that points at its label has no other logits.
         inputs.weight.copy_(torch.linalg.qr(torch.randn(507, 507))[0])
         inputs.hidden_states.copy_(25.0 * inputs.weight[inputs.labels])
     exact = inputs.to(torch.float64)
@@ -67,7 +67,7 @@ def test_a_capped_label_of_probability_one():
 
 
 def test_a_row_hardly_depends_on_the_length_of_its_chunk():
-    """A reference is scored in other chunks than the policy; PyTorch's sums depend on them."""
+    """The reference is scored in other chunks than the policy, which PyTorch's sums depend on."""
     torch.manual_seed(0)
     hidden_states, weight = torch.randn(300, 128), torch.randn(5003, 128)
     labels = torch.randint(0, 5003, (300,))
@@ -79,5 +79,5 @@ def test_a_row_hardly_depends_on_the_length_of_its_chunk():
             for rows in row_chunks(0, 300, size)
         ]
         found = torch.cat(parts)
-        torch.testing.assert_close(found, whole, rtol=2.0**-22, atol=0)  # two units, of 2^-23
+        torch.testing.assert_close(found, whole, rtol=2.0**-22, atol=0)  # two units of 2^-23
         assert (found != whole).float().mean() <= 0.1, size

@@ -1,4 +1,4 @@
-"""A workspace holds a chunk's logits within its limit, and what it held before plays no part."""
+"""A workspace keeps to its limit, and its old contents never show in a result."""
 
 from __future__ import annotations
 
@@ -11,14 +11,13 @@ import torch
 from dpofast_kernels import HeadOptions, linear_logps, linear_pair_loss, make_loss
 from dpofast_kernels.head import chunked
 from dpofast_kernels.head import workspace as workspaces
-from dpofast_kernels.head.chunks import max_chunk_rows
-from dpofast_kernels.head.workspace import Workspace
+from dpofast_kernels.head.workspace import Workspace, max_chunk_rows
 
 DEFAULTS = HeadOptions()
 
 
 def test_rows_of_a_workspace():
-    """160 MiB on a CPU, sixteen rows at a time."""
+    """On a CPU the default is 160 MiB, and rows come in sixteens."""
     weight = torch.zeros(2**20 - 3, 0)
     assert max_chunk_rows(weight, torch.float64, None, True) == 16
     assert max_chunk_rows(weight, torch.float32, None, True) == 32
@@ -28,7 +27,7 @@ def test_rows_of_a_workspace():
 
 
 def test_rows_of_a_workspace_of_whole_rows():
-    """Rows are aligned to 128 bytes, and one always fits; in 1 GB, where a row has 608,256."""
+    """Rows are aligned to 128 bytes, and one always fits. 1 GB is the default, a row 608,256."""
     weight = torch.empty(152_064, 0, device="meta")
     assert max_chunk_rows(weight, torch.float32, None, False) == 1644
     assert max_chunk_rows(weight, torch.bfloat16, None, False) == 3288
@@ -61,7 +60,7 @@ def test_a_chunk_fits(dtype, vocab_major, vocab_size):
 @pytest.mark.parametrize("op", ["pair_loss", "logps"])
 @pytest.mark.parametrize("given", [True, False], ids=["by the option", "by default"])
 def test_no_chunk_exceeds_the_limit(op, given, monkeypatch):
-    """200 rows of a vocabulary of 50, in fp32, where 48 rows are allowed."""
+    """200 rows, a vocabulary of 50 and fp32: the limit allows 48 rows."""
     scored, limit = [], 4 * 50 * 60
     score = chunked.ChunkedHead.score
     monkeypatch.setattr(
@@ -103,14 +102,14 @@ def test_threads_have_workspaces_of_their_own():
 
 def test_memory_above_the_limit_is_not_kept():
     weight = torch.empty(2**20, 0)
-    own = Workspace(weight, 64, torch.float32, True).logits(64)  # 256 MiB, none written to
+    own = Workspace(weight, 64, torch.float32, True).logits(64)  # 256 MiB that are never written
     kept = Workspace(weight, 1, torch.float32, True).logits(1)
     assert kept.data_ptr() != own.data_ptr()
 
 
 def test_a_workspace_made_in_inference_mode_serves_training():
     weight = torch.zeros(1000, 0)
-    workspaces._kept.__dict__.clear()
+    workspaces.thread_memory.__dict__.clear()
     with torch.inference_mode():
         Workspace(weight, 10, torch.float32, True).logits(10).fill_(1.0)
     logits = Workspace(weight, 10, torch.float32, True).logits(10)
@@ -118,7 +117,7 @@ def test_a_workspace_made_in_inference_mode_serves_training():
 
 
 def run_op(op, num_rows, options=DEFAULTS):
-    """A value and its gradients, of two pairs in fp32 with a vocabulary of 50."""
+    """Run an op on two pairs in fp32, a vocabulary of 50; the value and its gradients."""
     torch.manual_seed(0)
     hidden_states = torch.randn(num_rows, 8, requires_grad=True)
     weight = torch.randn(50, 8, requires_grad=True)
@@ -138,6 +137,6 @@ def run_op(op, num_rows, options=DEFAULTS):
 @pytest.mark.parametrize("op", ["pair_loss", "logps"])
 def test_what_a_workspace_held_before_plays_no_part(op, num_rows):
     first = run_op(op, num_rows)
-    workspaces._kept.memory.fill_(0xFF)  # of all bits set, every float is NaN
+    workspaces.thread_memory.memory.fill_(0xFF)  # with all bits set, every float is NaN
     for got, wanted in zip(run_op(op, num_rows), first, strict=True):
         torch.testing.assert_close(got, wanted, rtol=0, atol=0)

@@ -1,4 +1,4 @@
-"""Metrics of pairs against figures worked by hand."""
+"""Metrics of pairs compared with figures worked out by hand."""
 
 from __future__ import annotations
 

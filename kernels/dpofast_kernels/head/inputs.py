@@ -1,4 +1,7 @@
-"""The edge of the head's ops: what was got, what was expected."""
+"""Checks of what the head's public ops are given.
+
+Every error names the argument, what it is and what was expected.
+"""
 
 from __future__ import annotations
 
@@ -7,39 +10,14 @@ import os
 import torch
 from torch import Tensor
 
+from dpofast_kernels.head.dtypes import accumulate_dtype
 from dpofast_kernels.head.options import HeadOptions
 from dpofast_kernels.head.sequences import check_bounds
 from dpofast_kernels.preference import PairLoss
 
-# Labels on a device are checked where this is 1; it waits for the device.
+# Set this variable to 1 to check labels on a device, too; the check waits for the device.
 CHECK_LABELS = "DPOFAST_CHECK_LABELS"
 IGNORED_LABEL = -100
-FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-
-
-def compute_dtype(hidden_states: Tensor, weight: Tensor) -> torch.dtype:
-    """What inputs are cast to first: the autocast dtype, under autocast, else their own.
-
-    As everywhere in PyTorch, float64 is left alone by autocast.
-
-    Raises:
-        ValueError: dtypes differ outside autocast, or aren't floating.
-    """
-    dtypes = (hidden_states.dtype, weight.dtype)
-    device_type = hidden_states.device.type
-    if not set(dtypes) <= set(FLOATS):
-        raise ValueError(
-            f"hidden_states is {dtypes[0]} and weight {dtypes[1]}, expected float64, float32, "
-            "bfloat16 or float16."
-        )
-    if torch.is_autocast_enabled(device_type) and torch.float64 not in dtypes:
-        return torch.get_autocast_dtype(device_type)
-    if dtypes[0] != dtypes[1]:
-        raise ValueError(
-            f"hidden_states is {dtypes[0]} but weight {dtypes[1]}: cast one of them, or run the "
-            "op under torch.autocast."
-        )
-    return weight.dtype
 
 
 def check_head_inputs(
@@ -48,7 +26,12 @@ def check_head_inputs(
     labels: Tensor,  # [N]
     options: HeadOptions,
 ) -> None:
-    """Raise ValueError or TypeError, naming the argument, unless these belong together."""
+    """Check types, shapes, dtypes, devices and labels of one call.
+
+    Raises:
+        TypeError: an argument has the wrong type.
+        ValueError: the arguments don't belong together, or a label is out of range.
+    """
     _check_types(hidden_states=hidden_states, weight=weight, labels=labels)
     if not isinstance(options, HeadOptions):
         raise TypeError(f"options is a {type(options).__name__}, expected HeadOptions.")
@@ -67,16 +50,13 @@ def check_head_inputs(
     _check_tensor("weight", weight, hidden_states.device, weight.shape)
     _check_tensor("labels", labels, hidden_states.device, labels.shape)
     _check_tensor("bias", options.bias, hidden_states.device, weight.shape[:1], weight.dtype)
-    grad_dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
-    _check_tensor(
-        "weight_grad", options.weight_grad, hidden_states.device, weight.shape, grad_dtype
-    )
-    weight_grad = options.weight_grad
+    weight_grad, grad_dtype = options.weight_grad, accumulate_dtype(weight.dtype)
+    _check_tensor("weight_grad", weight_grad, hidden_states.device, weight.shape, grad_dtype)
     if weight_grad is not None and not weight_grad.is_contiguous():
         raise ValueError(
             f"weight_grad has strides {weight_grad.stride()}, expected a contiguous buffer."
         )
-    _check_labels(labels, weight.shape[0])
+    check_labels(labels, weight.shape[0])
 
 
 def check_padded_inputs(
@@ -84,7 +64,12 @@ def check_padded_inputs(
     weight: Tensor,  # [V, H]
     labels: Tensor,  # [B, T]
 ) -> None:
-    """Raise ValueError unless there is a label, or IGNORED_LABEL, for each position."""
+    """Check that every position has a label or IGNORED_LABEL.
+
+    Raises:
+        TypeError: weight or labels is not a tensor.
+        ValueError: wrong shape, dtype or device, or a label out of range.
+    """
     _check_types(weight=weight, labels=labels)
     if labels.shape != hidden_states.shape[:2] or labels.dtype != torch.int64:
         raise ValueError(
@@ -93,8 +78,8 @@ def check_padded_inputs(
             f"{list(hidden_states.shape)}; {IGNORED_LABEL} where there is nothing to score."
         )
     _check_tensor("labels", labels, hidden_states.device, labels.shape)
-    if weight.dim() == 2:  # else the op itself complains
-        _check_labels(labels, len(weight), (labels != IGNORED_LABEL))
+    if weight.dim() == 2:  # check_head_inputs refuses any other weight
+        check_labels(labels, len(weight), (labels != IGNORED_LABEL))
 
 
 def _check_types(**tensors: object) -> None:
@@ -103,8 +88,17 @@ def _check_types(**tensors: object) -> None:
             raise TypeError(f"{name} is a {type(value).__name__}, expected a tensor.")
 
 
-def _check_labels(labels: Tensor, vocab_size: int, scored: Tensor | None = None) -> None:
-    """Raise ValueError for a label out of range, unless `scored` is False there."""
+def check_labels(labels: Tensor, vocab_size: int, scored: Tensor | None = None) -> None:
+    """Check that labels are in the vocabulary; on a device only with DPOFAST_CHECK_LABELS=1.
+
+    Args:
+        labels: any shape, int64.
+        vocab_size: labels run from 0 to vocab_size - 1.
+        scored: bool, shaped like `labels`: False where the label is not looked at. None checks all.
+
+    Raises:
+        ValueError: a label is out of range.
+    """
     if labels.device.type != "cpu" and os.environ.get(CHECK_LABELS) != "1":
         return
     wrong = (labels < 0) | (labels >= vocab_size)
@@ -124,12 +118,21 @@ def check_pairs(
     loss: PairLoss,
     num_rows: int,
 ) -> list[int]:
-    """The bounds as a list, if they are of whole pairs without an empty sequence.
+    """Check what `linear_pair_loss` is told about its pairs.
+
+    Args:
+        bounds: [2P+1].
+        ref_logps: [2P].
+        loss: any loss from `make_loss`.
+        num_rows: scored tokens in all sequences.
+
+    Returns:
+        The bounds as a list.
 
     Raises:
-        ValueError: a pair without its partner, an empty sequence, bounds that don't cover the rows,
-            or reference log-probs of another number of sequences.
-        TypeError: no tensors, or no loss.
+        TypeError: bounds or ref_logps is not a tensor, or loss is not a PairLoss.
+        ValueError: an odd number of sequences, an empty sequence, bounds that don't cover the rows,
+            or not one reference log-prob for each sequence.
     """
     _check_types(bounds=bounds, ref_logps=ref_logps)
     if not isinstance(loss, PairLoss):

@@ -1,6 +1,8 @@
-"""Misuse raises at the edge and names the argument."""
+"""Misuse of the public ops raises an error that names the argument."""
 
 from __future__ import annotations
+
+import sys
 
 import pytest
 import torch
@@ -13,19 +15,19 @@ from dpofast_kernels import (
     make_loss,
     sum_per_sequence,
 )
-from dpofast_kernels.head import checks, rows_triton
+from dpofast_kernels.head import backends, inputs
 from tests.kernels.head.cases import make_inputs
 
 
 def call(**changes):
-    """linear_pair_loss on right inputs but for these; 16 rows of 2 pairs, H 6, V 11."""
-    inputs = make_inputs(torch.float32, hidden_size=6, vocab_size=11, lengths=(3, 5, 1, 7))
+    """linear_pair_loss with some arguments changed; 16 rows of 2 pairs, H 6, V 11."""
+    given = make_inputs(torch.float32, hidden_size=6, vocab_size=11, lengths=(3, 5, 1, 7))
     arguments = {
-        "hidden_states": inputs.hidden_states,
-        "weight": inputs.weight,
-        "labels": inputs.labels,
-        "bounds": inputs.bounds,
-        "ref_logps": inputs.ref_logps,
+        "hidden_states": given.hidden_states,
+        "weight": given.weight,
+        "labels": given.labels,
+        "bounds": given.bounds,
+        "ref_logps": given.ref_logps,
         "loss": make_loss("sigmoid"),
         **changes,
     }
@@ -118,13 +120,13 @@ def test_backend_for():
 
 
 def test_triton_on_cpu_tensors_needs_the_interpreter(monkeypatch):
-    monkeypatch.setattr(rows_triton, "is_interpreted", lambda: False)
+    monkeypatch.setattr(backends, "is_interpreted", lambda kernel: False)
     with pytest.raises(ValueError, match=r"the tensors are on cpu.*TRITON_INTERPRET=1"):
         call(options=HeadOptions(backend="triton"))
 
 
 def test_triton_that_is_not_installed(monkeypatch):
-    monkeypatch.setattr("dpofast_kernels.head.dispatch._has_triton", lambda: False)
+    monkeypatch.setitem(sys.modules, "triton", None)
     with pytest.raises(RuntimeError, match="Triton isn't installed"):
         backend_for(torch.zeros(1), HeadOptions(backend="triton"))
 
@@ -172,16 +174,16 @@ def test_misuse_of_padded_inputs(labels, message):
 
 
 def test_labels_on_a_device_are_checked_when_asked_for(monkeypatch):
-    """A device is stood in for by a tensor that says it is on one."""
+    """The labels are on the CPU, but say that they are on a device."""
 
     class OnDevice(torch.Tensor):
         device = torch.device("cuda")
 
     labels = torch.tensor([0, 3, 11]).as_subclass(OnDevice)
-    checks._check_labels(labels, 11)
+    inputs.check_labels(labels, 11)
     monkeypatch.setenv("DPOFAST_CHECK_LABELS", "1")
     with pytest.raises(ValueError, match=r"labels\[2\] is 11, expected 0 to 10"):
-        checks._check_labels(labels, 11)
+        inputs.check_labels(labels, 11)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,90 @@
+"""Which back end of the head runs where, and how it is made."""
+
+from __future__ import annotations
+
+import importlib.util
+
+from torch import Tensor
+
+from dpofast_kernels.head.launch import is_interpreted
+from dpofast_kernels.head.options import HeadOptions
+from dpofast_kernels.head.rows import RowOps
+from dpofast_kernels.head.tiled import TorchRows
+from dpofast_kernels.preference import PairLoss
+
+DEFAULT_OPTIONS = HeadOptions()
+TRITON_BACKENDS = ("triton", "triton_fused")
+
+# Triton exists only on Linux. So the functions below import the Triton files when they are needed,
+# never at the top of this file.
+
+
+def backend_for(tensor: Tensor, options: HeadOptions = DEFAULT_OPTIONS) -> str:
+    """The name of the back end that runs for tensors on this one's device; never "auto".
+
+    Raises:
+        ValueError: the back end in `options` can't take one of the options, or doesn't run on this
+            device.
+        RuntimeError: `options` ask for Triton, and it isn't installed.
+    """
+    if options.backend == "naive" and options.weight_grad is not None:
+        raise ValueError(
+            "backend 'naive' can't add to weight_grad: leave it None, or choose another backend."
+        )
+    if options.backend == "auto":
+        # PyTorch calls ROCm's devices cuda, too.
+        return "triton" if tensor.is_cuda and _has_triton() else "torch"
+    if options.backend in TRITON_BACKENDS:
+        if not _has_triton():
+            raise RuntimeError(
+                f"backend {options.backend!r} was asked for, but Triton isn't installed: install "
+                "it (Linux only), or choose backend 'torch'."
+            )
+        if not tensor.is_cuda and not _is_interpreted():
+            raise ValueError(
+                f"backend {options.backend!r} was asked for, but the tensors are on "
+                f"{tensor.device}: move them to a CUDA or ROCm device, set TRITON_INTERPRET=1 "
+                "before Triton is imported (for tests), or choose backend 'torch'."
+            )
+    return options.backend
+
+
+def check_formula(backend: str, loss: PairLoss) -> None:
+    """Check that a back end can compute this loss; the Triton ones need a formula of their own.
+
+    Raises:
+        ValueError: it can't.
+    """
+    if backend in TRITON_BACKENDS:
+        from dpofast_kernels.head.pairs_triton import formula_of
+
+        formula_of(loss)
+
+
+def row_ops(backend: str, weight: Tensor, options: HeadOptions) -> RowOps:
+    """The row operations of a back end for one weight [V, H].
+
+    Args:
+        backend: "torch", "triton" or "triton_fused".
+        weight: [V, H], in the dtype that is computed in.
+        options: what the model does to its logits.
+    """
+    if backend == "triton":
+        from dpofast_kernels.head.rows_triton import TritonRows
+
+        return TritonRows(weight, options)
+    if backend == "triton_fused":
+        from dpofast_kernels.head.fused_triton import FusedRows
+
+        return FusedRows(weight, options)
+    return TorchRows(weight, options)
+
+
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def _is_interpreted() -> bool:
+    from dpofast_kernels.head.rows_triton import score_rows_kernel
+
+    return is_interpreted(score_rows_kernel)

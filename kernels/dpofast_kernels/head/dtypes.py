@@ -1,0 +1,63 @@
+"""Which dtype the head computes, accumulates and multiplies in."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def compute_dtype(hidden_states: Tensor, weight: Tensor) -> torch.dtype:
+    """The dtype that both inputs are cast to: the autocast dtype under autocast, else their own.
+
+    Autocast leaves float64 alone, as everywhere in PyTorch.
+
+    Raises:
+        ValueError: the dtypes differ outside autocast, or one of them is not a floating dtype.
+    """
+    dtypes = (hidden_states.dtype, weight.dtype)
+    device_type = hidden_states.device.type
+    if not set(dtypes) <= set(FLOATS):
+        raise ValueError(
+            f"hidden_states is {dtypes[0]} and weight {dtypes[1]}, expected float64, float32, "
+            "bfloat16 or float16."
+        )
+    if torch.is_autocast_enabled(device_type) and torch.float64 not in dtypes:
+        return torch.get_autocast_dtype(device_type)
+    if dtypes[0] != dtypes[1]:
+        raise ValueError(
+            f"hidden_states is {dtypes[0]} but weight {dtypes[1]}: cast one of them, or run the "
+            "op under torch.autocast."
+        )
+    return weight.dtype
+
+
+def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of logits, and of gradients that are still being summed, for inputs of `dtype`."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def product_dtype(weight: Tensor) -> torch.dtype:
+    """The dtype in which d_logits and scaled hidden states enter a matrix product.
+
+    fp16 is always upcast: hidden states times a pair's coefficient fall below its range.
+    """
+    if weight.dtype == torch.bfloat16 and has_wide_products(weight.device, weight.dtype):
+        return torch.bfloat16
+    return accumulate_dtype(weight.dtype)
+
+
+@lru_cache(maxsize=32)
+def has_wide_products(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether a device can multiply matrices of `dtype` with an fp32 result."""
+    if device.type != "cuda":
+        return False
+    small = torch.zeros(16, 16, dtype=dtype, device=device)
+    try:
+        torch.mm(small, small, out_dtype=torch.float32)
+    except RuntimeError:  # some builds for ROCm
+        return False
+    return True
