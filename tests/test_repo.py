@@ -42,6 +42,21 @@ def test_files_and_functions_stay_small() -> None:
     assert not long
 
 
+def test_prose_has_none_of_the_worst_phrases() -> None:
+    """Fragments that begin with "Of", "stands" for "is", and "lacks" without an object."""
+    phrases = re.compile(r'(^|"""|# )Of |\bstands? (in|for|beside|once|twice)\b|\blacks\b *[.;,]')
+    folders = ("benchmarks", "docs", "dpofast", "kernels", "tests", ".ci")
+    files = [path for folder in folders for path in sorted((ROOT / folder).rglob("*"))]
+    files = [path for path in files if path.suffix in (".py", ".md") or path.name == "run"]
+    files += [ROOT / "Makefile", *ROOT.glob("*.py"), *ROOT.glob("*.md")]
+    assert not [
+        f"{path.relative_to(ROOT)}:{number}: {line.strip()}"
+        for path in files
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
+        if phrases.search(line)
+    ]
+
+
 def test_both_packages_carry_their_types() -> None:
     for package in ("dpofast", "kernels/dpofast_kernels"):
         assert (ROOT / package / "py.typed").is_file()
