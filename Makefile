@@ -10,10 +10,10 @@ STAMP := .venv/.installed
 help:  ## list these commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 12
 
-setup: $(STAMP)  ## make .venv and install everything into it, at the versions of constraints.txt
+setup: $(STAMP)  ## make .venv and install everything, at the versions that constraints.txt pins
 
-# DeepSpeed comes as source and looks for torch while it is built, so torch goes first and the build
-# is not isolated from it. DS_BUILD_OPS=0: its ops are compiled where and when they are used.
+# DeepSpeed is built from source, and its build needs torch. So torch is installed first, and the
+# build is not isolated. With DS_BUILD_OPS=0, DeepSpeed compiles its ops later, when a run uses them.
 $(STAMP): pyproject.toml setup.py constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "dpofast needs Python 3.11 or later: make setup PYTHON=/path/to/python3.11" >&2; exit 1; }
@@ -26,12 +26,12 @@ $(STAMP): pyproject.toml setup.py constraints.txt
 demo: setup  ## train a small model by DPO on generated pairs and see that it learnt (minutes)
 	$(BIN)/dpofast demo
 
-# Triton's kernels are interpreted, on CPU tensors, where no GPU is visible, and compiled otherwise.
+# If no GPU is visible, Triton interprets its kernels on CPU tensors; otherwise it compiles them.
 # One process can't do both, so the tests on CPU tensors hide the GPU.
-test: setup  ## the tests for every change (5 minutes on 2 cores)
+test: setup  ## the tests to run at every change (5 minutes on 2 cores)
 	CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest -q -m 'not slow and not distributed and not torture and not gpu'
 
-test-ranks: setup  ## the tests that train on several ranks, and those of the launchers
+test-ranks: setup  ## the tests that train on several ranks or try the launchers
 	CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest -q -m 'distributed and not torture and not gpu'
 
 test-slow: setup  ## the slow tests, among them the step by step comparison with TRL
@@ -40,7 +40,7 @@ test-slow: setup  ## the slow tests, among them the step by step comparison with
 test-gpu: setup  ## the tests that need a GPU, with compiled kernels
 	$(BIN)/python -m pytest -q -m gpu
 
-torture: setup  ## kill, corrupt and resume, many times over
+torture: setup  ## kill builds, corrupt files and start again, many times over
 	$(BIN)/python -m pytest -q -m torture
 
 lint: setup  ## style and types
@@ -48,17 +48,17 @@ lint: setup  ## style and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-format: setup  ## put the code into shape
+format: setup  ## fix the style of the code, as far as ruff can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: setup  ## race the head with its loss against plain PyTorch and peers, on this machine (minutes)
+bench: setup  ## race the head and its loss against plain PyTorch and other libraries (minutes)
 	$(BIN)/python -m benchmarks.head --json runs/bench/head.json
 
 race: setup  ## race whole training steps against TRL and plain PyTorch, on this machine (15 minutes)
 	$(BIN)/python -m benchmarks.train --json runs/bench/train.json
 
-race-ref: setup  ## race the making of reference log-probs against TRL's, on this machine (15 minutes)
+race-ref: setup  ## race the scoring of the reference against TRL's, on this machine (15 minutes)
 	$(BIN)/python -m benchmarks.reference --json runs/bench/reference.json
 
 wheel: setup  ## build the wheel into dist/
