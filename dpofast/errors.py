@@ -7,7 +7,7 @@ from __future__ import annotations
 
 
 class DPOFastError(ValueError):
-    """Base class of all errors that the input causes, not a bug in the program."""
+    """Base class of all errors that come from the user's input rather than from a bug."""
 
 
 class ConfigError(DPOFastError):

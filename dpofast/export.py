@@ -92,9 +92,11 @@ def export_pairs(
 
     Raises:
         MissingRowsError: log-probs are missing from the store; nothing is scored here.
-        DataError: answers were cut, so that their log-probs aren't those of the rows; the rows
-            have such columns already; or the file's format can't hold the rows unchanged.
-        ConfigError: the path has another ending, can't be written, or is the source itself.
+        DataError: answers were cut, so their log-probs don't belong to the whole answers in the
+            rows; the rows have log-prob columns already; or the file's format can't hold the rows
+            unchanged.
+        ConfigError: the path's ending isn't in WRITERS, the file can't be written, or the path is
+            the source.
     """
     path = check_output(path, source.source)
     _refuse_cuts(report)
@@ -127,7 +129,8 @@ def check_output(path: str | Path, source: Any) -> Path:
         The path, with `~` expanded.
 
     Raises:
-        ConfigError: the path has another ending, its folder doesn't exist, or it is the source.
+        ConfigError: the path's ending isn't in WRITERS, its folder doesn't exist, or the path is
+            the source.
     """
     path = Path(path).expanduser()
     if path.suffix.lower() not in WRITERS:
@@ -160,8 +163,8 @@ def _refuse_ref_columns(pairs: datasets.Dataset) -> None:
 
 
 def _source_indices(pairs: datasets.Dataset, tokens: datasets.Dataset) -> list[int]:
-    """For each tokenised pair, its index among all pairs of the source."""
-    # Tokenised pairs keep the column `row`, whose numbers can be the source's own.
+    """The index of each tokenised pair among all pairs of the source."""
+    # The column `row` needn't count from 0: a source with such a column keeps its own numbers.
     index_of = {row: index for index, row in enumerate(pairs["row"])}
     if len(index_of) < len(pairs):
         raise DataError(
@@ -182,10 +185,10 @@ def _stored_logps(namespace: Namespace, tokens: datasets.Dataset) -> list[list[f
 
 
 def _schema(source: Any) -> pa.Schema | None:
-    """The column types of a Dataset or a Parquet file, and of our columns; None for other sources.
+    """The schema of the file to write: the source's columns and ours.
 
-    Without them, Arrow would guess the types from the values and could write, say, a float32 column
-    as double.
+    It is None unless the source is a Dataset or a Parquet file, which have types. Without a schema,
+    Arrow would guess the types from the values and could write, say, a float32 column as double.
     """
     if isinstance(source, datasets.Dataset):
         features = source.features
@@ -262,7 +265,8 @@ def _refuse_changed_pairs(
     written = Source(str(temporary), columns=columns, roles=roles).pairs()
     for number, (pair, own, read) in enumerate(zip(pairs, logps, written, strict=True)):
         found = [read.pop(name) for name in REF_COLUMNS]
-        names = pair.keys() - {"row"}  # rows that were left out change the count
+        # Without the rows that were left out, a row has another number in the file.
+        names = pair.keys() - {"row"}
         same = all(_comparable(read.get(name)) == _comparable(pair[name]) for name in names)
         if found != own or not same:
             raise DataError(
@@ -275,7 +279,8 @@ def _refuse_changed_pairs(
 def _comparable(value: Any) -> Any:
     """A column's value without the null fields of its messages.
 
-    Every message has a field `extra` if any message of the dataset has one. The others' is null.
+    If any message of a dataset has a field `extra`, all its messages have one, most of them null.
+    The pairs to compare can come from datasets that differ in this.
     """
     if not isinstance(value, list) or not value or not isinstance(value[0], dict):
         return value

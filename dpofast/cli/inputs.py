@@ -38,7 +38,7 @@ def load_tokenizer_for(options: RunOptions) -> Any:
     from dpofast.model.load import load_tokenizer
 
     script = options.script
-    # The revision belongs to the policy's repository, not to another one.
+    # A revision names a commit of the policy's repository, so it is meaningless in any other.
     revision = script.model_revision if script.tokenizer_name_or_path is None else None
     tokenizer = load_tokenizer(script.tokenizer, options.config.trust_remote_code, revision)
     template = options.script.chat_template
@@ -209,14 +209,15 @@ def refuse_missing_model(name_or_path: str) -> None:
 
 
 def _load_model(options: RunOptions, name_or_path: str, load: Callable[..., Any]) -> Any:
-    """Load a model with `load`; if the name is an adapter's, load its base and put it on top."""
+    """Load a model with `load`; for an adapter, load its base model and put the adapter on top."""
     from dpofast.zero.batch import refuse_missing_launcher
 
-    refuse_missing_launcher(options.config)  # ZeRO-3 loads each rank's part of the weights only
+    # Checked before loading, because ZeRO-3 needs the process group to load each rank's part.
+    refuse_missing_launcher(options.config)
     kwargs = options.config.loading_options()
     base = adapter_base(name_or_path)
     if name_or_path != options.script.model or base is not None:
-        kwargs.pop("revision", None)  # it belongs to the policy's repository, not to another one
+        kwargs.pop("revision", None)  # it names a commit of the policy's repository only
     if base is None:
         return load(name_or_path, **kwargs)
     try:

@@ -22,7 +22,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line.
 
     Args:
-        arguments: command line without the program's name; by default that of the process.
+        arguments: words of the command line after the program's name; by default sys.argv[1:].
 
     Returns:
         Exit code: 0, EXIT_USAGE, EXIT_INTERRUPTED or EXIT_PIPE.

@@ -46,7 +46,7 @@ def checked_value(name: str, value: Any, annotation: Any, where: str) -> Any:
         raise ConfigError(_message(name, value, accepted, where))  # Python would take True for 1
     enums = tuple(member for member in accepted if isinstance(member, EnumType))
     if enums and isinstance(value, str):
-        accepted, annotation = enums, enums[0]  # a text is the value of one of its members
+        accepted, annotation = enums, enums[0]  # text must be the value of an enum's member
     try:
         config = ConfigDict(coerce_numbers_to_str=True, arbitrary_types_allowed=True)
         adapter: TypeAdapter[Any] = TypeAdapter(annotation, config=config)

@@ -57,13 +57,13 @@ def build_parser() -> Parser:
 
 
 def split_arguments(arguments: list[str]) -> tuple[list[str], list[str]]:
-    """Split a command line into the command, for the parser, and the options that override.
+    """Split a command line into the part that argparse reads and the part that we read ourselves.
 
     Returns:
-        The command with its arguments, and the options from the first `--` on. Commands that don't
-        take every option have no second part.
+        The command with its arguments, and the options, from the first word that begins with
+        `--`. The second list is empty for commands that don't take the options of a run.
     """
-    # DeepSpeed's launcher puts the rank in front; the environment variable LOCAL_RANK has it, too.
+    # DeepSpeed's launcher puts --local_rank in front. LOCAL_RANK has the same value, so we drop it.
     arguments = [text for text in arguments if not text.startswith("--local_rank=")]
     is_configured = bool(arguments) and arguments[0] in _CONFIGURED
     takes_overrides = is_configured or arguments[:2] in (["ref", "build"], ["ref", "export"])

@@ -1,4 +1,4 @@
-"""Sets up a command's process: our own log lines are shown, the libraries' only from errors on."""
+"""Sets up a command's process: shows our own log lines, but only errors of the libraries."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def is_main_process() -> bool:
 
 def prepare_process() -> None:
     """Show dpofast's log lines on rank 0, and only errors of other ranks and of the libraries."""
-    # Set to anything, it stops the warning that tokenizers prints when a process forks.
+    # tokenizers warns when a process forks, unless this variable is set; any value will do.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     # DeepSpeed warns on every machine without a GPU. It resets the level of its logger when it is

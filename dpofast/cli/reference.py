@@ -86,7 +86,7 @@ def _export(yaml_file: str | None, overrides: list[str]) -> None:
 
 
 def _refuse_unkept(options: RunOptions, consequence: str) -> None:
-    """Raise ConfigError if log-probs aren't kept, so that the command could do nothing."""
+    """Raise ConfigError if the options don't keep log-probs: the command would have no effect."""
     if not options.config.precompute_ref_log_probs:
         raise ConfigError(
             f"{options.source}: precompute_ref_log_probs is false, so no log-probs are kept, and "

@@ -23,8 +23,8 @@ class RunOptions:
     """All options of a run, checked.
 
     Attributes:
-        script: options of models, data and adapter.
-        config: options of the trainer.
+        script: options for the models, the data and the adapter.
+        config: options for the trainer.
         source: name of the YAML file, or "command line"; used in error messages.
     """
 
@@ -139,7 +139,7 @@ def _refuse_unknown(
         if name in FOREIGN_OPTIONS:
             refuse_unknown_options({name: option.value}, known, where=option.where)
             continue
-        # TrainingArguments has over a hundred options, and one of ours is more likely meant.
+        # TrainingArguments has over a hundred options. A misspelt name is more likely one of ours.
         ours = [*own, *_own_names(), *ALIASES]
         nearest = difflib.get_close_matches(name, ours, n=1, cutoff=0.75)
         nearest = nearest or difflib.get_close_matches(name, known, n=1)
@@ -169,7 +169,7 @@ def _config(
     try:
         return DPOConfig(**options)
     except (ValueError, TypeError, ImportError) as error:
-        # DPOConfig's messages begin with the option's name, which tells where it was given.
+        # DPOConfig's messages begin with the option's name, so we can look up where it was given.
         named = [name for name in given if str(error).startswith(name)]
         where = given[max(named, key=len)].where if named else source
         raise ConfigError(f"{where}: {error}") from error

@@ -13,8 +13,8 @@ from typing import Annotated, Literal, get_type_hints
 class ScriptOptions:
     """The models, data and adapter of a run.
 
-    Names are those of TRL's scripts and of the recipes in Hugging Face's alignment handbook. The
-    text beside each type is the option's help.
+    The names are the same as in TRL's scripts and in the recipes of Hugging Face's alignment
+    handbook. The text beside each type is the option's help.
     """
 
     model_name_or_path: Annotated[str | None, "The policy: a folder or hub name."] = None

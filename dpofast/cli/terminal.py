@@ -1,4 +1,4 @@
-"""Prints rich text in a way that leaves errors of the terminal to the caller."""
+"""Prints rich text, and lets errors of the terminal reach the caller."""
 
 from __future__ import annotations
 

@@ -15,9 +15,9 @@ class DemoSize:
     """Numbers of pairs to make.
 
     Attributes:
-        facts: training pairs of capitals, and also of sums.
-        lists: training pairs of lists, where knowing facts doesn't help.
-        held_out: held-out pairs of each family, an even number.
+        facts: training pairs about capitals, and as many again about sums.
+        lists: training pairs about lists of animals; they ask for an operation, not for a fact.
+        held_out: held-out pairs in each family, an even number.
         warmup_lists: questions about lists that only the warm-up sees.
     """
 
@@ -29,10 +29,10 @@ class DemoSize:
 
 @dataclass(frozen=True)
 class DemoData:
-    """The demo's three splits; no prompt of `held_out` is in another one.
+    """The demo's three splits; no prompt of `held_out` is in the other two.
 
     Attributes:
-        warmup: (prompt, answer) texts; each question is there with all three of its answers.
+        warmup: (prompt, answer) texts; each question occurs three times, once with each answer.
         train: preference pairs; two in three are right against wrong, one right against wordy.
         held_out: preference pairs; half are right against wrong, half right against wordy.
     """

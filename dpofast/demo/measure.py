@@ -34,7 +34,7 @@ class PolicyScores:
 
     @property
     def equal_length_accuracy(self) -> float:
-        """The same share among pairs of equally long answers, where preferring short ones fails."""
+        """`accuracy` of pairs with equally long answers, where preferring short ones can't help."""
         return float(self._is_right()[self.equal_length].mean())
 
     def _is_right(self) -> np.ndarray:
@@ -90,8 +90,8 @@ def answer(model: Any, tokenizer: Any, prompts: list[str], max_new_tokens: int =
         )
         for prompt in prompts
     ]
-    # The template has added all special tokens. Padding is on the left, because generation goes on
-    # from the last column.
+    # The template has added all special tokens. Padding is on the left, because generation
+    # continues after the last column.
     inputs = tokenizer(
         texts, add_special_tokens=False, padding=True, padding_side="left", return_tensors="pt"
     )

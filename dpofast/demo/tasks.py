@@ -98,7 +98,10 @@ class Question:
 
 
 def capitals(rng: random.Random) -> Iterator[Question]:
-    """Yield every country in every phrasing; held-out prompts ask for known facts in new words."""
+    """Yield every country in every phrasing.
+
+    A held-out prompt therefore asks for a fact that training contains in other words.
+    """
     for entry in CITIES.strip().replace("\n", "|").split("|"):
         country, capital, other = entry.split()
         for prompt in CAPITAL_PROMPTS:
@@ -106,18 +109,21 @@ def capitals(rng: random.Random) -> Iterator[Question]:
 
 
 def sums(rng: random.Random) -> Iterator[Question]:
-    """Yield sums from 10 on of two digits, in every phrasing; where 14 is right, 41 is wrong."""
+    """Yield sums of two one-digit numbers that are at least 10, in every phrasing.
+
+    The wrong answer has the digits in reverse: 41 for 14.
+    """
     for a in range(2, 10):
         for b in range(2, 10):
             right = str(a + b)
             if a + b < 10 or right[0] == right[1]:
-                continue  # turned around, the answer would be the same
+                continue  # one digit, or two equal ones: reversed, the answer would be the same
             for prompt in SUM_PROMPTS:
                 yield _question("sums", prompt.format(a, b), right, right[::-1], rng)
 
 
 def lists(rng: random.Random) -> Iterator[Question]:
-    """Yield questions about lists of three animals without end.
+    """Yield endless questions about lists of three animals.
 
     The wrong answer is the animal in the middle, or the list in its old order.
     """

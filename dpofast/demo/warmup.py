@@ -67,7 +67,7 @@ def encode_turn(tokenizer: Any, prompt: str, answer: str) -> tuple[list[int], li
     """Tokenise one exchange.
 
     Returns:
-        Token ids of the prompt and of the answer, which ends with the end of its turn.
+        Token ids of the prompt, and of the answer up to and including its end-of-turn token.
     """
     messages = [{"role": "user", "content": prompt}]
     head = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)

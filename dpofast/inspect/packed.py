@@ -21,16 +21,18 @@ _STYLES = {"prefix": SHARED, "chosen": CHOSEN, "rejected": REJECTED}
 
 @dataclass(frozen=True)
 class RowPart:
-    """A stretch of a packed row: the prefix that a pair shares, or (the rest of) one sequence.
+    """A stretch of a packed row: a prefix that a pair's sequences share, or what follows it.
+
+    In the layout `unshared`, nothing is shared and a part is a whole sequence.
 
     Attributes:
         pair: number of the pair in the row, from 0.
         name: "prefix", "chosen" or "rejected".
-        start: index in the row of the part's first token.
+        start: index of the part's first token in the row.
         length: number of tokens; 0 for a sequence that ends with the prefix.
-        position: index in its sequence of the part's first token.
-        scored: indices in the row whose hidden states predict the answer's tokens, as runs
-            (first, last); empty for a prefix.
+        position: index of the part's first token in its sequence.
+        scored: where in the row the hidden states are that predict the answer's tokens, as runs
+            (first index, last index); empty for a prefix.
     """
 
     pair: int
@@ -99,7 +101,7 @@ def render_packed(
         tokenizer: turns ids into text.
         window: number of positions that layers with a sliding window look back; None if the model
             has no such layers.
-        max_tokens: most tokens to print of one part; of a longer part, the middle is left out.
+        max_tokens: most tokens to print per part; the middle of a longer part is left out.
     """
     if not batch.num_pairs:
         return Text("no pairs: one token runs along, and nothing is scored", style="yellow")

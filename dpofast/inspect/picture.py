@@ -16,7 +16,7 @@ from dpofast_kernels.attention import SharedLayout, attends
 # A character is about twice as high as wide, so it shows two cells: (upper, lower).
 _GLYPHS = {(False, False): " ", (True, False): "▀", (False, True): "▄", (True, True): "█"}
 _MIN_CELLS, _MAX_CELLS = 16, 96  # per side
-MAX_TOKENS = 2048  # tokens kept of a longer row, since the mask takes [T, T] memory
+MAX_TOKENS = 2048  # a longer row is thinned to this many, because the mask takes [T, T] memory
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class AttentionPicture:
         num_tokens = self.layout.num_tokens
         cells = attended_cells(self.layout, room, self.window).tolist()
         limits = cell_limits(num_tokens, len(cells))
-        # A line of text has one colour, that of the part in the middle of its upper cell.
+        # A line of text has only one colour: the colour of the part at its upper cell's middle.
         styles = [self._part_at((start + end) // 2).style for start, end in pairwise(limits)]
         size = "a token" if len(cells) == num_tokens else f"{num_tokens / len(cells):.1f} tokens"
         yield Text(f"who (line) looks at whom (column); a cell is {size} wide and high", "italic")
@@ -84,7 +84,7 @@ def attended_cells(layout: SharedLayout, num_cells: int, window: int | None = No
 
     Args:
         layout: structure of the packed row.
-        num_cells: most cells per side; the row's tokens if it has fewer.
+        num_cells: most cells per side; a row with fewer tokens gets one cell per token.
         window: number of positions to look back, None for full attention.
 
     Returns:

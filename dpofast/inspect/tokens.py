@@ -27,7 +27,7 @@ def token_table(parts: Sequence[TokenPart], tokenizer: Any, max_tokens: int) -> 
     Args:
         parts: what to show, from the first line to the last; a part without tokens has no line.
         tokenizer: turns ids into text; line breaks are shown as "⏎".
-        max_tokens: most tokens to print of one part; of a longer part, the middle is left out.
+        max_tokens: most tokens to print per part; the middle of a longer part is left out.
     """
     table = Table.grid(padding=(0, 1))
     for part in parts:

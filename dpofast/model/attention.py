@@ -14,9 +14,9 @@ from transformers import AttentionInterface
 from dpofast.errors import ModelError
 from dpofast_kernels.attention import AttentionOptions, SharedLayout, shared_attention
 
-# transformers gives a meaning to names with flash, sdpa, flex_attention, "paged|" or "/": this one
-# has none of them. It has no mask function either, so transformers builds no mask for it; the
-# packed layout says what attends to what.
+# transformers treats names with flash, sdpa, flex_attention, "paged|" or "/" in a special way, so
+# this name contains none of them. No mask function is registered under it either, so transformers
+# builds no mask; the packed layout says what attends to what.
 NAME = "dpofast_shared"
 
 
@@ -67,10 +67,10 @@ attention_calls = CallCounter()
 
 @contextlib.contextmanager
 def recorded_calls() -> Iterator[list[AttentionCall]]:
-    """Records every call of our attention inside the block, and runs it the plain way.
+    """Records every call of our attention inside the `with` block, and runs it the plain way.
 
-    The plain backend runs on any device, so the recording doesn't depend on a kernel that
-    `check_attention` has yet to compare.
+    The plain backend runs on any device. A kernel that `check_attention` hasn't tested yet can
+    therefore not disturb the recording.
 
     Yields:
         The calls, in the order of the layers.
@@ -140,10 +140,10 @@ AttentionInterface.register(NAME, _attention)
 
 @contextlib.contextmanager
 def packed_attention(config: Any, layout: SharedLayout | None) -> Iterator[None]:
-    """Makes a model attend inside the block as a packed row's layout says.
+    """Inside the `with` block, a model attends as a packed row's layout says.
 
-    `micro_batch` enters this for training and scoring. The backward belongs inside the block, too:
-    gradient checkpointing runs the layers again there.
+    `micro_batch` enters this for training and scoring. The backward belongs inside the block, too,
+    because gradient checkpointing runs the layers again during the backward.
 
     Args:
         config: the model's config.
@@ -158,10 +158,10 @@ def packed_attention(config: Any, layout: SharedLayout | None) -> Iterator[None]
 
 @contextlib.contextmanager
 def any_dtype_attention(config: Any) -> Iterator[None]:
-    """Makes a model attend inside the block in any dtype and on any device.
+    """Inside the `with` block, a model can attend in any dtype and on any device.
 
-    FlashAttention's kernels take half precision on GPUs only. The checks run a model in the dtype
-    of its weights, wherever these are, and so replace those kernels by eager attention.
+    FlashAttention's kernels need a GPU and half precision. The checks run a model on the device and
+    in the dtype that its weights have at that time, so they use eager attention instead.
     """
     if "flash" not in str(config.get_text_config()._attn_implementation):
         yield

@@ -21,9 +21,9 @@ from dpofast_kernels.attention import AttentionOptions, WrongBackendError, probe
 from dpofast_kernels.head.naive import naive_logits
 from dpofast_kernels.rounding import product_precision
 
-# Rounding explains a difference of this size between packed and padded hidden states, relative to
-# their norm. The bound for float64 is not tighter because models of transformers compute their
-# norms in float32, whatever their dtype.
+# Largest difference between packed and padded hidden states that rounding explains, relative to
+# the norm of the padded ones. The bound for float64 is not tighter because the normalisation layers
+# of transformers' models compute in float32, whatever the model's dtype.
 STATES_TOLERANCE = {
     torch.float64: 1e-5,
     torch.float32: 1e-4,
@@ -31,8 +31,8 @@ STATES_TOLERANCE = {
     torch.bfloat16: 1e-1,
 }
 
-# Rounding explains a difference of this size between the model's own logits, or its own loss of the
-# routers, and ours.
+# Largest relative difference between the model's own logits and ours that rounding explains. The
+# same bounds hold for the auxiliary loss of the routers.
 HEAD_TOLERANCE = {
     torch.float64: 1e-10,
     torch.float32: 1e-4,
@@ -203,7 +203,8 @@ def check_head(model: nn.Module) -> None:
     vocab_size = shape(lm.get_input_embeddings().weight)[0]
     device = next(lm.parameters()).device
     input_ids = torch.arange(8, device=device)[None] * 7 % vocab_size  # [1, 8]
-    # Made by hand, as every position is scored here; of a real sequence only the answer is.
+    # This batch is made by hand so that every position is scored. A layout's `collate` would score
+    # only the positions that predict an answer.
     batch = PackedPairs(
         input_ids=input_ids,
         position_ids=None,

@@ -25,8 +25,8 @@ class Context:
     Attributes:
         model: name of the model's class.
         length: tokens of the longest sequence that the model was made for.
-        is_hard: True if the positions are a table, so that longer sequences can't run at all. RoPE
-            has no such end: it goes on beyond what the model was trained on.
+        is_hard: True if the positions are a table, so that longer sequences can't run at all. With
+            RoPE they can run, but the model wasn't trained on such positions.
     """
 
     model: str
@@ -35,7 +35,7 @@ class Context:
 
 
 def context_of(model: nn.Module) -> Context | None:
-    """The context of a model; None if a state or ALiBi has no limit."""
+    """The context of a model; None if it has no limit, as with ALiBi or a recurrent state."""
     lm: Any = causal_lm(model)
     config = lm.config.get_text_config()
     if getattr(config, "alibi", False):
@@ -49,14 +49,16 @@ def context_of(model: nn.Module) -> Context | None:
 
 def _has_table(lm: Any, length: int) -> bool:
     """Whether positions are looked up in an embedding, or in a buffer [length, ...]."""
-    # The embedding of the tokens could have as many entries as there are positions.
+    # The token embedding is left out: a vocabulary could happen to have as many entries as there
+    # are positions.
     modules = [module for module in lm.modules() if module is not lm.get_input_embeddings()]
     if any("rotary" in type(module).__name__.lower() for module in modules):
         return False
-    # Nothing in a config says what kind of positions it has, so the sizes have to tell.
+    # No config says what kind of positions the model has, so a table is recognised by its size.
     sizes = [module.num_embeddings for module in modules if isinstance(module, nn.Embedding)]
     sizes += [len(buffer) for buffer in lm.buffers() if buffer.dim() == 2]
-    return any(size in (length, length + 2) for size in sizes)  # OPT's first two are unused
+    # OPT's table has two more entries than positions; the first two are unused.
+    return any(size in (length, length + 2) for size in sizes)
 
 
 def refuse_longer(pairs: Any, name: str, contexts: Iterable[Context]) -> None:

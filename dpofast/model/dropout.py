@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 from torch import nn
 
-# Random factors on what the routers of a mixture of experts see. They change the result of a
-# training step in the same way as a dropout does.
+# Attributes that set random factors on the input of a mixture of experts' routers. Such noise
+# makes a training step random, as dropout does.
 ROUTER_NOISES = ("jitter_noise", "input_jitter_noise")
 
 

@@ -16,8 +16,8 @@ from torch import nn
 from dpofast.data.packing.batch import PackedPairs
 from dpofast.model.parts import body_of, causal_lm, numel
 
-# Dense bf16 and fp16 products in operations per second, from the makers' data sheets. The keys are
-# parts of the names that the devices give themselves.
+# Operations per second in dense bf16 and fp16 products, from the makers' data sheets. A key is a
+# part of the name that PyTorch reports for the device.
 PEAK_FLOPS = {
     "H100 PCIe": 756e12,
     "H100 NVL": 835e12,
@@ -129,7 +129,7 @@ def _active_share(name: str, config: Any) -> float:
 
 
 def _layers_by_window(config: Any) -> dict[int | None, int]:
-    """Number of layers by the window that they attend within; None is no window."""
+    """Number of layers for each size of window; the key None counts layers without a window."""
     num_layers = config.num_hidden_layers
     window = getattr(config, "sliding_window", None)
     types = getattr(config, "layer_types", None)
@@ -140,7 +140,7 @@ def _layers_by_window(config: Any) -> dict[int | None, int]:
 
 
 def causal_scores(num_queries: int, num_keys: int, window: int | None) -> int:
-    """Pairs of a query and a key that it sees, in a causal segment.
+    """Number of (query, key) pairs in a causal segment in which the query sees the key.
 
     Args:
         num_queries: queries of the segment, which are its last tokens.

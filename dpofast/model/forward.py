@@ -23,7 +23,7 @@ from dpofast_kernels.attention import SharedLayout
 
 
 class BodyTask(Protocol):
-    """Computes one more tensor from the body's outputs, beside what the head computes."""
+    """Computes one more tensor from the body's outputs, in addition to the head's result."""
 
     def __call__(
         self,
@@ -100,7 +100,7 @@ def _call_body(
     shared_layout: SharedLayout | None,
     **more: Any,
 ) -> Any:
-    # Padded rows have neither of these, and call the body as stock code does.
+    # In padded rows both are None, and the body is called exactly as transformers calls it.
     packed = {"position_ids": position_ids, "shared_layout": shared_layout}
     given = {name: value for name, value in packed.items() if value is not None}
     return body_of(lm)(input_ids=input_ids, use_cache=False, **given, **more)
@@ -138,7 +138,7 @@ def _pair_forward(
 
 @contextlib.contextmanager
 def pair_step(model: nn.Module) -> Iterator[None]:
-    """Replaces the forward of a model and of its head, inside the block, by those of our steps.
+    """Inside the `with` block, a model and its head run our forward functions, not their own.
 
     `micro_batch` enters this together with the attention for packed rows.
 
@@ -147,7 +147,8 @@ def pair_step(model: nn.Module) -> Iterator[None]:
     """
     lm = causal_lm(model)
     replaced = [(lm, _pair_forward), *head_forwards(lm.get_output_embeddings())]
-    # accelerate keeps an autocasting forward on the instance itself, which must come back.
+    # accelerate can have put a forward with autocast on the instance itself. It is restored below;
+    # otherwise deleting our forward brings back the one of the class.
     kept = [(module, module.__dict__.get("forward")) for module, _ in replaced]
     for module, function in replaced:
         bind(module, function)
@@ -163,9 +164,9 @@ def pair_step(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Runs a model inside the block without gradients and dropout.
+    """Inside the `with` block, a model runs without gradients and without dropout.
 
-    Afterwards every module is back in its own mode: those of a PeftModel can differ.
+    Afterwards every module gets its own mode back, because the modes within a PeftModel can differ.
     """
     modes = [(module, module.training) for module in model.modules()]
     model.eval()

@@ -72,7 +72,8 @@ class ScoreTask:
     Attributes:
         labels: [N] int64.
         options: cap and scale of the family's logits; the bias comes from the head itself.
-        with_logsumexps: also compute the log-sum-exps of the logits, which gives no gradient.
+        with_logsumexps: also compute the log-sum-exps of the logits. The result then has no
+            gradient.
     """
 
     labels: Tensor  # [N]
@@ -133,7 +134,7 @@ def head_forwards(head: Any) -> list[tuple[nn.Module, Callable[..., Any]]]:
 
 
 def bind(module: nn.Module, function: Callable[..., Any]) -> None:
-    """Gives one module a forward of its own; deleting the attribute brings its class's back."""
+    """Sets a forward on one module only; deleting it again uncovers the forward of its class."""
     module.forward = types.MethodType(function, module)
 
 

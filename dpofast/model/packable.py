@@ -47,7 +47,8 @@ def choose_layout(wanted: str, model: nn.Module, pad_token_id: int) -> Layout:
     """Chooses the layout for a model.
 
     Args:
-        wanted: "shared", "unshared", "padded", or "auto" for the fastest that is right.
+        wanted: "shared", "unshared", "padded", or "auto" for the fastest layout that gives right
+            results for this model.
         model: the model as it will run; a dropout above 0 can't be packed.
         pad_token_id: fills the ends of padded rows.
 
@@ -86,7 +87,8 @@ def why_not_packed(model: nn.Module) -> str | None:
     ropes = [rope, *(nested for nested in rope.values() if isinstance(nested, dict))]
     if {str(each.get("rope_type", "")) for each in ropes} & ROW_DEPENDENT_ROPE:
         return "its RoPE depends on the longest position of a row"
-    # Our attention has none, and both answers would get the same noise on the prefix they share.
+    # Our attention has no dropout of its own. In the layers outside attention, both answers would
+    # get the same dropout on the prefix that they share, unlike in separate rows.
     if (dropout := next(dropouts(model), None)) is not None:
         return f"{type(dropout[0]).__name__} has a dropout above 0"
     return None

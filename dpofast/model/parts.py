@@ -16,7 +16,7 @@ def causal_lm(model: Any) -> Any:
 
 
 def is_peft_model(model: nn.Module) -> bool:
-    """Whether this is a PeftModel, found out without importing peft, which is optional."""
+    """Whether this is a PeftModel. Its attributes tell, as peft may not be installed."""
     return hasattr(model, "peft_config") and hasattr(model, "get_base_model")
 
 
@@ -42,12 +42,12 @@ def body_of(model: Any) -> nn.Module:
 
 
 def num_layers(model: Any) -> int:
-    """Decoder layers of a causal LM; each calls attention at least once if it has any."""
+    """Number of decoder layers; each calls attention at least once, if the model has attention."""
     return int(model.config.get_text_config().num_hidden_layers)
 
 
 def numel(parameter: Tensor) -> int:
-    """Elements of a parameter, all of them even if ZeRO-3 has spread it over the ranks."""
+    """Number of elements in the whole parameter, even if ZeRO-3 has spread it over the ranks."""
     return int(getattr(parameter, "ds_numel", parameter.numel()))
 
 

@@ -25,7 +25,7 @@ from dpofast.options.config import DPOConfig
 from dpofast_kernels import PairLossOutput
 
 OPTION = "router_aux_loss_coef"
-METRIC = "aux_loss"  # TRL's name of it
+METRIC = "aux_loss"  # TRL logs the auxiliary loss under this name
 
 
 @dataclass(frozen=True)
@@ -124,8 +124,9 @@ def add_router_loss(
 ) -> tuple[PairLossOutput, dict[str, Tensor]]:
     """Adds the auxiliary loss of a micro-batch to the loss of its pairs.
 
-    The auxiliary loss counts once per pair. The mean over the pairs of a step with one micro-batch
-    is then what TRL computes, and a micro-batch without pairs adds nothing.
+    The auxiliary loss is multiplied by the number of pairs, because the trainer divides the summed
+    loss by that number later. A step with one micro-batch then has the same loss as in TRL, and a
+    micro-batch without pairs adds nothing.
 
     Args:
         results: results of `run_batch` with a PairLossTask and `router_loss`.
@@ -153,8 +154,8 @@ def _is_reentrant(config: DPOConfig, model: nn.Module) -> bool:
     Reentrant checkpointing does, so the router logits inside these layers have no gradient.
     """
     if config.gradient_checkpointing:
-        # Given only these, transformers sets use_reentrant to False; any other argument goes to
-        # PyTorch's checkpoint, whose default is True.
+        # transformers uses these two arguments itself. Without further arguments it sets
+        # use_reentrant to False. With further ones it doesn't, and PyTorch's default is True.
         own = ("every_n_layers", "offload")
         given = config.gradient_checkpointing_kwargs or {}
         kwargs = {name: value for name, value in given.items() if name not in own}

@@ -19,7 +19,7 @@ class SequenceScorer:
     """Computes log-probs of answers under a fixed model, by the kernel that training uses.
 
     Args:
-        model: causal LM or PeftModel, on the device that it is to run on.
+        model: causal LM or PeftModel, already on the device that will run it.
         autocast: returns the context manager of a forward pass.
         layout: layout of the answers.
         with_logsumexps: also return the log-sum-exps of the logits.

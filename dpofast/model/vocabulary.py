@@ -42,8 +42,8 @@ def vocabulary_of(model: nn.Module) -> Vocabulary:
 def refuse_unknown_ids(pairs: Any, name: str, vocabularies: Iterable[Vocabulary]) -> None:
     """Refuses token ids outside the vocabularies of the models that will run them.
 
-    On a GPU such an id would stop the run with an error that doesn't name it, or read memory behind
-    the weight.
+    On a GPU such an id would stop the run with an error that doesn't name it, or read memory past
+    the end of the weight.
 
     Args:
         pairs: tokenised datasets.Dataset, with the column `row` of positions in the user's data.

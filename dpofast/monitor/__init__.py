@@ -1,1 +1,1 @@
-"""The reports of a run: metrics, throughput, files and plots, all made from plain facts."""
+"""The reports of a run: metrics, throughput, files and plots."""

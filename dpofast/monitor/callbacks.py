@@ -1,4 +1,4 @@
-"""Callbacks of transformers that write files while a run goes on."""
+"""Callbacks for transformers' Trainer that write files during a run."""
 
 from __future__ import annotations
 

@@ -21,7 +21,8 @@ class MetricSums:
         """Adds the metrics of some pairs.
 
         Args:
-            values: by name, [P] values of pairs, or their sum [].
+            values: metrics by name; each is either one value per pair [P], or the sum over the
+                pairs [].
             num_pairs: P; 0 on a rank without pairs.
         """
         for name, value in values.items():

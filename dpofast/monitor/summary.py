@@ -1,6 +1,6 @@
 """Memory, versions and hardware of a run, and the JSON files that report them.
 
-Nothing here knows a trainer: facts about the training come from the caller.
+Nothing here depends on a trainer: the caller passes the facts about the training.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ PACKAGES = ("dpofast", "torch", "triton", "transformers", "accelerate", "deepspe
 
 
 def environment() -> dict[str, Any]:
-    """Peak memory of this process, versions and hardware, as summary.json has them."""
+    """Peak memory of this process, versions and hardware: a part of summary.json."""
     return {
         "peak_memory_bytes": peak_memory_bytes(),
         "versions": versions(),

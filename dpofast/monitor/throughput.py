@@ -11,8 +11,8 @@ from dpofast.data.packing.batch import PackedPairs
 from dpofast.model.flops import TrainingFlops, peak_flops
 from dpofast.monitor.metrics import SumOverRanks
 
-# Tokens are those of the sequences before they share a prefix; body tokens are the positions that
-# the body ran over, padding included.
+# `tokens` counts every sequence in full, so a shared prefix counts twice. `body_tokens` counts the
+# positions that the body ran over, padding included.
 COUNTED = ("pairs", "micro_batches", "tokens", "body_tokens", "scored_tokens", "flops")
 
 

@@ -55,11 +55,12 @@ class DPOConfig(TrainingArguments):
         reference_store_detail: what is stored of each answer: "sums" (its summed log-prob, which
             is all that training needs), "logps" (also the log-prob of each token) or "logsumexps"
             (also the log-sum-exp of the logits at each token). Training reads answers stored in any
-            detail. `dpofast ref build` scores an answer again that is stored in less.
+            detail. `dpofast ref build` scores answers again if they are stored with less detail.
         layout: how sequences become micro-batches. "shared" packs them into one row without
             padding, in which the common beginning of a pair's two sequences occurs once.
             "unshared" packs them without sharing. "padded" gives each sequence a row of its own.
-            "auto" is "shared" wherever that is right for the model. All of them train the same.
+            "auto" means "shared" if that is right for the model, otherwise "padded". The layout
+            changes speed and memory, not what is trained.
         max_tokens_per_microbatch: most tokens of a packed micro-batch; a pair that is longer gets
             a micro-batch of its own. The default is 2,048 on a CPU, and on a GPU as many as fit
             its memory.
@@ -135,7 +136,7 @@ class DPOConfig(TrainingArguments):
 
     def __post_init__(self) -> None:
         if self.bf16 is None:
-            # Without a GPU, bfloat16 is the default only for those who ask for the CPU.
+            # Without a GPU that supports bfloat16, it is the default only if use_cpu is set.
             self.bf16 = not self.fp16 and (self.use_cpu or is_torch_bf16_gpu_available())
         if isinstance(self.loss_type, str):
             self.loss_type = [self.loss_type]
@@ -152,7 +153,11 @@ class DPOConfig(TrainingArguments):
             )
 
     def _post_init_with_deepspeed(self) -> None:
-        """Run the parent's checks with a DeepSpeed configuration that is read and checked."""
+        """Run the parent's __post_init__ with our own reading of the DeepSpeed configuration.
+
+        `read_deepspeed` turns a name or a path into a checked dict, which the parent class gets in
+        place of what the user gave.
+        """
         given: Any = self.deepspeed  # type: ignore[has-type]
         if given:
             self.deepspeed = read_deepspeed(given)
@@ -166,7 +171,8 @@ class DPOConfig(TrainingArguments):
     def _name_checkpointing(self) -> None:
         """Accept both names of gradient checkpointing, which transformers 5.23 renamed.
 
-        transformers would warn of the old name, which is ours.
+        DPOConfig sets a default under the old name. transformers would warn about that name if the
+        new one were empty, so the value is copied to the new one.
         """
         for suffix in ("checkpointing", "checkpointing_kwargs"):
             if getattr(self, f"activation_{suffix}", ...) is None:
@@ -251,7 +257,10 @@ class DPOConfig(TrainingArguments):
         self._check_whole("seed", minimum=0)
 
     def _check_number(self, name: str, expected: str, minimum: float | None = None) -> None:
-        """Ranges that are open at an end are checked where the number is used, by the loss."""
+        """Raise ConfigError if an option isn't a number, or is below `minimum`.
+
+        Other bounds, such as beta > 0, are checked where the number is used.
+        """
         value = getattr(self, name)
         is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
         if not is_number or (minimum is not None and value < minimum):

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# PyTorch copies to float64 what it sums in float64; in chunks of this size the copy stays small.
+# To sum in float64, PyTorch first makes a float64 copy. In chunks of this size it stays small.
 CHUNK_ELEMENTS = 1 << 20
 
 
@@ -63,7 +63,7 @@ def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float) -> Tenso
 
 
 def _sum_of_squares(gradient: Tensor) -> Tensor:
-    """[] float64."""
+    """Sum of the squares of a gradient's elements: [] float64."""
     # A GPU sums a matrix in thousands of parts, so float32 is enough. A float64 copy of the matrix
     # would take twice the memory of the gradient.
     if not gradient.is_cpu:

@@ -25,10 +25,10 @@ logger = logging.getLogger(__name__)
 
 @dataclass(eq=False)
 class RunDataset:
-    """All that a run knows of one dataset.
+    """Everything that a run knows about one dataset.
 
     `PairPreparer` makes it. `RunReference.score` adds the reference log-probs, `measure_lengths`
-    the lengths, and `plan_training` the steps.
+    adds the lengths, and `StepLoaders.plan` adds the steps.
 
     Attributes:
         name: dataset name, used in messages and reports; unique within the run.
@@ -38,7 +38,7 @@ class RunDataset:
         ref_logps: [n, 2] fp64, summed reference log-probs of chosen and rejected, in nats; None
             until the dataset is scored.
         scored_by: digest of the reference that `ref_logps` come from; None until the dataset is
-            scored, or if it brings its own.
+            scored, and for a dataset that comes with its own log-probs.
         token_limit: lengths of the pairs in a packed row, and the row's token limit; None until
             they are measured, and where rows are padded.
         plan: this rank's training steps; None until they are planned.
@@ -90,7 +90,7 @@ class PairPreparer:
         models: models that will run the pairs; None entries are ignored.
 
     Attributes:
-        datasets: all datasets prepared so far, in that order.
+        datasets: all datasets prepared so far, in the order of their preparation.
     """
 
     def __init__(self, config: DPOConfig, tokenizer: Any, models: Iterable[Any] = ()) -> None:
@@ -107,10 +107,11 @@ class PairPreparer:
         Args:
             dataset: pairs in any form that `load_preferences` reads; a RunDataset, or an object
                 that was given before, is not prepared again.
-            name: dataset name; a number is added where the run has one of that name.
+            name: dataset name; gets a number appended if another dataset of the run has that name.
 
         Raises:
-            DataError: the data can't be used, or not by the model; names the file and the row.
+            DataError: the data can't be used at all, or can't be used by one of the models; names
+                the file and the row.
         """
         if isinstance(dataset, RunDataset):
             return dataset
@@ -119,7 +120,7 @@ class PairPreparer:
                 return known
         name = self._free_name(name)
         config = self.config
-        # Other ranks of this machine wait, and then find what the first one has downloaded.
+        # All other ranks wait for rank 0, and then find what it has downloaded.
         with config.main_process_first(local=False, desc=f"tokenising {name}"):
             pairs = load_preferences(dataset, strict=config.strict, name=name)
             pairs, report = tokenize_preferences(
@@ -163,7 +164,7 @@ def pairs_of(prepared: Any) -> Any:
 
 
 def _refuse_cut_scores(dataset: RunDataset) -> None:
-    """Raise DataError where answers were cut whose reference log-probs the dataset brings."""
+    """Raise DataError if the dataset has its own reference log-probs but its answers were cut."""
     report = dataset.report
     if dataset.brings_ref_logps and report.tokens_cut:
         raise DataError(

@@ -34,7 +34,7 @@ class StepLoader(DataLoader[StepBatch]):
 
 
 def max_row_tokens(config: DPOConfig, measure: Callable[[], int]) -> int:
-    """Most tokens of a packed row: what the options say, else what suits the device.
+    """Most tokens in a packed row: what the options say, otherwise what suits the device.
 
     Args:
         config: options of the run.
@@ -71,11 +71,13 @@ class StepLoaders:
         self.row_tokens: int | None = None
 
     def settle(self, recorded: int | None = None) -> None:
-        """Fix the run's reference and the length of packed rows; later calls change neither.
+        """Fix the run's reference and the length of packed rows.
+
+        A later call changes neither, except that a recorded length replaces the one in use.
 
         Args:
-            recorded: the length in the checkpoint that is resumed. It holds unless the options give
-                another one.
+            recorded: length of packed rows from the checkpoint that is resumed; None if there is
+                none. It is ignored if the options set a length.
         """
         self.reference.settle()
         if not self.layout.is_packed:
@@ -86,7 +88,7 @@ class StepLoaders:
             self.row_tokens = max_row_tokens(self.config, self._measure)
 
     def score(self, dataset: RunDataset, rescore: bool = False) -> None:
-        """Give a dataset its reference log-probs; arguments and errors as `RunReference.score`."""
+        """Give a dataset its reference log-probs; see `RunReference.score`."""
         by_pairs = self.config.precompute_ref_batch_size is not None
         self.reference.score(dataset, None if by_pairs else self.row_tokens, rescore)
 
@@ -101,7 +103,7 @@ class StepLoaders:
     def training(self, dataset: RunDataset) -> StepLoader:
         """A loader of the training steps of a dataset that is scored and planned."""
         assert dataset.plan is not None, "the steps are planned first"
-        # A copy, as the loader moves its plan on from epoch to epoch.
+        # The loader gets a copy, because it sets the epoch of its plan.
         return self._loader(dataset, copy.copy(dataset.plan))
 
     def evaluation(self, dataset: RunDataset) -> StepLoader:

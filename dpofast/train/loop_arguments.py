@@ -1,4 +1,4 @@
-"""What the Trainer's loop reads in place of the user's options while it runs."""
+"""The options that the Trainer's loop reads while it runs, in place of the user's own."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from dpofast.zero.batch import ShownBatch
 class LoopArguments(DPOConfig):
     """A DPOConfig under which one item of the loader is one optimizer step.
 
-    An item holds all micro-batches of its step, so the Trainer's loop must not accumulate on top of
-    it. Logs and checkpoints must show what the user gave all the same: JSON and pickles of this
-    object are those of the user's own config.
+    An item holds all micro-batches of its step, so the Trainer's loop must not accumulate over
+    several items. Logs and checkpoints must still show the user's values, so this object turns into
+    JSON or a pickle as if it were the user's config.
 
     Args:
-        config: the user's options, which are left alone.
-        shown_batch: shows the user's batch of DeepSpeed's configuration.
+        config: the user's options; not changed.
+        shown_batch: knows the batch sizes that the user gave to DeepSpeed.
     """
 
     def __init__(self, config: DPOConfig, shown_batch: ShownBatch) -> None:
@@ -36,16 +36,16 @@ class LoopArguments(DPOConfig):
         """Pickle the user's config; `torch.save` puts it into every checkpoint."""
         shown = copy.copy(self._config)
         shown.__dict__.update(self._shown_batch.as_shown())
-        # Newer protocols insist on the class of the object that is pickled, which is this one.
+        # From protocol 2 on, pickle refuses a result whose class isn't that of the pickled object.
         return shown.__reduce_ex__(1)
 
 
 @contextlib.contextmanager
 def one_item_per_step(config: DPOConfig) -> Iterator[LoopArguments]:
-    """Inside, an item of the loader is an optimizer step, for the Trainer and for DeepSpeed.
+    """Inside the `with` block, the Trainer and DeepSpeed take a loader's item for a whole step.
 
     Yields:
-        The arguments that the Trainer's loop is to read.
+        The arguments to give to the Trainer's loop.
     """
     pairs_per_rank = config.per_device_train_batch_size * config.gradient_accumulation_steps
     shown_batch = ShownBatch(config.deepspeed_plugin, pairs_per_rank, config.world_size)

@@ -25,8 +25,8 @@ USED_SHARE = 0.8
 # (prompt ids, answer ids). The pair is short because some models know few positions.
 PROBED_PAIRS = (8, 24)
 PROBED_PAIR = (([1] * 8, [2] * 4), ([1] * 8, [3] * 4))
-# Limits of a row in tokens, and what it is a multiple of. Longer rows have nothing left to gain.
-# Shorter rows are slow, and a pair rarely has fewer tokens.
+# Most and fewest tokens in a row, and the number that its length is a multiple of. Longer rows
+# would be no faster. Shorter rows would be slow, and few pairs have fewer tokens anyway.
 LARGEST_ROW, SMALLEST_ROW, STEP = 2**16, 2**9, 2**8
 MOMENTS = 2  # states of Adam per parameter
 
@@ -79,8 +79,8 @@ def free_device_bytes(device: torch.device) -> int:
 def training_bytes(model: nn.Module, config: DPOConfig) -> int:
     """Bytes of parameters, gradients and optimizer states on one rank's device.
 
-    DeepSpeed's own estimates serve for ZeRO. Without it AdamW is assumed, with its states in the
-    dtype of the parameters.
+    For ZeRO these are DeepSpeed's own estimates. Without ZeRO, the optimizer is assumed to be AdamW
+    with its states in the dtype of the parameters.
     """
     trained = [p for p in model.parameters() if p.requires_grad]
     frozen_bytes = sum(_num_bytes(p) for p in model.parameters() if not p.requires_grad)
@@ -119,8 +119,8 @@ class RowBytes(NamedTuple):
     """Bytes of a row in addition to the parameters.
 
     Attributes:
-        per_token: bytes of each token.
-        fixed: bytes of a row of any length.
+        per_token: bytes for each token of the row.
+        fixed: bytes that a row takes whatever its length.
     """
 
     per_token: float
@@ -178,14 +178,14 @@ def _kept_by_body(
     """Runs the body over a row of short pairs, and counts the bytes that it keeps."""
     lm = causal_lm(model)
     batch = layout.collate(PROBED_PAIR * num_pairs).to(next(lm.parameters()).device)
-    # By address, as several tensors can share memory. The tensors stay alive here, or a later one
-    # could get the address of an earlier one.
+    # Tensors are kept by address, because several of them can share memory. They are kept alive,
+    # because a later tensor could otherwise get the address of an earlier one.
     kept: dict[int, Tensor] = {}
 
     def keep(tensor: Tensor) -> None:
         address = tensor.untyped_storage().data_ptr()
-        # Weights are no cost of the row. Those that ZeRO-3 gathers for one layer at a time would,
-        # kept alive here, add up to the whole model.
+        # Weights aren't part of a row's cost. They also must not be kept alive here: ZeRO-3 gathers
+        # the weights of one layer at a time, and these would add up to the whole model.
         if all(address != p.untyped_storage().data_ptr() for p in lm.parameters()):
             kept.setdefault(address, tensor)
 
@@ -205,8 +205,8 @@ def _kept_by_body(
 def _head_bytes(lm: Any) -> int:
     """Bytes that the head holds during its op: a chunk of logits, and the gradient of its weight.
 
-    The gradient, in fp32, counts twice. A pair that is longer than a chunk sums its own, which is
-    then added to the gradient of the pairs before it.
+    The gradient, in fp32, counts twice. A pair that is longer than a chunk gets a gradient of its
+    own first, which is then added to the gradient of the pairs before it.
     """
     weight = lm.get_output_embeddings().weight
     gradients = 2 * weight.requires_grad * numel(weight)

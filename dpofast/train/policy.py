@@ -69,7 +69,7 @@ def resolve_ref_model(ref_model: Any, model: Any, config: DPOConfig) -> Any:
         The model, or None if the reference is the policy before step 1.
 
     Raises:
-        ConfigError: the reference is the same object as the policy, so it would move with it.
+        ConfigError: the reference is the same object as the policy, so training would change it.
         ModelError: the reference can't be loaded.
     """
     if ref_model is None or (isinstance(ref_model, str) and ref_model == model):
@@ -97,7 +97,7 @@ def model_name(model: Any) -> str:
 
 
 def prepare_policy(model: Any, config: DPOConfig, peft_config: Any) -> nn.Module:
-    """Wraps a fresh adapter around the model if there is one, sets dropout to 0, checks the head.
+    """Adds a fresh adapter if one is configured, sets dropout to 0 if asked, and checks the head.
 
     Args:
         model: causal LM or PeftModel.

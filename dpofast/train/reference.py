@@ -1,4 +1,4 @@
-"""Which reference a run is trained against, from its start to its last resume."""
+"""The reference that a run is trained against; it stays the same through every resume."""
 
 from __future__ import annotations
 
@@ -40,19 +40,22 @@ AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class RunReference:
-    """A given reference model, or the policy as it is before step 1; never a policy that moved.
+    """The reference of a run: the reference model that was given, or the policy before step 1.
+
+    A policy that has been trained since step 1 is never used as the reference.
 
     Args:
         policy: the model that is trained.
-        ref_model: a reference model; None for the policy's start.
-        store: where the log-probs are kept.
+        ref_model: the reference model; None if the policy before step 1 is the reference.
+        store: store of the log-probs.
         accelerator: knows the device and the autocast of a forward pass.
         layout: layout of the answers that are scored.
-        num_answers: answers in a forward pass, where tokens don't decide.
+        num_answers: answers in a forward pass, used if no limit in tokens is given.
         router_loss: auxiliary loss that the policy is trained with, if any; it is only checked.
 
     Attributes:
-        is_gone: whether the reference can't be run any more, as the policy has moved.
+        is_gone: whether the reference can't be run any more: it was the policy before step 1, or a
+            checkpoint names a reference that isn't at hand.
     """
 
     def __init__(
@@ -104,19 +107,19 @@ class RunReference:
     ) -> None:
         """Give a dataset its reference log-probs; answers that the store is missing are scored.
 
-        A dataset that brings its own, in ref_chosen_logps and ref_rejected_logps, is believed.
-        One that this reference has scored already is left as it is.
+        A dataset's own log-probs, in ref_chosen_logps and ref_rejected_logps, are used unchecked.
+        A dataset that this reference has scored already is left as it is.
 
         Args:
-            dataset: gets `ref_logps`.
-            row_tokens: most tokens of a packed row; None for `num_answers` in each forward pass, as
-                always where rows are padded.
-            rescore: score answers again that are stored in less detail than the options ask for.
+            dataset: dataset whose `ref_logps` are set.
+            row_tokens: most tokens of a packed row; None to score `num_answers` answers in each
+                forward pass, as padded rows always do.
+            rescore: score answers again if the store has less detail than the options ask for.
 
         Raises:
             ReferenceStoreError: log-probs are missing and the reference is gone.
-            DataError: the dataset's own log-probs aren't finite numbers, or they are mixed with
-                datasets that bring none.
+            DataError: the dataset's own log-probs aren't finite numbers, or some datasets of the
+                run have their own and others don't.
         """
         identity = self.settle()
         if dataset.brings_ref_logps:
@@ -144,11 +147,11 @@ class RunReference:
         return self._identify(self.policy).digest == self.identity.digest
 
     def policy_moves(self) -> None:
-        """Note that the policy is about to be trained, so that it can't serve as the reference."""
+        """Note that the policy is about to be trained: it can't be the reference any more."""
         self.is_gone = self.ref_model is None
 
     def run_state(self, kept: bool, row_tokens: int | None) -> RunState:
-        """What a checkpoint says of the reference.
+        """The facts about the reference and the rows that a checkpoint records.
 
         Args:
             kept: whether the store outlives the run.
@@ -158,14 +161,15 @@ class RunReference:
         return RunState(self.identity.digest, self.identity.description, store, row_tokens)
 
     def restore(self, recorded: RunState, checkpoint: str) -> None:
-        """Go back to the reference of the run's start, also where another policy was given.
+        """Use the reference that the resumed run started with, whatever policy is given now.
 
         Args:
             recorded: what the checkpoint says.
             checkpoint: folder of the checkpoint, named in errors.
 
         Raises:
-            ReferenceStoreError: it was trained against another reference than the ref_model given.
+            ReferenceStoreError: the checkpoint was trained against a reference other than the
+                given ref_model.
         """
         if self.settle().digest == recorded.reference_digest:
             return
@@ -228,7 +232,12 @@ class RunReference:
         return logps
 
     def _own_logps(self, dataset: RunDataset) -> np.ndarray:
-        """[n, 2] fp64, as the dataset brings them."""
+        """The reference log-probs in the dataset's own columns: [n, 2] fp64.
+
+        Raises:
+            DataError: a log-prob isn't finite, or the run also has a ref_model, or datasets without
+                such columns.
+        """
         columns = [np.asarray(dataset.pairs[column], dtype=float) for column in REF_COLUMNS]
         values = np.stack(columns, 1)
         bad = np.flatnonzero(~np.isfinite(values).all(1))
@@ -288,7 +297,7 @@ class RunReference:
 
     @property
     def _autocast_dtype(self) -> torch.dtype | None:
-        """None under DeepSpeed, which gives the weights themselves their precision."""
+        """The dtype of autocast, or None. Under DeepSpeed the weights are cast instead."""
         if self._is_under_deepspeed:
             return None
         return AUTOCAST_DTYPES.get(self.accelerator.mixed_precision)
@@ -303,7 +312,7 @@ class RunReference:
 
 
 def _exchange(item: Any) -> list[Any]:
-    """Hand an object of each rank to all ranks, in their order."""
+    """Take an object from each rank, and return the objects of all ranks in rank order."""
     items: list[Any] = gather_object([item])
     return items
 

@@ -35,7 +35,8 @@ class Scoring:
         scorer: the reference model.
         batches: says which answers share a call of the scorer.
         sum_over_ranks: adds up counts, so that reports cover all ranks.
-        exchange: given where ranks run the scorer together, each with a part of its model.
+        exchange: exchanges objects between ranks; given only if each rank holds a part of the
+            scorer's model.
     """
 
     scorer: Scorer
@@ -49,7 +50,7 @@ class RunStore:
 
     Args:
         folder: folder of the store; None for a temporary one that ends with this object.
-        ranks: this process among those of the run.
+        ranks: place of this process among the processes of the run.
         detail: what is stored of each answer that this run scores.
 
     Attributes:
@@ -95,8 +96,9 @@ class RunStore:
             answers: answers of a dataset.
             name: dataset name, used in messages and reports.
             scoring: how missing answers are scored.
-            rescore: score an answer again that is stored in less detail than this run asks for. A
-                run needs the sums only, so that any stored row will do; a build asks for more.
+            rescore: score answers again if the store has less detail than this run asks for.
+                Training needs only the sums, so any stored row is enough for it. `dpofast ref
+                build` sets this.
 
         Returns:
             [n, 2] fp64, summed log-probs of chosen and rejected of each pair, in nats.
@@ -119,10 +121,10 @@ class RunStore:
         return reference_logps(self.namespace, answers)
 
     def read(self, answers: PairAnswers, name: str) -> np.ndarray:
-        """Read the answers of a dataset where none can be scored any more.
+        """Read the log-probs of a dataset's answers when the reference can't be run any more.
 
         Returns:
-            As `fill`.
+            [n, 2] fp64, summed log-probs of chosen and rejected of each pair, in nats.
 
         Raises:
             MissingRowsError: an answer is missing.

@@ -27,7 +27,7 @@ class PairLossPass:
     Attributes:
         model: the policy, not wrapped by DDP or DeepSpeed.
         pair_loss: the loss of each pair.
-        router_loss: auxiliary loss of a mixture of experts' routers, if it is trained with.
+        router_loss: auxiliary loss of a mixture of experts' routers; None to train without it.
         autocast: makes the context of a forward pass.
         device: device of the policy.
     """
@@ -47,7 +47,8 @@ class PairLossPass:
             sums: gets the batch's metrics.
 
         Returns:
-            The loss summed over the batch's pairs, and what `linear_pair_loss` gives beside it.
+            The loss summed over the batch's pairs, auxiliary loss included, and the other fields of
+            PairLossOutput.
         """
         batch = batch.to(self.device)
         assert batch.ref_logps is not None
@@ -64,10 +65,10 @@ class PairLossPass:
 def gradient_exchange(
     accelerator: Accelerator, model: nn.Module, is_last: bool
 ) -> contextlib.AbstractContextManager[Any]:
-    """A context in which a backward exchanges gradients between ranks only if it is to.
+    """Inside the `with` block, a backward exchanges gradients between ranks only if `is_last`.
 
     Args:
-        accelerator: the trainer's.
+        accelerator: the trainer's accelerator.
         model: the policy, as it is wrapped for training.
         is_last: whether this is the step's last micro-batch, which exchanges what all of them
             accumulated.

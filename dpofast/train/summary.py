@@ -39,7 +39,7 @@ def run_summary(
     loss: PairLoss,
     mixed_precision: str,
 ) -> dict[str, Any]:
-    """What every kind of run reports: reference, data, settings, memory, versions, hardware.
+    """The facts that every run reports: reference, data, settings, memory, versions, hardware.
 
     Args:
         config: options of the run.
@@ -81,7 +81,7 @@ def write_summary(
         output: what transformers' `train` returned.
         state: the Trainer's state after training.
         first_loss: mean loss over the pairs of the first step, in nats.
-        pairs_trained: pairs in all steps, each as often as it was trained on.
+        pairs_trained: pairs in all steps; a pair counts once for each epoch that trained on it.
         throughput: pairs and tokens a second, and MFU where it is known.
         wall_seconds: duration of reference scoring and training together.
         run: facts from `run_summary`.

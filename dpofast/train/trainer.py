@@ -47,9 +47,9 @@ logger = logging.getLogger(__name__)
 class DPOTrainer(TakesWholeSteps, ClipsExactly, Trainer):
     """Direct Preference Optimization (Rafailov et al. 2023, arXiv:2305.18290).
 
-    The signature is TRL's. Where no `ref_model` is given the reference is the policy as it stands
-    before step 1, with a fresh adapter that is the model below it. Its log-probs are made once,
-    kept in the reference store, and read from there by this run and all later ones.
+    The signature is TRL's. Without a `ref_model`, the reference is the policy before step 1; a
+    fresh adapter doesn't change it. The log-probs of the reference are computed once and kept in
+    the reference store, where this run and all later ones read them.
 
     Args:
         model: causal LM, PeftModel, or the folder or hub name of a causal LM.
@@ -57,9 +57,9 @@ class DPOTrainer(TakesWholeSteps, ClipsExactly, Trainer):
         args: options.
         train_dataset: preference pairs in any form that `load_preferences` reads.
         eval_dataset: held-out pairs, or a dict of several named sets.
-        processing_class: tokenizer; by default the one beside the model.
+        processing_class: tokenizer; by default the one that is stored with the model.
         callbacks: further callbacks of transformers.
-        optimizers: optimizer and scheduler, made by the Trainer where None.
+        optimizers: optimizer and scheduler; transformers makes them if they are None.
         peft_config: wraps the model in a fresh adapter.
         options: arguments of old TRL versions: `tokenizer`, and options such as beta.
 
@@ -69,7 +69,7 @@ class DPOTrainer(TakesWholeSteps, ClipsExactly, Trainer):
 
     args: DPOConfig
     control: TrainerControl
-    _step_zero: StepZeroCheck | None  # until the first batch of a fresh run
+    _step_zero: StepZeroCheck | None  # only until a fresh run's first batch is checked
 
     def __init__(
         self,
@@ -140,10 +140,10 @@ class DPOTrainer(TakesWholeSteps, ClipsExactly, Trainer):
         return next((token for token in ids if token is not None), 0)
 
     def train_set(self) -> RunDataset:
-        """The training dataset, with all that the run knows of it.
+        """The training dataset, with all that the run knows about it.
 
         Raises:
-            ConfigError: the trainer has none.
+            ConfigError: the trainer has no training dataset.
         """
         if self.train_dataset is None:
             raise ConfigError("DPOTrainer: train() needs a train_dataset.")
@@ -159,10 +159,10 @@ class DPOTrainer(TakesWholeSteps, ClipsExactly, Trainer):
         return {key: self.data.prepare(pairs, f"eval_{key}") for key, pairs in given.items()}
 
     def score_datasets(self, rescore: bool = False) -> None:
-        """Give all datasets their reference log-probs; missing ones are scored.
+        """Give all datasets their reference log-probs; answers missing from the store are scored.
 
         Args:
-            rescore: score answers again that are stored in less detail than the options ask for.
+            rescore: score answers again if the store has less detail than the options ask for.
 
         Raises:
             ReferenceStoreError: log-probs are missing and can't be made.
@@ -182,7 +182,7 @@ class DPOTrainer(TakesWholeSteps, ClipsExactly, Trainer):
         return int(self.accelerator.gather(own).min())
 
     def get_train_dataloader(self) -> StepLoader:
-        """One item is one step. Not prepared by accelerate, which would shard it again."""
+        """A loader of this rank's steps. It bypasses accelerate, which would shard them again."""
         train_set = self.train_set()
         if train_set.plan is None:  # the loader is asked for outside `train`
             self.score_datasets()
@@ -209,15 +209,16 @@ class DPOTrainer(TakesWholeSteps, ClipsExactly, Trainer):
     def train(
         self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
     ) -> Any:
-        """As transformers' Trainer; resuming takes the newest whole checkpoint for `True`.
+        """Train as transformers' Trainer does; True resumes from the newest whole checkpoint.
 
         Raises:
             ReferenceStoreError: reference log-probs are missing and can't be made.
-            ConfigError: nothing to resume from.
+            ConfigError: there is nothing to train, or no checkpoint to resume from.
         """
         started = time.monotonic()
         self._start_counting()
         train_set = self.train_set()
+        # The number of steps doesn't depend on the packing, so no token limit is needed yet.
         epoch = train_sampler(self.config, len(train_set), None)
         total_steps = planned_steps(self.config, epoch)
         checkpoint = resolve_checkpoint(resume_from_checkpoint, self.config.output_dir)
@@ -269,11 +270,11 @@ class DPOTrainer(TakesWholeSteps, ClipsExactly, Trainer):
         self.first_loss: float | None = None  # mean loss of this call's first step
         self.pairs_trained = 0
         self._metric_sums = MetricSums()
-        self._tokens = 0  # trained on since the last count over all ranks
+        self._tokens = 0  # tokens trained on this rank since the last sum over all ranks
         self._step_zero = None
 
     def _step_zero_check(self) -> StepZeroCheck | None:
-        """None where the policy needn't begin with zero log-ratios."""
+        """The check of the first batch; None if its log-ratios needn't be zero."""
         if next(dropouts(self.model), None) or not self.reference.policy_starts_as_reference():
             return None
         return StepZeroCheck(self.pair_loss, self.reference.dtype())
@@ -281,7 +282,7 @@ class DPOTrainer(TakesWholeSteps, ClipsExactly, Trainer):
     def training_step(
         self, model: nn.Module, inputs: StepBatch, num_items_in_batch: Any = None
     ) -> Tensor:
-        """Forward and backward of a whole step; -> its loss, [] fp64 without gradient.
+        """Run forward and backward of a whole step, and return its loss: [] fp64, no gradient.
 
         Args:
             model: the policy, as it is wrapped for training.
@@ -308,7 +309,7 @@ class DPOTrainer(TakesWholeSteps, ClipsExactly, Trainer):
         return total
 
     def _run_micro_batch(self, model: nn.Module, batch: PackedPairs, scale: float) -> Tensor:
-        """Forward and backward; -> `scale` times the batch's loss, [] without gradient."""
+        """Run forward and backward, and return `scale` times the batch's loss: [], no gradient."""
         # DeepSpeed would divide the loss by its own accumulation steps; it is a mean already.
         options = {"scale_wrt_gas": False} if self.is_deepspeed_enabled else {}
         with micro_batch(self.model, batch):
@@ -328,9 +329,9 @@ class DPOTrainer(TakesWholeSteps, ClipsExactly, Trainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
-        """Exact means over the pairs of all ranks; a dict of datasets gives one set each.
+        """Compute exact means of the metrics over the pairs of all ranks.
 
-        A text is the name of one of the trainer's own sets.
+        A dict of datasets gives each of them metrics; a string names one of the trainer's sets.
         """
         if isinstance(eval_dataset, str):
             own = self.eval_dataset if isinstance(self.eval_dataset, dict) else {}
@@ -376,7 +377,7 @@ class DPOTrainer(TakesWholeSteps, ClipsExactly, Trainer):
     # Logs and checkpoints
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if "loss" in logs and "learning_rate" in logs:  # of training, not of evaluation
+        if "loss" in logs and "learning_rate" in logs:  # a log of training, not of evaluation
             means = self._metric_sums.means(self._sum_over_ranks, self.config.device)
             self._count_tokens()
             # The Trainer's own loss is summed in float32; this one is the exact mean over pairs.

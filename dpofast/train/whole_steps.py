@@ -1,4 +1,4 @@
-"""Answers to what the Trainer asks of its batches, where a batch is a whole optimizer step."""
+"""Overrides the Trainer's methods that look into a batch, because our batch is a whole step."""
 
 from __future__ import annotations
 
@@ -11,25 +11,29 @@ from dpofast.options.config import DPOConfig
 
 
 class TakesWholeSteps:
-    """Part of a transformers Trainer: it would look for these facts in a dict of tensors."""
+    """Makes a transformers Trainer, which expects dicts of tensors as batches, accept whole steps.
+
+    This class comes before Trainer among the bases of DPOTrainer, so that its methods win.
+    """
 
     config: DPOConfig
 
     def get_total_train_batch_size(self, args: TrainingArguments) -> int:
-        """Pairs of an optimizer step, over all ranks."""
-        config = self.config  # the loop's own `args` don't know the accumulation
+        """The number of pairs in an optimizer step on all ranks."""
+        # While the loop runs, gradient_accumulation_steps is 1 in `args`.
+        config = self.config
         pairs_per_rank = config.per_device_train_batch_size * config.gradient_accumulation_steps
         return int(pairs_per_rank * config.world_size)
 
     def floating_point_ops(self, inputs: Any) -> int:
-        """0, as `Throughput` counts the operations."""
+        """Return 0, because `Throughput` counts the operations instead."""
         return 0
 
     def _track_num_input_tokens(self, inputs: Any) -> None:
         """Do nothing: the trainer counts tokens itself, padding excluded."""
 
     def _get_num_items_in_batch(self, batch_samples: Any, device: Any) -> None:
-        """None, as the loss is divided by the step's pairs already."""
+        """Return None, because our loss is divided by the step's pairs already."""
 
     def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
         raise NotImplementedError("The loss is computed by compute_pair_loss.")

@@ -76,8 +76,8 @@ def _units(model: nn.Module) -> _Units:
 def _parts(module: nn.Module, blocks: set[nn.Module]) -> _Units:
     """Divide a module into parts with the parameters of each.
 
-    A part is a block with all its parameters, a largest possible module without blocks in it, or a
-    module around blocks with only its own parameters.
+    A part is one of three: a block with all its parameters, a module that has no blocks in it (the
+    largest such module, not its children), or a module around blocks with only its own parameters.
     """
     if module in blocks or blocks.isdisjoint(module.modules()):
         return [(module, list(module.parameters()))]

@@ -24,9 +24,9 @@ UNSUPPORTED = {
 def read_deepspeed(option: Any) -> dict[str, Any]:
     """Read a DeepSpeed configuration into a new dict.
 
-    Fields for the batch, clipping and precision that it leaves out become "auto", so that they are
-    taken from the other options. ZeRO-3 gathers the weights when a model is saved, unless the
-    configuration says otherwise.
+    If it leaves out fields for the batch, clipping or precision, these become "auto": transformers
+    then takes them from the other options. ZeRO-3 gathers the weights when a model is saved, unless
+    the configuration says otherwise.
 
     Args:
         option: one of NAMES, the path of a JSON file, JSON text, or a mapping.
@@ -47,7 +47,7 @@ def checked(config: dict[str, Any], where: str) -> dict[str, Any]:
 
     Args:
         config: DeepSpeed configuration; changed in place.
-        where: what to call it in errors, from `source`.
+        where: name of the configuration in error messages, from `source`.
 
     Returns:
         The same dict.
@@ -85,7 +85,7 @@ def source(option: Any) -> str:
 
 
 def _text(option: Any) -> str:
-    """Get the JSON text that an option names, or is."""
+    """Get the JSON text: the option itself, or the content of the file that it names."""
     if not isinstance(option, (str, Path)):
         raise ConfigError(
             f"deepspeed: got {option!r}, expected one of {', '.join(NAMES)}, the path of a JSON "

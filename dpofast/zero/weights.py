@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 
 def spread(tensors: Iterable[Tensor]) -> list[Tensor]:
-    """Select the tensors that ZeRO-3 has sharded over the ranks, gathered at the moment or not."""
+    """Select the tensors that ZeRO-3 has sharded, whether or not they are gathered right now."""
     return [tensor for tensor in tensors if hasattr(tensor, "ds_status")]
 
 

@@ -1,9 +1,9 @@
 """Spreads the pairs of an optimizer step over packed rows with nearly equal token counts.
 
-A step keeps exactly its pairs; this module only decides the rank and micro-batch of each. Ranks
-run a micro-batch together and wait for the fullest row, so the rows should be equal. Tokens are
-the measure: at the lengths of real pairs they predict the work within 1 %. Every rank makes the
-same plan from the same token counts, without communication.
+No pair moves to another step; this module only decides the rank and micro-batch of each pair. Ranks
+run a micro-batch together and wait for the fullest row, so the rows should be equal. Rows are
+compared by their tokens, which predict the work within 1 % at the lengths of real pairs. Every
+rank makes the same plan from the same token counts, without communication.
 
 A "slot" is one micro-batch on all ranks: `world_size` rows. A "bin" is a row that is being filled.
 """
@@ -35,7 +35,7 @@ _NOTHING = _Item(0, -1)
 # Limit on the swaps of one refinement. Real steps need fewer, so it only bounds the time.
 _MAX_SWAPS = 400
 # Limit on one search, which keeps it to a few milliseconds. Placing one item costs about
-# 4 + number of bins. In trials, hard steps of ten pairs always were searched to the end.
+# 4 + number of bins. In trials, this was always enough to finish the search of ten pairs.
 _SEARCH_EFFORT = 10_000
 
 
@@ -74,8 +74,8 @@ def pack_step(tokens: Sequence[int], world_size: int, max_tokens: int) -> Packed
     Args:
         tokens: tokens that each pair adds to a row, 1 or more.
         world_size: number of ranks.
-        max_tokens: most tokens in a row. A longer pair gets a row of its own, and the cap of the
-            other rows stays as it is.
+        max_tokens: most tokens in a row. A longer pair gets a row of its own, which doesn't raise
+            the cap for the other rows.
     Returns:
         [micro-batch][rank] -> indices into `tokens`, ascending; empty for a rank without pairs.
         The fullest rows come first.
@@ -207,11 +207,12 @@ def _best_swap(high: _Bin, low: _Bin, gap: int) -> tuple[int, _Item, _Item]:
     """The swap between two bins that lowers the fuller one most.
 
     Swapping `out` from `high` with `back` from `low` moves m = out - back tokens. Afterwards the
-    fuller bin of the two holds min(m, gap - m) tokens less than `high` did. The ideal m is half
-    the gap.
+    larger of their new sizes is min(m, gap - m) tokens below the old size of `high`. The ideal m is
+    half the gap.
 
     Returns:
-        The tokens gained, the item from `high` and the item from `low`; 0 if no swap gains any.
+        The tokens by which the fuller bin shrinks, the item from `high` and the item from `low`.
+        The first is 0 if no swap helps.
     """
     best_gain, swap = 0, (_NOTHING, _NOTHING)
     for out in high:
@@ -229,8 +230,8 @@ class _Search:
     """Depth-first search for bins that hold all items under the cap.
 
     Items are placed in order, longest first, because long items have the fewest places to go.
-    Each tries the tightest bin first, which keeps large gaps free for later items. Where an item
-    fits nowhere, the search takes back the item before it and tries that one's next bin.
+    Each item tries the tightest bin first, which keeps large gaps free for later items. If an item
+    fits nowhere, the search takes back the item before it and tries the next bin for that one.
 
     Args:
         items: at least one item, longest first.
@@ -243,12 +244,12 @@ class _Search:
         self.free = [max_tokens] * num_bins  # tokens that each bin can still take
         self.unplaced_tokens = _size(items)
         self.bin_of: list[int] = []  # bins of items[0], items[1], ..., as far as they are placed
-        # untried[k]: bins that items[k] has still to try, the next one last. It has one entry
-        # more than `bin_of`, for the item that is to be placed next.
+        # untried[k]: bins that items[k] still has to try, the next one last. This list has one
+        # entry more than `bin_of`, for the item that will be placed next.
         self.untried = [self._open_bins()]
 
     def run(self) -> list[_Bin] | None:
-        """Bins with `_NOTHING` in each, or None if there are none or the effort is used up."""
+        """Filled bins, each with `_NOTHING`; None if no filling fits or the effort is used up."""
         # Placing every item once is always allowed. Beyond that, effort is limited.
         moves = len(self.items) + _SEARCH_EFFORT // (4 + len(self.free))
         for _ in range(moves):
@@ -278,8 +279,8 @@ class _Search:
 
     def _open_bins(self) -> list[int]:
         """Bins that the next item fits in, the tightest last."""
-        # A bin with less room than the smallest item is wasted. If the others can't hold what is
-        # left, no bin is worth trying.
+        # A bin with less room than the smallest item is wasted. If the other bins can't hold all
+        # unplaced items, this branch of the search can't succeed.
         smallest = self.items[-1].tokens
         if sum(free for free in self.free if free >= smallest) < self.unplaced_tokens:
             return []

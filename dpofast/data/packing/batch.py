@@ -60,7 +60,7 @@ class PackedPairs:
         uses: Tensor,
         shared_layout: SharedLayout | None = None,
     ) -> PackedPairs:
-        """Add the fields that are the same in every layout to those that a layout decides.
+        """Make a micro-batch from the fields that a layout decides, and compute the other fields.
 
         Args:
             sequences: S sequences, in the order of the batch.
@@ -93,7 +93,7 @@ class PackedPairs:
 
     def to(self, device: torch.device | str) -> PackedPairs:
         """Copy to `device`, except the bounds: the head cuts its chunks by them on the CPU."""
-        # From pinned memory, such a copy overlaps with computation.
+        # With non_blocking, a copy from pinned memory overlaps with computation.
         moved = self._map(lambda tensor: tensor.to(device, non_blocking=True))
         layout = self.shared_layout
         return moved if layout is None else replace(moved, shared_layout=layout.to(device))

@@ -42,7 +42,8 @@ class Layout:
         """Lay out one micro-batch.
 
         Args:
-            sequences: (prompt ids, answer ids), by default the two sequences of each pair in turn.
+            sequences: (prompt ids, answer ids). They are the chosen and the rejected sequence of
+                each pair in turn, unless `by_prompt` is set.
             ref_logps: one summed reference log-prob per sequence, in nats.
             by_prompt: the sequences aren't pairs; consecutive ones may share their prompt.
         """

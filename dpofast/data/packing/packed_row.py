@@ -43,10 +43,11 @@ def collate_packed(
         row += ids[0][:prefix]
         uses += [len(group)] * prefix
         for sequence, (prompt, _) in zip(ids, group, strict=True):
-            # Positions in the sequence, of the tokens that predict the answer's tokens.
+            # Positions within the sequence whose tokens predict the answer's tokens.
             positions = torch.arange(len(prompt) - 1, len(sequence) - 1)
-            # Some of them are in the prefix: the prompt's last token, and more if the answers begin
-            # alike. The others are in the tail, which begins where the row ends by now.
+            # Positions before `prefix` are in the shared prefix: the prompt's last token, and more
+            # if the answers begin alike. The others are in this sequence's tail, which is appended
+            # to the row next. Adding an offset turns both into positions in the row.
             tail_start = len(row) - prefix
             scored.append(positions + torch.where(positions < prefix, prefix_start, tail_start))
             row += sequence[prefix:]

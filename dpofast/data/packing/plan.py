@@ -18,7 +18,7 @@ from torch.utils.data import Sampler
 from dpofast.data.packing.balance import PackFigures, pack_figures, pack_step
 
 MicroBatch = list[int]  # indices of pairs in the dataset
-# `figures` packs only so many steps: enough for stable figures, and quickly done.
+# Steps that `figures` packs: enough for stable figures, and few enough to be quick.
 DESCRIBED_STEPS = 100
 
 
@@ -56,7 +56,7 @@ class BatchShape:
 
 @dataclass(frozen=True)
 class TokenLimit:
-    """The limit on packed rows, in tokens, and the lengths that a plan needs to keep it.
+    """The token limit on packed rows, and the lengths that a plan needs to stay within it.
 
     Attributes:
         lengths: tokens that each pair of the dataset adds to a packed row.
@@ -82,7 +82,7 @@ def split_step(pairs: list[int], shape: BatchShape) -> list[list[MicroBatch]]:
         step has fewer pairs than ranks, some micro-batches are empty. They still have to be run,
         because the collectives of the other ranks wait for them.
     """
-    # The fewest micro-batches of which none has more than shape.pairs.
+    # The smallest number of micro-batches that lets each have at most shape.pairs.
     num_slots = max(1, math.ceil(len(pairs) / (shape.pairs * shape.world_size)))
     num_batches = num_slots * shape.world_size
     size, larger = divmod(len(pairs), num_batches)
@@ -136,7 +136,7 @@ class StepSampler(Sampler[Any]):
         return self._planned(self._order(), index)
 
     def figures(self) -> PackFigures | None:
-        """How well the epoch's first steps are packed; None if rows aren't packed or none exist."""
+        """How well the epoch's first steps are packed; None without packed rows or steps."""
         if self.limit is None or not len(self):
             return None
         size, lengths = self.shape.pairs_per_step, self.limit.lengths

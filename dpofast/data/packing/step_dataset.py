@@ -23,7 +23,8 @@ class StepDataset(Dataset[StepBatch]):
     """
 
     def __init__(self, pairs: Any, ref_logps: np.ndarray, layout: Layout) -> None:
-        self.pairs = pairs.select_columns(list(ID_COLUMNS))  # reading a row decodes no others
+        # Reading a pair decodes all its columns, so the columns that aren't needed are dropped.
+        self.pairs = pairs.select_columns(list(ID_COLUMNS))
         self.ref_logps, self.layout = ref_logps, layout
 
     def __len__(self) -> int:

@@ -60,7 +60,7 @@ def _open_text(path: Path) -> IO[str]:
 
 
 def _read_json(path: Path, split: str | None) -> Iterator[Record]:
-    """Read a JSON array, an object of arrays with a split as its key, or one object per line."""
+    """Read a JSON array, an object with one array per split, or one object per line."""
     with _open_text(path) as file:
         text = file.read()
     if text.lstrip()[:1] != "[" and _is_object_a_line(text):
@@ -87,14 +87,14 @@ def _is_object_a_line(text: str) -> bool:
     try:
         return isinstance(json.loads(line), dict) and bool(text.strip()[len(line) :].strip())
     except (ValueError, RecursionError):
-        # The line is no JSON value. Either it begins a pretty-printed object, or it is a broken
-        # line before others, which should then be named in the error.
+        # The line is no JSON value. Either it begins a pretty-printed object, or the file has one
+        # object per line and this line is broken. The reader of lines then names it in its error.
         following = text.strip()[len(line) :].lstrip()[:1]
         return line.startswith("{") and line.rstrip().endswith("}") and following == "{"
 
 
 def _rows_in_object(data: dict[str, Any], path: Path, split: str | None) -> Any:
-    """The rows of a split in a file that is one JSON object; or that object as the only row."""
+    """The rows of a split, from a file that is one JSON object; the object may be the only row."""
     lists = {
         key: value
         for key, value in data.items()

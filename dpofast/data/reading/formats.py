@@ -43,8 +43,8 @@ class Pair:
 
     Attributes:
         kind: type of the prompt and the answers: "text", "messages" or "ids".
-        columns: format in which the pair was written, used in errors.
-        values: column -> value, for all columns of the normal form but `row`.
+        columns: names of the columns that the pair was read from, used in errors.
+        values: column -> value, for all columns of the normal form except `row`.
     """
 
     kind: str
@@ -63,7 +63,7 @@ def read_pair(row: Mapping[str, Any], found: Sequence[str], roles: Mapping[str, 
     Args:
         row: the row's columns, after renaming.
         found: names of all columns in the source, used in errors.
-        roles: role in the source -> role that templates know, before the built-in ones.
+        roles: role in the source -> role that templates know; wins over the built-in mapping.
     Raises:
         RowError: the row can't be used; says why and what to do.
     """
@@ -71,7 +71,8 @@ def read_pair(row: Mapping[str, Any], found: Sequence[str], roles: Mapping[str, 
     if all(row.get(column) is not None for column in ID_COLUMNS):
         pair = Pair("ids", "tokenised prompt_ids", {c: _read_ids(row[c], c) for c in ID_COLUMNS})
     else:
-        # Rows for KTO have no chosen either; that they are unpaired is the more helpful answer.
+        # A row for KTO would fail both checks, because it has no `chosen`. Its owner is helped more
+        # by the message that the rows are unpaired, so that check comes first.
         _refuse_unpaired(row)
         _require_answers(row, found)
         pair = _read_written_pair(row, roles)
@@ -136,7 +137,8 @@ def _read_implicit(row: Mapping[str, Any], roles: Mapping[str, str]) -> Pair:
         return Pair("text", columns, {"prompt": prompt, **_answer_texts(chosen, rejected)})
     for column in ("chosen", "rejected"):
         if not isinstance(row[column], list | tuple | Mapping):
-            # Raises for a number or null. The error asks for a text, more likely than messages.
+            # Raises for a number or null. Its error asks for text, which is more likely what the
+            # user wanted to write than messages.
             text_of(row[column], column)
     chosen_messages = read_answer(row["chosen"], "chosen", roles)
     rejected_messages = read_answer(row["rejected"], "rejected", roles)
@@ -232,7 +234,7 @@ def _read_ids(value: Any, column: str) -> list[int]:
 def _template_options(row: Mapping[str, Any]) -> dict[str, str]:
     """The columns `tools` and `chat_template_kwargs` as JSON text.
 
-    As structs, Arrow would give every row the fields of all rows, filled with nulls.
+    If they were stored as structs, Arrow would give every row the fields of all rows, with nulls.
     """
     options = {}
     for column, kind in (("tools", list), ("chat_template_kwargs", dict)):
@@ -256,7 +258,7 @@ def _template_options(row: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _reference_logps(row: Mapping[str, Any]) -> dict[str, float]:
-    """Reference log-probs that the row brings along; empty if there are none."""
+    """Reference log-probs by column, if the row has them; otherwise an empty dict."""
     given = [column for column in REF_COLUMNS if row.get(column) is not None]
     if len(given) == 1:
         (missing,) = set(REF_COLUMNS) - set(given)

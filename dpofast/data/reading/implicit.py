@@ -64,8 +64,8 @@ def split_messages(
 ) -> tuple[list[Message], list[Message], list[Message]]:
     """Split two conversations that begin with the same prompt.
 
-    The prompt is the messages in common, as many as leave two answers that each begin with a
-    message from the assistant.
+    The prompt is the longest common beginning after which both answers begin with a message from
+    the assistant.
 
     Returns:
         prompt, chosen, rejected.
@@ -92,8 +92,12 @@ def _after_last_marker(common: str) -> int | None:
 def _before_last_word(common: str, limit: int) -> int:
     """Length of the common text up to its last line break or blank; 0 if it has neither.
 
-    A line break belongs to the prompt, a blank to the answer, because tokens of words usually
-    begin with their blank.
+    A line break belongs to the prompt. A blank belongs to the answer, because the token of a word
+    usually includes the blank before the word.
+
+    Args:
+        common: the text that both answers begin with.
+        limit: greatest length to return.
     """
     for end in range(min(len(common), limit), 0, -1):
         if common[end - 1] == "\n":

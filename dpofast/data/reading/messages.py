@@ -45,7 +45,7 @@ def read_messages(value: Any, what: str, roles: Mapping[str, str]) -> list[Messa
     Args:
         value: a list of messages, or one message.
         what: name of the value, used in errors.
-        roles: role in the source -> role that templates know, before the built-in ROLES.
+        roles: role in the source -> role that templates know; wins over the built-in ROLES.
     Raises:
         RowError: `value` isn't messages, or is empty, or a message has no role or no content.
     """
@@ -115,7 +115,7 @@ def _read_message(item: Any, what: str, roles: Mapping[str, str]) -> Message:
             raise RowError(f"the content of {what} is null or missing; give it a text")
         message["content"] = None if content is None else text_of(content, f"content of {what}")
     if extra:
-        # Keys are sorted, so messages with the same fields are equal in any order of them.
+        # Keys are sorted, so that the order of a message's fields doesn't make it differ.
         message["extra"] = json.dumps(extra, sort_keys=True, ensure_ascii=False)
         text_of(message["extra"], what)  # refuses half a surrogate pair
     return message
@@ -129,7 +129,7 @@ def _read_role(value: Any, what: str, roles: Mapping[str, str], known_only: bool
             f"the role of {what} is {shown(value)}, expected one of {', '.join(ROLES)}; "
             f"map it with roles={{{shown(value)}: 'user'}}"
         )
-    # A template can define roles of its own, so unknown roles of role/content messages stay.
+    # A template can define roles of its own, so role/content messages may have unknown roles.
     return mapped or role
 
 

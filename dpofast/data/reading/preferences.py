@@ -150,7 +150,8 @@ class _TableBuilder:
         return table if self.has_extra else _without_extra(table)
 
     def _row_of(self, record: Record, count: int) -> int:
-        # A dataset in the normal form brings its indices along, even if rows were selected.
+        # A dataset in the normal form has each row's original index, even after a selection. In
+        # other sources a column `row` is taken for that index if it holds usable integers.
         row = record.values.get("row")
         return row if isinstance(row, int) and 0 <= row < 2**63 and row is not True else count
 

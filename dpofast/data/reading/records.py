@@ -29,12 +29,12 @@ class Record:
 
     @property
     def where(self) -> str:
-        """The row's place as errors name it."""
+        """The row's place, in words for an error message."""
         if self.line is not None:
             return f"{self.source}, line {self.line}"
         return place_of_row(self.source, self.row)
 
 
 def place_of_row(source: str, row: int) -> str:
-    """The place of a row as errors name it."""
+    """The place of a row, in words for an error message."""
     return f"{source}, row {row} (counted from 0)"

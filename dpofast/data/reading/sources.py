@@ -29,7 +29,7 @@ def read_records(
     Args:
         source: path, hub name, datasets.Dataset or DatasetDict, or list of dicts.
         split: split to read, if the source has splits.
-        name: name of a Dataset or list, used in errors; None for a general name.
+        name: name of a Dataset or list, used in errors; None says "dataset" or "list".
         config_name: configuration of a hub dataset.
     Raises:
         DataError: the source doesn't exist or can't be read.

@@ -38,10 +38,10 @@ def same_split(found: str | None, wanted: str) -> bool:
 
 
 def check_whole_file(path: PurePath, split: str | None) -> None:
-    """Refuse a split that a file without splits can't have.
+    """Refuse to read a split from a single file that isn't divided into splits.
 
-    Such a file is the training data, unless its name contains another split. If any split could
-    be read from it, a run would silently evaluate on its training pairs.
+    The file counts as the split that its name contains, and also as training data. If every split
+    could be read from it, a run would silently evaluate on its training pairs.
 
     Raises:
         DataError: the user asked for a split that is neither train nor in the file's name.

@@ -110,7 +110,7 @@ class BoundaryTokenizer:
         return SplitPair(prompt, answers[0], answers[1], merged=True)
 
     def _after(self, prompt: Ids, whole: Ids, answer: str) -> Ids | None:
-        """The answer's ids after exactly `prompt`, or None if no way keeps the text unchanged.
+        """The ids of an answer after exactly `prompt`; None if the split must be by rule 3 instead.
 
         Args:
             prompt: token ids of the prompt.

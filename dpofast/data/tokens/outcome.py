@@ -1,4 +1,4 @@
-"""What became of each pair on its way to tokens, and the report that sums it up.
+"""The outcome of each pair's tokenisation, and the report that sums up all outcomes.
 
 `Dataset.map` can only return columns. So the outcome of each pair is written as columns, and the
 report is made from the table of all pairs.
@@ -19,7 +19,7 @@ from dpofast.data.tokens.left_out import REASONS
 from dpofast.data.tokens.report import Lengths, PreparationReport
 from dpofast.data.tokens.truncate import Cut
 
-_KEPT = 0  # in the column `reason`; 1 + an index into REASONS otherwise
+_KEPT = 0  # column `reason` of a kept pair; a pair that is left out has 1 + its index in REASONS
 _LENGTH_COLUMNS = tuple(f"{part}_length" for part in PAIR_COLUMNS)  # tokens before the cut
 _CUT_COLUMNS = tuple(f"{part}_cut" for part in PAIR_COLUMNS)  # tokens cut
 _NUMBERS = {
@@ -35,7 +35,7 @@ OUTCOME_FEATURES = {
 
 @dataclass(frozen=True, slots=True)
 class PairOutcome:
-    """What became of one pair.
+    """The outcome of one pair's tokenisation.
 
     Attributes:
         split: token ids before the cut.
@@ -48,7 +48,7 @@ class PairOutcome:
     reason: str | None
 
     def columns(self) -> dict[str, Any]:
-        """Values of OUTCOME_FEATURES: the ids after the cut, or empty lists if left out."""
+        """The outcome as columns OUTCOME_FEATURES; a pair that is left out has no ids."""
         if self.reason is None:
             code, cut = _KEPT, self.cut
             ids = cut.apply(*self.split.ids)
@@ -67,7 +67,7 @@ class PairOutcome:
 
 
 def is_kept(table: pa.Table) -> np.ndarray:
-    """[n] bool, True for the pairs of a table of outcomes that are kept."""
+    """Tell which pairs in a table of outcomes are kept: [n] bool."""
     kept: np.ndarray = table["reason"].to_numpy() == _KEPT
     return kept
 

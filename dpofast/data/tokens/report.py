@@ -49,7 +49,8 @@ class PreparationReport:
         prompts_cut: prompts in kept pairs that were cut on their left.
         tokens_cut: tokens removed by these cuts; a prompt counts once, not per answer.
         boundary_merges: pairs in which the tokenizer would merge prompt and answer.
-        rerendered_prompts: pairs whose chat template renders the prompt differently alone.
+        rerendered_prompts: pairs whose prompt the chat template renders differently when no answer
+            follows it.
         max_length: most tokens in a prompt and one answer; None for no limit.
         truncation_mode: keep_start or keep_end.
         prompt_lengths, answer_lengths, sequence_lengths: lengths in all pairs read, before the

@@ -43,7 +43,7 @@ def tokenize_preferences(
         tokenizer: a transformers tokenizer; can be None if the pairs are tokenised already.
         max_length: most tokens in a prompt and one answer; None for no limit.
         truncation_mode: keep_start cuts answers on the right, and leaves out a pair whose prompt
-            leaves no room for a token of each; keep_end first cuts the prompt on its left.
+            fills max_length; keep_end first cuts the prompt on its left.
         strict: raise at a pair that would be left out.
         num_proc: number of processes that tokenise; None tokenises in this one.
         name: dataset name, used in errors and in the report.
@@ -164,7 +164,8 @@ class PairTokenizer:
                 "the prompt has no token, so nothing predicts an answer's first token; give a "
                 "prompt, or a tokenizer that begins every text with a BOS token"
             )
-        # A text that is only an EOS says nothing. Someone who gives ids can have meant it.
+        # A text that becomes only EOS was probably empty by mistake. Someone who gives the ids
+        # themselves may want just EOS.
         empty = [[]] if is_tokenised else [[], [self.tokenizer.eos_token_id]]
         for column, ids in (("chosen", split.chosen_ids), ("rejected", split.rejected_ids)):
             if ids in empty:

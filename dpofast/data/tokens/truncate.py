@@ -17,7 +17,7 @@ class Cut:
         prompt: tokens cut from the prompt, on its left.
         chosen: tokens cut from the chosen answer, on its right.
         rejected: tokens cut from the rejected answer, on its right.
-        fits: False if the prompt leaves no room for a token of each answer; the rest is 0 then.
+        fits: False if the prompt leaves no room for any answer token; the counts are then 0.
     """
 
     prompt: int = 0
@@ -37,7 +37,7 @@ class Cut:
 
 
 def check_truncation(max_length: int | None, truncation_mode: str) -> None:
-    """Check the two options.
+    """Check the options `max_length` and `truncation_mode`.
 
     Raises:
         ConfigError: the mode is unknown, or no pair can fit the length; names the option.

@@ -87,7 +87,7 @@ def read_answers(pairs: Dataset) -> PairAnswers:
         )
     has_rows = "row" in pairs.column_names
     wanted = pairs.select_columns([*ID_COLUMNS, *(["row"] if has_rows else [])])
-    # Batches in Arrow format follow the dataset's order, also after a shuffle or a selection.
+    # Batches in Arrow format follow the dataset's order, even after a shuffle or a selection.
     batches = wanted.with_format("arrow").iter(READ_PAIRS)
     # An empty dataset gives no batches, but its table has the columns' types.
     table = pa.concat_tables(batches) if len(pairs) else wanted.data.table

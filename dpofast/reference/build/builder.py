@@ -24,7 +24,8 @@ from dpofast.reference.store.writer import Writer
 
 logger = logging.getLogger(__name__)
 
-COMMIT_TOKENS = 1 << 24  # tokens whose log-probs wait in memory at most: 64 MiB
+# Most tokens whose log-probs wait in memory for a commit: 64 MiB of float32 for each kind of value.
+COMMIT_TOKENS = 1 << 24
 
 
 class Scorer(Protocol):
@@ -97,9 +98,9 @@ def build_reference(
     description: str = "reference log-probs",
     exchange: Exchange | None = None,
 ) -> ReferenceReport:
-    """Score the answers that are missing from `namespace`; afterwards it has all of them.
+    """Score the answers that are missing from `namespace`, so that it has all of them.
 
-    With `options.rescore` it also has them all in `options.detail`.
+    With `options.rescore`, answers stored with less than `options.detail` count as missing.
 
     All ranks must call this at the same time, with the same answers. If the build stops with any
     exception, the answers scored so far are committed first.
@@ -119,7 +120,7 @@ def build_reference(
 
     Raises:
         ReferenceStoreError: a log-prob is NaN or infinite (the row is named), the scorer returned
-            something else, or the store can't be read or written.
+            the wrong number of values, or the store can't be read or written.
     """
     ranks, options = ranks or Ranks(), options or BuildOptions()
     started = time.monotonic()
@@ -209,7 +210,8 @@ class _Build:
     def run(self, batches: list[Batch], description: str) -> None:
         """Score and commit all batches. If anything raises, the rows so far are committed first."""
         exchange = self.exchange
-        # With a divided model every rank takes part in every call, so all make equally many.
+        # If each rank holds a part of the model, every rank takes part in every call. All ranks
+        # then make as many calls as the rank with the most batches.
         rounds = len(batches) if exchange is None else max(exchange(len(batches)))
         if not rounds:
             return
@@ -219,7 +221,8 @@ class _Build:
         self._next_commit = time.monotonic() + self.options.commit_seconds
         try:
             for batch in self._with_progress(batches, rounds, description):
-                # Without a batch this rank calls the model too: the others need its part of it.
+                # A rank that has run out of batches still calls the model, because the other ranks
+                # need its part of the weights.
                 scored = self._forward(self._shortest() if batch is None else batch.answers)
                 if batch is None:
                     on_all_ranks(lambda: None, exchange)

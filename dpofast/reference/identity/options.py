@@ -43,7 +43,8 @@ NEUTRAL_OPTIONS = frozenset(
         "sep_token_id",
         "suppress_tokens",
         "task_specific_params",
-        "tie_word_embeddings",  # tied tensors are hashed under each name, exactly as equal ones
+        # A tied tensor is hashed under each of its names, exactly like two tensors that are equal.
+        "tie_word_embeddings",
         "tokenizer_class",
         "torch_dtype",
         "torchscript",

@@ -76,7 +76,7 @@ def flatten(description: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def printable(text: str) -> str:
     """Replace every character that isn't printable with its escape sequence.
 
-    Control characters would command the terminal, and marks of direction would reorder the line.
+    Control characters could take over the terminal, and direction marks could reorder the line.
     """
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
@@ -107,7 +107,7 @@ def differences(wanted: dict[str, Any], stored: dict[str, Any]) -> list[str]:
 
 
 def _weights(description: dict[str, Any], rest: dict[str, Any]) -> str:
-    """Describe the tensors by dtype, and the beginning of their hash."""
+    """Write how many tensors there are of each dtype, and how their hash begins."""
     tensors = description.get("tensors")
     counts = tensors.items() if isinstance(tensors, dict) else ()
     parts = [f"{count} tensors in {printable(str(dtype))}" for dtype, count in counts]
@@ -165,7 +165,7 @@ def _last(name: str) -> str:
 
 
 def _wrapped(name: str, text: str) -> list[str]:
-    """Break a long line; what follows its first line is indented."""
+    """Write one entry, "name: text", on as many lines as it needs; later lines are indented."""
     return textwrap.wrap(
         f"{name}: {text}", WIDTH, subsequent_indent="    ", break_long_words=False,
         break_on_hyphens=False,

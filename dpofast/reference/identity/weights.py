@@ -131,7 +131,8 @@ class _Reader:
         """
         children = module._modules
         # The first three cases are PEFT's wrappers: an adapter around a layer, a trained copy of a
-        # module, and trained rows of an embedding. Names in them are those of the base model.
+        # module, and trained rows of an embedding. They pass `prefix` on unchanged, so that a
+        # wrapped tensor keeps the name that it has in the base model.
         if "base_layer" in children and hasattr(module, "adapter_layer_names"):
             self.read_module(module.get_submodule("base_layer"), prefix)
             self._read_adapters(module, prefix)
@@ -253,12 +254,12 @@ def _own_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def _is_rounded(buffer: Tensor | None) -> TypeGuard[Tensor]:
-    """Whether a floating-point buffer is no longer in float32, the dtype that models make it in."""
+    """Whether a floating-point buffer was cast away from float32, in which models create it."""
     return buffer is not None and buffer.is_floating_point() and buffer.dtype != torch.float32
 
 
 def _tensors_below(module: nn.Module, skip: str) -> Iterator[tuple[str, Tensor]]:
-    """Yield all tensors of a module, unsaved buffers included, except those in children `skip`."""
+    """Yield all tensors of a module, unsaved buffers included; leave out children named `skip`."""
     for name, tensor in (*module._parameters.items(), *module._buffers.items()):
         if tensor is not None:
             yield name, tensor

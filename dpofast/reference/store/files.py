@@ -50,7 +50,7 @@ def naming_errors(action: str, path: Path) -> Iterator[None]:
 def write_durably(path: Path, content: Any) -> None:
     """Write a file so that it survives a power loss once this function returns.
 
-    If it raises, there is no new file `path`, or a whole one that a power loss can still undo.
+    If it raises, `path` either wasn't written, or is whole but may not survive a power loss.
 
     Args:
         path: file to write.

@@ -43,7 +43,7 @@ def info(folder: str | Path) -> dict[str, Any]:
         identity = store.identity(digest)
         namespace = Namespace(store.folder, identity)
         stats = _stats([namespace.folder / name for name in names])
-        if not stats:  # the reference was forgotten meanwhile
+        if not stats:  # a prune has deleted them all since they were listed
             continue
         times = sorted(stat.st_mtime for stat in stats)
         counts = namespace.counts()
@@ -71,7 +71,7 @@ def info(folder: str | Path) -> dict[str, Any]:
 
 
 def _stats(paths: Sequence[Path]) -> list[os.stat_result]:
-    """Get the sizes and times of segments, without those that a prune has merged meanwhile."""
+    """Get the sizes and times of segments, leaving out those that a prune has deleted by now."""
     stats = []
     for path in paths:
         with naming_errors("read", path), contextlib.suppress(FileNotFoundError):

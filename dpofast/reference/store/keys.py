@@ -111,8 +111,8 @@ class KeyIndex:
 
     Args:
         keys: [n, 16] uint8, key of each row.
-        details: [n] int8, detail of each row. Among rows with the same key the index finds the one
-            with the highest detail, and among these the first. None if all rows are equal in this.
+        details: [n] int8, detail of each row. Among rows with the same key, the index finds the
+            first one of the highest detail. None if all rows have the same detail.
     """
 
     def __init__(self, keys: np.ndarray, details: np.ndarray | None = None) -> None:

@@ -72,9 +72,9 @@ class Namespace:
         self.folder = store_folder / identity.digest
         self._segments: dict[str, Segment] = {}
         self._order: list[Segment] = []
-        # Rows are numbered through all segments in `_order`.
+        # Rows are numbered consecutively through all segments, in the order of `_order`.
         self._starts = np.zeros(1, np.int64)  # first row of each segment, then the number of rows
-        self._details = np.empty(0, np.int8)  # of each row
+        self._details = np.empty(0, np.int8)  # detail of each row
         self._index = KeyIndex(np.empty((0, KEY_BYTES), np.uint8))
         self.refresh()
 
@@ -98,7 +98,7 @@ class Namespace:
 
     @property
     def digest(self) -> bytes:
-        """16 bytes of the reference's digest."""
+        """The reference's digest as 16 bytes."""
         return bytes.fromhex(self.identity.digest)
 
     def refresh(self) -> None:

@@ -24,7 +24,7 @@ from dpofast.reference.store.text import human_bytes
 
 MERGED_BYTES = 1 << 28  # target size of a merged segment
 ABANDONED_SECONDS = 86_400.0  # age of a temporary file that no writer can still be working on
-SHORTEST_DIGEST = 6  # least characters of a digest that name a reference
+SHORTEST_DIGEST = 6  # fewest characters by which a reference can be named
 
 
 @dataclass
@@ -39,7 +39,7 @@ class PruneReport:
         segments_before: number of segments of the kept references before the prune.
         segments_after: number of these segments afterwards.
         temporaries: number of files of killed writers that were deleted.
-        bytes_freed: difference in the store's size; slightly below 0 if only headers grew.
+        bytes_freed: bytes by which the store shrank; slightly below 0 if only headers grew.
     """
 
     folder: Path
@@ -65,9 +65,9 @@ class PruneReport:
 def prune(folder: str | Path, forget: Sequence[str] = ()) -> PruneReport:
     """Merge small segments, drop duplicate rows, and delete the files of killed writers.
 
-    Builds and runs on this machine can go on meanwhile, because deleted files that they have mapped
-    stay readable to them. On a network file system, files that another machine has mapped would
-    vanish under it.
+    Builds and runs on this machine can continue during a prune, because they can still read deleted
+    files that they have mapped into memory. On a network file system, files that another machine
+    has mapped would disappear while it uses them.
 
     Args:
         folder: folder of the store.
@@ -86,8 +86,8 @@ def prune(folder: str | Path, forget: Sequence[str] = ()) -> PruneReport:
     before = _size(store.folder)
     for digest in dict.fromkeys(forgotten):
         with naming_errors("delete", store.folder / digest):
-            # Renaming hides the reference at once. Half of its folder, with no identity.json, would
-            # be an error to every reader.
+            # Renaming hides the reference at once. Otherwise a reader could find its folder half
+            # deleted, with segments but no identity.json, which is an error.
             hidden = store.folder / f"{TEMPORARY_PREFIX}{uuid.uuid4().hex}"
             (store.folder / digest).rename(hidden)
             shutil.rmtree(hidden)
@@ -162,7 +162,7 @@ def _to_merge(
         else:
             replaced.append((segment, rows))
     if len(replaced) == 1 and len(replaced[0][1]) == len(replaced[0][0]):
-        return [], kept + 1  # a single segment without duplicates would be written as it is
+        return [], kept + 1  # a single segment without duplicates would only be written again
     return replaced, kept
 
 
@@ -177,7 +177,7 @@ def _gathered(merged: Sequence[tuple[Segment, np.ndarray]]) -> Iterator[Columns]
     gathered = 0
     for segment, rows in merged:
         sizes = segment.columns.row_bytes[rows]
-        # A segment larger than that is cut where its running size passes a multiple of it.
+        # A segment above MERGED_BYTES is cut where its running size passes a multiple of that.
         cuts = np.flatnonzero(np.diff(np.cumsum(sizes) // MERGED_BYTES)) + 1
         portions = zip(np.split(rows, cuts), np.split(sizes, cuts), strict=True)
         for portion, size in ((portion, int(part.sum())) for portion, part in portions):

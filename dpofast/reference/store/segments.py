@@ -39,7 +39,8 @@ SCHEMA = pa.schema(
 _NAME_PATTERN = re.compile(r"[0-9a-f]{32}-[0-9]+-(?P<checksum>[0-9a-f]{32})\.arrow")
 
 _LENGTHS = ("num_logps", "num_logsumexps")
-# Bytes of a row that its checksum covers, up to its floats. Packed: 52 bytes.
+# The first part of the bytes that a row's checksum covers; the row's floats follow. These 52 bytes
+# have no padding between the fields.
 _ROW_HEAD = np.dtype(
     [
         ("identity", f"V{IDENTITY_BYTES}"),
@@ -50,8 +51,8 @@ _ROW_HEAD = np.dtype(
     ],
     align=False,
 )
-# Bytes that a row takes in a segment besides its floats: key 16, logp 8, num_tokens 4, two offsets
-# with 4 each, checksum 8.
+# Bytes that a row takes in a segment, floats excluded: key 16, logp 8, num_tokens 4, two offsets of
+# 4 each, checksum 8.
 ROW_BYTES = 44
 
 
@@ -189,8 +190,8 @@ class Columns:
     def checksums(self, identity: bytes, rows: np.ndarray) -> list[int]:
         """Compute the checksums of these rows [m].
 
-        The XXH3-64 covers everything in the row and the reference's digest, so a row that is moved
-        to another reference's folder is found out.
+        The XXH3-64 covers everything in the row and the reference's digest, so it no longer matches
+        if a row is moved to another reference's folder.
 
         Args:
             identity: 16 bytes of the reference's digest.

@@ -29,7 +29,7 @@ from dpofast.reference.store.namespace import Namespace
 
 
 class ReferenceStore:
-    """A folder of reference log-probs. `ReferenceStore.open` checks that a folder is one."""
+    """A folder of reference log-probs; `ReferenceStore.open` checks that a folder is a store."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -63,7 +63,7 @@ class ReferenceStore:
         return cls(folder)
 
     def namespace(self, identity: ReferenceIdentity) -> Namespace:
-        """Open the rows of one reference, which can be none yet."""
+        """Open the rows of one reference; there needn't be any rows yet."""
         return Namespace(self.folder, identity)
 
     def digests(self) -> list[str]:
@@ -108,8 +108,8 @@ class ReferenceStore:
 def _refuse_foreign(folder: Path) -> None:
     """Raise ReferenceStoreError if a folder without a store.json contains other files."""
     names = [name for name in list_names(folder) if not name.startswith(TEMPORARY_PREFIX)]
-    # Another process may be making this very store. Then store.json exists by now: it is the first
-    # file that gets its name.
+    # Another process may be making this store right now, so store.json is looked for again. A store
+    # gets its store.json before any other file, so other files without it are foreign.
     if names and not (folder / STORE_FILE).exists():
         raise ReferenceStoreError(
             f"{folder} is not a reference store: it holds {names[0]!r} but no {STORE_FILE}; choose "

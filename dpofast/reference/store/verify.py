@@ -37,7 +37,7 @@ class VerifyReport:
         rows: number of rows in the undamaged segments.
         bytes: number of bytes read.
         faults: sentences about damage, each with a file and the remedy; empty if there is none.
-        notes: sentences about files that are no damage, but that someone should know about.
+        notes: sentences about files that the user should know about, though nothing is damaged.
     """
 
     folder: Path
@@ -102,7 +102,7 @@ def _verify_namespace(store: ReferenceStore, digest: str, report: VerifyReport) 
         try:
             whole.append(_verify_segment(folder / name, bytes.fromhex(digest), report).columns)
         except ReferenceStoreError as error:
-            if (folder / name).exists():  # otherwise a prune has merged it meanwhile
+            if (folder / name).exists():  # otherwise a prune has deleted it since it was listed
                 report.faults.append(str(error))
     report.faults += _conflicts(folder, whole)
 

@@ -33,7 +33,8 @@ class Writer:
         self._keys: list[bytes] = []
         self._logps: list[float] = []
         self._num_tokens: list[int] = []
-        self._floats: list[np.ndarray] = []  # [detail, num_tokens] each: 0, 1 or 2 of _KINDS
+        # One [detail, num_tokens] array per row. Its first axis has the first 0, 1 or 2 of _KINDS.
+        self._floats: list[np.ndarray] = []
         self.pending_tokens = 0
 
     @property
