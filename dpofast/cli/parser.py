@@ -52,7 +52,7 @@ def build_parser() -> Parser:
     demo.add_argument(
         "--output-dir", "--output_dir", default="runs/demo", help="default: %(default)s"
     )
-    demo.add_argument("--seed", type=int, default=0, help="of data and weights")
+    demo.add_argument("--seed", type=int, default=0, help="seed of data and weights")
     return parser
 
 
@@ -94,7 +94,7 @@ def _add_reference(commands: argparse._SubParsersAction[Parser]) -> None:
             name, help=summary, description=f"{summary.capitalize()}.", allow_abbrev=False
         )
         action.add_argument(
-            "folder", nargs="?", help="of the store; by default dpofast/reference in HF_HOME"
+            "folder", nargs="?", help="folder of the store; by default dpofast/reference in HF_HOME"
         )
         if name == "prune":
             action.add_argument(
