@@ -28,7 +28,9 @@ class ScriptOptions:
         str | None, "The reference; by default the policy before training."
     ] = None
     tokenizer_name_or_path: Annotated[str | None, "The tokenizer; by default the policy's."] = None
-    chat_template: Annotated[str | None, "A Jinja chat template, or the path of a file with one."] = None
+    chat_template: Annotated[str | None, "A Jinja chat template, or the file that holds one."] = (
+        None
+    )
     dataset_name: Annotated[str | None, "Training pairs: a file, folder or hub name."] = None
     dataset_config: Annotated[str | None, "Configuration of a hub dataset."] = None
     dataset_train_split: Annotated[str, "Split of the training pairs."] = "train"
@@ -37,19 +39,20 @@ class ScriptOptions:
     ] = None
     eval_dataset_name: Annotated[str | None, "Held-out pairs: a file, folder or hub name."] = None
     dataset_columns: Annotated[
-        dict[str, str] | None, "A mapping: dpofast's name of a column to its name in your data."
+        dict[str, str] | None, "dpofast's name of a column to its name in your data."
     ] = None
     dataset_roles: Annotated[
-        dict[str, str] | None, "A mapping: a role's name in your data to system, user, assistant or tool."
+        dict[str, str] | None, "A role's name in your data to system, user, assistant or tool."
     ] = None
     use_peft: Annotated[bool, "Train a LoRA adapter instead of the whole model."] = False
     lora_r: Annotated[int, "Rank of the adapter."] = 16
     lora_alpha: Annotated[int, "The adapter's scale times its rank."] = 32
     lora_dropout: Annotated[float, "The adapter's dropout; disable_dropout sets it to 0."] = 0.0
     lora_target_modules: Annotated[
-        list[str] | str | None, "Modules that get an adapter; by default those that peft knows for the model."
+        list[str] | str | None,
+        "Modules with an adapter; by default those peft knows for the model.",
     ] = None
-    lora_modules_to_save: Annotated[list[str] | None, "Modules that are trained in full beside the adapter."] = None
+    lora_modules_to_save: Annotated[list[str] | None, "Modules that are trained in full."] = None
 
     @property
     def model(self) -> str:
