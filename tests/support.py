@@ -166,6 +166,7 @@ def make_trainer(
     pairs: Any = None,
     *,
     options: dict[str, Any] | None = None,
+    trainer_class: type[DPOTrainer] = DPOTrainer,
     **arguments: Any,
 ) -> DPOTrainer:
     """Make a trainer for six steps of four pairs, with its run and its store below `folder`."""
@@ -191,7 +192,7 @@ def make_trainer(
             **(options or {}),
         }
     )
-    return DPOTrainer(
+    return trainer_class(
         tiny_llama() if model is None else model,
         args=config,
         train_dataset=token_pairs(10) if pairs is None else pairs,

@@ -57,6 +57,19 @@ def imports(source: str) -> set[str]:
     return found
 
 
+def other_packages(source: str) -> set[str]:
+    """Top-level names of all imports in a source, except those for type checking."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            node.body.clear()  # `walk` goes there next
+        elif isinstance(node, ast.Import):
+            found |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found.add(str(node.module).partition(".")[0])
+    return found
+
+
 IMPORTS = {module: imports(source) for module, source in SOURCES.items()}
 
 
@@ -142,6 +155,26 @@ def test_every_room_has_a_row_and_every_row_a_room() -> None:
 
 def test_rooms_import_only_what_their_row_allows() -> None:
     assert not offenders(IMPORTS, TABLE)
+
+
+def test_rooms_do_without_the_packages_that_they_are_to_do_without() -> None:
+    """Imports of other packages than ours, by the top-level name."""
+    forbidden = {
+        "data/packing": {"transformers", "datasets", "tokenizers", "accelerate", "deepspeed"},
+        "reference/store": {"torch", "transformers", "datasets", "accelerate", "deepspeed"},
+        "reference/identity": {"transformers", "datasets", "accelerate", "deepspeed"},
+        "reference/build": {"torch", "transformers", "accelerate", "deepspeed"},
+        "data/reading": {"torch", "transformers", "accelerate", "deepspeed"},
+        "monitor": {"accelerate", "deepspeed"},
+    }
+    assert forbidden.keys() <= TABLE.keys()
+    found = [
+        f"{module} imports {name}"
+        for module, source in SOURCES.items()
+        for name in other_packages(source)
+        if name == "tests" or name in forbidden.get(ROOMS[module], set())
+    ]
+    assert not found
 
 
 def test_every_arrow_of_the_table_is_used() -> None:

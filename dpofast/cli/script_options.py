@@ -39,10 +39,11 @@ class ScriptOptions:
     ] = None
     eval_dataset_name: Annotated[str | None, "Held-out pairs: a file, folder or hub name."] = None
     dataset_columns: Annotated[
-        dict[str, str] | None, "dpofast's name of a column to its name in your data."
+        dict[str, str] | None, "Mapping from dpofast's column names to those in your data."
     ] = None
     dataset_roles: Annotated[
-        dict[str, str] | None, "A role's name in your data to system, user, assistant or tool."
+        dict[str, str] | None,
+        "Mapping from roles in your data to system, user, assistant or tool.",
     ] = None
     use_peft: Annotated[bool, "Train a LoRA adapter instead of the whole model."] = False
     lora_r: Annotated[int, "Rank of the adapter."] = 16

@@ -21,7 +21,7 @@ NAME = "dpofast_shared"
 
 
 @dataclass(frozen=True)
-class AttentionCall:
+class LayerAttention:
     """One layer's call of our attention, reduced to what decides how it runs.
 
     Attributes:
@@ -58,7 +58,7 @@ class CallCounter:
 
     def __init__(self) -> None:
         self.count = 0
-        self.recorded: list[AttentionCall] | None = None
+        self.recorded: list[LayerAttention] | None = None
 
 
 # One per process, as transformers knows our attention by its name only.
@@ -66,7 +66,7 @@ attention_calls = CallCounter()
 
 
 @contextlib.contextmanager
-def recorded_calls() -> Iterator[list[AttentionCall]]:
+def recorded_calls() -> Iterator[list[LayerAttention]]:
     """Records every call of our attention inside the `with` block, and runs it the plain way.
 
     The plain backend runs on any device. A kernel that `check_attention` hasn't tested yet can
@@ -75,7 +75,7 @@ def recorded_calls() -> Iterator[list[AttentionCall]]:
     Yields:
         The calls, in the order of the layers.
     """
-    calls: list[AttentionCall] = []
+    calls: list[LayerAttention] = []
     attention_calls.recorded = calls
     try:
         yield calls
@@ -121,8 +121,8 @@ def _attention(
     return shared_attention(query, key, value, shared_layout, options)[None], None
 
 
-def _call(query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions) -> AttentionCall:
-    return AttentionCall(
+def _call(query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions) -> LayerAttention:
+    return LayerAttention(
         dtype=query.dtype,
         num_heads=query.shape[1],
         num_kv_heads=key.shape[1],

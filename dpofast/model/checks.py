@@ -13,7 +13,7 @@ from dpofast.data.packing.batch import PackedPairs, TokenIds
 from dpofast.data.packing.collate import Layout
 from dpofast.data.packing.padded_rows import collate_padded
 from dpofast.errors import ConfigError, ModelError
-from dpofast.model.attention import AttentionCall, any_dtype_attention, recorded_calls
+from dpofast.model.attention import LayerAttention, any_dtype_attention, recorded_calls
 from dpofast.model.forward import evaluating, micro_batch, run_batch, run_body
 from dpofast.model.head import head_options
 from dpofast.model.parts import causal_lm, num_layers, shape
@@ -84,7 +84,7 @@ def sample_sequences(model: nn.Module) -> list[tuple[TokenIds, TokenIds]]:
     ]
 
 
-def check_layout(layout: Layout, model: nn.Module) -> list[AttentionCall]:
+def check_layout(layout: Layout, model: nn.Module) -> list[LayerAttention]:
     """Compares a packed row's hidden states with those of padded rows, on a few tokens.
 
     Our attention runs its plain backend here. `check_attention` then compares the backend that the
@@ -125,7 +125,7 @@ def _scored_states(model: nn.Module, batch: PackedPairs) -> Tensor:
 
 
 def check_attention(
-    calls: list[AttentionCall], device: torch.device, autocast_dtype: torch.dtype | None
+    calls: list[LayerAttention], device: torch.device, autocast_dtype: torch.dtype | None
 ) -> str:
     """Compares the attention that will run with its naive twin, once for each kind of layer.
 
@@ -155,7 +155,7 @@ def check_attention(
     return f"{', '.join(found)}; compared with its naive twin on {device}"
 
 
-def _under_autocast(call: AttentionCall, autocast_dtype: torch.dtype | None) -> AttentionCall:
+def _under_autocast(call: LayerAttention, autocast_dtype: torch.dtype | None) -> LayerAttention:
     """The call in the dtype that autocast gives it in the run."""
     if autocast_dtype is None or call.dtype == torch.float64:  # autocast doesn't touch float64
         return call
@@ -163,7 +163,7 @@ def _under_autocast(call: AttentionCall, autocast_dtype: torch.dtype | None) -> 
 
 
 @functools.cache
-def probed_backend(device: torch.device, call: AttentionCall) -> str:
+def probed_backend(device: torch.device, call: LayerAttention) -> str:
     """The name of the backend that runs a call on a device, once it has passed its probe.
 
     The result is cached: policy and reference, and later trainers of the process, share a probe.
@@ -181,7 +181,7 @@ def probed_backend(device: torch.device, call: AttentionCall) -> str:
     return probe(device, call.dtype, *heads, options)
 
 
-def _describe(backend: str, call: AttentionCall) -> str:
+def _describe(backend: str, call: LayerAttention) -> str:
     """A backend and the kind of layer that gets it, such as "sdpa (float32, 4 heads of 8)"."""
     traits = [str(call.dtype).removeprefix("torch."), f"{call.num_heads} heads of {call.head_dim}"]
     for name, value in (("window", call.window), ("softcap", call.softcap)):

@@ -216,6 +216,11 @@ class DPOConfig(TrainingArguments):
         assert own is None or isinstance(own, dict)
         return {"trust_remote_code": self.trust_remote_code, **(own or {})}
 
+    @property
+    def pairs_per_rank(self) -> int:
+        """Most pairs that one rank runs in an optimizer step."""
+        return int(self.per_device_train_batch_size * self.gradient_accumulation_steps)
+
     def reference_folder(self) -> Path | None:
         """The folder in which reference log-probs are kept; None if they aren't kept."""
         if not self.precompute_ref_log_probs:

@@ -12,30 +12,41 @@ from dpofast.zero.batch import ShownBatch
 
 
 class LoopArguments(DPOConfig):
-    """A DPOConfig under which one item of the loader is one optimizer step.
+    """A view of the user's DPOConfig in which nothing is accumulated over items of a loader.
 
-    An item holds all micro-batches of its step, so the Trainer's loop must not accumulate over
-    several items. Logs and checkpoints must still show the user's values, so this object turns into
-    JSON or a pickle as if it were the user's config.
+    An item holds all micro-batches of its step, so the Trainer's loop must take one item per step.
+    Apart from that, the view and the config are one: a value that a callback sets on either is set
+    on both. Logs and checkpoints show the user's values, so the view turns into text, JSON or a
+    pickle as if it were the config.
 
     Args:
-        config: the user's options; not changed.
+        config: the user's options.
         shown_batch: knows the batch sizes that the user gave to DeepSpeed.
     """
 
+    __slots__ = ("config", "shown_batch")  # not in __dict__, which belongs to the config
+
     def __init__(self, config: DPOConfig, shown_batch: ShownBatch) -> None:
         # The options were checked when `config` was made, so DPOConfig's own __init__ isn't run.
-        self.__dict__.update(config.__dict__)
-        self.gradient_accumulation_steps = 1
-        self._config, self._shown_batch = config, shown_batch
+        self.__dict__ = config.__dict__
+        self.config, self.shown_batch = config, shown_batch
+
+    @property
+    def gradient_accumulation_steps(self) -> int:
+        return 1
+
+    def __repr__(self) -> str:
+        return repr(self.config)
+
+    __str__ = __repr__
 
     def to_dict(self) -> dict[str, Any]:
-        return self._config.to_dict()
+        return self.config.to_dict()
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickle the user's config; `torch.save` puts it into every checkpoint."""
-        shown = copy.copy(self._config)
-        shown.__dict__.update(self._shown_batch.as_shown())
+        shown = copy.copy(self.config)
+        shown.__dict__.update(self.shown_batch.as_shown())
         # From protocol 2 on, pickle refuses a result whose class isn't that of the pickled object.
         return shown.__reduce_ex__(1)
 
@@ -47,7 +58,6 @@ def one_item_per_step(config: DPOConfig) -> Iterator[LoopArguments]:
     Yields:
         The arguments to give to the Trainer's loop.
     """
-    pairs_per_rank = config.per_device_train_batch_size * config.gradient_accumulation_steps
-    shown_batch = ShownBatch(config.deepspeed_plugin, pairs_per_rank, config.world_size)
+    shown_batch = ShownBatch(config.deepspeed_plugin, config.pairs_per_rank, config.world_size)
     with shown_batch.one_item():
         yield LoopArguments(config, shown_batch)

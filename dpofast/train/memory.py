@@ -14,6 +14,7 @@ from dpofast.data.packing.collate import Layout
 from dpofast.model.forward import evaluating, micro_batch, run_body
 from dpofast.model.parts import causal_lm, numel
 from dpofast.options.config import DPOConfig
+from dpofast.zero.blocks import runnable
 from dpofast_kernels.head.workspace import DEVICE_WORKSPACE_BYTES
 
 logger = logging.getLogger(__name__)
@@ -29,6 +30,22 @@ PROBED_PAIR = (([1] * 8, [2] * 4), ([1] * 8, [3] * 4))
 # would be no faster. Shorter rows would be slow, and few pairs have fewer tokens anyway.
 LARGEST_ROW, SMALLEST_ROW, STEP = 2**16, 2**9, 2**8
 MOMENTS = 2  # states of Adam per parameter
+
+
+def row_tokens_on_all_ranks(trainer: Any) -> int:
+    """The most tokens of a packed row that fit the GPU of every rank.
+
+    All ranks call this together.
+
+    Args:
+        trainer: a DPOTrainer whose model isn't trained yet.
+    """
+    with runnable(trainer):  # ZeRO-3 has no engine for the model yet
+        free = free_device_bytes(trainer.args.device)
+        autocast = trainer.accelerator.autocast
+        tokens = tokens_that_fit(trainer.model, trainer.layout, trainer.args, autocast, free)
+    own = torch.tensor([tokens], device=trainer.args.device)
+    return int(trainer.accelerator.gather(own).min())
 
 
 def tokens_that_fit(

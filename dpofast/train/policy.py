@@ -57,6 +57,15 @@ def resolve_model(model: Any, config: DPOConfig, tokenizer: Any) -> tuple[nn.Mod
     return model, tokenizer
 
 
+def pad_token_id(tokenizer: Any) -> int:
+    """The id that fills padded rows: that of the pad token, else of the EOS token, else 0.
+
+    Nothing is scored or attended to there, so any id does.
+    """
+    ids = (tokenizer.pad_token_id, tokenizer.eos_token_id)
+    return next((token for token in ids if token is not None), 0)
+
+
 def resolve_ref_model(ref_model: Any, model: Any, config: DPOConfig) -> Any:
     """The reference model, loaded if it is given by name.
 

@@ -126,7 +126,7 @@ class RunReference:
             if dataset.ref_logps is None:
                 dataset.ref_logps = self._own_logps(dataset)
             return
-        if dataset.scored_by == identity.digest:
+        if dataset.scored_by == identity.digest and not rescore:
             return
         if self._believed:
             raise DataError(

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import torch
+from torch import nn
 
 from dpofast.data.packing.batch import PackedPairs
 from dpofast.errors import ModelError
+from dpofast.model.dropout import dropouts
+from dpofast.train.reference import RunReference
 from dpofast_kernels import PairLoss, PairLossOutput
 
 # The largest mean log-ratio per token, in nats, that rounding explains: the reference was scored in
@@ -31,6 +34,13 @@ class StepZeroCheck:
 
     def __init__(self, loss: PairLoss, dtype: torch.dtype) -> None:
         self.loss, self.tolerance = loss, TOLERANCE[dtype]
+
+    @classmethod
+    def of(cls, policy: nn.Module, reference: RunReference, loss: PairLoss) -> StepZeroCheck | None:
+        """The check of a fresh run; None where the policy needn't begin with zero log-ratios."""
+        if next(dropouts(policy), None) or not reference.policy_starts_as_reference():
+            return None
+        return cls(loss, reference.dtype())
 
     def check(self, output: PairLossOutput, batch: PackedPairs) -> None:
         """Compares the log-ratios of the first batch with zero.

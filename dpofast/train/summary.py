@@ -9,6 +9,7 @@ from typing import Any
 from transformers import TrainerState
 from transformers.trainer_utils import TrainOutput
 
+from dpofast.data.packing.plan import StepSampler
 from dpofast.monitor.summary import SUMMARY_FILE, environment, last_evaluation, write_json
 from dpofast.options.config import DPOConfig
 from dpofast.train.dataset import RunDataset
@@ -36,6 +37,7 @@ def run_summary(
     config: DPOConfig,
     loaders: StepLoaders,
     datasets: Sequence[RunDataset],
+    plan: StepSampler | None,
     loss: PairLoss,
     mixed_precision: str,
 ) -> dict[str, Any]:
@@ -44,20 +46,19 @@ def run_summary(
     Args:
         config: options of the run.
         loaders: loaders of its steps.
-        datasets: all datasets of the run; the training set is the one that is planned.
+        datasets: all datasets of the run.
+        plan: this rank's training steps; None if nothing is trained.
         loss: the loss of each pair.
         mixed_precision: accelerate's name for the autocast dtype, "no" without autocast.
     """
-    plans = [dataset.plan for dataset in datasets if dataset.plan is not None]
-    pairs_per_rank = config.per_device_train_batch_size * config.gradient_accumulation_steps
     return {
         **reference_summary(loaders.reference),
         "data": {dataset.name: dataset.report.as_dict() for dataset in datasets},
         "layout": loaders.layout.name,
-        "packing": packing_summary(plans[-1]) if plans else None,
+        "packing": packing_summary(plan),
         "loss": repr(loss),
         "world_size": config.world_size,
-        "pairs_per_step": pairs_per_rank * config.world_size,
+        "pairs_per_step": config.pairs_per_rank * config.world_size,
         "mixed_precision": mixed_precision,
         **environment(),
     }

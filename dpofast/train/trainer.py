@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,6 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from dpofast.data.packing.batch import PackedPairs, StepBatch
 from dpofast.errors import ConfigError
-from dpofast.model.dropout import dropouts
 from dpofast.model.forward import evaluating, micro_batch
 from dpofast.model.packable import choose_layout
 from dpofast.model.router import make_router_loss
@@ -30,16 +30,23 @@ from dpofast.train.clipping import ClipsExactly
 from dpofast.train.dataset import PairPreparer, RunDataset, pairs_of
 from dpofast.train.loaders import StepLoader, StepLoaders, whole_step
 from dpofast.train.loop_arguments import one_item_per_step
-from dpofast.train.memory import free_device_bytes, tokens_that_fit
-from dpofast.train.policy import model_name, prepare_policy, resolve_model, resolve_ref_model
+from dpofast.train.memory import row_tokens_on_all_ranks
+from dpofast.train.micro_batches import PairLossPass, gradient_exchange
+from dpofast.train.policy import (
+    model_name,
+    pad_token_id,
+    prepare_policy,
+    resolve_model,
+    resolve_ref_model,
+)
 from dpofast.train.reference import RunReference
 from dpofast.train.run_store import RunStore
 from dpofast.train.sampler import planned_steps, train_sampler
-from dpofast.train.step import PairLossPass, gradient_exchange
 from dpofast.train.step_zero import StepZeroCheck
 from dpofast.train.summary import run_summary, write_summary
 from dpofast.train.whole_steps import TakesWholeSteps
 from dpofast.zero.blocks import runnable
+from dpofast_kernels import PairLossOutput
 
 logger = logging.getLogger(__name__)
 
@@ -96,7 +103,6 @@ class DPOTrainer(TakesWholeSteps, ClipsExactly, Trainer):
         ref_model = resolve_ref_model(ref_model, model, config)
         model, tokenizer = resolve_model(model, config, processing_class)
         model = prepare_policy(model, config, peft_config)
-        self.config = config  # as the user gave it; `args` is what the Trainer's loop reads
         self.pair_loss = config.make_loss()
         self.data = PairPreparer(config, tokenizer, (model, ref_model))
         self._start_counting()
@@ -111,7 +117,7 @@ class DPOTrainer(TakesWholeSteps, ClipsExactly, Trainer):
             callbacks=[MetricsFile(), *(callbacks or [])],
             optimizers=optimizers,
         )
-        self.layout = choose_layout(config.layout, self.model, self._pad_token_id)
+        self.layout = choose_layout(config.layout, self.model, pad_token_id(tokenizer))
         self.ref_model = ref_model
         router_loss = make_router_loss(self.model, config)
         num_pairs = config.precompute_ref_batch_size or config.per_device_train_batch_size
@@ -124,20 +130,17 @@ class DPOTrainer(TakesWholeSteps, ClipsExactly, Trainer):
             num_answers=2 * num_pairs,
             router_loss=router_loss,
         )
-        self.loaders = StepLoaders(config, self.layout, self.reference, self.fitting_row_tokens)
-        self.compute_pair_loss = PairLossPass(
-            self.model, self.pair_loss, router_loss, self.accelerator.autocast, config.device
+        self.loaders = StepLoaders(
+            config, self.layout, self.reference, partial(row_tokens_on_all_ranks, self)
+        )
+        self._pair_loss_pass = PairLossPass(
+            self.model, router_loss, self.accelerator.autocast, config.device
         )
         self.throughput = Throughput(
             self.model, self.reference.dtype(), config.device, config.world_size
         )
 
     # Data
-
-    @property
-    def _pad_token_id(self) -> int:
-        ids = (self.processing_class.pad_token_id, self.processing_class.eos_token_id)
-        return next((token for token in ids if token is not None), 0)
 
     def train_set(self) -> RunDataset:
         """The training dataset, with all that the run knows about it.
@@ -172,20 +175,14 @@ class DPOTrainer(TakesWholeSteps, ClipsExactly, Trainer):
         for dataset in [*train_sets, *self.eval_sets().values()]:
             self.loaders.score(dataset, rescore)
 
-    def fitting_row_tokens(self) -> int:
-        """Tokens of a packed row that fit the GPU memory of every rank."""
-        autocast = self.accelerator.autocast
-        with runnable(self):
-            free = free_device_bytes(self.config.device)
-            tokens = tokens_that_fit(self.model, self.layout, self.config, autocast, free)
-        own = torch.tensor([tokens], device=self.config.device)
-        return int(self.accelerator.gather(own).min())
-
     def get_train_dataloader(self) -> StepLoader:
-        """A loader of this rank's steps. It bypasses accelerate, which would shard them again."""
+        """One item is one step. Not prepared by accelerate, which would shard it again."""
         train_set = self.train_set()
-        if train_set.plan is None:  # the loader is asked for outside `train`
-            self.score_datasets()
+        # `train` has planned its steps. Whoever else asks for a loader gets one of the options as
+        # they are now.
+        if not self.is_in_train or train_set.plan is None:
+            self.loaders.settle()
+            self.loaders.score(train_set)
             self.loaders.plan(train_set)
         return self.loaders.training(train_set)
 
@@ -202,7 +199,7 @@ class DPOTrainer(TakesWholeSteps, ClipsExactly, Trainer):
         return self.loaders.evaluation(dataset)
 
     def get_test_dataloader(self, test_dataset: Any) -> StepLoader:
-        return self.get_eval_dataloader(self.data.prepare(test_dataset, "test"))
+        return self.get_eval_dataloader(self.data.prepare(test_dataset, "test").pairs)
 
     # Training
 
@@ -219,9 +216,9 @@ class DPOTrainer(TakesWholeSteps, ClipsExactly, Trainer):
         self._start_counting()
         train_set = self.train_set()
         # The number of steps doesn't depend on the packing, so no token limit is needed yet.
-        epoch = train_sampler(self.config, len(train_set), None)
-        total_steps = planned_steps(self.config, epoch)
-        checkpoint = resolve_checkpoint(resume_from_checkpoint, self.config.output_dir)
+        epoch = train_sampler(self.args, len(train_set), None)
+        total_steps = planned_steps(self.args, epoch)
+        checkpoint = resolve_checkpoint(resume_from_checkpoint, self.args.output_dir)
         if checkpoint is not None:
             refuse_finished(checkpoint, total_steps)
             recorded = load_run_state(checkpoint)
@@ -230,20 +227,21 @@ class DPOTrainer(TakesWholeSteps, ClipsExactly, Trainer):
         self.score_datasets()  # before the policy moves: it may be the reference
         self.loaders.plan(train_set)
         if checkpoint is None:
-            self._step_zero = self._step_zero_check()
+            self._step_zero = StepZeroCheck.of(self.model, self.reference, self.pair_loss)
         self.reference.policy_moves()
-        with one_item_per_step(self.config) as self.args:
+        given = self.args
+        with one_item_per_step(given) as self.args:
             try:
                 output = super().train(checkpoint, *args, **kwargs)
             finally:
-                self.args = self.config
+                self.args = given
         if self.is_world_process_zero():
             self._write_results(output, time.monotonic() - started)
         return output
 
     def _write_results(self, output: Any, wall_seconds: float) -> None:
         """Write summary.json and the plot of the run."""
-        folder = Path(self.config.output_dir)
+        folder = Path(self.args.output_dir)
         write_summary(
             folder,
             output,
@@ -258,10 +256,12 @@ class DPOTrainer(TakesWholeSteps, ClipsExactly, Trainer):
 
     def run_summary(self) -> dict[str, Any]:
         """Facts about the run so far: reference, data, settings, memory, versions, hardware."""
+        plan = None if self.train_dataset is None else self.train_set().plan
         return run_summary(
-            self.config,
+            self.user_args,
             self.loaders,
             self.data.datasets,
+            plan,
             self.pair_loss,
             self.accelerator.mixed_precision,
         )
@@ -272,12 +272,6 @@ class DPOTrainer(TakesWholeSteps, ClipsExactly, Trainer):
         self._metric_sums = MetricSums()
         self._tokens = 0  # tokens trained on this rank since the last sum over all ranks
         self._step_zero = None
-
-    def _step_zero_check(self) -> StepZeroCheck | None:
-        """The check of the first batch; None if its log-ratios needn't be zero."""
-        if next(dropouts(self.model), None) or not self.reference.policy_starts_as_reference():
-            return None
-        return StepZeroCheck(self.pair_loss, self.reference.dtype())
 
     def training_step(
         self, model: nn.Module, inputs: StepBatch, num_items_in_batch: Any = None
@@ -294,8 +288,8 @@ class DPOTrainer(TakesWholeSteps, ClipsExactly, Trainer):
             self.optimizer.train()
         # DDP and ZeRO average gradients over ranks. This factor turns that average into the
         # gradient of the mean over the step's pairs, however they are spread.
-        scale = self.config.world_size / inputs.num_pairs
-        total = torch.zeros((), dtype=torch.float64, device=self.config.device)
+        scale = self.args.world_size / inputs.num_pairs
+        total = torch.zeros((), dtype=torch.float64, device=self.args.device)
         self.throughput.start_step()
         last = len(inputs.micro_batches) - 1
         for index, batch in enumerate(inputs.micro_batches):
@@ -305,7 +299,7 @@ class DPOTrainer(TakesWholeSteps, ClipsExactly, Trainer):
             self.throughput.add(batch)
         self.pairs_trained += inputs.num_pairs
         if self.first_loss is None:
-            self.first_loss = self._sum_over_ranks(total).item() / self.config.world_size
+            self.first_loss = self._sum_over_ranks(total).item() / self.args.world_size
         return total
 
     def _run_micro_batch(self, model: nn.Module, batch: PackedPairs, scale: float) -> Tensor:
@@ -320,6 +314,12 @@ class DPOTrainer(TakesWholeSteps, ClipsExactly, Trainer):
             loss = output.loss * scale
             self.accelerator.backward(loss, **options)
         return loss.detach()
+
+    def compute_pair_loss(
+        self, model: nn.Module, batch: PackedPairs, sums: MetricSums
+    ) -> PairLossOutput:
+        """One forward pass inside `micro_batch`; arguments and result are those of PairLossPass."""
+        return self._pair_loss_pass(model, batch, self.pair_loss, sums)
 
     # Evaluation
 
@@ -341,7 +341,7 @@ class DPOTrainer(TakesWholeSteps, ClipsExactly, Trainer):
                     f"({', '.join(own) or 'none is named'}); pass a dataset, or one of these names."
                 )
         elif eval_dataset is not None:
-            eval_dataset = self.data.prepare_sets(eval_dataset, metric_key_prefix)
+            eval_dataset = pairs_of(self.data.prepare_sets(eval_dataset, metric_key_prefix))
         return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 
     def evaluation_loop(
@@ -362,7 +362,7 @@ class DPOTrainer(TakesWholeSteps, ClipsExactly, Trainer):
                 self.control = self.callback_handler.on_prediction_step(
                     self.args, self.state, self.control
                 )
-        means = sums.means(self._sum_over_ranks, self.config.device)
+        means = sums.means(self._sum_over_ranks, self.args.device)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in means.items()}
         return EvalLoopOutput(
             predictions=None,
@@ -378,7 +378,7 @@ class DPOTrainer(TakesWholeSteps, ClipsExactly, Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs and "learning_rate" in logs:  # a log of training, not of evaluation
-            means = self._metric_sums.means(self._sum_over_ranks, self.config.device)
+            means = self._metric_sums.means(self._sum_over_ranks, self.args.device)
             self._count_tokens()
             # The Trainer's own loss is summed in float32; this one is the exact mean over pairs.
             speed = self.throughput.metrics(self._sum_over_ranks)
@@ -386,7 +386,7 @@ class DPOTrainer(TakesWholeSteps, ClipsExactly, Trainer):
         super().log(logs, start_time)
 
     def _count_tokens(self) -> None:
-        tokens = torch.tensor(self._tokens, device=self.config.device)
+        tokens = torch.tensor(self._tokens, device=self.args.device)
         self.state.num_input_tokens_seen += int(self._sum_over_ranks(tokens))
         self._tokens = 0
 
@@ -394,6 +394,6 @@ class DPOTrainer(TakesWholeSteps, ClipsExactly, Trainer):
         self._count_tokens()
         if self.args.should_save:
             folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
-            kept = self.config.precompute_ref_log_probs
+            kept = self.args.precompute_ref_log_probs
             self.reference.run_state(kept, self.loaders.row_tokens).save(folder)
         super()._save_checkpoint(model, trial)

@@ -8,6 +8,7 @@ from transformers import TrainingArguments
 
 from dpofast.errors import ConfigError
 from dpofast.options.config import DPOConfig
+from dpofast.train.loop_arguments import LoopArguments
 
 
 class TakesWholeSteps:
@@ -16,14 +17,17 @@ class TakesWholeSteps:
     This class comes before Trainer among the bases of DPOTrainer, so that its methods win.
     """
 
-    config: DPOConfig
+    args: DPOConfig
+
+    @property
+    def user_args(self) -> DPOConfig:
+        """The options as the user gave them, also while the Trainer's loop reads a view of them."""
+        return self.args.config if isinstance(self.args, LoopArguments) else self.args
 
     def get_total_train_batch_size(self, args: TrainingArguments) -> int:
         """The number of pairs in an optimizer step on all ranks."""
         # While the loop runs, gradient_accumulation_steps is 1 in `args`.
-        config = self.config
-        pairs_per_rank = config.per_device_train_batch_size * config.gradient_accumulation_steps
-        return int(pairs_per_rank * config.world_size)
+        return self.user_args.pairs_per_rank * int(self.user_args.world_size)
 
     def floating_point_ops(self, inputs: Any) -> int:
         """Return 0, because `Throughput` counts the operations instead."""

@@ -8,11 +8,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from dpofast import DPOTrainer
 from dpofast.data.packing.collate import Layout
 from dpofast.model.scorer import SequenceScorer
-from dpofast.train import loaders, trainer
+from dpofast.train import loaders, memory
 from dpofast.train.loaders import StepLoaders
-from tests.support import history, make_trainer, train
+from tests.support import history, make_trainer, tiny_llama, token_pairs, train
 
 SAVING = {"save_strategy": "steps", "save_steps": 2}
 
@@ -54,12 +55,12 @@ def test_neither_on_a_cpu_nor_where_the_options_say():
 
 def test_the_rank_with_the_least_memory_decides(tmp_path, monkeypatch):
     made = make_trainer(tmp_path)
-    monkeypatch.setattr(trainer, "free_device_bytes", lambda _: 2 * 10**9)
-    own = made.fitting_row_tokens()
+    monkeypatch.setattr(memory, "free_device_bytes", lambda _: 2 * 10**9)
+    own = memory.row_tokens_on_all_ranks(made)
     assert own > 1024
     gathered = torch.tensor([own, 768, 1024])
     monkeypatch.setattr(made.accelerator, "gather", lambda tokens: gathered)
-    assert made.fitting_row_tokens() == 768
+    assert memory.row_tokens_on_all_ranks(made) == 768
 
 
 def test_a_resumed_run_packs_as_before(tmp_path, monkeypatch):
@@ -127,3 +128,33 @@ def test_references_are_scored_in_rows_as_long_as_training_takes_them(
     else:
         assert max(sizes) == expected
         assert len(calls) == -(-20 // expected)
+
+
+def test_a_loader_outside_training_follows_the_options_as_they_are_now(tmp_path):
+    made = make_trainer(tmp_path)
+    assert len(made.get_train_dataloader()) == 3
+    made.args.per_device_train_batch_size = 1
+    assert [step.num_pairs for step in made.get_train_dataloader()] == [2, 2, 2, 2, 2]
+
+
+def test_the_summary_has_the_packing_of_the_pairs_that_were_trained(tmp_path):
+    made = make_trainer(tmp_path, ref_model=tiny_llama())
+    first, other = made.train_dataset, token_pairs(6, seed=5)
+    made.train()
+    expected = made.run_summary()["packing"]
+    made.train_dataset = other
+    made.train()
+    assert made.run_summary()["packing"] != expected
+    made.train_dataset = first
+    made.train()
+    assert made.run_summary()["packing"] == expected
+
+
+def test_an_evaluation_loader_gets_pairs_that_a_subclass_can_select(tmp_path):
+    class Half(DPOTrainer):
+        def get_eval_dataloader(self, eval_dataset=None):
+            return super().get_eval_dataloader(eval_dataset.select(range(2)))
+
+    made = make_trainer(tmp_path, trainer_class=Half)
+    assert made.evaluate(token_pairs(4, seed=9))["eval_samples_per_second"] > 0
+    assert made.data.datasets[-1].name == "eval_2"

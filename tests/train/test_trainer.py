@@ -10,8 +10,9 @@ import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, EarlyStoppingCallback, TrainerCallback
 
-from dpofast import DPOConfig
+from dpofast import DPOConfig, DPOTrainer
 from dpofast.errors import ConfigError, DPOFastError, ModelError, ReferenceStoreError
+from dpofast_kernels import make_loss
 from tests.support import (
     BETA,
     LEARNING_RATE,
@@ -350,3 +351,20 @@ def test_streams_and_searches_are_refused(tmp_path):
         make_trainer(tmp_path, pairs=stream)
     with pytest.raises(ConfigError, match="hyperparameter_search"):
         make_trainer(tmp_path).hyperparameter_search()
+
+
+def test_a_subclass_changes_the_loss_by_its_hook_or_by_the_loss_itself(tmp_path):
+    calls = []
+
+    class Counting(DPOTrainer):
+        def compute_pair_loss(self, model, batch, sums):
+            calls.append(batch.num_pairs)
+            return super().compute_pair_loss(model, batch, sums)
+
+    expected = train(make_trainer(tmp_path / "stock"))
+    assert train(make_trainer(tmp_path / "counting", trainer_class=Counting)) == expected
+    assert sum(calls) == 20
+    other = make_trainer(tmp_path / "other")
+    other.pair_loss = make_loss("hinge", beta=0.5)
+    hinge = make_trainer(tmp_path / "hinge", options={"loss_type": "hinge", "beta": 0.5})
+    assert train(other) == train(hinge) != expected

@@ -26,24 +26,25 @@ class PairLossPass:
 
     Attributes:
         model: the policy, not wrapped by DDP or DeepSpeed.
-        pair_loss: the loss of each pair.
         router_loss: auxiliary loss of a mixture of experts' routers; None to train without it.
         autocast: makes the context of a forward pass.
         device: device of the policy.
     """
 
     model: nn.Module
-    pair_loss: PairLoss
     router_loss: RouterLoss | None
     autocast: Any
     device: torch.device
 
-    def __call__(self, wrapped: nn.Module, batch: PackedPairs, sums: MetricSums) -> PairLossOutput:
+    def __call__(
+        self, wrapped: nn.Module, batch: PackedPairs, loss: PairLoss, sums: MetricSums
+    ) -> PairLossOutput:
         """One forward pass inside `micro_batch`; gradients are recorded.
 
         Args:
             wrapped: the policy, as it is wrapped for training.
             batch: scored pairs, on any device.
+            loss: the loss of each pair.
             sums: gets the batch's metrics.
 
         Returns:
@@ -53,7 +54,7 @@ class PairLossPass:
         batch = batch.to(self.device)
         assert batch.ref_logps is not None
         options = head_options(causal_lm(self.model).config)
-        task = PairLossTask(batch.labels, batch.bounds, batch.ref_logps, self.pair_loss, options)
+        task = PairLossTask(batch.labels, batch.bounds, batch.ref_logps, loss, options)
         with self.autocast():
             results = run_batch(wrapped, batch, task, self.router_loss)
         output, more = add_router_loss(results, self.router_loss, batch.num_pairs)
