@@ -79,6 +79,7 @@ def run_demo(folder: Path, seed: int = 0) -> dict[str, Any]:
     screen.reference(stored, folder / "reference")
 
     trainer = make_trainer(folder, data, seed)
+    trainer.score_datasets()
     ref_logps = trainer.eval_sets()["eval"].ref_logps
     before = _measure(trainer, data, ref_logps)
     with screen.progress("training by DPO") as progress:
