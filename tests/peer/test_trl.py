@@ -25,7 +25,7 @@ STEPS, PAIRS_PER_STEP = 10, 4
 OPTIONS = {
     "max_steps": STEPS,
     "per_device_train_batch_size": PAIRS_PER_STEP,
-    "learning_rate": 1e-5,
+    "learning_rate": 2e-5,
     "lr_scheduler_type": "constant",
     "optim": "adamw_torch",
     "max_grad_norm": 1.0,
