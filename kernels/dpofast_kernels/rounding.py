@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import torch
 
-# Largest relative error (of the result's norm) that counts as fp32, and as fp16. A product with 64
-# terms has an error of 1e-7 in fp32, 3e-4 in TF32 and 2e-3 in bf16.
+# Largest error, relative to the result's norm, at which a product counts as fp32 or as fp16. A
+# product with 64 terms has an error of 1e-7 in fp32, 3e-4 in TF32 and 2e-3 in bf16.
 _EXACT, _AS_FP16 = 1e-5, 1e-3
 
 
 def product_precision(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """The dtype whose mantissa matrix products of `dtype` have on this device.
+    """The dtype whose precision the matrix products of `dtype` really have on this device.
 
-    Tolerances are chosen by it. Several settings of PyTorch and of the environment let fp32
-    products run in TF32, whose mantissa is as short as that of fp16, or in bf16. This function
-    measures what they add up to instead of reading them all.
+    Callers choose their tolerances by the result. Several settings of PyTorch and of the
+    environment let fp32 products run in TF32, whose mantissa is as short as that of fp16, or in
+    bf16. This function measures the combined effect of these settings instead of reading each of
+    them.
     """
     if dtype != torch.float32:
         return dtype

@@ -4,15 +4,16 @@ How a call travels through the files:
 
     dispatch      shared_attention: checks, dtype, back end
     |-- layout    where the groups, segments and copied keys of a packed row are
-    |-- backends  which back end runs where, and why another one doesn't
-    call          AttentionCall, what every back end is given
+    |-- options   AttentionOptions: scale, window, softcap, sinks, back end
+    |-- backends  which back end can run where, and the reason if one can't
+    call          AttentionCall, the arguments of every back end
     segments      "sdpa" and "plain", segment by segment, default on a CPU
     |-- merged    "sdpa" on a CPU: no masks, no copies of keys
     |-- gather    keys and values copied into the order of the segments
     flash         "varlen", "flash3" and "flash_attn", all segments at once, CUDA only
-    flex          "flex", by a block mask
+    flex          "flex": PyTorch's FlexAttention with a block mask
     naive         all scores at once; tests and the probe compare every back end with it
-    probe         that comparison, short enough for the start of a run
+    probe         a short comparison with naive, for the start of a run
 
 Names of dimensions, in addition to those of the package:
 

@@ -23,7 +23,7 @@ class Machine:
         device_type: "cpu", "cuda" (also ROCm's devices), ...
         is_rocm: whether PyTorch is built for ROCm.
         capability: compute capability, (0, 0) without CUDA.
-        packages: packages of flash attention that can be used.
+        packages: flash attention packages that can be imported.
     """
 
     device_type: str

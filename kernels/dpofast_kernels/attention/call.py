@@ -12,7 +12,7 @@ from dpofast_kernels.attention.options import AttentionOptions
 
 @dataclass(frozen=True, eq=False)
 class AttentionCall:
-    """What a back end is given: tensors of one dtype, a layout on their device, and options.
+    """Arguments of a back end: tensors of one dtype, a layout on their device, and options.
 
     `shared_attention` makes it from its own arguments, once they are checked and cast.
     """

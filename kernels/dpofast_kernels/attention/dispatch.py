@@ -57,7 +57,7 @@ def shared_attention(
     layout: SharedLayout,
     options: AttentionOptions = DEFAULT_OPTIONS,
 ) -> Tensor:
-    """Causal attention in a packed row, as if each sequence were computed without the others.
+    """Causal attention in a packed row: each sequence gets the result that it would have by itself.
 
     Args:
         query: [T, Hq, D] fp64, fp32, bf16 or fp16.
@@ -65,17 +65,17 @@ def shared_attention(
             tensors are cast to the autocast dtype.
         value: [T, Hkv, Dv], like `key`.
         layout: layout of the row, on the same device.
-        options: what is done to the scores, and the back end.
+        options: scale, window, cap and sinks of the scores, and the back end.
 
     Returns:
-        [T, Hq, Dv] in the dtype that was computed in; differentiable once.
+        [T, Hq, Dv] in the inputs' dtype, or the autocast dtype; differentiable once.
 
     Raises:
-        ValueError: shapes, dtypes or devices don't belong together, or the back end asked for can't
-            run.
+        ValueError: shapes, dtypes or devices don't match, or the back end asked for can't run.
 
-    Numerics: the softmax is computed in fp32 at least. The gradients of a prefix's keys and values
-    are sums over their copies, added in the tensors' dtype, in a fixed order.
+    Numerics: the softmax is computed in fp32 at least. Back ends that work on segments add up the
+    gradients of a prefix's keys and values over its segments, in the tensors' dtype and in a fixed
+    order.
 
     Example:
         >>> import torch
@@ -90,7 +90,7 @@ def shared_attention(
     dtype = _compute_dtype(query)
     backend = backend_for(query, value, options)
     if options.window is not None and options.window >= layout.max_key_length:
-        # No sequence is longer than the window. Without one, kernels are faster.
+        # No sequence exceeds the window, so it hides nothing. Kernels are faster without a window.
         options = replace(options, window=None)
     with torch.autocast(query.device.type, enabled=False):
         call = AttentionCall(query.to(dtype), key.to(dtype), value.to(dtype), layout, options)
@@ -108,10 +108,10 @@ def _compute_dtype(query: Tensor) -> torch.dtype:
 def _check_shapes(
     query: Tensor, key: Tensor, value: Tensor, layout: SharedLayout, options: AttentionOptions
 ) -> None:
-    """Check that shapes, dtypes and devices belong together.
+    """Check that shapes, dtypes and devices match.
 
     Raises:
-        ValueError: they don't; the message names the argument.
+        ValueError: an argument doesn't match; the message names it.
     """
     num_tokens = layout.num_tokens
     for name, states in (("query", query), ("key", key), ("value", value)):

@@ -19,7 +19,8 @@ from dpofast_kernels.attention.options import AttentionOptions
 
 MAX_HEAD_DIM = 256
 _HEAD_DIM_MULTIPLE = 8
-# PyTorch 2.11 takes fewer key heads than query heads without being told; later ones need the flag.
+# PyTorch 2.11 takes fewer key heads than query heads without being told. Later versions need the
+# flag.
 _WANTS_GQA = "enable_gqa" in inspect.signature(varlen_attn).parameters
 
 
@@ -44,10 +45,11 @@ def padded_head_dim(head_dim: int, value_dim: int) -> int:
 
 
 def _attend(kernel: Callable[[AttentionCall], Tensor], call: AttentionCall) -> Tensor:
-    """Pad the heads, gather the keys, run a kernel on that, and cut the padding off."""
+    """Pad the heads, gather keys and values, run a kernel on them, and cut the padding off."""
     value_dim = call.value.shape[-1]
     padded_dim = padded_head_dim(call.query.shape[-1], value_dim)
-    # Zeros change neither scores nor outputs. But the scale must be that of the true head size.
+    # Padding with zeros changes neither scores nor outputs. But the default scale depends on the
+    # head size, so the scale of the unpadded heads is set below.
     query, key, value = (_pad(states, padded_dim) for states in (call.query, call.key, call.value))
     gathered = AttentionCall(
         query,
@@ -81,8 +83,8 @@ def varlen_on_gathered(call: AttentionCall) -> Tensor:
         call.layout.max_query_length,
         call.layout.max_key_length,
         scale=call.options.scale,
-        # No keys to the right make it causal, with the last query at the last key. It must be a
-        # tuple, because torch compares it with one.
+        # The 0 makes attention causal: no keys to the right, with the last query at the last key.
+        # The window must be a tuple, because torch compares it with one.
         window_size=(_keys_before(call.options), 0),
         **gqa,
     )

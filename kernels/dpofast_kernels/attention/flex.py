@@ -1,4 +1,4 @@
-"""Attention by compiled FlexAttention, which has softcaps, sinks, fp32 and ROCm."""
+"""Attention by compiled FlexAttention, which supports softcaps, sinks, fp32 and ROCm."""
 
 from __future__ import annotations
 
@@ -18,15 +18,16 @@ from dpofast_kernels.attention.layout import SharedLayout
 BLOCK_SIZE = 128
 _MIN_HEAD_DIM = 16  # the smallest head that its kernels can multiply
 # FlexAttention is compiled again for each kind of options, with and without gradients, and up to
-# three times for lengths of rows. PyTorch stops at 8 variants and would then compute all T x T
-# scores. Here a compile is forced (fullgraph), so hitting the limit is an error.
+# three times because rows differ in length. After 8 variants PyTorch would stop compiling, and
+# FlexAttention would compute all T x T scores. As we force a compile (fullgraph), hitting the limit
+# is an error instead.
 _MAX_VARIANTS = 64
 # A mask serves all layers of a step, and is freed with its layout.
 BLOCK_MASKS: WeakKeyDictionary[SharedLayout, dict[int | None, BlockMask]] = WeakKeyDictionary()
 
 
 def flex_attention_on_row(call: AttentionCall) -> Tensor:
-    """[T, Hq, Dv]; no keys are gathered, because the block mask says who looks at whom.
+    """[T, Hq, Dv], without gathered keys: the block mask says which tokens a token looks at.
 
     A sink takes the share e^sink / (e^sink + sum of e^score) of the softmax. So the output is the
     one without sinks times sigmoid(lse - sink), where lse is the log-sum-exp of the scores.
@@ -52,7 +53,7 @@ def flex_attention_on_row(call: AttentionCall) -> Tensor:
 
 
 def block_mask(layout: SharedLayout, window: int | None) -> BlockMask:
-    """Which token looks at which, in blocks; made once for each layout and window."""
+    """The attention mask in blocks of tokens; made once for each layout and window."""
     masks = BLOCK_MASKS.setdefault(layout, {})
     if window not in masks:
         masks[window] = _make_block_mask(layout, window)
@@ -79,9 +80,9 @@ def _make_block_mask(layout: SharedLayout, window: int | None) -> BlockMask:
 def _visible_in_blocks(layout: SharedLayout, window: int | None) -> Tensor:
     """[T, blocks] int64: how many keys of each block a token looks at.
 
-    Counted in positions, these keys are one interval that ends at the token's own. In the row they
-    are two intervals: one in the prefix (empty for the prefix's own tokens), and one in the token's
-    own part, that is its prefix or its tail.
+    By their positions in the sequence, these keys are one interval that ends at the token itself.
+    By their places in the row they are two intervals: one in the prefix (empty for tokens of the
+    prefix) and one in the token's own part, which is its prefix or its tail.
     """
     tokens = torch.arange(layout.num_tokens, device=layout.device)
     positions = layout.position_ids
@@ -89,7 +90,7 @@ def _visible_in_blocks(layout: SharedLayout, window: int | None) -> Tensor:
     # One number per part. The numbers rise along the row, so searchsorted finds a part's start.
     parts = layout.group_ids * (layout.tail_ids.max() + 1) + layout.tail_ids
     part_start = torch.searchsorted(parts, parts)
-    part_position = positions - (tokens - part_start)  # a part's first: 0, or the prefix's length
+    part_position = positions - (tokens - part_start)  # of the part's start: 0 or prefix length
     first = torch.zeros_like(tokens) if window is None else (positions - window + 1).clamp(min=0)
     in_prefix = _overlaps(group_start + first, group_start + part_position)
     in_part = _overlaps(part_start + (first - part_position).clamp(min=0), tokens + 1)
@@ -110,7 +111,7 @@ def _overlaps(
 def _listed(
     blocks: Tensor,  # [blocks, blocks] bool
 ) -> tuple[Tensor, Tensor]:
-    """Number of key blocks for each block of queries, and their indices, before all others."""
+    """For each block of queries, how many key blocks are True, and all indices, True ones first."""
     counts = blocks.sum(1, dtype=torch.int32)
     indices = blocks.to(torch.int8).argsort(dim=1, descending=True, stable=True).to(torch.int32)
     return counts[None, None], indices[None, None]
@@ -151,7 +152,7 @@ def _batched(
 
 @functools.cache
 def _more_variants() -> Any:
-    """A context with a higher limit of variants; one for all calls, because each leaks memory."""
+    """A context with a higher limit of variants. All calls share it: each new one leaks memory."""
     return torch._dynamo.config.patch(recompile_limit=_MAX_VARIANTS)
 
 

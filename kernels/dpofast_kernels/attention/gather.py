@@ -15,7 +15,7 @@ def gather_keys(
     states: Tensor,  # [T, H, D]
     layout: SharedLayout,
 ) -> Tensor:
-    """[G, H, D]: the keys of one segment after the other; a prefix once for each tail.
+    """[G, H, D]: the states of one segment after the other; a tail's states follow its prefix's.
 
     The backward adds up a prefix's gradients without atomics, always in the same order.
     """

@@ -1,4 +1,4 @@
-"""Where the groups of a packed row are, and what attention has to know about them.
+"""The layout of a packed row: its groups, and the segments and keys that attention works on.
 
 A row is a sequence of groups. A group is a shared prefix and the tails that continue it:
 
@@ -6,8 +6,8 @@ A row is a sequence of groups. A group is a shared prefix and the tails that con
 
 Attention runs on segments. A prefix and its first tail are neighbours in the row, so together they
 are one segment: their queries look at their own keys. Each further tail is a segment of its own:
-its queries look at a copy of the prefix's keys and at its own keys. Every segment is causal, with
-its queries being the last of its keys.
+its queries look at a copy of the prefix's keys and at its own keys. Every segment is causal: its n
+queries are at the positions of its last n keys.
 
 Queries and outputs stay in the row's order. Keys and values are gathered into the segments' order.
 An example with a prefix of two tokens, a b, and three tails, c, d e and f:
@@ -16,7 +16,7 @@ An example with a prefix of two tokens, a b, and three tails, c, d e and f:
     segments          a b c | d e | f      queries, Z = 3
     gathered keys     a b c | a b d e | a b f
     key_tokens        0 1 2   0 1 3 4   0 1 5
-    first_copies      0 1 2 5 6 9          place of the first copy of each of a b c d e f
+    first_copies      0 1 2 5 6 9          places of the first copies of a, b, c, d, e, f
     later_copies      round 1: tokens 0 1, places 3 4
                       round 2: tokens 0 1, places 7 8
 """
@@ -40,7 +40,7 @@ class CopyRound:
 
     Attributes:
         tokens: [g] int64, prefix tokens, by their place in the row.
-        places: [g] int64, where these copies are among the gathered keys.
+        places: [g] int64, places of these copies among the gathered keys.
     """
 
     tokens: Tensor
@@ -52,16 +52,16 @@ class SharedLayout:
     """Structure of a packed row with Z segments, made by `build_layout`.
 
     Attributes:
-        position_ids: [T] int64; every tail continues from its prefix's end.
+        position_ids: [T] int64, positions in the sequence; a tail continues from its prefix's end.
         group_ids: [T] int64, group of each token, from 0.
         tail_ids: [T] int64, 0 in a prefix, 1 to K in its tails.
         key_tokens: [G] int64, token that each gathered key is a copy of.
         first_copies: [T] int64, place of each token's first copy among the gathered keys.
-        later_copies: rounds of all other copies, see `CopyRound`.
+        later_copies: all further copies, grouped into rounds, see `CopyRound`.
         cu_seqlens_q: [Z+1] int32, bounds of the segments' queries in the row.
         cu_seqlens_k: [Z+1] int32, bounds of the segments' keys among the gathered keys.
-        query_lengths: queries of each segment, at least 1.
-        key_lengths: keys of each segment, at least as many as queries.
+        query_lengths: number of queries of each segment, at least 1.
+        key_lengths: number of keys of each segment, at least its number of queries.
     """
 
     position_ids: Tensor
@@ -94,7 +94,7 @@ class SharedLayout:
         return max(self.key_lengths)
 
     def to(self, device: torch.device | str) -> SharedLayout:
-        """The same layout on a device. Copies from pinned memory are not waited for."""
+        """The same layout on a device. From pinned memory, the host doesn't wait for the copies."""
         # A copy to the CPU must be waited for, or the host could read it too early.
         non_blocking = torch.device(device).type != "cpu"
         return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
@@ -127,8 +127,8 @@ def build_layout(groups: Sequence[tuple[int, Sequence[int]]]) -> SharedLayout:
 
     Args:
         groups: for each group, in the row's order, the length of its prefix (at least 1) and the
-            lengths of its tails (at least one tail). A tail can have 0 tokens: an answer that
-            another answer begins with ends where the prefix does.
+            lengths of its tails (at least one tail). A tail can have 0 tokens: if one answer is the
+            beginning of another one, all of it is in the prefix.
 
     Raises:
         ValueError: there are no groups, a group has no prefix or no tails, or a length is negative.
@@ -195,8 +195,9 @@ class _Segments:
         self.num_keys = 0
 
     def add_group(self, prefix: int, tails: Sequence[int]) -> None:
-        """Add a group; `tails` without the empty ones, which have no queries."""
+        """Add a group. `tails` has no empty tails, because they have no queries."""
         prefix_start = self.num_queries
+        # If all tails are empty, the prefix is a segment by itself.
         first, *others = tails or (0,)
         self._add_segment(prefix + first, 0)
         for number, length in enumerate(others):
@@ -209,7 +210,7 @@ class _Segments:
             self._add_segment(length, prefix)
 
     def _add_segment(self, num_queries: int, num_copied: int) -> None:
-        """Add queries with keys of their own, behind `num_copied` keys copied from a prefix."""
+        """Add a segment; its keys are `num_copied` keys of a prefix, then those of its queries."""
         self.key_tokens.add(self.num_queries, num_queries)
         self.first_copies.add(self.num_keys + num_copied, num_queries)
         self.query_lengths.append(num_queries)
@@ -219,7 +220,7 @@ class _Segments:
 
 
 def _ranges(starts: Tensor, lengths: Tensor) -> Tensor:
-    """start, start + 1, ..., start + length - 1 of each start, one run after the other."""
+    """start, start + 1, ..., start + length - 1 for each start, one run after the other."""
     offsets = starts - (lengths.cumsum(0) - lengths)
     return offsets.repeat_interleave(lengths) + torch.arange(int(lengths.sum()))
 

@@ -3,8 +3,8 @@
 Every tail but the first looks at all of its prefix and, causally, at itself. So its attention is
 computed in two parts: one over the prefix, which needs no mask, and a causal one over itself. The
 parts are merged by their log-sum-exps, as FlashAttention (https://arxiv.org/abs/2205.14135) merges
-blocks of keys. For the backward of either part, the merged output and log-sum-exp are all that is
-needed from the forward.
+blocks of keys. The backward of each part needs only the merged output and the merged log-sum-exp
+from the forward.
 """
 
 from __future__ import annotations
@@ -19,12 +19,13 @@ from torch.autograd.function import once_differentiable
 from dpofast_kernels.attention.call import AttentionCall
 from dpofast_kernels.attention.layout import SharedLayout
 
+# On a CPU, F.scaled_dot_product_attention calls these operators and drops the log-sum-exp.
 _FORWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
 def can_merge(call: AttentionCall) -> bool:
-    """Whether `merged_attention` can run a call without softcap and sinks."""
+    """Whether `merged_attention` can run this call, which has no softcap and no sinks."""
     return (
         call.query.device.type == "cpu"
         and call.query.shape[-1] == call.value.shape[-1]
@@ -52,7 +53,7 @@ class _Merged(torch.autograd.Function):
             own, own_lse = _attend(query[tokens], key[tokens], value[tokens], scale, is_causal=True)
             if prefix is not None:
                 seen, seen_lse = _attend(query[tokens], key[prefix], value[prefix], scale)
-                # Each part is normalised by its own sum. Weigh it by its share of the whole one.
+                # Each part is normalised by its own sum. Weight it by its share of the total.
                 total = torch.logaddexp(own_lse, seen_lse)  # [1, Hq, n]
                 own = own * (own_lse - total).exp_()[..., None]
                 own += seen * (seen_lse - total).exp_()[..., None]
@@ -73,7 +74,7 @@ class _Merged(torch.autograd.Function):
             own = _gradients(*of_queries, key[tokens], value[tokens], ctx.scale, is_causal=True)
             d_query[tokens], d_key[tokens], d_value[tokens] = own
             if prefix is not None:
-                # The prefix is part of an earlier segment, so its gradients can be added to.
+                # The prefix is part of an earlier segment, which has set its gradients already.
                 seen = _gradients(*of_queries, key[prefix], value[prefix], ctx.scale)
                 d_query[tokens] += seen[0]
                 d_key[prefix] += seen[1]
@@ -118,7 +119,7 @@ def _gradients(
     scale: float,
     is_causal: bool = False,
 ) -> list[Tensor]:
-    """What these keys contribute to the gradients of queries, keys and values; shaped like them."""
+    """Gradients of queries, keys and values that come from these keys; shaped like the inputs."""
     d_out, query, key, value, out = map(_heads_first, (d_out, query, key, value, out))
     gradients = _BACKWARD(d_out, query, key, value, out, lse[None], 0.0, is_causal, scale=scale)
     return [gradient[0].transpose(0, 1) for gradient in gradients]

@@ -1,4 +1,4 @@
-"""Attention written plainly, with all scores at once. Tests hold the other back ends to it."""
+"""Attention written plainly: all scores at once. Tests compare the other back ends with it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dpofast_kernels.attention.layout import SharedLayout
 
 
 def attends(layout: SharedLayout, window: int | None = None) -> Tensor:
-    """Which token (first axis) looks at which (second axis).
+    """The attention mask: element [i, j] is True if token i looks at token j.
 
     A token looks at itself and at the tokens before it in its prefix and in its own tail. With a
     window it looks only at those less than `window` positions away.
@@ -29,7 +29,7 @@ def attends(layout: SharedLayout, window: int | None = None) -> Tensor:
 
 
 def naive_attention(call: AttentionCall) -> Tensor:
-    """[T, Hq, Dv] by way of all scores [Hq, T, T], in fp32 at least."""
+    """[T, Hq, Dv]. It computes all scores [Hq, T, T] at once, in fp32 at least."""
     query, key, value, options = call.query, call.key, call.value, call.options
     dtype = torch.promote_types(query.dtype, torch.float32)
     num_heads, repeats = query.shape[1], query.shape[1] // key.shape[1]

@@ -15,15 +15,15 @@ class AttentionOptions:
     """What a layer does to its scores, and how the op runs.
 
     Attributes:
-        scale: factor of q k^T; None is D^-0.5.
-        window: a query looks at itself and the window - 1 positions before it, as in transformers;
-            None is no limit.
+        scale: factor of q k^T; None means D^-0.5.
+        window: number of positions that a query looks at, ending at its own, as transformers counts
+            them; None means no limit.
         softcap: cap of the scores, softcap tanh(score / softcap); above 0, or None.
-        sinks: [Hq], one extra score per head that takes its share of the softmax and gives no
+        sinks: [Hq], one extra score per head that takes its share of the softmax and adds no
             value. It gets a gradient, too.
-        backend: "auto" takes the first that can run of "flash3", "varlen", "flash_attn", "flex",
-            "sdpa", "plain", which is the fastest. The first four need a GPU: "flash3" and
-            "flash_attn" are packages of their own, "varlen" is PyTorch's flash attention, "flex"
+        backend: "auto" takes the fastest one that can run: the first of "flash3", "varlen",
+            "flash_attn", "flex", "sdpa", "plain". The first four need a GPU. "flash3" and
+            "flash_attn" need a separate package; "varlen" is PyTorch's flash attention, and "flex"
             its FlexAttention. "sdpa" and "plain" go segment by segment on any device. "naive" masks
             all T x T scores, for comparison.
 

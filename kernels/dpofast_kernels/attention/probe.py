@@ -12,15 +12,18 @@ from dpofast_kernels.attention.layout import SharedLayout, build_layout
 from dpofast_kernels.attention.options import AttentionOptions
 from dpofast_kernels.rounding import product_precision
 
-# Groups with one tail and several, with tails of no token, of one, and longer than the kernels'
-# blocks of 64 and 128. A CPU has no such blocks, so fewer tokens show the same, and faster.
+# Some groups have one tail, others several. Some tails are empty, some have one token, and some are
+# longer than the kernels' blocks of 64 and 128 tokens. A CPU has no such blocks, so shorter groups
+# test the same there in less time.
 _GROUPS = ((150, (70, 33)), (1, (1, 1)), (40, (0, 130)), (5, (3, 0, 17)), (9, (0,)))
 _CPU_GROUPS = ((20, (11, 6)), (1, (1, 1)), (7, (0, 15)), (5, (3, 0, 9)), (9, (0,)))
-# A model's own window can be longer than all of these sequences and would then be untested. With a
-# window of 1 the softmax is constant, and its gradients are nothing but rounding.
+# The tested window is limited: a model's own can be longer than these sequences and would then hide
+# nothing. It is at least 2, because with 1 the softmax is constant and its gradients are mere
+# rounding.
 _SHORTEST_WINDOW, _LONGEST_WINDOW, _CPU_LONGEST_WINDOW = 2, 48, 8
-# Largest norm of the difference, relative to the norm of the truth. Rounding a product's inputs to
-# bf16 gives up to 1e-2; a wrong mask, scale or copy gives more than 1e-1.
+# Largest norm of the difference from the naive result, relative to the norm of that result.
+# Rounding a product's inputs to bf16 gives up to 1e-2; a wrong mask, scale or copy gives more than
+# 1e-1.
 _TOLERANCES = {
     torch.bfloat16: 3e-2,
     torch.float16: 5e-3,
@@ -57,8 +60,8 @@ def probe(
         The name of the back end.
 
     Raises:
-        WrongBackendError: they differ by more than rounding. The message names the back end, what
-            differs and by how much.
+        WrongBackendError: the two back ends differ by more than rounding. The message names the
+            back end, the tensor that differs, and by how much.
         ValueError: the back end asked for can't run.
 
     Example:

@@ -1,4 +1,4 @@
-"""Attention segment by segment, on any device: PyTorch's own, or a plain softmax."""
+"""Attention segment by segment, on any device: PyTorch's own attention, or a plain softmax."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def plain_attention(call: AttentionCall) -> Tensor:
 
 def _by_segments(attend: _Attend, call: AttentionCall) -> Tensor:
     layout = call.layout
-    # One split into all segments. The backward of a slice per segment would allocate a gradient of
-    # the whole row for each of them.
+    # Split each tensor once. If every segment were a slice, its backward would allocate a gradient
+    # of the whole row.
     queries = _split(call.query, layout.query_lengths)
     keys = _split(gather_keys(call.key, layout), layout.key_lengths)
     values = _split(gather_keys(call.value, layout), layout.key_lengths)
@@ -59,8 +59,8 @@ def _sdpa(
 ) -> Tensor:
     """[1, Hq, n, Dv]"""
     num_queries, num_keys = query.shape[2], key.shape[2]
-    # is_causal aligns the queries with the first keys. Ours are the last ones, which is the same
-    # only if there are as many queries as keys.
+    # is_causal aligns the queries with the first keys. Our queries belong to the last keys, which
+    # are also the first ones only if there are as many queries as keys.
     is_square = num_queries == num_keys and (options.window is None or options.window >= num_keys)
     return F.scaled_dot_product_attention(
         query,
@@ -97,7 +97,7 @@ def _plain(
 
 
 def _visible(num_queries: int, num_keys: int, window: int | None, device: torch.device) -> Tensor:
-    """[n, m] bool, which query looks at which key; the queries are the last of the keys."""
+    """[n, m] bool, True where a query looks at a key; the queries are at the last n positions."""
     query = torch.arange(num_keys - num_queries, num_keys, device=device)[:, None]
     key = torch.arange(num_keys, device=device)
     visible = key <= query

@@ -2,21 +2,24 @@
 
 How a call travels through the files, from the public op down to one chunk of rows:
 
-    dispatch        public ops: check the inputs, choose a back end, hand over to autograd
+    dispatch        public ops: check the inputs, choose a back end, enter autograd
+    |-- options     HeadOptions and PairLossOutput
     |-- inputs      the checks and their errors
     |-- dtypes      the dtypes to compute, accumulate and multiply in
     |-- backends    which back end runs where
-    autograd        torch.autograd functions: what is saved, when gradients are made
+    autograd        torch.autograd functions: what they save, when they compute gradients
     one_pass        linear_pair_loss only: cuts pairs into chunks and joins their losses
     chunked         one head, chunk by chunk: score rows, then add their gradients
-    |-- workspace   sizes of chunks, and the memory that a chunk's logits are made in
-    |-- rows        what a back end has to offer for a chunk: score, differentiate, pair_loss
-    tiled           the PyTorch back end for a chunk, default on a CPU
+    |-- workspace   sizes of chunks, and the memory for a chunk's logits
+    |-- rows        the interface of a back end: score, differentiate, pair_loss
+    tiled           the PyTorch back end, default on a CPU
     |-- matmul      the three matrix products, accumulated in fp32
+    |-- sequences   sums of per-token log-probs over sequences
 
-`linear_logps` and `linear_scores` skip one_pass. On a GPU rows_triton or fused_triton does the work
-of tiled, with pairs_triton and logits_triton, and launch says how each kernel is launched. naive
-computes all logits at once; tests compare every back end with it.
+`linear_logps` and `linear_scores` skip one_pass. On a GPU, rows_triton or fused_triton replaces
+tiled. Both use pairs_triton for the loss and logits_triton for what their kernels share; launch
+reads the launch parameters of each kernel. naive computes all logits at once, and tests compare
+every back end with it.
 
 A row here is a row of hidden states: one scored token.
 """

@@ -1,7 +1,7 @@
 """Autograd functions around the chunked head.
 
-Both functions take the inputs uncast and cast them inside. So gradients are returned in the inputs'
-own dtypes, without a rounding through the dtype that was computed in.
+Both functions cast the inputs themselves. So their gradients go from fp32 straight to the inputs'
+own dtypes, without being rounded to the compute dtype in between.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class HeadCall:
     pairs: Pairs | None = None
 
     def head(self, hidden_states: Tensor, weight: Tensor, keep: bool) -> ChunkedHead:
-        """The chunked head of this call; `keep` if gradients will be asked for."""
+        """The chunked head of this call; `keep` says whether gradients will be asked for."""
         return ChunkedHead(
             hidden_states, weight, self.labels, self.options, self.dtype, self.backend, keep
         )
@@ -99,8 +99,8 @@ class LinearLogps(torch.autograd.Function):
 class LinearPairLoss(torch.autograd.Function):
     """Summed loss, summed logps and metrics; the forward computes the gradients, too.
 
-    The gradients stay in fp32 until they are multiplied by the upstream gradient. That one may
-    carry a loss scale, without which small gradients would vanish in fp16.
+    The gradients stay in fp32 until they are multiplied by the upstream gradient. The upstream
+    gradient can contain a loss scale, without which small gradients would vanish in fp16.
     """
 
     @staticmethod
@@ -114,7 +114,7 @@ class LinearPairLoss(torch.autograd.Function):
         ctx.call = call
         # As in LinearLogps, the labels are saved only to notice that they were overwritten.
         ctx.save_for_backward(hidden_states, weight, bias, call.labels)
-        # needs_input_grad is true under no_grad, too. Nobody would ask for these gradients then.
+        # needs_input_grad is true even under no_grad, where nobody will ask for the gradients.
         wanted = Wanted(*(needed and call.grad_enabled for needed in ctx.needs_input_grad[:3]))
         loss, logps, metrics, ctx.gradients = _run_one_pass(call, hidden_states, weight, wanted)
         ctx.mark_non_differentiable(logps, metrics)
@@ -152,7 +152,7 @@ def _as_inputs(
     bias: Tensor | None,
     factor: Tensor | None,  # []
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Each gradient times a factor, in its input's dtype: one pass and one rounding."""
+    """Each gradient times `factor` (None is 1), in its input's dtype: one pass and one rounding."""
 
     def cast(gradient: Tensor | None, like: Tensor | None) -> Tensor | None:
         if gradient is None or like is None:

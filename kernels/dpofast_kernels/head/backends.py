@@ -15,12 +15,12 @@ from dpofast_kernels.preference import PairLoss
 DEFAULT_OPTIONS = HeadOptions()
 TRITON_BACKENDS = ("triton", "triton_fused")
 
-# Triton exists only on Linux. So the functions below import the Triton files when they are needed,
+# Triton exists only on Linux. So the files that use it are imported inside the functions below,
 # never at the top of this file.
 
 
 def backend_for(tensor: Tensor, options: HeadOptions = DEFAULT_OPTIONS) -> str:
-    """The name of the back end that runs for tensors on this one's device; never "auto".
+    """The name of the back end that runs on the device of `tensor`; never "auto".
 
     Raises:
         ValueError: the back end in `options` can't take one of the options, or doesn't run on this
@@ -50,10 +50,12 @@ def backend_for(tensor: Tensor, options: HeadOptions = DEFAULT_OPTIONS) -> str:
 
 
 def check_formula(backend: str, loss: PairLoss) -> None:
-    """Check that a back end can compute this loss; the Triton ones need a formula of their own.
+    """Check that a back end can compute a loss.
+
+    The Triton back ends need the loss's formula in Triton; "torch" and "naive" compute any loss.
 
     Raises:
-        ValueError: it can't.
+        ValueError: the back end has no formula for the loss.
     """
     if backend in TRITON_BACKENDS:
         from dpofast_kernels.head.pairs_triton import formula_of
@@ -66,7 +68,7 @@ def row_ops(backend: str, weight: Tensor, options: HeadOptions) -> RowOps:
 
     Args:
         backend: "torch", "triton" or "triton_fused".
-        weight: [V, H], in the dtype that is computed in.
+        weight: [V, H], in the dtype to compute in.
         options: what the model does to its logits.
     """
     if backend == "triton":

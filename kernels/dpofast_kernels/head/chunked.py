@@ -1,9 +1,11 @@
-"""Log-probs and gradients of one head, a chunk of rows at a time; never a tensor [N, V].
+"""Log-probs and gradients of one head, a chunk of rows at a time, without a tensor [N, V].
 
 For each chunk, a caller first calls `score`, which makes the chunk's logits in the workspace and
-turns them into log-probs. Then it calls `add_gradients` with one coefficient per row. That turns
-the workspace into the gradient of the logits, and multiplies it with weight and hidden states to
-get the gradients of hidden states and weight. The next `score` overwrites the workspace.
+turns them into log-probs. Then it calls `add_gradients` with one coefficient per row, the
+derivative of the loss with respect to the row's log-prob. That turns the workspace into d_logits,
+the gradient of the logits. d_logits times the weight gives the gradient of the hidden states, and
+d_logits times the hidden states gives that of the weight. The next `score` overwrites the
+workspace.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ from dpofast_kernels.head.workspace import Workspace, max_chunk_rows, row_chunks
 
 @dataclass(frozen=True)
 class Wanted:
-    """Which of the inputs want a gradient."""
+    """Which inputs need a gradient."""
 
     hidden_states: bool
     weight: bool
@@ -40,13 +42,14 @@ class Wanted:
 
 @dataclass(eq=False)
 class Gradients:
-    """Sums of gradients, fp32 (fp64 for fp64 inputs); None for an input that wants none.
+    """Sums of gradients, fp32 (fp64 for fp64 inputs); None for an input that needs none.
 
     Attributes:
         hidden_states: [N, H].
         weight: [V, H].
         bias: [V].
-        is_empty: whether nothing was added yet. The memory of `weight` is uninitialised then.
+        is_empty: True until something is added; `weight` is uninitialised memory until then. False
+            from the start if `weight` is a caller's buffer, whose contents count.
     """
 
     hidden_states: Tensor | None
@@ -58,8 +61,9 @@ class Gradients:
         """Add the gradients of one pair times a factor.
 
         Args:
-            own: the pair's gradients. Its `hidden_states` is this object's own tensor. It can also
-                be this object itself, if nothing but the pair was added.
+            own: the pair's gradients, from `ChunkedHead.gradients_of_one_pair`. Its `hidden_states`
+                is the tensor of this object. If nothing else was added so far, `own` is this object
+                itself.
             rows: rows of the pair.
             factor: [].
         """
@@ -108,7 +112,8 @@ class ChunkedHead:
         self.labels, self.keep = labels, keep
         self.dtype = accumulate_dtype(dtype)  # dtype of logits and gradients
         if options.bias is not None:
-            # First rounded like the other inputs, then added in the dtype of the logits.
+            # The bias is rounded to the compute dtype like the other inputs. Then it is upcast,
+            # because it is added to fp32 (or fp64) logits.
             options = replace(options, bias=options.bias.to(dtype).to(self.dtype))
         self._ops = row_ops(backend, self.weight, options)
         self.pair_loss = self._ops.pair_loss
@@ -127,7 +132,8 @@ class ChunkedHead:
 
         Args:
             rows: start and end.
-            keep: False if these rows need no gradient although others will; None is the head's own.
+            keep: False if these rows need no gradient although other rows do; None means the
+                `keep` of the head.
         """
         keep = self.keep if keep is None else keep
         if self._workspace is None and self._workspace_dtype is not None:
@@ -140,14 +146,15 @@ class ChunkedHead:
         return self._ops.score(self.hidden_states[rows], self.labels[rows], logits, keep)
 
     def new_gradients(self, wanted: Wanted, weight_grad: Tensor | None = None) -> Gradients:
-        """Gradients without anything added yet.
+        """New gradients, to which nothing is added yet.
 
-        `add_gradients` sets each row of the gradient of the hidden states once.
+        The gradient of the hidden states is uninitialised: `add_gradients` sets each row of it
+        once.
 
         Args:
-            wanted: which gradients there are.
-            weight_grad: [V, H], a buffer with numbers in it to add the weight's gradient to; None
-                for memory of its own.
+            wanted: which gradients to make.
+            weight_grad: [V, H], a caller's buffer that the weight's gradient is added to; None
+                allocates memory for it.
         """
         is_empty = weight_grad is None
         if weight_grad is None and wanted.weight:
@@ -164,11 +171,11 @@ class ChunkedHead:
         )
 
     def gradients_of_one_pair(self, gradients: Gradients) -> Gradients:
-        """Where to sum a pair's gradients until its factor is known; see `Gradients.add_pair`.
+        """The gradients that one pair is summed in until `Gradients.add_pair` gets its factor.
 
-        While `gradients` are empty this is `gradients` itself. Otherwise weight and bias get memory
-        of their own, because the factor must not multiply what other pairs have added. The next
-        call uses that memory again.
+        While `gradients` is empty, the result is `gradients` itself. Otherwise the pair's weight
+        and bias gradients get separate memory, because the factor must not multiply what other
+        pairs have added. The next call uses that memory again.
         """
         if gradients.is_empty:
             return gradients
@@ -176,7 +183,7 @@ class ChunkedHead:
         if own is None:
             wanted = Wanted(False, gradients.weight is not None, gradients.bias is not None)
             own = self._pair_gradients = self.new_gradients(wanted)
-            # A pair's rows are its own: no other pair adds to them.
+            # No other pair adds to this pair's rows, so they can share the tensor.
             own.hidden_states = gradients.hidden_states
         own.is_empty = True
         if own.bias is not None:
@@ -192,7 +199,7 @@ class ChunkedHead:
     ) -> None:
         """Add the gradients of sum(coefficients * per_token_logps) over `rows`.
 
-        This uses up what `scored` kept.
+        `scored` can't be used again afterwards: its tensors may have been overwritten.
         """
         labels = self.labels[rows]
         made = self._ops.differentiate(scored, labels, coefficients.to(self.dtype))
@@ -204,7 +211,7 @@ class ChunkedHead:
         if gradients.weight is not None:
             hidden_states = self.hidden_states[rows]  # [n, H]
             if factors is not None:
-                # [n, H] is smaller than d_logits [n, V], so the factors go here.
+                # Scaling [n, H] is cheaper than scaling d_logits [n, V].
                 hidden_states = hidden_states * factors[:, None]
             hidden_states = hidden_states.to(d_logits.dtype)
             if gradients.is_empty:

@@ -41,24 +41,25 @@ def linear_logps(
     """Per-token log-probs of `labels`, without materialising the logits.
 
     Args:
-        hidden_states: [N, H] fp64, fp32, bf16 or fp16; or [B, T, H]. Of the latter only positions
-            with a label are computed; finding them waits for a device.
+        hidden_states: [N, H] fp64, fp32, bf16 or fp16; or [B, T, H], of which only the positions
+            with a label are computed. Finding them makes the host wait for a GPU.
         weight: [V, H], same dtype. Under torch.autocast the dtypes may differ, and both are cast to
             the autocast dtype.
         labels: [N] int64, already shifted; or [B, T], -100 where there is nothing to score.
         options: what the model does to its logits, and the back end.
 
     Returns:
-        [N] or [B, T] fp32 (fp64 for fp64 inputs), in nats, 0 where the label is -100;
-        differentiable for any upstream gradient.
+        [N] or [B, T] fp32 (fp64 for fp64 inputs), in nats; in [B, T], 0 where the label is -100.
+        Differentiable once, for any upstream gradient.
 
     Raises:
-        ValueError: shapes, dtypes or devices don't belong together, a label is out of range (on a
-            device this is seen only with DPOFAST_CHECK_LABELS=1), or the back end can't run.
+        ValueError: shapes, dtypes or devices don't match, a label is out of range (off the CPU this
+            is checked only with DPOFAST_CHECK_LABELS=1), or the back end can't run.
         RuntimeError: Triton was asked for and isn't installed.
 
-    Numerics: logits are computed and kept in fp32. Gradients accumulate in fp32 and are returned in
-    the inputs' dtypes. The backward computes the logits again: 8NHV operations in all.
+    Numerics: logits are computed and kept in fp32 (fp64 for fp64 inputs). Gradients accumulate in
+    fp32 and are returned in the inputs' dtypes. The backward computes the logits again: 8NHV
+    operations in all.
 
     Example:
         >>> import torch
@@ -88,12 +89,13 @@ def linear_scores(
     """Per-token log-probs of `labels`, and the log-sum-exp of the finished logits; forward only.
 
     Args:
-        hidden_states: [N, H]; like `weight`, `labels` and `options` the same as in `linear_logps`.
+        hidden_states: [N, H].
+        weight, labels, options: as in `linear_logps`.
 
     Returns:
-        [2, N] fp32 (fp64 for fp64 inputs), without gradient. First the log-probs in nats, bit for
-        bit those of `linear_logps`; then log sum exp z of the finished logits z that `HeadOptions`
-        describes. Their sum is the label's own logit.
+        [2, N] fp32 (fp64 for fp64 inputs), without gradient. First come the log-probs in nats, the
+        same bits as from `linear_logps`. Then come the log-sum-exps of the finished logits (see
+        `HeadOptions`). A log-prob plus its log-sum-exp is the label's own logit.
 
     Raises:
         ValueError, RuntimeError: as in `linear_logps`.
@@ -128,12 +130,12 @@ def linear_pair_loss(
     """Loss summed over pairs; log-probs, loss and gradients come from one pass over the logits.
 
     Args:
-        hidden_states: [N, H] of the scored tokens; fp64, fp32, bf16 or fp16.
+        hidden_states: [N, H], one for each scored token; fp64, fp32, bf16 or fp16.
         weight: [V, H], same dtype. Under torch.autocast the dtypes may differ, and both are cast to
             the autocast dtype.
         labels: [N] int64, already shifted.
-        bounds: [2P+1] int64, bounds of chosen_0, rejected_0, chosen_1, ...; best on the CPU, where
-            they are needed to cut chunks. No sequence may be empty. Without pairs the loss is 0 and
+        bounds: [2P+1] int64, bounds of chosen_0, rejected_0, chosen_1, ...; best passed on the CPU,
+            because chunks are cut there. No sequence may be empty. Without pairs the loss is 0 and
             the gradients are zero.
         ref_logps: [2P] summed log-probs of the reference, in nats; on any device.
         loss: a loss from `make_loss`.
@@ -143,16 +145,16 @@ def linear_pair_loss(
         The loss (differentiable once), the summed log-probs and the metrics.
 
     Raises:
-        ValueError: shapes, dtypes or devices don't belong together, the bounds don't cover the rows
-            or delimit an odd number of sequences, a sequence is empty, a label is out of range (on
-            a device this is seen only with DPOFAST_CHECK_LABELS=1), or the back end can't run or
+        ValueError: shapes, dtypes or devices don't match, the bounds don't cover the rows or
+            delimit an odd number of sequences, a sequence is empty, a label is out of range (off
+            the CPU this is checked only with DPOFAST_CHECK_LABELS=1), or the back end can't run or
             has no formula for the loss.
-        TypeError: an argument is not a tensor, a loss or HeadOptions where it should be.
+        TypeError: an argument has the wrong type.
         RuntimeError: Triton was asked for and isn't installed.
 
     Numerics: logits are computed and kept in fp32 (fp64 for fp64 inputs), sums per sequence and
-    losses in fp64. Gradients accumulate in fp32, are multiplied by the upstream gradient there, and
-    are returned in the inputs' dtypes.
+    losses in fp64. Gradients accumulate in fp32, are multiplied by the upstream gradient in
+    fp32, and are rounded to the inputs' dtypes last.
 
     Example:
         >>> import torch
@@ -190,6 +192,7 @@ def _padded_logps(
     """[B, T] log-probs, 0 where there is no label."""
     check_padded_inputs(hidden_states, weight, labels)
     flat_labels = labels.flatten()  # [BT]
+    # nonzero waits for a GPU, because the host must know N to allocate the result.
     rows = (flat_labels != IGNORED_LABEL).nonzero()[:, 0]  # [N]
     scored = hidden_states.flatten(0, 1).index_select(0, rows)  # [N, H]
     logps = linear_logps(scored, weight, flat_labels[rows], options)  # [N]
@@ -204,7 +207,7 @@ def _naive(
     options: HeadOptions,
     dtype: torch.dtype,
 ) -> Tensor:
-    """Run a naive op, its inputs cast in the way that the other back ends cast them."""
+    """Run a naive op on inputs cast to `dtype`, as every back end casts them."""
     with torch.autocast(hidden_states.device.type, enabled=False):
         bias = None if options.bias is None else options.bias.to(dtype)
         cast = replace(options, bias=bias)

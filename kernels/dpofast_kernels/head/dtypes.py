@@ -43,7 +43,8 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
 def product_dtype(weight: Tensor) -> torch.dtype:
     """The dtype in which d_logits and scaled hidden states enter a matrix product.
 
-    fp16 is always upcast: hidden states times a pair's coefficient fall below its range.
+    bf16 stays bf16 where the device can multiply it with an fp32 result. fp16 is always upcast:
+    hidden states times a pair's coefficient can fall below its range.
     """
     if weight.dtype == torch.bfloat16 and has_wide_products(weight.device, weight.dtype):
         return torch.bfloat16

@@ -1,18 +1,17 @@
 """Back end "triton_fused": a matrix product that writes exp(z - k) and its sums, never logits.
 
-Three kernels run one after the other. k is one reference value per row.
+z is a logit, and k is one reference value per row. Three kernels run one after the other:
 
-    target_products   the label's own logit of each row, a dot product; it serves as k
-    score_tiles       the product, tile by tile: exp(z - k), and its sum over each tile
-    finish_rows       adds up the sums of a row: log-prob, and the gradient at the label
+    target_products   a dot product per row: the label's own logit, which serves as k
+    score_tiles       the matrix product, tile by tile: exp(z - k), and its sum over each tile
+    finish_rows       adds up a row's sums, which give its log-prob and the gradient at its label
 
-With the label's logit as k, exp(z - k) is p / p_label and its sum 1 / p_label. So no maximum has to
-be known before the product. If the label is too unlikely (the sum is past `MAX_REST`, so its
-probability is below 1e-28) or the sum is not finite, finish_rows computes the row again with its
-maximum as k.
+With the label's logit as k, exp(z - k) is p / p_label, and its sum is 1 / p_label. So the row's
+maximum isn't needed before the product. If the sum is above `MAX_REST` (the label's probability is
+below 1e-28) or not finite, finish_rows computes the row again with the row's maximum as k.
 """
 
-# jit functions can't have types; Triton and torch.cuda.device_of have none.
+# jit functions can't be typed, and Triton and torch.cuda.device_of have no types.
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call"
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ from dpofast_kernels.head.rows import LogitGradients, PairTerms, ScoredRows
 from dpofast_kernels.preference import PairLoss
 
 # exp(z - k) up to this bound, times hidden states or weights, stays far inside the range of fp32
-# and bf16. So do the factors that undo it.
+# and bf16. So do the factors -1 / S (see `label_logp`), which scale it down again.
 MAX_REST = 2.0**96
 
 
@@ -82,8 +81,8 @@ def _load_block(
 ):
     """A block [BR, BH] that begins at (i_row, i_h), with zeros beyond the last column.
 
-    Without a descriptor, the last row is read in place of those beyond it. Their results are never
-    used, and reading something valid needs no mask.
+    Without a descriptor, row indices past the end are clamped to the last row. Results of clamped
+    rows are never used, and valid reads need no mask.
     """
     if DESCRIPTORS:
         b_rows = rows.load([i_row, i_h])
@@ -95,8 +94,8 @@ def _load_block(
     return b_rows
 
 
-# n and num_programs change from chunk to chunk, and slices of labels start anywhere. Specialising
-# on them would compile a kernel for each alignment.
+# n and num_programs change from chunk to chunk, and labels are slices with any alignment. If Triton
+# specialised on them, it would compile the kernel again and again.
 @triton.jit(do_not_specialize=["n", "num_programs"], do_not_specialize_on_alignment=["p_labels"])
 def score_tiles_kernel(
     hidden_states,  # [n, H]: a descriptor of blocks [BM, BK], or a pointer
@@ -125,11 +124,11 @@ def score_tiles_kernel(
     BN: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """exp(z - k) times the slope of z, and the sums of exp(z - k) per tile, labels left out.
+    """Write exp(z - k) times the slope of z, and each tile's sum of exp(z - k) without the labels.
 
-    The kernel is persistent: each program takes every num_programs-th tile. Tiles are numbered down
-    columns that are GROUP blocks of rows high. So the tiles that run at the same time read the same
-    rows and weights, and find them in the cache.
+    The kernel is persistent: each program takes every num_programs-th tile. Tiles are numbered in
+    bands of GROUP row blocks, column by column inside a band. So tiles that run at the same time
+    read the same hidden states and weights, and find them in the cache.
     """
     dtype: tl.constexpr = p_targets.dtype.element_ty
     num_m, num_n = tl.cdiv(n, BM), tl.cdiv(V, BN)
@@ -243,8 +242,8 @@ def finish_rows_kernel(
         tl.load(p_targets + i_n), p_bias, label, True, HAS_BIAS, SCALE, SOFTCAP, TEMPERATURE
     )
     reference = target
-    # Computed again with the row's maximum as k: first the maximum, then the sum. The comparison is
-    # written this way to be true for NaN, too.
+    # Compute the row again with its maximum as k: first the maximum, then the sum. The comparison
+    # is written as a negated <=, which is true for NaN, too.
     if (rest <= MAX_REST) == 0:
         p_x = p_hidden_states + i_n * stride_x
         reference = tl.full([], float("-inf"), dtype=dtype)
@@ -273,7 +272,7 @@ def finish_rows_kernel(
     tl.store(p_logps + i_n, logp.to(dtype))
     if KEEP:
         tl.store(p_factors + i_n, factor.to(dtype))
-        # exp(z_label - k) - S is -R. It is exact here and rounded once, when it is stored.
+        # The label's entry exp(z_label - k) - S is written as -R, so no digits cancel.
         tl.store(p_d + label, (-rest.to(dtype) * slope).to(p_d.dtype.element_ty))
     else:
         tl.store(p_logsumexps + i_n, row_logsumexp(target, reference, rest).to(dtype))
@@ -282,7 +281,7 @@ def finish_rows_kernel(
 class FusedRows:
     """`RowOps` made of the three kernels above."""
 
-    vocab_major = False  # rows are what the kernels write
+    vocab_major = False  # the kernels write contiguous rows
 
     def __init__(self, weight: Tensor, options: HeadOptions) -> None:
         if weight.stride(1) != 1:
@@ -300,8 +299,8 @@ class FusedRows:
         self.weight = weight
         self.bias = None if options.bias is None else options.bias.contiguous()
         self.constants = logit_constants(options)
-        # A bias, the slopes of a cap and fp32 gradients need registers. The largest tiles have none
-        # left, so these cases get smaller tiles.
+        # A bias, the slopes of a cap and fp32 gradients need registers. The largest tiles leave no
+        # register free, so these cases get smaller tiles.
         is_wide = self.bias is not None or options.softcap is not None
         is_wide = is_wide or weight.dtype != torch.bfloat16
         self.tile_entry = "score_tiles_wide" if is_wide else "score_tiles"
@@ -371,7 +370,7 @@ def _are_aligned(*matrices: Tensor) -> bool:
 
 
 def tile_sources(hidden_states: Tensor, weight: Tensor, tiles: dict[str, Any]) -> tuple[Any, Any]:
-    """What score_tiles_kernel reads its inputs from: descriptors of blocks, or the tensors."""
+    """The inputs of score_tiles_kernel: descriptors of their blocks, or the tensors themselves."""
     if not tiles["DESCRIPTORS"]:
         return hidden_states, weight
     from triton.tools.tensor_descriptor import TensorDescriptor
@@ -389,5 +388,5 @@ def _num_programs(device: torch.device, num_tiles: int) -> int:
 @lru_cache(maxsize=16)
 def _num_cores(device: torch.device) -> int:
     if device.type != "cuda":
-        return 4  # the interpreter's programs run one after another
+        return 4  # any number: the interpreter runs programs one after another
     return int(torch.cuda.get_device_properties(device).multi_processor_count)

@@ -1,4 +1,4 @@
-"""Checks of what the head's public ops are given.
+"""Checks of the arguments of the head's public ops.
 
 Every error names the argument, what it is and what was expected.
 """
@@ -15,7 +15,7 @@ from dpofast_kernels.head.options import HeadOptions
 from dpofast_kernels.head.sequences import check_bounds
 from dpofast_kernels.preference import PairLoss
 
-# Set this variable to 1 to check labels on a device, too; the check waits for the device.
+# Environment variable: 1 checks labels on GPUs, too, although the host has to wait for it.
 CHECK_LABELS = "DPOFAST_CHECK_LABELS"
 IGNORED_LABEL = -100
 
@@ -30,7 +30,7 @@ def check_head_inputs(
 
     Raises:
         TypeError: an argument has the wrong type.
-        ValueError: the arguments don't belong together, or a label is out of range.
+        ValueError: the arguments don't match, or a label is out of range.
     """
     _check_types(hidden_states=hidden_states, weight=weight, labels=labels)
     if not isinstance(options, HeadOptions):
@@ -64,7 +64,9 @@ def check_padded_inputs(
     weight: Tensor,  # [V, H]
     labels: Tensor,  # [B, T]
 ) -> None:
-    """Check that every position has a label or IGNORED_LABEL.
+    """Check the labels of a padded batch: every position has a label or IGNORED_LABEL.
+
+    `check_head_inputs` checks the rest, once the scored positions are gathered.
 
     Raises:
         TypeError: weight or labels is not a tensor.
@@ -89,12 +91,12 @@ def _check_types(**tensors: object) -> None:
 
 
 def check_labels(labels: Tensor, vocab_size: int, scored: Tensor | None = None) -> None:
-    """Check that labels are in the vocabulary; on a device only with DPOFAST_CHECK_LABELS=1.
+    """Check that labels are in the vocabulary; off the CPU only with DPOFAST_CHECK_LABELS=1.
 
     Args:
         labels: any shape, int64.
         vocab_size: labels run from 0 to vocab_size - 1.
-        scored: bool, shaped like `labels`: False where the label is not looked at. None checks all.
+        scored: bool, shaped like `labels`, False for labels to skip; None checks all labels.
 
     Raises:
         ValueError: a label is out of range.
@@ -118,11 +120,11 @@ def check_pairs(
     loss: PairLoss,
     num_rows: int,
 ) -> list[int]:
-    """Check what `linear_pair_loss` is told about its pairs.
+    """Check the arguments of `linear_pair_loss` that describe its pairs.
 
     Args:
-        bounds: [2P+1].
-        ref_logps: [2P].
+        bounds: [2P+1] int64, bounds of the sequences.
+        ref_logps: [2P], summed log-probs of the reference.
         loss: any loss from `make_loss`.
         num_rows: scored tokens in all sequences.
 

@@ -1,6 +1,7 @@
-"""How each Triton kernel is launched on each architecture, as launch.json says.
+"""Launch parameters of each Triton kernel on each architecture, read from launch.json.
 
-The table spares every start the tuning; `python -m benchmarks.tune` measures its entries.
+Thanks to this table, no run has to tune kernels when it starts. `python -m benchmarks.tune`
+measures its entries.
 """
 
 from __future__ import annotations
@@ -40,7 +41,8 @@ def architecture(device: torch.device) -> str:
 def launch_options(kernel: str, device: torch.device) -> dict[str, Any]:
     """Constexprs, num_warps and num_stages for a kernel on a device.
 
-    An architecture without an entry uses the nearest older one of the same maker, or the oldest.
+    An NVIDIA architecture without an entry uses that of the nearest older one, or the oldest entry
+    if there is none. An AMD architecture without an entry uses that of gfx942.
     """
     options: dict[str, Any] = launch_table()[table_entry(architecture(device))][kernel]
     return options
@@ -61,8 +63,9 @@ def table_entry(name: str) -> str:
 def is_interpreted(kernel: Any) -> bool:
     """Whether a jit function is interpreted, and so takes CPU tensors.
 
-    Triton reads TRITON_INTERPRET when it is imported and when it decorates a kernel. So the kernel
-    is asked, not the variable; and Triton is imported here, not before the variable can be set.
+    Triton reads TRITON_INTERPRET when it is imported and when it decorates a kernel. So this
+    function looks at the kernel, not at the variable. Triton is imported inside the function,
+    because importing this file must leave time to set the variable.
     """
     from triton import JITFunction
 

@@ -1,4 +1,4 @@
-"""Functions on logits that the Triton kernels of the head share."""
+"""Functions on logits, shared by the head's Triton kernels."""
 
 # jit functions can't have types.
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
@@ -15,7 +15,7 @@ from dpofast_kernels.preference.formulas_triton import softplus
 
 
 def logit_constants(options: HeadOptions) -> dict[str, Any]:
-    """Constexprs of `finish_logits`. Triton would round float arguments to fp32."""
+    """Constexprs of `finish_logits`, because Triton would round float arguments to fp32."""
     return {
         "HAS_BIAS": options.bias is not None,
         "SCALE": options.logit_scale,
@@ -40,14 +40,14 @@ def _tanh(x):
 def finish_logits(
     b_z,  # products of hidden states and weight
     p_bias,  # [V]
-    o_v,  # their places in the vocabulary; broadcasts to b_z
+    o_v,  # index in the vocabulary of each element of b_z; broadcasts to its shape
     m_v,  # mask of o_v, or None
     HAS_BIAS: tl.constexpr,
     SCALE: tl.constexpr,
     SOFTCAP: tl.constexpr,
     TEMPERATURE: tl.constexpr,
 ):
-    """Finished logits, and their derivative with respect to the product."""
+    """Finished logits (see `HeadOptions`), and their derivative with respect to the product."""
     b_slope = tl.full(b_z.shape, SCALE / TEMPERATURE, dtype=b_z.dtype)
     if HAS_BIAS:
         b_z += tl.load(p_bias + o_v, mask=m_v)
@@ -63,8 +63,8 @@ def finish_logits(
 @triton.jit
 def label_logp(
     target,  # the label's logit z_label
-    reference,  # k
-    rest,  # R, the sum of exp(z - k) over all tokens but the label
+    reference,  # k, subtracted from logits before exp; nothing to do with the reference policy
+    rest,  # R, the sum of exp(z - k) over all tokens except the label
 ):
     """log p and -1 / S in fp64, with S = R + exp(z_label - k).
 

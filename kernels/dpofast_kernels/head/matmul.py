@@ -40,6 +40,7 @@ def hidden_grad_into(
     """out = d_logits @ weight; returns `out`."""
     if weight.dtype == out.dtype:
         return torch.mm(d_logits, weight, out=out)
+    # `product_dtype` keeps d_logits in bf16 only where this product with an fp32 result exists.
     if d_logits.dtype == weight.dtype:
         return torch.mm(d_logits, weight, out_dtype=out.dtype, out=out)
     out.zero_()

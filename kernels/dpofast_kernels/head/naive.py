@@ -1,6 +1,6 @@
-"""The head's ops written plainly, with all logits at once and autograd.
+"""The head's ops written plainly: all logits at once, and gradients by autograd.
 
-Tests hold the other back ends to these.
+Tests compare the other back ends with these functions.
 """
 
 from __future__ import annotations
@@ -19,7 +19,11 @@ def naive_logits(
     weight: Tensor,  # [V, H]
     options: HeadOptions,
 ) -> Tensor:
-    """[N, V] logits, fp32 (fp64 for fp64 inputs), as the model itself would compute them."""
+    """[N, V] logits, fp32 (fp64 for fp64 inputs), as the model itself would compute them.
+
+    With bf16 or fp16 inputs, the product is rounded to that dtype first. The other back ends don't
+    round it.
+    """
     logits = F.linear(hidden_states, weight, options.bias)
     if logits.dtype != torch.float64:
         logits = logits.float()

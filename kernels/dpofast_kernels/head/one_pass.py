@@ -59,11 +59,11 @@ class Pairs:
 def one_pass(
     head: ChunkedHead, pairs: Pairs, wanted: Wanted
 ) -> tuple[Tensor, Tensor, Tensor, Gradients | None]:
-    """The loss of all pairs, and the gradients of its sum.
+    """The loss, summed over all pairs, and its gradients.
 
     Returns:
         Summed loss [] fp64, summed logps [2P] fp64, metrics [8, P] fp64, and the gradients, or None
-        in their place if none is wanted.
+        if no gradient is wanted.
     """
     gradients = head.new_gradients(wanted) if wanted else None
     chunks = list(pair_chunks(pairs.limits, head.max_rows))
@@ -103,13 +103,14 @@ def _whole_chunk(
 def _long_pair(
     head: ChunkedHead, pairs: Pairs, chunk: PairChunk, gradients: Gradients | None
 ) -> PairTerms:
-    """A pair that doesn't fit a chunk: its loss is known only after its last chunk.
+    """A pair that doesn't fit into one chunk: its loss is known only after its last chunk.
 
-    If the two derivatives of the loss always have the same ratio, the gradient is summed along that
-    direction, and multiplied by the derivatives' length at the end. Otherwise the logits are
-    computed a second time.
+    If the loss's two derivatives have a fixed direction (see `PairLoss.direction`), the gradient is
+    summed along it, and multiplied at the end by the factor that makes it the true gradient.
+    Otherwise the logits are computed a second time.
     """
-    # A tensor on the host: one made there and copied to the device would have to be waited for.
+    # This tensor stays on the host, where its numbers are: copying it to the device, or the
+    # direction back, would make the host wait.
     limits = torch.tensor(pairs.limits[2 * chunk.first : 2 * chunk.last + 1])
     direction = pairs.loss.direction(limits.diff().view(1, 2))  # [1, 2]
     if gradients is not None and direction is not None:
@@ -146,7 +147,8 @@ def _long_pair_along(
         part = coefficients[rows.start - chunk.start : rows.stop - chunk.start]
         head.add_gradients(own, rows, scored, part)
     terms = _pair_terms(head, pairs, chunk, torch.cat(per_token_logps))
-    # Divide by the larger component: the other one can be 0.
+    # d_logps is this factor times `direction`. Divide by the larger component of `direction`,
+    # because the smaller one can be 0.
     larger = int(abs(direction[1]) > abs(direction[0]))
     length = (terms.d_logps[larger] / direction[larger]).to(head.dtype)  # []
     gradients.add_pair(own, slice(chunk.start, chunk.end), length)

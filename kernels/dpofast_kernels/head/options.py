@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-# Part of a reference's identity. Raise it whenever a log-prob changes by more than rounding: stored
-# reference log-probs are then computed again.
+# Version of the log-probs that the head computes, and part of the identity of a stored reference.
+# Increase it whenever log-probs change by more than rounding. Log-probs stored under another
+# version are computed again.
 HEAD_VERSION = 1
 
 BACKENDS = ("auto", "torch", "triton", "triton_fused", "naive")
@@ -18,7 +19,7 @@ BACKENDS = ("auto", "torch", "triton", "triton_fused", "naive")
 class HeadOptions:
     """What a model does to its logits, and how the op runs.
 
-    The logits are softcap(logit_scale (x W^T + bias)) / temperature, where softcap(z) is
+    The finished logits are softcap(logit_scale (x W^T + bias)) / temperature, where softcap(z) is
     cap tanh(z / cap).
 
     Attributes:
@@ -27,18 +28,18 @@ class HeadOptions:
         logit_scale: factor of the logits, applied before the cap.
         temperature: divisor of the logits, applied last.
         weight_grad: [V, H] fp32 (fp64 for fp64 weights). If given, the backward adds the weight's
-            gradient, times the upstream gradient, to this buffer, and the weight itself gets none.
-            So code that waits for the weight's `.grad`, such as DDP's hooks, never sees one. A
-            backward adds to the buffer whenever the weight requires a gradient, even if only the
-            gradient of the hidden states is asked for. `linear_pair_loss` first sums over its own
-            rows in another buffer of the same size, because the upstream gradient comes last.
-        workspace_bytes: the most bytes that a chunk's logits may take. A chunk has at least one
-            row, on a CPU at least sixteen. None is 1 GB, on a CPU 160 MiB: larger chunks are no
-            faster there.
+            gradient, times the upstream gradient, to this buffer, and autograd gets no gradient for
+            the weight. So code that waits for the weight's `.grad`, such as DDP's hooks, never sees
+            a gradient. A backward adds to the buffer whenever the weight requires one, even if only
+            the gradient of the hidden states is asked for. `linear_pair_loss` needs a second buffer
+            of this size, because it sums the gradient before the upstream gradient is known.
+        workspace_bytes: the most bytes that a chunk's logits can take. None means 1 GB, or 160 MiB
+            on a CPU, where larger chunks are no faster. Whatever the limit, a chunk has at least
+            one row (sixteen in the CPU's "torch" back end).
         backend: "auto" is "triton" on CUDA and ROCm, "torch" elsewhere. "torch" is tiled PyTorch.
-            "triton" uses the library's matrix product and one kernel over each chunk of logits.
-            "triton_fused" is a matrix product that never writes logits, for bf16 and fp16 only.
-            "naive" computes all logits at once, for comparison.
+            "triton" makes each chunk of logits with PyTorch's matrix product and works on it with
+            Triton kernels. "triton_fused" multiplies in Triton and never writes logits; for bf16
+            and fp16 only. "naive" computes all logits at once, for comparison.
 
     Raises:
         TypeError: bias or weight_grad is not a tensor.

@@ -1,6 +1,6 @@
 """Sums per sequence, the loss of each pair and its metrics, in one kernel launch."""
 
-# jit functions can't have types; Triton and torch.cuda.device_of have none.
+# jit functions can't be typed, and Triton and torch.cuda.device_of have no types.
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call"
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from dpofast_kernels.head.rows import PairTerms
 from dpofast_kernels.preference import METRIC_NAMES, PairLoss
 from dpofast_kernels.preference.formulas_triton import FORMULAS
 
-# Where each metric is in [8, P]. A jit function can read globals only if they are constexprs.
+# Index of each metric in the output [8, P]. A jit function can read globals only if they are
+# constexprs.
 _REWARDS_CHOSEN = tl.constexpr(METRIC_NAMES.index("rewards/chosen"))
 _REWARDS_REJECTED = tl.constexpr(METRIC_NAMES.index("rewards/rejected"))
 _REWARDS_MARGINS = tl.constexpr(METRIC_NAMES.index("rewards/margins"))
@@ -31,7 +32,7 @@ _LOGRATIOS_REJECTED = tl.constexpr(METRIC_NAMES.index("logratios/rejected"))
 
 @triton.jit
 def _sum_rows(p_logps, start, end, BN: tl.constexpr):
-    """Sum of rows start:end in fp64. The order depends only on their number, not on their place."""
+    """Sum of rows start:end in fp64. The order depends only on their number, not on `start`."""
     b_sum = tl.zeros([BN], dtype=tl.float64)
     for i_start in range(start, end, BN):
         o_n = i_start + tl.arange(0, BN)
@@ -39,12 +40,13 @@ def _sum_rows(p_logps, start, end, BN: tl.constexpr):
     return tl.sum(b_sum, axis=0)
 
 
+# p_per_token_logps can be a slice with any alignment; each would compile another kernel.
 @triton.jit(do_not_specialize_on_alignment=["p_per_token_logps"])
 def pair_loss_kernel(
     p_per_token_logps,  # [n]
     p_bounds,  # [2P+1] int64
     p_ref_logps,  # [2P] fp64
-    p_settings,  # [2] fp64: beta and label_smoothing. Float arguments would be rounded to fp32.
+    p_settings,  # [2] fp64: beta and label_smoothing. Triton would round float arguments to fp32.
     p_losses,  # [P] fp64
     p_logps,  # [2P] fp64
     p_d_logps,  # [2P] fp64
@@ -125,7 +127,7 @@ def pair_loss_fwd(
 
 @lru_cache(maxsize=64)
 def _settings(beta: float, label_smoothing: float, device: torch.device) -> Tensor:
-    """[2] fp64 on the device, cached: a copy to the device for each chunk would be waited for."""
+    """[2] fp64 on the device. It is cached, because each copy to the device makes the host wait."""
     return torch.tensor([beta, label_smoothing], dtype=torch.float64, device=device)
 
 

@@ -1,4 +1,4 @@
-"""What a back end offers for one chunk of rows: scores, their gradient, and the pair loss."""
+"""The interface of a back end: scores of a chunk of rows, their gradient, and the pair loss."""
 
 from __future__ import annotations
 
@@ -33,8 +33,9 @@ class LogitGradients:
 
     Attributes:
         d_logits: [n, V], in the dtype that enters matrix products.
-        factors: [n], or None if all are 1. Kept apart from d_logits, small factors are not lost in
-            a dtype of narrow range. The price is one more rounding, of hidden states times factors.
+        factors: [n], or None if all are 1. A back end keeps them apart if it writes d_logits before
+            it knows the coefficients, or to save a pass over d_logits. The price, in a dtype below
+            fp32, is one more rounding: that of the hidden states times the factors.
     """
 
     d_logits: Tensor
@@ -77,7 +78,8 @@ class RowOps(Protocol):
     ) -> ScoredRows:
         """Log-probs of the labels.
 
-        With `keep` the result has what `differentiate` needs, without it the log-sum-exps.
+        With `keep`, the result contains what `differentiate` needs. Without `keep`, it contains the
+        log-sum-exps.
         """
 
     def differentiate(
@@ -88,7 +90,7 @@ class RowOps(Protocol):
     ) -> LogitGradients:
         """Gradient of sum(coefficients * per_token_logps).
 
-        It is made in the memory of what `scored` kept, so it can be made only once.
+        The gradient may overwrite the tensors in `scored.kept`, so call this once per `scored`.
         """
 
     def pair_loss(

@@ -1,11 +1,11 @@
-"""Back end "triton": the library's matrix product makes a chunk's logits, kernels work on its rows.
+"""Back end "triton": torch.mm makes a chunk's logits, and two Triton kernels work on their rows.
 
-The first kernel makes log-probs. Once the losses of the pairs are known, the second one turns the
-fp32 logits into their gradients, times the coefficient of each row. So a bf16 gradient is rounded
-once, as in PyTorch.
+The first kernel turns logits into log-probs. Once the losses of the pairs are known, the second
+kernel overwrites the fp32 logits with their gradients, times the coefficient of each row. So a bf16
+gradient is rounded once, as in PyTorch.
 """
 
-# jit functions can't have types; Triton and torch.cuda.device_of have none.
+# jit functions can't be typed, and Triton and torch.cuda.device_of have no types.
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call"
 
 from __future__ import annotations
@@ -48,7 +48,8 @@ def _fold_block(
 ):
     """Add a block of logits to the running maximum and to the running sum.
 
-    The sum is exp(z - maximum) over all but the label. It is rescaled whenever the maximum grows.
+    The sum adds up exp(z - maximum) of all tokens except the label. It is rescaled whenever the
+    maximum grows.
     """
     o_v = i_v + tl.arange(0, BV)
     m_v = None if IS_WHOLE else o_v < V
@@ -82,18 +83,23 @@ def _store_block(
     BV: tl.constexpr,
     IS_WHOLE: tl.constexpr,
 ):
-    """Overwrite a block of logits with factor * exp(z - maximum) * slope of z."""
+    """Overwrite a block of logits with factor * slope of z * exp(z - maximum).
+
+    At the label, -rest replaces exp(z - maximum).
+    """
     o_v = i_v + tl.arange(0, BV)
     m_v = None if IS_WHOLE else o_v < V
     b_z = tl.load(p_row + o_v, mask=m_v)  # [BV]
     b_z, b_slope = finish_logits(b_z, p_bias, o_v, m_v, HAS_BIAS, SCALE, SOFTCAP, TEMPERATURE)
     b_d = tl.where(o_v == label, -rest, tl.exp(b_z - row_max)) * b_slope * factor
-    # In a narrower dtype, this block is written where logits of this block or an earlier one are.
-    # All threads must have read theirs before any of them writes.
+    # If the gradients have a narrower dtype, they are written over logits of this block or of an
+    # earlier one. So all threads must have read their logits before any thread writes.
     tl.debug_barrier()
     tl.store(p_d_row + o_v, b_d.to(p_d_row.dtype.element_ty), mask=m_v)
 
 
+# Labels are slices, and the outputs are rows of one tensor, so their alignment changes with n.
+# Specialising on it would compile the kernel again for each alignment.
 @triton.jit(
     do_not_specialize_on_alignment=[
         "p_labels", "p_logps", "p_row_max", "p_rest", "p_factors", "p_logsumexps"
@@ -119,9 +125,9 @@ def score_rows_kernel(
 ):
     """Log-softmax at the label, and the numbers that its gradient needs; one program per row.
 
-    Only the last block is masked. Blocks without a mask are read in wide words, for any V.
+    Only the last block is masked. All others can be read in wide words, whatever V is.
     """
-    i_n = tl.program_id(0).to(tl.int64)  # offsets up to n V pass 2^31
+    i_n = tl.program_id(0).to(tl.int64)  # offsets up to n * V exceed int32
     dtype: tl.constexpr = p_logits.dtype.element_ty
     p_row = p_logits + i_n * stride
     label = tl.load(p_labels + i_n)
@@ -170,8 +176,8 @@ def differentiate_rows_kernel(
 ):
     """Overwrite logits with their gradients; one program per row.
 
-    A row's gradients in a narrower dtype end up in the first part of its memory. So the blocks of a
-    row must be done in order, by one program.
+    Gradients of a narrower dtype end up in the first part of the row's memory. So one program must
+    do the blocks of a row, in order.
     """
     i_n = tl.program_id(0).to(tl.int64)
     p_row, p_d_row = p_logits + i_n * stride, p_d_logits + i_n * d_stride
@@ -194,8 +200,8 @@ def differentiate_rows_kernel(
 class TritonRows:
     """`RowOps` made of a matrix product and two Triton kernels over its rows."""
 
-    # The kernels read rows. And the interpreter copies the whole storage behind each tensor, so it
-    # must not get the large memory that vocab_major keeps for a thread.
+    # The kernels read contiguous rows. Another reason: the interpreter copies the whole storage
+    # behind each tensor, and the memory that vocab_major keeps for each thread is large.
     vocab_major = False
 
     def __init__(self, weight: Tensor, options: HeadOptions) -> None:
@@ -261,10 +267,11 @@ class TritonRows:
 
 
 def _in_place(logits: Tensor, dtype: torch.dtype) -> Tensor:
-    """A view of the logits' memory as [n, V] of another dtype, each row at the start of its row."""
+    """A view of the logits' memory as [n, V] in another dtype; the rows begin where they began."""
     if dtype == logits.dtype:
         return logits
     num_rows, vocab_size = logits.shape
-    # PyTorch can't view a slice of columns as another dtype. So view rows with their gaps first.
+    # PyTorch can't view a slice of columns as another dtype. So view the rows with the gaps between
+    # them first, and slice off the gaps last.
     whole = logits.as_strided((num_rows, logits.stride(0)), (logits.stride(0), 1))
     return whole.view(dtype)[:, :vocab_size]

@@ -44,7 +44,8 @@ def segment_sums(
 ) -> Tensor:
     """`sum_per_sequence` for bounds that are checked already: [S] fp64."""
     if len(bounds) == 1:
-        # Without sequences there are no rows either. Adding their sum, 0, keeps the graph.
+        # Without sequences there are no rows either. Adding the rows' sum, which is 0, keeps the
+        # result part of autograd's graph.
         return per_token_logps.new_zeros(0, dtype=torch.float64) + per_token_logps.double().sum()
     return torch.segment_reduce(
         per_token_logps.double(), "sum", offsets=bounds.to(per_token_logps.device), unsafe=True
@@ -52,10 +53,12 @@ def segment_sums(
 
 
 def check_bounds(bounds: Tensor, num_rows: int) -> list[int]:
-    """The bounds as a list. They must be int64 [S+1], begin at 0, never fall, end at `num_rows`.
+    """Check the bounds and return them as a list.
+
+    Bounds are int64 [S+1], begin at 0, never decrease, and end at `num_rows`.
 
     Raises:
-        ValueError: they break one of these rules.
+        ValueError: the bounds break one of these rules.
     """
     if bounds.dim() != 1 or len(bounds) < 1 or bounds.dtype != torch.int64:
         raise ValueError(

@@ -51,8 +51,8 @@ class TorchRows:
         assert workspace is not None
         logits, targets = workspace[: len(labels)], labels[:, None]  # [n, V], [n, 1]
         padding = len(workspace) - len(labels)
-        # On a CPU the workspace has a multiple of 16 rows. The product fills all of them, and the
-        # last ones are never read again.
+        # On a CPU the workspace has a multiple of 16 rows. The product fills all of them, but
+        # nothing reads the rows beyond the last label.
         hidden_states = F.pad(hidden_states, (0, 0, 0, padding))  # [m, H]
         # First pass: the logits, block by block, and the maximum of each row.
         row_max = logits.new_full(targets.shape, -math.inf)
@@ -61,7 +61,7 @@ class TorchRows:
             z = self._finish_logits(logits[:, block], block)
             torch.maximum(row_max, z.amax(-1, keepdim=True), out=row_max)
         target_logits = logits.gather(-1, targets)
-        logits.scatter_(-1, targets, -math.inf)  # exp makes it 0: R is without the label
+        logits.scatter_(-1, targets, -math.inf)  # exp turns it into 0: R excludes the label
         # Second pass: E in place of z, times the slope of the cap, and the sum R.
         rest = torch.zeros_like(row_max, dtype=torch.float64)
         for block in self._blocks():
@@ -78,7 +78,7 @@ class TorchRows:
         if not keep:
             logsumexps = row_max + (rest + gaps.neg().exp()).log()
             return ScoredRows(per_token_logps, logsumexps=logsumexps[:, 0].to(logits.dtype))
-        d_target = rest.neg().to(logits.dtype)  # E - S at the label, without their rounding
+        d_target = rest.neg().to(logits.dtype)  # E - S at the label is -R: no digits cancel
         if self.softcap:
             d_target *= self._cap_slopes(target_logits)
         logits.scatter_(-1, targets, d_target)
@@ -93,6 +93,7 @@ class TorchRows:
         dtype = product_dtype(self.weight)
         if dtype == logits.dtype:
             return LogitGradients(logits, factors)  # saves a pass over the logits
+        # With the factors multiplied in before the cast, d_logits is rounded to bf16 only once.
         return LogitGradients(logits.mul_(factors[:, None]).to(dtype), None)
 
     def pair_loss(
@@ -108,7 +109,7 @@ class TorchRows:
         )
 
     def _blocks(self) -> Iterator[slice]:
-        """Slices that cover the vocabulary: one, on a CPU many."""
+        """Slices that cover the vocabulary; a single slice, except on a CPU."""
         vocab_size = len(self.weight)
         step = CPU_COLUMNS if self.weight.device.type == "cpu" else vocab_size
         for start in range(0, vocab_size, step):
@@ -119,6 +120,7 @@ class TorchRows:
         if self.bias is not None:
             z.add_(self.bias[block])
         if self.softcap is not None:
+            # scale * temperature is logit_scale: the temperature is applied after the cap.
             z.mul_(self.scale * self.temperature / self.softcap).tanh_()
             z.mul_(self.softcap / self.temperature)
         elif self.scale != 1.0:

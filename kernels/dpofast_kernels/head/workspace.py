@@ -1,7 +1,7 @@
-"""How rows are cut into chunks, and the memory that a chunk's logits are made in.
+"""How rows are cut into chunks, and the memory for a chunk's logits.
 
-A chunk has as many rows as its logits [n, V] fit into the workspace. The workspace is allocated
-once per call and used by one chunk after the other.
+The workspace limits the rows of a chunk: the chunk's logits [n, V] must fit into it. The workspace
+is allocated once per call, and every chunk of the call uses it again.
 """
 
 from __future__ import annotations
@@ -13,18 +13,21 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# Larger chunks don't make a CPU faster. On a GPU they keep the products wide.
+# Larger chunks don't make a CPU faster. On a GPU they make the matrix products large, which it
+# needs to be fast.
 CPU_WORKSPACE_BYTES = 160 * 2**20
 DEVICE_WORKSPACE_BYTES = 10**9
-# Rows in a chunk when the back end keeps nothing of the size of the vocabulary.
+# Rows in a chunk if the back end needs no workspace [n, V].
 FORWARD_ROWS = 2**13
 # Bytes from the start of one row to the next are a multiple of this: matrix units and vector loads
 # want every row to have the same alignment.
 ROW_ALIGNMENT_BYTES = 128
-# A CPU's matrix product works on this many rows at a time. It is much slower when a few are left.
+# A CPU's matrix product works on this many rows at a time. It is much slower on a remainder of
+# fewer rows.
 ROWS_AT_A_TIME = 16
-# When a large CPU tensor is freed, its pages go back to the system. New ones come zeroed, one page
-# fault each, which costs as much as a pass over the logits. So each thread keeps its last memory.
+# When a large CPU tensor is freed, its pages go back to the system. To allocate it again, the
+# system zeroes each page and takes a page fault for it, which costs as much as a pass over the
+# logits. So each thread keeps the memory of its last workspace.
 thread_memory = threading.local()
 
 
@@ -94,19 +97,19 @@ def pair_chunks(limits: Sequence[int], max_rows: int) -> Iterator[PairChunk]:
 
 
 class Workspace:
-    """Memory for logits [n, V], used by one chunk after the other.
+    """Memory for logits [n, V], used again by every chunk.
 
-    By default a row is contiguous, as the Triton kernels read it. With `vocab_major` a column is
-    contiguous: the logits of one vocabulary entry in all rows. A CPU prefers that. Its product
-    reads the weights of an entry and writes one short column; with contiguous rows it would write
-    to hundreds of places far apart.
+    By default a row is contiguous, because the Triton kernels read rows. With `vocab_major` a
+    column is contiguous: the logits of one vocabulary entry in all rows. That is faster on a CPU,
+    whose matrix product reads the weights of an entry and writes one short column. With contiguous
+    rows it would write to hundreds of places far apart.
 
     Args:
         weight: [V, H], gives the vocabulary size and the device.
         num_rows: the most rows that a chunk will have.
         dtype: dtype of the logits.
-        vocab_major: whether columns are contiguous; only on a CPU. The thread keeps this memory for
-            its next workspace, so its contents must be used up by then.
+        vocab_major: whether columns are contiguous; only on a CPU. The thread's next workspace can
+            get the same memory and overwrite these logits.
     """
 
     def __init__(
@@ -119,7 +122,7 @@ class Workspace:
             self._memory = weight.new_empty(num_rows * _row_width(len(weight), dtype), dtype=dtype)
 
     def logits(self, num_rows: int) -> Tensor:
-        """[m, V], uninitialised. m is `num_rows`, with `vocab_major` rounded up to 16."""
+        """[m, V], uninitialised; m is `num_rows`, or the next multiple of 16 if `vocab_major`."""
         if self._vocab_major:
             height = _padded_rows(num_rows)
             return self._memory.as_strided((height, self._vocab_size), (1, height))

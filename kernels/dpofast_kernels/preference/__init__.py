@@ -1,6 +1,6 @@
 """Losses of preference pairs, their derivatives and metrics.
 
-Each formula is written twice, in PyTorch and for Triton, and both are in this folder.
+Each formula is written twice, in PyTorch and for Triton. Both versions are in this folder.
 """
 
 from __future__ import annotations

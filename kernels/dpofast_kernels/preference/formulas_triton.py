@@ -1,7 +1,8 @@
-"""The pair losses as jit functions, with the formulas of each loss's own file.
+"""The pair losses as jit functions. Their formulas are those of sigmoid.py, hinge.py and ipo.py.
 
-Each function takes the two log-ratios, the two lengths, beta and label_smoothing, all fp64 scalars.
-It returns loss, d loss / d chosen log-ratio and d loss / d rejected log-ratio.
+Each function takes the chosen and the rejected log-ratio, the chosen and the rejected length, beta
+and label_smoothing, all fp64 scalars. It returns loss, d loss / d chosen log-ratio and d loss / d
+rejected log-ratio.
 """
 
 # jit functions can't have types.
@@ -55,7 +56,7 @@ def _ipo_formula(chosen, rejected, chosen_length, rejected_length, beta, smoothi
     return distance * distance, 2.0 * distance / chosen_length, -2.0 * distance / rejected_length
 
 
-# By the loss's name. A test compares the keys with the registry's.
+# Formulas by the name of their loss. A test compares the keys with those of the registry.
 FORMULAS: dict[str, Any] = {
     "sigmoid": _sigmoid_formula,
     "hinge": _hinge_formula,

@@ -24,7 +24,7 @@ class HingeLoss(PairLoss):
         self, chosen_logratios: Tensor, rejected_logratios: Tensor, lengths: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         loss = torch.relu(1.0 - self.beta * (chosen_logratios - rejected_logratios))  # [P]
-        # 0 at the kink itself, as the derivative of relu.
+        # At the kink the slope is 0, as PyTorch defines the derivative of relu.
         slope = -self.beta * (loss > 0).to(loss.dtype)
         return loss, slope, -slope
 

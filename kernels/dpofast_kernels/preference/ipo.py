@@ -15,8 +15,9 @@ from dpofast_kernels.preference.loss import PairLoss
 class IPOLoss(PairLoss):
     """(h - 1 / (2 beta))^2, where h is the difference of the mean log-ratios per token.
 
-    Source: arXiv:2310.12036, eq. 17, with tau for beta. The paper sums h over whole answers. Its
-    authors' own results and TRL divide each log-ratio by the answer's number of tokens.
+    Source: arXiv:2310.12036, eq. 17, where beta is called tau. In the paper h is a difference of
+    sums over whole answers. For their own results its authors divided each log-ratio by the
+    answer's number of tokens, as TRL does.
     """
 
     name: ClassVar[str] = "ipo"

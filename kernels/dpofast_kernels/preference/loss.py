@@ -70,10 +70,10 @@ class PairLoss:
         self,
         lengths: Tensor,  # [P, 2]
     ) -> Tensor | None:
-        """A vector per pair that its two derivatives are always a multiple of.
+        """A fixed direction for each pair: the pair's two derivatives are always a multiple of it.
 
-        Such a vector depends on the lengths only, not on the log-probs. With it, the gradient of a
-        pair that is too long for one chunk can be summed before its loss is known.
+        The direction depends on the lengths only, not on the log-probs. If a pair is too long for
+        one chunk, its gradient can be summed along this direction before its loss is known.
 
         Args:
             lengths: [P, 2] int64, scored tokens of chosen and rejected.

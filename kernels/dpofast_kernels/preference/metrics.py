@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# The order of `PairLossOutput.metrics`.
+# Names of the 8 metrics in `PairLossOutput.metrics`, in its order.
 METRIC_NAMES = (
     "rewards/chosen",
     "rewards/rejected",
@@ -34,11 +34,11 @@ def pair_metrics(
 
     Returns:
         [P] fp64 for each of METRIC_NAMES, in that order, on the device of `logps`. An accuracy is 1
-        if the chosen reward is above the rejected one; a tie counts 0. The logratios are means per
-        token.
+        if the chosen reward is above the rejected one; a tie counts as 0. The logratios are means
+        per token.
 
     Raises:
-        ValueError: the shapes don't belong together.
+        ValueError: the shapes don't match.
 
     Example:
         >>> import torch

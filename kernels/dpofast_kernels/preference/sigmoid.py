@@ -1,4 +1,4 @@
-"""Loss of DPO; with smoothed labels, of conservative DPO (cDPO)."""
+"""The loss of DPO. With label smoothing it is that of conservative DPO (cDPO)."""
 
 from __future__ import annotations
 
