@@ -29,8 +29,8 @@ from benchmarks.suite import Benchmark, CaseRun, add_options, judge_all, settle,
 from dpofast_kernels.attention import backend_for
 
 MODULE = "benchmarks.attention"
-# Tokens of a row, unless the command line says otherwise; "side" rows are those of further data
-# and of other kinds of attention.
+# Default numbers of tokens in a row. "Side" rows have pairs of a data set after the first, or
+# use a window, a softcap or sinks.
 GPU_TOKENS = (2048, 4096, 8192, 16384, 32768)
 GPU_SIDE_TOKENS = 8192
 CPU_TOKENS = 2048
@@ -59,9 +59,9 @@ def _gather_costs(run: CaseRun, step: str) -> float | None:
 
 
 def peaks(name: str, payload: Any, device: str) -> dict[str, Any]:
-    """Peak memory of one contender in bytes, beyond its inputs, and beyond its gradients too.
+    """One contender's peak memory in bytes: beyond its inputs, and beyond inputs and gradients.
 
-    Inputs and gradients are the contender's own. They are larger where it holds tokens twice.
+    Inputs and gradients are the contender's own. They are larger if it holds tokens twice.
     """
     try:
         work = ENTRIES[name].make(make_inputs(payload, device))

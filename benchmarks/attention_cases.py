@@ -18,7 +18,8 @@ from dpofast_kernels.attention import AttentionOptions, SharedLayout, build_layo
 Group = tuple[int, tuple[int, int]]  # tokens of a pair's shared prefix, and of its two tails
 
 MAX_LENGTH = 1024  # tokens of prompt and answer; longer pairs are cut as in training
-# Scores have the same spread, so that the weights are neither even nor all on one key.
+# Standard deviation of the queries, and thus of the scaled scores. With this value a query's
+# attention weights are neither even nor all on one key.
 QUERY_STD = 2.0
 # Options of attention that models have. Gemma-2 caps at 50, which these scores would hardly reach.
 KINDS: dict[str, dict[str, Any]] = {
@@ -81,7 +82,7 @@ class Case:
         return fill_row(pair_groups(self.data), self.max_tokens)
 
     def flop(self, step: str) -> float:
-        """Floating-point operations of a pass: its products, for the scores that aren't masked."""
+        """Floating-point operations of a pass: the matrix products of scores that aren't masked."""
         seen = build_layout(self.groups).position_ids + 1
         window = KINDS[self.kind].get("window")
         scores = int((seen if window is None else seen.clamp(max=window)).sum())
@@ -109,7 +110,9 @@ class Case:
 
 @dataclass(frozen=True, eq=False)
 class Inputs:
-    """Inputs of all contenders, in the order of the shared row; leaves that get gradients.
+    """Inputs of all contenders, in the order of the shared row.
+
+    Query, key, value and sinks are leaves that get gradients.
 
     Attributes:
         groups: prefix and tails of each pair in the row.
@@ -163,9 +166,9 @@ def pair_groups(data: str) -> list[Group]:
     rows = json.loads(_LENGTHS.read_text(encoding="utf-8"))[data]
     groups = []
     for row in rows:
-        # Fields of a line in dpo_en_demo: roles, prompt, chosen, rejected. Its answers hardly ever
-        # begin alike. In instruction_preference: prompt, common start of the answers, chosen,
-        # rejected.
+        # Fields in dpo_en_demo: roles, prompt, chosen, rejected. Its answers hardly ever begin
+        # alike, so their common start is taken as 0. Fields in instruction_preference: prompt,
+        # common start of the answers, chosen, rejected.
         prompt, common, chosen, rejected = row if data != "dpo_en_demo" else (row[1], 0, *row[2:])
         cut = plan_cut(prompt, chosen, rejected, MAX_LENGTH, "keep_start")
         if cut.fits:
@@ -201,7 +204,7 @@ def make_inputs(case: Case, device: str) -> Inputs:
     layout = build_layout(case.groups)
 
     def normal(*shape: int, std: float = 1.0) -> Tensor:
-        # In place: a temporary would raise the peak that contenders are measured from.
+        # In place, because a temporary would raise the process' peak before a contender runs.
         tensor = torch.empty(*shape, dtype=dtype, device=device)
         return tensor.normal_(0.0, std, generator=generator)
 

@@ -96,7 +96,7 @@ def _on_row(layout: SharedLayout, backend: str) -> Attend:
 
 def _refuse(backend: str, inputs: Inputs) -> None:
     query = inputs.query
-    # Flash kernels pad heads to their own sizes, which decides whether they can run.
+    # Flash kernels pad heads; whether they can run depends on the padded size.
     head_dim = padded_head_dim(query.shape[-1], inputs.value.shape[-1])
     reason = why_not(backend, machine_of(query.device), query.dtype, head_dim, inputs.options)
     if reason is not None:

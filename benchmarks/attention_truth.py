@@ -1,8 +1,9 @@
-"""The truth about a row of the attention benchmark, and the rule by which results are judged.
+"""The right results for a row of the attention benchmark, and the rule that judges contenders.
 
-A result is compared with the naive twin in fp64, one pair and one key head at a time. Its errors
-can be MULTIPLE times those of plain PyTorch in the same dtype, plus FLOORS. An error is the largest
-one among the row's pairs: a mistake in a single pair shows, however long the row.
+A result is compared with that of the back end "naive" in fp64, one pair and one key head at a time.
+Errors of up to MULTIPLE times those of plain PyTorch in the same dtype, plus FLOORS, are allowed.
+The error is that of the worst pair in the row, so a mistake in a single pair shows, however long
+the row.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from dpofast_kernels.attention import (
 )
 
 MULTIPLE = 3.0
-# Relative Frobenius error within a pair.
+# Part of each bound: relative Frobenius error within a pair.
 FLOORS = {torch.float32: 5e-6, torch.bfloat16: 3e-3}
 GRADIENTS = ("d_query", "d_key", "d_value")
 
@@ -33,12 +34,12 @@ Attention = Callable[[Tensor, Tensor, Tensor, SharedLayout, AttentionOptions], T
 
 
 def find_truth(inputs: Inputs) -> Outputs:
-    """Output and gradients of the shared row in fp64, from the naive twin."""
+    """Output and gradients of the shared row in fp64, from the back end "naive"."""
     return _by_parts(_naive, inputs, torch.float64)
 
 
 def plain_in_dtype(inputs: Inputs) -> Outputs:
-    """The same from eager attention in the inputs' dtype: the second baseline."""
+    """Output and gradients from eager attention in the inputs' dtype; its errors set the bounds."""
     return _by_parts(eager_attention, inputs, inputs.query.dtype)
 
 
@@ -73,7 +74,8 @@ def eager_attention(
 def _by_parts(attention: Attention, inputs: Inputs, dtype: torch.dtype) -> Outputs:
     """Run `attention` and its backward for one pair and one key head at a time.
 
-    Neither pairs nor heads see each other, and the scores of all at once would not fit in memory.
+    Pairs and heads don't attend to each other, so this gives the same results as the whole row.
+    The scores of the whole row would not fit in memory.
     """
     repeats = inputs.query.shape[1] // inputs.key.shape[1]
     found = {

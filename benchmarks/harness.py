@@ -1,7 +1,8 @@
-"""Races between contenders that do the same work: judged first, then timed in interleaved rounds.
+"""Judges contenders that do the same work, then times the right ones in interleaved rounds.
 
 A contender with a wrong result gets no speed. One that can't run is reported with the reason.
-Neither ends the benchmark. Memory is measured in benchmarks/memory.py; benchmarks/tables.py prints.
+Neither ends the benchmark. benchmarks/memory.py measures memory, and benchmarks/tables.py prints
+the figures.
 """
 
 from __future__ import annotations
@@ -35,10 +36,10 @@ class Contender:
         name: name in the JSON and in the names of ratios.
         run: function of one round, whose result is judged; None if the contender can't run.
         reason: why it can't run.
-        note: how its work differs from what all others do.
-        judged: False for a floor, which computes no result.
+        note: how its work differs from the other contenders' work.
+        judged: whether its result is judged; False for the bare products, which compute no result.
         holding: context of a round, entered before the clock starts and left after it stops. It
-            allocates what a round finds ready, and frees it for the other contenders.
+            allocates what a round needs beforehand, and frees it for the other contenders.
     """
 
     name: str
@@ -123,7 +124,7 @@ class TimeLimitError(Exception):
 
 @contextmanager
 def time_limit(seconds: float) -> Iterator[None]:
-    """Raise TimeLimitError after so many seconds, once the operation under way has ended.
+    """Raise TimeLimitError in the body after `seconds`, as soon as the running operation ends.
 
     Works only in the main thread, which gets the signals.
     """
@@ -222,7 +223,7 @@ def race(
     rounds: int,
     warmup: int,
 ) -> None:
-    """Time all contenders whose attempt was right, in rounds that each start with another one.
+    """Time all contenders whose attempt was right; each round starts with a different contender.
 
     Args:
         contenders: all contenders.
@@ -250,7 +251,7 @@ def race(
 
 
 def rotated(items: Sequence[Any], number: int) -> list[Any]:
-    """The items in their order, beginning with item `number`, counted in a circle."""
+    """Rotate the items to begin with item `number`, taken modulo the number of items."""
     start = number % len(items) if items else 0
     return [*items[start:], *items[:start]]
 

@@ -31,7 +31,8 @@ def run_case(case: Case, options: argparse.Namespace) -> CaseRun:
     torch.compiler.reset()  # torch.compile gives up on a function after 8 sizes
     inputs = make_inputs(case, options.device)
     run = CaseRun(case, options.ours or f"ours_{backend_for(inputs.hidden_states)}")
-    # The processes that measure memory get these, which cost a forward pass to make.
+    # The processes that measure memory get labels and ref_logps from here: making them costs a
+    # forward pass.
     run.payload = case, {"labels": inputs.labels.cpu(), "ref_logps": inputs.ref_logps.cpu()}
     judge = Judge(inputs)
     run.judge = {"naive_errors": judge.naive_errors, "error_bounds": judge.bounds}
@@ -42,10 +43,10 @@ def run_case(case: Case, options: argparse.Namespace) -> CaseRun:
 
 
 def peaks(name: str, payload: Any, device: str) -> dict[str, Any]:
-    """Peak memory of one contender in bytes, beyond its inputs, and beyond its gradients too.
+    """One contender's peak memory in bytes: beyond its inputs, and beyond inputs and gradients.
 
-    Some contenders sum the weight's gradient in fp32, others in the inputs' dtype. The last of the
-    three peaks leaves that sum out, too.
+    Some contenders sum the weight's gradient in fp32, others in the inputs' dtype. The third peak,
+    `beyond_inputs_gradients_and_fp32_d_weight`, also leaves out the bytes of an fp32 sum.
     """
     case, targets = payload
     inputs: Inputs = make_inputs(case, device, targets)
@@ -54,7 +55,7 @@ def peaks(name: str, payload: Any, device: str) -> dict[str, Any]:
         return {"reason": made.reason}
     peak = peak_beyond_baseline(made.run, device)
     beyond_gradients = peak - inputs.gradient_bytes
-    # In fp32 the gradient itself is that sum.
+    # If the weight is in fp32, its gradient is itself the fp32 sum.
     fp32_sum = 4 * inputs.weight.numel() if inputs.weight.itemsize < 4 else 0
     return {
         "beyond_inputs": peak,

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-BETA = 0.1  # of the DPO loss
+BETA = 0.1  # beta of the DPO loss
 # Hidden size and vocabulary size of each model.
 MODELS = {
     "llama-3-8b": (4096, 128256),
@@ -21,9 +21,10 @@ MODELS = {
     "mistral-7b": (4096, 32768),
 }
 WEIGHT_STD = 0.02
-# Spread of a position's logits: a random value in this range, before one token is favoured.
+# A position's logits have a random standard deviation in this range, before one of them is raised.
 LOGIT_STD = (2.0, 3.0)
-# One token's logit is raised by 0 to AIM: from flat distributions to p > 0.999.
+# Then one token's logit is raised by a random value from 0 to AIM. So distributions range from
+# flat ones to ones whose largest probability exceeds 0.999.
 AIM = 22.0
 SCORED_BLOCK = 64  # positions whose labels are drawn at once
 _PRODUCTS = {"forward": 1, "forward_backward": 3}
@@ -77,8 +78,8 @@ class Case:
 class Inputs:
     """Inputs of all contenders; hidden states and weight are leaves that get gradients.
 
-    `ref_logps` were computed from `ref_hidden_states` with the same weight. Contenders that take no
-    reference log-probs get the hidden states.
+    `ref_logps` were computed from `ref_hidden_states` with the same weight. Contenders that can't
+    take reference log-probs get `ref_hidden_states`.
     """
 
     hidden_states: Tensor  # [N, H]
@@ -119,8 +120,9 @@ class Outputs:
 def make_inputs(case: Case, device: str, targets: dict[str, Tensor] | None = None) -> Inputs:
     """Make the inputs of a case: the same in every process.
 
-    The logits of a position have a standard deviation of 2 to 3, and favour one token more or less.
-    Labels are drawn from this distribution, as if the model had been trained on such text.
+    The logits of a position have a standard deviation of 2 to 3. Then one token's logit is raised
+    by a random amount. Labels are drawn from the softmax of these logits, as if the model had been
+    trained on such text.
 
     Args:
         case: sizes and dtype.
@@ -130,7 +132,8 @@ def make_inputs(case: Case, device: str, targets: dict[str, Tensor] | None = Non
     generator = torch.Generator(device).manual_seed(0)
     dtype = getattr(torch, case.dtype)
     size = (case.num_tokens, case.hidden_size)
-    # In place: a temporary of this size would raise the peak that contenders are measured from.
+    # In place, because a temporary of this size would raise the process' peak before a contender
+    # runs.
     weight = torch.empty(case.vocab_size, case.hidden_size, dtype=dtype, device=device)
     weight.normal_(0.0, WEIGHT_STD, generator=generator)
 
@@ -163,13 +166,13 @@ def make_inputs(case: Case, device: str, targets: dict[str, Tensor] | None = Non
 
 
 def _bounds(case: Case) -> Tensor:
-    """[2P+1] bounds; uneven answers have a quarter to seven quarters of the mean length."""
+    """[2P+1] bounds of the answers; uneven ones have about 0.25 to 1.75 of the mean length."""
     num_sequences = 2 * case.num_pairs
     generator = torch.Generator().manual_seed(1)
     shares = torch.rand(num_sequences, generator=generator, dtype=torch.float64) * 1.5 + 0.25
     if case.even:
         shares.fill_(1.0)
-    # One token for each answer; the others are distributed.
+    # Each answer gets one token; the remaining tokens are distributed by `shares`.
     spare = case.num_tokens - num_sequences
     ends = (shares.cumsum(0) / shares.sum() * spare).round().long()
     return F.pad(ends + torch.arange(1, num_sequences + 1), (1, 0))

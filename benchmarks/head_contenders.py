@@ -1,9 +1,9 @@
 """Contenders of the head's benchmark: ours, plain PyTorch, the peers, and the bare products.
 
 All do the same work on the same tensors. The forward pass computes the log-probs of the labels.
-Forward and backward together compute their sums per sequence in fp64, the sigmoid loss against
-cached reference log-probs, and the gradients of hidden states and weight. A contender's note says
-where its work differs.
+Forward and backward together compute the sum of each sequence's log-probs in fp64, the sigmoid loss
+against cached reference log-probs, and the gradients of hidden states and weight. A contender's
+note says where its work differs.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from dpofast_kernels import (
 TRL_VOCAB_CHUNK = 32768
 IGNORED = -100
 # Relative error allowed for a gradient that is rounded to bf16 after each block of the vocabulary,
-# a thousand times or two. Each rounding adds an error of up to 2^-9, with either sign.
+# one or two thousand times. Each rounding adds an error of up to 2^-9, with either sign.
 BF16_SUMS = 0.2
 
 LogpsFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -96,7 +96,7 @@ def _ours(backend: str) -> Entry:
 
 
 def naive_logps(hidden_states: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    """[N] log-probs of the labels; logits and log-probs [N, V] are freed on return."""
+    """[N] log-probs of the labels, from logits [N, V]; autograd keeps all log-probs [N, V]."""
     all_logps = (hidden_states @ weight.t()).log_softmax(-1, dtype=torch.float32)
     return all_logps.gather(-1, labels[:, None])[:, 0]
 
@@ -110,7 +110,7 @@ def _compiled(inputs: Inputs) -> Work:
 
 
 def _trl(inputs: Inputs) -> Work:
-    # Its backward imports the trainer. Imported here, that counts neither as time nor as memory.
+    # TRL's backward imports TRL's trainer. Import it here, to keep that out of time and memory.
     import trl.trainer.utils  # noqa: F401
     from trl.kernels.chunked_logprob import ChunkedLogProbFunction
 
@@ -203,9 +203,10 @@ def _cce(filter_eps: str | None) -> Callable[[Inputs], Work]:
 
 
 def _floor(fp32_d_weight: bool) -> Callable[[Inputs], Work]:
-    """The products of a head, of whole matrices, into outputs that exist already.
+    """The bare matrix products of a head, written to preallocated outputs.
 
-    The outputs exist only during its rounds: other contenders need the memory of the logits.
+    The outputs are allocated only for this contender's rounds, because other contenders need
+    the memory that the logits take.
     """
 
     def make(inputs: Inputs) -> Work:
@@ -223,7 +224,7 @@ def _floor(fp32_d_weight: bool) -> Callable[[Inputs], Work]:
                 outputs.append(torch.empty_like(x))
                 outputs.append(torch.empty_like(weight, dtype=dtype))
                 for output in outputs:
-                    output.zero_()  # the OS only hands out memory that is written to
+                    output.zero_()  # the OS provides the memory only when it is first written to
                 yield
             finally:
                 outputs.clear()

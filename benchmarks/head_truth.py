@@ -1,7 +1,8 @@
-"""The truth about a case of the head's benchmark, and the rule by which results are judged.
+"""The right results of a case of the head's benchmark, and the rule that judges contenders.
 
-A result is compared with fp64. Its errors can be MULTIPLE times those of naive PyTorch in the same
-dtype, plus FLOORS. Neither the truth nor that baseline comes from a contender.
+A result is compared with formulas in fp64. Errors of up to MULTIPLE times those of naive PyTorch in
+the same dtype, plus FLOORS, are allowed. Neither the formulas nor naive PyTorch shares code with a
+contender.
 """
 
 from __future__ import annotations
@@ -56,8 +57,9 @@ def find_truth(inputs: Inputs) -> Truth:
     """Compute log-probs, loss and gradients in fp64 from their formulas, one pair at a time.
 
     A pair contributes -log sigmoid(m) / P to the loss, with m = beta (chosen - rejected log-ratio).
-    Its derivative by the log-prob of the chosen or rejected answer is c = -/+ beta sigmoid(-m) / P.
-    With p = softmax(z), the derivative by the logits of a position is c (onehot - p).
+    Its derivative with respect to the chosen answer's log-prob is c = -beta sigmoid(-m) / P, and
+    with respect to the rejected answer's c = +beta sigmoid(-m) / P. With p = softmax(z), the
+    derivative with respect to the logits z of a position is c (onehot - p).
     """
     weight = inputs.weight.double()  # [V, H]
     limits = inputs.limits
@@ -68,7 +70,7 @@ def find_truth(inputs: Inputs) -> Truth:
         start, middle, end = limits[2 * pair : 2 * pair + 3]
         x, labels = inputs.hidden_states[start:end].double(), inputs.labels[start:end, None]
         z = x @ weight.t()  # [n, V]
-        # From here on z holds log-probs: the logits in fp64 fill enough memory once.
+        # In place, z becomes the log-probs: a second [n, V] in fp64 would take too much memory.
         z -= z.logsumexp(-1, keepdim=True)
         logps = z.gather(-1, labels)[:, 0]
         ref_chosen, ref_rejected = inputs.ref_logps[2 * pair : 2 * pair + 2].double()
@@ -136,7 +138,8 @@ class Judge:
         self.truth = find_truth(inputs)
         naive = naive_in_dtype(inputs)
         errors = errors_of(self.truth, Outputs(**_tensors(naive)))
-        # Errors of the pairs' losses can cancel in the mean by chance, so take the mean of errors.
+        # Errors of the pairs' losses can cancel in the mean loss by chance, so take the mean of the
+        # absolute errors.
         pair_errors = (naive.pair_losses - self.truth.pair_losses).abs()
         errors["loss"] = float(pair_errors.mean())
         self.naive_errors = errors
@@ -166,7 +169,7 @@ class Judge:
 def errors_of(truth: Truth, outputs: Outputs) -> dict[str, float]:
     """Largest absolute errors of log-probs and loss, relative Frobenius errors of gradients.
 
-    Results that are None have no error here.
+    Results that are None are left out.
     """
     errors: dict[str, float] = {}
     for name in ("per_token_logps", "logps"):

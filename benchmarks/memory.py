@@ -32,12 +32,13 @@ CASE_SECONDS = 120.0  # more for each case after the first
 def peak_beyond_baseline(run: Callable[[], Any], device: str) -> int:
     """Peak memory of a call, in bytes beyond what was allocated before.
 
-    Make inputs and imports before. The call runs twice and the second run is measured. That counts
-    buffers which stay allocated, and leaves out what is needed once, like compilation and tuning.
+    Make inputs and imports before this. The call runs twice and the second run is measured. That
+    counts buffers that stay allocated, and leaves out what is needed only once, like compilation
+    and tuning.
     On a CPU whose peak can't be reset, the first run is measured.
 
     Args:
-        run: one round of a contender; its result counts as long as `run` holds it.
+        run: one round of a contender; the memory of its result counts while `run` refers to it.
         device: "cpu" or "cuda".
     """
     gc.collect()
@@ -109,7 +110,7 @@ def peaks_in_children(
     Args:
         module: module of the benchmark, which has the hidden options --memory-of and --child-file.
         name: name of the contender.
-        payloads: what the process makes each case's inputs from; pickled.
+        payloads: data of each case, from which the process makes its inputs; pickled.
         options: command line; device and threads are passed on.
     Returns:
         For each case its peaks in bytes, or {"reason": why there are none}.
@@ -122,7 +123,7 @@ def peaks_in_children(
 def memory_ratios(
     memory: dict[str, dict[str, Any]], ours: str
 ) -> tuple[dict[str, float | None], dict[str, str]]:
-    """Ratios of our peak to theirs, beyond inputs and gradients, and reasons for those missing."""
+    """Our peak over each contender's, beyond inputs and gradients; why some ratios are None."""
     peaks = {name: each.get("beyond_inputs_and_gradients") for name, each in memory.items()}
     # Noise can make a small peak negative, and then a ratio means nothing.
     values = {name: peak if peak is not None and peak > 0 else None for name, peak in peaks.items()}

@@ -1,4 +1,4 @@
-"""A race from its command line to its JSON, for the races of steps and of reference log-probs."""
+"""Runs a race from its command line to its JSON; shared by benchmarks.train and .reference."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ from benchmarks.tables import print_race
 from benchmarks.train_cases import SHAPES, Case, prepare
 from dpofast.monitor.summary import write_json
 
-# From a race, the folder of its case and a device: the counts that our contenders are to reach.
+# Takes a race, the folder of its case and a device; returns the counts of body tokens and head
+# rows that our contenders must reach.
 Plan = Callable[[Race, Path, str], dict[str, Counts]]
 
 
@@ -31,7 +32,7 @@ class Program:
         module: name for `python -m`, benchmarks.NAME.
         contest: contenders of the race.
         plan: function that gives the counts of our contenders.
-        judged: in words, what is compared with the right result.
+        judged: what is compared with the right result, in words for the JSON.
         at_least, at_most: targets for the ratios of the race on a CPU.
     """
 
@@ -54,7 +55,7 @@ def benchmark(program: Program, case: Case, title: str, options: argparse.Namesp
         run_child = child_runner(program.contest, folder, run_on, options.threads, options.limit)
         race = Race(program.contest, case, run_child, program.contest.left_out(options))
         race.choose_batches()
-        # After the batch sizes: padded micro-batches depend on them.
+        # Plan after the batch sizes are chosen, because padded micro-batches depend on them.
         planned = program.plan(race, folder, run_on)
         for number in range(options.rounds):
             race.run_round(number)
@@ -70,7 +71,7 @@ def benchmark(program: Program, case: Case, title: str, options: argparse.Namesp
 
 
 def has_targets(options: argparse.Namespace) -> bool:
-    """Whether targets are checked: they are set for the race on a CPU."""
+    """Whether to check targets: only the full race on a CPU has some."""
     return options.device == "cpu" and not options.dry_run
 
 

@@ -38,7 +38,7 @@ def benchmark(options: argparse.Namespace) -> int:
 
 
 def plan(race: Race, folder: Path, device: str) -> dict[str, Counts]:
-    """The counts that our builder is to reach."""
+    """The counts that our builder must reach."""
     return {OURS: planned_counts(ReferenceWork(folder, device, 1, race.case.steps))}
 
 

@@ -1,8 +1,8 @@
 """Contenders of the race of reference log-probs: our builder, TRL's precompute, plain PyTorch.
 
 All score the same pairs with the same model. The clock of a contender's `Meter` starts when model
-and pairs are loaded and the model has run on a few tokens. It stops when all log-probs are there.
-Each contender returns [2n] fp64: chosen and rejected log-prob of each pair in turn.
+and pairs are loaded and the model has run on a few tokens. It stops when all log-probs are
+computed. Each contender returns [2n] fp64: chosen and rejected log-prob of each pair in turn.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ def _warm(model: Any) -> None:
 def _ours(work: Work, meter: Meter) -> np.ndarray:
     """Let the trainer find the missing rows, score and commit them, and read them back.
 
-    The clock starts after the model's identity and the checks at the start of a run. TRL's hash of
-    the model comes before the clock, too.
+    The clock starts after the model's identity is computed and the checks at the start of a run are
+    done. TRL's clock, too, starts only after TRL has hashed the model.
     """
     from dpofast import DPOConfig, DPOTrainer
 

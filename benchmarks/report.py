@@ -20,7 +20,8 @@ RESULTS = REPOSITORY / "benchmarks" / "results"
 README = REPOSITORY / "README.md"
 BEGIN = "<!-- figures: written by `python -m benchmarks.report`, from benchmarks/results/ -->"
 END = "<!-- end of figures -->"
-# Contenders in the README, in this order. The others are variants of ours and the bare products.
+# Contenders in the README, in this order. The README leaves out variants of our contender and the
+# bare products.
 RIVALS = {
     "naive": "plain PyTorch",
     "compile": "the same under torch.compile",
@@ -64,7 +65,8 @@ def read_figures(path: Path) -> Figures:
     """Read a file that a benchmark wrote with --json.
 
     Raises:
-        ResultError: the file is no such result, is from a dry run, or from a changed checkout.
+        ResultError: the file isn't a benchmark's result, or comes from a dry run or a checkout with
+            uncommitted changes.
     """
     name = path.name
     try:

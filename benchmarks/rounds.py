@@ -19,10 +19,10 @@ from benchmarks.train_contenders import Entry
 Counts = dict[str, int]
 # Report of a contender's process, see `benchmarks.train_child.measured`.
 Measured = dict[str, Any]
-RunChild = Callable[[str, int, int], Measured]  # from contender, batch size, timed steps
+RunChild = Callable[[str, int, int], Measured]  # takes contender, batch size, timed steps
 # Timed steps of a run that tries a batch size.
 TRIAL_STEPS = 1
-# Name of a judged value: its key in a process' report.
+# Maps the name of a judged value to its key in a process' report.
 REPORTED_AS = {"loss": "losses", "grad_norm": "grad_norms", "logps": "logps"}
 
 
@@ -57,7 +57,7 @@ class Contest:
 
 @dataclass(eq=False)
 class Standing:
-    """The standing of one contender.
+    """What the race knows about one contender so far.
 
     Attributes:
         result: status, and for each round the seconds of its timed steps.
@@ -173,7 +173,7 @@ class Race:
                 continue
             standing.runs.append(found)
             standing.result.seconds.append(found["seconds"])
-        # Its first run is the standard for all, its own later runs included.
+        # The truth's first run is the standard for all contenders, and for the truth's later runs.
         truth = self.standings[self.contest.truth].runs
         for name in self.running:
             if truth:

@@ -1,4 +1,4 @@
-"""A benchmark of several cases: judge all contenders, time the right ones, then measure memory.
+"""Runs a benchmark's cases: judges all contenders, times the right ones, then measures memory.
 
 A benchmark provides its cases, contenders and judge, and a function that runs a case (`Benchmark`).
 Command line, tables and JSON are the same for all benchmarks.
@@ -39,7 +39,7 @@ from dpofast.monitor.summary import write_json
 
 # Each pass, with the suffix in the names of its ratios.
 PASSES = {"forward": "forward_time", "forward_backward": "time"}
-# On a CPU a few rounds of the forward pass tell enough: training needs both passes.
+# On a CPU the forward pass gets fewer rounds: training needs both passes, so it matters less.
 CPU_FORWARD_ROUNDS = 3
 
 Step = Callable[[], Any]
@@ -47,7 +47,7 @@ Step = Callable[[], Any]
 
 @dataclass(frozen=True)
 class Work:
-    """The two passes that are raced, bound to their inputs.
+    """Both passes of a contender, bound to their inputs.
 
     Attributes:
         forward: the pass without gradients.
@@ -69,11 +69,12 @@ class Entry:
     Attributes:
         make: function that imports what the contender needs and binds it to inputs; raises if the
             contender can't run here.
-        note: how its work differs from what all others do.
+        note: how its work differs from the other contenders' work.
         judged: see `Contender`.
         on_cpu: whether it takes part on a CPU without being asked for.
-        gradient_error: error allowed for its gradients if the common rule allows less. Contenders
-            that are known to round a lot are timed this way; a mistake would be a larger error.
+        gradient_error: relative error of gradients that is allowed even if the common rule allows
+            less. Without it, contenders that are known to round a lot would get no time. A real
+            mistake would still exceed it.
     """
 
     make: Callable[[Any], Work]
@@ -107,7 +108,7 @@ class CaseRun:
     Attributes:
         case: the case that ran.
         ours: the contender that the others are compared with.
-        payload: what a process that measures memory makes the inputs from.
+        payload: data from which a process that measures memory makes the inputs.
         results: results by pass, then by contender.
         judge: errors of naive PyTorch, and the bounds that follow from them.
         memory: for each contender its peaks in bytes, or the reason why there are none.
@@ -213,7 +214,7 @@ class Benchmark:
         return 0 if all(run.is_good for run in runs) else 1
 
     def child(self, options: argparse.Namespace) -> None:
-        """In a process of `peaks_in_children`: measure, and print a line of JSON for each case."""
+        """Measure memory in a process of `peaks_in_children`; print a line of JSON per case."""
         torch.set_num_threads(options.threads)
         for payload in torch.load(options.child_file, weights_only=False):
             torch.compiler.reset()  # torch.compile gives up on a function after 8 sizes
@@ -266,7 +267,7 @@ class Benchmark:
 def judge_all(
     run: CaseRun, entries: Mapping[str, Entry], inputs: Any, judge: Any, options: argparse.Namespace
 ) -> dict[str, list[Contender]]:
-    """Make the contenders of every pass and judge each by the judge's method of that name."""
+    """Make the contenders of every pass; judge each with the judge's method named like the pass."""
     entered = {
         step: [_enter(name, entries[name], inputs, step, run.ours, options) for name in entries]
         for step in options.passes
@@ -305,7 +306,7 @@ def contender(name: str, entry: Entry, inputs: Any, step: str) -> Contender:
 def _enter(
     name: str, entry: Entry, inputs: Any, step: str, ours: str, options: argparse.Namespace
 ) -> Contender:
-    """Make the contender, or one with the reason why it is left out."""
+    """Make the contender; if it is left out, make one that has only the reason."""
     if name != ours:
         if name in options.skip or (options.contenders and name not in options.contenders):
             return Contender(name, reason="left out by the command line")
@@ -340,7 +341,7 @@ def add_options(
 
 
 def settle(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Parse a command line and fill in defaults for the device; a dry run is on the CPU."""
+    """Parse a command line and fill in defaults for the device; a dry run uses the CPU."""
     options = parser.parse_args(arguments)
     if options.dry_run:
         options.device, options.rounds = "cpu", options.rounds or 2

@@ -95,7 +95,7 @@ def _table(title: str, numbers: Sequence[str], remark: str) -> Table:
 
 
 def _console() -> Console:
-    """A console as wide as the terminal, or wide enough for the tables without one."""
+    """A console as wide as the terminal; without a terminal, wide enough for the tables."""
     return Console(width=None if sys.stdout.isatty() else 132)
 
 

@@ -1,4 +1,4 @@
-"""Races whole DPO training steps: our layouts, TRL, and plain PyTorch as a textbook writes it.
+"""Races whole DPO training steps: our layouts, TRL, and textbook DPO in plain PyTorch.
 
 python -m benchmarks.train --device cpu --json train.json
 
@@ -37,7 +37,7 @@ def benchmark(options: argparse.Namespace) -> int:
 
 
 def plan(race: Race, folder: Path, device: str) -> dict[str, Counts]:
-    """The counts that each of our contenders is to reach."""
+    """The counts that each of our contenders must reach."""
     return {
         name: planned_counts(Work(folder, device, standing.batch_size, race.case.steps), name)
         for name, standing in race.standings.items()
@@ -61,7 +61,7 @@ def planned_counts(work: Work, name: str) -> Counts:
             if limit is not None:
                 body_tokens += sum(limit.lengths[pair] for pair in batch)
             else:
-                # Padded: two sequences per pair, all as long as the longest of the micro-batch.
+                # Padding makes both sequences of every pair as long as the micro-batch's longest.
                 body_tokens += 2 * len(batch) * max(_longest(pairs[pair]) for pair in batch)
     return {"body_tokens": body_tokens, "head_rows": head_rows}
 

@@ -1,7 +1,7 @@
 """The cases of the race of whole DPO steps: a model, its pairs and the steps.
 
 The process of the race tokenises the pairs and writes them into a folder with the case. The
-contenders' processes read them there, and spend no time on texts or tokenizers.
+contenders' processes read them there, and don't have to tokenise any text.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class Case:
         shape: shape of the model, a key of SHAPES.
         layers: number of layers; None for the shape's.
         dtype: torch's name for the dtype of the weights and of all arithmetic.
-        data: preference file whose first pairs are trained; "random" for short random pairs.
+        data: preference file whose first pairs are trained on; "random" for short random pairs.
         pairs_per_step: pairs in an optimizer step.
         steps: timed steps, each with pairs of its own. An untimed step comes first, with the pairs
             of the first timed one.
@@ -179,7 +179,7 @@ class Work:
 
     @property
     def attention(self) -> str:
-        """transformers' name for the fastest attention that it has here."""
+        """transformers' name for the fastest attention that is installed for this device."""
         from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
 
         if self.device == "cuda" and is_flash_attn_3_available():

@@ -39,7 +39,7 @@ def measured(run_it: Callable[[Meter], dict[str, list[float]]], device: str) -> 
     PyTorch allocated while the clock ran.
 
     Returns:
-        These, or {"status": ..., "reason": ...} if the contender is absent or fails.
+        The report; {"status": ..., "reason": ...} if the contender is absent or fails.
     """
     meter = Meter(device)
     try:

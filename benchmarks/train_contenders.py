@@ -37,7 +37,7 @@ class Meter:
         body_tokens: positions that went through the embedding, padding and reference included.
         head_rows: positions that went through the head.
         seconds: time of all steps after the first.
-        attention: attention implementation that the contender names.
+        attention: name of the attention implementation that the contender uses.
     """
 
     def __init__(self, device: str) -> None:
@@ -63,7 +63,7 @@ class Meter:
             model.get_output_embeddings().register_forward_hook(count_rows)
 
     def step_ends(self) -> None:
-        """Take the time: called after every optimizer step."""
+        """Read the clock; to be called after every optimizer step."""
         if self.device == "cuda":
             torch.cuda.synchronize()
         now = time.perf_counter()
@@ -195,7 +195,8 @@ def _trl(precompute: bool = True, compact: bool = False) -> Callable[[Work, Mete
     Args:
         precompute: whether TRL computes the reference's log-probs before training and keeps them
             in the dataset's cache. Otherwise a second model runs in every step.
-        compact: whether its head scores only the answers, even on devices where it scores all.
+        compact: whether to make TRL's head score only the answers, also on devices where it would
+            score every position.
     """
 
     def run(work: Work, meter: Meter) -> None:
@@ -204,10 +205,11 @@ def _trl(precompute: bool = True, compact: bool = False) -> Callable[[Work, Mete
 
         count_trl_rows(meter)
         if compact:
-            # Its head calls this to choose what to score. Its kernels keep calling the original.
+            # TRL's head calls this function to choose what to score. TRL's kernels keep
+            # calling the original.
             utils._use_triton = lambda _device: True
         model = work.model()
-        # With an adapter TRL's reference is the model without it.
+        # If an adapter is trained, TRL's reference is the model with the adapter switched off.
         needs_reference = not (precompute or work.case.lora)
         trainer = token_trainer()(
             model,
@@ -251,9 +253,10 @@ class _CountedHead:
 def _naive(work: Work, meter: Meter) -> None:
     """Train with plain PyTorch: padded sequences, all logits, the reference scored in every step.
 
-    The reference is a second model, or with an adapter the same model without it. The code follows
-    DPO's authors (github.com/eric-mitchell/direct-preference-optimization), except that sequences
-    run without a mask. That is faster, and causal models need no mask if padding is on the right.
+    The reference is a second model or, if an adapter is trained, the same model without it. The
+    code follows DPO's authors (github.com/eric-mitchell/direct-preference-optimization), except
+    that sequences run without a mask. That is faster, and causal models need no mask if padding is
+    on the right.
     """
     model, adapter, reference = work.model(), work.adapter(), None
     if adapter is None:
@@ -283,7 +286,7 @@ def _naive(work: Work, meter: Meter) -> None:
             loss = naive_loss(logps, ref_logps) / len(step)
             loss.backward()  # type: ignore[no-untyped-call]
             total += loss.item()
-            del logps, loss  # and with them what the backward kept, before the next forward pass
+            del logps, loss  # frees what backward left of the graph, before the next forward
         norm = torch.nn.utils.clip_grad_norm_(trained, MAX_GRAD_NORM)
         optimizer.step()
         optimizer.zero_grad()

@@ -2,9 +2,9 @@
 
 python -m benchmarks.tune --write
 
-Kernels are tuned one after the other, in calls of `linear_pair_loss` with its backward; the others
-keep their entries in the meantime. Configurations that don't compile, don't fit or differ from the
-backend "torch" are left out. Without --write the table is only printed.
+Kernels are tuned one after the other, in calls of `linear_pair_loss` with its backward. Kernels
+that aren't being tuned keep their entries. Configurations that don't compile, don't fit or differ
+from the backend "torch" are left out. Without --write the table is only printed.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ CHOICES: dict[str, dict[str, list[Any]]] = {
     "target_products": {"BH": [512, 1024, 4096], "num_warps": [1, 2, 4]},
     "pair_loss": {"BN": [256, 1024, 4096], "num_warps": [1, 4]},
 }
-# Tiles with more products per warp spill registers on every architecture.
+# Tiles with more elements (BM x BN) per warp spill registers on every architecture.
 MAX_PRODUCTS_PER_WARP = 4096
 SMALL_VOCAB = 1024
 # Allowed differences from the backend "torch": nats per token for log-probs, and for gradients
@@ -73,8 +73,8 @@ class Work:
     Attributes:
         backend: backend of the head.
         softcap: softcap of the head.
-        small: whether to use a small vocabulary, because the time of the whole products would hide
-            the kernel's.
+        small: whether to use a small vocabulary. With the model's own, the matrix products would
+            take so long that the kernel's time would not show.
     """
 
     backend: str
@@ -152,7 +152,9 @@ def candidates(kernel: str, current: dict[str, Any]) -> Iterator[dict[str, Any]]
 def tune(
     kernel: str, entry: dict[str, Any], inputs: Inputs, clock: Clock, limit: int | None
 ) -> bool:
-    """Put the fastest configuration of a kernel into `entry`, which is the table's own.
+    """Put the fastest configuration of a kernel into `entry`.
+
+    `entry` is the dict in the launch table itself, which the kernels read at each launch.
 
     Returns:
         Whether any configuration could be timed; if not, the present one stays.

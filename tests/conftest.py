@@ -32,12 +32,12 @@ def _imports_are_no_garbage() -> None:
 
 @pytest.fixture
 def real_plots() -> None:
-    """For a test that needs the plot of its training run."""
+    """Let training draw its plot, for a test that needs it."""
 
 
 @pytest.fixture(autouse=True)
 def _no_plots(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Training draws no plot, which would take longer than the training; see `real_plots`."""
+    """Switch off the plot of a run: it takes longer than the training. See `real_plots`."""
     if "dpofast.train.trainer" in sys.modules and "real_plots" not in request.fixturenames:
         monkeypatch.setattr("dpofast.train.trainer.plot_run", lambda *_: None)
 

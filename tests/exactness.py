@@ -20,7 +20,7 @@ from dpofast_kernels import make_loss
 from tests.families import VOCAB_SIZE
 from tests.support import float64_throughout
 
-# Tokens of the prompt, of the answers' common start, and of the rest of chosen and rejected.
+# Numbers of tokens: prompt, common start of the answers, rest of chosen, rest of rejected.
 _SHORT_PAIRS = (
     *((13, 0, 7, 9), (5, 3, 11, 1), (20, 0, 3, 17)),
     *((1, 2, 4, 6), (4, 5, 0, 3), (6, 4, 2, 0)),
@@ -93,7 +93,7 @@ def separate(model: Any, case: Case) -> Outcome:
 
 
 def _logits_kept(model: Any, count: int) -> dict[str, int]:
-    """Arguments that skip the prompt's logits, for models that can: nobody needs them."""
+    """Arguments that skip the prompt's logits, which nobody needs; {} if the model takes none."""
     parameters = inspect.signature(causal_lm(model).forward).parameters
     return {"logits_to_keep": count} if "logits_to_keep" in parameters else {}
 

@@ -56,7 +56,7 @@ PACKABLE_FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt_oss": ("GptOssConfig", {**BASE, **HEAD_8, **WINDOW, **MIXED, **EXPERTS}),
     "olmo2": ("Olmo2Config", {**BASE, "pad_token_id": 0}),
 }
-# All other model types that run packed, in the same form.
+# Fields for all other model types that run packed, listed in the same form further down.
 _PAD = {**BASE, "pad_token_id": 0}
 _PAD_8 = {**_PAD, **HEAD_8}
 _ROUTED = {

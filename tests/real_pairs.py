@@ -1,6 +1,7 @@
 """Twenty steps on real pairs, for tests that compare our training with textbook DPO.
 
-The 77 pairs make 20 steps of 4 pairs. The last step has a single pair: one of two ranks has none.
+The 77 pairs make 19 steps of 4 pairs and a last step of a single pair. If two ranks train, one of
+them has no pair in the last step.
 """
 
 from __future__ import annotations

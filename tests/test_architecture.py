@@ -62,7 +62,7 @@ def other_packages(source: str) -> set[str]:
     found = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
-            node.body.clear()  # `walk` goes there next
+            node.body.clear()  # `ast.walk` would visit the body next
         elif isinstance(node, ast.Import):
             found |= {alias.name.partition(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -158,7 +158,7 @@ def test_rooms_import_only_what_their_row_allows() -> None:
 
 
 def test_rooms_do_without_the_packages_that_they_are_to_do_without() -> None:
-    """Imports of other packages than ours, by the top-level name."""
+    """Check imports of packages that aren't ours, by their top-level names."""
     forbidden = {
         "data/packing": {"transformers", "datasets", "tokenizers", "accelerate", "deepspeed"},
         "reference/store": {"torch", "transformers", "datasets", "accelerate", "deepspeed"},
@@ -178,7 +178,7 @@ def test_rooms_do_without_the_packages_that_they_are_to_do_without() -> None:
 
 
 def test_every_arrow_of_the_table_is_used() -> None:
-    """A permission that nobody needs would hide the day on which somebody takes it."""
+    """If the table allowed an unused arrow, the first import to use it would go unnoticed."""
     used = {(room, other) for room, other, _, _ in arrows(IMPORTS)}
     assert {(room, other) for room, row in TABLE.items() for other in row} <= used
 
@@ -195,7 +195,7 @@ def test_modules_form_no_circle(package: str) -> None:
 
 
 def forbidden_room(room: str) -> str:
-    """A room that may import this one, or any that this one may not import."""
+    """A room that `room` must not import: one that imports `room` if there is one, else any."""
     importers = [other for other, row in TABLE.items() if room in row]
     others = [other for other in TABLE if other != room and other not in TABLE[room]]
     return (importers or others)[0]
@@ -214,7 +214,7 @@ def test_a_forbidden_import_is_reported() -> None:
 
 
 def test_a_reversed_arrow_is_reported() -> None:
-    """Whichever arrow of the table is reversed, an import of the tree is then forbidden."""
+    """Reversing any arrow of the table forbids at least one import that the code has."""
     for room, row in TABLE.items():
         for other in row:
             reversed_arrow = {

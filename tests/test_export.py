@@ -1,4 +1,4 @@
-"""Exported pairs keep their rows, have the store's log-probs, and train as the store does."""
+"""Exported files keep the user's rows, add the store's log-probs, and train as the store would."""
 
 from __future__ import annotations
 

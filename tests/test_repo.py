@@ -20,7 +20,7 @@ def test_kernels_never_becomes_a_package() -> None:
 
 
 def test_only_the_kernels_have_formulas_of_losses() -> None:
-    """Log-sigmoid anywhere else would be a second home for one of them."""
+    """A log-sigmoid anywhere else would be a second copy of a loss's formula."""
     texts = {path: path.read_text(encoding="utf-8") for path in ROOT.glob("dpofast/**/*.py")}
     assert not [str(path) for path, text in texts.items() if "logsigmoid" in text]
 
@@ -83,7 +83,7 @@ def pytest_lines(target: str) -> list[str]:
 
 
 def test_every_test_is_run_by_exactly_one_target() -> None:
-    """Tests marked `gpu` or `torture` aside: they have targets of their own."""
+    """All tests but those marked `gpu` or `torture`, which have targets of their own."""
     markers = ("slow", "distributed", "torture", "gpu")
     selections = []
     for target in CPU_TARGETS:

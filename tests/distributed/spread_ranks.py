@@ -96,7 +96,7 @@ def build(store: Path, num_pairs: int, scorer: Any) -> Any:
 
 @contextlib.contextmanager
 def most_whole(parameters: list[Any], model: nn.Module) -> Iterator[list[int]]:
-    """Yield a list with one number: the most elements that were whole after a module's forward."""
+    """Yield a list with one number: the most elements that any module's forward left gathered."""
     most = [0]
 
     def look(*_: Any) -> None:
@@ -110,7 +110,7 @@ def most_whole(parameters: list[Any], model: nn.Module) -> Iterator[list[int]]:
 
 
 def scored(folder: Path, model: nn.Module) -> dict[str, Any]:
-    """Score three batches: forward passes, stored rows, and the most elements whole at once."""
+    """Score three batches; return passes, stored rows, and the most elements gathered at once."""
     parameters: list[Any] = spread(model.parameters())
     with most_whole(parameters, model) as most, in_blocks(model):
         check_head(model)
@@ -139,7 +139,7 @@ def stopped(store: Path, model: nn.Module) -> str:
 
 
 def in_trainer(root: Path) -> dict[str, Any]:
-    """The most elements whole at once before a run has its engine, and the run's first loss."""
+    """The most elements gathered at once before a run has its engine, and the run's first loss."""
     options = {"deepspeed": "zero3", "per_device_eval_batch_size": 2}
     made = make_trainer(
         root / "trainer", str(root / "llama"), options=options, eval_dataset=token_pairs(5)

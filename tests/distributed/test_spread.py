@@ -1,4 +1,4 @@
-"""A reference that ZeRO-3 partitions over two ranks is scored without ever being whole."""
+"""A reference that ZeRO-3 partitions over two ranks is scored without ever being gathered whole."""
 
 from __future__ import annotations
 
@@ -107,7 +107,8 @@ def test_a_rank_with_fewer_batches_runs_the_model_as_often(reports):
 
 
 def test_ranks_that_do_not_share_a_folder_score_the_rest_together(folder, reports):
-    assert [report["apart"] for report in reports] == [4, 4]  # 2 and 1 batches, then 1 and 2
+    # Two passes while the ranks have 2 and 1 batches, two more while they have 1 and 2.
+    assert [report["apart"] for report in reports] == [4, 4]
     expected = stored(folder / "llama" / "store")
     for rank in (0, 1):
         np.testing.assert_allclose(stored(folder / f"apart{rank}"), expected, rtol=1e-6)

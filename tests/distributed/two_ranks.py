@@ -4,8 +4,9 @@ torchrun --nproc-per-node 2 two_ranks.py FOLDER PAIRS_PER_DEVICE ACCUMULATION WA
 
 A way is "ddp", the name of a DeepSpeed configuration, or "own" for a user's configuration with its
 own batch fields. With the suffix ".bf16" it trains in that precision. With ".mixtral" it trains a
-mixture of experts with the routers' auxiliary loss and gradient checkpointing, padded: then any
-number of ranks has the same micro-batches. The main rank writes its logs to FOLDER/WAY.json.
+mixture of experts with the routers' auxiliary loss and gradient checkpointing. That runs padded,
+because then the micro-batches are the same on any number of ranks. The main rank writes its logs to
+FOLDER/WAY.json.
 """
 
 from __future__ import annotations

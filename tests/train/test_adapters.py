@@ -73,7 +73,10 @@ def test_a_peft_config_trains_as_plain_dpo(tmp_path, options):
 
 
 def test_an_adapter_on_the_head_keeps_its_own_rounding_in_bf16():
-    """In peft's forward, too. A sum of both weights would lose most of a small adapter."""
+    """The head and the adapter round separately in bf16, as in peft's own forward.
+
+    Adding the adapter to the head's weight first would round most of a small adapter away.
+    """
     config = lora(target_modules=["lm_head"], init_lora_weights=False, lora_alpha=1)
     model = peft.get_peft_model(tiny_llama(hidden_size=256), config)
     prompt, answer = list(range(3, 40)), list(range(40, 200))

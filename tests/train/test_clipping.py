@@ -1,4 +1,4 @@
-"""Clipping by a norm that keeps its digits on a CPU."""
+"""Gradient clipping by a norm that is accurate on a CPU, because it is summed in float64."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the Trainer's loop reads while it runs, and what logs and checkpoints show of it."""
+"""The Trainer's loop reads an accumulation of 1; logs and checkpoints show the user's own value."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_what_a_callback_sets_holds_for_the_loop_and_for_the_user(tmp_path):
     class Clip(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
             given.max_grad_norm = 1e-3  # through the script's own object
-            args.marker = "seen"  # through the loop's
+            args.marker = "seen"  # through the loop's view of it
 
     trainer = make_trainer(tmp_path, callbacks=[Clip()])
     given = trainer.args

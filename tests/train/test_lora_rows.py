@@ -1,4 +1,4 @@
-"""Adapters in packed rows: their gradients, and the base model's log-probs when they are off."""
+"""Adapters in packed rows: their gradients, and log-probs with the adapters switched off."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The length of rows that fit free memory, and the bytes that a row keeps, against autograd's."""
+"""Bytes that autograd keeps for a row, and numbers of tokens that fit free memory."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def per_token(model, made, layout="shared"):
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "mixtral", "gpt_oss", "opt"])
 def test_a_token_costs_the_same_whatever_the_parameters(tmp_path, family):
-    """Half of the parameters' bytes would show if they were counted as growing with the row."""
+    """Parameters must not count as bytes that grow with the row; half of their bytes would show."""
     model = tiny_model(family)
     cost = per_token(model, config(tmp_path))
     assert 1000 < cost < 100_000
@@ -43,7 +43,7 @@ def test_by_hand_for_a_llama_layer(tmp_path):
     """The bytes of a layer agree within a fifth with those that its operations need."""
     model = tiny_llama(num_hidden_layers=4)
     hidden, inner, kv = 32, 48, 16
-    norms = 2 * (2 * hidden)  # input and its normed form, twice a layer
+    norms = 2 * (2 * hidden)  # both norms of a layer keep their input and its normalised form
     rotated, gathered = 2 * (hidden + kv), 2 * (kv + kv)  # q and k; k and v
     attention = rotated + gathered + 2 * hidden  # and the output
     mlp = 4 * inner  # gate, its activation, up, and their product

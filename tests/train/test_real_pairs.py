@@ -61,7 +61,7 @@ def test_rows_hold_what_the_plan_counts(tmp_path, tokenizer, pairs):
     """Count the tokens that reach the body and the positions that reach the head."""
     trainer = make(tmp_path, tokenizer, pairs, max_steps=3, save_strategy="no")
     body_tokens, head_rows = [], []
-    trainer.score_datasets()  # these passes are counted by nobody
+    trainer.score_datasets()  # score now: the hooks below must not count these passes
     trainer.model.model.embed_tokens.register_forward_hook(
         lambda _, inputs, __: body_tokens.append(inputs[0].numel())
     )
@@ -73,7 +73,7 @@ def test_rows_hold_what_the_plan_counts(tmp_path, tokenizer, pairs):
     shape = BatchShape(2, 2, 1)
     sampler = StepSampler(NUM_PAIRS, shape, 0, seed=3, limit=limit)
     rows = [row for step in list(sampler)[:3] for row in step.micro_batches]
-    # Calls before these belong to the check before step 1.
+    # Earlier calls belong to the check that runs before step 1.
     assert body_tokens[-len(rows) :] == [sum(limit.lengths[pair] for pair in row) for row in rows]
     answers = [
         len(pairs[i]["chosen_ids"]) + len(pairs[i]["rejected_ids"]) for i in range(NUM_PAIRS)

@@ -1,4 +1,4 @@
-"""Packed rows of real pairs, with threads: some mistakes don't show on short rows."""
+"""Long packed rows of real pairs, on several threads: short rows would hide some mistakes."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_conversations_equal_separate_sequences(conversations, count):
     model = llama()
     with float64_throughout():
         expected = separate(model, case)
-        torch.set_num_threads(2)  # shows threads that write to the same position
+        torch.set_num_threads(2)  # one thread would hide racing writes to the same position
         assert_alike(laid_out(model, case, Layout("shared")), expected)
 
 

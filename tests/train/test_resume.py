@@ -1,4 +1,4 @@
-"""A resumed run continues as if it had never stopped, with the reference of its start."""
+"""A resumed run continues as if it had never stopped, with the reference that it began with."""
 
 from __future__ import annotations
 

@@ -189,7 +189,7 @@ def test_a_pair_longer_than_the_limit_runs_alone(tmp_path):
     pairs = Dataset.from_list([long, *token_pairs(3)])
     options = {"max_steps": 1, "max_tokens_per_microbatch": 60}
     trainer = make_trainer(tmp_path, pairs=pairs, options=options)
-    trainer.score_datasets()  # these passes, and those of the checks, are counted by nobody
+    trainer.score_datasets()  # score now: the hook below must not count these passes
     rows = []
     trainer.model.model.embed_tokens.register_forward_hook(
         lambda _, inputs, __: rows.append(inputs[0].numel())
@@ -301,7 +301,7 @@ def test_the_output_folder_loads_and_gives_the_trainers_log_probs(tmp_path):
 
 def test_a_model_changed_behind_the_trainers_back_is_found_on_the_first_batch(tmp_path):
     trainer = make_trainer(tmp_path)
-    trainer.evaluate(trainer.train_dataset)  # the reference is settled here
+    trainer.evaluate(trainer.train_dataset)  # fixes the run's reference
     with torch.no_grad():
         trainer.model.lm_head.weight.add_(torch.randn_like(trainer.model.lm_head.weight))
     with pytest.raises(ModelError, match="first batch"):
@@ -322,7 +322,8 @@ def test_label_smoothing_is_conservative_dpo(tmp_path):
     losses = train(trainer)
     plain = train(make_trainer(tmp_path))
     assert losses[0][0] == pytest.approx(math.log(2), abs=1e-6)
-    assert losses[0][1] == pytest.approx(plain[0][1] * 0.6, rel=1e-4)  # slope times 1 - 2 eps
+    # Smoothing scales the slope at margin 0 by 1 - 2 eps.
+    assert losses[0][1] == pytest.approx(plain[0][1] * 0.6, rel=1e-4)
 
 
 def test_dropout_is_switched_off_and_the_config_keeps_it(tmp_path):

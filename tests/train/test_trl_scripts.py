@@ -1,4 +1,4 @@
-"""Scripts written for TRL, recent and years old, work with the import changed."""
+"""Scripts written for TRL, recent or years old, work after only their imports are changed."""
 
 from __future__ import annotations
 
