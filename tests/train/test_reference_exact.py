@@ -70,7 +70,7 @@ def micro_batches_of(trainer):
     """A function that gives the builder the micro-batches of the training plan."""
     train_set = trainer.train_set()
     train_set.measure_lengths(trainer.layout, trainer.loaders.row_tokens)
-    sampler = train_sampler(trainer.config, len(train_set), train_set.token_limit)
+    sampler = train_sampler(trainer.args, len(train_set), train_set.token_limit)
 
     def batches(_, wanted):
         rows = [row for step in sampler for row in step.micro_batches]
