@@ -174,6 +174,7 @@ OTHER_PACKABLE_FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "olmoe": ("OlmoeConfig", {**_PAD, "num_experts": 4, "num_experts_per_tok": 2}),
     "persimmon": ("PersimmonConfig", {**MULTI_HEAD, "hidden_dropout": 0.0}),
     "phi": ("PhiConfig", {**_PAD, "resid_pdrop": 0.0, "embd_pdrop": 0.0}),
+    "phimoe": ("PhimoeConfig", {**_PAD_8, **EXPERTS}),
     "qwen2_moe": (
         "Qwen2MoeConfig",
         {**_PAD, **_NUMBERED, "shared_expert_intermediate_size": 16, "mlp_only_layers": [1]},

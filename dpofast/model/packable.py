@@ -8,7 +8,7 @@ from torch import nn
 
 from dpofast.data.packing.collate import Layout
 from dpofast.errors import ConfigError
-from dpofast.model.dropout import dropouts
+from dpofast.model.dropout import describe_noise, dropouts
 from dpofast.model.parts import causal_lm
 
 logger = logging.getLogger(__name__)
@@ -22,7 +22,7 @@ PACKABLE = frozenset(
     glm4_moe_lite gpt2 gpt_bigcode gpt_neox gpt_oss granite granite_swa granitemoe granitemoeshared
     helium hunyuan_v1_dense hunyuan_v1_moe internlm3 jais2 jetmoe llama longcat_flash mimo_v2_flash
     minicpm3 minimax_m2 ministral ministral3 mistral mixtral nanochat olmo olmo2 olmo3 olmoe opt
-    persimmon phi phi3 qwen2 qwen2_moe qwen3 qwen3_moe seed_oss smollm3 solar_open starcoder2
+    persimmon phi phi3 phimoe qwen2 qwen2_moe qwen3 qwen3_moe seed_oss smollm3 solar_open starcoder2
     vaultgemma youtu
     """.split()  # noqa: SIM905  a list of them would fill pages
 )
@@ -35,7 +35,6 @@ NOT_PACKABLE = {
     **dict.fromkeys(("bloom", "mpt"), f"{NOT_REPLACEABLE}, and its ALiBi counts along the row"),
     **dict.fromkeys(("nemotron", "stablelm"), NOT_TOLD),
     **dict.fromkeys(("doge", "gpt_neo"), "its attention is told what to look at by a mask alone"),
-    "phimoe": "its routers draw experts at random while it is trained",
 }
 # Types of layers that look at other tokens only through attention.
 PACKABLE_LAYERS = {"full_attention", "sliding_attention"}
@@ -89,8 +88,8 @@ def why_not_packed(model: nn.Module) -> str | None:
         return "its RoPE depends on the longest position of a row"
     # Our attention has no dropout of its own. In the layers outside attention, both answers would
     # get the same dropout on the prefix that they share, unlike in separate rows.
-    if (dropout := next(dropouts(model), None)) is not None:
-        return f"{type(dropout[0]).__name__} has a dropout above 0"
+    if (noise := next(dropouts(model), None)) is not None:
+        return describe_noise(*noise)
     return None
 
 

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dpofast.data.packing.batch import PackedPairs
 from dpofast.errors import ModelError
 from dpofast.model.dropout import dropouts
+from dpofast.model.forward import evaluating, run_batch
+from dpofast.model.head import ScoreTask, head_options
+from dpofast.model.parts import causal_lm
+from dpofast.model.randomness import training_mode_for_a_look
 from dpofast.train.reference import RunReference
+from dpofast.zero.weights import spread
 from dpofast_kernels import PairLoss, PairLossOutput
 
 # The largest mean log-ratio per token, in nats, that rounding explains: the reference was scored in
@@ -28,22 +33,25 @@ class StepZeroCheck:
     check bounds the log-ratios rather than the loss, whose slope depends on beta.
 
     Args:
+        policy: the model that is trained.
+        reference: the reference, which the policy equals.
         loss: the loss that is trained; its value goes into the message.
-        dtype: dtype that the forward pass computes in.
     """
 
-    def __init__(self, loss: PairLoss, dtype: torch.dtype) -> None:
-        self.loss, self.tolerance = loss, TOLERANCE[dtype]
+    def __init__(self, policy: nn.Module, reference: RunReference, loss: PairLoss) -> None:
+        self.policy, self.loss = policy, loss
+        self.autocast = reference.accelerator.autocast
+        self.tolerance = TOLERANCE[reference.dtype()]
 
     @classmethod
     def of(cls, policy: nn.Module, reference: RunReference, loss: PairLoss) -> StepZeroCheck | None:
         """The check of a fresh run; None where the policy needn't begin with zero log-ratios."""
         if next(dropouts(policy), None) or not reference.policy_starts_as_reference():
             return None
-        return cls(loss, reference.dtype())
+        return cls(policy, reference, loss)
 
     def check(self, output: PairLossOutput, batch: PackedPairs) -> None:
-        """Compares the log-ratios of the first batch with zero.
+        """Compares the log-ratios of the first batch with zero, inside its `micro_batch`.
 
         Args:
             output: output of the batch's forward pass.
@@ -55,7 +63,7 @@ class StepZeroCheck:
         assert batch.ref_logps is not None
         lengths = batch.bounds.diff()  # [2P]
         logratios = output.logps.cpu() - batch.ref_logps.cpu()  # [2P]
-        per_token = (logratios.abs() / lengths).mean().item()
+        per_token = self._per_token(logratios, batch)
         if per_token <= self.tolerance:
             return
         got, expected = (
@@ -68,7 +76,43 @@ class StepZeroCheck:
         raise ModelError(
             f"The first batch's loss is {got:.6f}, but the policy is its own reference before "
             f"step 1, which gives {expected:.6f} (log-ratios of {per_token:.3g} nats per token, "
-            f"where rounding explains {self.tolerance:g}): the reference log-probs are not those "
-            "of this model on these tokens. Was the model changed after the trainer was made? "
-            "Otherwise check the store with `dpofast ref verify`."
+            f"where rounding explains {self.tolerance:g}): {self._reason(batch)}"
         )
+
+    def _per_token(self, difference: Tensor, batch: PackedPairs) -> float:
+        """Mean difference of log-probs per token; `difference` [2P] is that of whole answers."""
+        return (difference.abs() / batch.bounds.diff()).mean().item()
+
+    def _reason(self, batch: PackedPairs) -> str:
+        """Finds out whether the policy itself explains log-ratios that aren't zero."""
+        kind = type(causal_lm(self.policy)).__name__
+        if not spread(self.policy.parameters()):  # their hooks would count the passes
+            assert batch.ref_logps is not None
+            with training_mode_for_a_look(self.policy):
+                first, second = self._logps(batch), self._logps(batch)
+                with evaluating(self.policy):
+                    at_rest = self._logps(batch)
+            if self._per_token(first - second, batch) > self.tolerance:
+                return (
+                    f"{kind} is random in training mode, as two passes over this batch differ. "
+                    "Set that noise to 0 in the model's config, or disable_dropout: false to "
+                    "train with it."
+                )
+            if self._per_token(at_rest - batch.ref_logps.cpu(), batch) <= self.tolerance:
+                return (
+                    f"{kind} computes something else in training mode than in eval mode, in which "
+                    "the reference is scored. Please report this model type."
+                )
+        return (
+            "the reference log-probs are not those of this model on these tokens. Was the model "
+            "changed after the trainer was made? Otherwise check the store with `dpofast ref "
+            "verify`."
+        )
+
+    def _logps(self, batch: PackedPairs) -> Tensor:
+        """[2P] fp64: log-probs of the batch's answers in the policy's present mode, on the CPU."""
+        batch = batch.to(next(self.policy.parameters()).device)
+        with self.autocast():
+            task = ScoreTask(batch.labels, head_options(causal_lm(self.policy).config))
+            scores = run_batch(self.policy, batch, task).double().cpu()  # [N]
+        return torch.stack([part.sum() for part in scores.split(batch.bounds.diff().tolist())])

@@ -32,6 +32,7 @@ from dpofast.train.loaders import StepLoader, StepLoaders, whole_step
 from dpofast.train.loop_arguments import one_item_per_step
 from dpofast.train.memory import row_tokens_on_all_ranks
 from dpofast.train.micro_batches import PairLossPass, gradient_exchange
+from dpofast.train.noise import check_noise
 from dpofast.train.policy import (
     model_name,
     pad_token_id,
@@ -224,6 +225,7 @@ class DPOTrainer(TakesWholeSteps, ClipsExactly, Trainer):
             recorded = load_run_state(checkpoint)
             self.reference.restore(recorded, checkpoint)
             self.loaders.settle(recorded.row_tokens)
+        check_noise(self)
         self.score_datasets()  # before the policy moves: it may be the reference
         self.loaders.plan(train_set)
         if checkpoint is None:
