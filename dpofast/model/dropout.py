@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from typing import Any
 
@@ -24,6 +25,9 @@ NOISY_IN_TRAINING: dict[str, tuple[str, ...]] = {
     "PersimmonAttention": ("attention_dropout",),
     "PhimoeTopKRouter": (),  # draws the experts instead of taking the best ones
 }
+# Layers that are checkpointed, which needs training mode. They read only sizes and rates in their
+# config, so they get a copy of it in which the rates are 0.
+CHECKPOINTED = {"FalconDecoderLayer"}
 MODE = "training"  # the name that `dropouts` gives to the noise of these modules
 # The attribute that marks a module whose noise is off, or one that was found to be random.
 QUIET, RANDOM = "dpofast_quiet", "dpofast_random"
@@ -45,7 +49,7 @@ def dropouts(model: nn.Module) -> Iterator[tuple[nn.Module, str]]:
             )
             if is_rate and isinstance(value, float) and value > 0.0:
                 yield module, name
-        if getattr(module, RANDOM, False) or (_has_own_noise(module) and not _is_quiet(module)):
+        if is_random(module) or (_has_own_noise(module) and not _is_quiet(module)):
             yield module, MODE
 
 
@@ -59,6 +63,16 @@ def disable_dropout(model: nn.Module) -> None:
             _quieten(module)
         else:
             setattr(module, name, 0.0)
+
+
+def mark_random(module: nn.Module) -> None:
+    """Marks a module that was found to be random; `dropouts` finds it from here on."""
+    setattr(module, RANDOM, True)
+
+
+def is_random(module: nn.Module) -> bool:
+    """Whether a module was marked by `mark_random`."""
+    return hasattr(module, RANDOM)
 
 
 def describe_noise(module: nn.Module, name: str) -> str:
@@ -83,10 +97,14 @@ def _is_quiet(module: nn.Module) -> bool:
 def _quieten(module: nn.Module) -> None:
     """Makes a module run its forward in eval mode from here on; its children keep their modes.
 
-    Hooks do it rather than `eval()`, because the Trainer calls `train()` before every step, and
-    because a decoder layer must be in training mode to be checkpointed.
+    Hooks do it rather than `eval()`, because the Trainer calls `train()` before every step.
     """
-    if not _is_quiet(module):
+    kind = type(module).__name__
+    if kind in CHECKPOINTED:
+        module.config = copy.copy(module.config)
+        for rate in NOISY_IN_TRAINING[kind]:
+            setattr(module.config, rate, 0.0)
+    elif not _is_quiet(module):
         setattr(module, QUIET, True)
         module.register_forward_pre_hook(_leave_training)
         module.register_forward_hook(_enter_training, always_call=True)

@@ -18,8 +18,10 @@ from dpofast.data.packing.batch import TokenIds
 from dpofast.data.packing.collate import Layout
 from dpofast.errors import DataError, ReferenceStoreError
 from dpofast.model.checks import check_model
+from dpofast.model.dropout import dropouts
 from dpofast.model.packable import why_not_packed
 from dpofast.model.parts import causal_lm
+from dpofast.model.randomness import random_modules
 from dpofast.model.router import RouterLoss, check_router_loss
 from dpofast.model.scorer import SequenceScorer
 from dpofast.reference.build.answers import read_answers
@@ -56,6 +58,8 @@ class RunReference:
     Attributes:
         is_gone: whether the reference can't be run any more: it was the policy before step 1, or a
             checkpoint names a reference that isn't at hand.
+        random_modules: modules of the policy that are random in training mode though its dropouts
+            are 0, by name; known once `settle` was called.
     """
 
     def __init__(
@@ -72,6 +76,7 @@ class RunReference:
         self.accelerator, self.layout, self.router_loss = accelerator, layout, router_loss
         self.num_answers = num_answers
         self.is_gone = False
+        self.random_modules: dict[str, nn.Module] = {}
         self._identity: ReferenceIdentity | None = None
         self._believed: set[str] = set()  # names of datasets that bring their own log-probs
         self._scored: set[str] = set()  # names of datasets that don't
@@ -209,9 +214,11 @@ class RunReference:
                 found.add(check_model(model, self._layout_of(model), device, autocast_dtype))
         for attention in sorted(filter(None, found)):
             logger.info("Attention: %s.", attention)
-        if self.router_loss is not None:
-            with in_blocks(self.policy):
+        with in_blocks(self.policy):
+            if self.router_loss is not None:
                 check_router_loss(self.router_loss, self.policy)
+            if next(dropouts(self.policy), None) is None:
+                self.random_modules = random_modules(self.policy)
 
     def _stored_logps(
         self, dataset: RunDataset, row_tokens: int | None, rescore: bool
