@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -24,13 +26,16 @@ from dpofast.model.parts import causal_lm
 from dpofast.model.randomness import random_modules
 from dpofast.model.router import RouterLoss, check_router_loss
 from dpofast.model.scorer import SequenceScorer
-from dpofast.reference.build.answers import read_answers
+from dpofast.options.config import DPOConfig
+from dpofast.reference.build.answers import PairAnswers, read_answers
 from dpofast.reference.build.batches import Batches, BatchesOfAnswers, BatchesOfTokens
 from dpofast.reference.identity.description import ReferenceIdentity
 from dpofast.reference.identity.model import model_identity
 from dpofast.reference.store.row_detail import RowDetail
 from dpofast.train.checkpoint.run_state import RunState
 from dpofast.train.dataset import RunDataset
+from dpofast.train.former_policy import FormerPolicy
+from dpofast.train.origin import Origin
 from dpofast.train.run_store import RunStore, Scoring
 from dpofast.zero.blocks import in_blocks
 from dpofast.zero.weights import cast_weights, gathered, spread
@@ -44,7 +49,8 @@ AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 class RunReference:
     """The reference of a run: the reference model that was given, or the policy before step 1.
 
-    A policy that has been trained since step 1 is never used as the reference.
+    A policy that has been trained since step 1 is never used as the reference. Answers that are
+    missing then are scored with the policy as it was, if `FormerPolicy` finds it again.
 
     Args:
         policy: the model that is trained.
@@ -52,12 +58,12 @@ class RunReference:
         store: store of the log-probs.
         accelerator: knows the device and the autocast of a forward pass.
         layout: layout of the answers that are scored.
-        num_answers: answers in a forward pass, used if no limit in tokens is given.
+        config: options of the run.
         router_loss: auxiliary loss that the policy is trained with, if any; it is only checked.
 
     Attributes:
-        is_gone: whether the reference can't be run any more: it was the policy before step 1, or a
-            checkpoint names a reference that isn't at hand.
+        is_gone: whether the reference isn't at hand any more: it was the policy before step 1, or a
+            checkpoint names another one.
         random_modules: modules of the policy that are random in training mode though its dropouts
             are 0, by name; known once `settle` was called.
     """
@@ -69,21 +75,29 @@ class RunReference:
         store: RunStore,
         accelerator: Accelerator,
         layout: Layout,
-        num_answers: int,
+        config: DPOConfig,
         router_loss: RouterLoss | None = None,
     ) -> None:
         self.policy, self.ref_model, self.store = policy, ref_model, store
         self.accelerator, self.layout, self.router_loss = accelerator, layout, router_loss
-        self.num_answers = num_answers
+        num_pairs = config.precompute_ref_batch_size or config.per_device_train_batch_size
+        self.num_answers = 2 * num_pairs  # in a forward pass, if no limit in tokens is given
         self.is_gone = False
         self.random_modules: dict[str, nn.Module] = {}
         self._identity: ReferenceIdentity | None = None
         self._believed: set[str] = set()  # names of datasets that bring their own log-probs
         self._scored: set[str] = set()  # names of datasets that don't
         self._home = next(self._model.parameters()).device
-        if self._is_under_deepspeed:
-            for model in self._models():
-                cast_weights(model, accelerator.deepspeed_plugin.deepspeed_config)
+        self._former = FormerPolicy(
+            policy,
+            Origin.of(policy, config),
+            identify=self._identify,
+            prepare=self._cast,
+            check=self._check,
+            exchange=_exchange,
+        )
+        for model in self._models():
+            self._cast(model)
 
     def settle(self) -> ReferenceIdentity:
         """Check the models and identify the reference; later calls return the same identity.
@@ -122,7 +136,8 @@ class RunReference:
             rescore: score answers again if the store has less detail than the options ask for.
 
         Raises:
-            ReferenceStoreError: log-probs are missing and the reference is gone.
+            ReferenceStoreError: log-probs are missing, and the reference is gone and isn't found
+                again.
             DataError: the dataset's own log-probs aren't finite numbers, or some datasets of the
                 run have their own and others don't.
         """
@@ -163,7 +178,15 @@ class RunReference:
             row_tokens: most tokens of a packed row; None where rows are padded.
         """
         store = str(self.store.folder) if kept else None
-        return RunState(self.identity.digest, self.identity.description, store, row_tokens)
+        origin = self._former.origin
+        return RunState(
+            self.identity.digest,
+            self.identity.description,
+            store,
+            row_tokens,
+            reference_name=(self.ref_model is None and origin.name) or None,
+            reference_revision=origin.revision if self.ref_model is None else None,
+        )
 
     def restore(self, recorded: RunState, checkpoint: str) -> None:
         """Use the reference that the resumed run started with, whatever policy is given now.
@@ -184,10 +207,14 @@ class RunReference:
                 f"({self.identity.digest[:12]}, not {recorded.reference_digest[:12]}): give the "
                 "one of that run, or start a new run from the checkpoint without resuming."
             )
-        # The stored log-probs of that reference can be read. Missing ones can't be made: the model
-        # at hand is another one.
+        # The stored log-probs of that reference can be read. The model at hand is another one, so
+        # missing ones need the reference that the checkpoint names.
         self._fix(ReferenceIdentity(recorded.reference_digest, recorded.reference_description))
         self.is_gone = True
+        if recorded.reference_name is not None:
+            self._former.origin = self._former.origin.moved_to(
+                recorded.reference_name, recorded.reference_revision
+            )
 
     def dtype(self) -> torch.dtype:
         """The dtype in which a forward pass computes."""
@@ -207,11 +234,7 @@ class RunReference:
 
     def _check_models(self) -> None:
         """Run the start-up checks of every model, and log which attention they chose."""
-        device, autocast_dtype = self.accelerator.device, self._autocast_dtype
-        found: set[str | None] = set()
-        for model in self._models():
-            with in_blocks(model):
-                found.add(check_model(model, self._layout_of(model), device, autocast_dtype))
+        found = {self._check(model) for model in self._models()}
         for attention in sorted(filter(None, found)):
             logger.info("Attention: %s.", attention)
         with in_blocks(self.policy):
@@ -220,23 +243,51 @@ class RunReference:
             if next(dropouts(self.policy), None) is None:
                 self.random_modules = random_modules(self.policy)
 
+    def _check(self, model: nn.Module) -> str | None:
+        """Run the start-up checks of a model; returns the attention that they chose."""
+        device, autocast_dtype = self.accelerator.device, self._autocast_dtype
+        with in_blocks(model):
+            return check_model(model, self._layout_of(model), device, autocast_dtype)
+
+    def _cast(self, model: nn.Module) -> None:
+        if self._is_under_deepspeed:
+            cast_weights(model, self.accelerator.deepspeed_plugin.deepspeed_config)
+
     def _stored_logps(
         self, dataset: RunDataset, row_tokens: int | None, rescore: bool
     ) -> np.ndarray:
         answers = read_answers(dataset.pairs)
-        if self.is_gone:
+        if not self.is_gone:
+            logps = self._filled(self._model, dataset, answers, row_tokens, rescore)
+            if self.ref_model is not None and not _is_placed(self.ref_model):
+                self.ref_model.to(self._home)  # its place on the device is free for training again
+            return logps
+        # Ranks can see different rows, but must look for the reference together.
+        if not any(_exchange(self.store.num_missing(answers))):
             return self.store.read(answers, dataset.name)
+        with contextlib.ExitStack() as stack:
+            model, reasons = self._former.find(self.identity, stack)
+            if model is None:
+                return self.store.read(answers, dataset.name, reasons)
+            return self._filled(model, dataset, answers, row_tokens, rescore=False)
+
+    def _filled(
+        self,
+        model: nn.Module,
+        dataset: RunDataset,
+        answers: PairAnswers,
+        row_tokens: int | None,
+        rescore: bool,
+    ) -> np.ndarray:
+        """Read a dataset's log-probs, after `model` has scored the answers that are missing."""
         scoring = Scoring(
-            self._score,
-            self._batches(row_tokens),
+            partial(self._score, model),
+            self._batches(model, row_tokens),
             self._sum_over_ranks,
-            _exchange if spread(self._model.parameters()) else None,
+            _exchange if spread(model.parameters()) else None,
         )
-        with in_blocks(self._model):
-            logps = self.store.fill(answers, dataset.name, scoring, rescore)
-        if self.ref_model is not None and not _is_placed(self.ref_model):
-            self.ref_model.to(self._home)  # its place on the device is free for training again
-        return logps
+        with in_blocks(model):
+            return self.store.fill(answers, dataset.name, scoring, rescore)
 
     def _own_logps(self, dataset: RunDataset) -> np.ndarray:
         """The reference log-probs in the dataset's own columns: [n, 2] fp64.
@@ -263,26 +314,27 @@ class RunReference:
         logger.info("%s brings its own reference log-probs; they aren't checked.", dataset.name)
         return values
 
-    def _score(self, sequences: Sequence[tuple[TokenIds, TokenIds]]) -> list[np.ndarray]:
+    def _score(
+        self, model: nn.Module, sequences: Sequence[tuple[TokenIds, TokenIds]]
+    ) -> list[np.ndarray]:
         """Run the reference, which is moved to the device with the first call.
 
         A run that finds everything in the store never needs the memory for it.
         """
-        model = self._model
         if not _is_placed(model):
             model.to(self.accelerator.device)
-        return self._scorer()(sequences)
+        return self._scorer(model)(sequences)
 
-    def _scorer(self) -> SequenceScorer:
+    def _scorer(self, model: nn.Module) -> SequenceScorer:
         return SequenceScorer(
-            self._model,
+            model,
             self.accelerator.autocast,
-            self._layout_of(self._model),
+            self._layout_of(model),
             with_logsumexps=self.store.detail >= RowDetail.LOGSUMEXPS,
         )
 
-    def _batches(self, row_tokens: int | None) -> Batches:
-        scorer = self._scorer()
+    def _batches(self, model: nn.Module, row_tokens: int | None) -> Batches:
+        scorer = self._scorer(model)
         if row_tokens is None or not scorer.layout.is_packed:
             return BatchesOfAnswers(self.num_answers, scorer.num_tokens)
         return BatchesOfTokens(row_tokens, scorer.num_tokens)

@@ -120,8 +120,18 @@ class RunStore:
         self.reports[name] = replace(report, rows_scored=scored, forward_passes=passes)
         return reference_logps(self.namespace, answers)
 
-    def read(self, answers: PairAnswers, name: str) -> np.ndarray:
-        """Read the log-probs of a dataset's answers when the reference can't be run any more.
+    def num_missing(self, answers: PairAnswers) -> int:
+        """Number of distinct answers without a row, as this rank sees the store now."""
+        self.namespace.refresh()
+        return int((~self.namespace.contains(answers.keys[answers.first])).sum())
+
+    def read(self, answers: PairAnswers, name: str, why_gone: str = "") -> np.ndarray:
+        """Read the log-probs of a dataset's answers without a reference that could be run.
+
+        Args:
+            answers: answers of the dataset.
+            name: dataset name, used in reports.
+            why_gone: why the reference can't be run, for the message; the rest of a sentence.
 
         Returns:
             [n, 2] fp64, summed log-probs of chosen and rejected of each pair, in nats.
@@ -135,8 +145,8 @@ class RunStore:
         except MissingRowsError as error:
             raise MissingRowsError(
                 f"{error} They can't be made now: without a ref_model the reference is the policy "
-                "as it stood before step 1, and it has moved since. Give this dataset to the "
-                "trainer before training, or pass that model as ref_model."
+                f"as it stood before step 1, which has moved since, and {why_gone}. Give this "
+                "dataset to the trainer before training, or pass that model as ref_model."
             ) from error
         needed = len(answers.first)
         self.reports[name] = ReferenceReport(needed, needed, 0, 0, 0.0)

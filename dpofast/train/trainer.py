@@ -121,15 +121,9 @@ class DPOTrainer(TakesWholeSteps, ClipsExactly, Trainer):
         self.layout = choose_layout(config.layout, self.model, pad_token_id(tokenizer))
         self.ref_model = ref_model
         router_loss = make_router_loss(self.model, config)
-        num_pairs = config.precompute_ref_batch_size or config.per_device_train_batch_size
+        store = RunStore.of(config, self.accelerator.wait_for_everyone)
         self.reference = RunReference(
-            self.model,
-            ref_model,
-            RunStore.of(config, self.accelerator.wait_for_everyone),
-            self.accelerator,
-            self.layout,
-            num_answers=2 * num_pairs,
-            router_loss=router_loss,
+            self.model, ref_model, store, self.accelerator, self.layout, config, router_loss
         )
         self.loaders = StepLoaders(
             config, self.layout, self.reference, partial(row_tokens_on_all_ranks, self)

@@ -25,11 +25,13 @@ def in_blocks(model: nn.Module) -> Iterator[None]:
 
     Each unit has its weights only during its own forward. A unit is a decoder block, or another
     module with a forward: the embeddings, the last norm, the head. If transformers doesn't name the
-    decoder blocks, the whole model is gathered at once. A model that isn't sharded isn't changed.
+    decoder blocks, the whole model is gathered at once. A model that isn't sharded isn't changed,
+    nor is one that has an engine, whose hooks gather the weights.
 
     All ranks must enter at the same time, run the model equally often, and leave at the same time.
     """
-    parameters = spread(model.parameters())
+    has_engine = hasattr(model, "ds_id")  # set by the engine's hooks
+    parameters = [] if has_engine else spread(model.parameters())
     units = _units(model) if parameters else []
     opened: list[contextlib.ExitStack] = []  # one for each unit whose forward is running
     handles = []

@@ -23,12 +23,18 @@ class RunState:
         reference_description: the same identity in words.
         reference_store: folder of the stored log-probs; None if they weren't kept.
         row_tokens: most tokens of a packed row; None if rows are padded.
+        reference_name: folder or hub name that the reference was loaded from; None if it has none,
+            or is a ref_model.
+        reference_revision: its commit on the hub; None for a folder.
     """
 
     reference_digest: str
     reference_description: dict[str, Any]
     reference_store: str | None
-    row_tokens: int | None = None  # checkpoints of early versions don't have it
+    # Checkpoints of early versions don't have these.
+    row_tokens: int | None = None
+    reference_name: str | None = None
+    reference_revision: str | None = None
 
     def save(self, checkpoint: str | Path) -> None:
         """Writes the state into a checkpoint's folder, which is made if it doesn't exist yet."""

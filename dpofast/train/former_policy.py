@@ -1,0 +1,143 @@
+"""The policy as it was before step 1, found again after it has been trained."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from torch import nn
+
+from dpofast.errors import DPOFastError, ModelError
+from dpofast.model.dropout import disable_dropout
+from dpofast.model.parts import is_peft_model
+from dpofast.reference.build.ranks import Exchange, on_all_ranks
+from dpofast.reference.identity.description import ReferenceIdentity
+from dpofast.reference.identity.readable import differences
+from dpofast.train.origin import Origin
+
+logger = logging.getLogger(__name__)
+
+MOST_DIFFERENCES = 2  # that a reason names
+
+
+class FormerPolicy:
+    """Finds a model that equals the policy before step 1, by its identity.
+
+    It is the model below an adapter, if that was fresh when training began and only the adapter is
+    trained. Otherwise the model is loaded again from where it came.
+
+    Args:
+        policy: the model that is trained.
+        origin: where the policy was loaded from.
+        identify: makes the identity of a model as the run's reference has it.
+        prepare: makes a model that was just loaded ready to be identified and scored.
+        check: runs the start-up checks on a model; raises DPOFastError.
+        exchange: exchanges objects between all ranks of the run.
+    """
+
+    def __init__(
+        self,
+        policy: nn.Module,
+        origin: Origin,
+        *,
+        identify: Callable[[nn.Module], ReferenceIdentity],
+        prepare: Callable[[nn.Module], None],
+        check: Callable[[nn.Module], Any],
+        exchange: Exchange,
+    ) -> None:
+        self.policy, self.origin = policy, origin
+        self.identify, self.prepare, self.check = identify, prepare, check
+        self.exchange = exchange
+
+    def find(
+        self, identity: ReferenceIdentity, stack: contextlib.ExitStack
+    ) -> tuple[nn.Module | None, str]:
+        """Find the model with an identity. All ranks must call this at the same time.
+
+        Args:
+            identity: identity of the run's reference.
+            stack: gets what must be undone once the model has been used.
+
+        Returns:
+            The model, or None; and the reasons why there is none, as the rest of a sentence.
+        """
+        reasons = []
+        if is_peft_model(self.policy):
+            reason = self._switch_off_adapter(identity, stack)
+            if reason is None:
+                logger.info("The reference is the model below the adapter.")
+                return self.policy, ""
+            reasons.append(reason)
+        model, reason = self._load_again(identity)
+        if model is not None:
+            logger.info("The reference was loaded again from %s.", self.origin.name)
+            return model, ""
+        return None, "; ".join([*reasons, reason])
+
+    def _switch_off_adapter(
+        self, identity: ReferenceIdentity, stack: contextlib.ExitStack
+    ) -> str | None:
+        """Switch the adapter off until `stack` ends, if the model below it is the reference.
+
+        Returns:
+            None, or the reason why it isn't.
+        """
+        with contextlib.ExitStack() as attempt:
+            attempt.enter_context(adapter_off(self.policy))
+            try:
+                below = self.identify(self.policy)
+            except ModelError as error:
+                return f"its adapter can't be switched off ({str(error).rstrip('.')})"
+            if below.digest == identity.digest:
+                stack.push(attempt.pop_all())
+                return None
+        if identity.description["adapter"] is not None:
+            return "its adapter wasn't a fresh one that changes nothing"
+        return f"below its adapter is another model now ({_difference(identity, below)})"
+
+    def _load_again(self, identity: ReferenceIdentity) -> tuple[nn.Module | None, str]:
+        """Load the model again; without one, say why."""
+        name = self.origin.name
+        if not name:
+            return None, "it can't be loaded again, as it wasn't loaded by a name"
+        if identity.description["adapter"] is not None:
+            return None, f"it can't be loaded again, as {name!r} doesn't have its adapter"
+        try:
+            model = on_all_ranks(lambda: self.origin.load(identity), self.exchange)
+        except DPOFastError as error:
+            return None, f"it can't be loaded again ({str(error).rstrip('.')})"
+        self.prepare(model)
+        disable_dropout(model)
+        found = self.identify(model)
+        if found.digest != identity.digest:
+            return None, f"{name!r} is another model now ({_difference(identity, found)})"
+        self.check(model)
+        return model, ""
+
+
+@contextlib.contextmanager
+def adapter_off(model: Any) -> Iterator[None]:
+    """Inside the `with` block, the adapters of a PeftModel are off.
+
+    Afterwards the same parameters are trained as before. PEFT itself would train every parameter of
+    the active adapters, also those that were frozen by hand.
+    """
+    trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # trained biases stay on; the identity tells
+        try:
+            with model.disable_adapter():
+                yield
+        finally:
+            for parameter, requires_grad in trained:
+                parameter.requires_grad_(requires_grad)
+
+
+def _difference(wanted: ReferenceIdentity, found: ReferenceIdentity) -> str:
+    """What differs between the reference and the model that was found."""
+    named = differences(wanted.description, found.description)
+    more = len(named) - MOST_DIFFERENCES
+    return "; ".join(named[:MOST_DIFFERENCES]) + (f"; and {more} more" if more > 0 else "")

@@ -1,0 +1,89 @@
+"""Where a model was loaded from, so that it can be loaded again."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from dpofast.model.load import load_policy
+from dpofast.model.parts import causal_lm
+from dpofast.options.config import DPOConfig
+from dpofast.reference.identity.description import ReferenceIdentity
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a model was loaded from, and how.
+
+    Attributes:
+        name: the model's folder as an absolute path, or its hub name; empty if it has none, as a
+            model that was built from a config.
+        revision: commit on the hub; None for a folder.
+        config: the model's config, with all that was changed after it was read.
+        options: further arguments of `from_pretrained`.
+    """
+
+    name: str
+    revision: str | None
+    config: Any = field(repr=False, compare=False)
+    options: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, model: nn.Module, config: DPOConfig) -> Origin:
+        """The origin of a causal LM; that of the model below the adapter for a PeftModel.
+
+        Args:
+            model: the policy before step 1.
+            config: options of the run; they say how a model that was given by name was loaded.
+        """
+        own = causal_lm(model).config
+        name = str(getattr(own, "_name_or_path", "") or "")
+        if name and Path(name).expanduser().is_dir():
+            name = str(Path(name).expanduser().resolve())  # the working folder may change
+        given = config.loading_options()
+        revision = getattr(own, "_commit_hash", None) or given.pop("revision", None)
+        # Options of the config are in the model's config already, which is loaded with.
+        options = {key: value for key, value in given.items() if not hasattr(own, key)}
+        options.pop("revision", None)
+        return cls(name, revision, copy.deepcopy(own), options)
+
+    def moved_to(self, name: str, revision: str | None) -> Origin:
+        """The origin that a checkpoint names. No code that comes with that model is run."""
+        if name == self.name:
+            return replace(self, revision=revision)
+        return replace(
+            self, name=name, revision=revision, options={**self.options, "trust_remote_code": False}
+        )
+
+    def load(self, identity: ReferenceIdentity) -> Any:
+        """Load the model again, as the reference that it was.
+
+        Args:
+            identity: identity of the reference, from which the dtype and the attention are known.
+
+        Raises:
+            ModelError: the model can't be loaded.
+        """
+        options = {
+            **self.options,
+            "dtype": _dtype(identity),
+            "attn_implementation": identity.description["attention"],
+            "config": copy.deepcopy(self.config),
+        }
+        if self.revision is not None:
+            options["revision"] = self.revision
+        with torch.random.fork_rng(devices=[]):  # training goes on with the same random numbers
+            return load_policy(self.name, **options)
+
+
+def _dtype(identity: ReferenceIdentity) -> torch.dtype:
+    """The floating-point dtype that most of the reference's tensors have."""
+    counts = identity.description["tensors"]
+    dtypes = {getattr(torch, name): count for name, count in counts.items()}
+    floating = {dtype: count for dtype, count in dtypes.items() if dtype.is_floating_point}
+    return max(floating, key=lambda dtype: floating[dtype], default=torch.float32)
