@@ -16,6 +16,7 @@ from dpofast.model.parts import is_peft_model
 from dpofast.reference.build.ranks import Exchange, on_all_ranks
 from dpofast.reference.identity.description import ReferenceIdentity
 from dpofast.reference.identity.readable import differences
+from dpofast.train.first_weights import FirstWeights
 from dpofast.train.origin import Origin
 
 logger = logging.getLogger(__name__)
@@ -27,7 +28,8 @@ class FormerPolicy:
     """Finds a model that equals the policy before step 1, by its identity.
 
     It is the model below an adapter, if that was fresh when training began and only the adapter is
-    trained. Otherwise the model is loaded again from where it came.
+    trained. With any other adapter, it is the policy with the trained weights that it began with.
+    Without an adapter, or in a resumed run, the model is loaded again from where it came.
 
     Args:
         policy: the model that is trained.
@@ -51,6 +53,12 @@ class FormerPolicy:
         self.policy, self.origin = policy, origin
         self.identify, self.prepare, self.check = identify, prepare, check
         self.exchange = exchange
+        self._first_weights: FirstWeights | None = None
+
+    def remember(self, identity: ReferenceIdentity) -> None:
+        """Keep what is needed of the policy, which is the reference and about to be trained."""
+        if is_peft_model(self.policy):
+            self._first_weights = FirstWeights.of(self.policy, identity)
 
     def find(
         self, identity: ReferenceIdentity, stack: contextlib.ExitStack
@@ -66,9 +74,8 @@ class FormerPolicy:
         """
         reasons = []
         if is_peft_model(self.policy):
-            reason = self._switch_off_adapter(identity, stack)
+            reason = self._undo_adapter(identity, stack)
             if reason is None:
-                logger.info("The reference is the model below the adapter.")
                 return self.policy, ""
             reasons.append(reason)
         model, reason = self._load_again(identity)
@@ -77,26 +84,25 @@ class FormerPolicy:
             return model, ""
         return None, "; ".join([*reasons, reason])
 
-    def _switch_off_adapter(
-        self, identity: ReferenceIdentity, stack: contextlib.ExitStack
-    ) -> str | None:
-        """Switch the adapter off until `stack` ends, if the model below it is the reference.
+    def _undo_adapter(self, identity: ReferenceIdentity, stack: contextlib.ExitStack) -> str | None:
+        """Turn the policy into the reference until `stack` ends, if that is possible.
 
         Returns:
             None, or the reason why it isn't.
         """
+        first = self._first_weights
         with contextlib.ExitStack() as attempt:
-            attempt.enter_context(adapter_off(self.policy))
+            attempt.enter_context(adapter_off(self.policy) if first is None else first.put_back())
             try:
-                below = self.identify(self.policy)
+                found = self.identify(self.policy)
             except ModelError as error:
                 return f"its adapter can't be switched off ({str(error).rstrip('.')})"
-            if below.digest == identity.digest:
+            if found.digest == identity.digest:
                 stack.push(attempt.pop_all())
                 return None
-        if identity.description["adapter"] is not None:
-            return "its adapter wasn't a fresh one that changes nothing"
-        return f"below its adapter is another model now ({_difference(identity, below)})"
+        if first is None and identity.description["adapter"] is not None:
+            return "its adapter belongs to the reference, as it wasn't a fresh LoRA"
+        return f"below its adapter is another model now ({_difference(identity, found)})"
 
     def _load_again(self, identity: ReferenceIdentity) -> tuple[nn.Module | None, str]:
         """Load the model again; without one, say why."""

@@ -168,7 +168,9 @@ class RunReference:
 
     def policy_moves(self) -> None:
         """Note that the policy is about to be trained: it can't be the reference any more."""
-        self.is_gone = self.ref_model is None
+        if self.ref_model is None and not self.is_gone:
+            self._former.remember(self.identity)
+            self.is_gone = True
 
     def run_state(self, kept: bool, row_tokens: int | None) -> RunState:
         """The facts about the reference and the rows that a checkpoint records.
