@@ -39,7 +39,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.print_help()
         return EXIT_USAGE
     try:
-        _command(parsed)(parsed, overrides)
+        command = _command(parsed)
+        from dpofast.progress import bars_as_lines
+
+        with bars_as_lines():
+            command(parsed, overrides)
     except DPOFastError as error:
         _report(error)
         return EXIT_USAGE

@@ -9,6 +9,7 @@ import torch
 from safetensors import SafetensorError
 
 from dpofast.errors import ModelError
+from dpofast.progress import bars_as_lines
 
 # Options for loading weights, which a skeleton doesn't have.
 _WEIGHT_OPTIONS = {"dtype", "use_safetensors", "device_map", "low_cpu_mem_usage", "variant"}
@@ -32,7 +33,8 @@ def load_policy(name_or_path: str, **options: Any) -> Any:
         options["dtype"] = _dtype_named(options["dtype"])
     _refuse_missing_folder(name_or_path)
     try:
-        return AutoModelForCausalLM.from_pretrained(name_or_path, **options)
+        with bars_as_lines():
+            return AutoModelForCausalLM.from_pretrained(name_or_path, **options)
     except (OSError, ValueError, TypeError, ImportError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"The model {name_or_path!r} can't be loaded: {error}") from error
 

@@ -19,6 +19,7 @@ from dpofast.errors import DataError
 from dpofast.model.context import context_of, refuse_longer
 from dpofast.model.vocabulary import refuse_unknown_ids, vocabulary_of
 from dpofast.options.config import DPOConfig
+from dpofast.progress import bars_as_lines
 
 logger = logging.getLogger(__name__)
 
@@ -121,7 +122,7 @@ class PairPreparer:
         name = self._free_name(name)
         config = self.config
         # All other ranks wait for rank 0, and then find what it has downloaded.
-        with config.main_process_first(local=False, desc=f"tokenising {name}"):
+        with bars_as_lines(), config.main_process_first(local=False, desc=f"tokenising {name}"):
             pairs = load_preferences(dataset, strict=config.strict, name=name)
             pairs, report = tokenize_preferences(
                 pairs,

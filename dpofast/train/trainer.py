@@ -29,6 +29,7 @@ from dpofast.train.checkpoint.run_state import load_run_state
 from dpofast.train.clipping import ClipsExactly
 from dpofast.train.dataset import PairPreparer, RunDataset, pairs_of
 from dpofast.train.loaders import StepLoader, StepLoaders, whole_step
+from dpofast.train.logs_progress import LogsProgress
 from dpofast.train.loop_arguments import one_item_per_step
 from dpofast.train.memory import row_tokens_on_all_ranks
 from dpofast.train.micro_batches import PairLossPass, gradient_exchange
@@ -52,7 +53,7 @@ from dpofast_kernels import PairLossOutput
 logger = logging.getLogger(__name__)
 
 
-class DPOTrainer(TakesWholeSteps, ClipsExactly, Trainer):
+class DPOTrainer(TakesWholeSteps, ClipsExactly, LogsProgress, Trainer):
     """Direct Preference Optimization (Rafailov et al. 2023, arXiv:2305.18290).
 
     The signature is TRL's. Without a `ref_model`, the reference is the policy before step 1; a

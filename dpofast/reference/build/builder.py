@@ -11,9 +11,9 @@ from itertools import repeat
 from typing import Protocol
 
 import numpy as np
-from tqdm.auto import tqdm
 
 from dpofast.errors import MissingRowsError, ReferenceStoreError
+from dpofast.progress import progress_bar
 from dpofast.reference.build.answers import PairAnswers
 from dpofast.reference.build.batches import Batch, Batches
 from dpofast.reference.build.missing import why_missing
@@ -290,7 +290,7 @@ class _Build:
             description: text before the bar.
         """
         num_answers = sum(len(batch.answers) for batch in batches)
-        with tqdm(
+        with progress_bar(
             total=sum(batch.num_tokens for batch in batches),
             desc=f"{description}, {num_answers} answers",
             unit=" tokens",
