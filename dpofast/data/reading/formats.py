@@ -13,12 +13,12 @@ from dpofast.columns import ID_COLUMNS, PAIR_COLUMNS, REF_COLUMNS
 from dpofast.data.reading.implicit import split_messages, split_texts
 from dpofast.data.reading.messages import (
     Message,
-    check_answer,
+    is_empty_answer,
     is_messages,
     read_answer,
     read_messages,
 )
-from dpofast.data.reading.row_error import RowError, empty_answer, shown, text_of
+from dpofast.data.reading.row_error import RowError, shown, text_of
 
 # Columns that some format reads; all others are ignored.
 COLUMNS = (
@@ -50,11 +50,30 @@ class Pair:
     kind: str
     columns: str
     values: dict[str, Any] = field(default_factory=dict)
+    used: frozenset[str] = frozenset(COLUMNS)
 
     @property
     def identical(self) -> bool:
         _, chosen, rejected = ID_COLUMNS if self.kind == "ids" else PAIR_COLUMNS
         return bool(self.values[chosen] == self.values[rejected])
+
+    @property
+    def blank(self) -> str | None:
+        """The answer that is empty, if one is."""
+        for column in ("chosen", "rejected"):
+            answer = self.values.get(column)
+            if (isinstance(answer, str) and not answer.strip()) or (
+                isinstance(answer, list) and is_empty_answer(answer)
+            ):
+                return column
+        return None
+
+
+def read_pairs(
+    row: Mapping[str, Any], found: Sequence[str], roles: Mapping[str, str]
+) -> list[Pair]:
+    """Bring one row to the normal form."""
+    return [read_pair(row, found, roles)]
 
 
 def read_pair(row: Mapping[str, Any], found: Sequence[str], roles: Mapping[str, str]) -> Pair:
@@ -206,17 +225,11 @@ def _with_system(row: Mapping[str, Any], messages: list[Message]) -> list[Messag
 def _messages_pair(
     columns: str, prompt: list[Message], chosen: list[Message], rejected: list[Message]
 ) -> Pair:
-    check_answer(chosen, "chosen")
-    check_answer(rejected, "rejected")
     return Pair("messages", columns, {"prompt": prompt, "chosen": chosen, "rejected": rejected})
 
 
 def _answer_texts(chosen: Any, rejected: Any) -> dict[str, str]:
-    texts = {"chosen": text_of(chosen, "chosen"), "rejected": text_of(rejected, "rejected")}
-    for column, text in texts.items():
-        if not text.strip():
-            raise empty_answer(column)
-    return texts
+    return {"chosen": text_of(chosen, "chosen"), "rejected": text_of(rejected, "rejected")}
 
 
 def _read_ids(value: Any, column: str) -> list[int]:
