@@ -53,9 +53,7 @@ def read_conversation(
     refuse_weights(chosen, row.name("chosen"))
     refuse_weights(rejected, row.name("rejected"))
     values = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
-    return Pair(
-        "messages", columns, values, used | row.used("chosen", "rejected", "system")
-    )
+    return Pair("messages", columns, values, used | row.used("chosen", "rejected", "system"))
 
 
 def with_system(system: Any, messages: list[Message]) -> list[Message]:
@@ -198,8 +196,8 @@ def _is_part(turns: list[Any], of: list[Any]) -> bool:
 
 def _no_place(what: str) -> RowError:
     return RowError(
-        f"{what} says something that isn't in the conversations of chosen and rejected, and nothing "
-        f"says where it belongs; write it into both, or remove {what} to train without it"
+        f"{what} says something that isn't in the conversations of chosen and rejected, and "
+        f"nothing says where it belongs; write it into both, or remove {what} to train without it"
     )
 
 

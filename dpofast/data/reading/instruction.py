@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 from dpofast.data.reading.conversation import has_system, read_conversation
@@ -57,10 +58,8 @@ def plain_instruction(instruction: str, given: str, system: str | None = None) -
 def _read_history(value: Any) -> list[Message]:
     """Messages from the column `history`, a list of [question, answer] or its JSON."""
     if isinstance(value, str):
-        try:
+        with suppress(ValueError, RecursionError):  # refused below, because it is no list
             value = json.loads(value) if value.strip() else None
-        except (ValueError, RecursionError):
-            pass  # refused below, because it is no list
     if value is not None and not isinstance(value, list):
         raise RowError(f"history is not a list of [question, answer] but {shown(value)}")
     messages: list[Message] = []

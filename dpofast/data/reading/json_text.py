@@ -53,10 +53,11 @@ def parse_answers(
     """
     given = (chosen, rejected)
     found = [parse_messages(value, single=single) for value in given]
-    if any(map(is_messages, found)):
-        found = [[] if _is_blank(value) else value for value in found]
     printed = [_is_python(value, single) for value in found]
-    if not all(is_messages(value) or value == [] or p for value, p in zip(found, printed)):
+    if any(printed) or any(map(is_messages, found)):
+        found = [[] if _is_blank(value) else value for value in found]
+    spoken = [is_messages(value) or value == [] for value in found]
+    if not all(is_one or python for is_one, python in zip(spoken, printed, strict=True)):
         # A list of JSON texts can't be a text, so it is messages whatever the other answer is.
         first, second = (v if isinstance(v, str) else f for v, f in zip(given, found, strict=True))
         return first, second

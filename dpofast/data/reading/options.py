@@ -89,7 +89,7 @@ def refuse_media(row: Mapping[str, Any]) -> None:
         if column in row and not _holds_nothing(row[column]):
             raise RowError(
                 f"{column} holds {type(row[column]).__name__} {shown(row[column])}, but only text "
-                "can be trained on here; remove the row, or the column to train on the text without it"
+                "can be trained on here; remove the row, or remove the column to train without it"
             )
 
 

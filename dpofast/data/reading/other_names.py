@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 from dpofast.data.reading.json_text import parse_messages, refuse_python_messages
@@ -56,10 +57,8 @@ def _from_openai(values: Mapping[str, Any]) -> Row:
     """OpenAI's form: {"input": {"messages": ..., "tools": ...}, "preferred_output": ..., ...}."""
     given = values.get("input")
     if isinstance(given, str):
-        try:
+        with suppress(ValueError, RecursionError):  # refused below, because it is no object
             given = json.loads(given)
-        except (ValueError, RecursionError):
-            pass  # refused below
     if not isinstance(given, Mapping) or given.get("messages") is None:
         raise RowError(
             f"input is not an object with messages but {shown(given)}; preferred_output needs "
@@ -102,9 +101,7 @@ def _from_swift(
         return Row({**taken, "chosen": conversation}, names, sources)
     end = _after_last_question(conversation, column, roles)
     taken.update(messages=conversation[:end], chosen=conversation[end:])
-    return Row(
-        taken, {**names, "messages": column}, {**sources, "messages": frozenset({column})}
-    )
+    return Row(taken, {**names, "messages": column}, {**sources, "messages": frozenset({column})})
 
 
 def _after_last_question(conversation: Any, column: str, roles: Mapping[str, str]) -> int:
@@ -122,8 +119,9 @@ def _after_last_question(conversation: Any, column: str, roles: Mapping[str, str
         if ends and ends[-1] < len(conversation):
             return ends[-1]
     raise RowError(
-        f"{column} doesn't end with an answer to the user, which rejected_response needs beside it; "
-        f"end it with the chosen answer, or name that with columns={{'chosen': 'your_column'}}"
+        f"{column} doesn't end with an answer to the user, but with rejected_response it holds the "
+        "chosen answer; put that at its end, or name its column with "
+        "columns={'chosen': 'your_column', 'rejected': 'rejected_response'}"
     )
 
 

@@ -35,7 +35,7 @@ class Pair:
 
     @property
     def blank(self) -> str | None:
-        """"chosen" or "rejected" if that answer has no text and no tool call, otherwise None."""
+        """ "chosen" or "rejected" if that answer has no text and no tool call, otherwise None."""
         for name, column in zip(PAIR_COLUMNS[1:], self._columns[1:], strict=True):
             answer = self.values[column]
             if self.kind == "messages":

@@ -25,14 +25,13 @@ def read_tokenised(row: Mapping[str, Any]) -> Pair | None:
         RowError: the ids, masks or labels can't be used.
     """
     if all(row.get(column) is not None for column in ID_COLUMNS):
-        ids = {column: _read_ids(row[column], column) for column in ID_COLUMNS}
-        return _pair("tokenised prompt_ids", ids, ID_COLUMNS)
+        values = {column: _read_ids(row[column], column) for column in ID_COLUMNS}
+        return Pair("ids", "tokenised prompt_ids", values, frozenset(ID_COLUMNS))
     if any(row.get(column) is None for column in OLD_ID_COLUMNS):
+        _require_all(row)
         return None
     prompt, *answers = (_read_ids(row[column], column) for column in OLD_ID_COLUMNS)
-    for ids, column, mask in zip(
-        (prompt, *answers), OLD_ID_COLUMNS, MASK_COLUMNS, strict=True
-    ):
+    for ids, column, mask in zip((prompt, *answers), OLD_ID_COLUMNS, MASK_COLUMNS, strict=True):
         _check_mask(row.get(mask), mask, ids, column)
     labels = [row.get(column) for column in LABEL_COLUMNS]
     if all(value is not None for value in labels):
@@ -42,16 +41,25 @@ def read_tokenised(row: Mapping[str, Any]) -> Pair | None:
         raise RowError(f"there is only one of {' and '.join(LABEL_COLUMNS)}; give both or neither")
     elif all(answer[: len(prompt)] == prompt for answer in answers):
         raise RowError(
-            "chosen_input_ids and rejected_input_ids both begin with all of prompt_input_ids, so it "
-            "isn't clear whether the prompt is repeated; remove it from them, or keep their labels"
+            "chosen_input_ids and rejected_input_ids both begin with all of prompt_input_ids, and "
+            "nothing says whether they repeat the prompt; remove it from them, or give the labels, "
+            "too (chosen_labels, rejected_labels)"
         )
-    ids = dict(zip(ID_COLUMNS, (prompt, *answers), strict=True))
-    used = (*OLD_ID_COLUMNS, *MASK_COLUMNS, *LABEL_COLUMNS)
-    return _pair("tokenised prompt_input_ids", ids, used)
+    used = frozenset((*OLD_ID_COLUMNS, *MASK_COLUMNS, *LABEL_COLUMNS))
+    values = dict(zip(ID_COLUMNS, (prompt, *answers), strict=True))
+    return Pair("ids", "tokenised prompt_input_ids", values, used)
 
 
-def _pair(columns: str, ids: dict[str, list[int]], used: tuple[str, ...]) -> Pair:
-    return Pair("ids", columns, dict(ids), frozenset(used))
+def _require_all(row: Mapping[str, Any]) -> None:
+    """Refuse a row with some of the columns of ids and nothing else to read."""
+    if row.get("chosen") is not None or row.get("rejected") is not None:
+        return
+    for columns in (ID_COLUMNS, OLD_ID_COLUMNS):
+        missing = [column for column in columns if row.get(column) is None]
+        if any(column not in missing for column in columns[1:]) and missing:
+            raise RowError(
+                f"a tokenised row needs {', '.join(columns)}, and has no {', '.join(missing)}"
+            )
 
 
 def _read_ids(value: Any, column: str) -> list[int]:
@@ -86,7 +94,7 @@ def _scored(prompt: list[int], ids: list[int], labels: list[int], name: str) -> 
     answer = ids[len(prompt) :] if repeated else ids
     if labels[len(ids) - len(answer) :] != answer:
         raise RowError(
-            f"{name} doesn't score exactly the answer: expected the ids that follow the prompt, and "
-            f"{_IGNORED} for the prompt if the ids repeat it"
+            f"{name} doesn't score exactly the answer: expected the ids that follow the prompt, "
+            f"and {_IGNORED} for the prompt if the ids repeat it"
         )
     return answer
