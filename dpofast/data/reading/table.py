@@ -11,9 +11,10 @@ import pyarrow as pa
 
 from dpofast.columns import PAIR_COLUMNS
 from dpofast.data.reading.bad_rows import BadRows
-from dpofast.data.reading.formats import Pair, read_pairs
+from dpofast.data.reading.formats import read_pairs
 from dpofast.data.reading.messages import CALLS, encode_messages
 from dpofast.data.reading.normal_form import OPTIONAL_TYPES, PAIR_TYPES, SourceNotes
+from dpofast.data.reading.pair import Pair
 from dpofast.data.reading.reasons import BAD_ROW, EMPTY
 from dpofast.data.reading.records import BATCH_ROWS, Record
 from dpofast.data.reading.row_error import STRICT_REMEDY, RowError, empty_answer
