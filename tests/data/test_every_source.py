@@ -143,12 +143,15 @@ def json_sources(rows: list[dict[str, Any]], folder: Path) -> dict[str, Any]:
         writer.writeheader()
         writer.writerows({name: json.dumps(value) for name, value in row.items()} for row in rows)
     # A column of JSON, as `datasets` and the hub have it.
-    table = pa.table({
-        name: pa.array(
-            [None if row.get(name) is None else json.dumps(row[name]) for row in rows], pa.string()
-        ).cast(pa.json_())
-        for name in names
-    })
+    table = pa.table(
+        {
+            name: pa.array(
+                [None if row.get(name) is None else json.dumps(row[name]) for row in rows],
+                pa.string(),
+            ).cast(pa.json_())
+            for name in names
+        }
+    )
     pa.parquet.write_table(table, folder / "json.parquet")
     files = {path.name: path for path in folder.iterdir()}
     return {"list": rows, "Dataset of JSON": datasets.Dataset(table), **files}

@@ -7,6 +7,7 @@ chat template unchanged. Only messages with the keys `from` and `value` (ShareGP
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -33,6 +34,10 @@ ROLES = {
     "function_response": "tool",
     "ipython": "ipython",
 }
+# A list of blocks that was turned into text, by Python or as JSON.
+_PRINTED_BLOCKS = re.compile(
+    r"\s*\[\s*\{\s*(['\"])type\1\s*:\s*(['\"])(text|image|image_url)\2\s*,.*\}\s*\]\s*", re.DOTALL
+)
 # Fields with which a message says something even if its content is null or empty.
 CALLS = ("tool_calls", "function_call")
 
@@ -130,7 +135,10 @@ def _read_message(item: Any, what: str, roles: Mapping[str, str]) -> Message:
     if isinstance(message.get("content"), list):
         message["content"] = [_read_block(block, what) for block in message["content"]]
     elif message.get("content") is not None:
-        text_of(message["content"], f"content of {what}")
+        if _PRINTED_BLOCKS.fullmatch(text_of(message["content"], f"content of {what}")):
+            raise RowError(
+                f"the content of {what} is a list of blocks written as text; write the list itself"
+            )
     elif not any(map(message.get, CALLS)):
         raise RowError(f"the content of {what} is null or missing; give it a text")
     try:
