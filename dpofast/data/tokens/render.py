@@ -129,7 +129,10 @@ def _with_blocks(parts: list[list[Message]], render: Render) -> PairTexts:
 
 
 def _without_none(parts: list[list[Message]], render: Render) -> PairTexts:
-    """Render messages, and refuse a content of null that the template writes as "None"."""
+    """Render messages, and refuse a content of null that the template writes as "None".
+
+    Newer versions of transformers leave such a content out before they render.
+    """
     texts = render(parts)
     if not any(m.get("content", "") is None for part in parts for m in part):
         return texts

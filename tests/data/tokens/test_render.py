@@ -7,6 +7,8 @@ import logging
 import pytest
 
 from dpofast.data import load_preferences, tokenize_preferences
+from dpofast.data.reading.row_error import RowError
+from dpofast.data.tokens.render import render_pair_texts
 from dpofast.errors import DataError
 from tests.data.builders import CHAT_TEMPLATE, assistant, byte_bpe, system, user
 
@@ -83,19 +85,22 @@ def test_a_text_that_looks_like_a_block_is_only_text():
 CALL = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f"}}]}
 
 
+class OldTokenizer:
+    """Renders a null as older versions of transformers do; newer ones leave the field out."""
+
+    chat_template = "not empty"
+
+    def apply_chat_template(self, messages, **_):
+        return "".join(f"<{m['role']}>{m['content']}" for m in messages)
+
+
 def test_a_null_content_that_is_written_as_none_is_refused():
     row = {"prompt": [user("None of them?"), CALL, user("so?")], "chosen": "a", "rejected": "b"}
-    with pytest.raises(DataError, match=r"row 0 .*which is null, as 'None'"):
-        tokenise([row], TEXT_ONLY["tilde"])
-    texts, _ = tokenise([row], "{{ m['content'] or '' }}")
-    assert texts[0][0].startswith("<|user|>None of them?</s><|assistant|></s>")
-
-
-def test_a_missing_content_is_not_null():
-    bare = {name: value for name, value in CALL.items() if name != "content"}
-    row = {"prompt": [user("a"), bare, user("so?")], "chosen": "a", "rejected": "b"}
-    texts, _ = tokenise([row], "{{ m['content'] }}{{ 'content' in m }}")
-    assert texts[0][0].startswith("<|user|>aTrue</s><|assistant|>False</s>")
+    (loaded,) = load_preferences([row])
+    with pytest.raises(RowError, match="which is null, as 'None'"):
+        render_pair_texts(loaded, OldTokenizer())
+    (loaded,) = load_preferences([{**row, "prompt": [user("None of them?"), user("so?")]}])
+    assert render_pair_texts(loaded, OldTokenizer()).prompt == "<user>None of them?<user>so?"
 
 
 @pytest.mark.parametrize("quote", ["'", '"'])
