@@ -100,12 +100,26 @@ def is_empty_answer(messages: list[Message]) -> bool:
     )
 
 
-def encode_messages(messages: Iterable[Message]) -> list[str]:
+def encode_messages(messages: Iterable[Message], what: str) -> list[str]:
     """The messages as the normal form stores them: each one as JSON text.
 
     Structs of Arrow would give every message the fields of all messages, with nulls.
+
+    Args:
+        messages: the messages.
+        what: name of their column, used in errors.
+    Raises:
+        RowError: a message has a field that isn't plain JSON, or that can't be stored as text.
     """
-    return [json.dumps(message, ensure_ascii=False) for message in messages]
+    stored = []
+    for index, message in enumerate(messages):
+        try:
+            stored.append(text_of(json.dumps(message, ensure_ascii=False), f"{what}[{index}]"))
+        except (TypeError, ValueError, RecursionError) as error:
+            raise RowError(
+                f"{what}[{index}] has a field that is not plain JSON ({error})"
+            ) from None
+    return stored
 
 
 def decode_messages(stored: Iterable[str]) -> list[Message]:
@@ -141,11 +155,6 @@ def _read_message(item: Any, what: str, roles: Mapping[str, str]) -> Message:
             )
     elif not any(map(message.get, CALLS)):
         raise RowError(f"the content of {what} is null or missing; give it a text")
-    try:
-        # Half a surrogate pair in a field would be refused here, too.
-        text_of(json.dumps(message, ensure_ascii=False), what)
-    except (TypeError, ValueError, RecursionError) as error:
-        raise RowError(f"{what} has a field that is not plain JSON ({error})") from None
     return message
 
 

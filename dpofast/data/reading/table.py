@@ -160,7 +160,7 @@ class TableBuilder:
             for column in PAIR_COLUMNS:
                 for message in row[column]:
                     self._message_fields |= _filled(message)
-                row[column] = encode_messages(row[column])
+                row[column] = encode_messages(row[column], column)
         if self.again and record.values.get("source") is not None:
             row["source"] = record.values["source"]
         self._optional.update(column for column in row if column in OPTIONAL_TYPES)
