@@ -6,6 +6,7 @@ import contextlib
 import logging
 import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -111,17 +112,22 @@ class FormerPolicy:
             return None, "it can't be loaded again, as it wasn't loaded by a name"
         if identity.description["adapter"] is not None:
             return None, f"it can't be loaded again, as {name!r} doesn't have its adapter"
-        try:
-            model = on_all_ranks(lambda: self.origin.load(identity), self.exchange)
-        except DPOFastError as error:
-            return None, f"it can't be loaded again ({str(error).rstrip('.')})"
-        self.prepare(model)
-        disable_dropout(model)
-        found = self.identify(model)
-        if found.digest != identity.digest:
-            return None, f"{name!r} is another model now ({_difference(identity, found)})"
-        self.check(model)
-        return model, ""
+        reason = ""
+        for dtype in self.origin.dtypes(identity):
+            try:
+                load = partial(self.origin.load, identity, dtype)
+                model = on_all_ranks(load, self.exchange)
+            except DPOFastError as error:
+                return None, f"it can't be loaded again ({str(error).rstrip('.')})"
+            self.prepare(model)
+            disable_dropout(model)
+            found = self.identify(model)
+            if found.digest == identity.digest:
+                self.check(model)
+                return model, ""
+            reason = reason or f"{name!r} is another model now ({_difference(identity, found)})"
+            del model  # before the next one takes its memory
+        return None, reason
 
 
 @contextlib.contextmanager

@@ -60,25 +60,42 @@ class Origin:
             self, name=name, revision=revision, options={**self.options, "trust_remote_code": False}
         )
 
-    def load(self, identity: ReferenceIdentity) -> Any:
+    def load(self, identity: ReferenceIdentity, dtype: torch.dtype | None = None) -> Any:
         """Load the model again, as the reference that it was.
 
         Args:
             identity: identity of the reference, from which the dtype and the attention are known.
+            dtype: dtype to load in, before the model is cast to that of the reference; None to load
+                in the reference's own.
 
         Raises:
             ModelError: the model can't be loaded.
         """
+        scored_in = _dtype(identity)
         options = {
             **self.options,
-            "dtype": _dtype(identity),
+            "dtype": dtype or scored_in,
             "attn_implementation": identity.description["attention"],
             "config": copy.deepcopy(self.config),
         }
         if self.revision is not None:
             options["revision"] = self.revision
         with torch.random.fork_rng(devices=[]):  # training goes on with the same random numbers
-            return load_policy(self.name, **options)
+            model = load_policy(self.name, **options)
+        return model if dtype is None else model.to(scored_in)
+
+    def dtypes(self, identity: ReferenceIdentity) -> list[torch.dtype | None]:
+        """The values of `dtype` in `load` that can give the reference, the likeliest first.
+
+        A model that was cast after it was loaded has other roundings than one that was loaded in
+        its present dtype, also in buffers that aren't saved. Its config still has the dtype that it
+        was loaded in.
+        """
+        scored_in = _dtype(identity)
+        first = getattr(self.config, "dtype", None)
+        if not isinstance(first, torch.dtype) or first == scored_in == torch.float32:
+            return [None]
+        return [None, first]
 
 
 def _dtype(identity: ReferenceIdentity) -> torch.dtype:

@@ -169,6 +169,19 @@ def test_after_full_training_the_reference_is_loaded_again(folder, monkeypatch, 
     assert len(losses) == 6
 
 
+@pytest.mark.parametrize("loaded", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("cast", [torch.float32, torch.bfloat16])
+def test_a_model_that_was_cast_after_loading_is_loaded_and_cast_again(folder, loaded, cast):
+    def policy():
+        return AutoModelForCausalLM.from_pretrained(folder / "model", dtype=loaded).to(cast)
+
+    expected = logps_before(folder, policy())
+    trainer = make_trainer(folder, policy(), options={"max_steps": 1})
+    trainer.train()
+    trainer.evaluate(LATER)
+    np.testing.assert_array_equal(later_logps(trainer), expected)
+
+
 @pytest.mark.parametrize("kind", ["full", "adapter"])
 def test_a_new_dataset_during_training_changes_no_weight(folder, kind):
     """The weights are those of a run that knew the dataset from the start, random numbers too."""
