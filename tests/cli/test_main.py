@@ -42,11 +42,13 @@ def test_exit_code_of_the_process() -> None:
     )
 
 
-def test_the_log_of_a_run_has_few_lines_and_no_bars(tmp_path: Path, model_folder: Path) -> None:
-    result = run_process("-m", "dpofast", *run_arguments(tmp_path, model_folder))
-    assert result.returncode == 0
-    assert "\r" not in result.stdout + result.stderr
-    bars = [line for line in result.stderr.splitlines() if "%" in line and "/" in line]
+def test_the_log_of_a_run_has_few_lines_and_no_bars(
+    tmp_path: Path, model_folder: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert main(run_arguments(tmp_path, model_folder)) == 0
+    captured = capfd.readouterr()
+    assert "\r" not in captured.out + captured.err
+    bars = [line for line in captured.err.splitlines() if "%" in line and "/" in line]
     assert len(bars) == 1
     assert bars[0].startswith("reference log-probs (train), 12 answers: 100% ")
 

@@ -118,3 +118,21 @@ def test_a_quiet_modules_mode_survives_an_error_in_its_forward():
     with pytest.raises(RuntimeError):
         router(torch.zeros(2, 3))
     assert router.training
+
+
+def test_the_best_experts_have_the_gradient_that_a_draw_of_them_has(monkeypatch):
+    """Eval mode computes PhiMoE's function without the noise, and its estimate of the gradient."""
+    router = noisy_model("drawn experts").double().model.layers[0].mlp.router
+    states = torch.randn(7, 32, dtype=torch.float64)
+    goal = torch.randn(7, 2, dtype=torch.float64)
+    monkeypatch.setattr(torch.Tensor, "exponential_", lambda tensor: tensor.fill_(1.0))
+    found = []
+    for mode in (True, False):
+        router.train(mode).zero_grad()
+        _, weights, experts = router(states)
+        (weights * goal).sum().backward()
+        found.append((weights.detach(), experts, router.weight.grad))
+    (weights, experts, gradient), (best_weights, best, best_gradient) = found
+    assert torch.equal(experts, best)
+    torch.testing.assert_close(weights, best_weights, rtol=1e-12, atol=0)
+    torch.testing.assert_close(gradient, best_gradient, rtol=1e-10, atol=1e-14)

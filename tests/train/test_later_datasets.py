@@ -88,7 +88,17 @@ OTHER_ADAPTERS = {
 }
 
 
-@pytest.mark.parametrize("name", OTHER_ADAPTERS)
+# The others take the same way, and seconds together.
+FAST_ADAPTERS = ("biases of the base", "rows of the embedding", "taken out of the base", "dora")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[] if name in FAST_ADAPTERS else pytest.mark.slow)
+        for name in OTHER_ADAPTERS
+    ],
+)
 def test_any_other_adapter_gets_back_what_it_began_with(tmp_path, name):
     peft = pytest.importorskip("peft", reason="needs the extra `peft`")
     adapter = OTHER_ADAPTERS[name](peft)
