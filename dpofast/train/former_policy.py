@@ -100,6 +100,8 @@ class FormerPolicy:
                 return f"its adapter can't be switched off ({str(error).rstrip('.')})"
             if found.digest == identity.digest:
                 stack.push(attempt.pop_all())
+                where = "below the adapter" if first is None else "with the weights it began with"
+                logger.info("The reference is the model %s.", where)
                 return None
         if first is None and identity.description["adapter"] is not None:
             return "its adapter belongs to the reference, as it wasn't a fresh LoRA"

@@ -64,6 +64,7 @@ class RunReference:
     Attributes:
         is_gone: whether the reference isn't at hand any more: it was the policy before step 1, or a
             checkpoint names another one.
+        disables_dropout: whether the policy is meant to be without noise.
         random_modules: modules of the policy that are random in training mode though its dropouts
             are 0, by name; known once `settle` was called.
     """
@@ -82,6 +83,7 @@ class RunReference:
         self.accelerator, self.layout, self.router_loss = accelerator, layout, router_loss
         num_pairs = config.precompute_ref_batch_size or config.per_device_train_batch_size
         self.num_answers = 2 * num_pairs  # in a forward pass, if no limit in tokens is given
+        self.disables_dropout = config.disable_dropout
         self.is_gone = False
         self.random_modules: dict[str, nn.Module] = {}
         self._identity: ReferenceIdentity | None = None

@@ -42,6 +42,7 @@ class StepZeroCheck:
         self.policy, self.loss = policy, loss
         self.autocast = reference.accelerator.autocast
         self.tolerance = TOLERANCE[reference.dtype()]
+        self.wants_noise = not reference.disables_dropout
 
     @classmethod
     def of(cls, policy: nn.Module, reference: RunReference, loss: PairLoss) -> StepZeroCheck | None:
@@ -64,7 +65,7 @@ class StepZeroCheck:
         lengths = batch.bounds.diff()  # [2P]
         logratios = output.logps.cpu() - batch.ref_logps.cpu()  # [2P]
         per_token = self._per_token(logratios, batch)
-        if per_token <= self.tolerance:
+        if per_token <= self.tolerance or (self.wants_noise and self._is_random(batch)):
             return
         got, expected = (
             self.loss.pair_loss(chosen, rejected, lengths.view(-1, 2))[0].mean().item()
@@ -86,28 +87,38 @@ class StepZeroCheck:
     def _reason(self, batch: PackedPairs) -> str:
         """Finds out whether the policy itself explains log-ratios that aren't zero."""
         kind = type(causal_lm(self.policy)).__name__
-        if not spread(self.policy.parameters()):  # their hooks would count the passes
-            assert batch.ref_logps is not None
-            with training_mode_for_a_look(self.policy):
-                first, second = self._logps(batch), self._logps(batch)
-                with evaluating(self.policy):
-                    at_rest = self._logps(batch)
-            if self._per_token(first - second, batch) > self.tolerance:
-                return (
-                    f"{kind} is random in training mode, as two passes over this batch differ. "
-                    "Set that noise to 0 in the model's config, or disable_dropout: false to "
-                    "train with it."
-                )
-            if self._per_token(at_rest - batch.ref_logps.cpu(), batch) <= self.tolerance:
-                return (
-                    f"{kind} computes something else in training mode than in eval mode, in which "
-                    "the reference is scored. Please report this model type."
-                )
+        if self._is_random(batch):
+            return (
+                f"{kind} is random in training mode, as two passes over this batch differ. Set "
+                "that noise to 0 in the model's config, or disable_dropout: false to train with it."
+            )
+        if self._equals_at_rest(batch):
+            return (
+                f"{kind} computes something else in training mode than in eval mode, in which the "
+                "reference is scored. Please report this model type."
+            )
         return (
             "the reference log-probs are not those of this model on these tokens. Was the model "
             "changed after the trainer was made? Otherwise check the store with `dpofast ref "
             "verify`."
         )
+
+    def _is_random(self, batch: PackedPairs) -> bool:
+        """Whether two passes in training mode differ; False where ZeRO-3's hooks count passes."""
+        if spread(self.policy.parameters()):
+            return False
+        with training_mode_for_a_look(self.policy):
+            first, second = self._logps(batch), self._logps(batch)
+        return self._per_token(first - second, batch) > self.tolerance / 10
+
+    def _equals_at_rest(self, batch: PackedPairs) -> bool:
+        """Whether the policy has the reference's log-probs in eval mode."""
+        if spread(self.policy.parameters()):
+            return False
+        assert batch.ref_logps is not None
+        with evaluating(self.policy):
+            difference = self._logps(batch) - batch.ref_logps.cpu()
+        return self._per_token(difference, batch) <= self.tolerance
 
     def _logps(self, batch: PackedPairs) -> Tensor:
         """[2P] fp64: log-probs of the batch's answers in the policy's present mode, on the CPU."""

@@ -55,7 +55,8 @@ ADAPTERS = {
 
 
 @pytest.mark.parametrize("name", ADAPTERS)
-def test_with_a_fresh_adapter_the_model_below_it_is_the_reference(tmp_path, name):
+def test_with_a_fresh_adapter_the_model_below_it_is_the_reference(tmp_path, name, caplog):
+    caplog.set_level("INFO", logger="dpofast")
     adapter = lora(**ADAPTERS[name])
     expected = logps_before(tmp_path, tiny_llama(), peft_config=adapter)
     options = {"gradient_checkpointing": name == "attention"}
@@ -67,6 +68,7 @@ def test_with_a_fresh_adapter_the_model_below_it_is_the_reference(tmp_path, name
     modes = [module.training for module in trainer.model.modules()]
     metrics = trainer.evaluate(LATER)
     np.testing.assert_array_equal(later_logps(trainer), expected)
+    assert "The reference is the model below the adapter." in caplog.messages
     assert metrics["eval_logratios/chosen"] != pytest.approx(0, abs=1e-3), "the adapter is back"
     assert [module.training for module in trainer.model.modules()] == modes
     for parameter, (trained, value) in zip(trainer.model.parameters(), state, strict=True):

@@ -43,7 +43,10 @@ def test_unknown_noise_is_trained_with_if_dropout_is_wanted(tmp_path):
 def test_noise_that_only_longer_sequences_get_is_named_at_the_first_batch(tmp_path):
     noise = Noise(0.5)
     noise.limit = 14  # tokens of a row; the look at the start takes fewer
-    trainer = make_trainer(tmp_path, behind_the_first_mlp(tiny_llama(), noise))
+    model = behind_the_first_mlp(tiny_llama(), noise)
+    wanted = make_trainer(tmp_path, model, options={"disable_dropout": False, "max_steps": 1})
+    wanted.train()
+    trainer = make_trainer(tmp_path, model)
     with pytest.raises(ModelError, match=r"first batch.*LlamaForCausalLM is random in training"):
         trainer.train()
 
