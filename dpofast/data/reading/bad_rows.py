@@ -4,10 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from dpofast.errors import DataError
+from dpofast.errors import ConfigError, DataError
 
 SHOWN_ROWS = 10  # rows that an error names
 SKIP_REMEDY = "skip_bad_rows: true leaves such rows out"
+
+
+def check_strictness(strict: bool, skip_bad_rows: bool) -> None:
+    """Raise ConfigError if bad rows are to stop the run and to be skipped at once."""
+    if strict and skip_bad_rows:
+        raise ConfigError(
+            "skip_bad_rows leaves out rows at which strict stops; set only one of the two."
+        )
 
 
 @dataclass

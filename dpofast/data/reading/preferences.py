@@ -8,6 +8,7 @@ from typing import Any
 
 import datasets
 
+from dpofast.data.reading.bad_rows import check_strictness
 from dpofast.data.reading.formats import COLUMNS
 from dpofast.data.reading.normal_form import is_normal_form, normal_form, source_notes
 from dpofast.data.reading.sources import read_records
@@ -61,14 +62,6 @@ def load_preferences(
     table = builder.build(records, name or _name_of(source))
     notes = builder.notes()
     return normal_form(table, notes.merged(source_notes(source)) if again else notes)
-
-
-def check_strictness(strict: bool, skip_bad_rows: bool) -> None:
-    """Raise ConfigError if bad rows are to stop the run and to be skipped at once."""
-    if strict and skip_bad_rows:
-        raise ConfigError(
-            "skip_bad_rows leaves out rows at which strict stops; set only one of the two."
-        )
 
 
 def _name_of(source: Any) -> str:

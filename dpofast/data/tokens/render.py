@@ -152,13 +152,18 @@ def texts_missing(parts: list[list[Message]], texts: PairTexts) -> list[Message]
     prompt, *answers = parts
     missing = []
     for answer, whole in zip(answers, (texts.with_chosen, texts.with_rejected), strict=True):
-        joined = "".join(whole.split())
-        missing += [
-            message
-            for message in (*prompt, *answer)
-            if "".join(content_text(message.get("content")).split()) not in joined
-        ]
+        joined = _without_blanks(whole)
+        for message in (*prompt, *answer):
+            text = content_text(message.get("content"))
+            # Some templates write a content as JSON.
+            forms = (text, *(json.dumps(text, ensure_ascii=a)[1:-1] for a in (False, True)))
+            if not any(_without_blanks(form) in joined for form in forms):
+                missing.append(message)
     return missing
+
+
+def _without_blanks(text: str) -> str:
+    return "".join(text.split())
 
 
 def _blocks_as_python(parts: list[list[Message]], texts: PairTexts) -> bool:

@@ -11,9 +11,9 @@ import datasets
 import pyarrow as pa
 
 from dpofast.columns import ID_COLUMNS, REF_COLUMNS
-from dpofast.data.reading.bad_rows import BadRows
+from dpofast.data.reading.bad_rows import BadRows, check_strictness
 from dpofast.data.reading.normal_form import is_normal_form, source_notes
-from dpofast.data.reading.preferences import check_strictness, load_preferences
+from dpofast.data.reading.preferences import load_preferences
 from dpofast.data.reading.reasons import EMPTY
 from dpofast.data.reading.records import place_of_row
 from dpofast.data.reading.row_error import STRICT_REMEDY, RowError
@@ -163,7 +163,8 @@ class PairTokenizer:
             DataError: the row has no pair, or can't be tokenised.
         """
         if row.get("left_out"):
-            raise self._at_row(row, RowError(row.get("problem") or f"{row['left_out']}"))
+            why = row.get("problem") or row["left_out"]
+            raise self._at_row(row, RowError(f"the row is left out of training: {why}"))
         (split,) = self._split([row])
         if isinstance(split, RowError):
             raise self._at_row(row, split)
