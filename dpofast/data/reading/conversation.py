@@ -77,12 +77,6 @@ def has_system(system: Any) -> bool:
     return system is not None and bool(text_of(system, "system").strip())
 
 
-def holds(messages: list[Message], text: str) -> bool:
-    """Whether `text` is a part of what `messages` say one after the other, white space aside."""
-    said = "".join(content_text(message.get("content")) for message in messages)
-    return "".join(text.split()) in "".join(said.split())
-
-
 def _read_answer(value: Any, what: str, roles: Mapping[str, str]) -> list[Message]:
     if isinstance(value, list | tuple) and not value:
         return []
@@ -106,7 +100,7 @@ def _divide(
         return given, chosen, rejected
     size = len(common)
     if isinstance(prompt, str):
-        if not holds(common, prompt):
+        if not _holds(common, prompt):
             raise _no_place(what)
         before = []
     else:
@@ -187,6 +181,12 @@ def _said(message: Message) -> tuple[str, str, str]:
     """What a message says, apart from white space and fields that don't matter for a quotation."""
     calls = json.dumps([message.get(name) or None for name in CALLS], sort_keys=True)
     return speaker(message), content_text(message.get("content")).strip(), calls
+
+
+def _holds(messages: list[Message], text: str) -> bool:
+    """Whether `text` is a part of what `messages` say one after the other, white space aside."""
+    said = "".join(content_text(message.get("content")) for message in messages)
+    return "".join(text.split()) in "".join(said.split())
 
 
 def _is_part(turns: list[Any], of: list[Any]) -> bool:

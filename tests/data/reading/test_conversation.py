@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from dpofast.data.reading.formats import read_pairs
 from dpofast.data.reading.row_error import RowError
 from tests.data.builders import assistant, system, user
 
+ROLES = ("system", "user", "assistant", "tool")
 A, B = [assistant("4")], [assistant("5")]
 TURNS = [user("Hi"), assistant("Yes?"), user("2+2?")]
 
@@ -187,3 +190,56 @@ def test_an_answer_that_only_calls_a_tool_is_not_empty():
 def test_an_empty_last_message_of_whole_conversations_is_an_empty_answer():
     pair = read({"chosen": [*TURNS, assistant("")], "rejected": [*TURNS, *B]})
     assert (pair.blank, pair.values["prompt"]) == ("chosen", TURNS)
+
+
+says = st.sampled_from(["a", "b", "c", "a b"])
+turn = st.builds(lambda role, text: {"role": role, "content": text}, st.sampled_from(ROLES), says)
+turns = st.lists(turn, max_size=4)
+rows = st.fixed_dictionaries(
+    {"chosen": turns, "rejected": turns},
+    optional={
+        "prompt": st.one_of(says, turns.filter(bool)),
+        "messages": turns.filter(bool),
+        "system": st.one_of(st.none(), says),
+    },
+)
+
+
+@st.composite
+def whole_rows(draw):
+    """Whole conversations beside a prompt with something of theirs and something else."""
+    start = [*draw(st.lists(turn, max_size=1)), user("a"), *draw(turns)]
+    first, last = sorted(draw(st.tuples(*[st.integers(0, len(start))] * 2)))
+    prompt = [*draw(st.lists(turn, max_size=2)), *start[first:last]] or [system("c")]
+    text = "\n".join(message["content"] for message in prompt)
+    row = whole(*start) | {draw(st.sampled_from(["prompt", "messages"])): prompt}
+    return row | draw(st.sampled_from([{}, {"prompt": text}, {"system": "c"}]))
+
+
+def told(messages):
+    return [(message["role"], message["content"]) for message in messages]
+
+
+@settings(deadline=None, max_examples=400)
+@given(st.one_of(rows, whole_rows()))
+def test_every_message_is_used_or_refused(row):
+    try:
+        pair = read(row)
+    except RowError:
+        return
+    if pair.blank:
+        return
+    prompt, chosen, rejected = (told(pair.values[c]) for c in ("prompt", "chosen", "rejected"))
+    for column, answer in (("chosen", chosen), ("rejected", rejected)):
+        pairs = told(row[column])
+        assert pairs == (prompt + answer)[-len(pairs) :], "each conversation is there as it was"
+    for column in pair.used & {"prompt", "messages"} & set(row):
+        if isinstance(row[column], str):
+            said = "".join(text for _, text in prompt)
+            assert "".join(row[column].split()) in "".join(said.split())
+        else:
+            assert set(told(row[column])) <= set(prompt + chosen + rejected)
+    if row.get("system"):
+        assert prompt[0] == ("system", row["system"])
+    normal = {column: pair.values[column] for column in ("prompt", "chosen", "rejected")}
+    assert read(normal).values == normal, "the pair reads as itself"

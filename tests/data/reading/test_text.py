@@ -55,9 +55,12 @@ def test_an_empty_answer_is_named_and_no_error(empty):
     assert read(ROW).blank is read(IMPLICIT).blank is None
 
 
-def test_input_beside_answers_without_a_prompt():
-    quoted = read({**IMPLICIT, "input": "2+2?"})
+@pytest.mark.parametrize("column", ["input", "question", "query"])
+def test_a_question_beside_answers_without_a_prompt(column):
+    quoted = read({**IMPLICIT, column: "2+2?"})
     assert quoted.values["prompt"] == HH
-    assert "input" in quoted.used
-    with pytest.raises(RowError, match=r"columns=\{'prompt': 'input'\}"):
-        read({**IMPLICIT, "input": "What is 2+2?"})
+    assert column in quoted.used
+    row = {"chosen": "The sky is blue.", "rejected": "The sky is red.", column: None}
+    assert read(row).values["prompt"] == "The sky is"
+    with pytest.raises(RowError, match=rf"columns=\{{'prompt': '{column}'\}}"):
+        read({**row, column: "What colour is the sky?"})
