@@ -9,7 +9,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from dpofast.columns import PAIR_COLUMNS
+from dpofast.columns import ID_COLUMNS, PAIR_COLUMNS
 from dpofast.data.reading.bad_rows import BadRows
 from dpofast.data.reading.formats import read_pairs
 from dpofast.data.reading.messages import CALLS, encode_messages
@@ -51,6 +51,7 @@ class TableBuilder:
         self._bad = BadRows()
         self._rows_read = 0
         self._form: tuple[str, str] | None = None  # kind and format that all pairs must share
+        self._kind_without_pairs = "text"
         self._filled: dict[str, None] = {}  # columns of the source with a value, in their order
         self._used = {"row", *OPTIONAL_TYPES} if again else {"row"}
         self._message_fields: dict[str, None] = {}  # fields of messages, in their order
@@ -137,6 +138,8 @@ class TableBuilder:
         if not result:  # the row was left out when the source was read for the first time
             if self.strict or record.values.get("problem"):
                 raise RowError(record.values.get("problem") or record.values["left_out"])
+            if ID_COLUMNS[0] in record.values:
+                self._kind_without_pairs = "ids"
             return [self._left_out(number, record.values["left_out"])]
         return [self._row(record, pair, number) for pair in result]
 
@@ -160,7 +163,7 @@ class TableBuilder:
             for column in PAIR_COLUMNS:
                 for message in row[column]:
                     self._message_fields |= _filled(message)
-                row[column] = encode_messages(row[column])
+                row[column] = encode_messages(row[column], column)
         if self.again and record.values.get("source") is not None:
             row["source"] = record.values["source"]
         self._optional.update(column for column in row if column in OPTIONAL_TYPES)
@@ -196,7 +199,8 @@ class TableBuilder:
         return row
 
     def _schema(self) -> pa.Schema:
-        kind = "text" if self._form is None else self._form[0]
+        # Without any pair, all columns are null, and only their names matter.
+        kind = self._form[0] if self._form else self._kind_without_pairs
         return pa.schema({"row": pa.int64(), **PAIR_TYPES[kind], **OPTIONAL_TYPES})
 
 
