@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -177,10 +176,10 @@ def _not_in_conversation(
     return before
 
 
-def _said(message: Message) -> tuple[str, str, str]:
+def _said(message: Message) -> tuple[Any, ...]:
     """What a message says, apart from white space and fields that don't matter for a quotation."""
-    calls = json.dumps([message.get(name) or None for name in CALLS], sort_keys=True)
-    return speaker(message), content_text(message.get("content")).strip(), calls
+    calls = [message.get(name) or None for name in CALLS]
+    return speaker(message), content_text(message.get("content")).strip(), *calls
 
 
 def _holds(messages: list[Message], text: str) -> bool:

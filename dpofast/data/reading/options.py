@@ -37,10 +37,11 @@ def template_options(row: Mapping[str, Any]) -> dict[str, str]:
     options = {}
     for column, kind in (("tools", list), ("chat_template_kwargs", dict)):
         value = row.get(column)
-        if value is None or value in ("", [], {}):
-            continue
         try:
-            value = json.loads(value) if isinstance(value, str) else value
+            if isinstance(value, str):
+                value = json.loads(value) if value.strip() else None
+            if value is None or value in ([], {}):
+                continue
             if isinstance(value, list) and all(isinstance(item, str) for item in value):
                 value = _parse_each(value)
             # A string is parsed, too: only valid JSON gets into the normal form.

@@ -34,6 +34,12 @@ def test_tools_as_json_text(write):
     assert read({**ROW, "tools": write(TOOLS)}) == read({**ROW, "tools": TOOLS})
 
 
+@pytest.mark.parametrize("empty", [None, "", " ", "null", "[]", "{}", [], {}])
+@pytest.mark.parametrize("column", ["tools", "chat_template_kwargs"])
+def test_empty_options_are_none(column, empty):
+    assert read({**ROW, column: empty}).values == ROW
+
+
 def test_tools_that_are_only_names_stay_names():
     assert json.loads(read({**ROW, "tools": ["add", "1"]}).values["tools"]) == ["add", "1"]
 

@@ -100,6 +100,13 @@ def test_swift_without_an_answer(messages):
         read({"messages": messages, "rejected_response": "5"})
 
 
+def test_broken_answer_of_swift():
+    with pytest.raises(RowError, match=r"content of messages\[2:\]\[0\] is null"):
+        read({"messages": [*PROMPT, assistant(None)], "rejected_response": "5"})
+    with pytest.raises(RowError, match=r"rejected_response\[0\] has neither role nor from"):
+        read({"messages": [*PROMPT, *A], "rejected_response": [{"content": "5"}]})
+
+
 def test_swift_printed_by_python():
     with pytest.raises(RowError, match="messages is messages as Python prints them"):
         read({"messages": str([*PROMPT, *A]), "rejected_response": "5"})
