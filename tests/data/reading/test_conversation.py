@@ -79,6 +79,12 @@ def test_steps_that_both_answers_share_stay_in_the_answers():
     assert parts(row) == ([user("2+2?")], [*steps, *A], [*steps, *B])
 
 
+def test_answers_that_begin_as_the_assistant_did_before_are_whole_answers():
+    hello = [assistant("Hello!")]
+    row = {"prompt": hello, "chosen": [*hello, *A], "rejected": [*hello, *B]}
+    assert parts(row) == (hello, row["chosen"], row["rejected"])
+
+
 @pytest.mark.parametrize("text", ["Hi", "2+2?", "  2+2?\n", "Hi\n\nYes?\n\n2+2?", ""])
 def test_a_text_that_quotes_the_conversations_adds_nothing(text):
     assert parts({"prompt": text, **whole(*TURNS)}) == (TURNS, A, B)

@@ -85,6 +85,10 @@ BAD = {
         {"prompt": PROMPT, "chosen": A, "rejected": [B, [{"content": "a"}]]},
         r"rejected\[1\]\[0\] has neither role",
     ),
+    "text and message": (
+        {"prompt": PROMPT, "chosen": A, "rejected": ["5", C[0]]},
+        r"rejected\[0\] is not a message but str",
+    ),
     "swift": (
         {"messages": PROMPT + A, "rejected_response": ["5", None]},
         r"rejected_response\[1\]",

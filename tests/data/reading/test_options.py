@@ -40,8 +40,9 @@ def test_empty_options_are_none(column, empty):
     assert read({**ROW, column: empty}).values == ROW
 
 
-def test_tools_that_are_only_names_stay_names():
-    assert json.loads(read({**ROW, "tools": ["add", "1"]}).values["tools"]) == ["add", "1"]
+@pytest.mark.parametrize("names", [["add", "1"], ["1", "2"]])
+def test_tools_that_are_only_names_stay_names(names):
+    assert json.loads(read({**ROW, "tools": names}).values["tools"]) == names
 
 
 def test_options_of_a_chat_template_are_unused_beside_text():
