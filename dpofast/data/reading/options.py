@@ -40,7 +40,8 @@ def template_options(row: Mapping[str, Any]) -> dict[str, str]:
         try:
             if isinstance(value, str):
                 value = json.loads(value) if value.strip() else None
-            if value is None or value in ([], {}):
+            # For some templates, an empty list of tools isn't the same as none.
+            if value is None or value == {} or (value == [] and kind is dict):
                 continue
             if isinstance(value, list) and all(isinstance(item, str) for item in value):
                 value = _parse_each(value)

@@ -34,10 +34,16 @@ def test_tools_as_json_text(write):
     assert read({**ROW, "tools": write(TOOLS)}) == read({**ROW, "tools": TOOLS})
 
 
-@pytest.mark.parametrize("empty", [None, "", " ", "null", "[]", "{}", [], {}])
+@pytest.mark.parametrize("empty", [None, "", " ", "null", "{}", {}])
 @pytest.mark.parametrize("column", ["tools", "chat_template_kwargs"])
 def test_empty_options_are_none(column, empty):
     assert read({**ROW, column: empty}).values == ROW
+
+
+@pytest.mark.parametrize("empty", ["[]", []])
+def test_an_empty_list_of_tools_reaches_the_template(empty):
+    assert read({**ROW, "tools": empty}).values == {**ROW, "tools": "[]"}
+    assert read({**ROW, "chat_template_kwargs": empty}).values == ROW
 
 
 @pytest.mark.parametrize("names", [["add", "1"], ["1", "2"]])
