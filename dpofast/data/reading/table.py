@@ -98,7 +98,9 @@ class TableBuilder:
         read = [self._pairs(record) for record in records]
         if self._form is None:
             # Most of the first rows decide which form is right, not the very first row.
-            pairs = itertools.chain(*(each for each in read if isinstance(each, list)))
+            pairs = [pair for each in read if isinstance(each, list) for pair in each]
+            # A blank text says little about its form.
+            pairs = [pair for pair in pairs if pair.blank is None] or pairs
             forms = Counter((pair.kind, pair.columns) for pair in pairs)
             self._form = max(forms, key=forms.__getitem__, default=None)
         rows: list[Row] = []
@@ -144,6 +146,11 @@ class TableBuilder:
         return [self._row(record, pair, number) for pair in result]
 
     def _row(self, record: Record, pair: Pair, number: int) -> Row:
+        if pair.blank is not None:
+            if self.strict:
+                raise empty_answer(pair.blank)
+            self._used |= pair.used
+            return self._left_out(number, EMPTY)
         if (pair.kind, pair.columns) != self._form:
             assert self._form is not None
             kind, columns = self._form
@@ -154,10 +161,6 @@ class TableBuilder:
         if self.strict and pair.identical:
             raise RowError(f"chosen and rejected are identical; {STRICT_REMEDY}")
         self._used |= pair.used
-        if pair.blank is not None:
-            if self.strict:
-                raise empty_answer(pair.blank)
-            return self._left_out(number, EMPTY)
         row = {"row": number, **pair.values}
         if pair.kind == "messages":
             for column in PAIR_COLUMNS:
