@@ -20,7 +20,7 @@ from dpofast.model.parts import causal_lm
 # passes are equal to the bit, except where a device adds up in another order each time.
 REPEAT_TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-6}
 REPEAT_TOLERANCE_OF_HALF = 1e-3
-REPEATS = 3  # noise that draws among few choices can draw the same one twice
+REPEATS = 2  # noise that draws among few choices can draw the same one twice
 
 # A module, the tensors that went in, and those that came out.
 _Call = tuple[nn.Module, list[Tensor], list[Tensor]]
