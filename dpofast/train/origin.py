@@ -8,7 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
 from torch import nn
+from transformers.utils import CONFIG_NAME
 
 from dpofast.model.load import load_policy
 from dpofast.model.parts import causal_lm
@@ -46,11 +49,12 @@ class Origin:
         if name and Path(name).expanduser().is_dir():
             name = str(Path(name).expanduser().resolve())  # the working folder may change
         given = config.loading_options()
-        revision = getattr(own, "_commit_hash", None) or given.pop("revision", None)
+        revision = given.pop("revision", None)
+        commit = getattr(own, "_commit_hash", None)  # only of older versions of transformers
+        commit = commit or _cached_commit(name, revision, given.get("cache_dir"))
         # Options of the config are in the model's config already, which is loaded with.
         options = {key: value for key, value in given.items() if not hasattr(own, key)}
-        options.pop("revision", None)
-        return cls(name, revision, copy.deepcopy(own), options)
+        return cls(name, commit or revision, copy.deepcopy(own), options)
 
     def moved_to(self, name: str, revision: str | None) -> Origin:
         """The origin that a checkpoint names. No code that comes with that model is run."""
@@ -96,6 +100,18 @@ class Origin:
         if not isinstance(first, torch.dtype) or first == scored_in == torch.float32:
             return [None]
         return [None, first]
+
+
+def _cached_commit(name: str, revision: str | None, cache_dir: Any) -> str | None:
+    """The commit that a branch of a model of the hub stands for, by the cache on this machine."""
+    if not name or Path(name).is_dir():
+        return None
+    try:
+        path = try_to_load_from_cache(name, CONFIG_NAME, cache_dir=cache_dir, revision=revision)
+    except HFValidationError:  # no name that the hub could have
+        return None
+    # hub/models--OWNER--NAME/snapshots/COMMIT/config.json
+    return Path(path).parent.name if isinstance(path, str) else None
 
 
 def _dtype(identity: ReferenceIdentity) -> torch.dtype:

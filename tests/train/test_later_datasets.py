@@ -181,6 +181,29 @@ def test_after_full_training_the_reference_is_loaded_again(folder, monkeypatch, 
     assert len(losses) == 6
 
 
+def test_a_model_of_the_hub_is_loaded_again_at_the_same_commit(tmp_path):
+    hub = tmp_path / "hub" / "models--someone--tiny"
+    commits = {"a" * 40: tiny_llama(), "b" * 40: tiny_llama(seed=9)}
+    for commit, model in commits.items():
+        model.save_pretrained(hub / "snapshots" / commit)
+    (hub / "refs").mkdir()
+    (hub / "refs" / "main").write_text("a" * 40)
+    kwargs = {"cache_dir": str(tmp_path / "hub"), "local_files_only": True}
+    expected = logps_before(tmp_path, tiny_llama())
+    options = {"model_init_kwargs": kwargs}
+    trainer = make_trainer(tmp_path, "someone/tiny", options={**SAVING, **options})
+    trainer.train()
+    (hub / "refs" / "main").write_text("b" * 40)
+    trainer.evaluate(LATER)
+    np.testing.assert_array_equal(later_logps(trainer), expected)
+    shutil.rmtree(tmp_path / "store")
+    checkpoint = str(tmp_path / "run" / "checkpoint-2")
+    resumed = make_trainer(tmp_path, checkpoint, options=options)
+    resumed.train(resume_from_checkpoint=checkpoint)
+    resumed.evaluate(LATER)
+    np.testing.assert_array_equal(later_logps(resumed), expected)
+
+
 @pytest.mark.parametrize("loaded", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("cast", [torch.float32, torch.bfloat16])
 def test_a_model_that_was_cast_after_loading_is_loaded_and_cast_again(folder, loaded, cast):
