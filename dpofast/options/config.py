@@ -45,7 +45,7 @@ class DPOConfig(TrainingArguments):
             prompt on its left, equally for both answers.
         router_aux_loss_coef: weight of the auxiliary loss of a mixture of experts' routers. None
             takes the weight in the model's config, 0 leaves the loss out.
-        disable_dropout: set every dropout of the policy to 0.
+        disable_dropout: set every dropout of the policy to 0, and switch off its routers' noise.
         dataset_num_proc: number of processes that tokenise.
         precompute_ref_log_probs: keep the reference log-probs for later runs. They are computed
             once in any case; False writes them to a temporary folder.

@@ -12,7 +12,7 @@ import transformers
 from dpofast.model.dropout import disable_dropout, dropouts
 from dpofast.model.packable import why_not_packed
 from dpofast.model.randomness import random_modules
-from tests.families import BASE, EXPERTS, MULTI_HEAD, SIZES
+from tests.families import BASE, EXPERTS, FAMILIES, MULTI_HEAD, SIZES
 
 INPUT_IDS = torch.tensor([[5, 7, 11, 13, 17, 19, 23]] * 3)
 PHIMOE = {**BASE, **EXPERTS, "pad_token_id": 0}
@@ -85,6 +85,27 @@ def test_noise_is_found_and_switched_off(name):
     assert all(module.training for module in model.modules()), "every module keeps its mode"
     assert torch.equal(in_training, logits(model.eval()))
     assert model.config.to_dict() == fields
+
+
+@pytest.mark.slow  # a model of every family
+@pytest.mark.parametrize("family", FAMILIES)
+def test_no_family_is_random_once_its_dropouts_are_off(family):
+    """With every rate in its config above 0; a new version of transformers can have new ones."""
+    class_name, fields = FAMILIES[family]
+    if not hasattr(transformers, class_name):
+        pytest.skip(f"transformers {transformers.__version__} is older than {family}")
+    known = getattr(transformers, class_name)(**fields).to_dict()
+    rates = {
+        name: 0.3
+        for name, value in known.items()
+        if isinstance(value, float) and any(part in name for part in ("drop", "jitter", "noise"))
+    }
+    config = getattr(transformers, class_name)(**{**fields, **rates})
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    disable_dropout(model.train())
+    assert not random_modules(model)
+    in_training = logits(model)
+    torch.testing.assert_close(in_training, logits(model.eval()), rtol=0, atol=0)
 
 
 def test_a_checkpointed_layer_without_noise_is_still_checkpointed():
