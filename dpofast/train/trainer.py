@@ -20,7 +20,6 @@ from dpofast.model.packable import choose_layout
 from dpofast.model.router import make_router_loss
 from dpofast.monitor.callbacks import MetricsFile
 from dpofast.monitor.metrics import MetricSums
-from dpofast.monitor.plots import PLOT_FILE, plot_run
 from dpofast.monitor.throughput import Throughput
 from dpofast.options.config import DPOConfig
 from dpofast.options.trl import refuse, resolve_config, resolve_tokenizer
@@ -40,18 +39,17 @@ from dpofast.train.policy import (
     resolve_ref_model,
 )
 from dpofast.train.reference import RunReference
+from dpofast.train.reports import ReportsRun
 from dpofast.train.run_store import RunStore
 from dpofast.train.sampler import planned_steps, train_sampler
 from dpofast.train.step_zero import StepZeroCheck
-from dpofast.train.summary import run_summary, write_summary
-from dpofast.train.whole_steps import TakesWholeSteps
 from dpofast.zero.blocks import runnable
 from dpofast_kernels import PairLossOutput
 
 logger = logging.getLogger(__name__)
 
 
-class DPOTrainer(TakesWholeSteps, ClipsExactly, Trainer):
+class DPOTrainer(ReportsRun, ClipsExactly, Trainer):
     """Direct Preference Optimization (Rafailov et al. 2023, arXiv:2305.18290).
 
     The signature is TRL's. Without a `ref_model`, the reference is the policy before step 1; a
@@ -76,7 +74,7 @@ class DPOTrainer(TakesWholeSteps, ClipsExactly, Trainer):
 
     args: DPOConfig
     control: TrainerControl
-    _step_zero: StepZeroCheck | None  # only until a fresh run's first batch is checked
+    _step_zero: StepZeroCheck | None = None  # only until a fresh run's first batch is checked
 
     def __init__(
         self,
@@ -105,7 +103,7 @@ class DPOTrainer(TakesWholeSteps, ClipsExactly, Trainer):
         model = prepare_policy(model, config, peft_config)
         self.pair_loss = config.make_loss()
         self.data = PairPreparer(config, tokenizer, (model, ref_model))
-        self._start_counting()
+        self.start_counting()
         train_set = None if train_dataset is None else self.data.prepare(train_dataset, "train")
         super().__init__(
             model=model,
@@ -213,7 +211,7 @@ class DPOTrainer(TakesWholeSteps, ClipsExactly, Trainer):
             ConfigError: there is nothing to train, or no checkpoint to resume from.
         """
         started = time.monotonic()
-        self._start_counting()
+        self.start_counting()
         train_set = self.train_set()
         # The number of steps doesn't depend on the packing, so no token limit is needed yet.
         epoch = train_sampler(self.args, len(train_set), None)
@@ -226,6 +224,7 @@ class DPOTrainer(TakesWholeSteps, ClipsExactly, Trainer):
             self.loaders.settle(recorded.row_tokens)
         self.score_datasets()  # before the policy moves: it may be the reference
         self.loaders.plan(train_set)
+        self._step_zero = None
         if checkpoint is None:
             self._step_zero = StepZeroCheck.of(self.model, self.reference, self.pair_loss)
         self.reference.policy_moves()
@@ -236,42 +235,8 @@ class DPOTrainer(TakesWholeSteps, ClipsExactly, Trainer):
             finally:
                 self.args = given
         if self.is_world_process_zero():
-            self._write_results(output, time.monotonic() - started)
+            self.write_results(output, time.monotonic() - started)
         return output
-
-    def _write_results(self, output: Any, wall_seconds: float) -> None:
-        """Write summary.json and the plot of the run."""
-        folder = Path(self.args.output_dir)
-        write_summary(
-            folder,
-            output,
-            self.state,
-            first_loss=self.first_loss,
-            pairs_trained=self.pairs_trained,
-            throughput=self.throughput.summary(),
-            wall_seconds=wall_seconds,
-            run=self.run_summary(),
-        )
-        plot_run(self.state.log_history, folder / PLOT_FILE, f"DPO: {folder.name}")
-
-    def run_summary(self) -> dict[str, Any]:
-        """Facts about the run so far: reference, data, settings, memory, versions, hardware."""
-        plan = None if self.train_dataset is None else self.train_set().plan
-        return run_summary(
-            self.user_args,
-            self.loaders,
-            self.data.datasets,
-            plan,
-            self.pair_loss,
-            self.accelerator.mixed_precision,
-        )
-
-    def _start_counting(self) -> None:
-        self.first_loss: float | None = None  # mean loss of this call's first step
-        self.pairs_trained = 0
-        self._metric_sums = MetricSums()
-        self._tokens = 0  # tokens trained on this rank since the last sum over all ranks
-        self._step_zero = None
 
     def training_step(
         self, model: nn.Module, inputs: StepBatch, num_items_in_batch: Any = None
@@ -295,11 +260,11 @@ class DPOTrainer(TakesWholeSteps, ClipsExactly, Trainer):
         for index, batch in enumerate(inputs.micro_batches):
             with gradient_exchange(self.accelerator, model, is_last=index == last):
                 total = total + self._run_micro_batch(model, batch, scale)
-            self._tokens += batch.num_tokens
+            self.tokens_trained += batch.num_tokens
             self.throughput.add(batch)
         self.pairs_trained += inputs.num_pairs
         if self.first_loss is None:
-            self.first_loss = self._sum_over_ranks(total).item() / self.args.world_size
+            self.first_loss = self.sum_over_ranks(total).item() / self.args.world_size
         return total
 
     def _run_micro_batch(self, model: nn.Module, batch: PackedPairs, scale: float) -> Tensor:
@@ -307,7 +272,7 @@ class DPOTrainer(TakesWholeSteps, ClipsExactly, Trainer):
         # DeepSpeed would divide the loss by its own accumulation steps; it is a mean already.
         options = {"scale_wrt_gas": False} if self.is_deepspeed_enabled else {}
         with micro_batch(self.model, batch):
-            output = self.compute_pair_loss(model, batch, self._metric_sums)
+            output = self.compute_pair_loss(model, batch, self.metric_sums)
             if self._step_zero is not None and batch.num_pairs:
                 self._step_zero.check(output, batch)
                 self._step_zero = None
@@ -362,7 +327,7 @@ class DPOTrainer(TakesWholeSteps, ClipsExactly, Trainer):
                 self.control = self.callback_handler.on_prediction_step(
                     self.args, self.state, self.control
                 )
-        means = sums.means(self._sum_over_ranks, self.args.device)
+        means = sums.means(self.sum_over_ranks, self.args.device)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in means.items()}
         return EvalLoopOutput(
             predictions=None,
@@ -371,27 +336,10 @@ class DPOTrainer(TakesWholeSteps, ClipsExactly, Trainer):
             num_samples=len(dataloader.dataset),  # type: ignore[arg-type]
         )
 
-    def _sum_over_ranks(self, vector: Tensor) -> Tensor:
-        return self.accelerator.reduce(vector, reduction="sum")
-
-    # Logs and checkpoints
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if "loss" in logs and "learning_rate" in logs:  # a log of training, not of evaluation
-            means = self._metric_sums.means(self._sum_over_ranks, self.args.device)
-            self._count_tokens()
-            # The Trainer's own loss is summed in float32; this one is the exact mean over pairs.
-            speed = self.throughput.metrics(self._sum_over_ranks)
-            logs = {**logs, **means, **speed, "num_tokens": self.state.num_input_tokens_seen}
-        super().log(logs, start_time)
-
-    def _count_tokens(self) -> None:
-        tokens = torch.tensor(self._tokens, device=self.args.device)
-        self.state.num_input_tokens_seen += int(self._sum_over_ranks(tokens))
-        self._tokens = 0
+    # Checkpoints
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        self._count_tokens()
+        self.count_tokens()
         if self.args.should_save:
             folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
             kept = self.args.precompute_ref_log_probs
