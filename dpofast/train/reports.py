@@ -10,8 +10,10 @@ from torch import Tensor
 from transformers import Trainer
 from transformers.trainer_utils import TrainOutput
 
+from dpofast.monitor.guard import ReportGuard
 from dpofast.monitor.metrics import MetricSums
 from dpofast.monitor.plots import PLOT_FILE, plot_run
+from dpofast.monitor.summary import SUMMARY_FILE
 from dpofast.monitor.throughput import Throughput
 from dpofast.train.dataset import PairPreparer
 from dpofast.train.loaders import StepLoaders
@@ -68,24 +70,27 @@ class ReportsRun(TakesWholeSteps, Trainer):
         self.tokens_trained = 0
 
     def write_results(self, output: TrainOutput, wall_seconds: float) -> None:
-        """Write summary.json and the plot of the run.
+        """Write summary.json and the plot of the run; what can't be written is a warning.
 
         Args:
             output: what transformers' `train` returned.
             wall_seconds: duration of reference scoring and training together.
         """
         folder = Path(self.args.output_dir)
-        write_summary(
-            folder,
-            output,
-            self.state,
-            first_loss=self.first_loss,
-            pairs_trained=self.pairs_trained,
-            throughput=self.throughput.summary(),
-            wall_seconds=wall_seconds,
-            run=self.run_summary(),
-        )
-        plot_run(self.state.log_history, folder / PLOT_FILE, f"DPO: {folder.name}")
+        guard = ReportGuard()
+        with guard(SUMMARY_FILE):
+            write_summary(
+                folder,
+                output,
+                self.state,
+                first_loss=self.first_loss,
+                pairs_trained=self.pairs_trained,
+                throughput=self.throughput.summary(),
+                wall_seconds=wall_seconds,
+                run=self.run_summary(),
+            )
+        with guard(PLOT_FILE):
+            plot_run(self.state.log_history, folder / PLOT_FILE, f"DPO: {folder.name}")
 
     def run_summary(self) -> dict[str, Any]:
         """Facts about the run so far: reference, data, settings, memory, versions, hardware."""

@@ -19,6 +19,7 @@ from dpofast.model.forward import evaluating, micro_batch
 from dpofast.model.packable import choose_layout
 from dpofast.model.router import make_router_loss
 from dpofast.monitor.callbacks import MetricsFile
+from dpofast.monitor.guard import guard_reporters
 from dpofast.monitor.metrics import MetricSums
 from dpofast.monitor.throughput import Throughput
 from dpofast.options.config import DPOConfig
@@ -228,6 +229,7 @@ class DPOTrainer(ReportsRun, ClipsExactly, Trainer):
         if checkpoint is None:
             self._step_zero = StepZeroCheck.of(self.model, self.reference, self.pair_loss)
         self.reference.policy_moves()
+        guard_reporters(self.callback_handler.callbacks)
         given = self.args
         with one_item_per_step(given) as self.args:
             try:
