@@ -6,9 +6,10 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from dpofast.cli.inputs import adapter_options, load_inputs, make_output_dir
+from dpofast.cli.inputs import adapter_options, load_inputs
 from dpofast.cli.process_start import is_main_process
 from dpofast.cli.run_options import RunOptions, read_options
+from dpofast.options.output_dir import make_output_dir
 
 
 def train(parsed: argparse.Namespace, overrides: list[str]) -> None:
@@ -26,7 +27,7 @@ def make_trainer(options: RunOptions) -> Any:
     """Make a DPOTrainer from the options."""
     from dpofast.train.trainer import DPOTrainer
 
-    make_output_dir(options)
+    make_output_dir(options.config.output_dir, options.source)
     peft_config = adapter_options(options)
     inputs = load_inputs(options)
     return DPOTrainer(

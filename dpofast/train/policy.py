@@ -12,6 +12,8 @@ from dpofast.model.dropout import disable_dropout
 from dpofast.model.head import head_forwards
 from dpofast.model.load import load_policy, load_tokenizer
 from dpofast.model.parts import body_of, causal_lm, is_peft_model
+from dpofast.model.uncompiled import uncompiled
+from dpofast.model.vocabulary import vocabulary_of
 from dpofast.options.config import DPOConfig
 from dpofast.zero.batch import refuse_missing_launcher
 
@@ -35,6 +37,7 @@ def resolve_model(model: Any, config: DPOConfig, tokenizer: Any) -> tuple[nn.Mod
         ModelError: the model or its tokenizer can't be loaded.
     """
     refuse_missing_launcher(config)  # before loading, which can take minutes
+    model = uncompiled(model, "model")
     options = config.loading_options()
     if tokenizer is None:
         name = model_name(model)
@@ -57,13 +60,19 @@ def resolve_model(model: Any, config: DPOConfig, tokenizer: Any) -> tuple[nn.Mod
     return model, tokenizer
 
 
-def pad_token_id(tokenizer: Any) -> int:
+def pad_token_id(tokenizer: Any, *models: Any) -> int:
     """The id that fills padded rows: that of the pad token, else of the EOS token, else 0.
 
-    Nothing is scored or attended to there, so any id does.
+    Nothing is scored or attended to there, so any id does that has a row in every embedding.
+
+    Args:
+        tokenizer: tokenizer of the policy.
+        models: models that run the rows; None entries are ignored.
     """
+    sizes = [vocabulary_of(model).size for model in models if model is not None]
     ids = (tokenizer.pad_token_id, tokenizer.eos_token_id)
-    return next((token for token in ids if token is not None), 0)
+    known = (token for token in ids if token is not None and all(token < size for size in sizes))
+    return next(known, 0)
 
 
 def resolve_ref_model(ref_model: Any, model: Any, config: DPOConfig) -> Any:
@@ -83,7 +92,8 @@ def resolve_ref_model(ref_model: Any, model: Any, config: DPOConfig) -> Any:
     """
     if ref_model is None or (isinstance(ref_model, str) and ref_model == model):
         return None
-    if ref_model is model:
+    ref_model = uncompiled(ref_model, "ref_model")
+    if ref_model is uncompiled(model, "model"):
         raise ConfigError("ref_model is the model itself; leave it out, or pass a copy.")
     if isinstance(ref_model, str):
         return load_policy(ref_model, **config.loading_options())
@@ -98,6 +108,7 @@ def model_name(model: Any) -> str:
     """
     if isinstance(model, str):
         return model
+    model = uncompiled(model, "model")
     if not isinstance(model, nn.Module) or not hasattr(model, "config"):
         raise ConfigError(
             f"model: got a {type(model).__name__}, expected a causal LM or the name of one."

@@ -14,7 +14,7 @@ from transformers import Trainer, TrainerControl, TrainingArguments, set_seed
 from transformers.trainer_utils import EvalLoopOutput
 
 from dpofast.data.packing.batch import PackedPairs, StepBatch
-from dpofast.errors import ConfigError
+from dpofast.errors import ConfigError, ModelError
 from dpofast.model.forward import evaluating, micro_batch
 from dpofast.model.packable import choose_layout
 from dpofast.model.router import make_router_loss
@@ -24,6 +24,7 @@ from dpofast.monitor.metrics import MetricSums
 from dpofast.monitor.throughput import Throughput
 from dpofast.options.config import DPOConfig
 from dpofast.options.trl import refuse, resolve_config, resolve_tokenizer
+from dpofast.train.best_metric import check_best_metric
 from dpofast.train.checkpoint.resume import refuse_finished, resolve_checkpoint
 from dpofast.train.checkpoint.run_state import load_run_state
 from dpofast.train.clipping import ClipsExactly
@@ -43,6 +44,7 @@ from dpofast.train.reference import RunReference
 from dpofast.train.reports import ReportsRun
 from dpofast.train.run_store import RunStore
 from dpofast.train.sampler import planned_steps, train_sampler
+from dpofast.train.saving import check_saved, check_saving
 from dpofast.train.step_zero import StepZeroCheck
 from dpofast.zero.blocks import runnable
 from dpofast_kernels import PairLossOutput
@@ -116,7 +118,9 @@ class DPOTrainer(ReportsRun, ClipsExactly, Trainer):
             callbacks=[MetricsFile(), *(callbacks or [])],
             optimizers=optimizers,
         )
-        self.layout = choose_layout(config.layout, self.model, pad_token_id(tokenizer))
+        self.layout = choose_layout(
+            config.layout, self.model, pad_token_id(tokenizer, self.model, ref_model)
+        )
         self.ref_model = ref_model
         router_loss = make_router_loss(self.model, config)
         num_pairs = config.precompute_ref_batch_size or config.per_device_train_batch_size
@@ -223,6 +227,10 @@ class DPOTrainer(ReportsRun, ClipsExactly, Trainer):
             recorded = load_run_state(checkpoint)
             self.reference.restore(recorded, checkpoint)
             self.loaders.settle(recorded.row_tokens)
+        check_saving(self.model, self.processing_class, self.args)
+        sets = self.eval_dataset if isinstance(self.eval_dataset, dict) else ()
+        with_router = self._pair_loss_pass.router_loss is not None
+        check_best_metric(self.args, sets, self.callback_handler.callbacks, with_router)
         self.score_datasets()  # before the policy moves: it may be the reference
         self.loaders.plan(train_set)
         self._step_zero = None
@@ -338,7 +346,23 @@ class DPOTrainer(ReportsRun, ClipsExactly, Trainer):
             num_samples=len(dataloader.dataset),  # type: ignore[arg-type]
         )
 
-    # Checkpoints
+    # Checkpoints and saved models
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save as transformers' Trainer does, and check the names of the saved tensors.
+
+        Raises:
+            ModelError: from_pretrained couldn't load what was saved. The files stay.
+        """
+        super().save_model(output_dir, _internal_call)
+        if not self.args.should_save:
+            return
+        try:
+            check_saved(output_dir or str(self.args.output_dir), self.model)
+        except ModelError as error:
+            if not _internal_call:
+                raise
+            logger.error("%s", error)  # in a checkpoint; the optimizer is still to be saved
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self.count_tokens()
