@@ -39,25 +39,29 @@ class NameDifference:
         missing: tensors that it would fill at random.
         misshapen: tensors whose shape is another one.
         unknown: tensors that it would leave unread.
+        tied: tensors that share their memory, though the config doesn't say so. Only one of them
+            is saved, and the others would be filled at random.
     """
 
     missing: list[str] = field(default_factory=list)
     misshapen: list[str] = field(default_factory=list)
     unknown: list[str] = field(default_factory=list)
+    tied: list[str] = field(default_factory=list)
 
     @property
     def is_harmful(self) -> bool:
         """Whether a loaded model would be another one than the saved one."""
-        return bool(self.missing or self.misshapen)
+        return bool(self.missing or self.misshapen or self.tied)
 
     def __bool__(self) -> bool:
-        return bool(self.missing or self.misshapen or self.unknown)
+        return self.is_harmful or bool(self.unknown)
 
     def __str__(self) -> str:
         parts = (
             ("missing", self.missing),
             ("of another shape", self.misshapen),
             ("not known to it", self.unknown),
+            ("tied to each other without a word in the config", self.tied),
         )
         return "; ".join(f"{len(names)} {what} ({_some(names)})" for what, names in parts if names)
 
@@ -85,7 +89,10 @@ def difference_in_memory(model: Any) -> NameDifference:
                 expected.update(_adapter_shapes(_skeleton_adapter(model, skeleton, name), name))
             built.append(_compare(found, expected))
         else:
-            built.append(_compare(_shapes(lm), _shapes(skeleton)))
+            difference = _compare(_shapes(lm), _shapes(skeleton))
+            known = _ties(skeleton)
+            difference.tied = sorted(set().union(*(_ties(lm) - known)))
+            built.append(difference)
     return built[0] if built else NameDifference()
 
 
@@ -243,6 +250,14 @@ def _adapter_shapes(model: Any, name: str) -> Shapes:
 def _shapes(module: nn.Module) -> Shapes:
     state: dict[str, Tensor] = module.state_dict(keep_vars=True)  # ZeRO-3's shapes are lost else
     return {name: tuple(shape(tensor)) for name, tensor in state.items()}
+
+
+def _ties(module: nn.Module) -> set[frozenset[str]]:
+    """The names of parameters that are one object, together."""
+    names: dict[int, set[str]] = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), set()).add(name)
+    return {frozenset(same) for same in names.values() if len(same) > 1}
 
 
 def _compare(found: Shapes, expected: Shapes) -> NameDifference:

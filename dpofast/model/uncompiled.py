@@ -12,14 +12,15 @@ from dpofast.errors import ConfigError
 logger = logging.getLogger(__name__)
 
 INNER = "_orig_mod"  # torch.compile's name for the module that it wraps
+IN_PLACE = "_compiled_call_impl"  # where module.compile() keeps what it has compiled
 
 
 def uncompiled(model: Any, argument: str) -> Any:
     """The model without the wrappers of torch.compile, which would rename its weights.
 
-    A wrapped module has the name of its wrapper in front of its weights' names, and from_pretrained
-    doesn't find them in the saved file. What the module computes is the same without a wrapper.
-    Rows differ in every step anyway, so each of them would be compiled anew.
+    A wrapper puts its own name into those of the weights, and from_pretrained doesn't find them in
+    the saved file. What a module computes is the same without it, and nothing is lost: rows differ
+    in every step, so each of them would be compiled anew.
 
     Args:
         model: a model, which is changed in place if parts of it are wrapped; anything else is
@@ -39,10 +40,14 @@ def uncompiled(model: Any, argument: str) -> Any:
             while (inner := _inside(child)) is not None:
                 child, count = inner, count + 1
                 setattr(parent, name, child)
+    for module in model.modules():
+        if getattr(module, IN_PLACE, None) is not None:  # module.compile() leaves its name as it is
+            setattr(module, IN_PLACE, None)
+            count += 1
     if count:
         logger.info(
-            "%s: torch.compile is taken off (%d modules): rows differ in every step, and the "
-            "weights would be saved under names that from_pretrained doesn't know.",
+            "%s: torch.compile is taken off (%d modules), because rows differ in every step and "
+            "would be compiled anew each time.",
             *(argument, count),
         )
     if not hasattr(model, "config") and isinstance(getattr(model, "module", None), nn.Module):

@@ -106,7 +106,7 @@ def _check_names(model: nn.Module) -> None:
         raise ModelError(
             f"{type(causal_lm(model)).__name__}: its tensors aren't those of a new model of its "
             f"class and config, so from_pretrained couldn't load what is saved: {difference}. Was "
-            "a module wrapped, taken out or resized? Undo that, or change the config with it."
+            "a module wrapped, taken out, resized or tied? Undo that, or change the config with it."
         )
     if difference:
         logger.warning(
