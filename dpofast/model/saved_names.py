@@ -142,9 +142,14 @@ def _difference_on_loading(folder: Path, lm: Any, found: Shapes) -> NameDifferen
     """Lets from_pretrained itself load tensors of these names and shapes, without their values."""
     state = {name: torch.empty(size, device="meta") for name, size in found.items()}
     config = type(lm.config).from_pretrained(folder)
-    _, info = type(lm).from_pretrained(
-        None, config=config, state_dict=state, device_map="meta", output_loading_info=True
-    )
+    options = {"config": config, "device_map": "meta", "output_loading_info": True}
+    try:
+        _, info = type(lm).from_pretrained(None, state_dict=state, **options)
+    except RuntimeError as error:
+        # transformers puts some weights together from several tensors, such as those of experts.
+        if "conversion of the weights" not in str(error):
+            raise
+        return NameDifference(missing=["parts of a weight that several tensors make up"])
     misshapen = [entry[0] for entry in info["mismatched_keys"]]
     return NameDifference(
         sorted(info["missing_keys"]), sorted(misshapen), sorted(info["unexpected_keys"])

@@ -6,7 +6,7 @@ from collections.abc import Collection
 from typing import Any
 
 from transformers import TrainerCallback
-from transformers.trainer_utils import IntervalStrategy, SaveStrategy, SchedulerType
+from transformers.trainer_utils import IntervalStrategy
 
 from dpofast.errors import ConfigError
 from dpofast.model.router import METRIC
@@ -32,7 +32,8 @@ def check_best_metric(
         ConfigError: no evaluation will have this metric.
     """
     wanted = config.metric_for_best_model
-    if wanted is None or not _is_read(config) or any(map(_may_add_metrics, callbacks)):
+    is_read = config.eval_strategy != IntervalStrategy.NO  # by every evaluation while it trains
+    if wanted is None or not is_read or any(map(_may_add_metrics, callbacks)):
         return
     names = [*MEASURED, *([METRIC] if router else [])]
     prefixes = [f"eval_{name}_" for name in sets] or ["eval_"]
@@ -44,14 +45,6 @@ def check_best_metric(
             f"metric_for_best_model: no evaluation of this run measures {full!r}; choose among "
             f"{', '.join(choices)}."
         )
-
-
-def _is_read(config: DPOConfig) -> bool:
-    """Whether anything in the run looks at the metric."""
-    if config.eval_strategy == IntervalStrategy.NO:
-        return False
-    is_plateau = config.lr_scheduler_type == SchedulerType.REDUCE_ON_PLATEAU
-    return is_plateau or config.save_strategy != SaveStrategy.NO or config.load_best_model_at_end
 
 
 def _may_add_metrics(callback: Any) -> bool:

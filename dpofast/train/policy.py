@@ -12,7 +12,6 @@ from dpofast.model.dropout import disable_dropout
 from dpofast.model.head import head_forwards
 from dpofast.model.load import load_policy, load_tokenizer
 from dpofast.model.parts import body_of, causal_lm, is_peft_model
-from dpofast.model.uncompiled import uncompiled
 from dpofast.model.vocabulary import vocabulary_of
 from dpofast.options.config import DPOConfig
 from dpofast.zero.batch import refuse_missing_launcher
@@ -37,7 +36,6 @@ def resolve_model(model: Any, config: DPOConfig, tokenizer: Any) -> tuple[nn.Mod
         ModelError: the model or its tokenizer can't be loaded.
     """
     refuse_missing_launcher(config)  # before loading, which can take minutes
-    model = uncompiled(model, "model")
     options = config.loading_options()
     if tokenizer is None:
         name = model_name(model)
@@ -92,8 +90,7 @@ def resolve_ref_model(ref_model: Any, model: Any, config: DPOConfig) -> Any:
     """
     if ref_model is None or (isinstance(ref_model, str) and ref_model == model):
         return None
-    ref_model = uncompiled(ref_model, "ref_model")
-    if ref_model is uncompiled(model, "model"):
+    if ref_model is model:
         raise ConfigError("ref_model is the model itself; leave it out, or pass a copy.")
     if isinstance(ref_model, str):
         return load_policy(ref_model, **config.loading_options())
@@ -108,7 +105,6 @@ def model_name(model: Any) -> str:
     """
     if isinstance(model, str):
         return model
-    model = uncompiled(model, "model")
     if not isinstance(model, nn.Module) or not hasattr(model, "config"):
         raise ConfigError(
             f"model: got a {type(model).__name__}, expected a causal LM or the name of one."

@@ -24,7 +24,6 @@ from dpofast.model.parts import causal_lm, is_peft_model, num_bytes
 from dpofast.model.saved_names import difference_in_files, difference_in_memory
 from dpofast.model.vocabulary import vocabulary_of
 from dpofast.options.config import DPOConfig
-from dpofast.options.output_dir import make_output_dir
 from dpofast.zero.weights import spread
 
 logger = logging.getLogger(__name__)
@@ -41,12 +40,11 @@ def check_saving(model: nn.Module, tokenizer: Any, config: DPOConfig) -> None:
         config: options of the run.
 
     Raises:
-        ConfigError: output_dir can't be written, or the options can't be saved.
+        ConfigError: the options can't be saved.
         ModelError: the model, its generation config or its tokenizer can't be saved, or not in a
             way that from_pretrained could load.
     """
     if config.should_save:
-        make_output_dir(config.output_dir)
         warn_if_full(Path(config.output_dir), model, config)
     _refuse_pad_without_row(model, tokenizer)
     _check_names(model)

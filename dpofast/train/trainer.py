@@ -18,11 +18,13 @@ from dpofast.errors import ConfigError, ModelError
 from dpofast.model.forward import evaluating, micro_batch
 from dpofast.model.packable import choose_layout
 from dpofast.model.router import make_router_loss
+from dpofast.model.uncompiled import uncompiled
 from dpofast.monitor.callbacks import MetricsFile
 from dpofast.monitor.guard import guard_reporters
 from dpofast.monitor.metrics import MetricSums
 from dpofast.monitor.throughput import Throughput
 from dpofast.options.config import DPOConfig
+from dpofast.options.output_dir import make_output_dir
 from dpofast.options.trl import refuse, resolve_config, resolve_tokenizer
 from dpofast.train.best_metric import check_best_metric
 from dpofast.train.checkpoint.resume import refuse_finished, resolve_checkpoint
@@ -98,8 +100,11 @@ class DPOTrainer(ReportsRun, ClipsExactly, Trainer):
         refuse("data_collator", data_collator, "leave it out; batches are laid out by the trainer")
         refuse("compute_metrics", compute_metrics, "no logits exist to give it; use a callback")
         refuse("quantization_config", quantization_config, "load the model in bfloat16")
+        model, ref_model = uncompiled(model, "model"), uncompiled(ref_model, "ref_model")
         processing_class = resolve_tokenizer(processing_class, options)
         config = resolve_config(args, options, model_name(model))
+        if train_dataset is not None and config.should_save:
+            make_output_dir(config.output_dir)
         set_seed(config.seed)  # a fresh adapter's weights are random
         ref_model = resolve_ref_model(ref_model, model, config)
         model, tokenizer = resolve_model(model, config, processing_class)
