@@ -23,6 +23,7 @@ from dpofast.monitor.callbacks import MetricsFile
 from dpofast.monitor.guard import guard_reporters
 from dpofast.monitor.metrics import MetricSums
 from dpofast.monitor.throughput import Throughput
+from dpofast.monitor.vanishing import VanishingUpdates
 from dpofast.options.config import DPOConfig
 from dpofast.options.output_dir import make_output_dir
 from dpofast.options.trl import refuse, resolve_config, resolve_tokenizer
@@ -120,7 +121,7 @@ class DPOTrainer(ReportsRun, ClipsExactly, Trainer):
             train_dataset=pairs_of(train_set),
             eval_dataset=pairs_of(self.data.prepare_sets(eval_dataset, "eval")),
             processing_class=tokenizer,
-            callbacks=[MetricsFile(), *(callbacks or [])],
+            callbacks=[MetricsFile(), VanishingUpdates(), *(callbacks or [])],
             optimizers=optimizers,
         )
         self.layout = choose_layout(
