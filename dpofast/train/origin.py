@@ -103,7 +103,7 @@ class Origin:
 
 
 def _cached_commit(name: str, revision: str | None, cache_dir: Any) -> str | None:
-    """The commit that a branch of a model of the hub stands for, by the cache on this machine."""
+    """The commit of a hub model that a branch names, as the cache on this machine has it."""
     if not name or Path(name).is_dir():
         return None
     try:

@@ -34,23 +34,23 @@ class Counter(nn.Module):
         return hidden_states
 
 
-def behind_the_first_mlp(model, module):
-    """Appends a module to the MLP of the model's first layer."""
+def in_the_first_mlp(model, module):
+    """Puts a module behind the activation in the MLP of the model's first layer."""
     mlp = model.model.layers[0].mlp
-    mlp.down_proj = nn.Sequential(mlp.down_proj, module)
+    mlp.act_fn = nn.Sequential(mlp.act_fn, module)
     return model
 
 
 @pytest.mark.parametrize("size", [1e-3, 0.5])
 def test_the_module_that_draws_is_named(size):
-    model = behind_the_first_mlp(tiny_llama(), Noise(size))
-    assert list(random_modules(model)) == ["model.layers.0.mlp.down_proj.1"]
+    model = in_the_first_mlp(tiny_llama(), Noise(size))
+    assert list(random_modules(model)) == ["model.layers.0.mlp.act_fn.1"]
 
 
 @pytest.mark.parametrize("noise", [0.0, 0.1])
 def test_the_look_leaves_no_trace(noise):
     counter = Counter()
-    model = behind_the_first_mlp(tiny_llama(), nn.Sequential(counter, Noise(noise))).eval()
+    model = in_the_first_mlp(tiny_llama(), nn.Sequential(counter, Noise(noise))).eval()
     model.model.layers[1].train()
     modes = {name: module.training for name, module in model.named_modules()}
     generator = torch.get_rng_state()
