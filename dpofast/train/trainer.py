@@ -229,11 +229,11 @@ class DPOTrainer(ReportsRun, ClipsExactly, LogsProgress, Trainer):
             recorded = load_run_state(checkpoint)
             self.reference.restore(recorded, checkpoint)
             self.loaders.settle(recorded.row_tokens)
-        check_noise(self)
         check_saving(self.model, self.processing_class, self.args)
         sets = self.eval_dataset if isinstance(self.eval_dataset, dict) else ()
         with_router = self._pair_loss_pass.router_loss is not None
         check_best_metric(self.args, sets, self.callback_handler.callbacks, with_router)
+        check_noise(self)
         self.score_datasets()  # before the policy moves: it may be the reference
         self.loaders.plan(train_set)
         self._step_zero = None
