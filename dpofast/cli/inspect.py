@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 from rich.text import Text
 
 from dpofast.cli.given import COMMAND_LINE, GivenOption, split_own_options
-from dpofast.cli.inputs import load_policy_skeleton, load_tokenizer_for, load_training_data
+from dpofast.cli.inputs import load_policy_skeleton, load_tokenizer_for
 from dpofast.cli.option_types import checked_value
+from dpofast.cli.run_data import load_numbered_pairs, load_training_data
 from dpofast.cli.run_options import RunOptions, read_options
 from dpofast.cli.terminal import print_rich
 from dpofast.errors import ConfigError
@@ -44,11 +45,16 @@ def _show_pair(options: RunOptions, row: int) -> None:
     if options.script.tokenizer_name_or_path is None:
         options.require("model_name_or_path")
     tokenizer = load_tokenizer_for(options)
-    pairs = load_training_data(options)
-    _refuse_beyond("row", row, len(pairs), "the data's rows")
+    pairs = load_numbered_pairs(options)
+    is_mixture = len(options.script.dataset_names) > 1
+    what = "the mixture's training pairs" if is_mixture else "the data's rows"
+    _refuse_beyond("row", row, len(pairs), what)
+    pair = pairs[row]
+    if is_mixture:
+        print_rich(Text(f"{pair['source']}, row {pair['row']} (counted from 0)", style="bold"))
     print_rich(
         render_untokenised_pair(
-            pairs[row],
+            pair,
             tokenizer,
             max_length=options.config.max_length,
             truncation_mode=options.config.truncation_mode,

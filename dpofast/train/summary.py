@@ -53,7 +53,7 @@ def run_summary(
     """
     return {
         **reference_summary(loaders.reference),
-        "data": {dataset.name: dataset.report.as_dict() for dataset in datasets},
+        "data": {dataset.name: _data_summary(dataset) for dataset in datasets},
         "layout": loaders.layout.name,
         "packing": packing_summary(plan),
         "loss": repr(loss),
@@ -62,6 +62,12 @@ def run_summary(
         "mixed_precision": mixed_precision,
         **environment(),
     }
+
+
+def _data_summary(dataset: RunDataset) -> dict[str, Any]:
+    """A dataset's report; for a mixture also the number of pairs that were read of each dataset."""
+    report = dataset.report.as_dict()
+    return {**report, "sources": dataset.sources} if dataset.sources else report
 
 
 def write_summary(

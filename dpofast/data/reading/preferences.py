@@ -41,6 +41,7 @@ _OPTIONAL_TYPES = {
     "tools": pa.string(),
     "chat_template_kwargs": pa.string(),
     "plain_prompt": pa.string(),
+    "source": pa.string(),
     **dict.fromkeys(REF_COLUMNS, pa.float64()),
 }
 
