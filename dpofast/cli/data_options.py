@@ -37,9 +37,7 @@ def check_data_options(script: ScriptOptions, given: Mapping[str, GivenOption]) 
 def _check_names(script: ScriptOptions) -> None:
     names = script.dataset_names
     if not names or not all(name.strip() for name in names):
-        raise ConfigError(
-            f"got {script.dataset_name!r}, expected the name of a dataset, or a list."
-        )
+        raise ConfigError(f"got {script.dataset_name!r}, expected a name, or a list of names.")
     seen: dict[str, str] = {}
     for name in names:
         place = _place(name)

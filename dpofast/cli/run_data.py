@@ -74,6 +74,7 @@ def _split(options: RunOptions) -> tuple[Any, Any]:
     from dpofast.data import hold_out
 
     script = options.script
+    assert script.eval_split is not None
     # The shares are taken of the two parts, so that they hold for both.
     return hold_out(
         _load_sets(options, script.dataset_train_split),

@@ -96,8 +96,8 @@ def check_eval_split(eval_split: Any) -> None:
     is_count = isinstance(eval_split, int) and not isinstance(eval_split, bool) and eval_split >= 1
     if not is_count and not (isinstance(eval_split, float) and 0 < eval_split < 1):
         raise ConfigError(
-            f"got {eval_split!r} as eval_split, expected the part of the pairs to hold out, above 0 "
-            "and below 1, or their number, a whole number of at least 1."
+            f"got {eval_split!r} as eval_split, expected the part of the pairs to hold out, above "
+            "0 and below 1, or their number, a whole number of at least 1."
         )
 
 

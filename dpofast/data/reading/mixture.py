@@ -127,8 +127,9 @@ def taken_of(
         smallest = min(available, key=lambda key: (min(available[key], 1), shares[key]))
         has = ", ".join(f"{key} has {rows:,}" for key, rows in available.items())
         raise DataError(
-            f"{name}: the shares leave no pair of {smallest} ({has}); raise its share, give it "
-            "more pairs, or leave it out"
+            f"{name}: the shares leave no pair of {smallest} ({has}); "
+            + ("raise its share" if available[smallest] else "hold out more or fewer pairs")
+            + ", give it more pairs, or leave it out"
         )
     return dict(zip(available, counts, strict=True))
 
