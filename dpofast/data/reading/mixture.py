@@ -90,7 +90,7 @@ def take_shares(
     found, source = sources_of(mixture)
     available = {key: int(np.sum(source == found.get(key, -1))) for key in shares}
     counts = taken_of(available, shares, name, at_most)
-    rows = np.array(mixture["row"])
+    rows = _column(mixture, "row").to_numpy()
     chosen = []
     for key, count in counts.items():
         indices = np.flatnonzero(source == found[key])
@@ -144,8 +144,7 @@ def rows_by_source(dataset: datasets.Dataset) -> dict[str, int]:
 
 def sources_of(mixture: datasets.Dataset) -> tuple[dict[str, int], np.ndarray]:
     """Name of each dataset in a mixture -> its number; and the numbers of all rows, [n] int32."""
-    column = mixture.select_columns([SOURCE]).with_format("arrow")[:][SOURCE]
-    encoded = column.combine_chunks().dictionary_encode()
+    encoded = _column(mixture, SOURCE).combine_chunks().dictionary_encode()
     names = encoded.dictionary.to_pylist()  # in the order in which they first occur
     return {name: number for number, name in enumerate(names)}, encoded.indices.to_numpy()
 
@@ -164,6 +163,11 @@ def check_shares(shares: Mapping[str, float], names: Collection[str]) -> None:
                 f"got {share!r} as the share of {name!r}, expected a number above 0; leave a "
                 "dataset out if it is to give nothing."
             )
+
+
+def _column(dataset: datasets.Dataset, name: str) -> pa.ChunkedArray:
+    """A column in Arrow; `dataset[name]` would read it row by row."""
+    return dataset.select_columns([name]).with_format("arrow")[:][name]
 
 
 def normal_form_like(parts: Sequence[datasets.Dataset], table: pa.Table) -> datasets.Dataset:

@@ -71,6 +71,8 @@ def assert_is_split(whole, parts, fraction=None):
 few = settings(deadline=None, max_examples=20)
 many = settings(deadline=None, max_examples=1500)
 letters = st.lists(st.sampled_from("abcdefghijklmnop"), min_size=2, max_size=60)
+numbers = st.integers(2, 60)
+fractions = st.floats(0.01, 0.99)
 
 
 def no_prompt_is_in_both_parts_and_the_size_is_met(prompts, fraction, seed, kind):
@@ -123,28 +125,12 @@ def shares_hold_for_both_parts(first, second, fraction, weight):
 
 PROMISES = {
     no_prompt_is_in_both_parts_and_the_size_is_met: (
-        letters,
-        st.floats(0.01, 0.99),
-        st.integers(-3, 2**70),
-        st.sampled_from(sorted(KINDS)),
+        *(letters, fractions),
+        *(st.integers(-3, 2**70), st.sampled_from(sorted(KINDS))),
     ),
-    the_order_of_the_rows_does_not_matter: (
-        letters,
-        st.floats(0.01, 0.99),
-        st.randoms(),
-    ),
-    no_prompt_of_a_mixture_is_in_both_parts: (
-        letters,
-        letters,
-        st.floats(0.05, 0.95),
-        st.integers(0, 9),
-    ),
-    shares_hold_for_both_parts: (
-        st.integers(2, 60),
-        st.integers(2, 60),
-        st.floats(0.1, 0.9),
-        st.floats(0.1, 10),
-    ),
+    the_order_of_the_rows_does_not_matter: (letters, fractions, st.randoms()),
+    no_prompt_of_a_mixture_is_in_both_parts: (letters, letters, fractions, st.integers(0, 9)),
+    shares_hold_for_both_parts: (numbers, numbers, st.floats(0.1, 0.9), st.floats(0.1, 10)),
 }
 
 
