@@ -11,7 +11,7 @@ from rich.text import Text
 from dpofast.cli.given import COMMAND_LINE, GivenOption, split_own_options
 from dpofast.cli.inputs import load_policy_skeleton, load_tokenizer_for
 from dpofast.cli.option_types import checked_value
-from dpofast.cli.run_data import load_numbered_pairs, load_training_data
+from dpofast.cli.run_data import load_all_rows, load_training_data
 from dpofast.cli.run_options import RunOptions, read_options
 from dpofast.cli.terminal import print_rich
 from dpofast.errors import ConfigError
@@ -45,21 +45,24 @@ def _show_pair(options: RunOptions, row: int) -> None:
     if options.script.tokenizer_name_or_path is None:
         options.require("model_name_or_path")
     tokenizer = load_tokenizer_for(options)
-    pairs = load_numbered_pairs(options)
-    is_mixture = len(options.script.dataset_names) > 1
-    what = "the mixture's training pairs" if is_mixture else "the data's rows"
-    _refuse_beyond("row", row, len(pairs), what)
-    pair = pairs[row]
-    if is_mixture:
-        print_rich(Text(f"{pair['source']}, row {pair['row']} (counted from 0)", style="bold"))
-    print_rich(
-        render_untokenised_pair(
-            pair,
-            tokenizer,
-            max_length=options.config.max_length,
-            truncation_mode=options.config.truncation_mode,
+    pairs = load_all_rows(options)
+    rows = pairs["row"][:]
+    # A row with several rejected answers has several pairs, and each dataset has its own row N.
+    shown = [index for index, number in enumerate(rows) if number == row]
+    if not shown:
+        raise ConfigError(f"--row: got {row}, but the data's rows are 0 to {max(rows)}.")
+    for index in shown:
+        pair = pairs[index]
+        if "source" in pair:
+            print_rich(Text(pair["source"], style="bold"))
+        print_rich(
+            render_untokenised_pair(
+                pair,
+                tokenizer,
+                max_length=options.config.max_length,
+                truncation_mode=options.config.truncation_mode,
+            )
         )
-    )
 
 
 def _show_step(options: RunOptions, step: int, rank: tuple[int, int]) -> None:

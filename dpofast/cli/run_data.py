@@ -54,18 +54,12 @@ def load_held_out_data(options: RunOptions) -> Any:
     return None
 
 
-def load_numbered_pairs(options: RunOptions) -> Any:
-    """Load the pairs that a user means by a number.
-
-    Returns:
-        All rows of a single dataset, held out or not, because they keep their numbers there; or
-        the training pairs of a mixture.
+def load_all_rows(options: RunOptions) -> Any:
+    """Load all rows of the training datasets, even those that are held out or not taken.
 
     Raises:
         DataError: the data can't be used; names the file and row.
     """
-    if len(options.script.dataset_names) > 1:
-        return load_training_data(options)
     return _load_sets(options, options.script.dataset_train_split)
 
 
@@ -110,5 +104,6 @@ def _load_pairs(options: RunOptions, source: str, split: str) -> Any:
         roles=options.script.dataset_roles,
         split=split,
         strict=options.config.strict,
+        skip_bad_rows=options.config.skip_bad_rows,
         config_name=options.script.dataset_config,
     )

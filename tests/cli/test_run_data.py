@@ -15,9 +15,10 @@ import pytest
 
 from dpofast import DPOTrainer
 from dpofast.cli import main
-from dpofast.cli.run_data import load_held_out_data, load_numbered_pairs, load_training_data
+from dpofast.cli.run_data import load_all_rows, load_held_out_data, load_training_data
 from dpofast.cli.run_options import RunOptions, read_options
 from dpofast.data import rows_by_source
+from dpofast.errors import DataError
 from tests.cli.runs import error_of, run_arguments, write_pairs
 
 
@@ -102,11 +103,26 @@ def test_a_named_split_is_taken_whole_from_every_dataset(tmp_path: Path) -> None
     assert rows_by_source(load_training_data(options)) == {folders[0]: 4, folders[1]: 4}
 
 
-def test_a_number_means_a_row_of_the_dataset_or_a_pair_of_the_mixture(files: list[str]) -> None:
+def test_rows_keep_their_numbers_whatever_is_held_out(files: list[str]) -> None:
     single = read("--dataset_name", files[0], "--eval_split", "0.25")
-    assert load_numbered_pairs(single)["row"] == list(range(36))
-    options = mixed(files)
-    assert load_numbered_pairs(options)[:] == load_training_data(options)[:]
+    assert load_all_rows(single)["row"] == list(range(36))
+    assert load_all_rows(mixed(files))["row"] == [*range(36), *range(20)]
+
+
+def test_rows_left_out_are_reported_but_do_not_count(files: list[str], tmp_path: Path) -> None:
+    content = json.loads(Path(files[1]).read_text())
+    content[3]["chosen"], content[7]["rejected"] = " ", 5
+    write_pairs(Path(files[1]), content)
+    options = mixed(files, "--skip_bad_rows")
+    training, held = load_training_data(options), load_held_out_data(options)
+    found = {(row["source"], row["row"]): row["left_out"] for row in training if row["left_out"]}
+    assert found == {(files[1], 3): "empty answer", (files[1], 7): "bad row"}
+    assert not any(row["left_out"] for row in held)
+    for part in (training, held):
+        counts = rows_by_source(part)
+        assert abs(counts[files[1]] - 0.4 * sum(counts.values())) < 1
+    with pytest.raises(DataError, match=r"second\.json, row 7"):
+        load_training_data(mixed(files))
 
 
 NAMES = ("loss", "eval_loss")
@@ -214,11 +230,15 @@ def test_all_commands_use_the_same_split(
     assert evaluation["data"]["eval"]["sources"] == rows_by_source(held)
     assert evaluation["ref_rows_scored"] == 0
     capsys.readouterr()
-    assert main(["inspect", *arguments, "--row", str(len(training) - 1)]) == 0
-    shown = " ".join(capsys.readouterr().out.split())
-    assert f"second.json, row {training[-1]['row']} (counted from 0)" in shown
-    sentence = error_of(capsys, ["inspect", *arguments, f"--row={len(training)}"])
-    assert f"the mixture's training pairs are 0 to {len(training) - 1}" in sentence
+    assert main(["inspect", *arguments, "--row", "19"]) == 0
+    shown = "".join(capsys.readouterr().out.split())
+    assert all(shown.count(file) == 1 for file in files), "each has a row of this number"
+    assert main(["inspect", *arguments, "--row", "35"]) == 0
+    assert files[1] not in "".join(capsys.readouterr().out.split())
+    sentence = error_of(capsys, ["inspect", *arguments, "--row=36"])
+    assert "the data's rows are 0 to 35" in sentence
+    assert main(["inspect", *arguments, "--step=0", "--max_tokens_per_microbatch=64"]) == 0
+    assert "step 0 (epoch 0), rank 0 of 1: 2 of the step's 2 pairs" in capsys.readouterr().out
     sentence = error_of(capsys, ["ref", "export", *arguments, "--output=x.jsonl"])
     assert "dataset_name names 2 datasets" in sentence
     assert f"`--dataset_name {files[0]} --dataset_shares null`" in sentence

@@ -14,8 +14,8 @@ import numpy as np
 import xxhash
 
 from dpofast.columns import ID_COLUMNS
-from dpofast.data.reading.messages import to_template
-from dpofast.data.reading.mixture import SOURCE, rows_by_source, sources_of, take_shares, taken_of
+from dpofast.data.reading.messages import decode_messages
+from dpofast.data.reading.mixture import check_shares, sources_of, take_shares, taken_of
 from dpofast.data.reading.preferences import load_preferences
 from dpofast.data.reading.records import BATCH_ROWS
 from dpofast.errors import ConfigError, DataError
@@ -41,7 +41,8 @@ def hold_out(
     wanted size draws the line in the order of these hashes, but not on the order of the rows.
 
     Each dataset of a mixture is split by itself. A prompt that occurs in several goes to the part
-    that the first of them decides.
+    that the first of them decides. Rows that were left out when they were read stay with the
+    training pairs, so that they are reported.
 
     Args:
         dataset: pairs in any form that `load_preferences` reads, or a mixture.
@@ -63,23 +64,24 @@ def hold_out(
     """
     check_eval_split(eval_split)
     dataset = load_preferences(dataset, name=name)
-    is_mixture = SOURCE in dataset.column_names
-    sizes = rows_by_source(dataset) if is_mixture else {name: len(dataset)}
+    names, numbers = sources_of(dataset, name)
+    if shares is not None:
+        check_shares(shares, names)
+    sizes = {key: int(np.sum(numbers == number)) for key, number in names.items()}
     fraction = _fraction(eval_split, sizes, shares, name)
     prompts = np.array(list(_prompt_hashes(dataset, seed)), dtype=object)
-    numbers = sources_of(dataset)[1] if is_mixture else np.zeros(len(dataset), dtype=np.int32)
     held: dict[int, bool] = {}
-    for number in range(len(sizes)):
+    for number in names.values():
         _decide(Counter(prompts[numbers == number]), fraction, held)
-    is_held = np.array([held[prompt] for prompt in prompts], dtype=bool)
-    if is_held.all() or not is_held.any():
+    is_held = np.array([held.get(prompt, False) for prompt in prompts], dtype=bool)
+    if len(set(held.values())) < 2:
         raise DataError(
             f"{name}: no pairs can be held out, because all pairs of a dataset have the same "
             "prompt; name held-out pairs with eval_dataset_name instead of eval_split"
         )
     logger.info(
         "%s: %s of %s pairs held out, with %s of %s prompts",
-        *(name, f"{is_held.sum():,}", f"{len(dataset):,}"),
+        *(name, f"{is_held.sum():,}", f"{sum(sizes.values()):,}"),
         *(f"{sum(held.values()):,}", f"{len(held):,}"),
     )
     training = dataset.select(np.flatnonzero(~is_held))
@@ -117,14 +119,17 @@ def _fraction(
     return Fraction(int(eval_split), total)
 
 
-def _prompt_hashes(dataset: datasets.Dataset, seed: int) -> Iterator[int]:
-    """A 128-bit hash of each row's prompt and of the seed."""
+def _prompt_hashes(dataset: datasets.Dataset, seed: int) -> Iterator[int | None]:
+    """A 128-bit hash of each row's prompt and of the seed; None for a row without a pair."""
     is_tokenised = ID_COLUMNS[0] in dataset.column_names
     wanted = ID_COLUMNS[:1] if is_tokenised else _PROMPT_COLUMNS
     view = dataset.select_columns([name for name in wanted if name in dataset.column_names])
     for batch in view.with_format(None).iter(batch_size=BATCH_ROWS):
         for values in zip(*batch.values(), strict=True):
             row = dict(zip(batch, values, strict=True))
+            if row[wanted[0]] is None:
+                yield None
+                continue
             if is_tokenised:
                 content = np.array(row[ID_COLUMNS[0]], dtype="<i4").tobytes()
             else:
@@ -136,7 +141,7 @@ def _prompt_text(row: Mapping[str, Any]) -> str:
     """All that the chat template gets for a prompt, as JSON; the order of keys doesn't matter."""
     prompt = row["prompt"]
     if not isinstance(prompt, str):
-        prompt = [to_template(message) for message in prompt]
+        prompt = decode_messages(prompt)
     options = [json.loads(row.get(name) or "null") for name in _PROMPT_COLUMNS[1:]]
     return json.dumps([prompt, *options], sort_keys=True)
 

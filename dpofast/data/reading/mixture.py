@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import datasets
@@ -13,6 +14,7 @@ import pyarrow as pa
 import xxhash
 
 from dpofast.columns import ID_COLUMNS, REF_COLUMNS
+from dpofast.data.reading.normal_form import SourceNotes, normal_form, source_notes
 from dpofast.data.reading.preferences import load_preferences
 from dpofast.data.reading.shares import largest_counts
 from dpofast.errors import ConfigError, DataError
@@ -20,6 +22,8 @@ from dpofast.errors import ConfigError, DataError
 logger = logging.getLogger(__name__)
 
 SOURCE = "source"  # the column with the name of the dataset that a row comes from
+LEFT_OUT = -1  # in place of a dataset's number, for a row without a pair
+_NONE = -2  # the number of no dataset
 
 
 def mix_preferences(
@@ -56,14 +60,14 @@ def mix_preferences(
     for name, part in parts.items():
         table = part.with_format("arrow")[:]
         tables.append(table.append_column(SOURCE, pa.array([name] * len(part), pa.string())))
-    # A column that only some have is filled with nulls, and so is a field of their messages.
-    mixture = normal_form_like(
-        list(parts.values()), pa.concat_tables(tables, promote_options="permissive")
-    )
+    notes = functools.reduce(SourceNotes.merged, map(source_notes, parts.values()))
+    # A column that only some datasets have is filled with nulls.
+    mixture = normal_form(pa.concat_tables(tables, promote_options="default"), notes)
     if shares is not None:
         return take_shares(mixture, shares, seed)
-    counts = ", ".join(f"{len(part):,} from {name}" for name, part in parts.items())
-    logger.info("mixture: %s pairs, %s", f"{len(mixture):,}", counts)
+    counts = rows_by_source(mixture)
+    taken = ", ".join(f"{count:,} from {name}" for name, count in counts.items())
+    logger.info("mixture: %s pairs, %s", f"{sum(counts.values()):,}", taken)
     return mixture
 
 
@@ -77,6 +81,8 @@ def take_shares(
 ) -> datasets.Dataset:
     """Select rows so that the datasets of a mixture have these shares.
 
+    Rows that were left out when they were read don't count. They stay, so that they are reported.
+
     Args:
         mixture: result of `mix_preferences`, or a selection of its rows.
         shares: name of a dataset -> positive number, for all datasets of the mixture.
@@ -88,24 +94,24 @@ def take_shares(
         DataError: a share leaves a dataset without a row.
     """
     found, source = sources_of(mixture)
-    available = {key: int(np.sum(source == found.get(key, -1))) for key in shares}
+    available = {key: int(np.sum(source == found.get(key, _NONE))) for key in shares}
     counts = taken_of(available, shares, name, at_most)
     rows = _column(mixture, "row").to_numpy()
-    chosen = []
+    chosen = [np.flatnonzero(source == LEFT_OUT)]
     for key, count in counts.items():
         indices = np.flatnonzero(source == found[key])
         # Ranks by a hash of the row's number don't change when other rows are held out. numpy
         # doesn't promise that a seed gives the same permutation in its next version.
         ranks = [xxhash.xxh3_64_intdigest(b"%d" % row, seed % 2**64) for row in rows[indices]]
         first = np.argsort(np.array(ranks, dtype=np.uint64), kind="stable")[:count]
-        chosen.append(np.sort(indices[first]))
+        chosen.append(indices[first])
     size = sum(counts.values())
     taken = ", ".join(
         f"{count:,} of {available[key]:,} from {key} ({count / size:.2%})"
         for key, count in counts.items()
     )
     logger.info("%s: %s pairs, %s", name, f"{size:,}", taken)
-    return mixture.select(np.concatenate(chosen))
+    return mixture.select(np.sort(np.concatenate(chosen)))
 
 
 def taken_of(
@@ -135,18 +141,33 @@ def taken_of(
 
 
 def rows_by_source(dataset: datasets.Dataset) -> dict[str, int]:
-    """Name of each dataset in a mixture -> number of its rows; empty if it isn't a mixture."""
+    """Name of each dataset in a mixture -> number of its pairs; empty if it isn't a mixture."""
     if SOURCE not in dataset.column_names:
         return {}
     found, source = sources_of(dataset)
     return {name: int(np.sum(source == number)) for name, number in found.items()}
 
 
-def sources_of(mixture: datasets.Dataset) -> tuple[dict[str, int], np.ndarray]:
-    """Name of each dataset in a mixture -> its number; and the numbers of all rows, [n] int32."""
-    encoded = _column(mixture, SOURCE).combine_chunks().dictionary_encode()
-    names = encoded.dictionary.to_pylist()  # in the order in which they first occur
-    return {name: number for number, name in enumerate(names)}, encoded.indices.to_numpy()
+def sources_of(dataset: datasets.Dataset, name: str = "") -> tuple[dict[str, int], np.ndarray]:
+    """Number the datasets of a mixture in the order in which they first occur.
+
+    Args:
+        dataset: a mixture; or a single dataset, which gets the number 0.
+        name: name of a single dataset.
+
+    Returns:
+        Name of each dataset -> its number; and the number for each row, [n] int, LEFT_OUT for a
+        row that was left out when it was read.
+    """
+    if SOURCE in dataset.column_names:
+        encoded = _column(dataset, SOURCE).combine_chunks().dictionary_encode()
+        names, numbers = encoded.dictionary.to_pylist(), encoded.indices.to_numpy()
+    else:
+        names, numbers = [name], np.zeros(len(dataset), dtype=np.int32)
+    if "left_out" in dataset.column_names:
+        has_pair = _column(dataset, "left_out").is_null().to_numpy()
+        numbers = np.where(has_pair, numbers, LEFT_OUT)
+    return {name: number for number, name in enumerate(names)}, numbers
 
 
 def check_shares(shares: Mapping[str, float], names: Collection[str]) -> None:
@@ -170,14 +191,8 @@ def _column(dataset: datasets.Dataset, name: str) -> pa.ChunkedArray:
     return dataset.select_columns([name]).with_format("arrow")[:][name]
 
 
-def normal_form_like(parts: Sequence[datasets.Dataset], table: pa.Table) -> datasets.Dataset:
-    """A Dataset of this table, marked as being in the normal form as the parts are."""
-    description = parts[0].info.description
-    return datasets.Dataset(table, info=datasets.DatasetInfo(description=description))
-
-
-def kind_of(dataset: datasets.Dataset) -> str:
-    """What the pairs of a dataset in the normal form are: "token ids", "text" or "messages"."""
+def _kind_of(dataset: datasets.Dataset) -> str:
+    """What the pairs of a dataset in the normal form are: token ids, text or messages."""
     if ID_COLUMNS[0] in dataset.column_names:
         return "token ids"
     return "text" if dataset.features["prompt"] == datasets.Value("string") else "messages"
@@ -190,7 +205,7 @@ def _refuse_mixtures(parts: Mapping[str, datasets.Dataset]) -> None:
 
 
 def _refuse_two_kinds(parts: Mapping[str, datasets.Dataset]) -> None:
-    kinds = {name: kind_of(part) for name, part in parts.items()}
+    kinds = {name: _kind_of(part) for name, part in parts.items()}
     (first, kind), *others = kinds.items()
     for name, other in others:
         if other != kind:

@@ -38,6 +38,7 @@ def test_without_shares_all_rows_are_there_in_order():
     assert is_normal_form(mixture)
     assert is_normal_form(mixture.select([4, 0]))
     assert load_preferences(mixture) is mixture
+    assert taken(load_preferences(mixture, strict=True)) == taken(mixture)
     tokens, report = tokenize_preferences(mixture, byte_bpe(), max_length=None)
     assert (len(tokens), report.pairs_read) == (5, 5)
 
@@ -131,6 +132,14 @@ def test_sets_that_do_not_go_together_are_refused_by_name(sets, sentence):
 def test_log_probs_of_all_sets_are_kept():
     mixture = mix_preferences({"x": SCORED, "y": SCORED})
     assert mixture["ref_rejected_logps"] == [-2.0, -2.0]
+
+
+def test_the_report_names_what_is_unused_in_any_of_the_sets():
+    sets = {"x": [{**TEXT[0], "score": 1}], "y": [{**TEXT[0], "id": 5, "chosen": "c"}]}
+    pairs, report = tokenize_preferences(mix_preferences(sets), byte_bpe(), max_length=None)
+    assert report.unused == ("score", "id")
+    assert report.left_out == {"identical answers": ("y row 0",)}
+    assert pairs["source"] == ["x"]
 
 
 @pytest.mark.parametrize(
