@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import gzip
 import json
-import os
 import random
 from pathlib import Path
 from typing import Any
@@ -42,7 +41,9 @@ TEXT = (
     "{{ eos_token }}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 ROLES = ["user", "assistant", "tool", "observation", "ipython", "Human", "model", " user "]
-COUNT = int(os.environ.get("DPOFAST_SOURCE_ROWS", "300"))
+# The long count takes minutes, as every row goes through ten sources.
+COUNTS = [30, pytest.param(300, marks=pytest.mark.slow)]
+TEMPLATES = {"whole": WHOLE, "blocks": BLOCKS, "text": TEXT}
 
 
 class Rows:
@@ -194,35 +195,39 @@ def expected(rows: list[dict[str, Any]], tokenizer: Any) -> list[tuple[str, str,
     return texts
 
 
-@pytest.mark.parametrize("template", [WHOLE, BLOCKS, TEXT], ids=["whole", "blocks", "text"])
-def test_json_in_any_file_gives_the_tokens_of_the_template(tmp_path, template):
+@pytest.mark.parametrize("count", COUNTS)
+@pytest.mark.parametrize("template", TEMPLATES.values(), ids=TEMPLATES.keys())
+def test_json_in_any_file_gives_the_tokens_of_the_template(tmp_path, template, count):
     tokenizer = byte_bpe(chat_template=template)
-    rows = random_rows(COUNT, seed=1, nulls=True, blocks=False)
+    rows = random_rows(count, seed=1, nulls=True, blocks=False)
     wanted = expected(rows, tokenizer)
     for name, source in json_sources(rows, tmp_path).items():
         assert texts_of(source, tokenizer) == wanted, name
 
 
-@pytest.mark.parametrize("template", [WHOLE, BLOCKS, TEXT], ids=["whole", "blocks", "text"])
-def test_structs_of_arrow_give_the_tokens_of_the_template(tmp_path, template):
+@pytest.mark.parametrize("count", COUNTS)
+@pytest.mark.parametrize("template", TEMPLATES.values(), ids=TEMPLATES.keys())
+def test_structs_of_arrow_give_the_tokens_of_the_template(tmp_path, template, count):
     tokenizer = byte_bpe(chat_template=template)
-    rows = random_rows(COUNT, seed=2, nulls=False, blocks=False)
+    rows = random_rows(count, seed=2, nulls=False, blocks=False)
     wanted = expected(rows, tokenizer)
     for name, source in arrow_sources(rows, tmp_path).items():
         assert texts_of(source, tokenizer) == wanted, name
 
 
-def test_blocks_reach_a_template_that_takes_them(tmp_path):
+@pytest.mark.parametrize("count", COUNTS)
+def test_blocks_reach_a_template_that_takes_them(tmp_path, count):
     tokenizer = byte_bpe(chat_template=BLOCKS)
-    rows = random_rows(COUNT, seed=3, nulls=False, blocks=True)
+    rows = random_rows(count, seed=3, nulls=False, blocks=True)
     wanted = expected(rows, tokenizer)
     for name, source in (json_sources(rows, tmp_path) | arrow_sources(rows, tmp_path)).items():
         assert texts_of(source, tokenizer) == wanted, name
 
 
-def test_blocks_become_text_for_a_template_that_takes_only_text(tmp_path):
+@pytest.mark.parametrize("count", COUNTS)
+def test_blocks_become_text_for_a_template_that_takes_only_text(tmp_path, count):
     tokenizer = byte_bpe(chat_template=TEXT)
-    rows = random_rows(COUNT, seed=3, nulls=False, blocks=True)
+    rows = random_rows(count, seed=3, nulls=False, blocks=True)
     flat = json.loads(json.dumps(rows))
     for row in flat:
         for message in (m for column in ("prompt", "chosen", "rejected") for m in row[column]):
@@ -232,11 +237,11 @@ def test_blocks_become_text_for_a_template_that_takes_only_text(tmp_path):
         assert texts_of(source, tokenizer) == wanted, name
 
 
-@settings(max_examples=10, suppress_health_check=list(HealthCheck), deadline=None)
+@settings(max_examples=4, suppress_health_check=list(HealthCheck), deadline=None)
 @given(seed=st.integers(0, 2**32), blocks=st.booleans())
 def test_any_rows(tmp_path_factory, seed, blocks):
     tokenizer = byte_bpe(chat_template=WHOLE)
-    rows = random_rows(6, seed, nulls=False, blocks=blocks)
+    rows = random_rows(4, seed, nulls=False, blocks=blocks)
     folder = tmp_path_factory.mktemp("rows")
     wanted = expected(rows, tokenizer)
     for name, source in (json_sources(rows, folder) | arrow_sources(rows, folder)).items():

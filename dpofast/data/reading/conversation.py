@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -77,12 +76,6 @@ def has_system(system: Any) -> bool:
     return system is not None and bool(text_of(system, "system").strip())
 
 
-def holds(messages: list[Message], text: str) -> bool:
-    """Whether `text` is a part of what `messages` say one after the other, white space aside."""
-    said = "".join(content_text(message.get("content")) for message in messages)
-    return "".join(text.split()) in "".join(said.split())
-
-
 def _read_answer(value: Any, what: str, roles: Mapping[str, str]) -> list[Message]:
     if isinstance(value, list | tuple) and not value:
         return []
@@ -106,7 +99,7 @@ def _divide(
         return given, chosen, rejected
     size = len(common)
     if isinstance(prompt, str):
-        if not holds(common, prompt):
+        if not _holds(common, prompt):
             raise _no_place(what)
         before = []
     else:
@@ -183,10 +176,16 @@ def _not_in_conversation(
     return before
 
 
-def _said(message: Message) -> tuple[str, str, str]:
+def _said(message: Message) -> tuple[Any, ...]:
     """What a message says, apart from white space and fields that don't matter for a quotation."""
-    calls = json.dumps([message.get(name) or None for name in CALLS], sort_keys=True)
-    return speaker(message), content_text(message.get("content")).strip(), calls
+    calls = [message.get(name) or None for name in CALLS]
+    return speaker(message), content_text(message.get("content")).strip(), *calls
+
+
+def _holds(messages: list[Message], text: str) -> bool:
+    """Whether `text` is a part of what `messages` say one after the other, white space aside."""
+    said = "".join(content_text(message.get("content")) for message in messages)
+    return "".join(text.split()) in "".join(said.split())
 
 
 def _is_part(turns: list[Any], of: list[Any]) -> bool:

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from dpofast.columns import ID_COLUMNS, PAIR_COLUMNS, REF_COLUMNS
-from dpofast.data.reading.conversation import holds, read_conversation
+from dpofast.data.reading.conversation import read_conversation
 from dpofast.data.reading.instruction import read_instruction
 from dpofast.data.reading.json_text import parse_answers, parse_messages, refuse_python_messages
 from dpofast.data.reading.messages import is_messages, read_messages
@@ -156,10 +156,7 @@ def _read_implicit(row: Row, roles: Mapping[str, str]) -> Pair:
             # user wanted to write than messages.
             text_of(row.get(column), row.name(column))
     columns = row.listed("chosen", "rejected")
-    pair = read_conversation(row, None, "", columns, roles, frozenset())
-    given = row.get("input")
-    quoted = isinstance(given, str) and holds(pair.values["prompt"], given)
-    return replace(pair, used=pair.used | row.used("input")) if quoted else pair
+    return read_conversation(row, None, "", columns, roles, frozenset())
 
 
 def _parsed(row: Row, *, single: bool) -> Row:

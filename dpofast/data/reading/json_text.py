@@ -12,7 +12,7 @@ from dpofast.data.reading.row_error import RowError, shown
 
 # Messages as `str` or NumPy prints them, which is no JSON.
 _PYTHON_MESSAGES = re.compile(
-    r"\s*[\[(]\s*\{\s*['\"](?:role|from|content|value)['\"]\s*:.*\}\s*,?\s*[\])]\s*", re.DOTALL
+    r"\s*[\[(]\s*\{\s*'(?:role|from|content|value)'\s*:.*\}\s*,?\s*[\])]\s*", re.DOTALL
 )
 _PYTHON_MESSAGE = re.compile(r"\s*\{\s*'(?:role|from|content|value)'\s*:.*\}\s*", re.DOTALL)
 
@@ -88,11 +88,10 @@ def python_messages(what: str, value: Any) -> RowError:
 
 
 def _is_python(value: Any, single: bool) -> bool:
-    if not isinstance(value, str) or is_messages(parse_messages(value, single=single)):
+    if not isinstance(value, str):
         return False
-    return bool(_PYTHON_MESSAGES.fullmatch(value)) or (
-        single and bool(_PYTHON_MESSAGE.fullmatch(value))
-    )
+    forms = (_PYTHON_MESSAGES, _PYTHON_MESSAGE) if single else (_PYTHON_MESSAGES,)
+    return any(form.fullmatch(value) for form in forms)
 
 
 def _is_blank(value: Any) -> bool:

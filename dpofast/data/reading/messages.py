@@ -7,6 +7,7 @@ chat template unchanged. Only messages with the keys `from` and `value` (ShareGP
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -33,6 +34,10 @@ ROLES = {
     "function_response": "tool",
     "ipython": "ipython",
 }
+# A list of blocks that was turned into text, by Python or as JSON.
+_PRINTED_BLOCKS = re.compile(
+    r"\s*\[\s*\{\s*(['\"])type\1\s*:\s*(['\"])(text|image|image_url)\2\s*,.*\}\s*\]\s*", re.DOTALL
+)
 # Fields with which a message says something even if its content is null or empty.
 CALLS = ("tool_calls", "function_call")
 
@@ -95,12 +100,26 @@ def is_empty_answer(messages: list[Message]) -> bool:
     )
 
 
-def encode_messages(messages: Iterable[Message]) -> list[str]:
+def encode_messages(messages: Iterable[Message], what: str) -> list[str]:
     """The messages as the normal form stores them: each one as JSON text.
 
     Structs of Arrow would give every message the fields of all messages, with nulls.
+
+    Args:
+        messages: the messages.
+        what: name of their column, used in errors.
+    Raises:
+        RowError: a message has a field that isn't plain JSON, or that can't be stored as text.
     """
-    return [json.dumps(message, ensure_ascii=False) for message in messages]
+    stored = []
+    for index, message in enumerate(messages):
+        try:
+            stored.append(text_of(json.dumps(message, ensure_ascii=False), f"{what}[{index}]"))
+        except (TypeError, ValueError, RecursionError) as error:
+            raise RowError(
+                f"{what}[{index}] has a field that is not plain JSON ({error})"
+            ) from None
+    return stored
 
 
 def decode_messages(stored: Iterable[str]) -> list[Message]:
@@ -130,14 +149,12 @@ def _read_message(item: Any, what: str, roles: Mapping[str, str]) -> Message:
     if isinstance(message.get("content"), list):
         message["content"] = [_read_block(block, what) for block in message["content"]]
     elif message.get("content") is not None:
-        text_of(message["content"], f"content of {what}")
+        if _PRINTED_BLOCKS.fullmatch(text_of(message["content"], f"content of {what}")):
+            raise RowError(
+                f"the content of {what} is a list of blocks written as text; write the list itself"
+            )
     elif not any(map(message.get, CALLS)):
         raise RowError(f"the content of {what} is null or missing; give it a text")
-    try:
-        # Half a surrogate pair in a field would be refused here, too.
-        text_of(json.dumps(message, ensure_ascii=False), what)
-    except (TypeError, ValueError, RecursionError) as error:
-        raise RowError(f"{what} has a field that is not plain JSON ({error})") from None
     return message
 
 

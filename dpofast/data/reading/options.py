@@ -37,10 +37,12 @@ def template_options(row: Mapping[str, Any]) -> dict[str, str]:
     options = {}
     for column, kind in (("tools", list), ("chat_template_kwargs", dict)):
         value = row.get(column)
-        if value is None or value in ("", [], {}):
-            continue
         try:
-            value = json.loads(value) if isinstance(value, str) else value
+            if isinstance(value, str):
+                value = json.loads(value) if value.strip() else None
+            # For some templates, an empty list of tools isn't the same as none.
+            if value is None or value == {} or (value == [] and kind is dict):
+                continue
             if isinstance(value, list) and all(isinstance(item, str) for item in value):
                 value = _parse_each(value)
             # A string is parsed, too: only valid JSON gets into the normal form.

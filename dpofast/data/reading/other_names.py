@@ -101,7 +101,8 @@ def _from_swift(
         return Row({**taken, "chosen": conversation}, names, sources)
     end = _after_last_question(conversation, column, roles)
     taken.update(messages=conversation[:end], chosen=conversation[end:])
-    return Row(taken, {**names, "messages": column}, {**sources, "messages": frozenset({column})})
+    names |= {"messages": column, "chosen": f"{column}[{end}:]"}
+    return Row(taken, names, {**sources, "messages": frozenset({column})})
 
 
 def _after_last_question(conversation: Any, column: str, roles: Mapping[str, str]) -> int:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from dpofast.columns import PAIR_COLUMNS
+from dpofast.columns import ID_COLUMNS, PAIR_COLUMNS
 from dpofast.data.reading.bad_rows import BadRows
 from dpofast.data.reading.formats import read_pairs
 from dpofast.data.reading.messages import CALLS, encode_messages
@@ -51,6 +51,7 @@ class TableBuilder:
         self._bad = BadRows()
         self._rows_read = 0
         self._form: tuple[str, str] | None = None  # kind and format that all pairs must share
+        self._kind_without_pairs = "text"
         self._filled: dict[str, None] = {}  # columns of the source with a value, in their order
         self._used = {"row", *OPTIONAL_TYPES} if again else {"row"}
         self._message_fields: dict[str, None] = {}  # fields of messages, in their order
@@ -97,7 +98,9 @@ class TableBuilder:
         read = [self._pairs(record) for record in records]
         if self._form is None:
             # Most of the first rows decide which form is right, not the very first row.
-            pairs = itertools.chain(*(each for each in read if isinstance(each, list)))
+            pairs = [pair for each in read if isinstance(each, list) for pair in each]
+            # A blank text says little about its form.
+            pairs = [pair for pair in pairs if pair.blank is None] or pairs
             forms = Counter((pair.kind, pair.columns) for pair in pairs)
             self._form = max(forms, key=forms.__getitem__, default=None)
         rows: list[Row] = []
@@ -137,10 +140,17 @@ class TableBuilder:
         if not result:  # the row was left out when the source was read for the first time
             if self.strict or record.values.get("problem"):
                 raise RowError(record.values.get("problem") or record.values["left_out"])
+            if ID_COLUMNS[0] in record.values:
+                self._kind_without_pairs = "ids"
             return [self._left_out(number, record.values["left_out"])]
         return [self._row(record, pair, number) for pair in result]
 
     def _row(self, record: Record, pair: Pair, number: int) -> Row:
+        if pair.blank is not None:
+            if self.strict:
+                raise empty_answer(pair.blank)
+            self._used |= pair.used
+            return self._left_out(number, EMPTY)
         if (pair.kind, pair.columns) != self._form:
             assert self._form is not None
             kind, columns = self._form
@@ -151,16 +161,12 @@ class TableBuilder:
         if self.strict and pair.identical:
             raise RowError(f"chosen and rejected are identical; {STRICT_REMEDY}")
         self._used |= pair.used
-        if pair.blank is not None:
-            if self.strict:
-                raise empty_answer(pair.blank)
-            return self._left_out(number, EMPTY)
         row = {"row": number, **pair.values}
         if pair.kind == "messages":
             for column in PAIR_COLUMNS:
                 for message in row[column]:
                     self._message_fields |= _filled(message)
-                row[column] = encode_messages(row[column])
+                row[column] = encode_messages(row[column], column)
         if self.again and record.values.get("source") is not None:
             row["source"] = record.values["source"]
         self._optional.update(column for column in row if column in OPTIONAL_TYPES)
@@ -196,7 +202,8 @@ class TableBuilder:
         return row
 
     def _schema(self) -> pa.Schema:
-        kind = "text" if self._form is None else self._form[0]
+        # Without any pair, all columns are null, and only their names matter.
+        kind = self._form[0] if self._form else self._kind_without_pairs
         return pa.schema({"row": pa.int64(), **PAIR_TYPES[kind], **OPTIONAL_TYPES})
 
 

@@ -90,9 +90,9 @@ def _check_mask(value: Any, name: str, ids: list[int], column: str) -> None:
 
 def _scored(prompt: list[int], ids: list[int], labels: list[int], name: str) -> list[int]:
     """The tokens of an answer that its labels score, from ids that may repeat the prompt."""
-    repeated = ids[: len(prompt)] == prompt and labels[: len(prompt)] == [_IGNORED] * len(prompt)
+    repeated = ids[: len(prompt)] == prompt
     answer = ids[len(prompt) :] if repeated else ids
-    if labels[len(ids) - len(answer) :] != answer:
+    if labels != [_IGNORED] * (len(ids) - len(answer)) + answer:
         raise RowError(
             f"{name} doesn't score exactly the answer: expected the ids that follow the prompt, "
             f"and {_IGNORED} for the prompt if the ids repeat it"

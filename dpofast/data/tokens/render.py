@@ -129,7 +129,10 @@ def _with_blocks(parts: list[list[Message]], render: Render) -> PairTexts:
 
 
 def _without_none(parts: list[list[Message]], render: Render) -> PairTexts:
-    """Render messages, and refuse a content of null that the template writes as "None"."""
+    """Render messages, and refuse a content of null that the template writes as "None".
+
+    Newer versions of transformers leave such a content out before they render.
+    """
     texts = render(parts)
     if not any(m.get("content", "") is None for part in parts for m in part):
         return texts
@@ -154,12 +157,17 @@ def texts_missing(parts: list[list[Message]], texts: PairTexts) -> list[Message]
     for answer, whole in zip(answers, (texts.with_chosen, texts.with_rejected), strict=True):
         joined = _without_blanks(whole)
         for message in (*prompt, *answer):
-            text = content_text(message.get("content"))
-            # Some templates write a content as JSON.
-            forms = (text, *(json.dumps(text, ensure_ascii=a)[1:-1] for a in (False, True)))
-            if not any(_without_blanks(form) in joined for form in forms):
+            content = message.get("content")
+            blocks = content if isinstance(content, list) else [{"text": content or ""}]
+            if not all(_occurs(block["text"], joined) for block in blocks):
                 missing.append(message)
     return missing
+
+
+def _occurs(text: str, joined: str) -> bool:
+    """Whether `text` occurs, without its white space, as it is or as JSON writes it."""
+    forms = (text, *(json.dumps(text, ensure_ascii=plain)[1:-1] for plain in (False, True)))
+    return any(_without_blanks(form) in joined for form in forms)
 
 
 def _without_blanks(text: str) -> str:

@@ -36,7 +36,7 @@ def unused_parts(dataset: datasets.Dataset, tokenizer: Any) -> tuple[str, ...]:
     """
     notes = source_notes(dataset)
     unused = list(notes.unused_columns)
-    options = [c for c in ("tools", "chat_template_kwargs") if c in dataset.column_names]
+    options = [c for c in ("tools", "chat_template_kwargs") if _is_filled(dataset, c)]
     if "prompt" not in dataset.column_names:
         return (*unused, *options)
     template = _template_text(tokenizer)
@@ -52,6 +52,12 @@ def unused_parts(dataset: datasets.Dataset, tokenizer: Any) -> tuple[str, ...]:
             if not any(n in template for n in (_REASONING if name in _REASONING else {name}))
         ]
     return tuple(unused)
+
+
+def _is_filled(dataset: datasets.Dataset, column: str) -> bool:
+    return column in dataset.column_names and any(
+        value not in (None, "[]", "{}") for value in dataset.unique(column)
+    )
 
 
 def _template_text(tokenizer: Any) -> str:

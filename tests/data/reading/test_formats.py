@@ -112,6 +112,16 @@ def test_instruction_with_system_and_history():
     assert "plain_prompt" not in loaded
 
 
+def test_history_as_json_text():
+    row = {"instruction": "And 3?", "chosen": "6", "rejected": "7"}
+    history = [["2+2?", "4"]]
+    loaded = load_one({**row, "history": json.dumps(history)})
+    assert loaded == load_one({**row, "history": history})
+    assert load_one({**row, "history": ""}) == load_one(row)
+    with pytest.raises(DataError, match="history is not a list of"):
+        load_one({**row, "history": "2+2? 4"})
+
+
 def test_token_ids_and_reference_log_probs():
     row = {"prompt_ids": [1, 2], "chosen_ids": [3], "rejected_ids": [4, 5]}
     logps = {"ref_chosen_logps": -1.5, "ref_rejected_logps": -2}
