@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -238,7 +239,9 @@ def test_all_commands_use_the_same_split(
     sentence = error_of(capsys, ["inspect", *arguments, "--row=36"])
     assert "the data's rows are 0 to 35" in sentence
     assert main(["inspect", *arguments, "--step=0", "--max_tokens_per_microbatch=64"]) == 0
-    assert "step 0 (epoch 0), rank 0 of 1: 2 of the step's 2 pairs" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "step 0 (epoch 0), rank 0 of 1: 2 of the step's 2 pairs" in shown
+    assert len(re.findall(r"pair\d+of/", "".join(shown.split()))) == 2
     sentence = error_of(capsys, ["ref", "export", *arguments, "--output=x.jsonl"])
     assert "dataset_name names 2 datasets" in sentence
     assert f"`--dataset_name {files[0]} --dataset_shares null`" in sentence
