@@ -16,7 +16,8 @@ from dpofast.errors import ConfigError, ModelError
 from dpofast.model.attention import LayerAttention, any_dtype_attention, recorded_calls
 from dpofast.model.forward import evaluating, micro_batch, run_batch, run_body
 from dpofast.model.head import head_options
-from dpofast.model.parts import causal_lm, num_layers, shape
+from dpofast.model.parts import causal_lm, num_layers
+from dpofast.model.vocabulary import vocabulary_of
 from dpofast_kernels.attention import AttentionOptions, WrongBackendError, probe
 from dpofast_kernels.head.naive import naive_logits
 from dpofast_kernels.rounding import product_precision
@@ -74,7 +75,7 @@ def sample_sequences(model: nn.Module) -> list[tuple[TokenIds, TokenIds]]:
 
     The answers of the second pair begin alike, so its shared prefix goes beyond the prompt.
     """
-    vocab_size = shape(causal_lm(model).get_input_embeddings().weight)[0]
+    vocab_size = vocabulary_of(model).size
     ids = [(7 * index + 1) % vocab_size for index in range(14)]
     return [
         (ids[:5], ids[5:9]),
@@ -200,7 +201,7 @@ def check_head(model: nn.Module) -> None:
             `head_options` doesn't know, so training it would be wrong.
     """
     lm = causal_lm(model)
-    vocab_size = shape(lm.get_input_embeddings().weight)[0]
+    vocab_size = vocabulary_of(lm).size
     device = next(lm.parameters()).device
     input_ids = torch.arange(8, device=device)[None] * 7 % vocab_size  # [1, 8]
     # This batch is made by hand so that every position is scored. A layout's `collate` would score
