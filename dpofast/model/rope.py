@@ -112,7 +112,8 @@ def _forward_of_each_row(
         width: tokens of a row with its padding.
 
     Returns:
-        What the module's own forward returns, [B, L, D] or a tuple of that. Padding has zeros.
+        What the module's own forward returns, [B, L, D] or a tuple of that; padding has zeros. If
+        all rows have the same length, [1, L, D].
 
     Raises:
         ModelError: the module gives other positions or shapes.
@@ -125,9 +126,10 @@ def _forward_of_each_row(
         tables[length] = result if isinstance(result, tuple) else (result,)
         if any(table.shape[-3:-1] != (1, length) for table in tables[length]):
             raise _unexpected(module)
-        tables[length] = tuple(
-            F.pad(table, (0, 0, 0, width - length)) for table in tables[length]
-        )  # each [..., 1, L, D]
+    if len(tables) == 1:
+        return result  # it serves all rows, as in stock models
+    for length, unpadded in tables.items():
+        tables[length] = tuple(F.pad(table, (0, 0, 0, width - length)) for table in unpadded)
     rows = zip(*(tables[length] for length in lengths), strict=True)
     outputs = tuple(torch.cat(tensors, dim=-3) for tensors in rows)
     return outputs if isinstance(result, tuple) else outputs[0]
@@ -140,7 +142,8 @@ def _alone(module: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Any:
     calls, stock ones included, would depend on, nor one that DDP would send to other ranks.
     """
     twin: Any = copy.copy(module)
-    buffers = module.named_buffers(recurse=False)
+    # One tensor can have two names here: transformers makes the original frequencies the current.
+    buffers = module.named_buffers(recurse=False, remove_duplicate=False)
     twin._buffers = {name: tensor.to(x.device, copy=True) for name, tensor in buffers}
     # Names of transformers' `dynamic_rope_update`; models with several kinds of RoPE prefix them.
     for name in [*vars(twin), *twin._buffers]:
