@@ -107,6 +107,22 @@ def test_outside_a_micro_batch_the_model_is_stock_and_remembers_nothing_of_it(ki
     assert rope.__dict__.keys() == before.keys()
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("lengths", [(40, 11), (40, 4), (40, 4, 40)])
+def test_what_stock_forwards_left_behind_changes_nothing(kind, lengths):
+    """After a short sequence, the original frequencies and the current ones are one tensor."""
+    model, batch = stretched("llama", kind), PADDED.collate(SHORT.sequences)
+    states = []
+    for length in (None, *lengths):
+        with torch.no_grad():
+            if length:
+                model(long_ids(length))
+            with micro_batch(model, batch):
+                states.append(run_body(model, batch))
+    for state in states[1:]:
+        assert torch.equal(state, states[0])
+
+
 @pytest.mark.parametrize("rope_type", ["default", "linear", "yarn", "llama3"])
 def test_other_types_of_rope_run_as_they_are(rope_type):
     rope = {
