@@ -29,8 +29,8 @@ FAR = 2**23
 # Largest relative difference between two cosines or sines that rounding explains.
 TOLERANCE = 1e-5
 REMEDY = (
-    "if no sequence is longer than the model's original length, remove the scaling from "
-    "rope_parameters in its config; please report this model type."
+    "use transformers' own class if it has one for this model (trust_remote_code: false), and "
+    "please report this model type."
 )
 
 
