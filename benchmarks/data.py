@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerFast
 from benchmarks import REPOSITORY
 from dpofast.data import load_preferences
 from dpofast.data.reading.files import data_suffix
-from dpofast.data.reading.messages import to_template
+from dpofast.data.reading.messages import content_text, decode_messages
 
 REAL, GENERATED = "file", "generated"
 # Raise this number whenever the generated text changes: older files may still be in the cache.
@@ -98,9 +98,10 @@ def training_texts(path: str | Path) -> Iterator[str]:
     for row in load_preferences(str(path)):
         for column in ("prompt", "chosen", "rejected"):
             value = row[column]
-            messages = value if isinstance(value, list) else [{"role": "", "content": value}]
-            for message in messages:
-                yield str(to_template(message)["content"])
+            if isinstance(value, str):
+                yield value
+            else:
+                yield from (content_text(m.get("content")) for m in decode_messages(value or ()))
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:

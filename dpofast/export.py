@@ -37,6 +37,7 @@ class Source:
         split: split to read.
         roles: name of a role in the data -> system, user, assistant or tool.
         config_name: configuration of a hub dataset.
+        skip_bad_rows: leave out rows that can't be used.
 
     Raises:
         DataError: the data can't be used; raised by `rows` and `pairs`.
@@ -47,6 +48,7 @@ class Source:
     split: str = "train"
     roles: Mapping[str, str] | None = None
     config_name: str | None = None
+    skip_bad_rows: bool = False
 
     def rows(self) -> Iterator[Row]:
         """Yield the rows as they are in the source, with all their columns."""
@@ -63,6 +65,7 @@ class Source:
             split=self.split,
             roles=self.roles,
             config_name=self.config_name,
+            skip_bad_rows=self.skip_bad_rows,
         )
 
 
@@ -168,8 +171,8 @@ def _source_indices(pairs: datasets.Dataset, tokens: datasets.Dataset) -> list[i
     index_of = {row: index for index, row in enumerate(pairs["row"])}
     if len(index_of) < len(pairs):
         raise DataError(
-            "The pairs have a column 'row' in which a number occurs twice, so nobody knows which "
-            "row is which: remove that column."
+            "Two pairs have the same row number: a row has several rejected answers, or the column "
+            "'row' has a number twice. Write each pair as a row of its own, or remove that column."
         )
     return [index_of[row] for row in tokens["row"]]
 

@@ -185,7 +185,7 @@ def test_a_column_row_of_the_source_s_own(folder, tokenizer):
     assert [row["row"] for row in written] == [100, 99, 97, 96, 95]
     assert [row["ref_chosen_logps"] for row in written] == logps[:, 0].tolist()
     twice = Source([{**row, "row": 3} for row in TEXTS])
-    with pytest.raises(DataError, match="'row' in which a number occurs twice"):
+    with pytest.raises(DataError, match="Two pairs have the same row number"):
         export(path, twice, tokenizer)
 
 

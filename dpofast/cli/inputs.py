@@ -243,6 +243,7 @@ def _load_pairs(options: RunOptions, source: str | None, split: str) -> Any:
         roles=options.script.dataset_roles,
         split=split,
         strict=options.config.strict,
+        skip_bad_rows=options.config.skip_bad_rows,
         config_name=options.script.dataset_config,
     )
 

@@ -45,15 +45,20 @@ def _show_pair(options: RunOptions, row: int) -> None:
         options.require("model_name_or_path")
     tokenizer = load_tokenizer_for(options)
     pairs = load_training_data(options)
-    _refuse_beyond("row", row, len(pairs), "the data's rows")
-    print_rich(
-        render_untokenised_pair(
-            pairs[row],
-            tokenizer,
-            max_length=options.config.max_length,
-            truncation_mode=options.config.truncation_mode,
+    rows = pairs["row"][:]
+    # A row with several rejected answers has several pairs.
+    shown = [index for index, number in enumerate(rows) if number == row]
+    if not shown:
+        raise ConfigError(f"--row: got {row}, but the data's rows are 0 to {max(rows)}.")
+    for index in shown:
+        print_rich(
+            render_untokenised_pair(
+                pairs[index],
+                tokenizer,
+                max_length=options.config.max_length,
+                truncation_mode=options.config.truncation_mode,
+            )
         )
-    )
 
 
 def _show_step(options: RunOptions, step: int, rank: tuple[int, int]) -> None:

@@ -75,6 +75,7 @@ def _export(yaml_file: str | None, overrides: list[str]) -> None:
             split=script.dataset_train_split,
             roles=script.dataset_roles,
             config_name=script.dataset_config,
+            skip_bad_rows=options.config.skip_bad_rows,
         )
         train_set = trainer.train_set()
         report = train_set.report

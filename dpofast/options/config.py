@@ -15,6 +15,7 @@ from transformers.integrations import get_available_reporting_integrations
 from transformers.utils import is_torch_bf16_gpu_available
 
 from dpofast.data.packing.collate import LAYOUTS
+from dpofast.data.reading.bad_rows import check_strictness
 from dpofast.data.tokens.truncate import TRUNCATION_MODES
 from dpofast.errors import ConfigError
 from dpofast.options.foreign import refuse_unknown_options
@@ -64,7 +65,9 @@ class DPOConfig(TrainingArguments):
         max_tokens_per_microbatch: most tokens of a packed micro-batch; a pair that is longer gets
             a micro-batch of its own. The default is 2,048 on a CPU, and on a GPU as many as fit
             its memory.
-        strict: stop at a row of the data that would otherwise be reported and left out.
+        strict: stop at a pair that would otherwise be reported and left out.
+        skip_bad_rows: leave out and report rows of the data that can't be used. By default, such
+            rows are an error.
         pad_token: the tokenizer's pad token.
 
     Raises:
@@ -131,7 +134,10 @@ class DPOConfig(TrainingArguments):
     max_tokens_per_microbatch: int | None = field(
         default=None, metadata={"help": "Tokens of a packed micro-batch."}
     )
-    strict: bool = field(default=False, metadata={"help": "Stop at rows that would be left out."})
+    strict: bool = field(default=False, metadata={"help": "Stop at pairs that would be left out."})
+    skip_bad_rows: bool = field(
+        default=False, metadata={"help": "Leave out rows that can't be used, and report them."}
+    )
     pad_token: str | None = field(default=None, metadata={"help": "The tokenizer's pad token."})
 
     def __post_init__(self) -> None:
@@ -246,6 +252,7 @@ class DPOConfig(TrainingArguments):
                 f"num_train_epochs: got {self.num_train_epochs!r}, with max_steps "
                 f"{self.max_steps!r}: nothing would be trained; give one of them a number above 0."
             )
+        check_strictness(self.strict, self.skip_bad_rows)
         self._check_choice("truncation_mode", TRUNCATION_MODES)
         self._check_choice("reference_store_detail", DETAILS)
         self._check_choice("layout", LAYOUTS)

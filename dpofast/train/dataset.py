@@ -122,13 +122,16 @@ class PairPreparer:
         config = self.config
         # All other ranks wait for rank 0, and then find what it has downloaded.
         with config.main_process_first(local=False, desc=f"tokenising {name}"):
-            pairs = load_preferences(dataset, strict=config.strict, name=name)
+            pairs = load_preferences(
+                dataset, strict=config.strict, skip_bad_rows=config.skip_bad_rows, name=name
+            )
             pairs, report = tokenize_preferences(
                 pairs,
                 self.tokenizer,
                 max_length=config.max_length,
                 truncation_mode=config.truncation_mode,
                 strict=config.strict,
+                skip_bad_rows=config.skip_bad_rows,
                 num_proc=config.dataset_num_proc,
                 name=name,
             )

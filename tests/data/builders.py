@@ -9,10 +9,14 @@ import random
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pyarrow as pa
 import pyarrow.parquet
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
+
+from dpofast.columns import PAIR_COLUMNS
+from dpofast.data.reading.messages import decode_messages
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
@@ -132,6 +136,16 @@ def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
                 writer.writeheader()
                 writer.writerows(rows)
     return path
+
+
+def plain_rows(pairs: datasets.Dataset) -> list[dict[str, Any]]:
+    """The rows of the normal form, with the messages decoded."""
+    rows = pairs.to_list()
+    for row in rows:
+        for column in PAIR_COLUMNS:
+            if isinstance(row.get(column), list):
+                row[column] = decode_messages(row[column])
+    return rows
 
 
 def ids_row(prompt: int, chosen: int, rejected: int) -> dict[str, list[int]]:

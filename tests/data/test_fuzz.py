@@ -52,7 +52,20 @@ SHAPES = (
     {"messages": messages, "chosen": answer, "rejected": answer},
     {"conversations": st.lists(turn, max_size=3), "chosen": turn, "rejected": turn},
     {"instruction": texts, "input": texts, "chosen": texts, "rejected": texts},
+    {"messages": messages, "rejected_response": st.one_of(texts, st.lists(answer, max_size=3))},
+    {"prompt": st.one_of(texts, messages), "chosen": answer, "rejected": st.lists(answer)},
+    {"system": texts, "prompt": st.one_of(texts, messages), "chosen": messages, "rejected": answer},
+    {
+        "input": st.fixed_dictionaries({"messages": messages}),
+        "preferred_output": answer,
+        "non_preferred_output": answer,
+    },
     dict.fromkeys(("prompt_ids", "chosen_ids", "rejected_ids"), st.lists(st.integers(0, 300))),
+    {
+        f"{name}_{kind}": st.lists(st.integers(*bounds), max_size=2)
+        for name in ("prompt", "chosen", "rejected")
+        for kind, bounds in (("input_ids", (0, 300)), ("attention_mask", (1, 1)))
+    },
 )
 rows = st.one_of(*(st.fixed_dictionaries(shape) for shape in SHAPES))
 

@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks.data import find_data, race_tokenizer
 from dpofast.data import load_preferences, tokenize_preferences
-from tests.data.builders import byte_bpe
+from tests.data.builders import byte_bpe, plain_rows
 
 pytest.importorskip("trl", reason="needs the extra `bench`")
 
@@ -37,11 +37,11 @@ def test_ids_of_real_pairs(name, form):
     pairs = load_preferences(path)
     pairs = pairs.select(range(0, len(pairs), 2 if form == "messages" else 4))
     if form == "text":
-        pairs = load_preferences([as_text(row) for row in pairs])
+        pairs = load_preferences([as_text(row) for row in plain_rows(pairs)])
     ours, report = tokenize_preferences(pairs, tokenizer, max_length=None)
     columns = ["prompt", "chosen", "rejected"]
     kept = set(ours["row"])
-    theirs = pairs.filter(lambda row: row["row"] in kept).select_columns(columns)
+    theirs = plain(pairs).filter(lambda row: row["row"] in kept).select_columns(columns)
     if form == "implicit":
         theirs = theirs.map(as_whole, remove_columns="prompt")
         ours, report = tokenize_preferences(theirs, tokenizer, max_length=None)
@@ -52,6 +52,11 @@ def test_ids_of_real_pairs(name, form):
     )
     assert differing == report.boundary_merges
     assert differing <= 0.01 * len(ours)
+
+
+def plain(pairs):
+    """The pairs as TRL reads them, with messages in structs."""
+    return datasets.Dataset.from_list(plain_rows(pairs))
 
 
 def as_text(row):
@@ -70,7 +75,7 @@ def test_what_is_kept_under_a_limit_is_what_trl_keeps():
     pairs = load_preferences(path)
     pairs = pairs.select(range(0, len(pairs), 2))
     ours, report = tokenize_preferences(pairs, tokenizer, max_length=256)
-    theirs = tokenised_by_trl(pairs.remove_columns("row"), tokenizer, 256)
+    theirs = tokenised_by_trl(plain(pairs).remove_columns("row"), tokenizer, 256)
     expected = [
         (row["prompt_ids"], *((row["prompt_ids"] + row[c])[:256] for c in IDS[1:]))
         for row in theirs

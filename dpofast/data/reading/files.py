@@ -12,7 +12,8 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet
 
-from dpofast.data.reading.records import BATCH_ROWS, Record
+from dpofast.data.reading.arrow_rows import ArrowRows
+from dpofast.data.reading.records import BATCH_ROWS, Record, record_of
 from dpofast.data.reading.splits import check_whole_file
 from dpofast.errors import DataError, one_line
 
@@ -67,7 +68,7 @@ def _read_json(path: Path, split: str | None) -> Iterator[Record]:
         check_whole_file(path, split)
         yield from _read_json_lines(path, split)
         return
-    data = _parse(text, f"{path}", line=None)
+    data = _parse(text, path)
     del text  # a large file would be in memory twice
     if isinstance(data, dict):
         data = _rows_in_object(data, path, split)
@@ -78,7 +79,7 @@ def _read_json(path: Path, split: str | None) -> Iterator[Record]:
             f"{path} holds {type(data).__name__}, expected an array of objects or one object a line"
         )
     for row, values in enumerate(data):
-        yield _object_record(str(path), row, None, values)
+        yield record_of(str(path), row, None, values, "an object")
 
 
 def _is_object_a_line(text: str) -> bool:
@@ -119,28 +120,31 @@ def _read_json_lines(path: Path, split: str | None) -> Iterator[Record]:
     with _open_text(path) as file:
         for number, line in enumerate(file, start=1):
             if line.strip():
-                values = _parse(line, f"{path}, line {number}", line=number)
-                yield _object_record(str(path), row, number, values)
+                yield _line_record(str(path), row, number, line)
                 row += 1
 
 
-def _parse(text: str, where: str, line: int | None) -> Any:
+def _line_record(source: str, row: int, number: int, line: str) -> Record:
+    """The record of one line. A broken line is a bad row; those after it can still be read."""
+    try:
+        return record_of(source, row, number, json.loads(line), "an object")
+    except json.JSONDecodeError as error:
+        problem = f"broken JSON ({error.msg} at column {error.colno}); mend that line"
+    except (ValueError, RecursionError) as error:
+        problem = f"JSON that can't be read: {error}"
+    return Record(source, row, number, {}, (), problem)
+
+
+def _parse(text: str, path: Path) -> Any:
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        place = where if line is not None else f"{where}, line {error.lineno}"
         raise DataError(
-            f"{place} is broken JSON: {error.msg} at column {error.colno}; mend that line"
+            f"{path}, line {error.lineno} is broken JSON: {error.msg} at column {error.colno}; "
+            "mend that line"
         ) from None
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{where} is JSON that can't be read: {error}") from None
-
-
-def _object_record(source: str, row: int, line: int | None, values: Any) -> Record:
-    record = Record(source, row, line, values, ())
-    if not isinstance(values, dict):
-        raise DataError(f"{record.where} is {type(values).__name__}, expected an object")
-    return Record(source, row, line, values, tuple(values))
+        raise DataError(f"{path} is JSON that can't be read: {error}") from None
 
 
 def _read_parquet(path: Path, split: str | None) -> Iterator[Record]:
@@ -177,12 +181,13 @@ def _read_csv(path: Path, split: str | None) -> Iterator[Record]:
 
 
 def _from_batches(path: Path, batches: Iterator[pa.RecordBatch]) -> Iterator[Record]:
-    row = 0
+    row, arrow = 0, ArrowRows()
     for batch in batches:
         columns = tuple(batch.schema.names)
         for start in range(0, batch.num_rows, BATCH_ROWS):
-            for values in batch.slice(start, BATCH_ROWS).to_pylist():
-                yield Record(str(path), row, None, values, columns)
+            for values in arrow.read(batch.slice(start, BATCH_ROWS)):
+                nulls = arrow.nulls_left_out
+                yield Record(str(path), row, None, values, columns, nulls_left_out=nulls)
                 row += 1
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dpofast.data.prefix import common_prefix_length
-from dpofast.data.reading.messages import Message
+from dpofast.data.reading.messages import Message, speaker
 from dpofast.data.reading.row_error import RowError
 
 # Markers that come right before an answer in rendered conversations. The prompt ends after the
@@ -75,7 +75,7 @@ def split_messages(
     end = common_prefix_length(chosen, rejected)
     # Each answer needs at least one message, even if the conversations are identical.
     end = min(end, len(chosen) - 1, len(rejected) - 1)
-    while end > 0 and {chosen[end]["role"], rejected[end]["role"]} != {"assistant"}:
+    while end > 0 and {speaker(chosen[end]), speaker(rejected[end])} != {"assistant"}:
         end -= 1
     if end == 0:
         raise RowError(_NOTHING_IN_COMMON)

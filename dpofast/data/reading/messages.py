@@ -1,16 +1,20 @@
-"""Reads chat messages in the forms that users write, and brings them to one form."""
+"""Reads chat messages in the forms that users write.
+
+A message stays as the file says it: its fields, their order and the name of its role reach the
+chat template unchanged. Only messages with the keys `from` and `value` (ShareGPT) are converted.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-from dpofast.data.reading.row_error import RowError, empty_answer, shown, text_of
+from dpofast.data.reading.row_error import RowError, shown, text_of
 
-# A message in the normal form. Its keys are "role"; "content", which is None if the message only
-# calls tools; and "extra", if it has more fields: those fields as a JSON object.
-Message = dict[str, str | None]
+# A message: role, content, and any further fields. Its values are plain JSON.
+Message = dict[str, Any]
 
 # Names of roles in ShareGPT and similar formats, in lower case -> names that templates know.
 ROLES = {
@@ -30,6 +34,12 @@ ROLES = {
     "function_response": "tool",
     "ipython": "ipython",
 }
+# A list of blocks that was turned into text, by Python or as JSON.
+_PRINTED_BLOCKS = re.compile(
+    r"\s*\[\s*\{\s*(['\"])type\1\s*:\s*(['\"])(text|image|image_url)\2\s*,.*\}\s*\]\s*", re.DOTALL
+)
+# Fields with which a message says something even if its content is null or empty.
+CALLS = ("tool_calls", "function_call")
 
 
 def is_messages(value: Any) -> bool:
@@ -40,7 +50,7 @@ def is_messages(value: Any) -> bool:
 
 
 def read_messages(value: Any, what: str, roles: Mapping[str, str]) -> list[Message]:
-    """Bring messages to the normal form.
+    """Check messages, and convert those in ShareGPT's form.
 
     Args:
         value: a list of messages, or one message.
@@ -62,29 +72,59 @@ def read_messages(value: Any, what: str, roles: Mapping[str, str]) -> list[Messa
 
 
 def read_answer(value: Any, what: str, roles: Mapping[str, str]) -> list[Message]:
-    """Bring an answer to the normal form; a text becomes one message from the assistant."""
+    """Check an answer given as messages; a text becomes one message from the assistant."""
     if isinstance(value, str):
         return [{"role": "assistant", "content": text_of(value, what)}]
     return read_messages(value, what, roles)
 
 
-def check_answer(messages: list[Message], what: str) -> None:
-    """Refuse an answer without any text or tool call, which would teach nothing.
+def speaker(message: Message) -> str:
+    """Who speaks: user, assistant, system or tool, whatever name the data uses for the role."""
+    role = str(message["role"])
+    name = ROLES.get(role.strip().lower(), role)
+    return "system" if name == "developer" else name
 
+
+def content_text(content: Any) -> str:
+    """The text of a message's content, which is a text, a list of text blocks, or null."""
+    if isinstance(content, list):
+        return "".join(block["text"] for block in content)
+    return content or ""
+
+
+def is_empty_answer(messages: list[Message]) -> bool:
+    """Whether an answer has neither text nor calls of tools, so that it would teach nothing."""
+    return not any(
+        content_text(message.get("content")).strip() or any(map(message.get, CALLS))
+        for message in messages
+    )
+
+
+def encode_messages(messages: Iterable[Message], what: str) -> list[str]:
+    """The messages as the normal form stores them: each one as JSON text.
+
+    Structs of Arrow would give every message the fields of all messages, with nulls.
+
+    Args:
+        messages: the messages.
+        what: name of their column, used in errors.
     Raises:
-        RowError: the answer is empty.
+        RowError: a message has a field that isn't plain JSON, or that can't be stored as text.
     """
-    for message in messages:
-        if (message["content"] or "").strip() or message.get("extra"):
-            return
-    raise empty_answer(what)
+    stored = []
+    for index, message in enumerate(messages):
+        try:
+            stored.append(text_of(json.dumps(message, ensure_ascii=False), f"{what}[{index}]"))
+        except (TypeError, ValueError, RecursionError) as error:
+            raise RowError(
+                f"{what}[{index}] has a field that is not plain JSON ({error})"
+            ) from None
+    return stored
 
 
-def to_template(message: Mapping[str, Any]) -> dict[str, Any]:
-    """Turn a message of the normal form into the dict that chat templates expect."""
-    extra = message.get("extra")
-    plain = {"role": message["role"], "content": message["content"]}
-    return {**plain, **json.loads(extra)} if extra else plain
+def decode_messages(stored: Iterable[str]) -> list[Message]:
+    """The messages that `encode_messages` has stored."""
+    return [json.loads(text) for text in stored]
 
 
 def _read_message(item: Any, what: str, roles: Mapping[str, str]) -> Message:
@@ -93,80 +133,54 @@ def _read_message(item: Any, what: str, roles: Mapping[str, str]) -> Message:
             f"{what} is not a message but {type(item).__name__} {shown(item)}; "
             'write {"role": "user", "content": "..."}'
         )
-    # Arrow adds to each message all fields that any message has, as nulls.
-    fields = {key: field for key, field in item.items() if field is not None}
-    if "role" not in fields and "from" not in fields:
-        raise RowError(
-            f"{what} has neither role nor from (found: {', '.join(map(str, fields)) or 'nothing'})"
-            "; say who speaks"
-        )
-    if "role" in fields:
-        role = _read_role(fields.pop("role"), what, roles, known_only=False)
-        content = fields.pop("content", None)
+    if item.get("role") is not None:
+        role = text_of(item["role"], f"role of {what}")
+        if not role.strip():
+            raise RowError(f"the role of {what} is empty; say who speaks")
+        # A template can define roles of its own, so unknown roles are right here.
+        message = {**item, "role": roles.get(role, role)}
+    elif item.get("from") is not None:
+        message = _from_sharegpt(item, what, roles)
     else:
-        role = _read_role(fields.pop("from"), what, roles, known_only=True)
-        content = fields.pop("value", None)
-    extra = _read_extra(fields, what)
-    message: Message = {"role": role, "content": None}
-    if isinstance(content, list):
-        extra["content"] = _read_blocks(content, what)
-    elif content is not None or not extra.get("tool_calls"):
-        if content is None and "content" not in extra:
-            raise RowError(f"the content of {what} is null or missing; give it a text")
-        message["content"] = None if content is None else text_of(content, f"content of {what}")
-    if extra:
-        # Keys are sorted, so that the order of a message's fields doesn't make it differ.
-        message["extra"] = json.dumps(extra, sort_keys=True, ensure_ascii=False)
-        text_of(message["extra"], what)  # refuses half a surrogate pair
+        found = ", ".join(str(key) for key, field in item.items() if field is not None)
+        raise RowError(
+            f"{what} has neither role nor from (found: {found or 'nothing'}); say who speaks"
+        )
+    if isinstance(message.get("content"), list):
+        message["content"] = [_read_block(block, what) for block in message["content"]]
+    elif message.get("content") is not None:
+        if _PRINTED_BLOCKS.fullmatch(text_of(message["content"], f"content of {what}")):
+            raise RowError(
+                f"the content of {what} is a list of blocks written as text; write the list itself"
+            )
+    elif not any(map(message.get, CALLS)):
+        raise RowError(f"the content of {what} is null or missing; give it a text")
     return message
 
 
-def _read_role(value: Any, what: str, roles: Mapping[str, str], known_only: bool) -> str:
-    role = text_of(value, f"role of {what}").strip()
-    mapped = roles.get(role) or ROLES.get(role.lower())
-    if mapped is None and (known_only or not role):
+def _from_sharegpt(item: Mapping[Any, Any], what: str, roles: Mapping[str, str]) -> Message:
+    name = text_of(item["from"], f"role of {what}").strip()
+    role = roles.get(name) or ROLES.get(name.lower())
+    if role is None:
         raise RowError(
-            f"the role of {what} is {shown(value)}, expected one of {', '.join(ROLES)}; "
-            f"map it with roles={{{shown(value)}: 'user'}}"
+            f"the role of {what} is {shown(name)}, expected one of {', '.join(ROLES)}; "
+            f"map it with roles={{{shown(name)}: 'user'}}"
         )
-    # A template can define roles of its own, so role/content messages may have unknown roles.
-    return mapped or role
+    content = item["value"] if item.get("value") is not None else item.get("content")
+    taken = ("from", "value", "role", "content")
+    others = {key: field for key, field in item.items() if key not in taken}
+    return {"role": role, "content": content, **others}
 
 
-def _read_extra(fields: dict[Any, Any], what: str) -> dict[str, Any]:
-    """The remaining fields of a message, such as tool calls, a name or its reasoning."""
-    packed = fields.pop("extra", None)
-    extra = {str(key): _without_nulls(field) for key, field in fields.items()}
-    try:
-        if isinstance(packed, str):  # already in the normal form
-            loaded = json.loads(packed)
-            extra.update(loaded if isinstance(loaded, dict) else {"extra": packed})
-        elif packed is not None:
-            extra["extra"] = _without_nulls(packed)
-        json.dumps(extra)
-    except (TypeError, ValueError, RecursionError) as error:
-        raise RowError(f"{what} has a field that is not plain JSON ({error})") from None
-    return {key: field for key, field in extra.items() if field not in ([], {})}
-
-
-def _read_blocks(blocks: list[Any], what: str) -> list[dict[str, Any]]:
-    """Check that content given as a list of blocks is text only."""
-    for block in blocks:
-        kind = block.get("type") if isinstance(block, Mapping) else None
-        if kind != "text":
-            raise RowError(
-                f"the content of {what} has a block of type {shown(kind)}; only text can be "
-                "trained on here, so leave images and sound out"
-            )
-        text_of(block.get("text"), f"text of {what}")
-    if not any(block["text"].strip() for block in blocks):
-        raise RowError(f"the content of {what} is empty; give it a text or remove the row")
-    return [_without_nulls(dict(block)) for block in blocks]
-
-
-def _without_nulls(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {str(k): _without_nulls(v) for k, v in value.items() if v is not None}
-    if isinstance(value, list | tuple):
-        return [_without_nulls(item) for item in value]
-    return value
+def _read_block(block: Any, what: str) -> dict[str, Any]:
+    """Check a block of a message's content; LLaMA-Factory's `value` becomes `text`."""
+    kind = block.get("type") if isinstance(block, Mapping) else None
+    if kind != "text":
+        raise RowError(
+            f"the content of {what} has a block of type {shown(kind)}; only text can be "
+            "trained on here, so leave images and sound out"
+        )
+    renamed = "text" not in block and "value" in block
+    block = {"text" if renamed and key == "value" else key: block[key] for key in block}
+    text_of(block.get("text"), f"text of {what}")
+    return block

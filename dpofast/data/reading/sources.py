@@ -11,8 +11,9 @@ from typing import Any
 import datasets
 from datasets.exceptions import DatasetsError
 
+from dpofast.data.reading.arrow_rows import ArrowRows
 from dpofast.data.reading.files import READERS, data_suffix, read_file
-from dpofast.data.reading.records import BATCH_ROWS, Record, place_of_row
+from dpofast.data.reading.records import BATCH_ROWS, Record, record_of
 from dpofast.data.reading.splits import same_split, split_in_name
 from dpofast.errors import DataError, one_line
 
@@ -55,19 +56,16 @@ def read_records(
 
 def _from_list(rows: Sequence[Any], name: str) -> Iterator[Record]:
     for row, values in enumerate(rows):
-        if not isinstance(values, Mapping):
-            place = place_of_row(name, row)
-            raise DataError(f"{place} is {type(values).__name__}, expected a dict of columns")
-        yield Record(name, row, None, values, tuple(values))
+        yield record_of(name, row, None, values, "a dict of columns")
 
 
 def _from_dataset(dataset: datasets.Dataset, name: str) -> Iterator[Record]:
     columns = tuple(dataset.column_names)
-    row = 0
-    # Without a format, rows are plain Python values, not arrays or tensors.
-    for batch in dataset.with_format(None).iter(batch_size=BATCH_ROWS):
-        for values in zip(*batch.values(), strict=True):
-            yield Record(name, row, None, dict(zip(batch, values, strict=True)), columns)
+    row, arrow = 0, ArrowRows()
+    # Read as Arrow, a dataset gives the same values as a file of its rows would.
+    for table in dataset.with_format("arrow").iter(batch_size=BATCH_ROWS):
+        for values in arrow.read(table):
+            yield Record(name, row, None, values, columns, nulls_left_out=arrow.nulls_left_out)
             row += 1
 
 

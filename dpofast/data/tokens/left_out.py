@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dpofast.data.reading.reasons import BAD_ROW, EMPTY
 from dpofast.data.tokens.truncate import Cut
 
 IDENTICAL = "identical answers"
 NO_ROOM = "no room for an answer"
 IDENTICAL_CUT = "identical answers after the cut"
-REASONS = (IDENTICAL, NO_ROOM, IDENTICAL_CUT)  # in the order in which a report lists them
+# In the order in which a report lists them.
+REASONS = (IDENTICAL, EMPTY, NO_ROOM, IDENTICAL_CUT, BAD_ROW)
 
 
 def reason_left_out(chosen_ids: list[int], rejected_ids: list[int], cut: Cut) -> str | None:

@@ -6,6 +6,7 @@ report is made from the table of all pairs.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,21 +15,21 @@ import numpy as np
 import pyarrow as pa
 
 from dpofast.columns import ID_COLUMNS, PAIR_COLUMNS
+from dpofast.data.reading.reasons import BAD_ROW
 from dpofast.data.tokens.boundary import SplitPair
 from dpofast.data.tokens.left_out import REASONS
 from dpofast.data.tokens.report import Lengths, PreparationReport
 from dpofast.data.tokens.truncate import Cut
 
-_KEPT = 0  # column `reason` of a kept pair; a pair that is left out has 1 + its index in REASONS
 _LENGTH_COLUMNS = tuple(f"{part}_length" for part in PAIR_COLUMNS)  # tokens before the cut
 _CUT_COLUMNS = tuple(f"{part}_cut" for part in PAIR_COLUMNS)  # tokens cut
 _NUMBERS = {
-    "reason": datasets.Value("int8"),
     **dict.fromkeys((*_LENGTH_COLUMNS, *_CUT_COLUMNS), datasets.Value("int32")),
     **dict.fromkeys(("merged", "rerendered"), datasets.Value("bool")),
 }
 OUTCOME_FEATURES = {
     **dict.fromkeys(ID_COLUMNS, datasets.List(datasets.Value("int32"))),
+    **dict.fromkeys(("reason", "problem"), datasets.Value("string")),
     **_NUMBERS,
 }
 
@@ -38,66 +39,86 @@ class PairOutcome:
     """The outcome of one pair's tokenisation.
 
     Attributes:
-        split: token ids before the cut.
+        split: token ids before the cut; None for a row without a pair.
         cut: the cut that the pair gets if it is kept.
         reason: why the pair is left out, one of REASONS; None if it is kept.
+        problem: what is wrong with a bad row, and what to do.
     """
 
-    split: SplitPair
+    split: SplitPair | None
     cut: Cut
     reason: str | None
+    problem: str | None = None
 
     def columns(self) -> dict[str, Any]:
         """The outcome as columns OUTCOME_FEATURES; a pair that is left out has no ids."""
-        if self.reason is None:
-            code, cut = _KEPT, self.cut
-            ids = cut.apply(*self.split.ids)
-        else:
-            code, cut = 1 + REASONS.index(self.reason), Cut()
-            ids = ([], [], [])
+        kept = self.reason is None and self.split is not None
+        split = self.split or SplitPair([], [], [])
+        cut = self.cut if kept else Cut()
+        ids = cut.apply(*split.ids) if kept else ([], [], [])
         cuts = (cut.prompt, cut.chosen, cut.rejected)
         return {
             **dict(zip(ID_COLUMNS, ids, strict=True)),
-            "reason": code,
-            **dict(zip(_LENGTH_COLUMNS, self.split.lengths, strict=True)),
+            "reason": self.reason,
+            "problem": self.problem,
+            **dict(zip(_LENGTH_COLUMNS, split.lengths, strict=True)),
             **dict(zip(_CUT_COLUMNS, cuts, strict=True)),
-            "merged": self.split.merged,
-            "rerendered": self.split.rerendered,
+            "merged": split.merged,
+            "rerendered": split.rerendered,
         }
+
+
+def bad_row(problem: str) -> PairOutcome:
+    """The outcome of a row that can't be used."""
+    return PairOutcome(None, Cut(), BAD_ROW, problem)
 
 
 def is_kept(table: pa.Table) -> np.ndarray:
     """Tell which pairs in a table of outcomes are kept: [n] bool."""
-    kept: np.ndarray = table["reason"].to_numpy() == _KEPT
+    kept: np.ndarray = table["reason"].is_null().to_numpy()
     return kept
 
 
+def bad_rows(table: pa.Table) -> list[tuple[str | None, int, str]]:
+    """The source, the index and the problem of each row that can't be used."""
+    table = table.filter(table["problem"].is_valid())
+    sources = table["source"].to_pylist() if "source" in table.column_names else [None] * len(table)
+    rows, problems = table["row"].to_pylist(), table["problem"].to_pylist()
+    return list(zip(sources, rows, problems, strict=True))
+
+
 def make_report(
-    table: pa.Table, name: str, max_length: int | None, truncation_mode: str
+    table: pa.Table,
+    name: str,
+    max_length: int | None,
+    truncation_mode: str,
+    unused: Sequence[str] = (),
+    nulls_left_out: bool = False,
 ) -> PreparationReport:
     """Sum up a dataset's preparation.
 
     Args:
-        table: columns OUTCOME_FEATURES and `row`, one row per pair that was read.
+        table: columns OUTCOME_FEATURES, `row` and, in mixtures, `source`; one row per pair read.
         name: dataset name.
         max_length, truncation_mode: the options that decided the cuts.
+        unused: what the pairs' source has but training doesn't use.
+        nulls_left_out: whether nulls in structs of Arrow were left out.
     """
     columns = {name: table[name].to_numpy() for name in _NUMBERS}
-    rows = table["row"].to_numpy()
-    left_out = {
-        reason: tuple(rows[columns["reason"] == code].tolist())
-        for code, reason in enumerate(REASONS, start=1)
-        if np.any(columns["reason"] == code)
-    }
     prompt, chosen, rejected = (columns[name] for name in _LENGTH_COLUMNS)
     prompt_cut, chosen_cut, rejected_cut = (columns[name] for name in _CUT_COLUMNS)
-    answers = np.concatenate([chosen, rejected])
     answer_cuts = np.concatenate([chosen_cut, rejected_cut])
+    is_pair = prompt > 0  # rows that were left out before they were tokenised have no lengths
+    prompt, chosen, rejected = prompt[is_pair], chosen[is_pair], rejected[is_pair]
+    answers = np.concatenate([chosen, rejected])
     return PreparationReport(
         name=name,
-        pairs_read=len(rows),
+        pairs_read=len(table),
         pairs_kept=int(is_kept(table).sum()),
-        left_out=left_out,
+        left_out=_left_out(table),
+        problems=tuple(f"{_place(s, row)}: {text}" for s, row, text in bad_rows(table)),
+        unused=tuple(unused),
+        nulls_left_out=nulls_left_out,
         answers_cut=int(np.sum(answer_cuts > 0)),
         prompts_cut=int(np.sum(prompt_cut > 0)),
         tokens_cut=int(prompt_cut.sum() + answer_cuts.sum()),
@@ -109,3 +130,18 @@ def make_report(
         answer_lengths=Lengths.of(answers),
         sequence_lengths=Lengths.of(np.concatenate([prompt, prompt]) + answers),
     )
+
+
+def _left_out(table: pa.Table) -> dict[str, tuple[int | str, ...]]:
+    """Reason -> rows left out for it."""
+    reasons = np.array(table["reason"].to_pylist(), dtype=object)
+    rows = table["row"].to_pylist()
+    if "source" in table.column_names:
+        sources = table["source"].to_pylist()
+        rows = [_place(source, row) for source, row in zip(sources, rows, strict=True)]
+    found = {reason: np.flatnonzero(reasons == reason) for reason in REASONS}
+    return {reason: tuple(rows[i] for i in at) for reason, at in found.items() if at.size}
+
+
+def _place(source: str | None, row: int) -> str:
+    return f"row {row}" if source is None else f"{source} row {row}"

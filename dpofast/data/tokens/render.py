@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from jinja2 import TemplateError
 
-from dpofast.data.reading.messages import to_template
+from dpofast.data.reading.messages import Message, content_text, decode_messages
 from dpofast.data.reading.row_error import RowError
 from dpofast.data.tokens.boundary import PairTexts
 from dpofast.errors import one_line
@@ -25,32 +25,40 @@ _TEMPLATE_ERRORS = (
     ValueError,
 )
 
+Render = Callable[[list[list[Message]]], PairTexts]
+
+
+class TokenizerError(RowError):
+    """A fault of the tokenizer, which every other row would meet as well."""
+
 
 def render_pair_texts(row: Mapping[str, Any], tokenizer: Any) -> PairTexts:
     """The texts of one row of the normal form that are to be tokenised.
 
     Raises:
-        RowError: the row needs a chat template or an EOS token that the tokenizer doesn't have, or
-            the template refuses the row.
+        TokenizerError: the row needs a chat template or an EOS token that the tokenizer doesn't
+            have.
+        RowError: the template refuses the row, or writes a content as Python writes it.
     """
     if isinstance(row["prompt"], str):
         return _plain(row["prompt"], row["chosen"], row["rejected"], tokenizer)
+    parts = [decode_messages(row[column]) for column in ("prompt", "chosen", "rejected")]
     if tokenizer.chat_template:
-        return _templated(row, tokenizer)
+        return _templated(parts, _renderer(row, tokenizer))
     if row.get("plain_prompt") is None:
-        raise RowError(
+        raise TokenizerError(
             "the data are messages, but the tokenizer has no chat template; give it one "
             "(tokenizer.chat_template, or a file chat_template.jinja beside it) or give the data "
             "as text"
         )
-    answers = (row["chosen"][0]["content"], row["rejected"][0]["content"])
-    return _plain(row["plain_prompt"], *answers, tokenizer)
+    chosen, rejected = (content_text(answer[0]["content"]) for answer in parts[1:])
+    return _plain(row["plain_prompt"], chosen, rejected, tokenizer)
 
 
 def _plain(prompt: str, chosen: str, rejected: str, tokenizer: Any) -> PairTexts:
     eos = tokenizer.eos_token
     if not eos:
-        raise RowError(
+        raise TokenizerError(
             "the tokenizer has no EOS token, so nothing would teach where an answer ends; set "
             "tokenizer.eos_token"
         )
@@ -62,26 +70,131 @@ def _plain(prompt: str, chosen: str, rejected: str, tokenizer: Any) -> PairTexts
     return PairTexts(prompt, with_chosen, with_rejected)
 
 
-def _templated(row: Mapping[str, Any], tokenizer: Any) -> PairTexts:
+def _renderer(row: Mapping[str, Any], tokenizer: Any) -> Render:
+    """A function that renders the prompt and the answers with the options of a row."""
     options = json.loads(row.get("chat_template_kwargs") or "{}")
     options["tools"] = json.loads(row.get("tools") or "null")
-    prompt = [to_template(message) for message in row["prompt"]]
-    chosen = [to_template(message) for message in row["chosen"]]
-    rejected = [to_template(message) for message in row["rejected"]]
 
-    def render(messages: list[dict[str, Any]], **kwargs: Any) -> str:
+    def render(messages: list[Message], **kwargs: Any) -> str:
         text: str = tokenizer.apply_chat_template(messages, tokenize=False, **options, **kwargs)
         return text
 
-    try:
+    def render_pair(parts: list[list[Message]]) -> PairTexts:
+        prompt, chosen, rejected = parts
         return PairTexts(
             render(prompt, add_generation_prompt=True),
             render(prompt + chosen),
             render(prompt + rejected),
             rendered=True,
         )
+
+    return render_pair
+
+
+def _templated(parts: list[list[Message]], render: Render) -> PairTexts:
+    """Render a pair's messages.
+
+    Args:
+        parts: messages of the prompt, the chosen and the rejected answer.
+        render: renders them.
+    """
+    try:
+        if not any(isinstance(m.get("content"), list) for part in parts for m in part):
+            return _without_none(parts, render)
+        return _with_blocks(parts, render)
     except _TEMPLATE_ERRORS as error:
         raise RowError(
             f"the tokenizer's chat template can't render the messages: {one_line(error)}; mend the "
             "messages or give another template"
         ) from None
+
+
+def _with_blocks(parts: list[list[Message]], render: Render) -> PairTexts:
+    """Render messages whose content is a list of blocks; they become text if that is needed.
+
+    A template that wants text either fails on a list, writes it as Python does, or leaves it out.
+    """
+    try:
+        texts = _without_none(parts, render)
+    except _TEMPLATE_ERRORS:
+        texts = None
+    if texts is not None and _blocks_as_python(parts, texts):
+        texts = None
+    if texts is not None and not texts_missing(parts, texts):
+        return texts
+    flat = _blocks_to_text(parts)
+    flat_texts = _without_none(flat, render)
+    # Some text is missing either way, so the blocks aren't the reason.
+    return texts if texts is not None and texts_missing(flat, flat_texts) else flat_texts
+
+
+def _without_none(parts: list[list[Message]], render: Render) -> PairTexts:
+    """Render messages, and refuse a content of null that the template writes as "None".
+
+    Newer versions of transformers leave such a content out before they render.
+    """
+    texts = render(parts)
+    if not any(m.get("content", "") is None for part in parts for m in part):
+        return texts
+    wholes = (texts.with_chosen, texts.with_rejected)
+    if not any("None" in whole for whole in wholes):
+        return texts
+    # The word can be in another message, so the texts are compared with those of empty contents.
+    empty = render([[{**m, "content": m.get("content") or ""} for m in part] for part in parts])
+    for whole, other in zip(wholes, (empty.with_chosen, empty.with_rejected), strict=True):
+        if whole.count("None") > other.count("None"):
+            raise RowError(
+                "the chat template writes the content of a message, which is null, as 'None'; "
+                'give the message a text, or "" as content'
+            )
+    return texts
+
+
+def texts_missing(parts: list[list[Message]], texts: PairTexts) -> list[Message]:
+    """The messages whose text isn't in the rendered texts; white space doesn't count."""
+    prompt, *answers = parts
+    missing = []
+    for answer, whole in zip(answers, (texts.with_chosen, texts.with_rejected), strict=True):
+        joined = _without_blanks(whole)
+        for message in (*prompt, *answer):
+            content = message.get("content")
+            blocks = content if isinstance(content, list) else [{"text": content or ""}]
+            if not all(_occurs(block["text"], joined) for block in blocks):
+                missing.append(message)
+    return missing
+
+
+def _occurs(text: str, joined: str) -> bool:
+    """Whether `text` occurs, without its white space, as it is or as JSON writes it."""
+    forms = (text, *(json.dumps(text, ensure_ascii=plain)[1:-1] for plain in (False, True)))
+    return any(_without_blanks(form) in joined for form in forms)
+
+
+def _without_blanks(text: str) -> str:
+    return "".join(text.split())
+
+
+def _blocks_as_python(parts: list[list[Message]], texts: PairTexts) -> bool:
+    """Whether a block is in the rendered texts as Python writes it, such as {'type': 'text', ...}.
+
+    The blocks aren't passed as objects that notice this, because transformers copies messages to
+    plain lists and dicts before it renders them.
+    """
+    wholes = (texts.with_chosen, texts.with_rejected)
+    return any(
+        str(block) in whole
+        for part in parts
+        for message in part
+        if isinstance(message.get("content"), list)
+        for block in message["content"]
+        for whole in wholes
+    )
+
+
+def _blocks_to_text(parts: list[list[Message]]) -> list[list[Message]]:
+    def as_text(message: Message) -> Message:
+        if not isinstance(message.get("content"), list):
+            return message
+        return {**message, "content": content_text(message["content"])}
+
+    return [[as_text(message) for message in part] for part in parts]

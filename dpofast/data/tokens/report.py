@@ -26,10 +26,12 @@ class Lengths:
 
     @classmethod
     def of(cls, lengths: np.ndarray) -> Lengths:
-        """Distribution of `lengths` [n], n >= 1.
+        """Distribution of `lengths` [n]; all zeros if there are none.
 
         Each percentile is a length that occurs, not an interpolation between two.
         """
+        if not lengths.size:
+            return cls(0, dict.fromkeys(PERCENTILES, 0))
         # "higher" takes the next greater length where a percentile falls between two.
         values = np.percentile(lengths, PERCENTILES, method="higher")
         percentiles = {p: int(v) for p, v in zip(PERCENTILES, values, strict=True)}
@@ -44,7 +46,11 @@ class PreparationReport:
         name: dataset name, such as "train".
         pairs_read: pairs in the source.
         pairs_kept: pairs that can be trained on.
-        left_out: reason -> rows left out for it; holds only reasons that occurred.
+        left_out: reason -> rows left out for it; holds only reasons that occurred. In a mixture of
+            several sources, a row is named with its source, as text.
+        problems: what is wrong with each row that was left out as a bad row.
+        unused: columns, and fields of messages, that the source has but that aren't trained on.
+        nulls_left_out: whether fields that were null in structs of Arrow were left out.
         answers_cut: answers in kept pairs that were cut on their right.
         prompts_cut: prompts in kept pairs that were cut on their left.
         tokens_cut: tokens removed by these cuts; a prompt counts once, not per answer.
@@ -60,7 +66,10 @@ class PreparationReport:
     name: str
     pairs_read: int
     pairs_kept: int
-    left_out: Mapping[str, tuple[int, ...]]
+    left_out: Mapping[str, tuple[int | str, ...]]
+    problems: tuple[str, ...]
+    unused: tuple[str, ...]
+    nulls_left_out: bool
     answers_cut: int
     prompts_cut: int
     tokens_cut: int
@@ -79,6 +88,14 @@ class PreparationReport:
             places = ", ".join(map(str, rows[:_SHOWN_ROWS]))
             more = f", ... ({len(rows) - _SHOWN_ROWS} more)" if len(rows) > _SHOWN_ROWS else ""
             lines.append(f"  left out, {reason}: {len(rows)} (rows from 0: {places}{more})")
+        lines += [f"    {problem}" for problem in self.problems[:_SHOWN_ROWS]]
+        if self.unused:
+            lines.append(f"  not used: {', '.join(self.unused)}")
+        if self.nulls_left_out:
+            lines.append(
+                "  fields that are null in Arrow's structs were left out, as they can be other "
+                "rows' fields; JSON lines keep nulls that are meant"
+            )
         if self.answers_cut or self.prompts_cut:
             lines.append(
                 f"  cut to max_length {self.max_length} ({self.truncation_mode}): "
@@ -106,6 +123,7 @@ class PreparationReport:
         """The report as values that JSON can hold."""
         plain = {key: value for key, value in vars(self).items() if not key.endswith("_lengths")}
         plain["left_out"] = {reason: list(rows) for reason, rows in self.left_out.items()}
+        plain |= {"problems": list(self.problems), "unused": list(self.unused)}
         for part, lengths in self._all_lengths().items():
             percentiles = {f"p{p}": value for p, value in lengths.percentiles.items()}
             plain[f"{part}_lengths"] = {"longest": lengths.longest, **percentiles}

@@ -3,22 +3,34 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
 import datasets
+import pyarrow as pa
 
 from dpofast.columns import ID_COLUMNS, REF_COLUMNS
-from dpofast.data.reading.preferences import is_normal_form, load_preferences
+from dpofast.data.reading.bad_rows import BadRows, check_strictness
+from dpofast.data.reading.normal_form import is_normal_form, source_notes
+from dpofast.data.reading.preferences import load_preferences
+from dpofast.data.reading.reasons import EMPTY
 from dpofast.data.reading.records import place_of_row
 from dpofast.data.reading.row_error import STRICT_REMEDY, RowError
-from dpofast.data.tokens.boundary import BoundaryTokenizer, SplitPair
+from dpofast.data.tokens.boundary import BoundaryTokenizer, PairTexts, SplitPair
 from dpofast.data.tokens.left_out import NO_ROOM, reason_left_out
-from dpofast.data.tokens.outcome import OUTCOME_FEATURES, PairOutcome, is_kept, make_report
-from dpofast.data.tokens.render import render_pair_texts
+from dpofast.data.tokens.outcome import (
+    OUTCOME_FEATURES,
+    PairOutcome,
+    bad_row,
+    bad_rows,
+    is_kept,
+    make_report,
+)
+from dpofast.data.tokens.render import TokenizerError, render_pair_texts
 from dpofast.data.tokens.report import PreparationReport
 from dpofast.data.tokens.truncate import Cut, check_truncation, plan_cut
+from dpofast.data.tokens.unused import unused_parts, warn_of_missing_text
 from dpofast.errors import ConfigError, DataError
 
 logger = logging.getLogger(__name__)
@@ -33,6 +45,7 @@ def tokenize_preferences(
     max_length: int | None,
     truncation_mode: str = "keep_start",
     strict: bool = False,
+    skip_bad_rows: bool = False,
     num_proc: int | None = None,
     name: str = "train",
 ) -> tuple[datasets.Dataset, PreparationReport]:
@@ -45,6 +58,7 @@ def tokenize_preferences(
         truncation_mode: keep_start cuts answers on the right, and leaves out a pair whose prompt
             fills max_length; keep_end first cuts the prompt on its left.
         strict: raise at a pair that would be left out.
+        skip_bad_rows: leave out rows that can't be used, and report them, instead of raising.
         num_proc: number of processes that tokenise; None tokenises in this one.
         name: dataset name, used in errors and in the report.
     Returns:
@@ -52,18 +66,25 @@ def tokenize_preferences(
         rejected_ids; int `row`, the index in the source from 0; and ref_chosen_logps and
         ref_rejected_logps, if the source has them.
     Raises:
-        DataError: a pair can't be used. Names the dataset and the row, says what is wrong and
-            what to do.
-        ConfigError: max_length, truncation_mode or num_proc can't be used.
+        DataError: some rows can't be used. Names the dataset and the first ten rows, and says what
+            is wrong and what to do.
+        ConfigError: both strict and skip_bad_rows are set, or max_length, truncation_mode or
+            num_proc can't be used.
     """
     check_truncation(max_length, truncation_mode)
     if num_proc is not None and (not isinstance(num_proc, int) or num_proc < 1):
         raise ConfigError(f"dataset_num_proc is {num_proc!r}, expected an integer of at least 1")
+    check_strictness(strict, skip_bad_rows)
     if not is_normal_form(dataset):
-        dataset = load_preferences(dataset, strict=strict, name=name)
+        dataset = load_preferences(dataset, strict=strict, skip_bad_rows=skip_bad_rows, name=name)
     if not len(dataset):
         raise DataError(f"{name} holds no pairs; give it at least one")
-    passed_on = {c: dataset.features[c] for c in ("row", *REF_COLUMNS) if c in dataset.column_names}
+    warn_of_missing_text(dataset, tokenizer, name)
+    passed_on = {
+        column: dataset.features[column]
+        for column in ("row", "source", *REF_COLUMNS)
+        if column in dataset.column_names
+    }
     outcomes = dataset.map(
         PairTokenizer(tokenizer, max_length, truncation_mode, strict, name),
         batched=True,
@@ -77,7 +98,10 @@ def tokenize_preferences(
         desc=f"Tokenising {name}",
     )
     table = outcomes.with_format("arrow")[:]
-    report = make_report(table, name, max_length, truncation_mode)
+    unused, nulls = unused_parts(dataset, tokenizer), source_notes(dataset).nulls_left_out
+    report = make_report(table, name, max_length, truncation_mode, unused, nulls)
+    if not skip_bad_rows:
+        _refuse_bad_rows(report.name, table)
     _refuse_nothing_kept(report)
     _warn_of_rerendered_prompts(report)
     table = table.filter(is_kept(table)).select([*ID_COLUMNS, *passed_on])
@@ -101,7 +125,7 @@ def prepare_row(
     """
     check_truncation(max_length, truncation_mode)
     tokenize = PairTokenizer(tokenizer, max_length, truncation_mode, strict=False, name="pair")
-    (split,) = tokenize.split({column: [value] for column, value in row.items()})
+    split = tokenize.split(row)
     return split, plan_cut(*split.lengths, max_length, truncation_mode)
 
 
@@ -119,73 +143,98 @@ class PairTokenizer:
         self.strict, self.name = strict, name
 
     def __call__(self, batch: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
-        """Columns of the normal form -> columns OUTCOME_FEATURES."""
-        outcomes = [
-            self._outcome(split, row).columns()
-            for split, row in zip(self.split(batch), batch["row"], strict=True)
-        ]
-        return {column: [each[column] for each in outcomes] for column in OUTCOME_FEATURES}
-
-    def split(self, batch: Mapping[str, list[Any]]) -> list[SplitPair]:
-        """Token ids of each row before any cut.
+        """Columns of the normal form -> columns OUTCOME_FEATURES.
 
         Raises:
-            DataError: a row can't be tokenised.
+            DataError: the tokenizer can't tokenise any such row, or strict refuses a pair.
         """
-        rows = [
-            dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)
-        ]
-        is_tokenised = ID_COLUMNS[0] in batch
+        rows = _rows_of(batch)
+        outcomes = [self._left_out(row) for row in rows]
+        waiting = [index for index, outcome in enumerate(outcomes) if outcome is None]
+        for index, split in zip(waiting, self._split([rows[i] for i in waiting]), strict=True):
+            outcomes[index] = self._outcome(split, rows[index])
+        columns = [outcome.columns() for outcome in outcomes if outcome is not None]
+        return {column: [each[column] for each in columns] for column in OUTCOME_FEATURES}
+
+    def split(self, row: Mapping[str, Any]) -> SplitPair:
+        """Token ids of a row before any cut.
+
+        Raises:
+            DataError: the row has no pair, or can't be tokenised.
+        """
+        if row.get("left_out"):
+            why = row.get("problem") or row["left_out"]
+            raise self._at_row(row, RowError(f"the row is left out of training: {why}"))
+        (split,) = self._split([row])
+        if isinstance(split, RowError):
+            raise self._at_row(row, split)
+        return split
+
+    def _left_out(self, row: Mapping[str, Any]) -> PairOutcome | None:
+        """The outcome of a row that was left out when the data was read; None for other rows."""
+        reason = row.get("left_out")
+        if not reason:
+            return None
+        if self.strict:
+            raise self._at_row(row, self._refusal(reason, 0))
+        return PairOutcome(None, Cut(), reason, row.get("problem"))
+
+    def _split(self, rows: Sequence[Mapping[str, Any]]) -> list[SplitPair | RowError]:
+        """Token ids of each row before any cut, or what is wrong with the row."""
+        is_tokenised = any(ID_COLUMNS[0] in row for row in rows)
         if is_tokenised:
             splits = [SplitPair(*(row[column] for column in ID_COLUMNS)) for row in rows]
-        else:
-            splits = self._split_texts(rows)
-        for split, row in zip(splits, rows, strict=True):
-            try:
-                self._check(split, is_tokenised)
-            except RowError as error:
-                raise self._at_row(row["row"], error) from None
-        return splits
+            return [self._checked(split, is_tokenised) for split in splits]
+        texts = [self._render(row) for row in rows]
+        good = [text for text in texts if isinstance(text, PairTexts)]
+        split_texts = iter(BoundaryTokenizer(self.tokenizer).split(good) if good else ())
+        return [
+            text if isinstance(text, RowError) else self._checked(next(split_texts), is_tokenised)
+            for text in texts
+        ]
 
-    def _split_texts(self, rows: list[dict[str, Any]]) -> list[SplitPair]:
+    def _render(self, row: Mapping[str, Any]) -> PairTexts | RowError:
+        """The texts of a row, or what is wrong with it."""
         if self.tokenizer is None:
             raise DataError(f"{self.name} is not tokenised yet and there is no tokenizer; give one")
-        texts = []
-        for row in rows:
-            try:
-                texts.append(render_pair_texts(row, self.tokenizer))
-            except RowError as error:
-                raise self._at_row(row["row"], error) from None
-        return BoundaryTokenizer(self.tokenizer).split(texts)
+        try:
+            return render_pair_texts(row, self.tokenizer)
+        except TokenizerError as error:
+            raise self._at_row(row, error) from None
+        except RowError as error:
+            return error
 
-    def _check(self, split: SplitPair, is_tokenised: bool) -> None:
+    def _checked(self, split: SplitPair, is_tokenised: bool) -> SplitPair | RowError:
+        """The token ids of a row, or what is wrong with them."""
         if not split.prompt_ids:
-            raise RowError(
+            return RowError(
                 "the prompt has no token, so nothing predicts an answer's first token; give a "
                 "prompt, or a tokenizer that begins every text with a BOS token"
             )
-        # A text that becomes only EOS was probably empty by mistake. Someone who gives the ids
-        # themselves may want just EOS.
-        empty = [[]] if is_tokenised else [[], [self.tokenizer.eos_token_id]]
-        for column, ids in (("chosen", split.chosen_ids), ("rejected", split.rejected_ids)):
-            if ids in empty:
-                raise RowError(f"{column} tokenises to nothing; give it a text or remove the row")
         if is_tokenised and self.tokenizer is not None:
             largest = max(map(max, split.ids))
             if largest > self._last_id:
-                raise RowError(
+                return RowError(
                     f"token id {largest} is beyond {self._last_id}, the tokenizer's last; tokenise "
                     "with the tokenizer of this model"
                 )
+        return split
 
     @cached_property
     def _last_id(self) -> int:
         # len(tokenizer) would be too small if there are gaps between the ids.
         return max(self.tokenizer.get_vocab().values())
 
-    def _outcome(self, split: SplitPair, row: int) -> PairOutcome:
+    def _outcome(self, split: SplitPair | RowError, row: Mapping[str, Any]) -> PairOutcome:
+        if isinstance(split, RowError):
+            return bad_row(str(split))
         cut = plan_cut(*split.lengths, self.max_length, self.truncation_mode)
         reason = reason_left_out(split.chosen_ids, split.rejected_ids, cut)
+        # A text that becomes only EOS is an empty answer. Someone who gives the ids themselves may
+        # want just EOS.
+        empty = [[]] if ID_COLUMNS[0] in row else [[], [self.tokenizer.eos_token_id]]
+        if split.chosen_ids in empty or split.rejected_ids in empty:
+            reason = EMPTY
         if reason is not None and self.strict:
             raise self._at_row(row, self._refusal(reason, len(split.prompt_ids)))
         return PairOutcome(split, cut, reason)
@@ -196,10 +245,24 @@ class PairTokenizer:
                 f"the prompt has {prompt_length} tokens, which leaves no room for an answer in "
                 f"max_length {self.max_length}; raise max_length or use truncation_mode keep_end"
             )
-        return RowError(f"the pair has {reason}; {STRICT_REMEDY}")
+        what = "an empty answer" if reason == EMPTY else reason
+        return RowError(f"the pair has {what}; {STRICT_REMEDY}")
 
-    def _at_row(self, row: int, error: RowError) -> DataError:
-        return DataError(f"{place_of_row(self.name, row)}: {error}")
+    def _at_row(self, row: Mapping[str, Any], error: RowError) -> DataError:
+        return DataError(f"{place_of_row(row.get('source') or self.name, row['row'])}: {error}")
+
+
+def _rows_of(batch: Mapping[str, list[Any]]) -> list[dict[str, Any]]:
+    return [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
+
+
+def _refuse_bad_rows(name: str, table: pa.Table) -> None:
+    """Raise DataError if the table of outcomes has bad rows."""
+    bad = BadRows()
+    for source, row, problem in bad_rows(table):
+        bad.add(place_of_row(source or name, row), problem)
+    if bad.count:
+        raise bad.error(name, len(table))
 
 
 def _refuse_nothing_kept(report: PreparationReport) -> None:

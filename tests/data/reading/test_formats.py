@@ -9,7 +9,7 @@ import pytest
 
 from dpofast.data import load_preferences
 from dpofast.errors import ConfigError, DataError
-from tests.data.builders import assistant, system, user
+from tests.data.builders import assistant, plain_rows, system, user
 
 TEXT = {"prompt": "2+2=", "chosen": "4", "rejected": "5"}
 MESSAGES = {
@@ -21,7 +21,7 @@ MESSAGES = {
 
 def load_one(row, **options):
     """The normal form of one row, without its index."""
-    (loaded,) = load_preferences([row], **options)
+    (loaded,) = plain_rows(load_preferences([row], **options))
     assert loaded.pop("row") == 0
     return loaded
 
@@ -112,6 +112,16 @@ def test_instruction_with_system_and_history():
     assert "plain_prompt" not in loaded
 
 
+def test_history_as_json_text():
+    row = {"instruction": "And 3?", "chosen": "6", "rejected": "7"}
+    history = [["2+2?", "4"]]
+    loaded = load_one({**row, "history": json.dumps(history)})
+    assert loaded == load_one({**row, "history": history})
+    assert load_one({**row, "history": ""}) == load_one(row)
+    with pytest.raises(DataError, match="history is not a list of"):
+        load_one({**row, "history": "2+2? 4"})
+
+
 def test_token_ids_and_reference_log_probs():
     row = {"prompt_ids": [1, 2], "chosen_ids": [3], "rejected_ids": [4, 5]}
     logps = {"ref_chosen_logps": -1.5, "ref_rejected_logps": -2}
@@ -131,13 +141,8 @@ def test_tool_calls_survive_rows_with_other_arguments():
         return {"role": "assistant", "tool_calls": [{"function": {"arguments": arguments}}]}
 
     rows = [{**MESSAGES, "chosen": [call(a)]} for a in ({"x": 1}, {"y": "two"})]
-    loaded = load_preferences(datasets.Dataset.from_list(rows))
-    for message, arguments in zip(
-        (row["chosen"][0] for row in loaded), ({"x": 1}, {"y": "two"}), strict=True
-    ):
-        assert message["content"] is None
-        extra = json.loads(message["extra"])
-        assert extra == {"tool_calls": [{"function": {"arguments": arguments}}]}
+    loaded = plain_rows(load_preferences(datasets.Dataset.from_list(rows)))
+    assert [row["chosen"] for row in loaded] == [row["chosen"] for row in rows]
 
 
 def test_columns_and_roles_can_be_mapped():
@@ -168,9 +173,6 @@ BAD_ROWS = {
     "no columns": ({}, "no column 'chosen'"),
     "null answer": ({**TEXT, "chosen": None}, "chosen is null"),
     "null prompt": ({**TEXT, "prompt": None}, "prompt is null"),
-    "empty answer": ({**TEXT, "rejected": ""}, "rejected is an empty answer"),
-    "blank answer": ({**TEXT, "chosen": " \n"}, "chosen is an empty answer"),
-    "empty message": ({**MESSAGES, "chosen": [assistant("")]}, "chosen is an empty answer"),
     "number": ({**TEXT, "chosen": 4}, "chosen is not text but int 4"),
     "bytes": ({**TEXT, "prompt": b"x"}, "prompt is not text but bytes"),
     "surrogate": ({**TEXT, "chosen": "\ud800"}, "surrogate"),
@@ -216,13 +218,13 @@ def test_a_row_that_cannot_be_used_is_named(row, text):
 
 
 def test_the_wrong_row_is_the_one_that_is_named():
-    rows = [TEXT] * 17 + [{**TEXT, "chosen": ""}]
-    with pytest.raises(DataError, match=r"pairs, row 17 \(counted from 0\): chosen is an empty"):
+    rows = [TEXT] * 17 + [{**TEXT, "chosen": 4}]
+    with pytest.raises(DataError, match=r"pairs, row 17 \(counted from 0\): chosen is not text"):
         load_preferences(rows, name="pairs")
 
 
 def test_rows_of_two_forms_are_refused():
-    with pytest.raises(DataError, match=r"row 1 .*rows before it are text"):
+    with pytest.raises(DataError, match=r"row 1 .*rows around it are text"):
         load_preferences([TEXT, MESSAGES])
 
 

@@ -237,11 +237,10 @@ def test_text_without_an_eos_token_is_refused():
         one({"prompt": "a", "chosen": "b", "rejected": "c"}, tokenizer)
 
 
-def test_an_answer_that_tokenises_to_nothing_is_named():
-    tokenizer = byte_bpe()
-    pairs = load_preferences([{"prompt": "a", "chosen": "</s>", "rejected": "c"}])
-    with pytest.raises(DataError, match="chosen tokenises to nothing"):
-        tokenize_preferences(pairs, tokenizer, max_length=None)
+def test_an_answer_that_is_only_eos_is_left_out_as_empty():
+    rows = [{"prompt": "a", "chosen": chosen, "rejected": "c"} for chosen in ("</s>", "b")]
+    _, report = tokenize_preferences(load_preferences(rows), byte_bpe(), max_length=None)
+    assert report.left_out == {"empty answer": (0,)}
 
 
 def test_ids_of_another_tokenizer_are_named():

@@ -108,8 +108,8 @@ def test_processes_change_nothing():
 def test_an_error_in_a_process_names_its_row():
     rows = [{"prompt": "a", "chosen": "b", "rejected": "c"}] * 4
     rows[3] = {**rows[3], "chosen": "</s>"}
-    with pytest.raises(DataError, match=r"train, row 3 .*chosen tokenises to nothing"):
-        tokenise(rows, tokenizer=byte_bpe(), num_proc=2)
+    with pytest.raises(DataError, match=r"train, row 3 .*an empty answer"):
+        tokenise(rows, tokenizer=byte_bpe(), num_proc=2, strict=True)
 
 
 def test_one_row_is_prepared_without_its_cut():

@@ -1,0 +1,92 @@
+"""The normal form, to which preference pairs of every format are brought: a `datasets.Dataset`.
+
+It has these columns:
+
+- prompt, chosen and rejected: all text, or all lists of messages. A message is a JSON text, so that
+  its fields, their order and their nulls stay as they were written.
+- prompt_ids, chosen_ids and rejected_ids in their place, if the source is tokenised already.
+- row: the row's index in the source, counted from 0. Pairs from one row share it.
+- source: the data set that the row comes from, if several were mixed.
+- left_out: why the row is left out, null for a pair that is used; the column is only there if a row
+  is left out. Such a row has no pair.
+- problem: what is wrong with a row that was left out because it can't be used.
+- If the source has them: tools and chat_template_kwargs, as JSON; ref_chosen_logps and
+  ref_rejected_logps, in nats; and plain_prompt, the prompt of an instruction row for tokenizers
+  without a chat template.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import datasets
+import pyarrow as pa
+
+from dpofast.columns import ID_COLUMNS, PAIR_COLUMNS, REF_COLUMNS
+
+# A Dataset whose description begins with this line is in the normal form. Selecting rows keeps the
+# description. What else is known about the source follows, as JSON.
+_MARK = "Preference pairs in dpofast's normal form, version 2."
+
+PAIR_TYPES: dict[str, dict[str, pa.DataType]] = {
+    "text": dict.fromkeys(PAIR_COLUMNS, pa.string()),
+    "messages": dict.fromkeys(PAIR_COLUMNS, pa.list_(pa.string())),
+    "ids": dict.fromkeys(ID_COLUMNS, pa.list_(pa.int32())),
+}
+OPTIONAL_TYPES: dict[str, pa.DataType] = {
+    "source": pa.string(),
+    "left_out": pa.string(),
+    "problem": pa.string(),
+    "tools": pa.string(),
+    "chat_template_kwargs": pa.string(),
+    "plain_prompt": pa.string(),
+    **dict.fromkeys(REF_COLUMNS, pa.float64()),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class SourceNotes:
+    """What was seen in a source and isn't in its pairs.
+
+    Attributes:
+        unused_columns: columns that hold values but that no pair was made from.
+        message_fields: fields that messages have beside role, content and tool calls.
+        nulls_left_out: whether nulls in structs of Arrow were left out.
+    """
+
+    unused_columns: tuple[str, ...] = ()
+    message_fields: tuple[str, ...] = ()
+    nulls_left_out: bool = False
+
+    def merged(self, other: SourceNotes) -> SourceNotes:
+        """The notes on two sources that are read together."""
+        columns = dict.fromkeys((*self.unused_columns, *other.unused_columns))
+        fields = dict.fromkeys((*self.message_fields, *other.message_fields))
+        nulls = self.nulls_left_out or other.nulls_left_out
+        return SourceNotes(tuple(columns), tuple(fields), nulls)
+
+
+def normal_form(table: pa.Table, notes: SourceNotes) -> datasets.Dataset:
+    """A Dataset that is recognised as being in the normal form."""
+    description = f"{_MARK}\n{json.dumps(asdict(notes))}"
+    return datasets.Dataset(table, info=datasets.DatasetInfo(description=description))
+
+
+def is_normal_form(source: Any) -> bool:
+    """Whether `source` is a result of `load_preferences`, or a selection of its rows."""
+    if not isinstance(source, datasets.Dataset) or not source.info.description.startswith(_MARK):
+        return False
+    # `map` keeps the description as well, so the columns have to be right, too.
+    names = set(source.column_names)
+    known = {"row", *OPTIONAL_TYPES}
+    return any(set(types) <= names <= known | set(types) for types in PAIR_TYPES.values())
+
+
+def source_notes(dataset: datasets.Dataset) -> SourceNotes:
+    """The notes on the source of a Dataset in the normal form."""
+    notes: Mapping[str, Any] = json.loads(dataset.info.description[len(_MARK) :])
+    columns, fields = (tuple(notes[name]) for name in ("unused_columns", "message_fields"))
+    return SourceNotes(columns, fields, notes["nulls_left_out"])

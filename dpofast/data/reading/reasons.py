@@ -1,0 +1,6 @@
+"""The reasons for which reading leaves out a row; the report lists its rows by reason."""
+
+from __future__ import annotations
+
+EMPTY = "empty answer"
+BAD_ROW = "bad row"

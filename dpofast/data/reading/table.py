@@ -1,0 +1,222 @@
+"""Builds the normal form from the rows of one source."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import pyarrow as pa
+
+from dpofast.columns import ID_COLUMNS, PAIR_COLUMNS
+from dpofast.data.reading.bad_rows import BadRows
+from dpofast.data.reading.formats import read_pairs
+from dpofast.data.reading.messages import CALLS, encode_messages
+from dpofast.data.reading.normal_form import OPTIONAL_TYPES, PAIR_TYPES, SourceNotes
+from dpofast.data.reading.pair import Pair
+from dpofast.data.reading.reasons import BAD_ROW, EMPTY
+from dpofast.data.reading.records import BATCH_ROWS, Record
+from dpofast.data.reading.row_error import STRICT_REMEDY, RowError, empty_answer
+from dpofast.errors import DataError
+
+_KNOWN_FIELDS = ("role", "content", *CALLS)  # templates without tools refuse or ignore calls
+
+Row = dict[str, Any]  # a row of the normal form, without columns that are null
+
+
+class TableBuilder:
+    """Builds an Arrow table in the normal form.
+
+    It works in batches, so the Python objects of a large file are never all in memory.
+
+    Args:
+        strict: refuse pairs whose answers are identical or empty.
+        skip_bad_rows: leave out rows that can't be used, instead of raising.
+        columns: column name here -> column name in the source.
+        roles: role in the source -> role that templates know.
+        again: the source is in the normal form already.
+    """
+
+    def __init__(
+        self,
+        strict: bool,
+        skip_bad_rows: bool,
+        columns: Mapping[str, str],
+        roles: Mapping[str, str],
+        again: bool,
+    ) -> None:
+        self.strict, self.skip_bad_rows = strict, skip_bad_rows
+        self.columns, self.roles, self.again = columns, roles, again
+        self._bad = BadRows()
+        self._rows_read = 0
+        self._form: tuple[str, str] | None = None  # kind and format that all pairs must share
+        self._kind_without_pairs = "text"
+        self._filled: dict[str, None] = {}  # columns of the source with a value, in their order
+        self._used = {"row", *OPTIONAL_TYPES} if again else {"row"}
+        self._message_fields: dict[str, None] = {}  # fields of messages, in their order
+        self._optional: set[str] = set()  # optional columns of the normal form that any row has
+        self._nulls_left_out = False
+
+    def build(self, records: Iterator[Record], name: str) -> pa.Table:
+        """The table of all rows.
+
+        Args:
+            records: the rows.
+            name: name of the source, used in errors.
+        Raises:
+            DataError: the source has no rows, or rows that can't be used.
+        """
+        batches: list[pa.RecordBatch] = []
+        waiting: list[Row] = []  # rows whose kind, and so whose schema, isn't known yet
+        while chunk := list(itertools.islice(records, BATCH_ROWS)):
+            waiting += self._read_chunk(chunk)
+            if self._bad.count == self._rows_read:
+                # Hardly the fault of single rows. Reading on would only delay the error.
+                raise self._bad.error(name, self._rows_read)
+            if self._form is not None:
+                batches.append(pa.RecordBatch.from_pylist(waiting, schema=self._schema()))
+                waiting = []
+        if not self._rows_read:
+            raise DataError(f"{name} holds no rows; give it at least one pair")
+        if self._bad.count and not self.skip_bad_rows:
+            raise self._bad.error(name, self._rows_read)
+        if waiting:
+            batches.append(pa.RecordBatch.from_pylist(waiting, schema=self._schema()))
+        # Every batch has all optional columns, because a later row could need any of them.
+        table = pa.Table.from_batches(batches)
+        return table.drop_columns([c for c in OPTIONAL_TYPES if c not in self._optional])
+
+    def notes(self) -> SourceNotes:
+        """What was seen in the source, once the table is built."""
+        unused = tuple(column for column in self._filled if column not in self._used)
+        fields = tuple(name for name in self._message_fields if name not in _KNOWN_FIELDS)
+        return SourceNotes(unused, fields, self._nulls_left_out)
+
+    def _read_chunk(self, records: Sequence[Record]) -> list[Row]:
+        """The rows of the normal form for some rows of the source."""
+        read = [self._pairs(record) for record in records]
+        if self._form is None:
+            # Most of the first rows decide which form is right, not the very first row.
+            pairs = [pair for each in read if isinstance(each, list) for pair in each]
+            # A blank text says little about its form.
+            pairs = [pair for pair in pairs if pair.blank is None] or pairs
+            forms = Counter((pair.kind, pair.columns) for pair in pairs)
+            self._form = max(forms, key=forms.__getitem__, default=None)
+        rows: list[Row] = []
+        for record, result in zip(records, read, strict=True):
+            number = self._number(record)
+            self._rows_read += 1
+            self._nulls_left_out = record.nulls_left_out
+            try:
+                rows += self._rows(record, result, number)
+            except RowError as error:
+                self._bad.add(record.where, str(error))
+                rows.append(self._left_out(number, BAD_ROW, str(error)))
+        return rows
+
+    def _pairs(self, record: Record) -> list[Pair] | RowError:
+        """The pairs of a row, or what is wrong with it; no pairs if it was left out before."""
+        try:
+            if record.problem is not None:
+                raise RowError(record.problem)
+            if _was_left_out(record.values):
+                return []
+            row = self._rename(record)
+            pairs = read_pairs(row, record.columns, self.roles)
+        except RowError as error:
+            return error
+        self._filled |= _filled(row)
+        return pairs
+
+    def _rows(self, record: Record, result: list[Pair] | RowError, number: int) -> list[Row]:
+        """The rows of the normal form for one row of the source.
+
+        Raises:
+            RowError: the row can't be used.
+        """
+        if isinstance(result, RowError):
+            raise result
+        if not result:  # the row was left out when the source was read for the first time
+            if self.strict or record.values.get("problem"):
+                raise RowError(record.values.get("problem") or record.values["left_out"])
+            if ID_COLUMNS[0] in record.values:
+                self._kind_without_pairs = "ids"
+            return [self._left_out(number, record.values["left_out"])]
+        return [self._row(record, pair, number) for pair in result]
+
+    def _row(self, record: Record, pair: Pair, number: int) -> Row:
+        if pair.blank is not None:
+            if self.strict:
+                raise empty_answer(pair.blank)
+            self._used |= pair.used
+            return self._left_out(number, EMPTY)
+        if (pair.kind, pair.columns) != self._form:
+            assert self._form is not None
+            kind, columns = self._form
+            raise RowError(
+                f"the row is {pair.kind} in {pair.columns}, but the rows around it are {kind} in "
+                f"{columns}; write all rows in one form"
+            )
+        if self.strict and pair.identical:
+            raise RowError(f"chosen and rejected are identical; {STRICT_REMEDY}")
+        self._used |= pair.used
+        row = {"row": number, **pair.values}
+        if pair.kind == "messages":
+            for column in PAIR_COLUMNS:
+                for message in row[column]:
+                    self._message_fields |= _filled(message)
+                row[column] = encode_messages(row[column], column)
+        if self.again and record.values.get("source") is not None:
+            row["source"] = record.values["source"]
+        self._optional.update(column for column in row if column in OPTIONAL_TYPES)
+        return row
+
+    def _left_out(self, number: int, reason: str, problem: str | None = None) -> Row:
+        row = {"row": number, "left_out": reason, "problem": problem}
+        self._optional.update(("left_out",) if problem is None else ("left_out", "problem"))
+        return row
+
+    def _number(self, record: Record) -> int:
+        # A dataset in the normal form has each row's original index, even after a selection. In
+        # other sources a column `row` is taken for that index if it holds usable integers.
+        row = record.values.get("row")
+        if isinstance(row, int) and not isinstance(row, bool) and 0 <= row < 2**63:
+            return row
+        return self._rows_read
+
+    def _rename(self, record: Record) -> Mapping[str, Any]:
+        if not self.columns:
+            return record.values
+        row = dict(record.values)
+        for ours, theirs in self.columns.items():
+            if theirs not in record.values:
+                raise RowError(
+                    f"there is no column {theirs!r}, which columns gives for {ours!r} "
+                    f"(found: {', '.join(map(str, record.columns))})"
+                )
+        # First remove all, then add: two columns can swap their names.
+        for theirs in self.columns.values():
+            row.pop(theirs, None)
+        row.update({ours: record.values[theirs] for ours, theirs in self.columns.items()})
+        return row
+
+    def _schema(self) -> pa.Schema:
+        # Without any pair, all columns are null, and only their names matter.
+        kind = self._form[0] if self._form else self._kind_without_pairs
+        return pa.schema({"row": pa.int64(), **PAIR_TYPES[kind], **OPTIONAL_TYPES})
+
+
+def _was_left_out(row: Mapping[str, Any]) -> bool:
+    """Whether a row of the normal form was left out when its source was read for the first time."""
+    answers = (row.get(column) for column in ("chosen", "rejected", "chosen_ids"))
+    return isinstance(row.get("left_out"), str) and all(answer is None for answer in answers)
+
+
+def _filled(fields: Mapping[str, Any]) -> dict[str, None]:
+    """The names of the fields that hold something, in their order."""
+    return {
+        name: None
+        for name, value in fields.items()
+        if value is not None and not (isinstance(value, str | list | tuple | dict) and not value)
+    }
