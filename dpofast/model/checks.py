@@ -148,7 +148,7 @@ def check_rows(model: nn.Module) -> None:
         raise ModelError(
             f"{type(lm).__name__} gives a sequence other hidden states beside a longer one than "
             f"alone (by {error:.1%}), so its log-probs would depend on the other sequences of a "
-            "batch. Is it a causal model, as a decoder is? Otherwise please report this model type."
+            "batch. Only causal models can be trained; if it is one, please report this model type."
         )
 
 

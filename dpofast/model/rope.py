@@ -50,7 +50,7 @@ def rope_of_each_row(model: nn.Module, batch: PackedPairs) -> Iterator[None]:
     """Inside the `with` block, each padded row gets the RoPE of its own sequence's length.
 
     `micro_batch` enters this. It changes nothing for models whose RoPE doesn't depend on lengths.
-    Packed rows don't occur with the others.
+    Models whose RoPE does have no packed rows; see `choose_layout`.
 
     Args:
         model: causal LM or PeftModel.
@@ -159,16 +159,17 @@ def _alone(module: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Any:
 
 
 def _ropes(model: nn.Module) -> list[nn.Module]:
-    """The modules of a model that turn positions into angles."""
+    """The modules that turn positions into angles, as transformers' own do."""
     return [
         module
         for module in body_of(causal_lm(model)).modules()
-        if any(name.endswith("inv_freq") for name, _ in module.named_buffers(recurse=False))
+        if any(name.endswith("inv_freq") for name in module._buffers)
         and "position_ids" in inspect.signature(type(module).forward).parameters
     ]
 
 
 def _named_rotary(lm: Any) -> list[nn.Module]:
+    """The modules that turn positions into angles, by the name of their class."""
     return [module for module in body_of(lm).modules() if "rotary" in type(module).__name__.lower()]
 
 
@@ -197,5 +198,5 @@ def _depends(module: nn.Module, more: dict[str, str]) -> bool:
 def _unexpected(module: nn.Module) -> ModelError:
     return ModelError(
         f"{type(module).__name__} depends on the length of a sequence, but its positions or its "
-        f"results aren't those of padded rows, so each row can't get its own; {REMEDY}"
+        f"results aren't those of padded rows, so dpofast can't give each row its own; {REMEDY}"
     )
