@@ -38,8 +38,8 @@ def real_plots() -> None:
 @pytest.fixture(autouse=True)
 def _no_plots(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Switch off the plot of a run: it takes longer than the training. See `real_plots`."""
-    if "dpofast.train.trainer" in sys.modules and "real_plots" not in request.fixturenames:
-        monkeypatch.setattr("dpofast.train.trainer.plot_run", lambda *_: None)
+    if "dpofast.train.reports" in sys.modules and "real_plots" not in request.fixturenames:
+        monkeypatch.setattr("dpofast.train.reports.plot_run", lambda *_: None)
 
 
 @pytest.fixture(scope="session")

@@ -83,7 +83,8 @@ def separate(model: Any, case: Case) -> Outcome:
         logits = model(input_ids, use_cache=False, **_logits_kept(model, len(answer) + 1)).logits
         logps = logits[0, -len(answer) - 1 : -1].log_softmax(-1)
         logratios.append(logps.gather(-1, torch.tensor(answer)[:, None]).sum() - ref_logp)
-        scored.append(states.pop()[len(prompt) - 1 : -1].detach())
+        # Counted from the end: Gemma 4 computes its last layers for the kept positions only.
+        scored.append(states.pop()[-len(answer) - 1 : -1].detach())
         if len(logratios) == 2:
             losses.append(-F.logsigmoid(case.beta * (logratios[0] - logratios[1])))
             losses[-1].backward()

@@ -96,6 +96,11 @@ _LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 16,
 }
+_PER_LAYER_INPUTS = {
+    "hidden_size_per_layer_input": 8,
+    "vocab_size_per_layer_input": VOCAB_SIZE,
+    "num_kv_shared_layers": 2,
+}
 OTHER_PACKABLE_FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "afmoe": (
         "AfmoeConfig",
@@ -130,6 +135,33 @@ OTHER_PACKABLE_FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "flex_olmo": ("FlexOlmoConfig", {**_PAD, "num_experts": 4, "num_experts_per_tok": 2}),
     "gemma": ("GemmaConfig", _PAD_8),
+    "gemma3n": (
+        "Gemma3nTextConfig",
+        {
+            **{**_PAD_8, **WINDOW, **_PER_LAYER_INPUTS, "intermediate_size": [48, 48, 64, 64]},
+            **{"num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2},
+            **{"laurel_rank": 4, "activation_sparsity_pattern": [0.5, 0.0, 0.0, 0.0]},
+        },
+    ),
+    # the layers differ in the size of heads and feed-forward, and the last two use others' keys
+    "gemma4": (
+        "Gemma4TextConfig",
+        {
+            **{**_PAD_8, **WINDOW, **_PER_LAYER_INPUTS, "global_head_dim": 16},
+            **{"num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2},
+            "use_double_wide_mlp": True,
+        },
+    ),
+    "gemma4 with experts": (
+        "Gemma4TextConfig",
+        {
+            **{**_PAD_8, **WINDOW, "global_head_dim": 16, "num_global_key_value_heads": 1},
+            **{"num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2},
+            **{"attention_k_eq_v": True, "hidden_size_per_layer_input": 0},
+            **{"enable_moe_block": True, "num_experts": 4, "top_k_experts": 2},
+            "moe_intermediate_size": 16,
+        },
+    ),
     "glm": ("GlmConfig", _PAD_8),
     "glm4": ("Glm4Config", _PAD_8),
     "glm4_moe": ("Glm4MoeConfig", {**_PAD_8, **_FIRST_DENSE}),

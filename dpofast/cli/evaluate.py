@@ -12,12 +12,12 @@ from dpofast.cli.inputs import (
     load_policy_model,
     load_reference_model,
     load_tokenizer_for,
-    make_output_dir,
     refuse_missing_model,
 )
 from dpofast.cli.process_start import is_main_process
 from dpofast.cli.run_options import RunOptions, read_options
 from dpofast.errors import ConfigError
+from dpofast.options.output_dir import make_output_dir
 
 EVALUATION_FILE = "evaluation.json"
 
@@ -28,7 +28,7 @@ def evaluate(parsed: argparse.Namespace, overrides: list[str]) -> None:
     from dpofast.train.trainer import DPOTrainer
 
     options = _with_reference(read_options(parsed.config, overrides))
-    make_output_dir(options)
+    make_output_dir(options.config.output_dir, options.source)
     tokenizer = load_tokenizer_for(options)
     for name in (options.script.model, options.script.ref_model_name_or_path):
         refuse_missing_model(str(name))

@@ -181,21 +181,6 @@ def adapter_options(options: RunOptions) -> Any:
     )
 
 
-def make_output_dir(options: RunOptions) -> None:
-    """Make the output folder before anything is loaded.
-
-    Raises:
-        ConfigError: it can't be made.
-    """
-    folder = Path(options.config.output_dir)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(
-            f"{options.source}: output_dir: {str(folder)!r} can't be made: {error.strerror}."
-        ) from error
-
-
 def refuse_missing_model(name_or_path: str) -> None:
     """Raise ModelError if a local folder holds no model, which is cheap to find out early."""
     folder = Path(name_or_path).expanduser()

@@ -6,9 +6,10 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from dpofast.cli.inputs import adapter_options, load_inputs, make_output_dir
+from dpofast.cli.inputs import adapter_options, load_inputs
 from dpofast.cli.process_start import is_main_process
 from dpofast.cli.run_options import RunOptions, read_options
+from dpofast.options.output_dir import make_output_dir
 
 
 def train(parsed: argparse.Namespace, overrides: list[str]) -> None:
@@ -26,7 +27,7 @@ def make_trainer(options: RunOptions) -> Any:
     """Make a DPOTrainer from the options."""
     from dpofast.train.trainer import DPOTrainer
 
-    make_output_dir(options)
+    make_output_dir(options.config.output_dir, options.source)
     peft_config = adapter_options(options)
     inputs = load_inputs(options)
     return DPOTrainer(
@@ -54,16 +55,23 @@ def resume_point(options: RunOptions) -> str | bool | None:
 
 
 def _print_result(folder: Path) -> None:
-    import json
-
     from rich.console import Console
 
     from dpofast.monitor.callbacks import METRICS_FILE
+    from dpofast.monitor.guard import ReportGuard
     from dpofast.monitor.plots import PLOT_FILE
     from dpofast.monitor.summary import SUMMARY_FILE
 
-    summary = json.loads((folder / SUMMARY_FILE).read_text(encoding="utf-8"))
     console = Console(highlight=False)
+    with ReportGuard()(f"printing {SUMMARY_FILE}"):
+        _print_summary(folder / SUMMARY_FILE, console)
+    console.print(f"model, {SUMMARY_FILE}, {METRICS_FILE} and {PLOT_FILE}: {folder}")
+
+
+def _print_summary(path: Path, console: Any) -> None:
+    import json
+
+    summary = json.loads(path.read_text(encoding="utf-8"))
     console.print(
         f"{summary['global_step']} steps, {summary['pairs_per_second']:.2f} pairs/s, "
         f"first loss {summary['first_loss']:.4f}, mean loss {summary['train_loss']:.4f}"
@@ -72,4 +80,3 @@ def _print_result(folder: Path) -> None:
         f"reference: {summary['ref_forward_passes']} forward passes, "
         f"{summary['ref_store_hits']} answers found, {summary['ref_rows_scored']} scored"
     )
-    console.print(f"model, {SUMMARY_FILE}, {METRICS_FILE} and {PLOT_FILE}: {folder}")

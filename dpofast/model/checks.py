@@ -17,8 +17,9 @@ from dpofast.model.attention import LayerAttention, any_dtype_attention, recorde
 from dpofast.model.context import context_of
 from dpofast.model.forward import evaluating, micro_batch, run_batch, run_body
 from dpofast.model.head import head_options
-from dpofast.model.parts import causal_lm, num_layers, shape
+from dpofast.model.parts import causal_lm, num_layers
 from dpofast.model.rope import check_rope
+from dpofast.model.vocabulary import vocabulary_of
 from dpofast_kernels.attention import AttentionOptions, WrongBackendError, probe
 from dpofast_kernels.head.naive import naive_logits
 from dpofast_kernels.rounding import product_precision
@@ -82,7 +83,7 @@ def sample_sequences(model: nn.Module) -> list[tuple[TokenIds, TokenIds]]:
 
     The answers of the second pair begin alike, so its shared prefix goes beyond the prompt.
     """
-    vocab_size = shape(causal_lm(model).get_input_embeddings().weight)[0]
+    vocab_size = vocabulary_of(model).size
     ids = [(7 * index + 1) % vocab_size for index in range(14)]
     return [
         (ids[:5], ids[5:9]),
@@ -133,7 +134,7 @@ def check_rows(model: nn.Module) -> None:
         ModelError: the hidden states differ.
     """
     lm = causal_lm(model)
-    vocab_size = shape(lm.get_input_embeddings().weight)[0]
+    vocab_size = vocabulary_of(lm).size
     context = context_of(model)
     hard_limit = context.length if context is not None and context.is_hard else LONG_ROW
     length = min(LONG_ROW, hard_limit)
@@ -236,7 +237,7 @@ def check_head(model: nn.Module) -> None:
             `head_options` doesn't know, so training it would be wrong.
     """
     lm = causal_lm(model)
-    vocab_size = shape(lm.get_input_embeddings().weight)[0]
+    vocab_size = vocabulary_of(lm).size
     device = next(lm.parameters()).device
     input_ids = torch.arange(8, device=device)[None] * 7 % vocab_size  # [1, 8]
     # This batch is made by hand so that every position is scored. A layout's `collate` would score

@@ -8,13 +8,16 @@ Source: the model FLOPs of the PaLM paper, arXiv:2204.02311, appendix B.
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
 from dpofast.data.packing.batch import PackedPairs
-from dpofast.model.parts import body_of, causal_lm, numel
+from dpofast.model.layer_sizes import attention_sizes, experts_per_token, num_experts
+from dpofast.model.parts import body_of, causal_lm, numel, shape
 
 # Operations per second in dense bf16 and fp16 products, from the makers' data sheets. A key is a
 # part of the name that PyTorch reports for the device.
@@ -63,7 +66,11 @@ class TrainingFlops:
     Attributes:
         per_token: operations of the body's products for one token.
         per_scored: operations of the head's product for one scored token.
-        per_score: operations of attention for one query, one key and all heads of a layer.
+        per_score: operations of attention for one query and one key, summed over all layers whose
+            attention has the same window. The keys are the windows; None for no window.
+
+    Raises:
+        UnknownSizesError: the sizes of the model's layers can't be told.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -71,13 +78,11 @@ class TrainingFlops:
         config = lm.config.get_text_config()
         self.per_token = _product_flops(body_of(lm), config)
         self.per_scored = _product_flops(lm.get_output_embeddings(), config)
-        self._layers_by_window = _layers_by_window(config)
-        heads = getattr(config, "num_attention_heads", 0)
-        size = getattr(config, "head_dim", None)
-        if size is None and heads:
-            size = config.hidden_size // heads
-        # Two products of a head's size each: query times key, and weight times value.
-        self.per_score = 2 * PASSES_TRAINED * 2 * heads * (size or 0)
+        self.per_score: dict[int | None, float] = {}
+        for layer in attention_sizes(config):
+            # One product for the scores and one for the values, each forward and backward.
+            flops = 2 * PASSES_TRAINED * layer.num_heads * (layer.key_dim + layer.value_dim)
+            self.per_score[layer.window] = self.per_score.get(layer.window, 0) + flops
 
     def of(self, batch: PackedPairs) -> float:
         """Operations of one micro-batch, padding excluded."""
@@ -89,54 +94,40 @@ class TrainingFlops:
             # The lengths of padded rows are on the device; their mean is close enough.
             num_tokens, num_rows = batch.num_tokens, len(batch.input_ids)
             segments = [(num_tokens // num_rows,) * 2] * num_rows
-        scores = sum(
-            count * sum(causal_scores(*segment, window) for segment in segments)
-            for window, count in self._layers_by_window.items()
+        attention = sum(
+            flops * sum(causal_scores(*segment, window) for segment in segments)
+            for window, flops in self.per_score.items()
         )
-        return (
-            self.per_token * num_tokens
-            + self.per_scored * len(batch.labels)
-            + self.per_score * scores
-        )
+        return self.per_token * num_tokens + self.per_scored * len(batch.labels) + attention
 
 
 def _product_flops(module: nn.Module, config: Any) -> float:
     """Operations of all matrices of a module for one token, forward and backward."""
-    # An embedding is looked up, not multiplied.
-    embeddings = {
-        id(parameter)
-        for submodule in module.modules()
-        if isinstance(submodule, nn.Embedding)
-        for parameter in submodule.parameters()
-    }
     total = 0.0
-    for name, parameter in module.named_parameters():
-        if parameter.dim() < 2 or id(parameter) in embeddings:
+    for name, submodule in module.named_modules():
+        if isinstance(submodule, nn.Embedding):  # looked up, not multiplied
             continue
-        passes = PASSES_TRAINED if parameter.requires_grad else PASSES_FROZEN
-        total += 2 * passes * _active_share(name, config) * numel(parameter)
+        is_convolution = isinstance(submodule, nn.modules.conv._ConvNd)
+        for own_name, parameter in submodule.named_parameters(recurse=False):
+            if parameter.dim() < 2 or own_name.endswith("bias"):
+                continue
+            share = 1.0 if is_convolution else _active_share(name, shape(parameter), config)
+            passes = PASSES_TRAINED if parameter.requires_grad else PASSES_FROZEN
+            total += 2 * passes * share * numel(parameter)
     return total
 
 
-def _active_share(name: str, config: Any) -> float:
-    """Share of a weight that a token is multiplied with; below 1 for a mixture's experts."""
-    if ".experts." not in name:
-        return 1.0
-    names = ("num_local_experts", "num_experts", "n_routed_experts")
-    count = next((value for key in names if (value := getattr(config, key, None))), None)
-    used = getattr(config, "num_experts_per_tok", None)
-    return used / count if count and used else 1.0
+def _active_share(module_name: str, size: Sequence[int], config: Any) -> float:
+    """Share of a weight that a token is multiplied with; below 1 for a mixture's experts.
 
-
-def _layers_by_window(config: Any) -> dict[int | None, int]:
-    """Number of layers for each size of window; the key None counts layers without a window."""
-    num_layers = config.num_hidden_layers
-    window = getattr(config, "sliding_window", None)
-    types = getattr(config, "layer_types", None)
-    if types is None:
-        return {window: num_layers}
-    sliding, full = types.count("sliding_attention"), types.count("full_attention")
-    return {None: full} if window is None else {None: full, window: sliding}
+    A weight with three dimensions holds all experts of a layer. Otherwise an expert is a module of
+    its own, in a list that is called `experts`.
+    """
+    if len(size) == 3:
+        return experts_per_token(config) / size[0]
+    if re.search(r"\bexperts\.\d+\b", module_name):
+        return experts_per_token(config) / num_experts(config)
+    return 1.0
 
 
 def causal_scores(num_queries: int, num_keys: int, window: int | None) -> int:

@@ -9,6 +9,7 @@ from torch import nn
 from dpofast.data.packing.collate import Layout
 from dpofast.errors import ConfigError
 from dpofast.model.dropout import dropouts
+from dpofast.model.layer_sizes import UnknownSizesError, attention_sizes
 from dpofast.model.parts import causal_lm
 from dpofast.model.rope import depends_on_length
 
@@ -19,12 +20,12 @@ logger = logging.getLogger(__name__)
 PACKABLE = frozenset(
     """
     afmoe apertus arcee biogpt bitnet cohere cohere2 cohere2_moe cwm deepseek_v2 deepseek_v3 dots1
-    ernie4_5 ernie4_5_moe exaone4 exaone_moe flex_olmo gemma gemma2 gemma3_text glm glm4 glm4_moe
-    glm4_moe_lite gpt2 gpt_bigcode gpt_neox gpt_oss granite granite_swa granitemoe granitemoeshared
-    helium hunyuan_v1_dense hunyuan_v1_moe internlm3 jais2 jetmoe llama longcat_flash mimo_v2_flash
-    minicpm3 minimax_m2 ministral ministral3 mistral mixtral nanochat olmo olmo2 olmo3 olmoe opt
-    persimmon phi phi3 qwen2 qwen2_moe qwen3 qwen3_moe seed_oss smollm3 solar_open starcoder2
-    vaultgemma youtu
+    ernie4_5 ernie4_5_moe exaone4 exaone_moe flex_olmo gemma gemma2 gemma3_text gemma3n_text
+    gemma4_text glm glm4 glm4_moe glm4_moe_lite gpt2 gpt_bigcode gpt_neox gpt_oss granite
+    granite_swa granitemoe granitemoeshared helium hunyuan_v1_dense hunyuan_v1_moe internlm3 jais2
+    jetmoe llama longcat_flash mimo_v2_flash minicpm3 minimax_m2 ministral ministral3 mistral
+    mixtral nanochat olmo olmo2 olmo3 olmoe opt persimmon phi phi3 qwen2 qwen2_moe qwen3 qwen3_moe
+    seed_oss smollm3 solar_open starcoder2 vaultgemma youtu
     """.split()  # noqa: SIM905  a list of them would fill pages
 )
 # Why some other model types can't be packed. State-space, convolution and chunked layers, which
@@ -93,9 +94,10 @@ def why_not_packed(model: nn.Module) -> str | None:
 def attention_window(model: nn.Module) -> int | None:
     """Positions that a query sees in a layer with a sliding window, its own included.
 
-    None if no layer has a window.
+    None if no layer has a window, or if the layers' sizes can't be told.
     """
-    config = causal_lm(model).config.get_text_config()
-    layer_types = getattr(config, "layer_types", None) or ["sliding_attention"]
-    window: int | None = getattr(config, "sliding_window", None)
-    return window if "sliding_attention" in layer_types else None
+    try:
+        layers = attention_sizes(causal_lm(model).config.get_text_config())
+    except UnknownSizesError:
+        return None
+    return min((layer.window for layer in layers if layer.window is not None), default=None)

@@ -54,3 +54,8 @@ def numel(parameter: Tensor) -> int:
 def shape(parameter: Tensor) -> torch.Size:
     """The whole shape of a parameter, even if ZeRO-3 has spread it over the ranks."""
     return torch.Size(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def num_bytes(parameter: Tensor) -> int:
+    """Bytes of the whole parameter, even if ZeRO-3 has spread it over the ranks."""
+    return numel(parameter) * parameter.element_size()

@@ -12,7 +12,7 @@ from torch import nn
 
 from dpofast.columns import ID_COLUMNS
 from dpofast.errors import DataError
-from dpofast.model.parts import causal_lm, shape
+from dpofast.model.parts import body_of, causal_lm, shape
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,8 @@ class Vocabulary:
 
     Attributes:
         model: name of the model's class.
-        size: tokens in the embedding or in the head, whichever has fewer.
+        size: tokens in the embedding, in the head, or in a further table that is indexed by tokens,
+            whichever has fewest.
     """
 
     model: str
@@ -34,8 +35,10 @@ def vocabulary_of(model: nn.Module) -> Vocabulary:
     The weights are what an id indexes; the config's vocab_size can say something else.
     """
     lm: Any = causal_lm(model)
-    ends = (lm.get_input_embeddings(), lm.get_output_embeddings())
-    weights = [end.weight for end in ends if end is not None]
+    tables = [lm.get_input_embeddings(), lm.get_output_embeddings()]
+    # Gemma 3n and 4 add another embedding of the token in every layer; its table can be smaller.
+    tables += [getattr(body_of(lm), "embed_tokens_per_layer", None)]
+    weights = [table.weight for table in tables if table is not None]
     return Vocabulary(type(lm).__name__, min(shape(weight)[0] for weight in weights))
 
 

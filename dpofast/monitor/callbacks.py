@@ -8,16 +8,22 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from dpofast.monitor.guard import ReportGuard
+
 METRICS_FILE = "metrics.jsonl"
 
 
 class MetricsFile(TrainerCallback):
-    """Appends every log event to metrics.jsonl as one JSON object a line: step, epoch, values."""
+    """Appends every log event to metrics.jsonl as one JSON object a line: step, epoch, values.
+
+    A file that can't be written is one warning, and doesn't end the run.
+    """
 
     def __init__(self) -> None:
         # Lines that this process has written belong to its run, even those of an evaluation before
         # training. Older lines belong to it only if it resumes.
         self._has_written = False
+        self._guard = ReportGuard()
 
     def on_train_begin(
         self,
@@ -30,16 +36,8 @@ class MetricsFile(TrainerCallback):
         path = Path(args.output_dir) / METRICS_FILE
         if not state.is_world_process_zero or not path.is_file():
             return
-        lines = path.read_text(encoding="utf-8").splitlines()
-        # A killed run may have left half a line at the end.
-        whole = [line for line in lines if line.endswith("}")]
-        is_resumed = state.global_step > 0
-        kept = [
-            line
-            for line in whole
-            if (is_resumed or self._has_written) and json.loads(line)["step"] <= state.global_step
-        ]
-        path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        with self._guard(METRICS_FILE):
+            self._drop_lines(path, state.global_step)
 
     def on_log(
         self,
@@ -52,10 +50,24 @@ class MetricsFile(TrainerCallback):
         """Appends one line; the first of a run that doesn't resume begins a new file."""
         if not state.is_world_process_zero:
             return
-        path = Path(args.output_dir) / METRICS_FILE
-        if not self._has_written and not state.global_step:
-            path.unlink(missing_ok=True)  # an older run's file
-        self._has_written = True
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": state.global_step, **(logs or {})}) + "\n")
+        with self._guard(METRICS_FILE):
+            path = Path(args.output_dir) / METRICS_FILE
+            line = json.dumps({"step": state.global_step, **(logs or {})}, default=str)
+            if not self._has_written and not state.global_step:
+                path.unlink(missing_ok=True)  # an older run's file
+            self._has_written = True
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("a", encoding="utf-8") as file:
+                file.write(f"{line}\n")
+
+    def _drop_lines(self, path: Path, step: int) -> None:
+        lines = path.read_text(encoding="utf-8").splitlines()
+        # A killed run may have left half a line at the end.
+        whole = [line for line in lines if line.endswith("}")]
+        is_resumed = step > 0
+        kept = [
+            line
+            for line in whole
+            if (is_resumed or self._has_written) and json.loads(line)["step"] <= step
+        ]
+        path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 
 import torch
@@ -9,11 +10,14 @@ from torch import nn
 
 from dpofast.data.packing.batch import PackedPairs
 from dpofast.model.flops import TrainingFlops, peak_flops
+from dpofast.monitor.guard import ReportGuard
 from dpofast.monitor.metrics import SumOverRanks
 
 # `tokens` counts every sequence in full, so a shared prefix counts twice. `body_tokens` counts the
 # positions that the body ran over, padding included.
 COUNTED = ("pairs", "micro_batches", "tokens", "body_tokens", "scored_tokens", "flops")
+
+FLOPS_REPORT = "mfu: counting the operations of the model"
 
 
 class Throughput:
@@ -32,8 +36,12 @@ class Throughput:
     def __init__(
         self, model: nn.Module, dtype: torch.dtype, device: torch.device, world_size: int
     ) -> None:
-        self._flops = TrainingFlops(model)
+        self._guard = ReportGuard()
         self._peak = peak_flops(device, dtype)
+        self._flops: TrainingFlops | None = None
+        if self._peak is not None:  # without a peak there is nothing to compare them with
+            with self._guard(FLOPS_REPORT):
+                self._flops = TrainingFlops(model)
         self._device, self._world_size = device, world_size
         self._started: float | None = None
         self._counts = dict.fromkeys(COUNTED, 0.0)  # this rank, since the last log
@@ -52,10 +60,17 @@ class Throughput:
             batch.num_tokens,
             batch.num_body_tokens,
             len(batch.labels),
-            self._flops.of(batch),
+            self._flops_of(batch),
         )
         for name, number in zip(COUNTED, numbers, strict=True):
             self._counts[name] += number
+
+    def _flops_of(self, batch: PackedPairs) -> float:
+        """Operations of a micro-batch; NaN if they aren't known, which sums over ranks keep."""
+        if self._flops is not None:
+            with self._guard(FLOPS_REPORT):
+                return self._flops.of(batch)
+        return math.nan
 
     def metrics(self, sum_over_ranks: SumOverRanks) -> dict[str, float]:
         """Figures of all ranks since the last call; {} if nothing was trained.
@@ -89,6 +104,7 @@ class Throughput:
 
     def _rates(self, counts: dict[str, float], seconds: float) -> dict[str, float]:
         rates = {f"{name}_per_second": counts[name] / seconds for name in ("pairs", "tokens")}
-        if self._peak is not None:  # model FLOPs utilisation, as a share of the device's peak
+        # model FLOPs utilisation, as a share of the device's peak
+        if self._peak is not None and not math.isnan(counts["flops"]):
             rates["mfu"] = counts["flops"] / seconds / self._world_size / self._peak
         return rates

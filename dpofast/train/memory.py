@@ -12,7 +12,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from dpofast.data.packing.collate import Layout
 from dpofast.model.forward import evaluating, micro_batch, run_body
-from dpofast.model.parts import causal_lm, numel
+from dpofast.model.parts import causal_lm, num_bytes, numel
 from dpofast.options.config import DPOConfig
 from dpofast.zero.blocks import runnable
 from dpofast_kernels.head.workspace import DEVICE_WORKSPACE_BYTES
@@ -100,8 +100,8 @@ def training_bytes(model: nn.Module, config: DPOConfig) -> int:
     with its states in the dtype of the parameters.
     """
     trained = [p for p in model.parameters() if p.requires_grad]
-    frozen_bytes = sum(_num_bytes(p) for p in model.parameters() if not p.requires_grad)
-    trained_bytes = sum(map(_num_bytes, trained))
+    frozen_bytes = sum(num_bytes(p) for p in model.parameters() if not p.requires_grad)
+    trained_bytes = sum(map(num_bytes, trained))
     stage, offloads = zero_stage(config)
     if stage == 0:
         buckets = config.world_size > 1  # DDP reduces in buckets, as large as all gradients
@@ -228,7 +228,3 @@ def _head_bytes(lm: Any) -> int:
     weight = lm.get_output_embeddings().weight
     gradients = 2 * weight.requires_grad * numel(weight)
     return DEVICE_WORKSPACE_BYTES + torch.float32.itemsize * gradients
-
-
-def _num_bytes(parameter: Tensor) -> int:
-    return numel(parameter) * parameter.element_size()

@@ -12,6 +12,7 @@ from dpofast.model.dropout import disable_dropout
 from dpofast.model.head import head_forwards
 from dpofast.model.load import load_policy, load_tokenizer
 from dpofast.model.parts import body_of, causal_lm, is_peft_model
+from dpofast.model.vocabulary import vocabulary_of
 from dpofast.options.config import DPOConfig
 from dpofast.zero.batch import refuse_missing_launcher
 
@@ -57,13 +58,19 @@ def resolve_model(model: Any, config: DPOConfig, tokenizer: Any) -> tuple[nn.Mod
     return model, tokenizer
 
 
-def pad_token_id(tokenizer: Any) -> int:
+def pad_token_id(tokenizer: Any, *models: Any) -> int:
     """The id that fills padded rows: that of the pad token, else of the EOS token, else 0.
 
-    Nothing is scored or attended to there, so any id does.
+    Nothing is scored or attended to there, so any id does that has a row in every embedding.
+
+    Args:
+        tokenizer: tokenizer of the policy.
+        models: models that run the rows; None entries are ignored.
     """
+    sizes = [vocabulary_of(model).size for model in models if model is not None]
     ids = (tokenizer.pad_token_id, tokenizer.eos_token_id)
-    return next((token for token in ids if token is not None), 0)
+    known = (token for token in ids if token is not None and all(token < size for size in sizes))
+    return next(known, 0)
 
 
 def resolve_ref_model(ref_model: Any, model: Any, config: DPOConfig) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ from transformers import TrainerState
 from transformers.trainer_utils import TrainOutput
 
 from dpofast.data.packing.plan import StepSampler
+from dpofast.monitor.guard import ReportGuard
 from dpofast.monitor.summary import SUMMARY_FILE, environment, last_evaluation, write_json
 from dpofast.options.config import DPOConfig
 from dpofast.train.dataset import RunDataset
@@ -43,6 +44,8 @@ def run_summary(
 ) -> dict[str, Any]:
     """The facts that every run reports: reference, data, settings, memory, versions, hardware.
 
+    A part that fails is missing, and named in a warning.
+
     Args:
         config: options of the run.
         loaders: loaders of its steps.
@@ -51,17 +54,25 @@ def run_summary(
         loss: the loss of each pair.
         mixed_precision: accelerate's name for the autocast dtype, "no" without autocast.
     """
-    return {
-        **reference_summary(loaders.reference),
-        "data": {dataset.name: dataset.report.as_dict() for dataset in datasets},
-        "layout": loaders.layout.name,
-        "packing": packing_summary(plan),
-        "loss": repr(loss),
-        "world_size": config.world_size,
-        "pairs_per_step": config.pairs_per_rank * config.world_size,
-        "mixed_precision": mixed_precision,
-        **environment(),
+    parts: dict[str, Callable[[], dict[str, Any]]] = {
+        "reference": lambda: reference_summary(loaders.reference),
+        "data": lambda: {"data": {dataset.name: dataset.report.as_dict() for dataset in datasets}},
+        "layout": lambda: {"layout": loaders.layout.name},
+        "packing": lambda: {"packing": packing_summary(plan)},
+        "settings": lambda: {
+            "loss": repr(loss),
+            "world_size": config.world_size,
+            "pairs_per_step": config.pairs_per_rank * config.world_size,
+            "mixed_precision": mixed_precision,
+        },
+        "environment": environment,
     }
+    facts: dict[str, Any] = {}
+    guard = ReportGuard()
+    for name, part in parts.items():
+        with guard(f"{SUMMARY_FILE}: its part {name!r}"):
+            facts.update(part())
+    return facts
 
 
 def write_summary(

@@ -14,16 +14,20 @@ from transformers import Trainer, TrainerControl, TrainingArguments, set_seed
 from transformers.trainer_utils import EvalLoopOutput
 
 from dpofast.data.packing.batch import PackedPairs, StepBatch
-from dpofast.errors import ConfigError
+from dpofast.errors import ConfigError, ModelError
 from dpofast.model.forward import evaluating, micro_batch
 from dpofast.model.packable import choose_layout
 from dpofast.model.router import make_router_loss
+from dpofast.model.uncompiled import uncompiled
 from dpofast.monitor.callbacks import MetricsFile
+from dpofast.monitor.guard import guard_reporters
 from dpofast.monitor.metrics import MetricSums
-from dpofast.monitor.plots import PLOT_FILE, plot_run
 from dpofast.monitor.throughput import Throughput
+from dpofast.monitor.vanishing import VanishingUpdates
 from dpofast.options.config import DPOConfig
+from dpofast.options.output_dir import make_output_dir
 from dpofast.options.trl import refuse, resolve_config, resolve_tokenizer
+from dpofast.train.best_metric import check_best_metric
 from dpofast.train.checkpoint.resume import refuse_finished, resolve_checkpoint
 from dpofast.train.checkpoint.run_state import load_run_state
 from dpofast.train.clipping import ClipsExactly
@@ -40,18 +44,18 @@ from dpofast.train.policy import (
     resolve_ref_model,
 )
 from dpofast.train.reference import RunReference
+from dpofast.train.reports import ReportsRun
 from dpofast.train.run_store import RunStore
 from dpofast.train.sampler import planned_steps, train_sampler
+from dpofast.train.saving import check_saved, check_saving
 from dpofast.train.step_zero import StepZeroCheck
-from dpofast.train.summary import run_summary, write_summary
-from dpofast.train.whole_steps import TakesWholeSteps
 from dpofast.zero.blocks import runnable
 from dpofast_kernels import PairLossOutput
 
 logger = logging.getLogger(__name__)
 
 
-class DPOTrainer(TakesWholeSteps, ClipsExactly, Trainer):
+class DPOTrainer(ReportsRun, ClipsExactly, Trainer):
     """Direct Preference Optimization (Rafailov et al. 2023, arXiv:2305.18290).
 
     The signature is TRL's. Without a `ref_model`, the reference is the policy before step 1; a
@@ -76,7 +80,7 @@ class DPOTrainer(TakesWholeSteps, ClipsExactly, Trainer):
 
     args: DPOConfig
     control: TrainerControl
-    _step_zero: StepZeroCheck | None  # only until a fresh run's first batch is checked
+    _step_zero: StepZeroCheck | None = None  # only until a fresh run's first batch is checked
 
     def __init__(
         self,
@@ -97,15 +101,18 @@ class DPOTrainer(TakesWholeSteps, ClipsExactly, Trainer):
         refuse("data_collator", data_collator, "leave it out; batches are laid out by the trainer")
         refuse("compute_metrics", compute_metrics, "no logits exist to give it; use a callback")
         refuse("quantization_config", quantization_config, "load the model in bfloat16")
+        model, ref_model = uncompiled(model, "model"), uncompiled(ref_model, "ref_model")
         processing_class = resolve_tokenizer(processing_class, options)
         config = resolve_config(args, options, model_name(model))
+        if train_dataset is not None and config.should_save:
+            make_output_dir(config.output_dir)
         set_seed(config.seed)  # a fresh adapter's weights are random
         ref_model = resolve_ref_model(ref_model, model, config)
         model, tokenizer = resolve_model(model, config, processing_class)
         model = prepare_policy(model, config, peft_config)
         self.pair_loss = config.make_loss()
         self.data = PairPreparer(config, tokenizer, (model, ref_model))
-        self._start_counting()
+        self.start_counting()
         train_set = None if train_dataset is None else self.data.prepare(train_dataset, "train")
         super().__init__(
             model=model,
@@ -114,10 +121,12 @@ class DPOTrainer(TakesWholeSteps, ClipsExactly, Trainer):
             train_dataset=pairs_of(train_set),
             eval_dataset=pairs_of(self.data.prepare_sets(eval_dataset, "eval")),
             processing_class=tokenizer,
-            callbacks=[MetricsFile(), *(callbacks or [])],
+            callbacks=[MetricsFile(), VanishingUpdates(), *(callbacks or [])],
             optimizers=optimizers,
         )
-        self.layout = choose_layout(config.layout, self.model, pad_token_id(tokenizer))
+        self.layout = choose_layout(
+            config.layout, self.model, pad_token_id(tokenizer, self.model, ref_model)
+        )
         self.ref_model = ref_model
         router_loss = make_router_loss(self.model, config)
         num_pairs = config.precompute_ref_batch_size or config.per_device_train_batch_size
@@ -213,7 +222,7 @@ class DPOTrainer(TakesWholeSteps, ClipsExactly, Trainer):
             ConfigError: there is nothing to train, or no checkpoint to resume from.
         """
         started = time.monotonic()
-        self._start_counting()
+        self.start_counting()
         train_set = self.train_set()
         # The number of steps doesn't depend on the packing, so no token limit is needed yet.
         epoch = train_sampler(self.args, len(train_set), None)
@@ -224,11 +233,17 @@ class DPOTrainer(TakesWholeSteps, ClipsExactly, Trainer):
             recorded = load_run_state(checkpoint)
             self.reference.restore(recorded, checkpoint)
             self.loaders.settle(recorded.row_tokens)
+        check_saving(self.model, self.processing_class, self.args)
+        sets = self.eval_dataset if isinstance(self.eval_dataset, dict) else ()
+        with_router = self._pair_loss_pass.router_loss is not None
+        check_best_metric(self.args, sets, self.callback_handler.callbacks, with_router)
         self.score_datasets()  # before the policy moves: it may be the reference
         self.loaders.plan(train_set)
+        self._step_zero = None
         if checkpoint is None:
             self._step_zero = StepZeroCheck.of(self.model, self.reference, self.pair_loss)
         self.reference.policy_moves()
+        guard_reporters(self.callback_handler.callbacks)
         given = self.args
         with one_item_per_step(given) as self.args:
             try:
@@ -236,42 +251,8 @@ class DPOTrainer(TakesWholeSteps, ClipsExactly, Trainer):
             finally:
                 self.args = given
         if self.is_world_process_zero():
-            self._write_results(output, time.monotonic() - started)
+            self.write_results(output, time.monotonic() - started)
         return output
-
-    def _write_results(self, output: Any, wall_seconds: float) -> None:
-        """Write summary.json and the plot of the run."""
-        folder = Path(self.args.output_dir)
-        write_summary(
-            folder,
-            output,
-            self.state,
-            first_loss=self.first_loss,
-            pairs_trained=self.pairs_trained,
-            throughput=self.throughput.summary(),
-            wall_seconds=wall_seconds,
-            run=self.run_summary(),
-        )
-        plot_run(self.state.log_history, folder / PLOT_FILE, f"DPO: {folder.name}")
-
-    def run_summary(self) -> dict[str, Any]:
-        """Facts about the run so far: reference, data, settings, memory, versions, hardware."""
-        plan = None if self.train_dataset is None else self.train_set().plan
-        return run_summary(
-            self.user_args,
-            self.loaders,
-            self.data.datasets,
-            plan,
-            self.pair_loss,
-            self.accelerator.mixed_precision,
-        )
-
-    def _start_counting(self) -> None:
-        self.first_loss: float | None = None  # mean loss of this call's first step
-        self.pairs_trained = 0
-        self._metric_sums = MetricSums()
-        self._tokens = 0  # tokens trained on this rank since the last sum over all ranks
-        self._step_zero = None
 
     def training_step(
         self, model: nn.Module, inputs: StepBatch, num_items_in_batch: Any = None
@@ -295,11 +276,11 @@ class DPOTrainer(TakesWholeSteps, ClipsExactly, Trainer):
         for index, batch in enumerate(inputs.micro_batches):
             with gradient_exchange(self.accelerator, model, is_last=index == last):
                 total = total + self._run_micro_batch(model, batch, scale)
-            self._tokens += batch.num_tokens
+            self.tokens_trained += batch.num_tokens
             self.throughput.add(batch)
         self.pairs_trained += inputs.num_pairs
         if self.first_loss is None:
-            self.first_loss = self._sum_over_ranks(total).item() / self.args.world_size
+            self.first_loss = self.sum_over_ranks(total).item() / self.args.world_size
         return total
 
     def _run_micro_batch(self, model: nn.Module, batch: PackedPairs, scale: float) -> Tensor:
@@ -307,7 +288,7 @@ class DPOTrainer(TakesWholeSteps, ClipsExactly, Trainer):
         # DeepSpeed would divide the loss by its own accumulation steps; it is a mean already.
         options = {"scale_wrt_gas": False} if self.is_deepspeed_enabled else {}
         with micro_batch(self.model, batch):
-            output = self.compute_pair_loss(model, batch, self._metric_sums)
+            output = self.compute_pair_loss(model, batch, self.metric_sums)
             if self._step_zero is not None and batch.num_pairs:
                 self._step_zero.check(output, batch)
                 self._step_zero = None
@@ -362,7 +343,7 @@ class DPOTrainer(TakesWholeSteps, ClipsExactly, Trainer):
                 self.control = self.callback_handler.on_prediction_step(
                     self.args, self.state, self.control
                 )
-        means = sums.means(self._sum_over_ranks, self.args.device)
+        means = sums.means(self.sum_over_ranks, self.args.device)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in means.items()}
         return EvalLoopOutput(
             predictions=None,
@@ -371,27 +352,26 @@ class DPOTrainer(TakesWholeSteps, ClipsExactly, Trainer):
             num_samples=len(dataloader.dataset),  # type: ignore[arg-type]
         )
 
-    def _sum_over_ranks(self, vector: Tensor) -> Tensor:
-        return self.accelerator.reduce(vector, reduction="sum")
+    # Checkpoints and saved models
 
-    # Logs and checkpoints
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save as transformers' Trainer does, and check the names of the saved tensors.
 
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if "loss" in logs and "learning_rate" in logs:  # a log of training, not of evaluation
-            means = self._metric_sums.means(self._sum_over_ranks, self.args.device)
-            self._count_tokens()
-            # The Trainer's own loss is summed in float32; this one is the exact mean over pairs.
-            speed = self.throughput.metrics(self._sum_over_ranks)
-            logs = {**logs, **means, **speed, "num_tokens": self.state.num_input_tokens_seen}
-        super().log(logs, start_time)
-
-    def _count_tokens(self) -> None:
-        tokens = torch.tensor(self._tokens, device=self.args.device)
-        self.state.num_input_tokens_seen += int(self._sum_over_ranks(tokens))
-        self._tokens = 0
+        Raises:
+            ModelError: from_pretrained couldn't load what was saved. The files stay.
+        """
+        super().save_model(output_dir, _internal_call)
+        if not self.args.should_save:
+            return
+        try:
+            check_saved(output_dir or str(self.args.output_dir), self.model)
+        except ModelError as error:
+            if not _internal_call:
+                raise
+            logger.error("%s", error)  # in a checkpoint; the optimizer is still to be saved
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        self._count_tokens()
+        self.count_tokens()
         if self.args.should_save:
             folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
             kept = self.args.precompute_ref_log_probs

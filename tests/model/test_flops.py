@@ -7,11 +7,13 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from dpofast.data.packing.collate import Layout
-from dpofast.model.flops import TrainingFlops, causal_scores, peak_flops
+from dpofast.model.flops import PASSES_TRAINED, TrainingFlops, causal_scores, peak_flops
 from dpofast.model.forward import micro_batch, run_batch
 from dpofast.model.head import ScoreTask, head_options
+from dpofast.model.layer_sizes import UnknownSizesError
+from dpofast.model.parts import body_of
 from dpofast_kernels.head.workspace import ROWS_AT_A_TIME
-from tests.families import tiny_model
+from tests.families import FAMILIES, tiny_model
 from tests.support import tiny_llama
 
 SEQUENCES = [([5, 6, 7], [8, 9]), ([5, 6, 7], [10, 11, 12, 13])]
@@ -33,7 +35,7 @@ def test_products_are_those_that_pytorch_counts(frozen):
         parameter.requires_grad_(not any(part in name for part in frozen))
     batch = Layout("padded").collate(SEQUENCES)
     expected = TrainingFlops(model)
-    expected.per_score = 0
+    expected.per_score = {}
     num_scored = batch.labels.numel()
     # `linear_logps` computes its logits again in the backward, which we don't count as work
     again = 2 * num_scored * model.lm_head.weight.numel()
@@ -52,6 +54,51 @@ def test_a_mixture_counts_the_experts_that_a_token_goes_through():
         if parameter.dim() > 1 and "embed" not in name
     )
     assert TrainingFlops(model).per_token == 6 * dense
+
+
+def forward_flops(model, num_tokens):
+    """Operations that PyTorch counts in a forward pass of the body, attention included."""
+    input_ids = torch.arange(num_tokens)[None]
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        body_of(model)(input_ids=input_ids, use_cache=False)
+    return counter.get_total_flops()
+
+
+# Gemma 3n mixes four streams of 32 in each of its four layers, by products of 4 x 4 and 4 x 1 that
+# hold no weights. Beside the products of a real model they are nothing.
+WITHOUT_WEIGHTS = {"gemma3n": 2 * 4 * (16 + 4) * 32}
+
+
+def check_forward(family):
+    model, num_tokens = tiny_model(family).eval(), 16
+    expected = TrainingFlops(model)
+    scores = num_tokens**2  # eager attention multiplies masked scores as well
+    per_token = expected.per_token + PASSES_TRAINED * WITHOUT_WEIGHTS.get(family, 0)
+    count = per_token * num_tokens + sum(expected.per_score.values()) * scores
+    assert forward_flops(model, num_tokens) == pytest.approx(count / PASSES_TRAINED, rel=1e-3)
+
+
+# Layers of different sizes, keys shared by layers, latent attention, and each way to hold experts.
+UNEVEN = ["gemma3n", "gemma4", "gemma4 with experts", "gpt_oss", "jetmoe", "deepseek_v3"]
+# Layers that do work of their own kind, and experts that do nothing.
+UNKNOWN = {"llama4", "minimax", "mamba", "jamba", "qwen3_next", "longcat_flash"}
+
+
+@pytest.mark.parametrize("family", [*UNEVEN, "mimo_v2_flash", "opt, norms last", "lfm2"])
+def test_a_forward_pass_has_the_operations_that_pytorch_counts(family):
+    check_forward(family)
+
+
+@pytest.mark.slow  # a model of every family
+@pytest.mark.parametrize("family", sorted({*FAMILIES} - UNKNOWN))
+def test_so_has_that_of_every_family(family):
+    check_forward(family)
+
+
+@pytest.mark.parametrize("family", sorted(UNKNOWN))
+def test_a_family_whose_work_is_not_known_has_no_count(family):
+    with pytest.raises(UnknownSizesError):
+        TrainingFlops(tiny_model(family))
 
 
 @pytest.mark.parametrize("window", [None, 1, 3, 6, 50])

@@ -1,0 +1,106 @@
+"""The reports of a run: the figures of each log, summary.json and the plot."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Trainer
+from transformers.trainer_utils import TrainOutput
+
+from dpofast.monitor.guard import ReportGuard
+from dpofast.monitor.metrics import MetricSums
+from dpofast.monitor.plots import PLOT_FILE, plot_run
+from dpofast.monitor.summary import SUMMARY_FILE
+from dpofast.monitor.throughput import Throughput
+from dpofast.train.dataset import PairPreparer
+from dpofast.train.loaders import StepLoaders
+from dpofast.train.summary import run_summary, write_summary
+from dpofast.train.whole_steps import TakesWholeSteps
+from dpofast_kernels import PairLoss
+
+
+class ReportsRun(TakesWholeSteps, Trainer):
+    """Counts what a run trains, adds the figures to its logs, and writes its summary and plot.
+
+    Attributes:
+        first_loss: mean loss of this call's first step, in nats; None until it is known.
+        pairs_trained: pairs of all steps of this call of `train`, on all ranks.
+        metric_sums: metrics of this rank's pairs since the last log.
+        tokens_trained: tokens trained on this rank since the last sum over all ranks.
+    """
+
+    train_dataset: Any
+    data: PairPreparer
+    loaders: StepLoaders
+    pair_loss: PairLoss
+    throughput: Throughput
+    first_loss: float | None
+    pairs_trained: int
+    metric_sums: MetricSums
+    tokens_trained: int
+
+    def start_counting(self) -> None:
+        """Set all counts to 0."""
+        self.first_loss = None
+        self.pairs_trained = 0
+        self.metric_sums = MetricSums()
+        self.tokens_trained = 0
+
+    def sum_over_ranks(self, vector: Tensor) -> Tensor:
+        """Add up a vector over the ranks, which must call this together."""
+        total: Tensor = self.accelerator.reduce(vector, reduction="sum")
+        return total
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs and "learning_rate" in logs:  # a log of training, not of evaluation
+            means = self.metric_sums.means(self.sum_over_ranks, self.args.device)
+            self.count_tokens()
+            # The Trainer's own loss is summed in float32; this one is the exact mean over pairs.
+            speed = self.throughput.metrics(self.sum_over_ranks)
+            logs = {**logs, **means, **speed, "num_tokens": self.state.num_input_tokens_seen}
+        super().log(logs, start_time)
+
+    def count_tokens(self) -> None:
+        """Add the tokens of all ranks to the Trainer's state; every rank must call this."""
+        tokens = torch.tensor(self.tokens_trained, device=self.args.device)
+        self.state.num_input_tokens_seen += int(self.sum_over_ranks(tokens))
+        self.tokens_trained = 0
+
+    def write_results(self, output: TrainOutput, wall_seconds: float) -> None:
+        """Write summary.json and the plot of the run; what can't be written is a warning.
+
+        Args:
+            output: what transformers' `train` returned.
+            wall_seconds: duration of reference scoring and training together.
+        """
+        folder = Path(self.args.output_dir)
+        guard = ReportGuard()
+        with guard(SUMMARY_FILE):
+            write_summary(
+                folder,
+                output,
+                self.state,
+                first_loss=self.first_loss,
+                pairs_trained=self.pairs_trained,
+                throughput=self.throughput.summary(),
+                wall_seconds=wall_seconds,
+                run=self.run_summary(),
+            )
+        with guard(PLOT_FILE):
+            plot_run(self.state.log_history, folder / PLOT_FILE, f"DPO: {folder.name}")
+
+    def run_summary(self) -> dict[str, Any]:
+        """Facts about the run so far: reference, data, settings, memory, versions, hardware."""
+        given = self.train_dataset
+        plan = None if given is None else self.data.prepare(given, "train").plan
+        return run_summary(
+            self.user_args,
+            self.loaders,
+            self.data.datasets,
+            plan,
+            self.pair_loss,
+            self.accelerator.mixed_precision,
+        )

@@ -1,0 +1,181 @@
+"""Finds out before training what would keep its result from being saved, and checks what was saved.
+
+Nothing here writes weights. Small files are written to a temporary folder, just as they will be
+written at the end.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import pickle
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers.trainer_utils import SaveStrategy
+
+from dpofast.errors import ConfigError, DPOFastError, ModelError, one_line
+from dpofast.model.parts import causal_lm, is_peft_model, num_bytes
+from dpofast.model.saved_names import difference_in_files, difference_in_memory
+from dpofast.model.vocabulary import vocabulary_of
+from dpofast.options.config import DPOConfig
+from dpofast.zero.weights import spread
+
+logger = logging.getLogger(__name__)
+
+MOMENTS = 2  # states of Adam per trained parameter, which a checkpoint holds
+
+
+def check_saving(model: nn.Module, tokenizer: Any, config: DPOConfig) -> None:
+    """Runs before the first step all parts of a save but the weights.
+
+    Args:
+        model: the policy.
+        tokenizer: tokenizer, which is saved with it.
+        config: options of the run.
+
+    Raises:
+        ConfigError: the options can't be saved.
+        ModelError: the model, its generation config or its tokenizer can't be saved, or not in a
+            way that from_pretrained could load.
+    """
+    if config.should_save:
+        warn_if_full(Path(config.output_dir), model, config)
+    _refuse_pad_without_row(model, tokenizer)
+    _check_names(model)
+    with tempfile.TemporaryDirectory() as folder:
+        for what, save in _small_saves(model, tokenizer, folder):
+            with _refusing(what):
+                save()
+    with _refusing("the options (training_args.bin)", ConfigError):
+        pickle.dumps(config)
+
+
+def warn_if_full(folder: Path, model: nn.Module, config: DPOConfig) -> None:
+    """Logs a warning if the disk has less room than one save of the run needs.
+
+    Args:
+        folder: output folder, which exists.
+        model: the policy.
+        config: options of the run, which say whether checkpoints hold the optimizer.
+    """
+    saved = [p for p in model.parameters() if p.requires_grad or not is_peft_model(model)]
+    needed = sum(map(num_bytes, saved))
+    if config.save_strategy != SaveStrategy.NO and not config.save_only_model:
+        needed += MOMENTS * sum(num_bytes(p) for p in model.parameters() if p.requires_grad)
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        logger.warning(
+            "output_dir: %s has %.1f GB free, and one save of this run takes about %.1f GB; make "
+            "room, or name a folder on another disk.",
+            *(folder, free / 1e9, needed / 1e9),
+        )
+
+
+def check_saved(folder: str | Path, model: nn.Module) -> None:
+    """Compares the tensors in a saved model's files with those that from_pretrained expects.
+
+    Args:
+        folder: folder that the trainer has written.
+        model: the policy.
+
+    Raises:
+        ModelError: from_pretrained would fill some of the weights at random. The files stay.
+    """
+    difference = difference_in_files(folder, model)
+    if difference.is_harmful:
+        raise ModelError(
+            f"{folder}: the saved tensors aren't those that from_pretrained expects of "
+            f"{type(causal_lm(model)).__name__}: {difference}. The files are kept, and hold the "
+            "trained weights; rename the tensors before loading them."
+        )
+    if difference:
+        logger.warning("%s: from_pretrained will leave tensors unread: %s.", folder, difference)
+
+
+def _check_names(model: nn.Module) -> None:
+    difference = difference_in_memory(model)
+    if difference.is_harmful:
+        raise ModelError(
+            f"{type(causal_lm(model)).__name__}: its tensors aren't those of a new model of its "
+            f"class and config, so from_pretrained couldn't load what is saved: {difference}. Was "
+            "a module wrapped, taken out, resized or tied? Undo that, or change the config with it."
+        )
+    if difference:
+        logger.warning(
+            "The model has tensors that from_pretrained will leave unread: %s.", difference
+        )
+
+
+def _refuse_pad_without_row(model: nn.Module, tokenizer: Any) -> None:
+    """Raises ModelError if the pad id that is saved in the config has no row in the embedding."""
+    if is_peft_model(model):  # the config of the base isn't saved
+        return
+    vocabulary, pad = vocabulary_of(model), tokenizer.pad_token_id
+    if pad is not None and not 0 <= pad < vocabulary.size:
+        raise ModelError(
+            f"The tokenizer's pad token {tokenizer.pad_token!r} has the id {pad}, which is not one "
+            f"of the {vocabulary.size} of {vocabulary.model}, so the saved model couldn't be "
+            "loaded: give the model a row for it with "
+            "model.resize_token_embeddings(len(tokenizer)), or set pad_token to a token that has "
+            "one."
+        )
+
+
+def _small_saves(model: Any, tokenizer: Any, folder: str) -> Iterator[tuple[str, Any]]:
+    """What is saved beside the weights, each with a function that saves it."""
+    lm = causal_lm(model)
+    if is_peft_model(model):
+        yield "the model card", lambda: model.create_or_update_model_card(folder)
+        for name, adapter in model.peft_config.items():
+            config = copy.deepcopy(adapter)
+            yield f"the config of the adapter {name!r}", lambda c=config: c.save_pretrained(folder)
+    else:
+        yield "the config", lambda: copy.deepcopy(lm.config).save_pretrained(folder)
+        if lm.can_generate() and lm.generation_config is not None:
+            generation = _aligned(lm.generation_config, tokenizer)
+            yield (
+                "the generation config (model.generation_config, or generation_config.json in the "
+                "model's folder)",
+                lambda: generation.save_pretrained(folder),
+            )
+        yield "the weights", lambda: _refuse_shared(lm)
+    yield "the tokenizer", lambda: tokenizer.save_pretrained(folder)
+
+
+def _aligned(generation_config: Any, tokenizer: Any) -> Any:
+    """A copy with the tokenizer's special tokens, which the Trainer sets when training begins.
+
+    transformers saves a config with smaller faults only if nothing in it was changed.
+    """
+    generation_config = copy.deepcopy(generation_config)
+    for name in ("eos_token_id", "bos_token_id", "pad_token_id"):
+        own, known = getattr(tokenizer, name), getattr(generation_config, name)
+        if own is not None and own not in (known if isinstance(known, list) else [known]):
+            setattr(generation_config, name, own)
+    return generation_config
+
+
+def _refuse_shared(lm: nn.Module) -> None:
+    """Raises transformers' error if weights share memory in a way that safetensors can't save."""
+    from transformers import modeling_utils
+
+    check = getattr(modeling_utils, "remove_tied_weights_from_state_dict", None)
+    if check is not None and not spread(lm.parameters()):  # shards have no memory of their own
+        check(dict(lm.state_dict()), lm)
+
+
+@contextmanager
+def _refusing(what: str, kind: type[DPOFastError] = ModelError) -> Iterator[None]:
+    """Turns any failure inside the `with` block into an error of ours that says what fails."""
+    try:
+        yield
+    except Exception as error:  # tokenizers and configs with code of their own can raise anything
+        raise kind(
+            f"After training, {what} couldn't be saved: {one_line(error)} Mend that before the run."
+        ) from error
