@@ -6,7 +6,6 @@ import importlib
 
 import pytest
 import torch
-from torch import nn
 from transformers import BertConfig, BertLMHeadModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -144,21 +143,20 @@ def test_a_padded_model_must_give_a_row_the_same_beside_a_longer_one(is_decoder)
             check_rows(model)
 
 
-class Crowded(nn.Module):
+def crowded(forward):
     """Experts with few places: tokens beyond the first 20 of a batch get none."""
 
-    def __init__(self, mlp):
-        super().__init__()
-        self.mlp = mlp
-
-    def forward(self, x):
+    def limited(x):
         places = torch.arange(x.shape[:-1].numel()).view(*x.shape[:-1], 1) < 20
-        return self.mlp(x) * places
+        return forward(x) * places
+
+    return limited
 
 
 def test_tokens_that_compete_with_those_of_other_rows_stop_a_padded_run(tmp_path):
     model = tiny_llama()
-    model.model.layers[1].mlp = Crowded(model.model.layers[1].mlp)
+    layer = model.model.layers[1].mlp
+    layer.forward = crowded(layer.forward)
     trainer = make_trainer(tmp_path, model, options={"layout": "padded"})
     with pytest.raises(ModelError, match="would depend on the other sequences of a batch"):
         trainer.train()
