@@ -44,17 +44,23 @@ def stretched(family: str, kind: str) -> Any:
     """A tiny model of a family, whose RoPE changes beyond ORIGINAL_LENGTH tokens."""
     model = tiny_model(family)
     config = copy.deepcopy(model.config)
-    frequencies = next(
-        len(buffer)
-        for name, buffer in ropes_of(model)[0].named_buffers()
-        if name.endswith("inv_freq")
-    )
-    new, old = rope_parameters(kind, frequencies), config.rope_parameters
-    nested = all(isinstance(value, dict) for value in old.values())
+    frequencies = {
+        name.removesuffix("inv_freq").strip("_"): len(buffer)
+        for rope in ropes_of(model)
+        for name, buffer in rope.named_buffers(recurse=False)
+    }
+    old = config.rope_parameters
     config.max_position_embeddings = ORIGINAL_LENGTH
-    config.rope_parameters = (
-        {name: {**value, **new} for name, value in old.items()} if nested else {**old, **new}
-    )
+    if all(isinstance(value, dict) for value in old.values()):  # one for each type of layer
+        config.rope_parameters = {
+            # In Gemma 4, transformers can compute one type only for layers with larger heads.
+            name: {**value, **rope_parameters(kind, frequencies[name])}
+            if value["rope_type"] == "default"
+            else value
+            for name, value in old.items()
+        }
+    else:
+        config.rope_parameters = {**old, **rope_parameters(kind, frequencies[""])}
     torch.manual_seed(0)
     changed = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
     changed.load_state_dict(model.state_dict())
