@@ -28,6 +28,7 @@ from dpofast.zero.weights import spread
 
 logger = logging.getLogger(__name__)
 
+MODEL_CARD = "README.md"
 MOMENTS = 2  # states of Adam per trained parameter, which a checkpoint holds
 
 
@@ -49,10 +50,13 @@ def check_saving(model: nn.Module, tokenizer: Any, config: DPOConfig) -> None:
     _refuse_pad_without_row(model, tokenizer)
     _check_names(model)
     with tempfile.TemporaryDirectory() as folder:
+        card = Path(config.output_dir) / MODEL_CARD
+        if card.is_file():  # peft reads it and writes it again
+            shutil.copy(card, folder)
         for what, save in _small_saves(model, tokenizer, folder):
             with _refusing(what):
                 save()
-    with _refusing("the options (training_args.bin)", ConfigError):
+    with _refusing("The options (training_args.bin)", ConfigError):
         pickle.dumps(config)
 
 
@@ -131,21 +135,20 @@ def _small_saves(model: Any, tokenizer: Any, folder: str) -> Iterator[tuple[str,
     """What is saved beside the weights, each with a function that saves it."""
     lm = causal_lm(model)
     if is_peft_model(model):
-        yield "the model card", lambda: model.create_or_update_model_card(folder)
+        yield f"The model card ({MODEL_CARD})", lambda: model.create_or_update_model_card(folder)
         for name, adapter in model.peft_config.items():
             config = copy.deepcopy(adapter)
-            yield f"the config of the adapter {name!r}", lambda c=config: c.save_pretrained(folder)
+            yield f"The config of the adapter {name!r}", lambda c=config: c.save_pretrained(folder)
     else:
-        yield "the config", lambda: copy.deepcopy(lm.config).save_pretrained(folder)
-        if lm.can_generate() and lm.generation_config is not None:
-            generation = _aligned(lm.generation_config, tokenizer)
+        yield "The config", lambda: copy.deepcopy(lm.config).save_pretrained(folder)
+        if lm.can_generate():
             yield (
-                "the generation config (model.generation_config, or generation_config.json in the "
+                "The generation config (model.generation_config, or generation_config.json in the "
                 "model's folder)",
-                lambda: generation.save_pretrained(folder),
+                lambda: _aligned(lm.generation_config, tokenizer).save_pretrained(folder),
             )
-        yield "the weights", lambda: _refuse_shared(lm)
-    yield "the tokenizer", lambda: tokenizer.save_pretrained(folder)
+        yield "The weights", lambda: _refuse_shared(lm)
+    yield "The tokenizer", lambda: tokenizer.save_pretrained(folder)
 
 
 def _aligned(generation_config: Any, tokenizer: Any) -> Any:
@@ -176,6 +179,7 @@ def _refusing(what: str, kind: type[DPOFastError] = ModelError) -> Iterator[None
     try:
         yield
     except Exception as error:  # tokenizers and configs with code of their own can raise anything
+        reason = one_line(error).rstrip(".")
         raise kind(
-            f"After training, {what} couldn't be saved: {one_line(error)} Mend that before the run."
+            f"{what} couldn't be saved after training: {reason}. Mend that first."
         ) from error

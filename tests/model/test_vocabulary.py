@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from datasets import Dataset
 
+from dpofast.data import mix_preferences
 from dpofast.errors import DataError
 from dpofast.model.vocabulary import Vocabulary, refuse_unknown_ids, vocabulary_of
+from tests.families import tiny_model
 from tests.support import make_trainer, tiny_llama, token_pairs, train
 
 
@@ -27,6 +30,12 @@ def test_an_id_out_of_range_is_named_with_its_row(tmp_path, column):
         make_trainer(tmp_path, tiny_llama(vocab_size=256), pairs_with(256, column))
 
 
+def test_in_a_mixture_the_row_is_named_with_its_dataset(tmp_path):
+    mixture = mix_preferences({"a": token_pairs(4), "b": pairs_with(256, "chosen_ids")})
+    with pytest.raises(DataError, match=r"^b, row 2 .* id 256 in chosen_ids"):
+        make_trainer(tmp_path, tiny_llama(vocab_size=256), mixture)
+
+
 def test_the_held_out_pairs_and_the_reference_count_too(tmp_path):
     pairs = pairs_with(256, "chosen_ids")
     with pytest.raises(DataError, match=r"^eval, row 2 .* id 256 in chosen_ids"):
@@ -34,6 +43,17 @@ def test_the_held_out_pairs_and_the_reference_count_too(tmp_path):
     smaller = tiny_llama(vocab_size=256)
     with pytest.raises(DataError, match=r"^train, row 2 .* one of the 256 of LlamaForCausalLM"):
         make_trainer(tmp_path, tiny_llama(vocab_size=257), pairs, ref_model=smaller)
+
+
+def test_a_smaller_table_of_tokens_in_the_layers_counts(tmp_path):
+    model = tiny_model("gemma4")
+    table = model.model.embed_tokens_per_layer
+    table.weight = torch.nn.Parameter(table.weight[:90])
+    assert vocabulary_of(model) == Vocabulary("Gemma4ForCausalLM", 90)
+    rows = [{key: [token % 90 for token in row[key]] for key in row} for row in token_pairs(4)]
+    rows[2]["chosen_ids"][-1] = 90
+    with pytest.raises(DataError, match=r"^train, row 2 .* id 90 in chosen_ids is not one of the"):
+        make_trainer(tmp_path, model, Dataset.from_list(rows))
 
 
 def test_the_last_id_is_trained(tmp_path):

@@ -39,7 +39,7 @@ def test_a_generation_config_that_cannot_be_saved(tmp_path):
     model = tiny_llama()
     model.generation_config.temperature = 0.3  # without do_sample
     trainer = make_trainer(tmp_path, model, options=ONE_STEP)
-    refused(trainer, ModelError, r"generation_config\.json.*couldn't be saved: .*`temperature`")
+    refused(trainer, ModelError, r"generation_config\.json.*couldn't be saved .*`temperature`")
     model.generation_config.do_sample = True
     train(trainer_that_saves := make_trainer(tmp_path, model, options=ONE_STEP))
     trainer_that_saves.save_model()
@@ -61,7 +61,21 @@ def test_a_published_config_with_faults_is_saved_unless_training_changes_it(tmp_
     model.generation_config = type(config).from_pretrained(tmp_path / "published")
     tokenizer.eos_token = "<s>"  # the Trainer will write it into the config
     trainer = make_trainer(tmp_path / "b", model, options=ONE_STEP, processing_class=tokenizer)
-    refused(trainer, ModelError, "couldn't be saved: .*`temperature`")
+    refused(trainer, ModelError, "couldn't be saved after training: .*`temperature`")
+
+
+def test_a_generation_config_that_is_missing(tmp_path):
+    model = tiny_llama()
+    model.generation_config = None
+    trainer = make_trainer(tmp_path, model, options=ONE_STEP)
+    refused(trainer, ModelError, "^The generation config .* couldn't be saved after training")
+
+
+def test_a_model_card_that_peft_could_not_read_again(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "README.md").write_text("---\n- a list\n---\n")
+    trainer = make_trainer(tmp_path, options=ONE_STEP, peft_config=LORA)
+    refused(trainer, ModelError, r"^The model card \(README\.md\) couldn't be saved")
 
 
 def test_an_adapter_saves_no_generation_config(tmp_path):
@@ -76,14 +90,14 @@ def test_a_model_config_a_tokenizer_and_options_that_cannot_be_saved(tmp_path, m
     def fail(*args, **kwargs):
         raise ValueError("not\nthis one")
 
-    for owner, what in ((tiny_llama().config, "the config"), (byte_tokenizer(), "the tokenizer")):
+    for owner, what in ((tiny_llama().config, "The config"), (byte_tokenizer(), "The tokenizer")):
         with monkeypatch.context() as patch:
             patch.setattr(type(owner), "save_pretrained", fail)
             trainer = make_trainer(tmp_path, options=ONE_STEP)
-            refused(trainer, ModelError, f"^After training, {what} couldn't be saved: not this one")
+            refused(trainer, ModelError, f"^{what} couldn't be saved after training: not this one")
     kwargs = {"gradient_checkpointing_kwargs": {"context_fn": lambda: (None, None)}}
     trainer = make_trainer(tmp_path, options={**ONE_STEP, **kwargs})
-    refused(trainer, ConfigError, r"the options \(training_args\.bin\) couldn't be saved")
+    refused(trainer, ConfigError, r"^The options \(training_args\.bin\) couldn't be saved")
 
 
 def test_weights_that_share_memory_in_part(tmp_path):
@@ -93,7 +107,7 @@ def test_weights_that_share_memory_in_part(tmp_path):
     first.gate_proj.weight = torch.nn.Parameter(whole[:48])
     second.gate_proj.weight = torch.nn.Parameter(whole[12:])
     trainer = make_trainer(tmp_path, model, options=ONE_STEP)
-    refused(trainer, ModelError, "the weights couldn't be saved: .*shared tensors")
+    refused(trainer, ModelError, "The weights couldn't be saved after training: .*shared tensors")
 
 
 def test_a_model_that_from_pretrained_would_not_build(tmp_path):
