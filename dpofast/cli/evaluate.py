@@ -8,13 +8,13 @@ from pathlib import Path
 
 from dpofast.cli.inputs import (
     adapter_base,
-    load_held_out_data,
     load_policy_model,
     load_reference_model,
     load_tokenizer_for,
     refuse_missing_model,
 )
 from dpofast.cli.process_start import is_main_process
+from dpofast.cli.run_data import NO_HELD_OUT_PAIRS, load_held_out_data
 from dpofast.cli.run_options import RunOptions, read_options
 from dpofast.errors import ConfigError
 from dpofast.options.output_dir import make_output_dir
@@ -34,10 +34,7 @@ def evaluate(parsed: argparse.Namespace, overrides: list[str]) -> None:
         refuse_missing_model(str(name))
     dataset = load_held_out_data(options)
     if dataset is None:
-        raise ConfigError(
-            f"{options.source}: there are no held-out pairs to measure on; set eval_dataset_name "
-            "or dataset_test_split."
-        )
+        raise ConfigError(f"{options.source}: {NO_HELD_OUT_PAIRS}")
     trainer = DPOTrainer(
         model=load_policy_model(options),
         ref_model=load_reference_model(options),

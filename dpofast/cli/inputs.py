@@ -6,13 +6,17 @@ The tokenizer and the data come first, so that their errors show before a model 
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dpofast.cli.run_data import NO_HELD_OUT_PAIRS, load_run_data
 from dpofast.cli.run_options import RunOptions
 from dpofast.errors import ConfigError, ModelError
+
+logger = logging.getLogger(__name__)
 
 ADAPTER_FILE = "adapter_config.json"
 
@@ -49,30 +53,6 @@ def load_tokenizer_for(options: RunOptions) -> Any:
     return tokenizer
 
 
-def load_training_data(options: RunOptions) -> Any:
-    """Load the training pairs in the normal form.
-
-    Raises:
-        DataError: the data can't be used; names the file and row.
-    """
-    return _load_pairs(options, options.script.dataset_name, options.script.dataset_train_split)
-
-
-def load_held_out_data(options: RunOptions) -> Any:
-    """Load the held-out pairs in the normal form; None if no option names any.
-
-    Raises:
-        DataError: the data can't be used; names the file and row.
-    """
-    script = options.script
-    if script.eval_dataset_name is not None:
-        split = script.dataset_test_split or "train"
-        return _load_pairs(options, script.eval_dataset_name, split)
-    if script.dataset_test_split is not None:
-        return _load_pairs(options, script.dataset_name, script.dataset_test_split)
-    return None
-
-
 def load_inputs(options: RunOptions) -> Inputs:
     """Load everything that training or scoring needs, the models last.
 
@@ -85,12 +65,15 @@ def load_inputs(options: RunOptions) -> Inputs:
     refuse_missing_model(options.script.model)
     if options.script.ref_model_name_or_path is not None:
         refuse_missing_model(options.script.ref_model_name_or_path)
-    train_dataset = load_training_data(options)
-    eval_dataset = load_held_out_data(options)
-    if eval_dataset is None and str(options.config.eval_strategy.value) != "no":
-        raise ConfigError(
-            f"{options.source}: eval_strategy is set, but there are no held-out pairs; set "
-            "eval_dataset_name or dataset_test_split."
+    train_dataset, eval_dataset = load_run_data(options)
+    evaluates = str(options.config.eval_strategy.value) != "no"
+    if eval_dataset is None and evaluates:
+        raise ConfigError(f"{options.source}: eval_strategy is set, but {NO_HELD_OUT_PAIRS}")
+    if options.script.eval_split is not None and not evaluates:
+        logger.info(
+            "Training doesn't measure on the %s held-out pairs unless eval_strategy is set; "
+            "`dpofast eval` with the same options does.",
+            f"{len(eval_dataset):,}",
         )
     return Inputs(
         model=load_policy_model(options),
@@ -217,20 +200,6 @@ def _load_model(options: RunOptions, name_or_path: str, load: Callable[..., Any]
         return PeftModel.from_pretrained(model, name_or_path, is_trainable=True)
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise ModelError(f"The adapter in {name_or_path!r} can't be loaded: {error}") from error
-
-
-def _load_pairs(options: RunOptions, source: str | None, split: str) -> Any:
-    from dpofast.data import load_preferences
-
-    return load_preferences(
-        source,
-        columns=options.script.dataset_columns,
-        roles=options.script.dataset_roles,
-        split=split,
-        strict=options.config.strict,
-        skip_bad_rows=options.config.skip_bad_rows,
-        config_name=options.script.dataset_config,
-    )
 
 
 def _template_text(template: str) -> str:

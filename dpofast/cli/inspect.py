@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 from rich.text import Text
 
 from dpofast.cli.given import COMMAND_LINE, GivenOption, split_own_options
-from dpofast.cli.inputs import load_policy_skeleton, load_tokenizer_for, load_training_data
+from dpofast.cli.inputs import load_policy_skeleton, load_tokenizer_for
 from dpofast.cli.option_types import checked_value
+from dpofast.cli.run_data import load_all_rows, load_training_data
 from dpofast.cli.run_options import RunOptions, read_options
 from dpofast.cli.terminal import print_rich
 from dpofast.errors import ConfigError
@@ -44,16 +45,19 @@ def _show_pair(options: RunOptions, row: int) -> None:
     if options.script.tokenizer_name_or_path is None:
         options.require("model_name_or_path")
     tokenizer = load_tokenizer_for(options)
-    pairs = load_training_data(options)
+    pairs = load_all_rows(options)
     rows = pairs["row"][:]
-    # A row with several rejected answers has several pairs.
+    # A row with several rejected answers has several pairs, and each dataset has its own row N.
     shown = [index for index, number in enumerate(rows) if number == row]
     if not shown:
         raise ConfigError(f"--row: got {row}, but the data's rows are 0 to {max(rows)}.")
     for index in shown:
+        pair = pairs[index]
+        if "source" in pair:
+            print_rich(Text(pair["source"], style="bold"))
         print_rich(
             render_untokenised_pair(
-                pairs[index],
+                pair,
                 tokenizer,
                 max_length=options.config.max_length,
                 truncation_mode=options.config.truncation_mode,

@@ -57,20 +57,27 @@ def _export(yaml_file: str | None, overrides: list[str]) -> None:
     options = read_options(yaml_file, others, ("output",))
     options.require("model_name_or_path", "dataset_name")
     script = options.script
+    if len(script.dataset_names) > 1:
+        raise ConfigError(
+            f"{options.source}: dataset_name names {len(script.dataset_names)} datasets, whose "
+            "rows can have different columns; export one at a time, as `--dataset_name "
+            f"{script.dataset_names[0]} --dataset_shares null`."
+        )
+    (dataset_name,) = script.dataset_names
     if "output" not in own:
         raise ConfigError(
             f"{COMMAND_LINE}: --output is missing; name the file to write, as `--output "
             "pairs.parquet`."
         )
     output = check_output(
-        checked_value("--output", own["output"].value, str, COMMAND_LINE), script.dataset_name
+        checked_value("--output", own["output"].value, str, COMMAND_LINE), dataset_name
     )
     _refuse_unkept(options, "there is nothing to export; leave it out, and run `dpofast ref build`")
     trainer = make_trainer(options)
     identity = trainer.reference.settle()
     if is_main_process():
         source = Source(
-            script.dataset_name,
+            dataset_name,
             columns=script.dataset_columns,
             split=script.dataset_train_split,
             roles=script.dataset_roles,

@@ -9,6 +9,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_type_hints
 
+from dpofast.cli.data_options import check_data_options
 from dpofast.cli.given import COMMAND_LINE, GivenOption, read_overrides, read_yaml
 from dpofast.cli.option_types import checked_value
 from dpofast.cli.script_options import ALIASES, FOREIGN_KEYS, ScriptOptions
@@ -70,6 +71,7 @@ def read_options(
     script_names = {item.name for item in fields(ScriptOptions)}
     script = ScriptOptions(**{k: v for k, v in values.items() if k in script_names})
     _refuse_idle_adapter_options(script, given)
+    check_data_options(script, given)
     options = {k: v for k, v in values.items() if k not in script_names}
     return RunOptions(script, _config(options, given, script, source), source)
 

@@ -31,13 +31,21 @@ class ScriptOptions:
     chat_template: Annotated[str | None, "A Jinja chat template, or the file that holds one."] = (
         None
     )
-    dataset_name: Annotated[str | None, "Training pairs: a file, folder or hub name."] = None
+    dataset_name: Annotated[
+        list[str] | str | None, "Training pairs: a file, folder or hub name, or several."
+    ] = None
+    dataset_shares: Annotated[
+        list[float] | None, "Share of each of several datasets; by default all pairs are taken."
+    ] = None
     dataset_config: Annotated[str | None, "Configuration of a hub dataset."] = None
     dataset_train_split: Annotated[str, "Split of the training pairs."] = "train"
     dataset_test_split: Annotated[
         str | None, "Split of the held-out pairs, of eval_dataset_name or else of dataset_name."
     ] = None
     eval_dataset_name: Annotated[str | None, "Held-out pairs: a file, folder or hub name."] = None
+    eval_split: Annotated[
+        int | float | None, "Part of the training pairs to hold out by prompt, or their number."
+    ] = None
     dataset_columns: Annotated[
         dict[str, str] | None, "Mapping from dpofast's column names to those in your data."
     ] = None
@@ -62,6 +70,12 @@ class ScriptOptions:
         return self.model_name_or_path
 
     @property
+    def dataset_names(self) -> list[str]:
+        """The names in dataset_name; empty if there is none."""
+        name = self.dataset_name
+        return [name] if isinstance(name, str) else list(name or ())
+
+    @property
     def tokenizer(self) -> str:
         """The tokenizer's name, by default the policy's."""
         return self.tokenizer_name_or_path or self.model
@@ -83,13 +97,23 @@ ALIASES = {
     "roles": "dataset_roles",
 }
 
+_TO_NAMES = (
+    "list the names in dataset_name; the numbers there are parts of each dataset, and "
+    "dataset_shares, if you set them, are parts of the whole mixture"
+)
 # Options of other tools, and what to do instead. TRL's own are in dpofast.options.foreign.
 FOREIGN_KEYS = {
     "evaluation_strategy": "transformers calls it eval_strategy now",
     "use_flash_attention_2": "set attn_implementation: flash_attention_2",
-    "dataset_mixer": "name one dataset with dataset_name",
-    "dataset_mixture": "name one dataset with dataset_name",
+    "dataset_mixer": _TO_NAMES,
+    "dataset_mixture": _TO_NAMES,
     "dataset_splits": "set dataset_train_split and dataset_test_split",
+    "interleave_probs": "set dataset_shares",
+    "mix_strategy": "leave it out; no pair is left out without dataset_shares, none is repeated",
+    **dict.fromkeys(
+        ("val_set_size", "val_size", "split_dataset_ratio"),
+        "set eval_split, which holds out whole prompts",
+    ),
     "load_in_4bit": "leave it out; quantised models can't be trained yet",
     "load_in_8bit": "leave it out; quantised models can't be trained yet",
     "overwrite_output_dir": "leave it out; name another output_dir, or resume_from_checkpoint",

@@ -111,7 +111,8 @@ def render_packed(
     shown += [*_pictures(batch, parts, examples, window), Text()]
     for pair, example in enumerate(examples):
         own = [part for part in parts if part.pair == pair]
-        shown.append(Text(f"pair {example['row']}", style="bold"))
+        source = f" of {example['source']}" if "source" in example else ""
+        shown.append(Text(f"pair {example['row']}{source}", style="bold"))
         stretches = _stretches(own, input_ids, len(example["prompt_ids"]))
         shown.append(token_table(list(stretches), tokenizer, max_tokens))
     return Group(*shown)

@@ -14,9 +14,11 @@ from dpofast.data.packing.collate import Layout
 from dpofast.data.packing.padded_rows import collate_padded
 from dpofast.errors import ConfigError, ModelError
 from dpofast.model.attention import LayerAttention, any_dtype_attention, recorded_calls
+from dpofast.model.context import context_of
 from dpofast.model.forward import evaluating, micro_batch, run_batch, run_body
 from dpofast.model.head import head_options
 from dpofast.model.parts import causal_lm, num_layers
+from dpofast.model.rope import check_rope
 from dpofast.model.vocabulary import vocabulary_of
 from dpofast_kernels.attention import AttentionOptions, WrongBackendError, probe
 from dpofast_kernels.head.naive import naive_logits
@@ -31,6 +33,9 @@ STATES_TOLERANCE = {
     torch.float16: 2e-2,
     torch.bfloat16: 1e-1,
 }
+
+# Tokens of the longer row in `check_rows`.
+LONG_ROW = 24
 
 # Largest relative difference between the model's own logits and ours that rounding explains. The
 # same bounds hold for the auxiliary loss of the routers.
@@ -58,13 +63,16 @@ def check_model(
         which run the model's own attention.
 
     Raises:
-        ModelError: the model does something to its logits that dpofast doesn't know.
+        ModelError: the model does something to its logits that dpofast doesn't know, or its
+            log-probs would depend on the other rows of a batch.
         ConfigError: packed rows would be wrong for this model, or our attention is wrong or fails
             on this device.
     """
+    check_rope(model)
     with any_dtype_attention(causal_lm(model).config):
         check_head(model)
         if not layout.is_packed:
+            check_rows(model)
             return None
         calls = check_layout(layout, model)
     return check_attention(calls, device, autocast_dtype)
@@ -115,6 +123,34 @@ def check_layout(layout: Layout, model: nn.Module) -> list[LayerAttention]:
             "this model type."
         )
     return calls
+
+
+def check_rows(model: nn.Module) -> None:
+    """Compares the hidden states of a short padded row beside a longer one with those alone.
+
+    Models that aren't causal fail here, because they look at the padding behind a short sequence.
+
+    Raises:
+        ModelError: the hidden states differ.
+    """
+    lm = causal_lm(model)
+    vocab_size = vocabulary_of(lm).size
+    context = context_of(model)
+    hard_limit = context.length if context is not None and context.is_hard else LONG_ROW
+    length = min(LONG_ROW, hard_limit)
+    ids = [(7 * index + 1) % vocab_size for index in range(length)]
+    short, long = (ids[1:3], ids[3:7]), (ids[:5], ids[5:])
+    alone = _scored_states(model, collate_padded([short]))
+    # The long row comes first: where tokens compete for places, the later ones lose.
+    beside = _scored_states(model, collate_padded([long, short]))[-len(alone) :]
+    error = ((beside - alone).norm() / alone.norm().clamp_min(1e-12)).item()
+    dtype = product_precision(lm.get_output_embeddings().weight.dtype, alone.device)
+    if not error <= STATES_TOLERANCE[dtype]:  # NaN is an error, too
+        raise ModelError(
+            f"{type(lm).__name__} gives a sequence other hidden states beside a longer one than "
+            f"alone (by {error:.1%}), so its log-probs would depend on the other sequences of a "
+            "batch. Only causal models can be trained; if it is one, please report this model type."
+        )
 
 
 def _scored_states(model: nn.Module, batch: PackedPairs) -> Tensor:

@@ -14,6 +14,7 @@ from torch import nn
 from dpofast.columns import ID_COLUMNS
 from dpofast.errors import DataError
 from dpofast.model.parts import causal_lm
+from dpofast.model.place import place_of_pair
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +73,7 @@ def refuse_longer(pairs: Any, name: str, contexts: Iterable[Context]) -> None:
     Raises:
         DataError: a model can't run a pair. If it has RoPE, a warning is logged instead.
     """
-    table = pairs.select_columns([*ID_COLUMNS, "row"]).with_format("arrow")[:]
+    table = pairs.select_columns(list(ID_COLUMNS)).with_format("arrow")[:]
     prompt, *answers = (pc.list_value_length(table[column]).to_numpy() for column in ID_COLUMNS)
     lengths = prompt + np.maximum(*answers)  # [n]
     for context in contexts:
@@ -80,16 +81,15 @@ def refuse_longer(pairs: Any, name: str, contexts: Iterable[Context]) -> None:
         if not longer.size:
             continue
         longest = int(longer[lengths[longer].argmax()])
-        source_row, tokens = table["row"][longest].as_py(), lengths[longest]
+        place, tokens = place_of_pair(pairs, longest, name), lengths[longest]
         if context.is_hard:
             raise DataError(
-                f"{name}, row {source_row} (counted from 0): a prompt and its answer have {tokens} "
-                f"tokens, and {context.model} has {context.length} positions; set max_length to "
-                f"{context.length} or less."
+                f"{place}: a prompt and its answer have {tokens} tokens, and {context.model} has "
+                f"{context.length} positions; set max_length to {context.length} or less."
             )
         logger.warning(
-            "%s: %d pairs are longer than the %d positions of %s, the longest (row %d) of %d "
-            "tokens; unless that is meant, set max_length to %d.",
+            "%s: %d pairs are longer than the %d positions of %s, the longest has %d "
+            "tokens (%s); unless that is meant, set max_length to %d.",
             *(name, len(longer), context.length, context.model),
-            *(source_row, tokens, context.length),
+            *(tokens, place, context.length),
         )

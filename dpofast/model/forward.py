@@ -17,8 +17,10 @@ from torch import Tensor, nn
 from dpofast.data.packing.batch import PackedPairs
 from dpofast.errors import ModelError
 from dpofast.model.attention import attention_calls, packed_attention
-from dpofast.model.head import HeadTask, bind, head_forwards
+from dpofast.model.head import HeadTask, head_forwards
 from dpofast.model.parts import body_of, causal_lm, num_layers
+from dpofast.model.replace import replaced_forwards
+from dpofast.model.rope import rope_of_each_row
 from dpofast_kernels.attention import SharedLayout
 
 
@@ -43,9 +45,14 @@ def micro_batch(model: nn.Module, batch: PackedPairs) -> Iterator[None]:
         model: causal LM or PeftModel. Inside the block call `run_batch` with this model or with
             whatever wraps it (DDP, DeepSpeed's engine).
         batch: the micro-batch. In a packed row each token attends as its layout says; padded rows
-            keep the model's own attention.
+            keep the model's own attention, and each gets the RoPE that it would have alone.
     """
-    with packed_attention(causal_lm(model).config, batch.shared_layout), pair_step(model):
+    lm = causal_lm(model)
+    with (
+        packed_attention(lm.config, batch.shared_layout),
+        rope_of_each_row(lm, batch),
+        pair_step(model),
+    ):
         yield
 
 
@@ -146,20 +153,8 @@ def pair_step(model: nn.Module) -> Iterator[None]:
         model: causal LM or PeftModel; wrappers around it are called as usual.
     """
     lm = causal_lm(model)
-    replaced = [(lm, _pair_forward), *head_forwards(lm.get_output_embeddings())]
-    # accelerate can have put a forward with autocast on the instance itself. It is restored below;
-    # otherwise deleting our forward brings back the one of the class.
-    kept = [(module, module.__dict__.get("forward")) for module, _ in replaced]
-    for module, function in replaced:
-        bind(module, function)
-    try:
+    with replaced_forwards([(lm, _pair_forward), *head_forwards(lm.get_output_embeddings())]):
         yield
-    finally:
-        for module, forward in kept:
-            if forward is None:
-                del module.forward
-            else:
-                module.forward = forward
 
 
 @contextlib.contextmanager

@@ -7,8 +7,6 @@ it, and DDP and PEFT see an ordinary forward.
 from __future__ import annotations
 
 import math
-import types
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -16,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from dpofast.errors import ModelError
+from dpofast.model.replace import Replacement
 from dpofast.reference.identity.options import (
     LOGIT_DIVISORS,
     LOGIT_MULTIPLIERS,
@@ -106,14 +105,14 @@ def _number(config: Any, name: str) -> float:
     return 1.0 if value is None else float(value)
 
 
-def head_forwards(head: Any) -> list[tuple[nn.Module, Callable[..., Any]]]:
+def head_forwards(head: Any) -> list[Replacement]:
     """Lists the modules whose forward becomes the op during a step, each with its new forward.
 
     Args:
         head: the result of the model's `get_output_embeddings()`.
 
     Returns:
-        (module, forward) pairs, to be given to `bind`.
+        (module, forward) pairs, to be given to `replaced_forwards`.
 
     Raises:
         ModelError: the head is neither a plain Linear, nor LoRA or modules_to_save around one.
@@ -131,11 +130,6 @@ def head_forwards(head: Any) -> list[tuple[nn.Module, Callable[..., Any]]]:
         "computed inside the head and needs its weight: keep the head a plain torch.nn.Linear, "
         "in `modules_to_save`, or under LoRA without DoRA, bias or dropout, and not quantised."
     )
-
-
-def bind(module: nn.Module, function: Callable[..., Any]) -> None:
-    """Sets a forward on one module only; deleting it again uncovers the forward of its class."""
-    module.forward = types.MethodType(function, module)
 
 
 def _linear_forward(head: nn.Linear, hidden_states: Tensor, task: HeadTask) -> Any:

@@ -11,6 +11,7 @@ from dpofast.errors import ConfigError
 from dpofast.model.dropout import dropouts
 from dpofast.model.layer_sizes import UnknownSizesError, attention_sizes
 from dpofast.model.parts import causal_lm
+from dpofast.model.rope import depends_on_length
 
 logger = logging.getLogger(__name__)
 
@@ -40,8 +41,6 @@ NOT_PACKABLE = {
 }
 # Types of layers that look at other tokens only through attention.
 PACKABLE_LAYERS = {"full_attention", "sliding_attention"}
-# Types of RoPE whose frequencies depend on the longest position in a row.
-ROW_DEPENDENT_ROPE = {"dynamic", "longrope"}
 
 
 def choose_layout(wanted: str, model: nn.Module, pad_token_id: int) -> Layout:
@@ -83,10 +82,7 @@ def why_not_packed(model: nn.Module) -> str | None:
         return f"model type {config.model_type!r} isn't known to be right in packed rows"
     if getattr(config, "alibi", False):
         return "its ALiBi counts distances along the row"
-    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
-    # Models such as Gemma 3 have one set of parameters for each type of layer.
-    ropes = [rope, *(nested for nested in rope.values() if isinstance(nested, dict))]
-    if {str(each.get("rope_type", "")) for each in ropes} & ROW_DEPENDENT_ROPE:
+    if depends_on_length(lm):
         return "its RoPE depends on the longest position of a row"
     # Our attention has no dropout of its own. In the layers outside attention, both answers would
     # get the same dropout on the prefix that they share, unlike in separate rows.

@@ -21,6 +21,7 @@ from dpofast.model.attention import any_dtype_attention
 from dpofast.model.checks import HEAD_TOLERANCE, sample_sequences
 from dpofast.model.forward import evaluating, micro_batch, run_batch
 from dpofast.model.parts import causal_lm
+from dpofast.model.rope import rope_of_each_row
 from dpofast.options.config import DPOConfig
 from dpofast_kernels import PairLossOutput
 
@@ -107,7 +108,8 @@ def check_router_loss(router_loss: RouterLoss, model: nn.Module) -> None:
     batch = collate_padded(sample_sequences(model)).to(next(lm.parameters()).device)
     inputs = {"input_ids": batch.input_ids, "attention_mask": batch.uses}
     with evaluating(lm), any_dtype_attention(lm.config):
-        stock = lm(**inputs, use_cache=False, output_router_logits=True)
+        with rope_of_each_row(lm, batch):
+            stock = lm(**inputs, use_cache=False, output_router_logits=True)
         expected = getattr(stock, METRIC, None)
         if not isinstance(expected, Tensor) or not getattr(stock, "router_logits", None):
             raise _unknown(lm, "gives none when asked for its router logits")

@@ -13,6 +13,7 @@ from torch import nn
 from dpofast.columns import ID_COLUMNS
 from dpofast.errors import DataError
 from dpofast.model.parts import body_of, causal_lm, shape
+from dpofast.model.place import place_of_pair
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ def refuse_unknown_ids(pairs: Any, name: str, vocabularies: Iterable[Vocabulary]
     Raises:
         DataError: there is such an id; the message names its row in the user's data.
     """
-    table = pairs.select_columns([*ID_COLUMNS, "row"]).with_format("arrow")[:]
+    table = pairs.select_columns(list(ID_COLUMNS)).with_format("arrow")[:]
     for vocabulary in vocabularies:
         for column in ID_COLUMNS:
             ids = pc.list_flatten(table[column])
@@ -67,10 +68,9 @@ def refuse_unknown_ids(pairs: Any, name: str, vocabularies: Iterable[Vocabulary]
             values = ids.to_numpy()
             place = int(np.flatnonzero((values < 0) | (values >= vocabulary.size))[0])
             pair = pc.list_parent_indices(table[column])[place].as_py()
-            source_row = table["row"][pair].as_py()
             raise DataError(
-                f"{name}, row {source_row} (counted from 0): the token id {values[place]} in "
-                f"{column} is not one of the {vocabulary.size} of {vocabulary.model}: use that "
+                f"{place_of_pair(pairs, pair, name)}: the token id {values[place]} in {column} is "
+                f"not one of the {vocabulary.size} of {vocabulary.model}: use that "
                 "model's tokenizer, or give the model rows for added tokens with "
                 "model.resize_token_embeddings(len(tokenizer))."
             )

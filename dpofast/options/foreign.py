@@ -46,6 +46,14 @@ FOREIGN_OPTIONS: dict[str, tuple[tuple[Any, ...], str]] = {
     "no_cuda": ((False,), "set use_cpu"),
     "group_by_length": ((False,), "leave it out; steps see the pairs in the shuffled order"),
     "evaluation_strategy": ((), "transformers calls it eval_strategy now"),
+    "dataset_streaming": ((False,), "leave it out; the pairs are read into memory"),
+    "streaming": ((False,), "leave it out; the pairs are read into memory"),
+    "test_split_size": ((None,), "set eval_split, which holds out whole prompts"),
+    "datasets": (
+        (None, []),
+        "list the paths in dataset_name and the fractions in dataset_shares; dataset_config, "
+        "dataset_train_split and dataset_columns are the same for all datasets",
+    ),
     "tools": ((None,), "put the tools into a column `tools` of the dataset"),
 }
 

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import datasets
 import numpy as np
 
 from dpofast.columns import REF_COLUMNS
-from dpofast.data import PreparationReport, load_preferences, tokenize_preferences
+from dpofast.data import (
+    PreparationReport,
+    load_preferences,
+    rows_by_source,
+    tokenize_preferences,
+)
 from dpofast.data.packing.collate import Layout
 from dpofast.data.packing.plan import StepSampler, TokenLimit
 from dpofast.data.packing.step_dataset import StepDataset, token_limit
@@ -35,6 +40,7 @@ class RunDataset:
         given: the object that the user passed, by which the dataset is recognised later.
         pairs: tokenised pairs, with the columns prompt_ids, chosen_ids, rejected_ids and row.
         report: what the preparation kept, cut and left out.
+        sources: name of each dataset in a mixture -> pairs read from it; empty for one dataset.
         ref_logps: [n, 2] fp64, summed reference log-probs of chosen and rejected, in nats; None
             until the dataset is scored.
         scored_by: digest of the reference that `ref_logps` come from; None until the dataset is
@@ -48,6 +54,7 @@ class RunDataset:
     given: Any
     pairs: datasets.Dataset
     report: PreparationReport
+    sources: dict[str, int] = field(default_factory=dict)
     ref_logps: np.ndarray | None = None
     scored_by: str | None = None
     token_limit: TokenLimit | None = None
@@ -125,6 +132,8 @@ class PairPreparer:
             pairs = load_preferences(
                 dataset, strict=config.strict, skip_bad_rows=config.skip_bad_rows, name=name
             )
+            sources = rows_by_source(pairs)
+            self._say_untemplated(pairs, name)
             pairs, report = tokenize_preferences(
                 pairs,
                 self.tokenizer,
@@ -135,7 +144,7 @@ class PairPreparer:
                 num_proc=config.dataset_num_proc,
                 name=name,
             )
-        prepared = RunDataset(name, dataset, pairs, report)
+        prepared = RunDataset(name, dataset, pairs, report, sources)
         _refuse_cut_scores(prepared)
         refuse_unknown_ids(pairs, name, self._vocabularies)
         refuse_longer(pairs, name, self._contexts)
@@ -152,6 +161,17 @@ class PairPreparer:
         if not isinstance(given, dict):
             return self.prepare(given, name)
         return {key: self.prepare(dataset, f"{name}_{key}") for key, dataset in given.items()}
+
+    def _say_untemplated(self, pairs: datasets.Dataset, name: str) -> None:
+        """Log that text goes to a chat model as it is, which may not be what was meant."""
+        is_text = pairs.features.get("prompt") == datasets.Value("string")
+        if is_text and getattr(self.tokenizer, "chat_template", None) and self.config.should_log:
+            logger.info(
+                "%s: the pairs are text, so they are tokenised as they are, without the "
+                "tokenizer's chat template. If the model is to see a conversation, give prompt, "
+                "chosen and rejected as lists of messages.",
+                name,
+            )
 
     def _free_name(self, name: str) -> str:
         taken = {dataset.name for dataset in self.datasets}

@@ -20,12 +20,13 @@ from dpofast.errors import DataError, ReferenceStoreError
 from dpofast.model.checks import check_model
 from dpofast.model.packable import why_not_packed
 from dpofast.model.parts import causal_lm
+from dpofast.model.rope import depends_on_length
 from dpofast.model.router import RouterLoss, check_router_loss
 from dpofast.model.scorer import SequenceScorer
 from dpofast.reference.build.answers import read_answers
 from dpofast.reference.build.batches import Batches, BatchesOfAnswers, BatchesOfTokens
 from dpofast.reference.identity.description import ReferenceIdentity
-from dpofast.reference.identity.model import model_identity
+from dpofast.reference.identity.model import current_identity, model_identity
 from dpofast.reference.store.row_detail import RowDetail
 from dpofast.train.checkpoint.run_state import RunState
 from dpofast.train.dataset import RunDataset
@@ -173,15 +174,25 @@ class RunReference:
         """
         if self.settle().digest == recorded.reference_digest:
             return
+        start = ReferenceIdentity(recorded.reference_digest, recorded.reference_description)
+        now = current_identity(start, depends_on_length(self._model))
+        if now != start:
+            logger.warning(
+                "%s was trained on reference log-probs that depended on their batch, as the "
+                "model's RoPE depends on the length of a sequence. They aren't used any more.",
+                checkpoint,
+            )
+        if now.digest == self.identity.digest:
+            return
         if self.ref_model is not None:
             raise ReferenceStoreError(
                 f"The ref_model is not the reference that {checkpoint!r} was trained against "
-                f"({self.identity.digest[:12]}, not {recorded.reference_digest[:12]}): give the "
+                f"({self.identity.digest[:12]}, not {now.digest[:12]}): give the "
                 "one of that run, or start a new run from the checkpoint without resuming."
             )
         # The stored log-probs of that reference can be read. Missing ones can't be made: the model
         # at hand is another one.
-        self._fix(ReferenceIdentity(recorded.reference_digest, recorded.reference_description))
+        self._fix(now)
         self.is_gone = True
 
     def dtype(self) -> torch.dtype:
@@ -292,6 +303,7 @@ class RunReference:
             autocast_dtype=self._autocast_dtype,
             attention=causal_lm(model).config._attn_implementation,
             head_version=HEAD_VERSION,
+            rope_depends_on_length=depends_on_length(model),
             gather=gathered if self._is_under_deepspeed else None,
         )
 

@@ -56,7 +56,7 @@ def run_summary(
     """
     parts: dict[str, Callable[[], dict[str, Any]]] = {
         "reference": lambda: reference_summary(loaders.reference),
-        "data": lambda: {"data": {dataset.name: dataset.report.as_dict() for dataset in datasets}},
+        "data": lambda: {"data": {each.name: _data_summary(each) for each in datasets}},
         "layout": lambda: {"layout": loaders.layout.name},
         "packing": lambda: {"packing": packing_summary(plan)},
         "settings": lambda: {
@@ -73,6 +73,12 @@ def run_summary(
         with guard(f"{SUMMARY_FILE}: its part {name!r}"):
             facts.update(part())
     return facts
+
+
+def _data_summary(dataset: RunDataset) -> dict[str, Any]:
+    """A dataset's report; for a mixture also the number of pairs that were read of each dataset."""
+    report = dataset.report.as_dict()
+    return {**report, "sources": dataset.sources} if dataset.sources else report
 
 
 def write_summary(

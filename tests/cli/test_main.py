@@ -114,7 +114,7 @@ GOOD = {"prompt": "Say it.", "chosen": "yes", "rejected": "no"}
     ("rows", "more", "texts"),
     [
         ([{"prompt": "a", "chosen": "b"}], [], ["pairs.json", "rejected"]),
-        ([GOOD, GOOD | {"chosen": ""}], [], ["pairs.json", "row 1", "chosen", "empty"]),
+        ([GOOD, GOOD | {"chosen": ""}], ["--strict"], ["pairs.json", "row 1", "chosen", "empty"]),
         ([GOOD, GOOD | {"rejected": 7}], [], ["pairs.json", "row 1", "rejected", "7"]),
         ([{"prompt": "a", "completion": "b", "label": True}], [], ["pairs.json", "label"]),
         ([GOOD, GOOD | {"rejected": "yes"}], ["--strict"], ["pairs.json", "row 1", "identical"]),

@@ -26,6 +26,7 @@ from tests.distributed.spread_ranks import (
     scorer_of,
 )
 from tests.reference.stubs import batches_of, identity
+from tests.rope import ORIGINAL_LENGTH, rope_parameters
 from tests.support import VOCAB_SIZE, tiny_llama, tiny_mixtral, token_pairs
 
 pytestmark = pytest.mark.distributed
@@ -41,6 +42,11 @@ MODELS = {
     "checkpointed": lambda: tiny_llama(num_hidden_layers=LAYERS),
     "mixtral": lambda: tiny_mixtral(num_hidden_layers=LAYERS),
     "gpt2": lambda: GPT2LMHeadModel(GPT2Config(vocab_size=VOCAB_SIZE, **GPT2, **NO_DROPOUT)),
+    "dynamic rope": lambda: tiny_llama(
+        num_hidden_layers=LAYERS,
+        max_position_embeddings=ORIGINAL_LENGTH,
+        rope_parameters=rope_parameters("dynamic", frequencies=4),
+    ),
     "lora": lambda: tiny_llama(num_hidden_layers=LAYERS),
     "biogpt": lambda: BioGptForCausalLM(
         BioGptConfig(vocab_size=VOCAB_SIZE, num_hidden_layers=LAYERS, **BIOGPT)

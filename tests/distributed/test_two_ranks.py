@@ -72,6 +72,19 @@ def test_the_routers_auxiliary_loss_is_that_of_the_same_micro_batches(tmp_path):
         assert_same(one, json.loads((tmp_path / "two" / f"{way}.json").read_text()))
 
 
+@pytest.mark.slow  # three starts of PyTorch and DeepSpeed
+def test_dynamic_rope_follows_each_sequence_on_any_number_of_ranks(tmp_path):
+    """A rank's state must not reach the others: DDP sends buffers before each forward."""
+    (tmp_path / "two").mkdir()
+    launch(SCRIPT, 1, str(tmp_path), "4", "1", "ddp.stretched")
+    launch(SCRIPT, 2, str(tmp_path / "two"), "1", "2", "ddp.stretched", "zero3.stretched")
+    one = json.loads((tmp_path / "ddp.stretched.json").read_text())
+    # Before step 1 the margins are 0, and rounding decides which of them count as positive.
+    del one["logs"][0]["rewards/accuracies"]
+    for way in ("ddp.stretched", "zero3.stretched"):
+        assert_same(one, json.loads((tmp_path / "two" / f"{way}.json").read_text()))
+
+
 def assert_nearly_same(one, two):
     """A missing micro-batch or a wrongly scaled loss would change the norm by a fifth or more."""
     assert len(one["logs"]) == len(two["logs"]) == 6

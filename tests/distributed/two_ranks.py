@@ -5,7 +5,8 @@ torchrun --nproc-per-node 2 two_ranks.py FOLDER PAIRS_PER_DEVICE ACCUMULATION WA
 A way is "ddp", the name of a DeepSpeed configuration, or "own" for a user's configuration with its
 own batch fields. With the suffix ".bf16" it trains in that precision. With ".mixtral" it trains a
 mixture of experts with the routers' auxiliary loss and gradient checkpointing. That runs padded,
-because then the micro-batches are the same on any number of ranks. The main rank writes its logs to
+because then the micro-batches are the same on any number of ranks. With ".stretched" it trains a
+model with dynamic RoPE on sequences beyond its original length. The main rank writes its logs to
 FOLDER/WAY.json.
 """
 
@@ -21,6 +22,7 @@ import torch
 
 from dpofast import DPOConfig, DPOTrainer
 from dpofast.cli.process_end import run_to_end
+from tests.rope import ORIGINAL_LENGTH, rope_parameters
 from tests.support import byte_tokenizer, tiny_llama, tiny_mixtral, token_pairs
 
 
@@ -35,6 +37,15 @@ def deepspeed_option(way: str, pairs_per_device: int, accumulation: int) -> Any:
         "train_batch_size": pairs_per_device * accumulation * int(os.environ["WORLD_SIZE"]),
         "zero_optimization": {"stage": 2},
     }
+
+
+def model_of(variant: str) -> Any:
+    if variant == "mixtral":
+        return tiny_mixtral()
+    if variant == "stretched":
+        rope = rope_parameters("dynamic", frequencies=4)
+        return tiny_llama(max_position_embeddings=ORIGINAL_LENGTH, rope_parameters=rope)
+    return tiny_llama()
 
 
 def train(way: str, folder: Path, pairs_per_device: int, accumulation: int) -> None:
@@ -66,7 +77,7 @@ def train(way: str, folder: Path, pairs_per_device: int, accumulation: int) -> N
         deepspeed=deepspeed_option(kind, pairs_per_device, accumulation),
     )
     trainer = DPOTrainer(
-        tiny_mixtral() if is_mixture else tiny_llama(),
+        model_of(variant),
         args=config,
         train_dataset=token_pairs(9),  # the last step has one pair, so one rank has none
         eval_dataset=token_pairs(5, seed=4),

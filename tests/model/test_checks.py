@@ -6,13 +6,14 @@ import importlib
 
 import pytest
 import torch
+from transformers import BertConfig, BertLMHeadModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from dpofast.data.packing.collate import Layout
 from dpofast.errors import ConfigError, ModelError
 from dpofast.model import checks
 from dpofast.model.attention import attention_calls, packed_attention
-from dpofast.model.checks import check_attention, check_layout
+from dpofast.model.checks import check_attention, check_layout, check_rows
 from dpofast.model.forward import pair_step, run_batch
 from dpofast_kernels.attention import shared_attention
 from tests.exactness import SHORT, compare
@@ -124,6 +125,48 @@ def test_a_model_that_is_wrong_in_packed_rows_is_found_out():
     layer.forward = mixing(layer.forward)
     with pytest.raises(ConfigError, match="shared rows give LlamaForCausalLM other hidden states"):
         check_layout(Layout("shared"), model)
+
+
+@pytest.mark.parametrize("is_decoder", [True, False])
+def test_a_padded_model_must_give_a_row_the_same_beside_a_longer_one(is_decoder):
+    """An encoder looks at what comes after a token, and so at the padding of a batch."""
+    torch.manual_seed(0)
+    config = BertConfig(
+        **{"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2},
+        **{"num_attention_heads": 4, "initializer_range": 0.2, "is_decoder": is_decoder},
+    )
+    model = BertLMHeadModel(config)
+    if is_decoder:
+        check_rows(model)
+    else:
+        with pytest.raises(ModelError, match="BertLMHeadModel gives a sequence other hidden"):
+            check_rows(model)
+
+
+def crowded(forward):
+    """Experts with few places: tokens beyond the first 20 of a batch get none."""
+
+    def limited(x):
+        places = torch.arange(x.shape[:-1].numel()).view(*x.shape[:-1], 1) < 20
+        return forward(x) * places
+
+    return limited
+
+
+def test_tokens_that_compete_with_those_of_other_rows_stop_a_padded_run(tmp_path):
+    model = tiny_llama()
+    layer = model.model.layers[1].mlp
+    layer.forward = crowded(layer.forward)
+    trainer = make_trainer(tmp_path, model, options={"layout": "padded"})
+    with pytest.raises(ModelError, match="would depend on the other sequences of a batch"):
+        trainer.train()
+
+
+@pytest.mark.parametrize("family", [*DEAF_FAMILIES, *MASKED_FAMILIES, *MIXING_FAMILIES])
+def test_rows_of_padded_families_pass(family):
+    model = tiny_model(family)
+    check_rows(model)
+    check_rows(model.bfloat16())
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])

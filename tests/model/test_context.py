@@ -87,6 +87,6 @@ def test_rope_goes_on_with_a_warning(tmp_path, caplog):
     assert len(train(make_trainer(tmp_path, model, long_pairs(), options={"max_steps": 1}))) == 1
     lines = [record.message for record in caplog.records if "positions" in record.message]
     assert lines == [
-        "train: 2 pairs are longer than the 64 positions of LlamaForCausalLM, the longest (row 2) "
-        "of 70 tokens; unless that is meant, set max_length to 64."
+        "train: 2 pairs are longer than the 64 positions of LlamaForCausalLM, the longest has 70 "
+        "tokens (train, row 2 (counted from 0)); unless that is meant, set max_length to 64."
     ]

@@ -6,6 +6,7 @@ import pytest
 import torch
 from datasets import Dataset
 
+from dpofast.data import mix_preferences
 from dpofast.errors import DataError
 from dpofast.model.vocabulary import Vocabulary, refuse_unknown_ids, vocabulary_of
 from tests.families import tiny_model
@@ -27,6 +28,12 @@ def test_an_id_out_of_range_is_named_with_its_row(tmp_path, column):
     )
     with pytest.raises(DataError, match=message):
         make_trainer(tmp_path, tiny_llama(vocab_size=256), pairs_with(256, column))
+
+
+def test_in_a_mixture_the_row_is_named_with_its_dataset(tmp_path):
+    mixture = mix_preferences({"a": token_pairs(4), "b": pairs_with(256, "chosen_ids")})
+    with pytest.raises(DataError, match=r"^b, row 2 .* id 256 in chosen_ids"):
+        make_trainer(tmp_path, tiny_llama(vocab_size=256), mixture)
 
 
 def test_the_held_out_pairs_and_the_reference_count_too(tmp_path):

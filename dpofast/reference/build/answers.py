@@ -28,12 +28,14 @@ class PairAnswers:
         keys: [2n, 16] uint8, key of each answer in the store.
         first: [u] int64, first occurrence of each distinct answer, sorted by key.
         source_numbers: [n] int64, number of each pair in its source, used in messages.
+        sources: name of the dataset that each pair of a mixture comes from; None without a mixture.
     """
 
     tokens: dict[str, TokenLists]
     keys: np.ndarray
     first: np.ndarray
     source_numbers: np.ndarray
+    sources: pa.ChunkedArray | None = None
 
     def ids(self, answer: int) -> tuple[list[int], list[int]]:
         """Return the prompt ids and the answer ids of an answer, given as an index below 2n."""
@@ -64,9 +66,10 @@ class PairAnswers:
         return np.array(found, np.int64)
 
     def name(self, answer: int) -> str:
-        """Name an answer in messages, such as "row 7 (chosen)"."""
+        """Name an answer in messages, such as "row 7 (chosen)" or "pairs.json, row 7 (chosen)"."""
         pair, side = divmod(answer, 2)
-        return f"row {self.source_numbers[pair]} ({SIDES[side]})"
+        source = "" if self.sources is None else f"{self.sources[pair].as_py()}, "
+        return f"{source}row {self.source_numbers[pair]} ({SIDES[side]})"
 
 
 def read_answers(pairs: Dataset) -> PairAnswers:
@@ -74,7 +77,7 @@ def read_answers(pairs: Dataset) -> PairAnswers:
 
     Args:
         pairs: dataset with columns prompt_ids, chosen_ids and rejected_ids. An optional int column
-            `row` numbers the pairs in their source.
+            `row` numbers the pairs in their source, which an optional column `source` names.
 
     Raises:
         DataError: a column is missing, doesn't contain lists of ints, or contains a null.
@@ -85,8 +88,8 @@ def read_answers(pairs: Dataset) -> PairAnswers:
             f"The dataset has no column {missing[0]!r}: reference log-probs are made of tokenised "
             f"pairs ({', '.join(ID_COLUMNS)}), see tokenize_preferences."
         )
-    has_rows = "row" in pairs.column_names
-    wanted = pairs.select_columns([*ID_COLUMNS, *(["row"] if has_rows else [])])
+    places = [name for name in ("row", "source") if name in pairs.column_names]
+    wanted = pairs.select_columns([*ID_COLUMNS, *places])
     # Batches in Arrow format follow the dataset's order, even after a shuffle or a selection.
     batches = wanted.with_format("arrow").iter(READ_PAIRS)
     # An empty dataset gives no batches, but its table has the columns' types.
@@ -95,8 +98,9 @@ def read_answers(pairs: Dataset) -> PairAnswers:
     keys = np.empty((2 * len(pairs), KEY_BYTES), np.uint8)
     for side, name in enumerate(ID_COLUMNS[1:]):
         keys[side::2] = row_keys(tokens["prompt_ids"], tokens[name])
-    source = table.column("row").to_numpy() if has_rows else np.arange(len(pairs))
-    return PairAnswers(tokens, keys, unique_keys(keys)[0], source)
+    numbers = table.column("row").to_numpy() if "row" in places else np.arange(len(pairs))
+    sources = table.column("source") if "source" in places else None
+    return PairAnswers(tokens, keys, unique_keys(keys)[0], numbers, sources)
 
 
 def _token_lists(column: pa.ChunkedArray, name: str) -> TokenLists:

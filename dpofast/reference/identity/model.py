@@ -8,6 +8,11 @@ from dpofast.reference.identity.description import ReferenceIdentity
 from dpofast.reference.identity.options import scoring_options
 from dpofast.reference.identity.weights import Gather, base_model, dtype_name, read_weights
 
+# Entry of the description of models whose RoPE depends on the length of a sequence. Older versions
+# took the length of the longest sequence in a batch, and made no entry. Other models still have
+# none, so their rows keep their identity.
+ROPE_ENTRY = {"rope_length_from": "each sequence"}
+
 
 def model_identity(
     model: torch.nn.Module,
@@ -16,6 +21,7 @@ def model_identity(
     autocast_dtype: torch.dtype | None,
     attention: str,
     head_version: int,
+    rope_depends_on_length: bool = False,
     gather: Gather | None = None,
 ) -> ReferenceIdentity:
     """Identify a model by what determines its log-probs, however it was loaded.
@@ -32,6 +38,8 @@ def model_identity(
             autocast.
         attention: name of the attention implementation.
         head_version: version of the code that turns hidden states into log-probs.
+        rope_depends_on_length: whether RoPE has other frequencies for longer sequences; the model
+            must have scored each sequence with those of its own length.
         gather: context manager that makes a sharded tensor whole. With it, all ranks must call
             this function at the same time; they visit the tensors in the same order.
 
@@ -49,5 +57,20 @@ def model_identity(
             "attention": attention,
             "head_version": head_version,
             "config": scoring_options(base_model(model).config.to_dict()),
+            **(ROPE_ENTRY if rope_depends_on_length else {}),
         }
     )
+
+
+def current_identity(
+    recorded: ReferenceIdentity, rope_depends_on_length: bool
+) -> ReferenceIdentity:
+    """The identity that a reference has in this version, if an older one recorded it.
+
+    Args:
+        recorded: identity that a checkpoint recorded.
+        rope_depends_on_length: as for `model_identity`.
+    """
+    if not rope_depends_on_length:
+        return recorded
+    return ReferenceIdentity.of({**recorded.description, **ROPE_ENTRY})

@@ -37,6 +37,8 @@ def test_names_of_answers_are_those_of_their_source():
     dataset = pairs(3).add_column("row", [4, 7, 9])
     assert read_answers(dataset).name(3) == "row 7 (rejected)"
     assert read_answers(pairs(3)).name(4) == "row 2 (chosen)"
+    mixed = dataset.add_column("source", ["a.json"] * len(dataset))
+    assert read_answers(mixed).name(3) == "a.json, row 7 (rejected)"
 
 
 @pytest.mark.parametrize(

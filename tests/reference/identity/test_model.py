@@ -10,7 +10,7 @@ from torch import nn
 
 from dpofast.errors import ModelError, ReferenceStoreError
 from dpofast.reference.identity.description import ReferenceIdentity
-from dpofast.reference.identity.model import model_identity
+from dpofast.reference.identity.model import current_identity, model_identity
 from dpofast.reference.identity.options import scoring_options
 from dpofast.reference.identity.weights import read_weights
 from tests.support import tiny_llama
@@ -126,7 +126,12 @@ def test_a_large_tensor_is_hashed_about_as_fast_as_memory_is_read():
 
 @pytest.mark.parametrize(
     "options",
-    [{"autocast_dtype": torch.bfloat16}, {"attention": "eager"}, {"head_version": 2}],
+    [
+        {"autocast_dtype": torch.bfloat16},
+        {"attention": "eager"},
+        {"head_version": 2},
+        {"rope_depends_on_length": True},
+    ],
     ids=lambda options: next(iter(options)),
 )
 def test_how_the_model_scores_is_part_of_the_identity(options):
@@ -290,3 +295,12 @@ class TestAdapters:
         config = self.peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
         with pytest.raises(ModelError, match="LoRA"):
             digest(self.peft.get_peft_model(tiny_llama(), config))
+
+
+def test_an_older_identity_is_brought_up_to_date_only_if_rope_depends_on_lengths():
+    older = identify(tiny_llama())
+    assert current_identity(older, rope_depends_on_length=False) is older
+    today = identify(tiny_llama(), rope_depends_on_length=True)
+    assert current_identity(older, rope_depends_on_length=True) == today
+    assert current_identity(today, rope_depends_on_length=True) == today
+    assert "rope_length_from" not in older.description

@@ -1,0 +1,109 @@
+"""Loads the pairs of a run: every command that reads them gets the same mixture and split."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from dpofast.cli.run_options import RunOptions
+
+NO_HELD_OUT_PAIRS = (
+    "there are no held-out pairs; set eval_split, eval_dataset_name or dataset_test_split."
+)
+
+
+def load_run_data(options: RunOptions) -> tuple[Any, Any]:
+    """Load the training pairs and the held-out pairs in the normal form.
+
+    Returns:
+        The training pairs; the held-out pairs, None if no option asks for any.
+
+    Raises:
+        DataError: the data can't be used; names the file and row.
+    """
+    if options.script.eval_split is not None:
+        return _split(options)
+    return load_training_data(options), load_held_out_data(options)
+
+
+def load_training_data(options: RunOptions) -> Any:
+    """Load the training pairs in the normal form.
+
+    Raises:
+        DataError: the data can't be used; names the file and row.
+    """
+    script = options.script
+    if script.eval_split is not None:
+        return _split(options)[0]
+    return _load_sets(options, script.dataset_train_split, _shares(options))
+
+
+def load_held_out_data(options: RunOptions) -> Any:
+    """Load the held-out pairs in the normal form; None if no option asks for any.
+
+    Raises:
+        DataError: the data can't be used; names the file and row.
+    """
+    script = options.script
+    if script.eval_split is not None:
+        return _split(options)[1]
+    if script.eval_dataset_name is not None:
+        split = script.dataset_test_split or "train"
+        return _load_pairs(options, script.eval_dataset_name, split)
+    if script.dataset_test_split is not None:
+        return _load_sets(options, script.dataset_test_split)
+    return None
+
+
+def load_all_rows(options: RunOptions) -> Any:
+    """Load all rows of the training datasets, even those that are held out or not taken.
+
+    Raises:
+        DataError: the data can't be used; names the file and row.
+    """
+    return _load_sets(options, options.script.dataset_train_split)
+
+
+def _split(options: RunOptions) -> tuple[Any, Any]:
+    """The training pairs and the held-out pairs of eval_split."""
+    from dpofast.data import hold_out
+
+    script = options.script
+    assert script.eval_split is not None
+    # The shares are taken of the two parts, so that they hold for both.
+    return hold_out(
+        _load_sets(options, script.dataset_train_split),
+        script.eval_split,
+        seed=options.config.seed,
+        shares=_shares(options),
+        name=" + ".join(script.dataset_names),
+    )
+
+
+def _shares(options: RunOptions) -> dict[str, float] | None:
+    names, shares = options.script.dataset_names, options.script.dataset_shares
+    # The share of a single dataset is the whole.
+    return None if shares is None or len(names) == 1 else dict(zip(names, shares, strict=True))
+
+
+def _load_sets(options: RunOptions, split: str, shares: dict[str, float] | None = None) -> Any:
+    """One dataset, or a mixture of several."""
+    from dpofast.data import mix_preferences
+
+    sets = {name: _load_pairs(options, name, split) for name in options.script.dataset_names}
+    if len(sets) == 1:
+        return next(iter(sets.values()))
+    return mix_preferences(sets, shares, seed=options.config.seed)
+
+
+def _load_pairs(options: RunOptions, source: str, split: str) -> Any:
+    from dpofast.data import load_preferences
+
+    return load_preferences(
+        source,
+        columns=options.script.dataset_columns,
+        roles=options.script.dataset_roles,
+        split=split,
+        strict=options.config.strict,
+        skip_bad_rows=options.config.skip_bad_rows,
+        config_name=options.script.dataset_config,
+    )

@@ -1,0 +1,176 @@
+"""Holds out pairs for evaluation by their prompts, so that no prompt is in both parts."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from fractions import Fraction
+from typing import Any
+
+import datasets
+import numpy as np
+import xxhash
+
+from dpofast.columns import ID_COLUMNS
+from dpofast.data.reading.messages import decode_messages
+from dpofast.data.reading.mixture import check_shares, sources_of, take_shares, taken_of
+from dpofast.data.reading.preferences import load_preferences
+from dpofast.data.reading.records import BATCH_ROWS
+from dpofast.errors import ConfigError, DataError
+
+logger = logging.getLogger(__name__)
+
+_PROMPT_COLUMNS = ("prompt", "tools", "chat_template_kwargs")
+
+
+def hold_out(
+    dataset: Any,
+    eval_split: float,
+    *,
+    seed: int = 42,
+    shares: Mapping[str, float] | None = None,
+    name: str = "dataset",
+) -> tuple[datasets.Dataset, datasets.Dataset]:
+    """Split pairs into a part to train on and a part to evaluate on, with no prompt in both.
+
+    Two pairs have the same prompt if the chat template gets the same for both: messages or text,
+    tools and chat_template_kwargs; or if their prompt_ids are equal. All pairs of a prompt go to
+    the same part. Which part that is depends on a hash of the prompt and the seed, and on where the
+    wanted size draws the line in the order of these hashes, but not on the order of the rows.
+
+    Each dataset of a mixture is split by itself. A prompt that occurs in several goes to the part
+    that the first of them decides. Rows that were left out when they were read stay with the
+    training pairs, so that they are reported.
+
+    Args:
+        dataset: pairs in any form that `load_preferences` reads, or a mixture.
+        eval_split: part of the pairs to hold out, above 0 and below 1; or, as an int, their number.
+            It is met as nearly as whole prompts allow: the difference is at most half the number of
+            pairs of the smallest prompt that isn't held out, unless a part would have no prompt.
+        seed: another seed gives another split.
+        shares: name -> share of each dataset of a mixture, which both parts will have, as in
+            `mix_preferences`.
+        name: name of the dataset, used in errors and the log.
+
+    Returns:
+        The pairs to train on and the pairs to evaluate on, in the normal form and in their order.
+
+    Raises:
+        DataError: fewer than two prompts, so nothing can be held out; or a share leaves a dataset
+            without a row in one of the parts.
+        ConfigError: eval_split can't be used.
+    """
+    check_eval_split(eval_split)
+    dataset = load_preferences(dataset, name=name)
+    names, numbers = sources_of(dataset, name)
+    if shares is not None:
+        check_shares(shares, names)
+    sizes = {key: int(np.sum(numbers == number)) for key, number in names.items()}
+    fraction = _fraction(eval_split, sizes, shares, name)
+    prompts = np.array(list(_prompt_hashes(dataset, seed)), dtype=object)
+    held: dict[int, bool] = {}
+    for number in names.values():
+        _decide(Counter(prompts[numbers == number]), fraction, held)
+    is_held = np.array([held.get(prompt, False) for prompt in prompts], dtype=bool)
+    if len(set(held.values())) < 2:
+        raise DataError(
+            f"{name}: no pairs can be held out, because all pairs of a dataset have the same "
+            "prompt; name held-out pairs with eval_dataset_name instead of eval_split"
+        )
+    logger.info(
+        "%s: %s of %s pairs held out, with %s of %s prompts",
+        *(name, f"{is_held.sum():,}", f"{sum(sizes.values()):,}"),
+        *(f"{sum(held.values()):,}", f"{len(held):,}"),
+    )
+    training = dataset.select(np.flatnonzero(~is_held))
+    held_out = dataset.select(np.flatnonzero(is_held))
+    if shares is not None:
+        count = int(eval_split) if eval_split >= 1 else None
+        training = take_shares(training, shares, seed, name="training pairs")
+        held_out = take_shares(held_out, shares, seed, name="held-out pairs", at_most=count)
+    return training, held_out
+
+
+def check_eval_split(eval_split: Any) -> None:
+    """Raise ConfigError unless this is a float between 0 and 1, or an int of at least 1."""
+    is_count = isinstance(eval_split, int) and not isinstance(eval_split, bool) and eval_split >= 1
+    if not is_count and not (isinstance(eval_split, float) and 0 < eval_split < 1):
+        raise ConfigError(
+            f"got {eval_split!r} as eval_split, expected the part of the pairs to hold out, above "
+            "0 and below 1, or their number, a whole number of at least 1."
+        )
+
+
+def _fraction(
+    eval_split: float, sizes: Mapping[str, int], shares: Mapping[str, float] | None, name: str
+) -> Fraction:
+    """The part to hold out of each dataset."""
+    if eval_split < 1:
+        return Fraction(str(eval_split))
+    used = sizes if shares is None else taken_of(sizes, shares, name)
+    total = sum(used.values())
+    if eval_split >= total:
+        raise DataError(
+            f"{name}: eval_split is {eval_split:,}, but there are only {total:,} pairs, and at "
+            "least one has to be left to train on; hold out fewer"
+        )
+    return Fraction(int(eval_split), total)
+
+
+def _prompt_hashes(dataset: datasets.Dataset, seed: int) -> Iterator[int | None]:
+    """A 128-bit hash of each row's prompt and of the seed; None for a row without a pair."""
+    is_tokenised = ID_COLUMNS[0] in dataset.column_names
+    wanted = ID_COLUMNS[:1] if is_tokenised else _PROMPT_COLUMNS
+    view = dataset.select_columns([name for name in wanted if name in dataset.column_names])
+    for batch in view.with_format(None).iter(batch_size=BATCH_ROWS):
+        for values in zip(*batch.values(), strict=True):
+            row = dict(zip(batch, values, strict=True))
+            if row[wanted[0]] is None:
+                yield None
+                continue
+            if is_tokenised:
+                content = np.array(row[ID_COLUMNS[0]], dtype="<i4").tobytes()
+            else:
+                content = _prompt_text(row).encode()
+            yield xxhash.xxh3_128_intdigest(content, seed=seed % 2**64)
+
+
+def _prompt_text(row: Mapping[str, Any]) -> str:
+    """All that the chat template gets for a prompt, as JSON; the order of keys doesn't matter."""
+    prompt = row["prompt"]
+    if not isinstance(prompt, str):
+        prompt = decode_messages(prompt)
+    options = [json.loads(row.get(name) or "null") for name in _PROMPT_COLUMNS[1:]]
+    return json.dumps([prompt, *options], sort_keys=True)
+
+
+def _decide(rows_of: Mapping[int, int], fraction: Fraction, held: dict[int, bool]) -> None:
+    """Decide for each prompt of one dataset whether it is held out.
+
+    Args:
+        rows_of: hash of a prompt -> number of its rows.
+        fraction: part of the rows to hold out.
+        held: hash of a prompt -> whether it is held out; decisions are added, none is changed.
+    """
+    total = sum(rows_of.values())
+    wanted = min(max(int(fraction * total + Fraction(1, 2)), 1), total - 1)
+    # How many rows are still to be held out.
+    missing = wanted - sum(count for prompt, count in rows_of.items() if held.get(prompt))
+    any_held = any(held.get(prompt) for prompt in rows_of)
+    any_kept = any(held.get(prompt) is False for prompt in rows_of)
+    rest = []
+    for prompt in sorted(prompt for prompt in rows_of if prompt not in held):
+        held[prompt] = rows_of[prompt] <= missing
+        if held[prompt]:
+            missing -= rows_of[prompt]
+            any_held = True
+        else:
+            rest.append(prompt)
+    if not rest or (len(rest) == 1 and not any_kept):
+        return
+    # Each remaining prompt has more rows than are missing. One more may still be nearer.
+    smallest = min(rest, key=lambda prompt: rows_of[prompt])
+    if rows_of[smallest] < 2 * missing or not any_held:
+        held[smallest] = True

@@ -1,0 +1,231 @@
+"""Puts several datasets in the normal form together, by shares if they are given."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import math
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import xxhash
+
+from dpofast.columns import ID_COLUMNS, REF_COLUMNS
+from dpofast.data.reading.normal_form import SourceNotes, normal_form, source_notes
+from dpofast.data.reading.preferences import load_preferences
+from dpofast.data.reading.shares import largest_counts
+from dpofast.errors import ConfigError, DataError
+
+logger = logging.getLogger(__name__)
+
+SOURCE = "source"  # the column with the name of the dataset that a row comes from
+LEFT_OUT = -1  # in place of a dataset's number, for a row without a pair
+_NONE = -2  # the number of no dataset
+
+
+def mix_preferences(
+    sets: Mapping[str, Any], shares: Mapping[str, float] | None = None, *, seed: int = 42
+) -> datasets.Dataset:
+    """Put several datasets together.
+
+    Without shares, the mixture has all rows of all datasets. With shares, it is the largest one
+    that repeats no row and has each dataset's share within one row. The rows that are taken of a
+    dataset depend on the seed and on the rows' numbers, not on the other datasets.
+
+    Args:
+        sets: name -> pairs in any form that `load_preferences` reads.
+        shares: name -> positive number, for all names. They are divided by their sum.
+        seed: decides which rows are taken of a dataset.
+
+    Returns:
+        A Dataset in the normal form, with one more column: `source`, the name of the dataset that
+        a row comes from. `row` is the row's index there. Datasets and rows keep their order.
+
+    Raises:
+        DataError: the datasets don't go together, or a share leaves a dataset without a row.
+        ConfigError: a share isn't a positive number, or the names of the shares are others.
+    """
+    if not sets:
+        raise ConfigError("sets is empty; name at least one dataset")
+    if shares is not None:
+        check_shares(shares, sets)
+    parts = {name: load_preferences(source, name=name) for name, source in sets.items()}
+    _refuse_mixtures(parts)
+    _refuse_two_kinds(parts)
+    _refuse_half_scored(parts)
+    tables = []
+    for name, part in parts.items():
+        table = part.with_format("arrow")[:]
+        tables.append(table.append_column(SOURCE, pa.array([name] * len(part), pa.string())))
+    notes = functools.reduce(SourceNotes.merged, map(source_notes, parts.values()))
+    # A column that only some datasets have is filled with nulls.
+    mixture = normal_form(pa.concat_tables(tables, promote_options="default"), notes)
+    if shares is not None:
+        return take_shares(mixture, shares, seed)
+    counts = rows_by_source(mixture)
+    taken = ", ".join(f"{count:,} from {name}" for name, count in counts.items())
+    logger.info("mixture: %s pairs, %s", f"{sum(counts.values()):,}", taken)
+    return mixture
+
+
+def take_shares(
+    mixture: datasets.Dataset,
+    shares: Mapping[str, float],
+    seed: int,
+    *,
+    name: str = "mixture",
+    at_most: int | None = None,
+) -> datasets.Dataset:
+    """Select rows so that the datasets of a mixture have these shares.
+
+    Rows that were left out when they were read don't count. They stay, so that they are reported.
+
+    Args:
+        mixture: result of `mix_preferences`, or a selection of its rows.
+        shares: name of a dataset -> positive number, for all datasets of the mixture.
+        seed: decides which rows are taken.
+        name: name of the mixture, used in errors and the log.
+        at_most: most rows to take; None for as many as there are.
+
+    Raises:
+        DataError: a share leaves a dataset without a row.
+    """
+    found, source = sources_of(mixture)
+    available = {key: int(np.sum(source == found.get(key, _NONE))) for key in shares}
+    counts = taken_of(available, shares, name, at_most)
+    rows = _column(mixture, "row").to_numpy()
+    chosen = [np.flatnonzero(source == LEFT_OUT)]
+    for key, count in counts.items():
+        indices = np.flatnonzero(source == found[key])
+        # Ranks by a hash of the row's number don't change when other rows are held out. numpy
+        # doesn't promise that a seed gives the same permutation in its next version.
+        ranks = [xxhash.xxh3_64_intdigest(b"%d" % row, seed % 2**64) for row in rows[indices]]
+        first = np.argsort(np.array(ranks, dtype=np.uint64), kind="stable")[:count]
+        chosen.append(indices[first])
+    size = sum(counts.values())
+    taken = ", ".join(
+        f"{count:,} of {available[key]:,} from {key} ({count / size:.2%})"
+        for key, count in counts.items()
+    )
+    logger.info("%s: %s pairs, %s", name, f"{size:,}", taken)
+    return mixture.select(np.sort(np.concatenate(chosen)))
+
+
+def taken_of(
+    available: Mapping[str, int],
+    shares: Mapping[str, float],
+    name: str,
+    at_most: int | None = None,
+) -> dict[str, int]:
+    """Name of each dataset -> rows that `take_shares` takes of it.
+
+    Raises:
+        DataError: a share leaves a dataset without a row.
+    """
+    counts = None
+    if min(available.values()):
+        wanted = [shares[key] for key in available]
+        counts = largest_counts(list(available.values()), wanted, at_most)
+    if counts is None:
+        smallest = min(available, key=lambda key: (min(available[key], 1), shares[key]))
+        has = ", ".join(f"{key} has {rows:,}" for key, rows in available.items())
+        raise DataError(
+            f"{name}: the shares leave no pair of {smallest} ({has}); "
+            + ("raise its share" if available[smallest] else "hold out more or fewer pairs")
+            + ", give it more pairs, or leave it out"
+        )
+    return dict(zip(available, counts, strict=True))
+
+
+def rows_by_source(dataset: datasets.Dataset) -> dict[str, int]:
+    """Name of each dataset in a mixture -> number of its pairs; empty if it isn't a mixture."""
+    if SOURCE not in dataset.column_names:
+        return {}
+    found, source = sources_of(dataset)
+    return {name: int(np.sum(source == number)) for name, number in found.items()}
+
+
+def sources_of(dataset: datasets.Dataset, name: str = "") -> tuple[dict[str, int], np.ndarray]:
+    """Number the datasets of a mixture in the order in which they first occur.
+
+    Args:
+        dataset: a mixture; or a single dataset, which gets the number 0.
+        name: name of a single dataset.
+
+    Returns:
+        Name of each dataset -> its number; and the number for each row, [n] int, LEFT_OUT for a
+        row that was left out when it was read.
+    """
+    if SOURCE in dataset.column_names:
+        encoded = _column(dataset, SOURCE).combine_chunks().dictionary_encode()
+        names, numbers = encoded.dictionary.to_pylist(), encoded.indices.to_numpy()
+    else:
+        names, numbers = [name], np.zeros(len(dataset), dtype=np.int32)
+    if "left_out" in dataset.column_names:
+        has_pair = _column(dataset, "left_out").is_null().to_numpy()
+        numbers = np.where(has_pair, numbers, LEFT_OUT)
+    return {name: number for number, name in enumerate(names)}, numbers
+
+
+def check_shares(shares: Mapping[str, float], names: Collection[str]) -> None:
+    """Raise ConfigError unless there is a positive number for each of these datasets."""
+    if set(shares) != set(names):
+        raise ConfigError(
+            f"shares are given for {', '.join(map(repr, shares)) or 'nothing'}, but the datasets "
+            f"are {', '.join(map(repr, names))}; give each of them one share."
+        )
+    for name, share in shares.items():
+        is_number = isinstance(share, int | float) and not isinstance(share, bool)
+        if not is_number or not math.isfinite(share) or share <= 0:
+            raise ConfigError(
+                f"got {share!r} as the share of {name!r}, expected a number above 0; leave a "
+                "dataset out if it is to give nothing."
+            )
+
+
+def _column(dataset: datasets.Dataset, name: str) -> pa.ChunkedArray:
+    """A column in Arrow; `dataset[name]` would read it row by row."""
+    return dataset.select_columns([name]).with_format("arrow")[:][name]
+
+
+def _kind_of(dataset: datasets.Dataset) -> str:
+    """What the pairs of a dataset in the normal form are: token ids, text or messages."""
+    if ID_COLUMNS[0] in dataset.column_names:
+        return "token ids"
+    return "text" if dataset.features["prompt"] == datasets.Value("string") else "messages"
+
+
+def _refuse_mixtures(parts: Mapping[str, datasets.Dataset]) -> None:
+    for name, part in parts.items():
+        if SOURCE in part.column_names:
+            raise DataError(f"{name} is a mixture already; mix all its datasets at once")
+
+
+def _refuse_two_kinds(parts: Mapping[str, datasets.Dataset]) -> None:
+    kinds = {name: _kind_of(part) for name, part in parts.items()}
+    (first, kind), *others = kinds.items()
+    for name, other in others:
+        if other != kind:
+            remedy = (
+                "give the texts of both, or the token ids of both"
+                if "token ids" in (kind, other)
+                else "write both as messages, or both as text"
+            )
+            raise DataError(
+                f"{first} has {kind}, but {name} has {other}, and the pairs of a run are all of "
+                f"one kind; {remedy}"
+            )
+
+
+def _refuse_half_scored(parts: Mapping[str, datasets.Dataset]) -> None:
+    scored = {name: set(REF_COLUMNS) <= set(part.column_names) for name, part in parts.items()}
+    if len(set(scored.values())) == 2:
+        having = next(name for name in scored if scored[name])
+        without = next(name for name in scored if not scored[name])
+        raise DataError(
+            f"{having} has {' and '.join(REF_COLUMNS)}, but {without} has not, and they come from "
+            "all datasets of a run or from none; give them to both, or leave these columns out"
+        )
