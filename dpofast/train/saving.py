@@ -23,6 +23,7 @@ from dpofast.errors import ConfigError, DPOFastError, ModelError, one_line
 from dpofast.model.parts import causal_lm, is_peft_model, num_bytes
 from dpofast.model.saved_names import difference_in_files, difference_in_memory
 from dpofast.model.vocabulary import vocabulary_of
+from dpofast.monitor.guard import ReportGuard
 from dpofast.options.config import DPOConfig
 from dpofast.zero.weights import spread
 
@@ -46,7 +47,8 @@ def check_saving(model: nn.Module, tokenizer: Any, config: DPOConfig) -> None:
             way that from_pretrained could load.
     """
     if config.should_save:
-        warn_if_full(Path(config.output_dir), model, config)
+        with ReportGuard()("looking for room on the disk"):
+            warn_if_full(Path(config.output_dir), model, config)
     _refuse_pad_without_row(model, tokenizer)
     _check_names(model)
     with tempfile.TemporaryDirectory() as folder:

@@ -91,6 +91,16 @@ def test_second_run_needs_no_reference_forward(
     assert "0 forward passes" in capsys.readouterr().out
 
 
+def test_a_summary_that_cannot_be_written_ends_no_run(
+    tmp_path: Path, model_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "run" / "summary.json").mkdir(parents=True)
+    assert main(run_arguments(tmp_path, model_folder)) == 0
+    assert (tmp_path / "run" / "model.safetensors").is_file()
+    printed = "".join(capsys.readouterr().out.splitlines())
+    assert "model, summary.json, metrics.jsonl and training.png: " in printed
+
+
 def test_yaml_file_trains_an_adapter_and_eval_measures_it(
     tmp_path: Path, model_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 
+import peft
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -66,6 +67,19 @@ def test_a_compiled_model_trains_and_loads_again(tmp_path, plain, compile_it, ca
         assert torch.equal(own, other)
     (line,) = [record.message for record in caplog.records if "torch.compile" in record.message]
     assert line.startswith("model: torch.compile is taken off")
+
+
+@pytest.mark.parametrize("compile_it", [whole, body, every_layer])
+def test_an_adapter_of_a_compiled_model_loads_again(tmp_path, compile_it):
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"])
+    trainer = run(tmp_path, peft.get_peft_model(compile_it(tiny_llama()), config))
+    trainer.save_model(str(tmp_path / "saved"))
+    again = peft.PeftModel.from_pretrained(tiny_llama(), tmp_path / "saved")
+    input_ids = torch.arange(3, 40)[None]
+    with torch.no_grad():
+        logits = [model.eval()(input_ids).logits for model in (trainer.model, again, tiny_llama())]
+    assert torch.equal(logits[0], logits[1])
+    assert not torch.equal(logits[0], logits[2])
 
 
 def test_a_compiled_reference_scores_as_a_plain_one(tmp_path):
