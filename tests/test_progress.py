@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 
 import pytest
+from datasets import enable_progress_bars
 from datasets.utils.tqdm import tqdm as datasets_bar
 from huggingface_hub.utils import tqdm as hub_bar
 from tqdm import tqdm as plain_bar
@@ -40,6 +41,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch):
     monkeypatch.delenv("RANK", raising=False)
+    enable_progress_bars()  # other tests switch them off
     return Clock(monkeypatch)
 
 

@@ -77,6 +77,8 @@ def check(source):
     except DataError:
         return
     assert load_preferences(pairs.to_list()).to_list() == pairs.to_list(), "read once or twice"
+    # A row with several rejected answers has several pairs. Here, each pair has its own number.
+    pairs = pairs.remove_columns("row").add_column("row", list(range(len(pairs))))
     for tokenizer in (TOKENIZER, PLAIN_TOKENIZER):
         try:
             tokens, report = tokenize_preferences(pairs, tokenizer, max_length=None)
