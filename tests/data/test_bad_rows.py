@@ -24,7 +24,7 @@ def good(number):
 
 # Eight kinds of bad rows, each as a line of a file, with the reason.
 BAD = {
-    "null answer": ({**good(0), "chosen": None}, "chosen is null"),
+    "null in a prompt": ({**good(0), "prompt": [None]}, "prompt has no messages"),
     "number": ({**good(0), "rejected": 4}, "rejected is not a list of messages but int"),
     "no column": ({"prompt": [user("a")], "chosen": "b"}, "no column 'rejected'"),
     "broken JSON": ('{"prompt": ', "broken JSON"),
@@ -117,6 +117,16 @@ EMPTY = {
     "text": ({"prompt": "a", "chosen": "b", "rejected": "c"}, {"chosen": ""}),
     "blank text": ({"prompt": "a", "chosen": "b", "rejected": "c"}, {"rejected": " \n\t"}),
     "message": (good(1), {"rejected": [assistant("")]}),
+    "null": (good(1), {"chosen": None}),
+    "null text": ({"prompt": "a", "chosen": "b", "rejected": "c"}, {"rejected": None}),
+    "null content": (good(1), {"rejected": [assistant(None)]}),
+    "object": (good(1), {"rejected": {}}),
+    "list of nothing": (good(1), {"rejected": [{}]}),
+    "no message": (good(1), {"rejected": []}),
+    "no message beside a text": (
+        {"prompt": "a", "chosen": "b", "rejected": "c"},
+        {"rejected": []},
+    ),
     "null free blocks": (good(1), {"chosen": [assistant([{"type": "text", "text": " "}])]}),
     "conversation": (
         {"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: a\n\nAssistant: c"},
@@ -143,11 +153,12 @@ def test_a_call_of_a_tool_is_no_empty_answer():
 
 
 def test_one_bad_row_keeps_its_short_message(tmp_path):
-    path = write(tmp_path / "pairs.jsonl", [good(0), {**good(1), "chosen": None}])
+    path = write(tmp_path / "pairs.jsonl", [good(0), {**good(1), "chosen": 4}])
     with pytest.raises(DataError) as caught:
         load_preferences(path)
     assert str(caught.value) == (
-        f"{path}, line 2: chosen is null; give it an answer or remove the row "
+        f"{path}, line 2: chosen is not a list of messages but int 4; "
+        'write [{"role": "user", "content": "..."}] '
         "(skip_bad_rows: true leaves such rows out)"
     )
 

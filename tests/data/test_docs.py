@@ -20,7 +20,7 @@ ROWS = [
 ]
 BROKEN_FILES = {
     "pairs.jsonl": '{"prompt": "a", "chosen": "b", "rejected": "c"}\n\n'
-    '{"prompt": "a", "chosen": null, "rejected": "c"}\n',
+    '{"prompt": "a", "chosen": 4, "rejected": "c"}\n',
     "pairs.json": "[\n{}" + ",\n{}" * 6 + ',\n{"prompt": 1 "a"}]',
     "pairs.csv": "prompt,chosen\na,b\n",
 }

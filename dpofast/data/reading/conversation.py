@@ -6,10 +6,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from dpofast.data.reading.implicit import split_messages
+from dpofast.data.reading.json_text import refuse_messages
 from dpofast.data.reading.messages import (
     CALLS,
     Message,
+    check_contents,
     content_text,
+    is_empty_answer,
     read_answer,
     speaker,
 )
@@ -44,10 +47,16 @@ def read_conversation(
     chosen, rejected = (
         _read_answer(row.get(c), row.name(c), roles) for c in ("chosen", "rejected")
     )
+    if isinstance(prompt, list):
+        check_contents(prompt, what)
+    written = (chosen, rejected)
     if chosen and rejected:
         prompt, chosen, rejected = _divide(prompt, chosen, rejected, what)
     elif not isinstance(prompt, list):
         prompt = []  # the empty answer has the pair left out
+    if not (is_empty_answer(chosen) or is_empty_answer(rejected)):
+        for messages, column in zip(written, ("chosen", "rejected"), strict=True):
+            check_contents(messages, row.name(column))
     prompt = with_system(row.get("system"), prompt)
     refuse_weights(chosen, row.name("chosen"))
     refuse_weights(rejected, row.name("rejected"))
@@ -73,7 +82,10 @@ def with_system(system: Any, messages: list[Message]) -> list[Message]:
 
 def has_system(system: Any) -> bool:
     """Whether the column `system` says anything; raises a RowError if it isn't text."""
-    return system is not None and bool(text_of(system, "system").strip())
+    if system is None:
+        return False
+    refuse_messages(text_of(system, "system"), "system")
+    return bool(system.strip())
 
 
 def _read_answer(value: Any, what: str, roles: Mapping[str, str]) -> list[Message]:

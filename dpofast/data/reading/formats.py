@@ -10,8 +10,17 @@ from typing import Any
 from dpofast.columns import ID_COLUMNS, PAIR_COLUMNS, REF_COLUMNS
 from dpofast.data.reading.conversation import read_conversation
 from dpofast.data.reading.instruction import read_instruction
-from dpofast.data.reading.json_text import parse_answers, parse_messages, refuse_python_messages
-from dpofast.data.reading.messages import is_messages, read_messages
+from dpofast.data.reading.json_text import (
+    IMPLICIT,
+    JSON,
+    MESSAGES,
+    TEXT,
+    parse_answers,
+    parse_messages,
+    parse_several,
+    speakers,
+)
+from dpofast.data.reading.messages import read_messages
 from dpofast.data.reading.options import (
     MEDIA_COLUMNS,
     reference_logps,
@@ -28,6 +37,7 @@ from dpofast.data.reading.tokenised import (
     OLD_ID_COLUMNS,
     read_tokenised,
 )
+from dpofast.data.reading.written import Written, is_messages, messages_in
 
 # Columns that some format reads.
 COLUMNS = (
@@ -72,8 +82,9 @@ def _each_rejected(row: Row) -> list[Row]:
 
     A list of messages is one answer, and so is a list of JSON texts that are messages.
     """
-    value, name = parse_messages(row.get("rejected")), row.name("rejected")
-    if not isinstance(value, list | tuple) or is_messages(value):
+    name = row.name("rejected")
+    chosen, value = parse_several(row.get("chosen"), row.get("rejected"), name)
+    if not isinstance(value, list | tuple) or messages_in(value).kind == "messages":
         return [row]
     if not any(isinstance(answer, str | list | tuple) for answer in value):
         return [row]  # empty, or no answers at all, which the reader of the answer says
@@ -85,7 +96,7 @@ def _each_rejected(row: Row) -> list[Row]:
         )
     rows = []
     for index, answer in enumerate(value):
-        values = {**row.values, "rejected": answer}
+        values = {**row.values, "chosen": chosen, "rejected": answer}
         if isinstance(logps[1], list):
             values["ref_rejected_logps"] = logps[1][index]
         names = {**row.names, "rejected": f"{name}[{index}]"}
@@ -111,28 +122,53 @@ def _with_row_columns(pair: Pair, row: Row) -> Pair:
 def _read_form(row: Row, roles: Mapping[str, str]) -> Pair:
     # The order matters: a file with prompts often has the chosen conversation in `messages`, too.
     if "prompt" in row:
-        return _read_explicit(row, roles)
+        prompt = parse_messages(row.get("prompt"), "prompt")
+        if not _is_absent(prompt, row):
+            return _read_explicit(row, prompt, roles)
     for column in ("messages", "conversations"):
         if row.get(column) is not None:
-            refuse_python_messages(row.get(column), row.name(column))
-            value = parse_messages(row.get(column), single=True)
-            prompt = read_messages(value, row.name(column), roles)
+            name = row.name(column)
+            prompt = read_messages(parse_messages(row.get(column), name), name, roles)
             columns = row.listed(column, "chosen", "rejected")
-            row, used = _parsed(row, single=True), row.used(column)
-            return read_conversation(row, prompt, row.name(column), columns, roles, used)
+            used = row.used(column)
+            row = _parsed(row, JSON if isinstance(row.get(column), str) else MESSAGES)
+            return read_conversation(row, prompt, name, columns, roles, used)
     if row.get("instruction") is not None:
-        return read_instruction(_parsed(row, single=False), roles)
-    return _read_implicit(_parsed(row, single=False), roles)
+        return read_instruction(_parsed(row, TEXT), roles)
+    return _read_implicit(_parsed(row, IMPLICIT), roles)
 
 
-def _read_explicit(row: Row, roles: Mapping[str, str]) -> Pair:
-    """A row with a prompt column."""
+def _is_absent(prompt: Any, row: Row) -> bool:
+    """Whether a prompt column says nothing, and the prompt is in another place.
+
+    Raises:
+        RowError: the prompt is nowhere else.
+    """
+    if prompt == "" or messages_in(prompt).kind != "empty":
+        return False
+    if any(row.get(column) is not None for column in ("messages", "conversations", "instruction")):
+        return True
+    answers = [messages_in(row.get(column)) for column in PAIR_COLUMNS[1:]]
+    if all(_is_whole(answer) or answer.kind == "empty" for answer in answers):
+        return True
+    if isinstance(prompt, str):
+        return False
+    if prompt is None:
+        text_of(prompt, "prompt")
+    raise RowError("prompt has no messages; give it one or remove the row")
+
+
+def _is_whole(answer: Written) -> bool:
+    """Whether an answer is a whole conversation, with somebody's question."""
+    return answer.kind in ("json", "messages") and "user" in speakers(answer.value)
+
+
+def _read_explicit(row: Row, prompt: Any, roles: Mapping[str, str]) -> Pair:
+    """A row with a prompt column, whose JSON text is parsed already."""
     columns, used = row.listed(*PAIR_COLUMNS), row.used("prompt")
-    refuse_python_messages(row.get("prompt"), "prompt")
-    prompt = parse_messages(row.get("prompt"))
-    if is_messages(prompt) or isinstance(prompt, list | tuple):
+    if isinstance(prompt, list | tuple | Mapping):
         messages = read_messages(prompt, "prompt", roles)
-        row = _parsed(row, single=True)
+        row = _parsed(row, JSON if isinstance(row.get("prompt"), str) else MESSAGES)
         pair = read_conversation(row, messages, "prompt", columns, roles, used)
         # An instruction row in the normal form, read again.
         if isinstance(row.get("plain_prompt"), str):
@@ -140,8 +176,11 @@ def _read_explicit(row: Row, roles: Mapping[str, str]) -> Pair:
             pair = replace(pair, used=pair.used | {"plain_prompt"})
         return pair
     prompt = text_of(prompt, "prompt")
-    row = _parsed(row, single=False)
-    if all(_are_messages(row.get(column)) for column in ("chosen", "rejected")):
+    row = _parsed(row, TEXT)
+    answers = [row.get(column) for column in PAIR_COLUMNS[1:]]
+    if any(map(_are_messages, answers)) and all(
+        isinstance(answer, str) or _are_messages(answer) for answer in answers
+    ):
         return read_conversation(row, prompt, "prompt", columns, roles, used)
     return read_text(row)
 
@@ -152,20 +191,20 @@ def _read_implicit(row: Row, roles: Mapping[str, str]) -> Pair:
         return read_implicit_text(row)
     for column in ("chosen", "rejected"):
         if not isinstance(row.get(column), list | tuple | Mapping):
-            # Raises for a number or null. Its error asks for text, which is more likely what the
-            # user wanted to write than messages.
+            # Raises for a number. Its error asks for text, which is more likely what the user
+            # wanted to write than messages.
             text_of(row.get(column), row.name(column))
     columns = row.listed("chosen", "rejected")
     return read_conversation(row, None, "", columns, roles, frozenset())
 
 
-def _parsed(row: Row, *, single: bool) -> Row:
+def _parsed(row: Row, prompt: str) -> Row:
     """The row with answers from JSON text; see `parse_answers`."""
     answers = parse_answers(
         row.get("chosen"),
         row.get("rejected"),
         names=(row.name("chosen"), row.name("rejected")),
-        single=single,
+        prompt=prompt,
     )
     values = {**row.values, **dict(zip(("chosen", "rejected"), answers, strict=True))}
     return replace(row, values=values)
@@ -192,8 +231,6 @@ def _refuse_unpaired(row: Row) -> None:
 def _require_answers(row: Row, found: Sequence[str]) -> None:
     for column in ("chosen", "rejected"):
         if column in row:
-            if row.get(column) is None:
-                raise RowError(f"{column} is null; give it an answer or remove the row")
             continue
         near = difflib.get_close_matches(column, [str(name) for name in found], n=1)
         example = near[0] if near else "your_column"

@@ -8,6 +8,7 @@ from contextlib import suppress
 from typing import Any
 
 from dpofast.data.reading.conversation import has_system, read_conversation
+from dpofast.data.reading.json_text import refuse_messages
 from dpofast.data.reading.messages import Message
 from dpofast.data.reading.pair import Pair, Row
 from dpofast.data.reading.row_error import RowError, shown, text_of
@@ -23,6 +24,7 @@ def read_instruction(row: Row, roles: Mapping[str, str]) -> Pair:
     """
     instruction = text_of(row.get("instruction"), "instruction")
     given = "" if row.get("input") is None else text_of(row.get("input"), "input")
+    refuse_messages(instruction, "instruction")
     if not (instruction.strip() or given.strip()):
         raise RowError("instruction and input are both empty; give one of them a text")
     content = f"{instruction}\n{given}" if given else instruction

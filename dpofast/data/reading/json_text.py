@@ -2,116 +2,172 @@
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Mapping
 from typing import Any
 
-from dpofast.data.reading.messages import CALLS, is_messages
+from dpofast.data.reading.messages import ROLES, speaker
 from dpofast.data.reading.row_error import RowError, shown
+from dpofast.data.reading.written import Written, decode, is_messages, messages_in
 
-# Messages as `str` or NumPy prints them, which is no JSON.
-_PYTHON_MESSAGES = re.compile(
-    r"\s*[\[(]\s*\{\s*'(?:role|from|content|value)'\s*:.*\}\s*,?\s*[\])]\s*", re.DOTALL
-)
-_PYTHON_MESSAGE = re.compile(r"\s*\{\s*'(?:role|from|content|value)'\s*:.*\}\s*", re.DOTALL)
+# How a row gives its prompt: as messages, as their JSON, as text, or at the beginning of answers.
+MESSAGES, JSON, TEXT, IMPLICIT = "messages", "JSON", "text", "implicit"
 
 
-def parse_messages(value: Any, *, single: bool = False) -> Any:
+def parse_messages(value: Any, what: str) -> Any:
     """The messages that `value` holds as JSON text; any other value comes back unchanged.
 
     Args:
-        value: a text that is, as a whole, a JSON list of messages; or a list of JSON texts, one per
-            message, as the normal form has.
-        single: also take the text of a JSON object for one message.
+        value: a text that is, as a whole, the JSON of messages or of one message; or a list of JSON
+            texts, one per message, as the normal form has.
+        what: name of the value, used in errors.
+    Raises:
+        RowError: it is messages as Python prints them, or broken JSON of messages.
     """
-    if isinstance(value, list | tuple) and value and all(isinstance(item, str) for item in value):
-        found = [_parse(item, "{") for item in value]
-        return found if all(map(_is_message, found)) else value
-    if isinstance(value, str):
-        parsed = _parse(value, "[{" if single else "[")
-        messages = [parsed] if isinstance(parsed, Mapping) else parsed
-        if isinstance(messages, list) and messages and all(map(_is_message, messages)):
-            return parsed
-    return value
+    found = messages_in(value)
+    if found.kind in ("python", "broken"):
+        raise _unreadable(found, what, value)
+    hollow = found.kind == "hollow" and speakers(found.value) <= set(ROLES.values())
+    return found.value if found.kind in ("json", "messages") or hollow else value
+
+
+def refuse_messages(text: str, what: str) -> None:
+    """Refuse a text that is messages, in a place where there can only be the text of one.
+
+    Raises:
+        RowError: it is JSON of messages, or messages as Python prints them.
+    """
+    found = messages_in(text)
+    if found.kind == "json":
+        raise RowError(
+            f"{what} is messages as JSON: {shown(text)}; write its text, or give the messages in a "
+            "column prompt"
+        )
+    if found.kind in ("python", "broken"):
+        raise _unreadable(found, what, text)
 
 
 def parse_answers(
-    chosen: Any, rejected: Any, *, names: tuple[str, str], single: bool
+    chosen: Any, rejected: Any, *, names: tuple[str, str], prompt: str
 ) -> tuple[Any, Any]:
-    """Two answers with messages from JSON text, if both answers are messages.
+    """Two answers with messages from JSON text.
 
     An answer can be a text that only looks like messages, for instance if the question asks for
-    JSON. So a text is messages only if the other answer is messages, too, or is blank.
+    JSON. So a text is messages only if the other answer is messages, too, or says nothing, or if
+    the prompt is messages and the text is an answer to it.
 
     Args:
         chosen, rejected: the answers as the row has them.
         names: names of the two, used in errors.
-        single: also take the text of a JSON object for one message.
+        prompt: how the row gives its prompt: MESSAGES, JSON, TEXT or IMPLICIT.
+    Returns:
+        The answers: messages or texts. One that says nothing is [] beside messages, otherwise "".
     Raises:
-        RowError: both answers are messages, but one of them is written as Python prints it.
+        RowError: an answer is messages, but they are broken or written as Python prints them.
     """
     given = (chosen, rejected)
-    found = [parse_messages(value, single=single) for value in given]
-    printed = [_is_python(value, single) for value in found]
-    if any(printed) or any(map(is_messages, found)):
-        found = [[] if _is_blank(value) else value for value in found]
-    spoken = [is_messages(value) or value == [] for value in found]
-    if not all(is_one or python for is_one, python in zip(spoken, printed, strict=True)):
-        # A list of JSON texts can't be a text, so it is messages whatever the other answer is.
-        first, second = (v if isinstance(v, str) else f for v, f in zip(given, found, strict=True))
-        return first, second
-    for value, name, python in zip(found, names, printed, strict=True):
-        if python:
-            raise python_messages(name, value)
-    return found[0], found[1]
+    found = [_demoted(messages_in(value), prompt) for value in given]
+    if not _are_messages(found, prompt):
+        return tuple(_text(each, value) for each, value in zip(found, given, strict=True))
+    # An answer that is real messages says nothing about how the other one is written.
+    real = any(each.kind == "messages" for each in found)
+    answers = [
+        _answer(each, value, name, real)
+        for each, value, name in zip(found, given, names, strict=True)
+    ]
+    return answers[0], answers[1]
 
 
-def refuse_python_messages(value: Any, what: str) -> None:
-    """Refuse a text that is a list of messages as Python prints it.
+def parse_several(chosen: Any, rejected: Any, what: str) -> tuple[Any, Any]:
+    """Several rejected answers from JSON text, beside a chosen one that is messages.
 
-    Args:
-        value: anything found in a row.
-        what: name of the value, used in errors.
+    Returns:
+        The chosen answer, whose messages are parsed as well if there are several rejected ones, and
+        the rejected ones.
     Raises:
-        RowError: it is such a text.
+        RowError: the rejected answers are written as Python prints them.
     """
-    if _is_python(value, single=False):
-        raise python_messages(what, value)
+    if not isinstance(rejected, str):
+        return chosen, rejected
+    beside, several = messages_in(chosen), decode(rejected)
+    if beside.kind not in ("json", "messages") or not isinstance(several.value, list):
+        return chosen, rejected
+    if messages_in(rejected).kind != "text":
+        return chosen, rejected  # one answer
+    if not several.value or not all(isinstance(item, str | list) for item in several.value):
+        return chosen, rejected
+    if several.kind == "python":
+        raise _unreadable(several, what, rejected)
+    return beside.value, several.value
 
 
-def python_messages(what: str, value: Any) -> RowError:
+def _demoted(found: Written, prompt: str) -> Written:
+    """One object beside a text prompt is a message only if the assistant says it."""
+    one = found.kind in ("json", "python") and isinstance(found.value, Mapping)
+    if one and prompt == TEXT and speakers(found.value) != {"assistant"}:
+        return Written("text")
+    return found
+
+
+def _are_messages(found: list[Written], prompt: str) -> bool:
+    spoken = [each.kind in ("json", "python", "messages") for each in found]
+    if any(_is_certain(each, prompt) for each in found):
+        return True
+    return any(spoken) and all(each.kind != "text" for each in found)
+
+
+def _is_certain(found: Written, prompt: str) -> bool:
+    """Whether an answer is messages, whatever the other one is."""
+    if found.kind == "messages":
+        return True
+    if found.kind == "broken":
+        return prompt in (JSON, IMPLICIT)
+    if found.kind not in ("json", "python") or prompt == TEXT:
+        return False
+    if prompt == IMPLICIT:
+        return True
+    if prompt == JSON:
+        last = found.value[-1] if isinstance(found.value, list) else found.value
+        return speakers(last) == {"assistant"}
+    return speakers(found.value) <= {"assistant", "tool"}
+
+
+def _answer(found: Written, value: Any, name: str, real: bool) -> Any:
+    """An answer of a pair whose answers are messages."""
+    if found.kind in ("python", "broken"):
+        raise _unreadable(found, name, value)
+    if found.kind in ("json", "messages"):
+        return found.value
+    if not isinstance(value, str) or not value.strip():
+        return [] if found.kind == "empty" else value
+    if real:
+        return value
+    if found.kind in ("empty", "hollow"):
+        return []
+    if value.lstrip().startswith("[{"):  # cut off within the name of a key
+        raise _unreadable(Written("broken"), name, value)
+    return value
+
+
+def _text(found: Written, value: Any) -> Any:
+    return "" if found.kind == "empty" and not isinstance(value, str) else value
+
+
+def speakers(messages: Any) -> set[str]:
+    """Who speaks in decoded messages; what isn't a message counts as nobody."""
+    names = set()
+    for message in [messages] if isinstance(messages, Mapping) else messages:
+        role = message.get("role") or message.get("from") if is_messages(message) else None
+        names.add(speaker({"role": str(role or "")}))
+    return names
+
+
+def _unreadable(found: Written, what: str, value: Any) -> RowError:
+    if found.kind == "broken":
+        return RowError(
+            f"{what} looks like messages as JSON, but is broken: {shown(value)}; write it with "
+            "json.dumps"
+        )
     return RowError(
         f"{what} is messages as Python prints them, not JSON: {shown(value)}; "
         "write it with json.dumps"
     )
-
-
-def _is_python(value: Any, single: bool) -> bool:
-    if not isinstance(value, str):
-        return False
-    forms = (_PYTHON_MESSAGES, _PYTHON_MESSAGE) if single else (_PYTHON_MESSAGES,)
-    return any(form.fullmatch(value) for form in forms)
-
-
-def _is_blank(value: Any) -> bool:
-    return isinstance(value, str) and not value.strip()
-
-
-def _parse(text: str, starts: str) -> Any:
-    """The JSON value in a text that begins with one of the characters `starts`, otherwise None."""
-    begin = text.lstrip()[:1]
-    if not begin or begin not in starts:
-        return None
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        return None
-
-
-def _is_message(value: Any) -> bool:
-    if not isinstance(value, Mapping):
-        return False
-    if "role" in value:
-        return any(key in value for key in ("content", *CALLS))
-    return "from" in value and "value" in value

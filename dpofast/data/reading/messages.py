@@ -7,11 +7,12 @@ chat template unchanged. Only messages with the keys `from` and `value` (ShareGP
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from dpofast.data.reading.row_error import RowError, shown, text_of
+from dpofast.data.reading.written import CALLS as CALLS
+from dpofast.data.reading.written import THOUGHTS, holds_blocks, messages_in
 
 # A message: role, content, and any further fields. Its values are plain JSON.
 Message = dict[str, Any]
@@ -34,30 +35,19 @@ ROLES = {
     "function_response": "tool",
     "ipython": "ipython",
 }
-# A list of blocks that was turned into text, by Python or as JSON.
-_PRINTED_BLOCKS = re.compile(
-    r"\s*\[\s*\{\s*(['\"])type\1\s*:\s*(['\"])(text|image|image_url)\2\s*,.*\}\s*\]\s*", re.DOTALL
-)
-# Fields with which a message says something even if its content is null or empty.
-CALLS = ("tool_calls", "function_call")
-
-
-def is_messages(value: Any) -> bool:
-    """Whether `value` looks like messages: an object, or a list that contains an object."""
-    if isinstance(value, Mapping):
-        return True
-    return isinstance(value, list | tuple) and any(isinstance(item, Mapping) for item in value)
 
 
 def read_messages(value: Any, what: str, roles: Mapping[str, str]) -> list[Message]:
     """Check messages, and convert those in ShareGPT's form.
+
+    A content that is null is left for `check_contents`, because an answer may be empty.
 
     Args:
         value: a list of messages, or one message.
         what: name of the value, used in errors.
         roles: role in the source -> role that templates know; wins over the built-in ROLES.
     Raises:
-        RowError: `value` isn't messages, or is empty, or a message has no role or no content.
+        RowError: `value` isn't messages, or is empty, or a message has no role.
     """
     if isinstance(value, Mapping):
         value = [value]
@@ -93,10 +83,31 @@ def content_text(content: Any) -> str:
 
 
 def is_empty_answer(messages: list[Message]) -> bool:
-    """Whether an answer has neither text nor calls of tools, so that it would teach nothing."""
+    """Whether an answer has neither text, thoughts nor tool calls, so that it teaches nothing."""
     return not any(
-        content_text(message.get("content")).strip() or any(map(message.get, CALLS))
-        for message in messages
+        content_text(message.get("content")).strip() or _says_more(message) for message in messages
+    )
+
+
+def check_contents(messages: Iterable[Message], what: str) -> None:
+    """Refuse a message whose content is null and that has no other field that says something.
+
+    Args:
+        messages: messages that were read.
+        what: name of their column, used in errors.
+    Raises:
+        RowError: there is such a message.
+    """
+    for index, message in enumerate(messages):
+        if message.get("content") is None and not _says_more(message):
+            raise RowError(f"the content of {what}[{index}] is null or missing; give it a text")
+
+
+def _says_more(message: Message) -> bool:
+    """Whether a message says something besides its content."""
+    return any(
+        field.strip() if isinstance(field, str) else field
+        for field in map(message.get, (*CALLS, *THOUGHTS))
     )
 
 
@@ -149,13 +160,22 @@ def _read_message(item: Any, what: str, roles: Mapping[str, str]) -> Message:
     if isinstance(message.get("content"), list):
         message["content"] = [_read_block(block, what) for block in message["content"]]
     elif message.get("content") is not None:
-        if _PRINTED_BLOCKS.fullmatch(text_of(message["content"], f"content of {what}")):
-            raise RowError(
-                f"the content of {what} is a list of blocks written as text; write the list itself"
-            )
-    elif not any(map(message.get, CALLS)):
-        raise RowError(f"the content of {what} is null or missing; give it a text")
+        _check_text(text_of(message["content"], f"content of {what}"), message, what)
     return message
+
+
+def _check_text(content: str, message: Message, what: str) -> None:
+    """Refuse a content that was blocks or messages before it was written as text."""
+    if holds_blocks(content):
+        raise RowError(
+            f"the content of {what} is a list of blocks written as text; write the list itself"
+        )
+    # An answer may be about messages.
+    asks = speaker(message) in ("user", "system")
+    if asks and messages_in(content).kind in ("json", "python"):
+        raise RowError(
+            f"the content of {what} is messages written as text; write the messages themselves"
+        )
 
 
 def _from_sharegpt(item: Mapping[Any, Any], what: str, roles: Mapping[str, str]) -> Message:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
 
-from dpofast.data.reading.json_text import parse_messages, refuse_python_messages
+from dpofast.data.reading.json_text import parse_messages
 from dpofast.data.reading.messages import speaker
 from dpofast.data.reading.pair import Row
 from dpofast.data.reading.row_error import RowError, shown
@@ -34,16 +34,29 @@ def under_our_names(values: Mapping[str, Any], roles: Mapping[str, str]) -> Row:
     """
     if values.get("chosen") is not None or values.get("rejected") is not None:
         return Row(values)
-    if all(values.get(name) is not None for name in _OPENAI):
-        return _from_openai(values)
-    for names in _ANSWER_NAMES:
-        if all(values.get(name) is not None for name in names):
-            return _renamed(values, dict(zip(("chosen", "rejected"), names, strict=True)))
-    for column in ("messages", "conversations"):
-        for rejected in ("rejected_messages", "rejected_response"):
-            if values.get(column) is not None and values.get(rejected) is not None:
-                return _from_swift(values, column, rejected, roles)
+    # A null answer is an empty one. But Arrow gives a row the columns of all rows, so a form whose
+    # answers are both there comes first.
+    for complete in (True, False):
+        if _has_pair(values, _OPENAI, complete):
+            return _from_openai(values)
+        for names in _ANSWER_NAMES:
+            if _has_pair(values, names, complete):
+                return _renamed(values, dict(zip(("chosen", "rejected"), names, strict=True)))
+        for column in ("messages", "conversations"):
+            for rejected in ("rejected_messages", "rejected_response"):
+                if values.get(column) is not None and _has_pair(
+                    values, (column, rejected), complete
+                ):
+                    return _from_swift(values, column, rejected, roles)
     return Row(values)
+
+
+def _has_pair(values: Mapping[str, Any], names: tuple[str, str], complete: bool) -> bool:
+    """Whether a row has these two columns, with a value in both or at least in one of them."""
+    filled = [values[name] is not None for name in names if name in values]
+    if len(filled) < len(names) or (not complete and {"chosen", "rejected"} & set(values)):
+        return False
+    return all(filled) if complete else any(filled)
 
 
 def _renamed(values: Mapping[str, Any], names: Mapping[str, str]) -> Row:
@@ -91,8 +104,7 @@ def _from_swift(
     `rejected_messages` is a whole conversation. `rejected_response` is only what takes the place of
     the messages after the last one from the user.
     """
-    refuse_python_messages(values[column], column)
-    conversation = parse_messages(values[column])
+    conversation = parse_messages(values[column], column)
     names = {"chosen": column, "rejected": rejected}
     sources = {ours: frozenset({theirs}) for ours, theirs in names.items()}
     taken = {name: v for name, v in values.items() if name not in (column, rejected, "prompt")}

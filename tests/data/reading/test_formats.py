@@ -171,7 +171,6 @@ def test_the_normal_form_is_read_again_as_itself():
 BAD_ROWS = {
     "missing rejected": ({"prompt": "a", "chosen": "b", "rejectd": "c"}, "'rejectd'"),
     "no columns": ({}, "no column 'chosen'"),
-    "null answer": ({**TEXT, "chosen": None}, "chosen is null"),
     "null prompt": ({**TEXT, "prompt": None}, "prompt is null"),
     "number": ({**TEXT, "chosen": 4}, "chosen is not text but int 4"),
     "bytes": ({**TEXT, "prompt": b"x"}, "prompt is not text but bytes"),

@@ -65,6 +65,37 @@ def test_an_empty_one_is_named_and_the_others_are_pairs():
     row = {"prompt": "2+2=", "chosen": "4", "rejected": ["5", "", "6"]}
     assert [pair.blank for pair in read(row)] == [None, "rejected", None]
     assert read({"prompt": PROMPT, "chosen": A, "rejected": [B, []]})[1].blank == "rejected"
+    row["rejected"] = ["5", None]
+    assert [pair.blank for pair in read(row)] == [None, "rejected"]
+    swift = {"messages": PROMPT + A, "rejected_response": ["5", None]}
+    assert [pair.blank for pair in read(swift)] == [None, "rejected"]
+
+
+@pytest.mark.parametrize("several", [[], [None], [[]]])
+@pytest.mark.parametrize(
+    "start", [{"prompt": "2+2=", "chosen": "4"}, {"prompt": PROMPT, "chosen": A}]
+)
+def test_no_answers_at_all_are_one_empty_answer(start, several):
+    (pair,) = read({**start, "rejected": several})
+    assert pair.blank == "rejected"
+
+
+@pytest.mark.parametrize("chosen", [A, json.dumps(A)])
+@pytest.mark.parametrize("start", [{"prompt": PROMPT}, {"prompt": json.dumps(PROMPT)}])
+@pytest.mark.parametrize("several", [[B, C], ["5", "6"], ["5", C], [json.dumps(B), json.dumps(C)]])
+def test_several_answers_in_one_json_text(start, chosen, several):
+    row = {**start, "chosen": chosen, "rejected": json.dumps(several)}
+    assert answers(row) == [(A, B), (A, C)]
+
+
+def test_several_answers_printed_by_python_are_refused():
+    with pytest.raises(RowError, match="rejected is messages as Python prints them"):
+        read({"prompt": PROMPT, "chosen": json.dumps(A), "rejected": str([B, C])})
+
+
+def test_a_list_as_json_beside_a_text_is_an_answer():
+    row = {"prompt": "Three in JSON.", "chosen": '["a", "b", "c"]', "rejected": '["a", "b"]'}
+    assert answers(row) == [(row["chosen"], row["rejected"])]
 
 
 def test_reference_log_probs_are_a_list_as_well():
@@ -77,9 +108,7 @@ def test_reference_log_probs_are_a_list_as_well():
 
 
 BAD = {
-    "null": ({"prompt": "2+2=", "chosen": "4", "rejected": ["5", None]}, r"rejected\[1\] is null"),
     "number": ({"prompt": "a", "chosen": "b", "rejected": ["c", 5]}, r"rejected\[1\] is not text"),
-    "no answer": ({"prompt": "a", "chosen": "b", "rejected": []}, "rejected is not text but list"),
     "numbers": ({"prompt": PROMPT, "chosen": A, "rejected": [5]}, r"rejected\[0\] is not a mess"),
     "inner": (
         {"prompt": PROMPT, "chosen": A, "rejected": [B, [{"content": "a"}]]},
@@ -90,7 +119,7 @@ BAD = {
         r"rejected\[0\] is not a message but str",
     ),
     "swift": (
-        {"messages": PROMPT + A, "rejected_response": ["5", None]},
+        {"messages": PROMPT + A, "rejected_response": ["5", 6]},
         r"rejected_response\[1\]",
     ),
     "chosen": ({"prompt": "a", "chosen": ["b", "c"], "rejected": "d"}, "chosen is not text but"),

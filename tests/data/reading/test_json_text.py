@@ -91,6 +91,119 @@ def test_one_answer_in_json_beside_a_text_is_an_answer_about_messages():
         assert read({**row, "prompt": PROMPT}).values["chosen"] == [assistant(text)]
 
 
+# An empty answer as a cell of a table can have it, beside JSON.
+HOLLOW = ["[]", "null", "{}", '[{"role": "assistant"}]', '[{"from": "gpt"}]', "", None, [], {}]
+
+
+@pytest.mark.parametrize("hollow", HOLLOW)
+def test_a_cell_without_messages_is_an_empty_answer(hollow):
+    for prompt in (json.dumps(PROMPT), PROMPT, "2+2?"):
+        row = {"prompt": prompt, "chosen": hollow, "rejected": json.dumps(B)}
+        assert read(row).blank == "chosen"
+        assert read({**row, "chosen": json.dumps(A), "rejected": hollow}).blank == "rejected"
+
+
+@pytest.mark.parametrize("cut", [-1, -3, -8, 14, 20])
+def test_a_broken_cell_beside_messages_is_refused(cut):
+    row = {column: json.dumps(value) for column, value in FORMS["prompt"].items()}
+    for column in row:
+        with pytest.raises(RowError, match=f"{column} looks like messages as JSON, but is broken"):
+            read({**row, column: row[column][:cut]})
+    for column in ("chosen", "rejected"):
+        whole = {k: json.dumps(v) for k, v in FORMS["implicit"].items()}
+        with pytest.raises(RowError, match=f"{column} looks like messages as JSON, but is broken"):
+            read({**whole, column: whole[column][:cut]})
+        with pytest.raises(RowError, match="chosen looks like messages as JSON, but is broken"):
+            read({**whole, "chosen": whole["chosen"][:cut], "rejected": whole["rejected"][:cut]})
+
+
+@pytest.mark.parametrize("prompt", [PROMPT, json.dumps(PROMPT)])
+def test_an_answer_from_the_assistant_as_json_beside_a_text(prompt):
+    row = {"prompt": prompt, "chosen": "4", "rejected": "5"}
+    for column, messages in (("chosen", A), ("rejected", B)):
+        for value in (messages, messages[0]):
+            assert read({**row, column: json.dumps(value)}).values == FORMS["prompt"]
+            with pytest.raises(RowError, match=f"{column} is messages as Python prints them"):
+                read({**row, column: str(value)})
+
+
+def test_a_single_message_as_json():
+    question = [user("2+2?")]
+    row = {"prompt": json.dumps(question[0]), "chosen": "4", "rejected": "5"}
+    wanted = {"prompt": question, "chosen": A, "rejected": B}
+    assert read(row).values == wanted
+    row = {"prompt": "2+2?", "chosen": json.dumps(A[0]), "rejected": json.dumps(B[0])}
+    assert read(row).values == wanted
+    for broken in (
+        {"prompt": str(question[0]), "chosen": "4", "rejected": "5"},
+        {"prompt": "2+2?", "chosen": str(A[0]), "rejected": str(B[0])},
+    ):
+        with pytest.raises(RowError, match="as Python prints them"):
+            read(broken)
+
+
+ODD_JSON = {
+    "twice": json.dumps(json.dumps(PROMPT)),
+    "in an object": json.dumps({"messages": PROMPT}),
+    "one a line": "\n".join(map(json.dumps, PROMPT)),
+    "JSON texts": json.dumps(list(map(json.dumps, PROMPT))),
+    "other keys first": json.dumps([dict(reversed(message.items())) for message in PROMPT]),
+}
+
+
+@pytest.mark.parametrize("text", ODD_JSON.values(), ids=ODD_JSON.keys())
+def test_messages_in_other_json(text):
+    row = {"prompt": text, "chosen": "4", "rejected": "5"}
+    assert read(row).values == FORMS["prompt"]
+
+
+PRINTED = {
+    "another key first": str([{"name": "x", **user("2+2?")}]),
+    "an array": "array([{'role': 'user', 'content': '2+2?'}], dtype=object)",
+    "an array inside": "[{'content': array([{'type': 'text', 'text': 'a'}], dtype=object), "
+    "'role': 'user'}]",
+    "a cell of the normal form": str([json.dumps(user("2+2?"))]),
+    "two texts of NumPy": "['" + "'\n '".join(map(json.dumps, PROMPT)) + "']",
+}
+
+
+@pytest.mark.parametrize("text", PRINTED.values(), ids=PRINTED.keys())
+def test_other_prints_are_refused(text):
+    with pytest.raises(RowError, match="prompt is messages as Python prints them"):
+        read({"prompt": text, "chosen": "4", "rejected": "5"})
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "[{'text': 'hi', 'type': 'text'}]",
+        '[{"text": "hi", "type": "text"}]',
+        "{'type': 'text', 'text': 'hi'}",
+        str([user("2+2?")]),
+        json.dumps([user("2+2?")]),
+    ],
+)
+def test_a_content_that_was_a_list_is_refused(content):
+    with pytest.raises(RowError, match=r"content of prompt\[0\] is .* written as text"):
+        read({"prompt": [user(content)], "chosen": "4", "rejected": "5"})
+
+
+@pytest.mark.parametrize("write", [json.dumps, str])
+def test_messages_where_only_a_text_can_be_are_refused(write):
+    answers = {"chosen": "4", "rejected": "5"}
+    with pytest.raises(RowError, match="instruction is messages as"):
+        read({"instruction": write([user("2+2?")]), **answers})
+    for prompt in ("2+2?", [user("2+2?")]):
+        with pytest.raises(RowError, match="system is messages as"):
+            read({"system": write(system("Be terse.")), "prompt": prompt, **answers})
+
+
+def test_a_text_that_begins_with_messages_is_a_text():
+    text = json.dumps(PROMPT) + " Who asks here?"
+    row = {"prompt": text, "chosen": "{'role': 'user'}", "rejected": "[{'a': 1}]"}
+    assert read(row).values == row
+
+
 def test_the_same_pairs_from_a_csv_file(tmp_path):
     rows = [FORMS["prompt"], {**FORMS["prompt"], "chosen": [assistant('say "6",\nplease')]}]
     path = write_rows(tmp_path / "a.csv", [written(row, json.dumps) for row in rows])

@@ -54,7 +54,7 @@ def test_openai_as_json_text():
         ({**openai(), "input": {"tools": TOOLS}}, "input is not an object with messages"),
         (openai(functions=TOOLS), "input has functions"),
         ({**openai(tools=TOOLS), "tools": TOOLS}, "give them once"),
-        ({**openai(), "preferred_output": [{"role": "assistant"}]}, "preferred_output[0]"),
+        ({**openai(), "preferred_output": [{"content": "4"}]}, "preferred_output[0]"),
         (openai(messages=[]), "input.messages has no messages"),
     ],
 )
@@ -102,7 +102,7 @@ def test_swift_without_an_answer(messages):
 
 def test_broken_answer_of_swift():
     with pytest.raises(RowError, match=r"content of messages\[2:\]\[0\] is null"):
-        read({"messages": [*PROMPT, assistant(None)], "rejected_response": "5"})
+        read({"messages": [*PROMPT, assistant(None), *A], "rejected_response": "5"})
     with pytest.raises(RowError, match=r"rejected_response\[0\] has neither role nor from"):
         read({"messages": [*PROMPT, *A], "rejected_response": [{"content": "5"}]})
 
@@ -134,6 +134,20 @@ def test_llama_factory_messages_with_value_blocks():
     row["chosen_messages"][0]["content"][0]["type"] = "image_url"
     with pytest.raises(RowError, match=r"chosen_messages\[0\] has a block of type 'image_url'"):
         read(row)
+
+
+@pytest.mark.parametrize("names", [("chosen", "rejected"), ("preferred", "non_preferred")])
+def test_a_null_answer_is_empty_under_every_name(names):
+    row = openai() if "preferred" in names else {"prompt": "2+2=", "chosen_response": "4"}
+    row |= {"non_preferred_output": None} if "preferred" in names else {"rejected_response": None}
+    assert read(row).blank == "rejected"
+    assert read({"messages": [*PROMPT, *A], "rejected_response": None}).blank == "rejected"
+
+
+def test_columns_of_arrow_that_are_null_in_a_row_do_not_hide_another_form():
+    row = {"messages": [*PROMPT, *A], "rejected_response": "5", "rejected_messages": None}
+    row |= dict.fromkeys(("chosen", "rejected", "chosen_response", "rejected_conversations"))
+    assert parts(read(row)) == (PROMPT, A, B)
 
 
 def test_torchtune_conversations():
