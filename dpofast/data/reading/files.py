@@ -14,8 +14,11 @@ import pyarrow.parquet
 
 from dpofast.data.reading.arrow_rows import ArrowRows
 from dpofast.data.reading.records import BATCH_ROWS, Record, record_of
+from dpofast.data.reading.row_error import shown
 from dpofast.data.reading.splits import check_whole_file
 from dpofast.errors import DataError, one_line
+
+_ENCODING = "utf-8-sig"  # skips a byte order mark, which Windows programs put at the beginning
 
 
 def read_file(path: Path, split: str | None) -> Iterator[Record]:
@@ -34,8 +37,10 @@ def read_file(path: Path, split: str | None) -> Iterator[Record]:
     try:
         yield from reader(path, split)
     except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
         raise DataError(
-            f"{path} is not UTF-8 text (byte {error.start}); save it as UTF-8 and try again"
+            f"{path}, line {line} is not UTF-8 text (byte {error.start} of the file); save it as "
+            "UTF-8 and try again"
         ) from None
     except (pa.ArrowException, gzip.BadGzipFile, EOFError) as error:
         raise DataError(f"{path} can't be read as {path.suffix[1:]}: {one_line(error)}") from None
@@ -53,32 +58,34 @@ def data_suffix(path: Path) -> str:
     return ""
 
 
-def _open_text(path: Path) -> IO[str]:
-    # utf-8-sig skips a byte order mark, which Windows programs put at the beginning.
-    if path.suffix == ".gz":
-        return gzip.open(path, "rt", encoding="utf-8-sig")
-    return path.open(encoding="utf-8-sig")
+def _open(path: Path) -> IO[bytes] | gzip.GzipFile:
+    return gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb")
 
 
 def _read_json(path: Path, split: str | None) -> Iterator[Record]:
     """Read a JSON array, an object with one array per split, or one object per line."""
-    with _open_text(path) as file:
-        text = file.read()
+    with _open(path) as file:
+        data = file.read()
+    # A broken character in one of several lines is the problem of that line.
+    text = data.decode(_ENCODING, errors="replace")
     if text.lstrip()[:1] != "[" and _is_object_a_line(text):
         check_whole_file(path, split)
         yield from _read_json_lines(path, split)
         return
-    data = _parse(text, path)
-    del text  # a large file would be in memory twice
-    if isinstance(data, dict):
-        data = _rows_in_object(data, path, split)
+    text = data.decode(_ENCODING)
+    del data  # a large file would be in memory twice
+    content = _parse(text, path)
+    del text
+    if isinstance(content, dict):
+        content = _rows_in_object(content, path, split)
     else:
         check_whole_file(path, split)
-    if not isinstance(data, list):
+    if not isinstance(content, list):
         raise DataError(
-            f"{path} holds {type(data).__name__}, expected an array of objects or one object a line"
+            f"{path} holds {type(content).__name__}, expected an array of objects or one object a "
+            "line"
         )
-    for row, values in enumerate(data):
+    for row, values in enumerate(content):
         yield record_of(str(path), row, None, values, "an object")
 
 
@@ -116,18 +123,23 @@ def _rows_in_object(data: dict[str, Any], path: Path, split: str | None) -> Any:
 
 
 def _read_json_lines(path: Path, split: str | None) -> Iterator[Record]:
-    row = 0
-    with _open_text(path) as file:
-        for number, line in enumerate(file, start=1):
-            if line.strip():
-                yield _line_record(str(path), row, number, line)
-                row += 1
+    row = number = 0
+    with _open(path) as file:
+        for chunk in file:
+            for line in chunk.splitlines():  # a line can also end with a carriage return
+                number += 1
+                if line.strip():
+                    yield _line_record(str(path), row, number, line)
+                    row += 1
 
 
-def _line_record(source: str, row: int, number: int, line: str) -> Record:
+def _line_record(source: str, row: int, number: int, line: bytes) -> Record:
     """The record of one line. A broken line is a bad row; those after it can still be read."""
     try:
-        return record_of(source, row, number, json.loads(line), "an object")
+        text = line.decode(_ENCODING if number == 1 else "utf-8")
+        return record_of(source, row, number, json.loads(text), "an object")
+    except UnicodeDecodeError as error:
+        problem = f"not UTF-8 text (byte {error.start} of the line); save it as UTF-8"
     except json.JSONDecodeError as error:
         problem = f"broken JSON ({error.msg} at column {error.colno}); mend that line"
     except (ValueError, RecursionError) as error:
@@ -164,20 +176,64 @@ def _read_arrow(path: Path, split: str | None) -> Iterator[Record]:
 
 
 def _read_csv(path: Path, split: str | None) -> Iterator[Record]:
-    parse = pa.csv.ParseOptions(newlines_in_values=True)
-    # Arrow refuses a row that is longer than a block, so a block must hold the longest answers.
-    read = pa.csv.ReadOptions(block_size=64 << 20)
-    # Open the file once for the names of its columns, so that all can be declared as strings.
-    # Arrow would otherwise read an answer such as "42" or "true" as a number or a bool.
-    with pa.csv.open_csv(path, read_options=read, parse_options=parse) as reader:
+    # Arrow refuses a row that is longer than a block, so a block must hold the longest answers. It
+    # numbers broken rows only if it reads without threads.
+    read = pa.csv.ReadOptions(block_size=64 << 20, use_threads=False)
+    problems: dict[int, str] = {}  # row from 0 -> what is wrong with it
+    # Open the file once for the names of its columns, so that all can be declared as bytes. Arrow
+    # would otherwise read an answer such as "42" or "true" as a number or a bool, and stop at a
+    # cell that isn't UTF-8.
+    with pa.csv.open_csv(path, read_options=read, parse_options=_csv_options({})) as reader:
         names = reader.schema.names
     convert = pa.csv.ConvertOptions(
-        column_types={name: pa.string() for name in names}, strings_can_be_null=False
+        column_types={name: pa.binary() for name in names}, strings_can_be_null=False
     )
+    row = 0
     with pa.csv.open_csv(
-        path, read_options=read, parse_options=parse, convert_options=convert
+        path, read_options=read, parse_options=_csv_options(problems), convert_options=convert
     ) as reader:
-        yield from _from_batches(path, iter(reader))
+        for batch in reader:
+            for start in range(0, batch.num_rows, BATCH_ROWS):
+                for cells in batch.slice(start, BATCH_ROWS).to_pylist():
+                    while row in problems:
+                        yield Record(str(path), row, None, {}, (), problems.pop(row))
+                        row += 1
+                    yield _csv_record(str(path), row, cells)
+                    row += 1
+    for row, problem in sorted(problems.items()):
+        yield Record(str(path), row, None, {}, (), problem)
+
+
+def _csv_options(problems: dict[int, str]) -> pa.csv.ParseOptions:
+    """Options that note rows with too few or too many cells, by their number from 0."""
+
+    def note(row: pa.csv.InvalidRow) -> str:
+        # Arrow counts from 1, and the line with the names is the first.
+        problems[(row.number or 0) - 2] = (
+            f"the row has {row.actual_columns} cells, expected {row.expected_columns}: "
+            f"{shown(row.text)}; put cells with commas, quotes or line breaks in quotes"
+        )
+        return "skip"
+
+    return pa.csv.ParseOptions(newlines_in_values=True, invalid_row_handler=note)
+
+
+def _csv_record(source: str, row: int, cells: dict[str, bytes]) -> Record:
+    try:
+        values = {name: cell.decode() for name, cell in cells.items()}
+    except UnicodeDecodeError:
+        (name, *_) = [name for name, cell in cells.items() if not _is_utf8(cell)]
+        problem = f"{name} is not UTF-8 text; save the file as UTF-8"
+        return Record(source, row, None, {}, (), problem)
+    return Record(source, row, None, values, tuple(values))
+
+
+def _is_utf8(cell: bytes) -> bool:
+    try:
+        cell.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def _from_batches(path: Path, batches: Iterator[pa.RecordBatch]) -> Iterator[Record]:

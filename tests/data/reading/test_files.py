@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 
 import pytest
@@ -98,7 +99,11 @@ BROKEN = {
     "not parquet": ("a.parquet", "oops", "a.parquet can't be read as parquet"),
     "not arrow": ("a.arrow", "oops", "a.arrow can't be read as arrow"),
     "not gzip": ("a.jsonl.gz", "oops", "a.jsonl.gz can't be read"),
-    "torn csv": ("a.csv", "prompt,chosen,rejected\na,b\n", "a.csv can't be read as csv"),
+    "torn csv": (
+        "a.csv",
+        "prompt,chosen,rejected\na,b\n",
+        "row 0 (counted from 0): the row has 2 ",
+    ),
     "empty csv": ("a.csv", "", "a.csv can't be read as csv"),
     "csv without column": ("a.csv", "prompt,chosen\na,b\n", "no column 'rejected'"),
     "other ending": ("a.txt", "oops", "a.txt has an ending that can't be read"),
@@ -121,6 +126,58 @@ def test_bytes_that_are_no_text_are_named(tmp_path):
     path.write_bytes(b'{"prompt": "\xff"}')
     with pytest.raises(DataError, match="not UTF-8 text"):
         load_preferences(path)
+
+
+GOOD = {"prompt": "ä", "chosen": "b", "rejected": "c"}
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "json", "jsonl.gz"])
+def test_a_line_that_is_no_text_is_one_bad_row(tmp_path, ending):
+    line = json.dumps(GOOD, ensure_ascii=False).encode()
+    content = b"\r\n".join([b"\xef\xbb\xbf" + line, line.replace(b"b", b"\xff"), b"", line])
+    path = tmp_path / f"a.{ending}"
+    path.write_bytes(gzip.compress(content) if ending.endswith("gz") else content)
+    with pytest.raises(DataError, match=r"line 2: not UTF-8 text \(byte 28 of the line\)"):
+        load_preferences(path)
+    pairs = load_preferences(path, skip_bad_rows=True)
+    assert pairs["prompt"] == ["ä", None, "ä"]
+    assert pairs["left_out"] == [None, "bad row", None]
+
+
+def test_a_byte_that_is_no_text_in_an_array_is_named_by_its_line(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_bytes(b'[\n{"prompt": "\xff"}]')
+    with pytest.raises(DataError, match=r"a\.json, line 2 is not UTF-8 text \(byte 14 of"):
+        load_preferences(path)
+
+
+def test_rows_of_csv_that_cannot_be_read_are_bad_rows(tmp_path):
+    lines = [b"prompt,chosen,rejected", b"a,b,c", b"too,few", b"", b"d,e,f", "ü,ü".encode()]
+    lines += [b'g,"h\nh",i', b"a,b\xff,c", b'"now\ntoo",m,a,n,y', b"j,k,l", b"last"]
+    path = tmp_path / "a.csv"
+    path.write_bytes(b"\n".join(lines) + b"\n")
+    with pytest.raises(DataError) as caught:
+        load_preferences(path)
+    first, *places, _ = str(caught.value).splitlines()
+    assert first == f"{path}: 5 of 9 rows can't be used:"
+    assert [place.partition(", ")[2].split(";")[0] for place in places] == [
+        "row 1 (counted from 0): the row has 2 cells, expected 3: 'too,few'",
+        "row 3 (counted from 0): the row has 2 cells, expected 3: 'ü,ü'",
+        "row 5 (counted from 0): chosen is not UTF-8 text",
+        "row 6 (counted from 0): the row has 5 cells, expected 3: '\"now\\ntoo\",m,a,n,y'",
+        "row 8 (counted from 0): the row has 1 cells, expected 3: 'last'",
+    ]
+    pairs = load_preferences(path, skip_bad_rows=True)
+    assert pairs["prompt"] == ["a", None, "d", None, "g", None, None, "j", None]
+    assert pairs["row"] == list(range(9))
+
+
+def test_bad_rows_of_a_long_csv_file_keep_their_places(tmp_path):
+    rows = [f"{i},b" if i % 997 == 5 else f"{i},b,c" for i in range(5_000)]
+    path = tmp_path / "a.csv"
+    path.write_text("prompt,chosen,rejected\n" + "\n".join(rows))
+    pairs = load_preferences(path, skip_bad_rows=True)
+    assert pairs["prompt"] == [None if i % 997 == 5 else str(i) for i in range(5_000)]
 
 
 def test_a_byte_order_mark_is_read_over(tmp_path):
