@@ -9,14 +9,17 @@ from dpofast.data.reading.implicit import split_messages
 from dpofast.data.reading.json_text import refuse_messages
 from dpofast.data.reading.messages import (
     CALLS,
+    ROLES,
     Message,
+    as_json,
     check_contents,
     content_text,
     is_empty_answer,
     read_answer,
+    same,
     speaker,
 )
-from dpofast.data.reading.options import refuse_weights
+from dpofast.data.reading.options import WEIGHT_FIELDS, refuse_weights
 from dpofast.data.reading.pair import Pair, Row
 from dpofast.data.reading.row_error import RowError, shown, text_of
 
@@ -108,6 +111,7 @@ def _divide(
         return given, chosen[len(given) :], rejected[len(given) :]
     common = _common_prompt(chosen, rejected)
     if common is None:
+        _check_speakers(chosen, rejected)
         return given, chosen, rejected
     size = len(common)
     if isinstance(prompt, str):
@@ -140,14 +144,16 @@ def _common_prompt(chosen: list[Message], rejected: list[Message]) -> list[Messa
 def _repeated(prompt: list[Message], chosen: list[Message], rejected: list[Message]) -> bool:
     """Whether both answers begin with the whole prompt, and go on with an answer to it."""
     size = len(prompt)
-    if not (min(len(chosen), len(rejected)) > size and chosen[:size] == prompt == rejected[:size]):
+    if min(len(chosen), len(rejected)) <= size:
+        return False
+    if not (same(chosen[:size], prompt) and same(rejected[:size], prompt)):
         return False
     if all(speaker(message) in ("assistant", "tool") for message in prompt):
         return False  # an answer may well begin as the conversation did so far
     # If the conversations have further questions in common, `prompt` is only their beginning.
     shared = 0
     for first, second in zip(chosen[size:], rejected[size:], strict=False):
-        if first != second:
+        if not same(first, second):
             break
         shared += 1
     further = [*chosen[size : size + shared], chosen[size], rejected[size]]
@@ -182,15 +188,51 @@ def _not_in_conversation(
         if not overlap:
             raise _no_place(what)
         before = prompt[: len(prompt) - overlap]
+    for message in prompt:
+        if all(message is not other for other in before):
+            _check_quoted(message, [m for answer in whole for m in answer], what)
     if before and speaker(common[0]) == "system" and said[0] not in map(_said, prompt):
         first, second = (content_text(m.get("content")) for m in (before[0], common[0]))
         raise _two_systems(what, first, "the conversations", second)
     return before
 
 
+def _check_quoted(message: Message, among: list[Message], what: str) -> None:
+    """Refuse a quoted message with fields that the message in the conversations doesn't have."""
+    said = _said(message)
+    missing: list[str] = []
+    for other in among:
+        if _said(other) == said:
+            missing = [
+                name
+                for name, field in message.items()
+                if name not in ("role", "content", *CALLS, *WEIGHT_FIELDS)
+                and field is not None
+                and not same(field, other.get(name))
+            ]
+            if not missing:
+                return
+    if missing:
+        raise RowError(
+            f"{what} has a message with {', '.join(missing)}, which the same message of chosen and "
+            "rejected doesn't have; write it in the same way everywhere"
+        )
+
+
+def _check_speakers(chosen: list[Message], rejected: list[Message]) -> None:
+    """Refuse answers that begin with somebody of whom nobody knows whether they ask."""
+    for name, answer in (("chosen", chosen), ("rejected", rejected)):
+        roles = list(dict.fromkeys(str(message["role"]) for message in answer))
+        if len(roles) > 1 and roles[0].strip().lower() not in ROLES:
+            raise RowError(
+                f"{name} begins with a message from {roles[0]!r}, and nothing says whether it asks "
+                f"or answers; say it with roles={{{roles[0]!r}: 'user', {roles[1]!r}: 'assistant'}}"
+            )
+
+
 def _said(message: Message) -> tuple[Any, ...]:
-    """What a message says, apart from white space and fields that don't matter for a quotation."""
-    calls = [message.get(name) or None for name in CALLS]
+    """What a message says, apart from white space and fields that `_check_quoted` compares."""
+    calls = [as_json(message.get(name) or None) for name in CALLS]
     return speaker(message), content_text(message.get("content")).strip(), *calls
 
 

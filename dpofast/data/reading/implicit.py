@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dpofast.data.prefix import common_prefix_length
-from dpofast.data.reading.messages import Message, speaker
+from dpofast.data.reading.messages import ROLES, Message, same, speaker
 from dpofast.data.reading.row_error import RowError
 
 # Markers that come right before an answer in rendered conversations. The prompt ends after the
@@ -73,13 +73,41 @@ def split_messages(
         RowError: the conversations have no prompt in common.
     """
     end = common_prefix_length(chosen, rejected)
+    end = next((i for i in range(end) if not same(chosen[i], rejected[i])), end)
     # Each answer needs at least one message, even if the conversations are identical.
     end = min(end, len(chosen) - 1, len(rejected) - 1)
     while end > 0 and {speaker(chosen[end]), speaker(rejected[end])} != {"assistant"}:
         end -= 1
     if end == 0:
-        raise RowError(_NOTHING_IN_COMMON)
+        raise RowError(_why_nothing_in_common(chosen, rejected))
     return chosen[:end], chosen[end:], rejected[end:]
+
+
+def _why_nothing_in_common(chosen: list[Message], rejected: list[Message]) -> str:
+    for name, messages in (("chosen", chosen), ("rejected", rejected)):
+        if "assistant" not in map(speaker, messages):
+            found = list(dict.fromkeys(str(message["role"]) for message in messages))
+            unknown = [role for role in found if role.strip().lower() not in ROLES]
+            if unknown:
+                remedy = f"say who that is with roles={{{unknown[-1]!r}: 'assistant'}}"
+            else:
+                remedy = "end it with one or remove the row"
+            return f"{name} has no message from the assistant (found: {', '.join(found)}); {remedy}"
+    first, second = chosen[0], rejected[0]
+    systems = [speaker(message) == "system" for message in (first, second)]
+    if any(systems) and not all(systems):
+        one, other = ("chosen", "rejected") if systems[0] else ("rejected", "chosen")
+        return (
+            f"{one} begins with a system message and {other} doesn't; write it into both, or only "
+            "into a column system"
+        )
+    if (speaker(first), first.get("content")) == (speaker(second), second.get("content")):
+        fields = [k for k in {**first, **second} if not same(first.get(k), second.get(k))]
+        return (
+            f"the first messages of chosen and rejected differ in {', '.join(fields) or 'order'}, "
+            "so no prompt can be found in them; write them in the same way"
+        )
+    return _NOTHING_IN_COMMON
 
 
 def _after_last_marker(common: str) -> int | None:

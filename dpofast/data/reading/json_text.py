@@ -88,13 +88,13 @@ def parse_several(chosen: Any, rejected: Any, what: str) -> tuple[Any, Any]:
     """
     if not isinstance(rejected, str):
         return chosen, rejected
-    beside, several = messages_in(chosen), decode(rejected)
-    if beside.kind not in ("json", "messages") or not isinstance(several.value, list):
+    several = decode(rejected)
+    answers = several.value if isinstance(several.value, list) else []
+    if not answers or not all(isinstance(item, str | list) for item in answers):
         return chosen, rejected
-    if messages_in(rejected).kind != "text":
+    beside = messages_in(chosen)
+    if beside.kind not in ("json", "messages") or messages_in(rejected).kind != "text":
         return chosen, rejected  # one answer
-    if not several.value or not all(isinstance(item, str | list) for item in several.value):
-        return chosen, rejected
     if several.kind == "python":
         raise _unreadable(several, what, rejected)
     return beside.value, several.value

@@ -75,6 +75,23 @@ def speaker(message: Message) -> str:
     return "system" if name == "developer" else name
 
 
+def mapped_role(name: str, roles: Mapping[str, str]) -> str | None:
+    """The role that `roles` gives for a name, in upper or lower case; None if it has none."""
+    if name in roles:
+        return roles[name]
+    wanted = name.strip().lower()
+    return next((role for key, role in roles.items() if key.strip().lower() == wanted), None)
+
+
+def same(first: Any, second: Any) -> bool:
+    """Whether two messages, or lists of them, are written in the same way.
+
+    Python takes 1, 1.0 and true for equal, and objects with their keys in another order. A chat
+    template writes them differently.
+    """
+    return bool(first == second) and as_json(first) == as_json(second)
+
+
 def content_text(content: Any) -> str:
     """The text of a message's content, which is a text, a list of text blocks, or null."""
     if isinstance(content, list):
@@ -101,6 +118,11 @@ def check_contents(messages: Iterable[Message], what: str) -> None:
     for index, message in enumerate(messages):
         if message.get("content") is None and not _says_more(message):
             raise RowError(f"the content of {what}[{index}] is null or missing; give it a text")
+
+
+def as_json(value: Any) -> str:
+    """A value as JSON, for comparisons; what isn't JSON is refused when it is stored."""
+    return json.dumps(value, default=repr, skipkeys=True)
 
 
 def _says_more(message: Message) -> bool:
@@ -149,7 +171,7 @@ def _read_message(item: Any, what: str, roles: Mapping[str, str]) -> Message:
         if not role.strip():
             raise RowError(f"the role of {what} is empty; say who speaks")
         # A template can define roles of its own, so unknown roles are right here.
-        message = {**item, "role": roles.get(role, role)}
+        message = {**item, "role": mapped_role(role, roles) or role}
     elif item.get("from") is not None:
         message = _from_sharegpt(item, what, roles)
     else:
@@ -180,13 +202,18 @@ def _check_text(content: str, message: Message, what: str) -> None:
 
 def _from_sharegpt(item: Mapping[Any, Any], what: str, roles: Mapping[str, str]) -> Message:
     name = text_of(item["from"], f"role of {what}").strip()
-    role = roles.get(name) or ROLES.get(name.lower())
+    role = mapped_role(name, roles) or ROLES.get(name.lower())
     if role is None:
         raise RowError(
             f"the role of {what} is {shown(name)}, expected one of {', '.join(ROLES)}; "
             f"map it with roles={{{shown(name)}: 'user'}}"
         )
-    content = item["value"] if item.get("value") is not None else item.get("content")
+    given = [item[key] for key in ("value", "content") if item.get(key) is not None]
+    if len(given) == 2 and given[0] != given[1]:
+        raise RowError(
+            f"{what} has value {shown(given[0])} and content {shown(given[1])}; keep one"
+        )
+    content = given[0] if given else None
     taken = ("from", "value", "role", "content")
     others = {key: field for key, field in item.items() if key not in taken}
     return {"role": role, "content": content, **others}
@@ -194,11 +221,25 @@ def _from_sharegpt(item: Mapping[Any, Any], what: str, roles: Mapping[str, str])
 
 def _read_block(block: Any, what: str) -> dict[str, Any]:
     """Check a block of a message's content; LLaMA-Factory's `value` becomes `text`."""
-    kind = block.get("type") if isinstance(block, Mapping) else None
-    if kind != "text":
+    if not isinstance(block, Mapping):
         raise RowError(
-            f"the content of {what} has a block of type {shown(kind)}; only text can be "
-            "trained on here, so leave images and sound out"
+            f"the content of {what} is a list with {type(block).__name__} {shown(block)}; write "
+            '{"type": "text", "text": "..."}'
+        )
+    kind = block.get("type")
+    if kind != "text":
+        if any(word in str(kind) for word in ("image", "audio", "video", "sound", "file")):
+            remedy = "only text can be trained on here, so leave images and sound out"
+        else:
+            remedy = (
+                "write it as a block of type 'text', calls of tools into tool_calls, and thoughts "
+                "into reasoning_content"
+            )
+        raise RowError(f"the content of {what} has a block of type {shown(kind)}; {remedy}")
+    if block.get("text") is not None and block.get("value") not in (None, block["text"]):
+        raise RowError(
+            f"the content of {what} has a block with text {shown(block['text'])} and value "
+            f"{shown(block['value'])}; keep one"
         )
     renamed = "text" not in block and "value" in block
     block = {"text" if renamed and key == "value" else key: block[key] for key in block}

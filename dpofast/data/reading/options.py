@@ -23,7 +23,7 @@ MEDIA_COLUMNS = tuple(
     for name in ("image", "images", "audio", "audios", "video", "videos", "pixel_values")
 )
 # Fields with which other tools say how much a message counts, or whether it counts at all.
-_WEIGHT_FIELDS = ("weight", "loss_weight", "loss", "train", "training")
+WEIGHT_FIELDS = ("weight", "loss_weight", "loss", "train", "training")
 
 
 def template_options(row: Mapping[str, Any]) -> dict[str, str]:
@@ -102,7 +102,7 @@ def refuse_weights(messages: list[Message], what: str) -> None:
         RowError: a message has such a field.
     """
     for index, message in enumerate(messages):
-        for name in _WEIGHT_FIELDS:
+        for name in WEIGHT_FIELDS:
             value = message.get(name)
             if value is None or value == 1:  # True is 1
                 continue

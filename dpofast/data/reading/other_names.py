@@ -8,7 +8,7 @@ from contextlib import suppress
 from typing import Any
 
 from dpofast.data.reading.json_text import parse_messages
-from dpofast.data.reading.messages import speaker
+from dpofast.data.reading.messages import mapped_role, speaker
 from dpofast.data.reading.pair import Row
 from dpofast.data.reading.row_error import RowError, shown
 
@@ -83,14 +83,14 @@ def _from_openai(values: Mapping[str, Any]) -> Row:
             f"input has {', '.join(unknown)}, which isn't used here; remove it, or write it into "
             "the messages"
         )
-    if given.get("tools") and values.get("tools"):
+    if given.get("tools") is not None and values.get("tools") is not None:
         raise RowError("there are tools in input and in the column tools; give them once")
     names = {"chosen": _OPENAI[0], "rejected": _OPENAI[1], "messages": "input.messages"}
     sources = {"chosen": {_OPENAI[0]}, "rejected": {_OPENAI[1]}, "messages": {"input"}}
     taken = {column: v for column, v in values.items() if column not in ("input", *_OPENAI)}
     taken.update(chosen=values[_OPENAI[0]], rejected=values[_OPENAI[1]], messages=given["messages"])
     taken.pop("prompt", None)  # the form has a prompt already
-    if given.get("tools"):
+    if given.get("tools") is not None:  # an empty list isn't the same as none for some templates
         taken["tools"] = given["tools"]
         sources["tools"] = {"input"}
     return Row(taken, names, {column: frozenset(found) for column, found in sources.items()})
@@ -140,4 +140,4 @@ def _after_last_question(conversation: Any, column: str, roles: Mapping[str, str
 
 def _asks(message: Mapping[str, Any], roles: Mapping[str, str]) -> bool:
     name = str(message.get("role") or message.get("from"))
-    return speaker({"role": roles.get(name, name)}) == "user"
+    return speaker({"role": mapped_role(name, roles) or name}) == "user"

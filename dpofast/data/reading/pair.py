@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dpofast.columns import ID_COLUMNS, PAIR_COLUMNS
-from dpofast.data.reading.messages import is_empty_answer
+from dpofast.data.reading.messages import is_empty_answer, same
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +31,7 @@ class Pair:
     @property
     def identical(self) -> bool:
         _, chosen, rejected = self._columns
-        return bool(self.values[chosen] == self.values[rejected])
+        return same(self.values[chosen], self.values[rejected])
 
     @property
     def blank(self) -> str | None:

@@ -126,6 +126,54 @@ def test_only_one_whole_conversation_is_refused():
         read({"prompt": TURNS, "chosen": [*TURNS, *A], "rejected": B})
 
 
+FIELDS = {
+    "user": ([{**user("Hi"), "name": "bob", "documents": "D"}], TURNS),
+    "system": ([{**SYSTEM, "tools": "T"}, TURNS[0]], [SYSTEM, *TURNS]),
+    "another value": ([{**user("Hi"), "n": True}], [{**user("Hi"), "n": 1}, *TURNS[1:]]),
+}
+
+
+@pytest.mark.parametrize(("quoted", "turns"), FIELDS.values(), ids=FIELDS.keys())
+@pytest.mark.parametrize("column", ["prompt", "messages", "conversations"])
+def test_a_quoted_message_with_further_fields_is_refused(column, quoted, turns):
+    names = ", ".join(name for name in quoted[0] if name not in ("role", "content"))
+    with pytest.raises(RowError, match=f"{column} has a message with {names}, which the same"):
+        read({column: quoted, **whole(*turns)})
+    with_fields = [quoted[0], *turns[1:]]
+    assert parts({column: quoted, **whole(*with_fields)}) == (with_fields, A, B)
+
+
+def test_a_quoted_message_may_have_a_weight():
+    assert parts({"prompt": [{**TURNS[0], "loss_weight": 0.0}], **whole(*TURNS)}) == (TURNS, A, B)
+
+
+def test_a_message_of_an_unknown_speaker_is_not_scored():
+    talk = [{"role": "customer", "content": "2+2?"}, {"role": "agent", "content": "4"}]
+    other = [talk[0], {"role": "agent", "content": "5"}]
+    row = {"prompt": [SYSTEM], "chosen": talk, "rejected": other}
+    with pytest.raises(RowError, match=r"roles=\{'customer': 'user', 'agent': 'assistant'\}"):
+        read(row)
+    mapped = parts(row, customer="user", agent="assistant")
+    assert mapped == ([SYSTEM, user("2+2?")], A, B)
+    assert parts(row, Customer="user", AGENT="assistant") == mapped, "in upper or lower case"
+    single = {"prompt": TURNS, "chosen": talk[1:], "rejected": other[1:]}
+    assert parts(single) == (TURNS, talk[1:], other[1:]), "a template may have names of its own"
+
+
+@pytest.mark.parametrize("prompt", [None, [], "[]", "null"])
+def test_a_prompt_that_is_null_or_empty_beside_whole_conversations_is_none(prompt):
+    assert parts({"prompt": prompt, **whole(*TURNS)}) == (TURNS, A, B)
+
+
+@pytest.mark.parametrize("prompt", [None, []])
+def test_a_prompt_that_is_null_or_empty_leaves_the_other_forms(prompt):
+    assert parts({"prompt": prompt, "messages": TURNS, "chosen": A, "rejected": B}) == (TURNS, A, B)
+    row = {"prompt": prompt, "instruction": "2+2?", "chosen": "4", "rejected": "5"}
+    assert parts(row) == ([user("2+2?")], A, B)
+    with pytest.raises(RowError, match=r"prompt is null|prompt has no messages"):
+        read({"prompt": prompt, "chosen": A, "rejected": B})
+
+
 FORMS = {
     "prompt": {"prompt": TURNS, "chosen": A, "rejected": B},
     "prompt repeated": {"prompt": TURNS, **whole(*TURNS)},
@@ -177,7 +225,11 @@ def test_weights_that_change_nothing_are_read_over():
     assert parts({"prompt": prompt, "chosen": answer, "rejected": B}) == (prompt, answer, B)
 
 
-EMPTY = ([], [assistant("")], assistant(" "))
+EMPTY = (
+    *([], [assistant("")], assistant(" "), None, {}, [{}], [None]),
+    *([assistant(None)], {"role": "assistant"}, {"from": "gpt", "value": None}),
+    [{**assistant(None), "reasoning_content": " ", "tool_calls": []}],
+)
 
 
 @pytest.mark.parametrize("empty", ["", " \n", *EMPTY])
@@ -193,9 +245,23 @@ def test_an_answer_that_only_calls_a_tool_is_not_empty():
     assert read({"prompt": TURNS, "chosen": call, "rejected": B}).blank is None
 
 
+@pytest.mark.parametrize("field", ["reasoning_content", "reasoning", "thinking", "refusal"])
+@pytest.mark.parametrize("content", ["", None])
+def test_an_answer_that_only_thinks_or_refuses_is_not_empty(field, content):
+    answer = {**assistant(content), field: "because"}
+    pair = read({"prompt": TURNS, "chosen": answer, "rejected": B})
+    assert (pair.blank, pair.values["chosen"]) == (None, [answer])
+
+
+def test_a_message_without_content_inside_an_answer_is_refused():
+    with pytest.raises(RowError, match=r"content of chosen\[1\] is null"):
+        read({"prompt": TURNS, "chosen": [*A, assistant(None)], "rejected": B})
+
+
 def test_an_empty_last_message_of_whole_conversations_is_an_empty_answer():
-    pair = read({"chosen": [*TURNS, assistant("")], "rejected": [*TURNS, *B]})
-    assert (pair.blank, pair.values["prompt"]) == ("chosen", TURNS)
+    for content in ("", None):
+        pair = read({"chosen": [*TURNS, assistant(content)], "rejected": [*TURNS, *B]})
+        assert (pair.blank, pair.values["prompt"]) == ("chosen", TURNS)
 
 
 says = st.sampled_from(["a", "b", "c", "a b"])

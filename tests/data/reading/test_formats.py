@@ -168,6 +168,7 @@ def test_the_normal_form_is_read_again_as_itself():
     assert part["row"] == [1], "a part of the data keeps the rows of the source"
 
 
+ANSWERS = {"chosen": "4", "rejected": "5"}
 BAD_ROWS = {
     "missing rejected": ({"prompt": "a", "chosen": "b", "rejectd": "c"}, "'rejectd'"),
     "no columns": ({}, "no column 'chosen'"),
@@ -185,6 +186,16 @@ BAD_ROWS = {
     "no messages": ({**MESSAGES, "prompt": []}, "prompt has no messages"),
     "strings as messages": ({**MESSAGES, "prompt": ["a"]}, "prompt[0] is not a message"),
     "image": ({**MESSAGES, "prompt": [user([{"type": "image"}])]}, "block of type 'image'"),
+    "thought": ({**MESSAGES, "prompt": [user([{"type": "thinking"}])]}, "reasoning_content"),
+    "plain text in a list": ({**MESSAGES, "prompt": [user(["a"])]}, "a list with str 'a'"),
+    "two texts in a block": (
+        {**MESSAGES, "prompt": [user([{"type": "text", "text": "a", "value": "b"}])]},
+        "with text 'a' and value 'b'; keep one",
+    ),
+    "two texts in a message": (
+        {"conversations": [{"from": "human", "value": "q", "content": "I"}], **ANSWERS},
+        "value 'q' and content 'I'; keep one",
+    ),
     "nothing in common": ({"chosen": "abc", "rejected": "xyz"}, "begin differently"),
     "implicit number": ({"chosen": 1, "rejected": 2}, "chosen is not text"),
     "empty instruction": ({"instruction": " ", "chosen": "a", "rejected": "b"}, "both empty"),
@@ -239,6 +250,17 @@ def test_identical_answers_are_refused_only_under_strict():
         load_preferences(rows, strict=True)
     with pytest.raises(DataError, match=r"row 1 .*identical"):
         load_preferences(load_preferences(rows), strict=True)
+
+
+def test_answers_that_only_python_takes_for_equal_are_not_identical():
+    def answer(*arguments):
+        return {**assistant(""), "tool_calls": [{"function": dict(arguments)}]}
+
+    one = answer(("a", 1), ("b", 2))
+    for other in (answer(("b", 2), ("a", 1)), answer(("a", True), ("b", 2)), answer(("a", 1.0))):
+        load_preferences([{**MESSAGES, "chosen": one, "rejected": other}], strict=True)
+    with pytest.raises(DataError, match="identical"):
+        load_preferences([{**MESSAGES, "chosen": one, "rejected": [dict(one)]}], strict=True)
 
 
 @pytest.mark.parametrize(

@@ -61,7 +61,54 @@ def test_conversations_that_part_at_a_question_go_back_to_the_answer_before():
     assert split_messages(chosen, rejected) == ([user("a")], chosen[1:], rejected[1:])
 
 
-@pytest.mark.parametrize("rejected", [[user("x"), assistant("b")], [user("a")], [assistant("b")]])
+@pytest.mark.parametrize("rejected", [[user("x"), assistant("b")], [assistant("b")]])
 def test_conversations_without_a_common_question_are_refused(rejected):
     with pytest.raises(RowError, match="begin differently"):
         split_messages([user("a"), assistant("b")], rejected)
+
+
+WHY = {
+    "an unknown role": (
+        [user("a"), {"role": "CHATBOT", "content": "b"}],
+        [user("a"), {"role": "CHATBOT", "content": "c"}],
+        r"chosen has no message from the assistant \(found: user, CHATBOT\).*'CHATBOT': 'ass",
+    ),
+    "only a question": (
+        [user("a"), assistant("b")],
+        [user("a")],
+        r"rejected has no message from the assistant \(found: user\); end it with one",
+    ),
+    "one system message": (
+        [user("a"), assistant("b")],
+        [system("s"), user("a"), assistant("c")],
+        "rejected begins with a system message and chosen doesn't",
+    ),
+    "another field": (
+        [{**user("a"), "weight": 0}, assistant("b")],
+        [user("a"), assistant("c")],
+        "the first messages of chosen and rejected differ in weight",
+    ),
+    "another order": (
+        [user("a"), assistant("b")],
+        [dict(reversed(user("a").items())), assistant("c")],
+        "the first messages of chosen and rejected differ in order",
+    ),
+}
+
+
+@pytest.mark.parametrize(("chosen", "rejected", "text"), WHY.values(), ids=WHY.keys())
+def test_the_error_says_why_there_is_no_common_prompt(chosen, rejected, text):
+    with pytest.raises(RowError, match=text):
+        split_messages(chosen, rejected)
+
+
+def test_values_that_python_takes_for_equal_are_no_common_prompt():
+    def conversation(number, answer):
+        call = {"function": {"name": "f", "arguments": {"n": number}}}
+        step = {"role": "assistant", "content": "", "tool_calls": [call]}
+        return [user("a"), step, assistant(answer)]
+
+    for other in (1.0, True):
+        prompt, chosen, rejected = split_messages(conversation(1, "b"), conversation(other, "c"))
+        assert prompt == [user("a")]
+        assert (len(chosen), len(rejected)) == (2, 2)

@@ -41,6 +41,16 @@ def test_openai():
     assert "messages" not in pair.used, "no column of the source"
 
 
+@pytest.mark.parametrize("write", [json.dumps, dict])
+def test_openai_with_an_empty_list_of_tools(write):
+    column = read({"prompt": PROMPT, "chosen": A, "rejected": B, "tools": []})
+    given = openai(tools=[])
+    given["input"] = write(given["input"])
+    assert read(given).values["tools"] == column.values["tools"] == "[]"
+    with pytest.raises(RowError, match="give them once"):
+        read({**openai(tools=[]), "tools": TOOLS})
+
+
 def test_openai_as_json_text():
     row = {column: json.dumps(value) for column, value in openai(tools=TOOLS).items()}
     assert read(row).values == read(openai(tools=TOOLS)).values
