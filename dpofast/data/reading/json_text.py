@@ -164,8 +164,8 @@ def speakers(messages: Any) -> set[str]:
 def _unreadable(found: Written, what: str, value: Any) -> RowError:
     if found.kind == "broken":
         return RowError(
-            f"{what} looks like messages as JSON, but is broken: {shown(value)}; write it with "
-            "json.dumps"
+            f"{what} looks like messages as JSON, but is broken or has something else in it: "
+            f"{shown(value)}; write only the list of messages, with json.dumps"
         )
     return RowError(
         f"{what} is messages as Python prints them, not JSON: {shown(value)}; "

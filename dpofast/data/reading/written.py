@@ -18,9 +18,11 @@ CALLS = ("tool_calls", "function_call")
 THOUGHTS = ("reasoning_content", "reasoning", "thinking", "refusal")
 
 _BEGINNINGS = ("[", "{", "(", '"[', '"{', "array(")
-# What a broken list of messages, or a broken message, still begins with.
+# What a broken list of messages, or a broken message, still begins with, however often it was
+# written as JSON.
 _LIKE_MESSAGES = re.compile(
-    r"""\s*(?:array\()?\s*(?:[\[(]\s*\{\s*(['"])(?:role|from|content)\1|\{\s*(['"])(?:role|from)\2)\s*:"""
+    r"""[\s"]*(?:array\()?\s*(?:\{\s*\\*["'](?:messages|conversations)\\*["']\s*:\s*)?"""
+    r"""(?:[\[(]\s*\{\s*\\*["'](?:role|from|content)|\{\s*\\*["'](?:role|from))\\*["']\s*:"""
 )
 # Python's quotes around a key of messages or blocks, or around the JSON of a message.
 _PRINTED = re.compile(r"'(?:role|from|type|messages|conversations)'\s*:|[\[(]\s*'\s*\{")
@@ -73,6 +75,8 @@ def messages_in(value: Any) -> Written:
         messages = _messages(found.value)
         if messages is not None:
             return Written(found.kind, messages)
+        if _is_request(found.value):
+            return _BROKEN
         return Written("hollow", found.value) if _is_hollow(found.value) else _TEXT
     if _is_nothing(value):
         return Written("empty", [])
@@ -142,6 +146,14 @@ def _messages(value: Any) -> Any:
         found = [_first_object(item) for item in value]
         return found if all(map(_is_message, found)) else None
     return list(value) if any(map(_is_message, value)) else None
+
+
+def _is_request(value: Any) -> bool:
+    """Whether an object has messages and other fields, as a request to a server has."""
+    return isinstance(value, Mapping) and any(
+        isinstance(value.get(name), list) and _messages(value[name]) is not None
+        for name in _WRAPPERS
+    )
 
 
 def _first_object(text: str) -> Any:

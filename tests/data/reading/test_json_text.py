@@ -107,13 +107,13 @@ def test_a_cell_without_messages_is_an_empty_answer(hollow):
 def test_a_broken_cell_beside_messages_is_refused(cut):
     row = {column: json.dumps(value) for column, value in FORMS["prompt"].items()}
     for column in row:
-        with pytest.raises(RowError, match=f"{column} looks like messages as JSON, but is broken"):
+        with pytest.raises(RowError, match=f"{column} looks like messages as JSON, but"):
             read({**row, column: row[column][:cut]})
     for column in ("chosen", "rejected"):
         whole = {k: json.dumps(v) for k, v in FORMS["implicit"].items()}
-        with pytest.raises(RowError, match=f"{column} looks like messages as JSON, but is broken"):
+        with pytest.raises(RowError, match=f"{column} looks like messages as JSON, but"):
             read({**whole, column: whole[column][:cut]})
-        with pytest.raises(RowError, match="chosen looks like messages as JSON, but is broken"):
+        with pytest.raises(RowError, match="chosen looks like messages as JSON, but"):
             read({**whole, "chosen": whole["chosen"][:cut], "rejected": whole["rejected"][:cut]})
 
 
@@ -217,3 +217,32 @@ def test_the_normal_form_is_read_again_from_its_json_texts():
     assert again.to_list() == once.to_list()
     assert plain_rows(again)[1]["chosen"] == odd
     assert list(odd[0]) == list(plain_rows(again)[1]["chosen"][0])
+
+
+BROKEN_PROMPTS = {
+    "an object": json.dumps({"messages": PROMPT})[:-3],
+    "twice": json.dumps(json.dumps(PROMPT))[:-4],
+    "with a model": json.dumps({"model": "m", "messages": PROMPT}),
+    "a line break": '[{"role": "user", "content": "a\nb"}]',
+    "not a number": "[{'role': 'user', 'content': 'a', 'score': nan}]",
+}
+
+
+@pytest.mark.parametrize("text", BROKEN_PROMPTS.values(), ids=BROKEN_PROMPTS.keys())
+def test_prompts_that_are_nearly_messages_are_refused(text):
+    with pytest.raises(RowError, match="prompt looks like messages as JSON, but is broken or has"):
+        read({"prompt": text, "chosen": "4", "rejected": "5"})
+    row = {"prompt": "Write a request.", "chosen": text, "rejected": text + " "}
+    assert read(row).values == row, "an answer may be one"
+
+
+def test_plain_text_is_not_parsed(monkeypatch):
+    def parse(*_):
+        raise AssertionError("parsed")
+
+    monkeypatch.setattr("json.loads", parse)
+    monkeypatch.setattr("ast.literal_eval", parse)
+    text = "Is this 'role': {'a': 1} or [{'role': 'user'}]?"
+    assert read({"prompt": text, "chosen": "yes", "rejected": "no"}).kind == "text"
+    row = {"prompt": [system("s"), user(text)], "chosen": [assistant(text)], "rejected": B}
+    assert read(row).kind == "messages"
