@@ -132,6 +132,14 @@ EMPTY = {
         {"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: a\n\nAssistant: c"},
         {"rejected": "\n\nHuman: a\n\nAssistant:"},
     ),
+    "null ids": (
+        {"prompt_ids": [5], "chosen_ids": [6], "rejected_ids": [7]},
+        {"rejected_ids": None},
+    ),
+    "old null ids": (
+        {"prompt_input_ids": [5], "chosen_input_ids": [6], "rejected_input_ids": [7]},
+        {"chosen_input_ids": None},
+    ),
     "ids": ({"prompt_ids": [5], "chosen_ids": [6], "rejected_ids": [7]}, {"chosen_ids": []}),
 }
 

@@ -66,14 +66,19 @@ def _read_json(path: Path, split: str | None) -> Iterator[Record]:
     """Read a JSON array, an object with one array per split, or one object per line."""
     with _open(path) as file:
         data = file.read()
-    # A broken character in one of several lines is the problem of that line.
-    text = data.decode(_ENCODING, errors="replace")
+    no_text = None
+    try:
+        text = data.decode(_ENCODING)
+    except UnicodeDecodeError as error:
+        # In a file with one object per line, this is the problem of a line.
+        no_text, text = error, data.decode(_ENCODING, errors="replace")
+    del data  # a large file would be in memory twice
     if text.lstrip()[:1] != "[" and _is_object_a_line(text):
         check_whole_file(path, split)
         yield from _read_json_lines(path, split)
         return
-    text = data.decode(_ENCODING)
-    del data  # a large file would be in memory twice
+    if no_text is not None:
+        raise no_text
     content = _parse(text, path)
     del text
     if isinstance(content, dict):
@@ -194,11 +199,12 @@ def _read_csv(path: Path, split: str | None) -> Iterator[Record]:
     ) as reader:
         for batch in reader:
             for start in range(0, batch.num_rows, BATCH_ROWS):
-                for cells in batch.slice(start, BATCH_ROWS).to_pylist():
+                columns = [column.to_pylist() for column in batch.slice(start, BATCH_ROWS).columns]
+                for cells in zip(*columns, strict=True):
                     while row in problems:
                         yield Record(str(path), row, None, {}, (), problems.pop(row))
                         row += 1
-                    yield _csv_record(str(path), row, cells)
+                    yield _csv_record(str(path), row, dict(zip(names, cells, strict=True)))
                     row += 1
     for row, problem in sorted(problems.items()):
         yield Record(str(path), row, None, {}, (), problem)

@@ -159,8 +159,11 @@ def _is_absent(prompt: Any, row: Row) -> bool:
 
 
 def _is_whole(answer: Written) -> bool:
-    """Whether an answer is a whole conversation, with somebody's question."""
-    return answer.kind in ("json", "messages") and "user" in speakers(answer.value)
+    """Whether an answer is a whole conversation: somebody else than the assistant begins."""
+    if answer.kind not in ("json", "messages"):
+        return False
+    first = answer.value if isinstance(answer.value, Mapping) else answer.value[0]
+    return not speakers(first) <= {"assistant", "tool"}
 
 
 def _read_explicit(row: Row, prompt: Any, roles: Mapping[str, str]) -> Pair:

@@ -194,10 +194,17 @@ def _check_text(content: str, message: Message, what: str) -> None:
         )
     # An answer may be about messages.
     asks = speaker(message) in ("user", "system")
-    if asks and messages_in(content).kind in ("json", "python"):
+    found = messages_in(content) if asks else None
+    if found is not None and isinstance(found.value, list) and any(map(_is_spoken, found.value)):
         raise RowError(
             f"the content of {what} is messages written as text; write the messages themselves"
         )
+
+
+def _is_spoken(item: Any) -> bool:
+    """Whether an item of a decoded list is a message with a role that is known."""
+    name = item.get("role") or item.get("from") if isinstance(item, Mapping) else None
+    return str(name).strip().lower() in ROLES
 
 
 def _from_sharegpt(item: Mapping[Any, Any], what: str, roles: Mapping[str, str]) -> Message:

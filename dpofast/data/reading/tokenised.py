@@ -24,6 +24,7 @@ def read_tokenised(row: Mapping[str, Any]) -> Pair | None:
     Raises:
         RowError: the ids, masks or labels can't be used.
     """
+    row = _without_nulls(row)
     if all(row.get(column) is not None for column in ID_COLUMNS):
         values = {column: _read_ids(row[column], column) for column in ID_COLUMNS}
         return Pair("ids", "tokenised prompt_ids", values, frozenset(ID_COLUMNS))
@@ -48,6 +49,19 @@ def read_tokenised(row: Mapping[str, Any]) -> Pair | None:
     used = frozenset((*OLD_ID_COLUMNS, *MASK_COLUMNS, *LABEL_COLUMNS))
     values = dict(zip(ID_COLUMNS, (prompt, *answers), strict=True))
     return Pair("ids", "tokenised prompt_input_ids", values, used)
+
+
+def _without_nulls(row: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The row with [] as an answer that is null beside one that isn't: it is an empty answer."""
+    for prompt, *answers in (ID_COLUMNS, OLD_ID_COLUMNS):
+        given = [row.get(column) for column in answers]
+        there = row.get(prompt) is not None and all(column in row for column in answers)
+        if there and any(ids is not None for ids in given):
+            empty: dict[str, list[int]] = {
+                c: [] for c, ids in zip(answers, given, strict=True) if ids is None
+            }
+            return {**row, **empty} if empty else row
+    return row
 
 
 def _require_all(row: Mapping[str, Any]) -> None:

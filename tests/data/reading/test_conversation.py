@@ -163,6 +163,8 @@ def test_a_message_of_an_unknown_speaker_is_not_scored():
 @pytest.mark.parametrize("prompt", [None, [], "[]", "null"])
 def test_a_prompt_that_is_null_or_empty_beside_whole_conversations_is_none(prompt):
     assert parts({"prompt": prompt, **whole(*TURNS)}) == (TURNS, A, B)
+    turns = [{"role": "customer", "content": "2+2?"}]
+    assert parts({"prompt": prompt, **whole(*turns)}, customer="user") == ([user("2+2?")], A, B)
 
 
 @pytest.mark.parametrize("prompt", [None, []])

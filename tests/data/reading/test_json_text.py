@@ -246,3 +246,12 @@ def test_plain_text_is_not_parsed(monkeypatch):
     assert read({"prompt": text, "chosen": "yes", "rejected": "no"}).kind == "text"
     row = {"prompt": [system("s"), user(text)], "chosen": [assistant(text)], "rejected": B}
     assert read(row).kind == "messages"
+
+
+@pytest.mark.parametrize(
+    "content",
+    ['{"role": "user", "content": "a"}', '[{"from": "2020", "value": 3}]', '[{"type": "b"}]'],
+)
+def test_a_content_in_json_may_be_a_question(content):
+    row = {"prompt": [user(content)], "chosen": A, "rejected": B}
+    assert read(row).values == row
