@@ -221,9 +221,13 @@ def _check_quoted(message: Message, among: list[Message], what: str) -> None:
 
 def _check_speakers(chosen: list[Message], rejected: list[Message]) -> None:
     """Refuse answers that begin with somebody of whom nobody knows whether they ask."""
+    shared = same(chosen[0], rejected[0])
     for name, answer in (("chosen", chosen), ("rejected", rejected)):
         roles = list(dict.fromkeys(str(message["role"]) for message in answer))
-        if len(roles) > 1 and roles[0].strip().lower() not in ROLES:
+        if len(roles) == 1 or roles[0].strip().lower() in ROLES:
+            continue
+        # A template may have a role for thoughts, but hardly twice the same thought.
+        if shared or "assistant" not in map(speaker, answer):
             raise RowError(
                 f"{name} begins with a message from {roles[0]!r}, and nothing says whether it asks "
                 f"or answers; say it with roles={{{roles[0]!r}: 'user', {roles[1]!r}: 'assistant'}}"

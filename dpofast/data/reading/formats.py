@@ -163,7 +163,7 @@ def _is_whole(answer: Written) -> bool:
     if answer.kind not in ("json", "messages"):
         return False
     first = answer.value if isinstance(answer.value, Mapping) else answer.value[0]
-    return not speakers(first) <= {"assistant", "tool"}
+    return not speakers([first]) <= {"assistant", "tool"}
 
 
 def _read_explicit(row: Row, prompt: Any, roles: Mapping[str, str]) -> Pair:

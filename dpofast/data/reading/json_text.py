@@ -127,7 +127,7 @@ def _is_certain(found: Written, prompt: str) -> bool:
         return True
     if prompt == JSON:
         last = found.value[-1] if isinstance(found.value, list) else found.value
-        return speakers(last) == {"assistant"}
+        return speakers([last]) == {"assistant"}
     return speakers(found.value) <= {"assistant", "tool"}
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -158,6 +160,11 @@ def test_a_message_of_an_unknown_speaker_is_not_scored():
     assert parts(row, Customer="user", AGENT="assistant") == mapped, "in upper or lower case"
     single = {"prompt": TURNS, "chosen": talk[1:], "rejected": other[1:]}
     assert parts(single) == (TURNS, talk[1:], other[1:]), "a template may have names of its own"
+    thoughts = [[{"role": "thought", "content": text}] for text in ("Add.", "Guess.")]
+    row = {"prompt": TURNS, "chosen": thoughts[0] + A, "rejected": thoughts[1] + B}
+    assert parts(row) == (TURNS, row["chosen"], row["rejected"])
+    with pytest.raises(RowError, match="begins with a message from 'thought'"):
+        read({**row, "rejected": thoughts[0] + B})
 
 
 @pytest.mark.parametrize("prompt", [None, [], "[]", "null"])
@@ -165,6 +172,14 @@ def test_a_prompt_that_is_null_or_empty_beside_whole_conversations_is_none(promp
     assert parts({"prompt": prompt, **whole(*TURNS)}) == (TURNS, A, B)
     turns = [{"role": "customer", "content": "2+2?"}]
     assert parts({"prompt": prompt, **whole(*turns)}, customer="user") == ([user("2+2?")], A, B)
+
+
+@pytest.mark.parametrize("write", [list, json.dumps])
+def test_lists_that_hold_more_than_messages_are_refused(write):
+    for prompt in (None, TURNS, json.dumps(TURNS)):
+        for answer in ([5, *A], [*A, 5], ["a", *A]):
+            with pytest.raises(RowError, match=r"not a message|is null"):
+                read({"prompt": prompt, "chosen": write(answer), "rejected": write(B)})
 
 
 @pytest.mark.parametrize("prompt", [None, []])
