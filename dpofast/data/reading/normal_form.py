@@ -53,7 +53,7 @@ class SourceNotes:
 
     Attributes:
         unused_columns: columns that hold values but that no pair was made from.
-        message_fields: fields that messages have beside role, content and tool calls.
+        message_fields: fields that messages have besides role and content.
         nulls_left_out: whether nulls in structs of Arrow were left out.
     """
 

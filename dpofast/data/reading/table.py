@@ -12,7 +12,7 @@ import pyarrow as pa
 from dpofast.columns import ID_COLUMNS, PAIR_COLUMNS
 from dpofast.data.reading.bad_rows import BadRows
 from dpofast.data.reading.formats import read_pairs
-from dpofast.data.reading.messages import CALLS, encode_messages
+from dpofast.data.reading.messages import encode_messages
 from dpofast.data.reading.normal_form import OPTIONAL_TYPES, PAIR_TYPES, SourceNotes
 from dpofast.data.reading.pair import Pair
 from dpofast.data.reading.reasons import BAD_ROW, EMPTY
@@ -20,7 +20,7 @@ from dpofast.data.reading.records import BATCH_ROWS, Record
 from dpofast.data.reading.row_error import STRICT_REMEDY, RowError, empty_answer
 from dpofast.errors import DataError
 
-_KNOWN_FIELDS = ("role", "content", *CALLS)  # templates without tools refuse or ignore calls
+_KNOWN_FIELDS = ("role", "content")  # fields that every template uses
 
 Row = dict[str, Any]  # a row of the normal form, without columns that are null
 
