@@ -88,11 +88,11 @@ def test_bad_rows_are_left_out_and_reported(tmp_path):
     assert (report.pairs_read, report.pairs_kept) == (800, 780)
     assert len(report.problems) == 16
     for problem, row in zip(report.problems, rows["bad row"], strict=True):
-        assert problem.startswith(f"row {row}: ")
+        assert problem.startswith(f"{path}, line {row + 1}: ")
         assert BAD[at[row]][1] in problem
     lines = report.lines()
     assert "  left out, empty answer: 2 (rows from 0: " in "\n".join(lines)
-    assert sum(line.startswith("    row ") for line in lines) == 10
+    assert sum(line.startswith(f"    {path}, line ") for line in lines) == 10
     json.dumps(report.as_dict())
 
 

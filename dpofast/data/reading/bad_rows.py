@@ -23,39 +23,34 @@ class BadRows:
     """The rows of one source that can't be used.
 
     Attributes:
-        places: place and problem of each of the first rows, in words.
+        problems: place of each of the first rows, and what is wrong there and what to do.
         count: all of them.
     """
 
-    places: list[tuple[str, str]] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
     count: int = 0
 
-    def add(self, place: str, problem: str) -> None:
-        """Note a row.
-
-        Args:
-            place: file and line, or dataset and row, in words.
-            problem: what is wrong and what to do.
-        """
+    def add(self, problem: str) -> None:
+        """Note a row: its place, what is wrong with it and what to do."""
         self.count += 1
-        if len(self.places) < SHOWN_ROWS:
-            self.places.append((place, problem))
+        if len(self.problems) < SHOWN_ROWS:
+            self.problems.append(problem)
 
-    def error(self, name: str, rows_read: int) -> DataError:
+    def error(self, name: str, rows_read: int, strict: bool = False) -> DataError:
         """The error that names the first rows.
 
         Args:
             name: name of the source.
             rows_read: rows that were read, good ones included.
+            strict: rows stop the run on the user's own wish, which rules out skipping them.
         """
+        can_skip = self.count < rows_read and not strict
         if self.count == 1:
-            (place, problem) = self.places[0]
-            hint = f" ({SKIP_REMEDY})" if rows_read > 1 else ""
-            return DataError(f"{place}: {problem}{hint}")
+            return DataError(self.problems[0] + (f" ({SKIP_REMEDY})" if can_skip else ""))
         lines = [f"{name}: {self.count} of {rows_read} rows can't be used:"]
-        lines += [f"  {place}: {problem}" for place, problem in self.places]
+        lines += [f"  {problem}" for problem in self.problems]
         if self.count > SHOWN_ROWS:
             lines.append(f"  and {self.count - SHOWN_ROWS} more")
-        if self.count < rows_read:
+        if can_skip:
             lines.append("Mend these rows, or leave them out with skip_bad_rows: true.")
         return DataError("\n".join(lines))

@@ -9,7 +9,7 @@ It has these columns:
 - source: the data set that the row comes from, if several were mixed.
 - left_out: why the row is left out, null for a pair that is used; the column is only there if a row
   is left out. Such a row has no pair.
-- problem: what is wrong with a row that was left out because it can't be used.
+- problem: place of a row that was left out because it can't be used, and what is wrong with it.
 - If the source has them: tools and chat_template_kwargs, as JSON; ref_chosen_logps and
   ref_rejected_logps, in nats; and plain_prompt, the prompt of an instruction row for tokenizers
   without a chat template.
@@ -53,7 +53,7 @@ class SourceNotes:
 
     Attributes:
         unused_columns: columns that hold values but that no pair was made from.
-        message_fields: fields that messages have beside role, content and tool calls.
+        message_fields: fields that messages have besides role and content.
         nulls_left_out: whether nulls in structs of Arrow were left out.
     """
 
@@ -87,6 +87,10 @@ def is_normal_form(source: Any) -> bool:
 
 def source_notes(dataset: datasets.Dataset) -> SourceNotes:
     """The notes on the source of a Dataset in the normal form."""
-    notes: Mapping[str, Any] = json.loads(dataset.info.description[len(_MARK) :])
-    columns, fields = (tuple(notes[name]) for name in ("unused_columns", "message_fields"))
-    return SourceNotes(columns, fields, notes["nulls_left_out"])
+    notes = SourceNotes()
+    # `datasets.concatenate_datasets` joins descriptions that differ.
+    for part in dataset.info.description.split(_MARK)[1:]:
+        values: Mapping[str, Any] = json.JSONDecoder().raw_decode(part.lstrip())[0]
+        columns, fields = (tuple(values[name]) for name in ("unused_columns", "message_fields"))
+        notes = notes.merged(SourceNotes(columns, fields, values["nulls_left_out"]))
+    return notes

@@ -12,7 +12,7 @@ import pyarrow as pa
 from dpofast.columns import ID_COLUMNS, PAIR_COLUMNS
 from dpofast.data.reading.bad_rows import BadRows
 from dpofast.data.reading.formats import read_pairs
-from dpofast.data.reading.messages import CALLS, encode_messages
+from dpofast.data.reading.messages import encode_messages
 from dpofast.data.reading.normal_form import OPTIONAL_TYPES, PAIR_TYPES, SourceNotes
 from dpofast.data.reading.pair import Pair
 from dpofast.data.reading.reasons import BAD_ROW, EMPTY
@@ -20,7 +20,7 @@ from dpofast.data.reading.records import BATCH_ROWS, Record
 from dpofast.data.reading.row_error import STRICT_REMEDY, RowError, empty_answer
 from dpofast.errors import DataError
 
-_KNOWN_FIELDS = ("role", "content", *CALLS)  # templates without tools refuse or ignore calls
+_KNOWN_FIELDS = ("role", "content")  # fields that every template uses
 
 Row = dict[str, Any]  # a row of the normal form, without columns that are null
 
@@ -73,14 +73,14 @@ class TableBuilder:
             waiting += self._read_chunk(chunk)
             if self._bad.count == self._rows_read:
                 # Hardly the fault of single rows. Reading on would only delay the error.
-                raise self._bad.error(name, self._rows_read)
+                raise self._bad.error(name, self._rows_read, self.strict)
             if self._form is not None:
                 batches.append(pa.RecordBatch.from_pylist(waiting, schema=self._schema()))
                 waiting = []
         if not self._rows_read:
             raise DataError(f"{name} holds no rows; give it at least one pair")
         if self._bad.count and not self.skip_bad_rows:
-            raise self._bad.error(name, self._rows_read)
+            raise self._bad.error(name, self._rows_read, self.strict)
         if waiting:
             batches.append(pa.RecordBatch.from_pylist(waiting, schema=self._schema()))
         # Every batch has all optional columns, because a later row could need any of them.
@@ -111,8 +111,9 @@ class TableBuilder:
             try:
                 rows += self._rows(record, result, number)
             except RowError as error:
-                self._bad.add(record.where, str(error))
-                rows.append(self._left_out(number, BAD_ROW, str(error)))
+                problem = f"{record.where}: {error}"
+                self._bad.add(problem)
+                rows.append(self._left_out(number, BAD_ROW, problem))
         return rows
 
     def _pairs(self, record: Record) -> list[Pair] | RowError:
@@ -139,7 +140,8 @@ class TableBuilder:
             raise result
         if not result:  # the row was left out when the source was read for the first time
             if self.strict or record.values.get("problem"):
-                raise RowError(record.values.get("problem") or record.values["left_out"])
+                why = record.values.get("problem") or record.values["left_out"]
+                raise RowError(f"the row was left out before: {why}")
             if ID_COLUMNS[0] in record.values:
                 self._kind_without_pairs = "ids"
             return [self._left_out(number, record.values["left_out"])]

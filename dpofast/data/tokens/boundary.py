@@ -63,6 +63,11 @@ class PairTexts:
     with_rejected: str
     rendered: bool = False
 
+    @property
+    def wholes(self) -> tuple[str, str]:
+        """The prompt followed by each answer."""
+        return self.with_chosen, self.with_rejected
+
 
 class BoundaryTokenizer:
     """Tokenises pairs and splits them at the end of the prompt, with any tokenizer."""
@@ -96,7 +101,7 @@ class BoundaryTokenizer:
         # Rule 1
         if chosen[:size] == prompt == rejected[:size]:
             return SplitPair(prompt, chosen[size:], rejected[size:])
-        wholes = (texts.with_chosen, texts.with_rejected)
+        wholes = texts.wholes
         # Rule 3: the ids differ because the texts do, not because of a merge.
         if not all(whole.startswith(texts.prompt) for whole in wholes):
             return _split_at_common_prefix(prompt, chosen, rejected, rerendered=True)

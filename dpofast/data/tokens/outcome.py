@@ -42,7 +42,7 @@ class PairOutcome:
         split: token ids before the cut; None for a row without a pair.
         cut: the cut that the pair gets if it is kept.
         reason: why the pair is left out, one of REASONS; None if it is kept.
-        problem: what is wrong with a bad row, and what to do.
+        problem: place of a bad row, what is wrong with it, and what to do.
     """
 
     split: SplitPair | None
@@ -69,7 +69,11 @@ class PairOutcome:
 
 
 def bad_row(problem: str) -> PairOutcome:
-    """The outcome of a row that can't be used."""
+    """The outcome of a row that can't be used.
+
+    Args:
+        problem: place of the row, what is wrong with it, and what to do.
+    """
     return PairOutcome(None, Cut(), BAD_ROW, problem)
 
 
@@ -79,12 +83,10 @@ def is_kept(table: pa.Table) -> np.ndarray:
     return kept
 
 
-def bad_rows(table: pa.Table) -> list[tuple[str | None, int, str]]:
-    """The source, the index and the problem of each row that can't be used."""
-    table = table.filter(table["problem"].is_valid())
-    sources = table["source"].to_pylist() if "source" in table.column_names else [None] * len(table)
-    rows, problems = table["row"].to_pylist(), table["problem"].to_pylist()
-    return list(zip(sources, rows, problems, strict=True))
+def problems(table: pa.Table) -> list[str]:
+    """The problem of each row that can't be used."""
+    found: list[str] = table["problem"].drop_null().to_pylist()
+    return found
 
 
 def make_report(
@@ -116,7 +118,7 @@ def make_report(
         pairs_read=len(table),
         pairs_kept=int(is_kept(table).sum()),
         left_out=_left_out(table),
-        problems=tuple(f"{_place(s, row)}: {text}" for s, row, text in bad_rows(table)),
+        problems=tuple(problems(table)),
         unused=tuple(unused),
         nulls_left_out=nulls_left_out,
         answers_cut=int(np.sum(answer_cuts > 0)),
@@ -138,10 +140,7 @@ def _left_out(table: pa.Table) -> dict[str, tuple[int | str, ...]]:
     rows = table["row"].to_pylist()
     if "source" in table.column_names:
         sources = table["source"].to_pylist()
-        rows = [_place(source, row) for source, row in zip(sources, rows, strict=True)]
+        pairs = zip(sources, rows, strict=True)
+        rows = [row if source is None else f"{source} row {row}" for source, row in pairs]
     found = {reason: np.flatnonzero(reasons == reason) for reason in REASONS}
     return {reason: tuple(rows[i] for i in at) for reason, at in found.items() if at.size}
-
-
-def _place(source: str | None, row: int) -> str:
-    return f"row {row}" if source is None else f"{source} row {row}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -99,9 +100,12 @@ def _templated(parts: list[list[Message]], render: Render) -> PairTexts:
         render: renders them.
     """
     try:
-        if not any(isinstance(m.get("content"), list) for part in parts for m in part):
-            return _without_none(parts, render)
-        return _with_blocks(parts, render)
+        if any(isinstance(m.get("content"), list) for part in parts for m in part):
+            texts = _with_blocks(parts, render)
+        else:
+            texts = _without_none(parts, render)
+        _refuse_unwritten_answers(parts, texts, render)
+        return texts
     except _TEMPLATE_ERRORS as error:
         raise RowError(
             f"the tokenizer's chat template can't render the messages: {one_line(error)}; mend the "
@@ -114,6 +118,8 @@ def _with_blocks(parts: list[list[Message]], render: Render) -> PairTexts:
 
     A template that wants text either fails on a list, writes it as Python does, or leaves it out.
     """
+    # A template that wants text would write an empty list as "[]".
+    parts = [[{**m, "content": ""} if m.get("content") == [] else m for m in p] for p in parts]
     try:
         texts = _without_none(parts, render)
     except _TEMPLATE_ERRORS:
@@ -136,12 +142,11 @@ def _without_none(parts: list[list[Message]], render: Render) -> PairTexts:
     texts = render(parts)
     if not any(m.get("content", "") is None for part in parts for m in part):
         return texts
-    wholes = (texts.with_chosen, texts.with_rejected)
-    if not any("None" in whole for whole in wholes):
+    if not any("None" in whole for whole in texts.wholes):
         return texts
     # The word can be in another message, so the texts are compared with those of empty contents.
     empty = render([[{**m, "content": m.get("content") or ""} for m in part] for part in parts])
-    for whole, other in zip(wholes, (empty.with_chosen, empty.with_rejected), strict=True):
+    for whole, other in zip(texts.wholes, empty.wholes, strict=True):
         if whole.count("None") > other.count("None"):
             raise RowError(
                 "the chat template writes the content of a message, which is null, as 'None'; "
@@ -150,28 +155,62 @@ def _without_none(parts: list[list[Message]], render: Render) -> PairTexts:
     return texts
 
 
+def _refuse_unwritten_answers(parts: list[list[Message]], texts: PairTexts, render: Render) -> None:
+    """Refuse an answer of which the template writes nothing, such as calls that it doesn't know.
+
+    Raises:
+        RowError: there is such an answer.
+    """
+    prompt, *answers = parts
+    if all(any(content_text(m.get("content")).strip() for m in answer) for answer in answers):
+        return
+    bare = [[{"role": m["role"], "content": ""} for m in answer] for answer in answers]
+    unwritten = render([prompt, *bare]).wholes
+    for column, answer, *both in zip(
+        ("chosen", "rejected"), answers, texts.wholes, unwritten, strict=True
+    ):
+        if not any(content_text(m.get("content")).strip() for m in answer) and both[0] == both[1]:
+            fields = sorted({name for m in answer for name in m} - {"role", "content"})
+            raise RowError(
+                f"{column} has no text, and the chat template doesn't write its "
+                f"{', '.join(fields)}; give another template, or remove the row"
+            )
+
+
 def texts_missing(parts: list[list[Message]], texts: PairTexts) -> list[Message]:
-    """The messages whose text isn't in the rendered texts; white space doesn't count."""
+    """The messages whose text isn't in the rendered texts.
+
+    White space and upper case don't count. A text is looked for as it is, as JSON writes it, and
+    with the entities of HTML.
+    """
     prompt, *answers = parts
     missing = []
-    for answer, whole in zip(answers, (texts.with_chosen, texts.with_rejected), strict=True):
-        joined = _without_blanks(whole)
-        for message in (*prompt, *answer):
-            content = message.get("content")
-            blocks = content if isinstance(content, list) else [{"text": content or ""}]
-            if not all(_occurs(block["text"], joined) for block in blocks):
-                missing.append(message)
+    for answer, whole in zip(answers, texts.wholes, strict=True):
+        rest = _plain_letters(html.unescape(whole))
+        # Each text takes its place, so that a short one isn't found within a longer one.
+        for message in sorted((*prompt, *answer), key=_text_length, reverse=True):
+            for text in _texts(message):
+                forms = (text, *(json.dumps(text, ensure_ascii=a)[1:-1] for a in (False, True)))
+                found = [form for form in map(_plain_letters, forms) if form in rest]
+                if not found:
+                    missing.append(message)
+                    break
+                rest = rest.replace(found[0], "\0", 1) if found[0] else rest
     return missing
 
 
-def _occurs(text: str, joined: str) -> bool:
-    """Whether `text` occurs, without its white space, as it is or as JSON writes it."""
-    forms = (text, *(json.dumps(text, ensure_ascii=plain)[1:-1] for plain in (False, True)))
-    return any(_without_blanks(form) in joined for form in forms)
+def _texts(message: Message) -> list[str]:
+    """The text of a message, or those of its blocks."""
+    content = message.get("content")
+    return [b["text"] for b in content] if isinstance(content, list) else [content or ""]
 
 
-def _without_blanks(text: str) -> str:
-    return "".join(text.split())
+def _text_length(message: Message) -> int:
+    return len(content_text(message.get("content")))
+
+
+def _plain_letters(text: str) -> str:
+    return "".join(text.casefold().split())
 
 
 def _blocks_as_python(parts: list[list[Message]], texts: PairTexts) -> bool:
@@ -180,9 +219,9 @@ def _blocks_as_python(parts: list[list[Message]], texts: PairTexts) -> bool:
     The blocks aren't passed as objects that notice this, because transformers copies messages to
     plain lists and dicts before it renders them.
     """
-    wholes = (texts.with_chosen, texts.with_rejected)
+    wholes = [_plain_letters(html.unescape(whole)) for whole in texts.wholes]
     return any(
-        str(block) in whole
+        _plain_letters(str(block)) in whole
         for part in parts
         for message in part
         if isinstance(message.get("content"), list)

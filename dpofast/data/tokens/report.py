@@ -48,7 +48,7 @@ class PreparationReport:
         pairs_kept: pairs that can be trained on.
         left_out: reason -> rows left out for it; holds only reasons that occurred. In a mixture of
             several sources, a row is named with its source, as text.
-        problems: what is wrong with each row that was left out as a bad row.
+        problems: place of each row that was left out as a bad row, and what is wrong with it.
         unused: columns, and fields of messages, that the source has but that aren't trained on.
         nulls_left_out: whether fields that were null in structs of Arrow were left out.
         answers_cut: answers in kept pairs that were cut on their right.

@@ -23,9 +23,9 @@ from dpofast.data.tokens.outcome import (
     OUTCOME_FEATURES,
     PairOutcome,
     bad_row,
-    bad_rows,
     is_kept,
     make_report,
+    problems,
 )
 from dpofast.data.tokens.render import TokenizerError, render_pair_texts
 from dpofast.data.tokens.report import PreparationReport
@@ -163,8 +163,9 @@ class PairTokenizer:
             DataError: the row has no pair, or can't be tokenised.
         """
         if row.get("left_out"):
-            why = row.get("problem") or row["left_out"]
-            raise self._at_row(row, RowError(f"the row is left out of training: {why}"))
+            if row.get("problem"):
+                raise DataError(row["problem"])
+            raise self._at_row(row, RowError(f"left out of training: {row['left_out']}"))
         (split,) = self._split([row])
         if isinstance(split, RowError):
             raise self._at_row(row, split)
@@ -227,7 +228,7 @@ class PairTokenizer:
 
     def _outcome(self, split: SplitPair | RowError, row: Mapping[str, Any]) -> PairOutcome:
         if isinstance(split, RowError):
-            return bad_row(str(split))
+            return bad_row(str(self._at_row(row, split)))
         cut = plan_cut(*split.lengths, self.max_length, self.truncation_mode)
         reason = reason_left_out(split.chosen_ids, split.rejected_ids, cut)
         # A text that becomes only EOS is an empty answer. Someone who gives the ids themselves may
@@ -259,8 +260,8 @@ def _rows_of(batch: Mapping[str, list[Any]]) -> list[dict[str, Any]]:
 def _refuse_bad_rows(name: str, table: pa.Table) -> None:
     """Raise DataError if the table of outcomes has bad rows."""
     bad = BadRows()
-    for source, row, problem in bad_rows(table):
-        bad.add(place_of_row(source or name, row), problem)
+    for problem in problems(table):
+        bad.add(problem)
     if bad.count:
         raise bad.error(name, len(table))
 

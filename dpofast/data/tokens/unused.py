@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import itertools
+import json
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import datasets
+import numpy as np
+import pyarrow.compute as pc
 
-from dpofast.data.reading.messages import content_text, decode_messages
+from dpofast.columns import PAIR_COLUMNS
+from dpofast.data.reading.messages import (
+    Message,
+    content_text,
+    decode_messages,
+    encode_messages,
+)
 from dpofast.data.reading.normal_form import source_notes
 from dpofast.data.reading.records import place_of_row
 from dpofast.data.reading.row_error import RowError, shown
@@ -18,11 +27,11 @@ from dpofast.data.tokens.render import render_pair_texts, texts_missing
 
 logger = logging.getLogger(__name__)
 
+Row = Mapping[str, Any]  # of the normal form
+
 _FIRST_ROWS = 20  # rows whose text is looked for in what the template renders
-# A template that writes a whole message as JSON, or goes through its fields, uses all of them.
-# transformers gives a template any of these fields under the name that it reads.
-_REASONING = {"reasoning_content", "reasoning", "thinking"}
-_WHOLE_MESSAGE = re.compile(r"\b(m|msg|message)\s*\|\s*tojson|\b(m|msg|message)\.items\(\)")
+_SHAPED_ROWS = 5_000  # rows among which one of each further shape is looked at, too
+_TRIED_ROWS = 3  # rows in which a field is left out on trial
 
 
 def unused_parts(dataset: datasets.Dataset, tokenizer: Any) -> tuple[str, ...]:
@@ -36,56 +45,39 @@ def unused_parts(dataset: datasets.Dataset, tokenizer: Any) -> tuple[str, ...]:
     """
     notes = source_notes(dataset)
     unused = list(notes.unused_columns)
-    options = [c for c in ("tools", "chat_template_kwargs") if _is_filled(dataset, c)]
-    if "prompt" not in dataset.column_names:
-        return (*unused, *options)
+    filled = [c for c in ("tools", "chat_template_kwargs") if _is_filled(dataset, c)]
+    if not _is_rendered(dataset, tokenizer):
+        return (*unused, *filled, *(f"{name} in messages" for name in notes.message_fields))
     template = _template_text(tokenizer)
-    is_text = dataset.features["prompt"] == datasets.Value("string")
-    if is_text or not template:  # no template is applied
-        return (*unused, *options, *(f"{name} in messages" for name in notes.message_fields))
-    if "tools" in options and "tools" not in template:
+    if "tools" in filled and not _names(template, "tools"):
         unused.append("tools")
-    if not _WHOLE_MESSAGE.search(template):
-        unused += [
-            f"{name} in messages"
-            for name in notes.message_fields
-            if not any(n in template for n in (_REASONING if name in _REASONING else {name}))
-        ]
-    return tuple(unused)
-
-
-def _is_filled(dataset: datasets.Dataset, column: str) -> bool:
-    return column in dataset.column_names and any(
-        value not in (None, "[]", "{}") for value in dataset.unique(column)
-    )
-
-
-def _template_text(tokenizer: Any) -> str:
-    template = getattr(tokenizer, "chat_template", None) or ""
-    return "\n".join(template.values()) if isinstance(template, Mapping) else str(template)
+    if "chat_template_kwargs" in filled:
+        given = [json.loads(text) for text in dataset.unique("chat_template_kwargs") if text]
+        names = dict.fromkeys(itertools.chain.from_iterable(given))
+        unused += [f"{n} in chat_template_kwargs" for n in names if not _names(template, n)]
+    fields = [n for n in notes.message_fields if not _changes_texts(dataset, tokenizer, n)]
+    return (*unused, *(f"{name} in messages" for name in fields))
 
 
 def warn_of_missing_text(dataset: datasets.Dataset, tokenizer: Any, name: str) -> None:
-    """Warn once if the template leaves out the text of a message, in one of the first rows.
+    """Warn once if the template leaves out the text of a message.
 
-    Some templates leave out earlier thinking on purpose, so this is no error.
+    It looks at the first rows, and at the first one of each further shape. Some templates leave
+    out earlier thinking on purpose, so this is no error.
 
     Args:
         dataset: pairs in the normal form.
         tokenizer: the tokenizer.
         name: dataset name.
     """
-    if not getattr(tokenizer, "chat_template", None) or "prompt" not in dataset.column_names:
+    if not _is_rendered(dataset, tokenizer):
         return
-    for row in itertools.islice(dataset, _FIRST_ROWS):
-        if row.get("left_out") or isinstance(row["prompt"], str):
-            continue
+    for row in _telling_rows(dataset):
         try:
             texts = render_pair_texts(row, tokenizer)
         except RowError:  # tokenising the row raises it again, and reports it
             continue
-        parts = [decode_messages(row[column]) for column in ("prompt", "chosen", "rejected")]
-        if missing := texts_missing(parts, texts):
+        if missing := texts_missing(_parts(row), texts):
             logger.warning(
                 "%s: the chat template leaves out text of the message from %r: %s. Unless the "
                 "template is meant to, mend the message or its role, or give another template.",
@@ -94,3 +86,72 @@ def warn_of_missing_text(dataset: datasets.Dataset, tokenizer: Any, name: str) -
                 shown(content_text(missing[0].get("content"))),
             )
             return
+
+
+def _telling_rows(dataset: datasets.Dataset) -> Iterator[Row]:
+    """The first rows, and those after them whose messages have other roles or fields."""
+    seen = set()
+    for index, row in enumerate(itertools.islice(dataset, _SHAPED_ROWS)):
+        if row.get("left_out"):
+            continue
+        shape = frozenset(
+            (m["role"], type(m.get("content")), *m) for part in _parts(row) for m in part
+        )
+        if index < _FIRST_ROWS or shape not in seen:
+            yield row
+        seen.add(shape)
+
+
+def _changes_texts(dataset: datasets.Dataset, tokenizer: Any, field: str) -> bool:
+    """Whether the texts of a row change if a field is left out of its messages."""
+    for row in _rows_with(dataset, field):
+        bare = dict(row)
+        for column, messages in zip(PAIR_COLUMNS, _parts(row), strict=True):
+            without = [{k: v for k, v in m.items() if k != field} for m in messages]
+            bare[column] = encode_messages(without, column)
+        try:
+            if render_pair_texts(row, tokenizer) != render_pair_texts(bare, tokenizer):
+                return True
+        except RowError:  # the template needs the field, or refuses the row in any case
+            return True
+    return False
+
+
+def _rows_with(dataset: datasets.Dataset, field: str) -> Iterator[Row]:
+    """The first rows in which a message has a field."""
+    key = json.dumps(field, ensure_ascii=False) + ":"
+    has_key = np.zeros(len(dataset), bool)
+    for chunks in dataset.with_format("arrow")[:].select(PAIR_COLUMNS).columns:
+        column = chunks.combine_chunks()
+        found = pc.match_substring(pc.list_flatten(column), key)
+        parents = pc.list_parent_indices(column).filter(found)
+        has_key[parents.to_numpy()] = True
+    for index in np.flatnonzero(has_key)[:_TRIED_ROWS]:
+        yield dataset[int(index)]
+
+
+def _is_rendered(dataset: datasets.Dataset, tokenizer: Any) -> bool:
+    """Whether the pairs pass a chat template."""
+    if "prompt" not in dataset.column_names:
+        return False
+    is_text = dataset.features["prompt"] == datasets.Value("string")
+    return not is_text and bool(getattr(tokenizer, "chat_template", None))
+
+
+def _is_filled(dataset: datasets.Dataset, column: str) -> bool:
+    return column in dataset.column_names and any(
+        value not in (None, "[]", "{}") for value in dataset.unique(column)
+    )
+
+
+def _parts(row: Row) -> list[list[Message]]:
+    return [decode_messages(row[column]) for column in PAIR_COLUMNS]
+
+
+def _template_text(tokenizer: Any) -> str:
+    template = tokenizer.chat_template
+    return "\n".join(template.values()) if isinstance(template, Mapping) else str(template)
+
+
+def _names(template: str, name: str) -> bool:
+    return bool(re.search(rf"\b{re.escape(name)}\b", template))

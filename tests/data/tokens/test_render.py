@@ -110,6 +110,21 @@ def test_blocks_that_are_written_as_text_are_refused(quote):
         load_preferences([{**ROW, "prompt": [user(content)]}])
 
 
+@pytest.mark.parametrize("column", ["chosen", "rejected"])
+def test_an_answer_that_the_template_does_not_write_is_refused(column):
+    call = {**assistant(""), "tool_calls": [{"function": {"name": "f", "arguments": {"a": 1}}}]}
+    row = {"prompt": [user("q")], "chosen": "x", "rejected": "y", column: [call]}
+    with pytest.raises(DataError, match=f"{column} has no text, .*doesn't write its tool_calls"):
+        tokenise([row], "{{ m['content'] }}")
+    written = "{{ m['content'] }}{% for c in m.tool_calls %}{{ c.function.name }}{% endfor %}"
+    assert "f" in "".join(tokenise([row], written)[0][0])
+
+
+def test_an_empty_list_of_blocks_is_an_empty_text():
+    row = {**ROW, "prompt": [system([]), user("hi")]}
+    assert "[" not in tokenise([row], TEXT_ONLY["print"])[0][0][0]
+
+
 LOSSY = {
     "unknown role": (
         "{% if m['role'] in ('user', 'assistant') %}{{ m['content'] }}{% endif %}",
@@ -139,7 +154,19 @@ def test_text_that_a_template_leaves_out_is_one_warning(caplog, content, prompt,
     assert repr(role) in warning
 
 
-@pytest.mark.parametrize("content", ["{{ m['content'] | trim }}", "{{ m['content'] | tojson }}"])
+def test_a_row_of_another_shape_is_looked_at_wherever_it_is(caplog):
+    rows = [{"prompt": [user("a")], "chosen": "good", "rejected": "bad"} for _ in range(40)]
+    rows[30] = {**rows[30], "prompt": [system("a hint"), user("this is a hint")]}
+    with caplog.at_level(logging.WARNING):
+        tokenise(rows, LOSSY["no system"][0])
+    (warning,) = [r.getMessage() for r in caplog.records if "leaves out text" in r.getMessage()]
+    assert "row 30 " in warning
+
+
+WRITTEN = ["| trim", "| tojson", "| upper", "| e"]
+
+
+@pytest.mark.parametrize("content", [f"{{{{ m['content'] {how} }}}}" for how in WRITTEN])
 def test_text_that_is_there_is_no_warning(caplog, content):
     prompt = [system(" two\n\nlines\t\"quoted\" 'é' 🙂 "), user("<a> & b")]
     with caplog.at_level(logging.WARNING):

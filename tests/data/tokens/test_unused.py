@@ -55,11 +55,44 @@ def test_tools_that_the_template_ignores_are_named(row, template, unused):
         ("name", CHAT_TEMPLATE + "{{ messages[0].name }}", ()),
         ("name", "{% for m in messages %}{{ m | tojson }}{% endfor %}", ()),
         ("thinking", CHAT_TEMPLATE + "{{ messages[0].reasoning_content }}", ()),
+        # The template reads the name of a function, not that of a message.
+        (
+            "name",
+            CHAT_TEMPLATE + "{% for c in messages[0].calls %}{{ c.function.name }}{% endfor %}",
+            ("name in messages",),
+        ),
+        ("tool_calls", CHAT_TEMPLATE, ("tool_calls in messages",)),
     ],
 )
 def test_fields_of_messages_that_the_template_ignores_are_named(field, template, unused):
     row = {**MESSAGES, "prompt": [{**user("a"), field: "b"}]}
     assert report_of([row], template).unused == unused
+
+
+def test_a_field_of_a_late_row_is_found_after_a_selection():
+    rows = [{**MESSAGES, "prompt": [user(f"a {i}")]} for i in range(2_500)]
+    rows[2_300] = {**MESSAGES, "prompt": [{**user("a"), "name": "b", "weight": 2}]}
+    pairs = load_preferences(rows).shuffle(seed=1)
+    template = CHAT_TEMPLATE + "{{ messages[0].name }}"
+    tokenizer = byte_bpe(chat_template=template)
+    report = tokenize_preferences(pairs, tokenizer, max_length=None)[1]
+    assert report.unused == ("weight in messages",)
+
+
+def test_options_of_the_template_that_it_ignores_are_named():
+    row = {**MESSAGES, "chat_template_kwargs": {"style": "d", "depth": 2}}
+    assert report_of([row], CHAT_TEMPLATE + "{{ depth }}").unused == (
+        "style in chat_template_kwargs",
+    )
+
+
+def test_notes_of_concatenated_sets_are_merged():
+    import datasets
+
+    sets = [load_preferences([{**TEXT, name: 1}]) for name in ("one", "other")]
+    pairs = datasets.concatenate_datasets(sets)
+    report = tokenize_preferences(pairs, byte_bpe(), max_length=None)[1]
+    assert report.unused == ("one", "other")
 
 
 def test_nulls_of_structs_are_one_line():
