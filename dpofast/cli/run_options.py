@@ -168,6 +168,8 @@ def _config(
     # transformers' own default would put every run into the same folder.
     if script.model_name_or_path:
         options.setdefault("output_dir", f"{Path(script.model_name_or_path).name}-DPO")
+    # transformers' default follows its log level, of which a command shows only errors.
+    options.setdefault("disable_tqdm", False)
     try:
         return DPOConfig(**options)
     except (ValueError, TypeError, ImportError) as error:

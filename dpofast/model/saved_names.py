@@ -20,6 +20,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers.utils import logging as transformers_logging
 
+from dpofast.errors import one_line
 from dpofast.model.parts import causal_lm, is_peft_model, shape
 
 logger = logging.getLogger(__name__)
@@ -118,6 +119,24 @@ def difference_in_files(folder: str | Path, model: Any) -> NameDifference:
     return built[0] if built else NameDifference()
 
 
+def can_have_pad(model: Any, pad_token_id: int) -> bool:
+    """Whether from_pretrained could build the model if its config had this pad token.
+
+    Families that tell their embedding of the pad token can't have one without a row there.
+    """
+    lm = causal_lm(model)
+    config = copy.deepcopy(lm.config)
+    config.pad_token_id = pad_token_id
+    try:
+        with torch.random.fork_rng(devices=[]), _without_zero(), torch.device("meta"):
+            type(lm)(config)
+    except AssertionError:  # of nn.Embedding
+        return False
+    except Exception:  # models' own code can raise anything, whatever the pad token
+        return True
+    return True
+
+
 def saved_shapes(folder: Path, file: str = WEIGHTS) -> Shapes | None:
     """Names and shapes of the tensors in a safetensors file, or in all that its index names.
 
@@ -197,8 +216,9 @@ def _built_quietly() -> Iterator[list[NameDifference]]:
     try:
         with torch.random.fork_rng(devices=[]), _without_zero():
             yield []
-    except Exception:  # models' own code can raise anything
-        logger.debug("The names of saved tensors can't be compared.", exc_info=True)
+    except Exception as error:  # models' own code can raise anything
+        reason = f"{type(error).__name__}: {one_line(error)}"
+        logger.warning("The names of saved tensors can't be compared (%s).", reason)
     finally:
         transformers_logging.set_verbosity(verbosity)
         if has_bars:

@@ -8,8 +8,9 @@ of the weights, nothing is lost.
 from __future__ import annotations
 
 import logging
+import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ SAMPLED = 1024  # weights of each parameter, evenly spread
 WARNED_ABOVE = 0.5  # share of the trained weights
 # Optimizers whose updates are as large as the learning rate, or smaller, whatever the gradient's
 # size. Those of the second kind scale the rate by themselves.
-SIZE_OF_RATE = re.compile(r"adam|adafactor|adagrad|lion", re.IGNORECASE)
+SIZE_OF_RATE = re.compile(r"adam|adafactor|adagrad|lion|rmsprop", re.IGNORECASE)
 OTHER_SIZE = re.compile(r"dadapt|prodigy|lamb", re.IGNORECASE)
 # Attributes and options of optimizers that keep what rounding would lose.
 KEPT_BY = (
@@ -60,25 +61,33 @@ def share_unmoved(weights: Tensor, update: float) -> float:
     return ((up == weights) & (down == weights)).double().mean().item()
 
 
-def largest_update(optimizer: Any, max_grad_norm: float) -> float | None:
+def largest_update(
+    optimizer: Any, max_grad_norm: float, groups: Sequence[Any] | None = None
+) -> float | None:
     """The size that no update of a weight is likely to exceed; None if it can't be told.
 
     Args:
         optimizer: a PyTorch optimizer, maybe wrapped by accelerate.
         max_grad_norm: norm that gradients are clipped to; 0 for no clipping.
+        groups: parameter groups that are meant; None for all of the optimizer.
 
     Returns:
         None also for optimizers that keep what rounding would lose.
     """
     optimizer = _inner(optimizer)
-    name, groups = type(optimizer).__name__, optimizer.param_groups
-    if any(getattr(optimizer, key, None) or any(g.get(key) for g in groups) for key in KEPT_BY):
-        return None
+    name, groups = type(optimizer).__name__, groups or optimizer.param_groups
+    for key in KEPT_BY:
+        values = [getattr(optimizer, key, False), *(group.get(key, False) for group in groups)]
+        # optimi's default for kahan_sum is None, which means on for weights in half precision.
+        if any(values) or (key == "kahan_sum" and None in values):
+            return None
     # A scheduler sets `lr` to the rate of the first step, and keeps the largest beside it.
     rates = [group.get(key) for group in groups for key in ("lr", "initial_lr", "max_lr")]
     rate = max((float(each) for each in rates if each is not None), default=0.0)
     if SIZE_OF_RATE.search(name) and not OTHER_SIZE.search(name):
-        return rate
+        # RMSprop's first updates are larger, because its mean of squares begins at 0.
+        alpha = max(float(group.get("alpha") or 0.0) for group in groups)
+        return rate / math.sqrt(1 - alpha) if "rmsprop" in name.lower() else rate
     if type(optimizer) is torch.optim.SGD and max_grad_norm:
         momentum = max(group["momentum"] for group in groups)
         return rate * max_grad_norm / (1 - momentum) if momentum < 1 else None
@@ -117,13 +126,21 @@ class VanishingUpdates(TrainerCallback):
         if optimizer is None or not args.should_log or keeps_masters(args):
             return
         with ReportGuard()("looking for updates that vanish"):
-            update = largest_update(optimizer, args.max_grad_norm or 0.0)
             groups = _inner(optimizer).param_groups
             # DeepSpeed empties the groups of its optimizer between the steps.
-            updated = [p for group in groups for p in group["params"]] or model.parameters()
-            trained = [p for p in updated if p.requires_grad]
-            if update and (share := trained_share_unmoved(trained, update)) > WARNED_ABOVE:
-                _warn(trained, update, share)
+            if not any(group["params"] for group in groups):
+                groups = [{**groups[0], "params": list(model.parameters())}]
+            total, unmoved, updates = 0, 0.0, []
+            for group in groups:
+                trained = [p for p in group["params"] if p.requires_grad]
+                size = sum(map(numel, trained))
+                total += size
+                update = largest_update(optimizer, args.max_grad_norm or 0.0, [group])
+                if update and (share := trained_share_unmoved(trained, update)):
+                    unmoved += share * size
+                    updates.append(update)
+            if total and unmoved / total > WARNED_ABOVE:
+                _warn(groups, max(updates), unmoved / total)
 
 
 def keeps_masters(args: Any) -> bool:
@@ -139,8 +156,13 @@ def keeps_masters(args: Any) -> bool:
     return is_half and not in_half
 
 
-def _warn(trained: list[Tensor], update: float, share: float) -> None:
-    dtypes = {str(p.dtype).removeprefix("torch.") for p in trained if p.dtype in HALVES}
+def _warn(groups: Sequence[Any], update: float, share: float) -> None:
+    dtypes = {
+        str(parameter.dtype).removeprefix("torch.")
+        for group in groups
+        for parameter in group["params"]
+        if parameter.dtype in HALVES and parameter.requires_grad
+    }
     logger.warning(
         "learning_rate: the updates will vanish for %.0f%% of the trained weights. They are %s, "
         "and adding %.2g, the largest update that is likely, rounds back to the same weight. "

@@ -21,7 +21,7 @@ from transformers.trainer_utils import SaveStrategy
 
 from dpofast.errors import ConfigError, DPOFastError, ModelError, one_line
 from dpofast.model.parts import causal_lm, is_peft_model, num_bytes
-from dpofast.model.saved_names import difference_in_files, difference_in_memory
+from dpofast.model.saved_names import can_have_pad, difference_in_files, difference_in_memory
 from dpofast.model.vocabulary import vocabulary_of
 from dpofast.monitor.guard import ReportGuard
 from dpofast.options.config import DPOConfig
@@ -123,7 +123,8 @@ def _refuse_pad_without_row(model: nn.Module, tokenizer: Any) -> None:
     if is_peft_model(model):  # the config of the base isn't saved
         return
     vocabulary, pad = vocabulary_of(model), tokenizer.pad_token_id
-    if pad is not None and not 0 <= pad < vocabulary.size:
+    has_row = pad is None or 0 <= pad < vocabulary.size
+    if not has_row and not can_have_pad(model, pad):
         raise ModelError(
             f"The tokenizer's pad token {tokenizer.pad_token!r} has the id {pad}, which is not one "
             f"of the {vocabulary.size} of {vocabulary.model}, so the saved model couldn't be "

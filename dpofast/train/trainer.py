@@ -50,6 +50,7 @@ from dpofast.train.reports import ReportsRun
 from dpofast.train.run_store import RunStore
 from dpofast.train.sampler import planned_steps, train_sampler
 from dpofast.train.saving import check_saved, check_saving
+from dpofast.train.schedule import check_schedule
 from dpofast.train.step_zero import StepZeroCheck
 from dpofast.zero.blocks import runnable
 from dpofast_kernels import PairLossOutput
@@ -233,6 +234,7 @@ class DPOTrainer(ReportsRun, ClipsExactly, LogsProgress, Trainer):
         sets = self.eval_dataset if isinstance(self.eval_dataset, dict) else ()
         with_router = self._pair_loss_pass.router_loss is not None
         check_best_metric(self.args, sets, self.callback_handler.callbacks, with_router)
+        check_schedule(self, total_steps)
         check_noise(self)
         self.score_datasets()  # before the policy moves: it may be the reference
         self.loaders.plan(train_set)

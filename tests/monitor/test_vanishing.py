@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from types import SimpleNamespace
 
 import peft
@@ -10,6 +11,7 @@ import torch
 from torch import nn
 
 from dpofast.monitor.vanishing import (
+    VanishingUpdates,
     keeps_masters,
     largest_update,
     share_unmoved,
@@ -125,10 +127,12 @@ def optimizer_named(name, options=None, **attributes):
         (optimizer_named("AdamW8bit"), 1e-4),
         (optimizer_named("AdamW", {"lr": 0.0, "initial_lr": 1e-3}), 1e-3),
         (optimizer_named("Lion"), 1e-4),
+        (optimizer_named("RMSprop", {"alpha": 0.75}), 2e-4),
         (SimpleNamespace(optimizer=optimizer_named("AdamW")), 1e-4),  # accelerate's wrapper
         # these keep what rounding would lose
         (optimizer_named("AdamW8bit", bf16_stochastic_round=True), None),
         (optimizer_named("AdamW", {"kahan_sum": True}), None),
+        (optimizer_named("AdamW", {"kahan_sum": None}), None),  # optimi: on in half precision
         (optimizer_named("AnyPrecisionAdamW", {"use_kahan_summation": True}), None),
         # and the size of these isn't known
         (optimizer_named("DAdaptAdam"), None),
@@ -137,6 +141,15 @@ def optimizer_named(name, options=None, **attributes):
 )
 def test_sizes_of_updates(optimizer, expected):
     assert largest_update(optimizer, max_grad_norm=1.0) == expected
+
+
+def test_each_group_of_parameters_has_its_own_rate(caplog):
+    few, many = (nn.Parameter(torch.ones(size, dtype=torch.bfloat16)) for size in (10, 1000))
+    groups = [{"params": [few], "lr": 1e-1}, {"params": [many], "lr": 1e-7}]
+    options = SimpleNamespace(should_log=True, max_grad_norm=1.0)
+    with caplog.at_level(logging.WARNING):
+        VanishingUpdates().on_train_begin(options, None, None, optimizer=torch.optim.AdamW(groups))
+    assert "vanish for 99%" in caplog.text
 
 
 def test_momentum_adds_up_updates():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -14,15 +13,13 @@ import numpy as np
 import xxhash
 
 from dpofast.columns import ID_COLUMNS
-from dpofast.data.reading.messages import decode_messages
+from dpofast.data.reading.messages import content_text, decode_messages
 from dpofast.data.reading.mixture import check_shares, sources_of, take_shares, taken_of
 from dpofast.data.reading.preferences import load_preferences
 from dpofast.data.reading.records import BATCH_ROWS
 from dpofast.errors import ConfigError, DataError
 
 logger = logging.getLogger(__name__)
-
-_PROMPT_COLUMNS = ("prompt", "tools", "chat_template_kwargs")
 
 
 def hold_out(
@@ -35,10 +32,11 @@ def hold_out(
 ) -> tuple[datasets.Dataset, datasets.Dataset]:
     """Split pairs into a part to train on and a part to evaluate on, with no prompt in both.
 
-    Two pairs have the same prompt if the chat template gets the same for both: messages or text,
-    tools and chat_template_kwargs; or if their prompt_ids are equal. All pairs of a prompt go to
-    the same part. Which part that is depends on a hash of the prompt and the seed, and on where the
-    wanted size draws the line in the order of these hashes, but not on the order of the rows.
+    Two pairs have the same prompt if the texts of its messages are the same, white space aside, or
+    if their prompt_ids are equal. Roles, tools and other fields don't count, as a template may
+    leave them out. All pairs of a prompt go to the same part. Which part that is depends on a hash
+    of the prompt and the seed, and on where the wanted size draws the line in the order of these
+    hashes, but not on the order of the rows.
 
     Each dataset of a mixture is split by itself. A prompt that occurs in several goes to the part
     that the first of them decides. Rows that were left out when they were read stay with the
@@ -122,28 +120,27 @@ def _fraction(
 def _prompt_hashes(dataset: datasets.Dataset, seed: int) -> Iterator[int | None]:
     """A 128-bit hash of each row's prompt and of the seed; None for a row without a pair."""
     is_tokenised = ID_COLUMNS[0] in dataset.column_names
-    wanted = ID_COLUMNS[:1] if is_tokenised else _PROMPT_COLUMNS
-    view = dataset.select_columns([name for name in wanted if name in dataset.column_names])
-    for batch in view.with_format(None).iter(batch_size=BATCH_ROWS):
-        for values in zip(*batch.values(), strict=True):
-            row = dict(zip(batch, values, strict=True))
-            if row[wanted[0]] is None:
+    column = ID_COLUMNS[0] if is_tokenised else "prompt"
+    view = dataset.select_columns([column]).with_format(None)
+    for batch in view.iter(batch_size=BATCH_ROWS):
+        for prompt in batch[column]:
+            if prompt is None:
                 yield None
                 continue
             if is_tokenised:
-                content = np.array(row[ID_COLUMNS[0]], dtype="<i4").tobytes()
+                content = np.array(prompt, dtype="<i4").tobytes()
             else:
-                content = _prompt_text(row).encode()
+                content = _prompt_text(prompt).encode()
             yield xxhash.xxh3_128_intdigest(content, seed=seed % 2**64)
 
 
-def _prompt_text(row: Mapping[str, Any]) -> str:
-    """All that the chat template gets for a prompt, as JSON; the order of keys doesn't matter."""
-    prompt = row["prompt"]
-    if not isinstance(prompt, str):
-        prompt = decode_messages(prompt)
-    options = [json.loads(row.get(name) or "null") for name in _PROMPT_COLUMNS[1:]]
-    return json.dumps([prompt, *options], sort_keys=True)
+def _prompt_text(prompt: str | list[str]) -> str:
+    """What makes a prompt the same for any template: its texts, without their white space."""
+    if isinstance(prompt, str):
+        texts = [prompt]
+    else:
+        texts = [content_text(message.get("content")) for message in decode_messages(prompt)]
+    return "\0".join("".join(text.split()) for text in texts)
 
 
 def _decide(rows_of: Mapping[int, int], fraction: Fraction, held: dict[int, bool]) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import xxhash
 
-from dpofast.columns import ID_COLUMNS, REF_COLUMNS
+from dpofast.columns import ID_COLUMNS, PAIR_COLUMNS, REF_COLUMNS
 from dpofast.data.reading.normal_form import SourceNotes, normal_form, source_notes
 from dpofast.data.reading.preferences import load_preferences
 from dpofast.data.reading.shares import largest_counts
@@ -22,7 +22,7 @@ from dpofast.errors import ConfigError, DataError
 logger = logging.getLogger(__name__)
 
 SOURCE = "source"  # the column with the name of the dataset that a row comes from
-LEFT_OUT = -1  # in place of a dataset's number, for a row without a pair
+LEFT_OUT = -1  # in place of a dataset's number, for a row that isn't trained on
 _NONE = -2  # the number of no dataset
 
 
@@ -81,7 +81,8 @@ def take_shares(
 ) -> datasets.Dataset:
     """Select rows so that the datasets of a mixture have these shares.
 
-    Rows that were left out when they were read don't count. They stay, so that they are reported.
+    Rows that were left out when they were read, and pairs with equal answers, don't count. They
+    stay, so that they are reported.
 
     Args:
         mixture: result of `mix_preferences`, or a selection of its rows.
@@ -157,16 +158,18 @@ def sources_of(dataset: datasets.Dataset, name: str = "") -> tuple[dict[str, int
 
     Returns:
         Name of each dataset -> its number; and the number for each row, [n] int, LEFT_OUT for a
-        row that was left out when it was read.
+        row that isn't trained on: one that was left out when it was read, or has equal answers.
     """
     if SOURCE in dataset.column_names:
         encoded = _column(dataset, SOURCE).combine_chunks().dictionary_encode()
         names, numbers = encoded.dictionary.to_pylist(), encoded.indices.to_numpy()
     else:
         names, numbers = [name], np.zeros(len(dataset), dtype=np.int32)
-    if "left_out" in dataset.column_names:
-        has_pair = _column(dataset, "left_out").is_null().to_numpy()
-        numbers = np.where(has_pair, numbers, LEFT_OUT)
+    _, chosen, rejected = ID_COLUMNS if ID_COLUMNS[0] in dataset.column_names else PAIR_COLUMNS
+    # A row that was left out has nulls in both columns.
+    answers = (_column(dataset, column).to_pylist() for column in (chosen, rejected))
+    differ = np.array([one != other for one, other in zip(*answers, strict=True)], dtype=bool)
+    numbers = np.where(differ, numbers, LEFT_OUT)
     return {name: number for number, name in enumerate(names)}, numbers
 
 
