@@ -26,22 +26,25 @@ $(STAMP): pyproject.toml setup.py constraints.txt
 demo: setup  ## train a small model by DPO on generated pairs and see that it learnt (minutes)
 	$(BIN)/dpofast demo
 
+# ARGS goes to pytest: a part of the tests, as in ARGS=tests/data, or ARGS=--stepwise, which goes on
+# where an earlier run failed.
+#
 # If no GPU is visible, Triton interprets its kernels on CPU tensors; otherwise it compiles them.
 # One process can't do both, so the tests on CPU tensors hide the GPU.
 test: setup  ## the tests to run at every change (5 minutes on 2 cores)
-	CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest -q -m 'not slow and not distributed and not torture and not gpu'
+	CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest -q -m 'not slow and not distributed and not torture and not gpu' $(ARGS)
 
 test-ranks: setup  ## the tests that train on several ranks or try the launchers
-	CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest -q -m 'distributed and not torture and not gpu'
+	CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest -q -m 'distributed and not torture and not gpu' $(ARGS)
 
 test-slow: setup  ## the slow tests, among them the step by step comparison with TRL
-	CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest -q -m 'slow and not distributed and not torture and not gpu'
+	CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest -q -m 'slow and not distributed and not torture and not gpu' $(ARGS)
 
 test-gpu: setup  ## the tests that need a GPU, with compiled kernels
-	$(BIN)/python -m pytest -q -m gpu
+	$(BIN)/python -m pytest -q -m gpu $(ARGS)
 
 torture: setup  ## kill builds, corrupt files and start again, many times over
-	$(BIN)/python -m pytest -q -m torture
+	$(BIN)/python -m pytest -q -m torture $(ARGS)
 
 lint: setup  ## style and types
 	$(BIN)/ruff check .
