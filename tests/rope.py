@@ -60,7 +60,8 @@ def stretched(family: str, kind: str) -> Any:
             for name, value in old.items()
         }
     else:
-        config.rope_parameters = {**old, **rope_parameters(kind, frequencies[""])}
+        scales = {"short_mscale": 1.0, "long_mscale": 1.2} if family == "phimoe" else {}
+        config.rope_parameters = {**old, **rope_parameters(kind, frequencies[""]), **scales}
     torch.manual_seed(0)
     changed = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
     changed.load_state_dict(model.state_dict())

@@ -26,7 +26,8 @@ CPU = torch.device("cpu")
 FAMILIES = ["llama", "phi3", "gemma3", "granite_swa", "deepseek_v2", "minicpm3", "phi"]
 # These have no RoPE, or transformers can't make them with RoPE of both types.
 WITHOUT = {"opt", "biogpt", "gpt2", "gpt_bigcode", "opt, norms last"}
-BROKEN = {("gpt_neox", "dynamic"), ("mimo_v2_flash", "dynamic"), *(("mixtral", k) for k in KINDS)}
+BROKEN = {(family, "dynamic") for family in ("gpt_neox", "mimo_v2_flash", "phimoe", "mixtral")}
+BROKEN |= {("mixtral", "longrope")}
 OTHERS = [
     (family, kind)
     for family in sorted({*PACKABLE_FAMILIES, *OTHER_PACKABLE_FAMILIES} - WITHOUT - {*FAMILIES})
