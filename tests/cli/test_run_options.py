@@ -26,6 +26,13 @@ def test_options_reach_the_script_and_the_config(tmp_path: Path) -> None:
     assert options.config.output_dir == "model-DPO"
 
 
+def test_training_shows_its_progress_unless_it_is_switched_off(tmp_path: Path, monkeypatch) -> None:
+    # A command sets this level, from which transformers would conclude that bars aren't wanted.
+    monkeypatch.setattr("transformers.training_args.logger.getEffectiveLevel", lambda: 40)
+    assert read(tmp_path, "").config.disable_tqdm is False
+    assert read(tmp_path, "disable_tqdm: true\n").config.disable_tqdm is True
+
+
 def test_option_of_trl_that_changes_nothing_is_taken(tmp_path: Path) -> None:
     assert read(tmp_path, "max_prompt_length: null\n").config.max_length == 1024
 
