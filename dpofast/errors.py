@@ -1,5 +1,7 @@
 """Errors that a user can fix: each is one sentence that says what is wrong and what to do.
 
+Only a DataError about several bad rows has more lines: one for each of the first rows.
+
 The command line prints them without a traceback and exits with status 2.
 """
 

@@ -195,54 +195,50 @@ def expected(rows: list[dict[str, Any]], tokenizer: Any) -> list[tuple[str, str,
     return texts
 
 
+def all_sources(rows: list[dict[str, Any]], folder: Path) -> dict[str, Any]:
+    return json_sources(rows, folder) | arrow_sources(rows, folder)
+
+
+def check(sources: dict[str, Any], template: str, rows: list[dict[str, Any]]) -> None:
+    """Compare what is made of each source with what the template makes of `rows`."""
+    tokenizer = byte_bpe(chat_template=template)
+    wanted = expected(rows, tokenizer)
+    for name, source in sources.items():
+        assert texts_of(source, tokenizer) == wanted, name
+
+
 @pytest.mark.parametrize("count", COUNTS)
 @pytest.mark.parametrize("template", TEMPLATES.values(), ids=TEMPLATES.keys())
 def test_json_in_any_file_gives_the_tokens_of_the_template(tmp_path, template, count):
-    tokenizer = byte_bpe(chat_template=template)
     rows = random_rows(count, seed=1, nulls=True, blocks=False)
-    wanted = expected(rows, tokenizer)
-    for name, source in json_sources(rows, tmp_path).items():
-        assert texts_of(source, tokenizer) == wanted, name
+    check(json_sources(rows, tmp_path), template, rows)
 
 
 @pytest.mark.parametrize("count", COUNTS)
 @pytest.mark.parametrize("template", TEMPLATES.values(), ids=TEMPLATES.keys())
 def test_structs_of_arrow_give_the_tokens_of_the_template(tmp_path, template, count):
-    tokenizer = byte_bpe(chat_template=template)
     rows = random_rows(count, seed=2, nulls=False, blocks=False)
-    wanted = expected(rows, tokenizer)
-    for name, source in arrow_sources(rows, tmp_path).items():
-        assert texts_of(source, tokenizer) == wanted, name
+    check(arrow_sources(rows, tmp_path), template, rows)
 
 
 @pytest.mark.parametrize("count", COUNTS)
 def test_blocks_reach_a_template_that_takes_them(tmp_path, count):
-    tokenizer = byte_bpe(chat_template=BLOCKS)
     rows = random_rows(count, seed=3, nulls=False, blocks=True)
-    wanted = expected(rows, tokenizer)
-    for name, source in (json_sources(rows, tmp_path) | arrow_sources(rows, tmp_path)).items():
-        assert texts_of(source, tokenizer) == wanted, name
+    check(all_sources(rows, tmp_path), BLOCKS, rows)
 
 
 @pytest.mark.parametrize("count", COUNTS)
 def test_blocks_become_text_for_a_template_that_takes_only_text(tmp_path, count):
-    tokenizer = byte_bpe(chat_template=TEXT)
     rows = random_rows(count, seed=3, nulls=False, blocks=True)
     flat = json.loads(json.dumps(rows))
     for row in flat:
         for message in (m for column in ("prompt", "chosen", "rejected") for m in row[column]):
             message["content"] = "".join(block["text"] for block in message["content"])
-    wanted = expected(flat, tokenizer)
-    for name, source in (json_sources(rows, tmp_path) | arrow_sources(rows, tmp_path)).items():
-        assert texts_of(source, tokenizer) == wanted, name
+    check(all_sources(rows, tmp_path), TEXT, flat)
 
 
 @settings(max_examples=4, suppress_health_check=list(HealthCheck), deadline=None)
 @given(seed=st.integers(0, 2**32), blocks=st.booleans())
 def test_any_rows(tmp_path_factory, seed, blocks):
-    tokenizer = byte_bpe(chat_template=WHOLE)
     rows = random_rows(4, seed, nulls=False, blocks=blocks)
-    folder = tmp_path_factory.mktemp("rows")
-    wanted = expected(rows, tokenizer)
-    for name, source in (json_sources(rows, folder) | arrow_sources(rows, folder)).items():
-        assert texts_of(source, tokenizer) == wanted, name
+    check(all_sources(rows, tmp_path_factory.mktemp("rows")), WHOLE, rows)
