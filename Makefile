@@ -20,7 +20,7 @@ $(STAMP): pyproject.toml setup.py constraints.txt
 	@echo "Installing into .venv (one or two minutes)"
 	$(PYTHON) -m venv .venv
 	$(PIP) setuptools wheel torch numpy
-	DS_BUILD_OPS=0 $(PIP) --no-build-isolation --editable '.[dev,peft,bench]'
+	DS_BUILD_OPS=0 $(PIP) --no-build-isolation --editable '.[dev,peft,bitsandbytes,bench]'
 	@touch $@
 
 demo: setup  ## train a small model by DPO on generated pairs and see that it learnt (minutes)

@@ -5,17 +5,15 @@ from __future__ import annotations
 import logging
 import time
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainerControl, TrainingArguments, set_seed
-from transformers.trainer_utils import EvalLoopOutput
 
 from dpofast.data.packing.batch import PackedPairs, StepBatch
-from dpofast.errors import ConfigError, ModelError
-from dpofast.model.forward import evaluating, micro_batch
+from dpofast.errors import ConfigError
+from dpofast.model.forward import micro_batch
 from dpofast.model.packable import choose_layout
 from dpofast.model.router import make_router_loss
 from dpofast.model.uncompiled import uncompiled
@@ -32,6 +30,7 @@ from dpofast.train.checkpoint.resume import refuse_finished, resolve_checkpoint
 from dpofast.train.checkpoint.run_state import load_run_state
 from dpofast.train.clipping import ClipsExactly
 from dpofast.train.dataset import PairPreparer, RunDataset, pairs_of
+from dpofast.train.evaluates import EvaluatesPairs
 from dpofast.train.loaders import StepLoader, StepLoaders, whole_step
 from dpofast.train.logs_progress import LogsProgress
 from dpofast.train.loop_arguments import one_item_per_step
@@ -46,19 +45,18 @@ from dpofast.train.policy import (
     resolve_ref_model,
 )
 from dpofast.train.reference import RunReference
-from dpofast.train.reports import ReportsRun
 from dpofast.train.run_store import RunStore
 from dpofast.train.sampler import planned_steps, train_sampler
-from dpofast.train.saving import check_saved, check_saving
+from dpofast.train.saves import SavesRun
+from dpofast.train.saving import check_saving
 from dpofast.train.schedule import check_schedule
 from dpofast.train.step_zero import StepZeroCheck
-from dpofast.zero.blocks import runnable
 from dpofast_kernels import PairLossOutput
 
 logger = logging.getLogger(__name__)
 
 
-class DPOTrainer(ReportsRun, ClipsExactly, LogsProgress, Trainer):
+class DPOTrainer(EvaluatesPairs, SavesRun, ClipsExactly, LogsProgress, Trainer):
     """Direct Preference Optimization (Rafailov et al. 2023, arXiv:2305.18290).
 
     The signature is TRL's. Without a `ref_model`, the reference is the policy before step 1; a
@@ -158,15 +156,6 @@ class DPOTrainer(ReportsRun, ClipsExactly, LogsProgress, Trainer):
             raise ConfigError("DPOTrainer: train() needs a train_dataset.")
         return self.data.prepare(self.train_dataset, "train")
 
-    def eval_sets(self) -> dict[str, RunDataset]:
-        """The held-out datasets by name; a single one is called "eval"."""
-        given = self.eval_dataset
-        if given is None:
-            return {}
-        if not isinstance(given, dict):
-            return {"eval": self.data.prepare(given, "eval")}
-        return {key: self.data.prepare(pairs, f"eval_{key}") for key, pairs in given.items()}
-
     def score_datasets(self, rescore: bool = False) -> None:
         """Give all datasets their reference log-probs; answers missing from the store are scored.
 
@@ -191,21 +180,6 @@ class DPOTrainer(ReportsRun, ClipsExactly, LogsProgress, Trainer):
             self.loaders.score(train_set)
             self.loaders.plan(train_set)
         return self.loaders.training(train_set)
-
-    def get_eval_dataloader(self, eval_dataset: Any = None) -> StepLoader:
-        if eval_dataset is None:
-            eval_dataset = self.eval_dataset
-        elif isinstance(eval_dataset, str):
-            eval_dataset = self.eval_dataset[eval_dataset]
-        if eval_dataset is None:
-            raise ConfigError("DPOTrainer: evaluate() needs an eval_dataset.")
-        dataset = self.data.prepare(eval_dataset, "eval")
-        self.loaders.settle()
-        self.loaders.score(dataset)
-        return self.loaders.evaluation(dataset)
-
-    def get_test_dataloader(self, test_dataset: Any) -> StepLoader:
-        return self.get_eval_dataloader(self.data.prepare(test_dataset, "test").pairs)
 
     # Training
 
@@ -300,79 +274,3 @@ class DPOTrainer(ReportsRun, ClipsExactly, LogsProgress, Trainer):
     ) -> PairLossOutput:
         """One forward pass inside `micro_batch`; arguments and result are those of PairLossPass."""
         return self._pair_loss_pass(model, batch, self.pair_loss, sums)
-
-    # Evaluation
-
-    def evaluate(
-        self,
-        eval_dataset: Any = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
-    ) -> dict[str, float]:
-        """Compute exact means of the metrics over the pairs of all ranks.
-
-        A dict of datasets gives each of them metrics; a string names one of the trainer's sets.
-        """
-        if isinstance(eval_dataset, str):
-            own = self.eval_dataset if isinstance(self.eval_dataset, dict) else {}
-            if eval_dataset not in own:
-                raise ConfigError(
-                    f"evaluate: there is no set {eval_dataset!r} among the trainer's "
-                    f"({', '.join(own) or 'none is named'}); pass a dataset, or one of these names."
-                )
-        elif eval_dataset is not None:
-            eval_dataset = pairs_of(self.data.prepare_sets(eval_dataset, metric_key_prefix))
-        return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
-
-    def evaluation_loop(
-        self,
-        dataloader: StepLoader,
-        description: str,
-        prediction_loss_only: bool | None = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
-    ) -> EvalLoopOutput:
-        self.callback_handler.eval_dataloader = dataloader
-        sums = MetricSums()
-        with runnable(self), evaluating(self.model):
-            for step in dataloader:
-                for batch in step.micro_batches:
-                    with micro_batch(self.model, batch):
-                        self.compute_pair_loss(self.model, batch, sums)
-                self.control = self.callback_handler.on_prediction_step(
-                    self.args, self.state, self.control
-                )
-        means = sums.means(self.sum_over_ranks, self.args.device)
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in means.items()}
-        return EvalLoopOutput(
-            predictions=None,
-            label_ids=None,
-            metrics=metrics,
-            num_samples=len(dataloader.dataset),  # type: ignore[arg-type]
-        )
-
-    # Checkpoints and saved models
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save as transformers' Trainer does, and check the names of the saved tensors.
-
-        Raises:
-            ModelError: from_pretrained couldn't load what was saved. The files stay.
-        """
-        super().save_model(output_dir, _internal_call)
-        if not self.args.should_save:
-            return
-        try:
-            check_saved(output_dir or str(self.args.output_dir), self.model)
-        except ModelError as error:
-            if not _internal_call:
-                raise
-            logger.error("%s", error)  # in a checkpoint; the optimizer is still to be saved
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        self.count_tokens()
-        if self.args.should_save:
-            folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
-            kept = self.args.precompute_ref_log_probs
-            self.reference.run_state(kept, self.loaders.row_tokens).save(folder)
-        super()._save_checkpoint(model, trial)

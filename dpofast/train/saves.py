@@ -1,0 +1,49 @@
+"""What the trainer saves: models, and what a checkpoint holds beside transformers' files."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import Trainer
+
+from dpofast.errors import ModelError
+from dpofast.options.config import DPOConfig
+from dpofast.train.reference import RunReference
+from dpofast.train.reports import ReportsRun
+from dpofast.train.saving import check_saved
+
+logger = logging.getLogger(__name__)
+
+
+class SavesRun(ReportsRun, Trainer):
+    """Makes a transformers Trainer check what it saves, and record the run in its checkpoints."""
+
+    args: DPOConfig
+    reference: RunReference
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save as transformers' Trainer does, and check the names of the saved tensors.
+
+        Raises:
+            ModelError: from_pretrained couldn't load what was saved. The files stay.
+        """
+        super().save_model(output_dir, _internal_call)
+        if not self.args.should_save:
+            return
+        try:
+            check_saved(output_dir or str(self.args.output_dir), self.model)
+        except ModelError as error:
+            if not _internal_call:
+                raise
+            logger.error("%s", error)  # in a checkpoint; the optimizer is still to be saved
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        self.count_tokens()
+        if self.args.should_save:
+            folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
+            kept = self.args.precompute_ref_log_probs
+            self.reference.run_state(kept, self.loaders.row_tokens).save(folder)
+        super()._save_checkpoint(model, trial)
