@@ -38,6 +38,7 @@ from dpofast.train.memory import row_tokens_on_all_ranks
 from dpofast.train.micro_batches import PairLossPass, gradient_exchange
 from dpofast.train.noise import check_noise
 from dpofast.train.policy import (
+    add_quantisation,
     model_name,
     pad_token_id,
     prepare_policy,
@@ -101,10 +102,10 @@ class DPOTrainer(EvaluatesPairs, SavesRun, ClipsExactly, LogsProgress, Trainer):
     ) -> None:
         refuse("data_collator", data_collator, "leave it out; batches are laid out by the trainer")
         refuse("compute_metrics", compute_metrics, "no logits exist to give it; use a callback")
-        refuse("quantization_config", quantization_config, "load the model in bfloat16")
         model, ref_model = uncompiled(model, "model"), uncompiled(ref_model, "ref_model")
         processing_class = resolve_tokenizer(processing_class, options)
         config = resolve_config(args, options, model_name(model))
+        add_quantisation(config, quantization_config, model)
         if train_dataset is not None and config.should_save:
             make_output_dir(config.output_dir)
         set_seed(config.seed)  # a fresh adapter's weights are random
