@@ -2,8 +2,8 @@
 
 On a CPU with AVX512-BF16, `bitsandbytes.backends.cpu.ops` asks the package `kernels`, if that is
 installed, for a compiled kernel from Hugging Face's hub, and logs a warning if it gets none. Only
-weights that were repacked for inference use this kernel, and dpofast never repacks any. transformers
-and peft import bitsandbytes wherever it is installed, so this would happen in runs that don't use it.
+weights that were repacked for inference use this kernel, and dpofast never repacks any. As
+transformers and peft import bitsandbytes wherever it is installed, this would happen in every run.
 """
 
 from __future__ import annotations

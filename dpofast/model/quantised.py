@@ -1,11 +1,13 @@
 """Models that bitsandbytes has quantised: which can be trained, and how they stay differentiable.
 
-bitsandbytes' layers look at their mode. On a CPU, an 8-bit layer rounds its input to int8 in eval
-mode only, so a reference scored in eval mode would be another function than the policy in training.
-And on a CPU with AVX512-BF16, a 4-bit layer in eval mode repacks its weight for good: its scales are
-rounded, and gradients no longer pass. `keep_differentiable` switches the repacking off, also for the
-user's own calls between steps, and `evaluating` leaves these layers in training mode. They have no
-dropout, so their training mode is exact.
+What bitsandbytes' layers compute depends on their mode:
+
+- On a CPU, an 8-bit layer rounds its input to int8 in eval mode only. A reference scored in eval
+  mode would be another function than the policy in training. `evaluating` therefore leaves
+  quantised layers in training mode, which is exact, as they have no dropout.
+- On a CPU with AVX512-BF16, a 4-bit layer in eval mode repacks its weight for good. That rounds its
+  scales, and no gradient passes it any more. `keep_differentiable` switches this off, also for the
+  user's own calls of the model between steps.
 """
 
 from __future__ import annotations

@@ -59,7 +59,7 @@ class Origin:
         kept = copy.deepcopy(own)
         quantizer = getattr(causal_lm(model), "hf_quantizer", None)
         if quantizer is not None and not quantizer.pre_quantized:
-            # With the entry in its config, transformers would expect quantised weights in the files.
+            # transformers takes the files of a config with this entry for quantised ones.
             options[OPTION] = kept.quantization_config
             del kept.quantization_config
         return cls(name, commit or revision, kept, options)

@@ -31,6 +31,7 @@ from dpofast.train.checkpoint.run_state import load_run_state
 from dpofast.train.clipping import ClipsExactly
 from dpofast.train.dataset import PairPreparer, RunDataset, pairs_of
 from dpofast.train.evaluates import EvaluatesPairs
+from dpofast.train.first_step import ChecksFirstStep, FirstStep
 from dpofast.train.loaders import StepLoader, StepLoaders, whole_step
 from dpofast.train.logs_progress import LogsProgress
 from dpofast.train.loop_arguments import one_item_per_step
@@ -57,7 +58,7 @@ from dpofast_kernels import PairLossOutput
 logger = logging.getLogger(__name__)
 
 
-class DPOTrainer(EvaluatesPairs, SavesRun, ClipsExactly, LogsProgress, Trainer):
+class DPOTrainer(EvaluatesPairs, SavesRun, ClipsExactly, ChecksFirstStep, LogsProgress, Trainer):
     """Direct Preference Optimization (Rafailov et al. 2023, arXiv:2305.18290).
 
     The signature is TRL's. Without a `ref_model`, the reference is the policy before step 1; a
@@ -216,6 +217,8 @@ class DPOTrainer(EvaluatesPairs, SavesRun, ClipsExactly, LogsProgress, Trainer):
         self._step_zero = None
         if checkpoint is None:
             self._step_zero = StepZeroCheck.of(self.model, self.reference, self.pair_loss)
+        has_norm = not self.args.optim.endswith("layerwise")  # those step within the backward
+        self.first_step = FirstStep(self.model, self.pair_loss, has_norm, checkpoint is None)
         self.reference.policy_moves()
         guard_reporters(self.callback_handler.callbacks)
         given = self.args
@@ -246,6 +249,8 @@ class DPOTrainer(EvaluatesPairs, SavesRun, ClipsExactly, LogsProgress, Trainer):
         scale = self.args.world_size / inputs.num_pairs
         total = torch.zeros((), dtype=torch.float64, device=self.args.device)
         self.throughput.start_step()
+        if self.first_step is not None:
+            self.first_step.begin(self.optimizer.param_groups)
         last = len(inputs.micro_batches) - 1
         for index, batch in enumerate(inputs.micro_batches):
             with gradient_exchange(self.accelerator, model, is_last=index == last):
@@ -266,6 +271,8 @@ class DPOTrainer(EvaluatesPairs, SavesRun, ClipsExactly, LogsProgress, Trainer):
             if self._step_zero is not None and batch.num_pairs:
                 self._step_zero.check(output, batch)
                 self._step_zero = None
+            if self.first_step is not None:
+                self.first_step.add(output, batch)
             loss = output.loss * scale
             self.accelerator.backward(loss, **options)
         return loss.detach()
