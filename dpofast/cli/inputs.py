@@ -61,6 +61,7 @@ def load_inputs(options: RunOptions) -> Inputs:
         DataError: the data can't be used; names the file and row.
         ModelError: a model or the tokenizer can't be loaded.
     """
+    _refuse_training_quantised(options)
     tokenizer = load_tokenizer_for(options)
     refuse_missing_model(options.script.model)
     if options.script.ref_model_name_or_path is not None:
@@ -173,6 +174,17 @@ def refuse_missing_model(name_or_path: str) -> None:
         raise ModelError(
             f"The model folder {name_or_path!r} has neither config.json nor {ADAPTER_FILE}: name "
             "a folder that save_pretrained has written."
+        )
+
+
+def _refuse_training_quantised(options: RunOptions) -> None:
+    script = options.script
+    is_quantised = script.load_in_4bit or script.load_in_8bit
+    if is_quantised and not script.use_peft and adapter_base(script.model) is None:
+        name = "load_in_4bit" if script.load_in_4bit else "load_in_8bit"
+        raise ConfigError(
+            f"{options.source}: {name} needs use_peft: true, as an optimizer can't update "
+            "quantised weights; add that, or name the folder of an adapter."
         )
 
 
