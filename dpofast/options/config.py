@@ -19,6 +19,7 @@ from dpofast.data.reading.bad_rows import check_strictness
 from dpofast.data.tokens.truncate import TRUNCATION_MODES
 from dpofast.errors import ConfigError
 from dpofast.options.foreign import refuse_unknown_options
+from dpofast.options.optimizers import check_optimizer
 from dpofast.options.quantisation import OPTION, quantisation_options
 from dpofast.reference.store.location import default_folder
 from dpofast.reference.store.row_detail import DETAILS, RowDetail
@@ -335,6 +336,7 @@ class DPOConfig(TrainingArguments):
                 "every step, and would compile each time."
             )
         self._check_report_to()
+        check_optimizer(self.optim, bool(self.use_cpu))
         strategy = self.train_sampling_strategy
         if strategy not in ("random", "sequential"):
             raise ConfigError(

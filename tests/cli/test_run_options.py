@@ -51,7 +51,7 @@ def test_option_of_trl_that_changes_nothing_is_taken(tmp_path: Path) -> None:
         ("eval_strategy: sometimes", "run.yaml: eval_strategy: got 'sometimes', expected"),
         ("max_prompt_length: 512", "run.yaml: max_prompt_length=512 isn't supported: set max_len"),
         ("evaluation_strategy: steps", "evaluation_strategy isn't an option here: .*eval_strategy"),
-        ("load_in_4bit: true", "load_in_4bit isn't an option here"),
+        ("load_in_4bits: true", "no option 'load_in_4bits'; did you mean 'load_in_4bit'"),
         ("dtype: float8", "run.yaml: dtype: got 'float8', expected one of auto, bfloat16"),
         ("train_file: a\ndataset_name: b", "train_file and dataset_name are one option"),
     ],
