@@ -48,6 +48,8 @@ def test_a_run_its_evaluation_and_the_next_run_of_its_adapter(tmp_path, base, ca
     path = yaml_file(tmp_path, base, use_bnb_nested_quant=True)
     assert main(["train", path]) == 0
     assert (tmp_path / "run" / "adapter_model.safetensors").is_file()
+    assert main(["ref", "build", path]) == 0
+    assert "12 answers: 12 found, 0 scored" in capsys.readouterr().out
     adapter = ["--model_name_or_path", str(tmp_path / "run"), "--output_dir", str(tmp_path / "two")]
     own = {"use_peft": None, "lora_target_modules": None}
     without = yaml_file(tmp_path, base, use_bnb_nested_quant=True, **own)
@@ -57,8 +59,6 @@ def test_a_run_its_evaluation_and_the_next_run_of_its_adapter(tmp_path, base, ca
     assert measured["ref_rows_scored"] == 0  # the base is the reference of the run
     assert measured["eval_logratios/chosen"] != 0.0
     assert main(["train", without, *adapter]) == 0
-    assert main(["ref", "build", path]) == 0
-    assert "12 answers: 12 found, 0 scored" in capsys.readouterr().out
 
 
 def test_the_options_become_a_quantization_config(tmp_path, base):

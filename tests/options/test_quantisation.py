@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from transformers import BitsAndBytesConfig, HqqConfig
+from transformers import BitsAndBytesConfig, QuantoConfig
 
 from dpofast.errors import ConfigError
 from dpofast.options.quantisation import bitsandbytes_config, quantisation_options
@@ -43,7 +43,7 @@ def test_a_mapping_may_have_dtypes_in_any_form():
         ({"load_in_4bit": True, "bnb_4bit_compute_dtype": "half!"}, "got 'half!', expected a dty"),
         ({"load_in_8bit": "yes"}, "load_in_8bit must be a boolean"),
         ({"quant_method": "gptq", "bits": 4}, "quant_method 'gptq' isn't supported"),
-        (HqqConfig(), "got a HqqConfig, expected transformers' BitsAndBytesConfig"),
+        (QuantoConfig(), "got a QuantoConfig, expected transformers' BitsAndBytesConfig"),
         ("nf4", "got a str, expected"),
     ],
 )
