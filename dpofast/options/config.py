@@ -41,6 +41,9 @@ class DPOConfig(TrainingArguments):
         label_smoothing: probability that a pair's labels are swapped, in [0, 0.5). It needs the
             sigmoid loss (conservative DPO).
         max_length: most tokens of a prompt and one answer; None for no limit.
+        max_prompt_length: most tokens of a prompt; None for no limit.
+        max_completion_length: most tokens of an answer; None for no limit.
+        max_target_length: an older name of max_completion_length.
         truncation_mode: keep_start cuts longer sequences on their right. keep_end first cuts the
             prompt on its left, equally for both answers.
         router_aux_loss_coef: weight of the auxiliary loss of a mixture of experts' routers. None
@@ -105,6 +108,15 @@ class DPOConfig(TrainingArguments):
     max_length: int | None = field(
         default=DEFAULT_MAX_LENGTH,
         metadata={"help": "Tokens of prompt + answer; None for no limit."},
+    )
+    max_prompt_length: int | None = field(
+        default=None, metadata={"help": "Tokens of a prompt, which is cut on its left."}
+    )
+    max_completion_length: int | None = field(
+        default=None, metadata={"help": "Tokens of an answer, which is cut on its right."}
+    )
+    max_target_length: int | None = field(
+        default=None, metadata={"help": "An older name of max_completion_length."}
     )
     truncation_mode: str = field(default="keep_start", metadata={"help": "keep_start or keep_end."})
     router_aux_loss_coef: float | None = field(
@@ -264,6 +276,9 @@ class DPOConfig(TrainingArguments):
             "precompute_ref_batch_size",
             "max_tokens_per_microbatch",
             "dataset_num_proc",
+            "max_prompt_length",
+            "max_completion_length",
+            "max_target_length",
         ):
             self._check_whole(name, minimum=1)
         self._check_whole("seed", minimum=0)
