@@ -217,7 +217,7 @@ def test_resuming_takes_true(
         ("--lora_r=4", "use_peft"),
         ("--output_dir=pairs.json", "output_dir"),
         ("--loss_type=dpo", "command line: loss_type: Unknown loss"),
-        ("--num_train_epochs=0", "num_train_epochs"),
+        ("--num_train_epochs=-1", "num_train_epochs"),
         ("--report_to=tensorbord", "report_to"),
         ("--attn_implementation=flash_attention_2", "can't be loaded"),
     ],
