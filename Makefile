@@ -26,8 +26,8 @@ $(STAMP): pyproject.toml setup.py constraints.txt
 demo: setup  ## train a small model by DPO on generated pairs and see that it learnt (minutes)
 	$(BIN)/dpofast demo
 
-# ARGS goes to pytest: a part of the tests, as in ARGS=tests/data, or ARGS=--stepwise, which goes on
-# where an earlier run failed.
+# ARGS goes to pytest: a part of the tests, as in ARGS=tests/data, or ARGS="-n 0 --stepwise", which
+# goes on where an earlier run failed.
 #
 # The tests are small, so two of them run at a time, each on one thread. A fixture that takes long is
 # made once for a file, so the slow tests of a file stay together.
