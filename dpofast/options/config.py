@@ -16,7 +16,7 @@ from transformers.utils import is_torch_bf16_gpu_available
 
 from dpofast.data.packing.collate import LAYOUTS
 from dpofast.data.reading.bad_rows import check_strictness
-from dpofast.data.tokens.truncate import TRUNCATION_MODES
+from dpofast.data.tokens.truncate import TRUNCATION_MODES, LengthLimits
 from dpofast.errors import ConfigError
 from dpofast.options.foreign import refuse_unknown_options
 from dpofast.reference.store.location import default_folder
@@ -234,6 +234,17 @@ class DPOConfig(TrainingArguments):
         assert own is None or isinstance(own, dict)
         return {"trust_remote_code": self.trust_remote_code, **(own or {})}
 
+    def length_limits(self) -> LengthLimits:
+        """What decides how pairs are cut."""
+        answer, older = self.max_completion_length, self.max_target_length
+        if None not in (answer, older) and answer != older:
+            raise ConfigError(
+                f"max_target_length is an older name of max_completion_length, but they are "
+                f"{older} and {answer}; set only one of them."
+            )
+        answer = older if answer is None else answer
+        return LengthLimits(self.max_length, self.truncation_mode, self.max_prompt_length, answer)
+
     @property
     def pairs_per_rank(self) -> int:
         """Most pairs that one rank runs in an optimizer step."""
@@ -282,6 +293,7 @@ class DPOConfig(TrainingArguments):
         ):
             self._check_whole(name, minimum=1)
         self._check_whole("seed", minimum=0)
+        self.length_limits()
 
     def _check_number(self, name: str, expected: str, minimum: float | None = None) -> None:
         """Raise ConfigError if an option isn't a number, or is below `minimum`.

@@ -138,8 +138,7 @@ class PairPreparer:
             pairs, report = tokenize_preferences(
                 pairs,
                 self.tokenizer,
-                max_length=config.max_length,
-                truncation_mode=config.truncation_mode,
+                **vars(config.length_limits()),
                 strict=config.strict,
                 skip_bad_rows=config.skip_bad_rows,
                 num_proc=config.dataset_num_proc,
@@ -193,7 +192,7 @@ def _refuse_cut_scores(dataset: RunDataset) -> None:
     if dataset.brings_ref_logps and report.tokens_cut:
         raise DataError(
             f"{report.name}: {report.answers_cut} answers and {report.prompts_cut} prompts "
-            f"were cut to max_length={report.max_length}, so {' and '.join(REF_COLUMNS)} "
-            "don't belong to them any more: raise max_length, or leave these columns out to "
-            "have them computed."
+            f"were cut to {report.limits}, so {' and '.join(REF_COLUMNS)} don't belong to them "
+            f"any more: raise {report.limits.names}, or leave these columns out to have them "
+            "computed."
         )
