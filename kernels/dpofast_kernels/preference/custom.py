@@ -92,4 +92,5 @@ def _derivatives(losses: Tensor, chosen: Tensor, rejected: Tensor) -> tuple[Tens
             "its result has no gradient: compute it from the log-ratios with differentiable "
             "operations of PyTorch, without detach(), item() or no_grad()."
         )
-    return torch.autograd.grad(losses.sum(), (chosen, rejected), materialize_grads=True)
+    slopes = torch.autograd.grad(losses.sum(), (chosen, rejected), materialize_grads=True)
+    return slopes[0], slopes[1]

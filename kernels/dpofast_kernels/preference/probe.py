@@ -62,34 +62,32 @@ def make_custom_loss(
 def _inputs(device: torch.device) -> Iterator[Inputs]:
     generator = torch.Generator().manual_seed(0)
     for num_pairs in PAIRS_TRIED:
-        logratios = SPREAD * torch.randn(2, num_pairs, generator=generator, dtype=torch.float64)
-        lengths = torch.randint(1, 500, (num_pairs, 2), generator=generator)
-        yield *logratios.to(device).unbind(), lengths.to(device)
-        # where a policy begins that is its own reference
-        zeros = torch.zeros(2, num_pairs, dtype=torch.float64, device=device)
-        yield *zeros.unbind(), lengths.to(device)
+        drawn = torch.randn(2, num_pairs, generator=generator, dtype=torch.float64)
+        lengths = torch.randint(1, 500, (num_pairs, 2), generator=generator).to(device)
+        for spread in (SPREAD, 0.0):  # 0 is where a policy begins that is its own reference
+            logratios = (spread * drawn).to(device)
+            yield logratios[0], logratios[1], lengths
 
 
 def _check_alone(loss: CustomLoss, inputs: Inputs) -> None:
     whole = _values(loss, inputs)  # [3, P]
     _check_closed(loss, inputs)
     if not whole.isfinite().all():
-        pair = (~whole.isfinite().all(0)).nonzero()[0].item()
-        chosen, rejected = (side[pair].item() for side in inputs[:2])
+        pair = int((~whole.isfinite().all(0)).nonzero()[0])
+        values = ", ".join(f"{value:g}" for value in whole[:, pair].tolist())
         raise NotAPairLossError(
-            f"its loss or derivatives aren't finite ({', '.join(f'{v:g}' for v in whole[:, pair])})"
-            f" at the log-ratios {chosen:.3g} and {rejected:.3g}; log-ratios have both signs, and "
-            "are 0 before the first step."
+            f"its loss or derivatives aren't finite ({values}) at the log-ratios "
+            f"{inputs[0][pair]:.3g} and {inputs[1][pair]:.3g}; log-ratios have both signs, and are "
+            "0 before the first step."
         )
     if not torch.equal(_values(loss, inputs), whole):
         raise NotAPairLossError(
             "it returned something else for the same pairs the second time; it may neither draw "
             "random numbers nor keep a state."
         )
-    each = [
-        _values(loss, tuple(tensor[pair : pair + 1] for tensor in inputs))
-        for pair in range(len(inputs[0]))
-    ]
+    chosen, rejected, lengths = inputs
+    slices = [slice(pair, pair + 1) for pair in range(len(chosen))]
+    each = [_values(loss, (chosen[pair], rejected[pair], lengths[pair])) for pair in slices]
     if not torch.allclose(torch.cat(each, 1), whole, RTOL, ATOL):
         raise NotAPairLossError(
             f"it couples pairs: for {len(inputs[0])} pairs together it gave other losses or "
