@@ -120,7 +120,7 @@ def model_card(facts: CardFacts, plot: str | None = None) -> str:
 def is_unchanged_card(text: str) -> bool:
     """Whether dpofast wrote this card and nobody has changed it since."""
     mark = _MARK.search(text)
-    return bool(mark) and _digest(_MARK.sub("", text, count=1)) == mark.group(1)
+    return mark is not None and _digest(_MARK.sub("", text, count=1)) == mark.group(1)
 
 
 def is_kept(folder: Path) -> bool:

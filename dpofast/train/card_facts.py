@@ -215,7 +215,7 @@ def _adapter_options(model: Any) -> dict[str, Any]:
     config = model.peft_config[model.active_adapter]
     options = {}
     for name in ("r", "lora_alpha", "lora_dropout", "target_modules", "modules_to_save"):
-        value = getattr(config, name, None)
+        value: Any = getattr(config, name, None)
         many = isinstance(value, set | list | tuple)
         options["rank r" if name == "r" else name] = ", ".join(sorted(value)) if many else value
     return options

@@ -164,7 +164,7 @@ class WritesCards(ReportsRun, Trainer):
                 self._say_kept(folder)
                 return
             folder.mkdir(parents=True, exist_ok=True)
-            plot = self.plot_file
+            plot = self.plot_file if self.plot_file and self.plot_file.is_file() else None
             if plot is not None and plot.parent.resolve() != folder.resolve():
                 shutil.copy(plot, folder)
             facts = card_facts(self, self._card_arguments, self._card_guard)

@@ -44,6 +44,7 @@ class ReportsRun(TakesWholeSteps, Trainer):
     metric_sums: MetricSums
     tokens_trained: int
     plot_file: Path | None
+    _tr_loss: Tensor
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
