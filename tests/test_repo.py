@@ -115,4 +115,6 @@ def test_tests_that_launch_ranks_are_marked() -> None:
 def test_tests_without_a_gpu_do_not_see_one() -> None:
     """If they did, Triton would compile its kernels, and those would refuse the CPU tensors."""
     for target in CPU_TARGETS:
-        assert all(line.startswith("\tCUDA_VISIBLE_DEVICES= ") for line in pytest_lines(target))
+        assert all(
+            " CUDA_VISIBLE_DEVICES= $(BIN)" in f" {line.strip()}" for line in pytest_lines(target)
+        )
