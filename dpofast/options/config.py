@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import json
 import logging
 import math
 from dataclasses import dataclass, field
@@ -14,9 +13,10 @@ from transformers.utils import is_torch_bf16_gpu_available
 
 from dpofast.data.packing.collate import LAYOUTS
 from dpofast.data.reading.bad_rows import check_strictness
-from dpofast.data.tokens.truncate import TRUNCATION_MODES
+from dpofast.data.tokens.truncate import TRUNCATION_MODES, LengthLimits
 from dpofast.errors import ConfigError
 from dpofast.options.foreign import refuse_unknown_options
+from dpofast.options.init_kwargs import read_init_kwargs
 from dpofast.options.trl_fields import TRLFields
 from dpofast.options.unsupported import check_unsupported
 from dpofast.reference.store.location import default_folder
@@ -193,7 +193,7 @@ class DPOConfig(TRLFields):
             self.loss_type = [self.loss_type]
         self._name_checkpointing()
         for name in ("model_init_kwargs", "ref_model_init_kwargs"):
-            self._read_init_kwargs(name)
+            setattr(self, name, read_init_kwargs(name, getattr(self, name)))
         self._check_values()
         self.make_loss()
         check_unsupported(self)
@@ -242,22 +242,6 @@ class DPOConfig(TRLFields):
             if getattr(self, f"activation_{suffix}", ...) is None:
                 setattr(self, f"activation_{suffix}", getattr(self, f"gradient_{suffix}"))
 
-    def _read_init_kwargs(self, name: str) -> None:
-        options = getattr(self, name)
-        if isinstance(options, str):
-            try:
-                options = json.loads(options)
-            except ValueError as error:
-                raise ConfigError(
-                    f"{name}: got {options!r}, expected a mapping or one as JSON."
-                ) from error
-        if options is not None and not isinstance(options, dict):
-            raise ConfigError(f"{name}: got {options!r}, expected a mapping.")
-        if options and "torch_dtype" in options:  # the old name of dtype
-            options = dict(options)
-            options.setdefault("dtype", options.pop("torch_dtype"))
-        setattr(self, name, options)
-
     def make_loss(self) -> PairLoss:
         """The pair loss that these options name.
 
@@ -293,6 +277,17 @@ class DPOConfig(TRLFields):
         if self.warmup_steps or not self.warmup_ratio:
             return int(super().get_warmup_steps(num_training_steps))
         return math.ceil(num_training_steps * self.warmup_ratio)
+
+    def length_limits(self) -> LengthLimits:
+        """What decides how pairs are cut."""
+        answer, older = self.max_completion_length, self.max_target_length
+        if None not in (answer, older) and answer != older:
+            raise ConfigError(
+                f"max_target_length is an older name of max_completion_length, but they are "
+                f"{older} and {answer}; set only one of them."
+            )
+        answer = older if answer is None else answer
+        return LengthLimits(self.max_length, self.truncation_mode, self.max_prompt_length, answer)
 
     @property
     def pairs_per_rank(self) -> int:
@@ -347,6 +342,7 @@ class DPOConfig(TRLFields):
         ):
             self._check_whole(name, minimum=1)
         self._check_whole("seed", minimum=0)
+        self.length_limits()
 
     def _check_number(
         self,
