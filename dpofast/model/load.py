@@ -9,6 +9,7 @@ import torch
 from safetensors import SafetensorError
 
 from dpofast.errors import ModelError
+from dpofast.model.pickled_weights import refuse_pickled_on_hub, refuse_pickled_weights
 from dpofast.progress import bars_as_lines
 
 # Options for loading weights, which a skeleton doesn't have.
@@ -32,10 +33,12 @@ def load_policy(name_or_path: str, **options: Any) -> Any:
     if isinstance(options["dtype"], str) and options["dtype"] != "auto":
         options["dtype"] = _dtype_named(options["dtype"])
     _refuse_missing_folder(name_or_path)
+    refuse_pickled_weights(name_or_path, options)
     try:
         with bars_as_lines():
             return AutoModelForCausalLM.from_pretrained(name_or_path, **options)
     except (OSError, ValueError, TypeError, ImportError, RuntimeError, SafetensorError) as error:
+        refuse_pickled_on_hub(name_or_path, options, error)
         raise ModelError(f"The model {name_or_path!r} can't be loaded: {error}") from error
 
 
