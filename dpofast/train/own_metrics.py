@@ -22,7 +22,7 @@ LOGGED = (
     *("lengths/pair", "lengths/scored", "lengths/row", "model_preparation_time"),
 )
 TAKEN = frozenset((*MEASURED, METRIC, *SPEEDS, *LOGGED))
-PAIRS_TRIED = 3
+PAIRS_TRIED = 16
 
 
 @dataclass(frozen=True)
