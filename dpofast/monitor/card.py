@@ -15,6 +15,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCardData
 
 from dpofast.monitor.card_metrics import evaluations, metrics_table, table
+from dpofast.monitor.public_names import public_name
 
 CARD_FILE = "README.md"
 PIPELINE = "text-generation"
@@ -154,7 +155,7 @@ def _eval_results(facts: CardFacts) -> list[EvalResult]:
     sets = {data.set_name: data for data in facts.datasets if data.set_name}
     results = []
     for name, values in evaluations(facts.log_history).items():
-        of = sets.get(name) or CardData(name)
+        of = sets.get(name) or CardData(public_name(name) or "a set")
         for metric, kind, words in (
             ("rewards/accuracies", "accuracy", "Reward accuracy"),
             ("loss", "loss", "Loss"),
