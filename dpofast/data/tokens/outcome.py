@@ -19,7 +19,7 @@ from dpofast.data.reading.reasons import BAD_ROW
 from dpofast.data.tokens.boundary import SplitPair
 from dpofast.data.tokens.left_out import REASONS
 from dpofast.data.tokens.report import Lengths, PreparationReport
-from dpofast.data.tokens.truncate import Cut
+from dpofast.data.tokens.truncate import Cut, LengthLimits
 
 _LENGTH_COLUMNS = tuple(f"{part}_length" for part in PAIR_COLUMNS)  # tokens before the cut
 _CUT_COLUMNS = tuple(f"{part}_cut" for part in PAIR_COLUMNS)  # tokens cut
@@ -92,8 +92,7 @@ def problems(table: pa.Table) -> list[str]:
 def make_report(
     table: pa.Table,
     name: str,
-    max_length: int | None,
-    truncation_mode: str,
+    limits: LengthLimits,
     unused: Sequence[str] = (),
     nulls_left_out: bool = False,
 ) -> PreparationReport:
@@ -102,7 +101,7 @@ def make_report(
     Args:
         table: columns OUTCOME_FEATURES, `row` and, in mixtures, `source`; one row per pair read.
         name: dataset name.
-        max_length, truncation_mode: the options that decided the cuts.
+        limits: the options that decided the cuts.
         unused: what the pairs' source has but training doesn't use.
         nulls_left_out: whether nulls in structs of Arrow were left out.
     """
@@ -126,8 +125,7 @@ def make_report(
         tokens_cut=int(prompt_cut.sum() + answer_cuts.sum()),
         boundary_merges=int(columns["merged"].sum()),
         rerendered_prompts=int(columns["rerendered"].sum()),
-        max_length=max_length,
-        truncation_mode=truncation_mode,
+        limits=limits,
         prompt_lengths=Lengths.of(prompt),
         answer_lengths=Lengths.of(answers),
         sequence_lengths=Lengths.of(np.concatenate([prompt, prompt]) + answers),
