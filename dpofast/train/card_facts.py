@@ -80,8 +80,12 @@ def card_options(trainer: Any) -> dict[str, Any]:
     """The options that decide what is learnt, by name; None for those without effect."""
     config, loss, state = trainer.user_args, trainer.pair_loss, trainer.state
     optimizer, scheduler = trainer.given_optimizers
+    function = getattr(loss, "function", None)  # of a loss of the user's own
     options = {
         "loss_type": getattr(loss, "name", type(loss).__name__),
+        "loss_fn": None
+        if function is None
+        else getattr(function, "__name__", type(function).__name__),
         "beta": getattr(loss, "beta", None),
         "label_smoothing": getattr(loss, "label_smoothing", None) or None,
         "learning_rate": config.learning_rate if optimizer is None else None,
