@@ -109,9 +109,9 @@ def card_options(trainer: Any) -> dict[str, Any]:
 
 
 def _title(given: Any, published: str | None, folder: Any, base: str | None, lm: Any) -> str:
-    if given and not Path(given).is_absolute():
+    if given and "/" not in given:
         return str(given)
-    own = published.split("/")[-1] if published else public_name(given) or public_name(folder)
+    own = public_name(given) or (published.split("/")[-1] if published else public_name(folder))
     start = base.split("/")[-1] if base else lm.config.model_type
     return own or f"{start}-DPO"
 
@@ -202,8 +202,8 @@ def _license(lm: Any, base: str | None) -> str | None:
 
 
 def _precision(trainer: Any) -> str:
-    trained = next(p for p in trainer.model.parameters() if p.requires_grad)
-    weights = f"{str(trained.dtype).removeprefix('torch.')} weights"
+    trained = {str(p.dtype) for p in trainer.model.parameters() if p.requires_grad}
+    weights = f"{' and '.join(sorted(trained))} weights".replace("torch.", "")
     autocast = trainer.accelerator.mixed_precision
     return weights if autocast == "no" else f"{weights}, {autocast} autocast"
 
