@@ -14,6 +14,7 @@ from dpofast.monitor.callbacks import LogsLastSteps
 from dpofast.monitor.guard import ReportGuard
 from dpofast.monitor.metrics import MetricSums
 from dpofast.monitor.plots import PLOT_FILE, plot_run
+from dpofast.monitor.public_names import public_name
 from dpofast.monitor.summary import SUMMARY_FILE
 from dpofast.monitor.throughput import Throughput
 from dpofast.train.dataset import PairPreparer
@@ -104,7 +105,8 @@ class ReportsRun(TakesWholeSteps, Trainer):
                 run=self.run_summary(),
             )
         with guard(PLOT_FILE):
-            plot_run(self.state.log_history, folder / PLOT_FILE, f"DPO: {folder.name}")
+            title = f"DPO: {public_name(folder) or 'training'}"  # may be published with the card
+            plot_run(self.state.log_history, folder / PLOT_FILE, title)
             self.plot_file = folder / PLOT_FILE
 
     def run_summary(self) -> dict[str, Any]:
