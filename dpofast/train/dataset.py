@@ -49,6 +49,7 @@ class RunDataset:
         token_limit: lengths of the pairs in a packed row, and the row's token limit; None until
             they are measured, and where rows are padded.
         plan: this rank's training steps; None until they are planned.
+        is_window: whether the pairs are a part of a stream, of which there are more.
     """
 
     name: str
@@ -60,6 +61,7 @@ class RunDataset:
     scored_by: str | None = None
     token_limit: TokenLimit | None = None
     plan: StepSampler | None = None
+    is_window: bool = False
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -146,14 +148,24 @@ class PairPreparer:
                 name=name,
             )
         prepared = RunDataset(name, dataset, pairs, report, sources)
-        _refuse_cut_scores(prepared)
-        refuse_unknown_ids(pairs, name, self._vocabularies)
-        refuse_longer(pairs, name, self._contexts)
+        self.check(prepared)
         self.datasets.append(prepared)
         if config.should_log:
             for line in report.lines():
                 logger.info("%s", line)
         return prepared
+
+    def check(self, dataset: RunDataset) -> None:
+        """Refuse pairs that a model of the run can't run.
+
+        Raises:
+            DataError: there is such a pair; names its row.
+        """
+        _refuse_cut_scores(dataset)
+        refuse_unknown_ids(dataset.pairs, dataset.name, self._vocabularies)
+        warned = refuse_longer(dataset.pairs, dataset.name, self._contexts)
+        if dataset.is_window:  # one warning is enough for a stream
+            self._contexts = {c: None for c in self._contexts if c not in warned}
 
     def prepare_sets(self, given: Any, name: str) -> Any:
         """One RunDataset, or a dict of them for a dict of named datasets; None stays None."""

@@ -91,15 +91,10 @@ def problems(table: pa.Table) -> list[str]:
 
 
 class OutcomeSums:
-    """Adds up what became of the pairs of one dataset, table by table.
-
-    Attributes:
-        tokens_cut: tokens that were cut from kept pairs so far.
-    """
+    """Adds up what became of the pairs of one dataset, table by table."""
 
     def __init__(self) -> None:
         self._read = self._kept = 0
-        self.tokens_cut = 0
         self._cuts = Counter[str]()
         self._left_out: dict[str, list[int | str]] = {reason: [] for reason in REASONS}
         self._problems: list[str] = []
@@ -117,7 +112,7 @@ class OutcomeSums:
         columns = {name: table[name].to_numpy() for name in _NUMBERS}
         prompt_cut, chosen_cut, rejected_cut = (columns[name] for name in _CUT_COLUMNS)
         answer_cuts = np.concatenate([chosen_cut, rejected_cut])
-        self.tokens_cut += int(prompt_cut.sum() + answer_cuts.sum())
+        self._cuts["tokens"] += int(prompt_cut.sum() + answer_cuts.sum())
         self._cuts["answers"] += int(np.sum(answer_cuts > 0))
         self._cuts["prompts"] += int(np.sum(prompt_cut > 0))
         for name in ("merged", "rerendered"):
@@ -161,7 +156,7 @@ class OutcomeSums:
             nulls_left_out=nulls_left_out,
             answers_cut=self._cuts["answers"],
             prompts_cut=self._cuts["prompts"],
-            tokens_cut=self.tokens_cut,
+            tokens_cut=self._cuts["tokens"],
             boundary_merges=self._cuts["merged"],
             rerendered_prompts=self._cuts["rerendered"],
             max_length=max_length,

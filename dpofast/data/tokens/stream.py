@@ -121,11 +121,6 @@ class TokenStream:
             self.name, self.max_length, self.truncation_mode, unused, notes.nulls_left_out
         )
 
-    @property
-    def tokens_cut(self) -> int:
-        """Tokens that were cut from kept pairs so far."""
-        return self._sums.tokens_cut
-
     def _outcomes(self, rows: datasets.Dataset) -> pa.Table:
         """The table of outcomes, and the columns that are passed on."""
         parts = [
