@@ -44,7 +44,7 @@ def _show_pair(options: RunOptions, row: int) -> None:
 
     if options.script.tokenizer_name_or_path is None:
         options.require("model_name_or_path")
-    tokenizer = load_tokenizer_for(options)
+    tokenizer, limits = load_tokenizer_for(options), options.config.length_limits()
     pairs = load_all_rows(options)
     rows = pairs["row"][:]
     # A row with several rejected answers has several pairs, and each dataset has its own row N.
@@ -55,14 +55,7 @@ def _show_pair(options: RunOptions, row: int) -> None:
         pair = pairs[index]
         if "source" in pair:
             print_rich(Text(pair["source"], style="bold"))
-        print_rich(
-            render_untokenised_pair(
-                pair,
-                tokenizer,
-                max_length=options.config.max_length,
-                truncation_mode=options.config.truncation_mode,
-            )
-        )
+        print_rich(render_untokenised_pair(pair, tokenizer, limits=limits))
 
 
 def _show_step(options: RunOptions, step: int, rank: tuple[int, int]) -> None:

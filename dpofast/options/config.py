@@ -16,7 +16,7 @@ from transformers.utils import is_torch_bf16_gpu_available
 
 from dpofast.data.packing.collate import LAYOUTS
 from dpofast.data.reading.bad_rows import check_strictness
-from dpofast.data.tokens.truncate import TRUNCATION_MODES
+from dpofast.data.tokens.truncate import TRUNCATION_MODES, LengthLimits
 from dpofast.errors import ConfigError
 from dpofast.options.foreign import refuse_unknown_options
 from dpofast.reference.store.location import default_folder
@@ -41,6 +41,9 @@ class DPOConfig(TrainingArguments):
         label_smoothing: probability that a pair's labels are swapped, in [0, 0.5). It needs the
             sigmoid loss (conservative DPO).
         max_length: most tokens of a prompt and one answer; None for no limit.
+        max_prompt_length: most tokens of a prompt; None for no limit.
+        max_completion_length: most tokens of an answer; None for no limit.
+        max_target_length: an older name of max_completion_length.
         truncation_mode: keep_start cuts longer sequences on their right. keep_end first cuts the
             prompt on its left, equally for both answers.
         router_aux_loss_coef: weight of the auxiliary loss of a mixture of experts' routers. None
@@ -105,6 +108,15 @@ class DPOConfig(TrainingArguments):
     max_length: int | None = field(
         default=DEFAULT_MAX_LENGTH,
         metadata={"help": "Tokens of prompt + answer; None for no limit."},
+    )
+    max_prompt_length: int | None = field(
+        default=None, metadata={"help": "Tokens of a prompt, which is cut on its left."}
+    )
+    max_completion_length: int | None = field(
+        default=None, metadata={"help": "Tokens of an answer, which is cut on its right."}
+    )
+    max_target_length: int | None = field(
+        default=None, metadata={"help": "An older name of max_completion_length."}
     )
     truncation_mode: str = field(default="keep_start", metadata={"help": "keep_start or keep_end."})
     router_aux_loss_coef: float | None = field(
@@ -222,6 +234,17 @@ class DPOConfig(TrainingArguments):
         assert own is None or isinstance(own, dict)
         return {"trust_remote_code": self.trust_remote_code, **(own or {})}
 
+    def length_limits(self) -> LengthLimits:
+        """What decides how pairs are cut."""
+        answer, older = self.max_completion_length, self.max_target_length
+        if None not in (answer, older) and answer != older:
+            raise ConfigError(
+                f"max_target_length is an older name of max_completion_length, but they are "
+                f"{older} and {answer}; set only one of them."
+            )
+        answer = older if answer is None else answer
+        return LengthLimits(self.max_length, self.truncation_mode, self.max_prompt_length, answer)
+
     @property
     def pairs_per_rank(self) -> int:
         """Most pairs that one rank runs in an optimizer step."""
@@ -264,9 +287,13 @@ class DPOConfig(TrainingArguments):
             "precompute_ref_batch_size",
             "max_tokens_per_microbatch",
             "dataset_num_proc",
+            "max_prompt_length",
+            "max_completion_length",
+            "max_target_length",
         ):
             self._check_whole(name, minimum=1)
         self._check_whole("seed", minimum=0)
+        self.length_limits()
 
     def _check_number(self, name: str, expected: str, minimum: float | None = None) -> None:
         """Raise ConfigError if an option isn't a number, or is below `minimum`.

@@ -11,9 +11,6 @@ from dpofast.errors import ConfigError
 # Options that TRL or transformers has or had. Each has the values that change nothing, which are
 # therefore accepted, and a remedy for all other values.
 FOREIGN_OPTIONS: dict[str, tuple[tuple[Any, ...], str]] = {
-    "max_prompt_length": ((None,), "set max_length, which counts prompt + answer"),
-    "max_completion_length": ((None,), "set max_length, which counts prompt + answer"),
-    "max_target_length": ((None,), "set max_length, which counts prompt + answer"),
     "loss_weights": ((None, [1.0], (1.0,)), "train with one loss_type"),
     "ld_alpha": ((None, 1.0), "leave it out; length desensitisation isn't supported"),
     "f_divergence_type": (("reverse_kl",), "leave it out; only reverse_kl is supported"),

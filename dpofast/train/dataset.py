@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -98,13 +98,22 @@ class PairPreparer:
         config: options of the run.
         tokenizer: tokenizer of the policy.
         models: models that will run the pairs; None entries are ignored.
+        columns, roles: arguments of `load_preferences`, the same for all datasets.
 
     Attributes:
         datasets: all datasets prepared so far, in the order of their preparation.
     """
 
-    def __init__(self, config: DPOConfig, tokenizer: Any, models: Iterable[Any] = ()) -> None:
+    def __init__(
+        self,
+        config: DPOConfig,
+        tokenizer: Any,
+        models: Iterable[Any] = (),
+        columns: Mapping[str, str] | None = None,
+        roles: Mapping[str, str] | None = None,
+    ) -> None:
         self.config, self.tokenizer = config, tokenizer
+        self.columns, self.roles = columns, roles
         given = [model for model in models if model is not None]
         self._vocabularies = dict.fromkeys(map(vocabulary_of, given))
         found = map(context_of, given)
@@ -133,15 +142,19 @@ class PairPreparer:
         # All other ranks wait for rank 0, and then find what it has downloaded.
         with bars_as_lines(), config.main_process_first(local=False, desc=f"tokenising {name}"):
             pairs = load_preferences(
-                dataset, strict=config.strict, skip_bad_rows=config.skip_bad_rows, name=name
+                dataset,
+                columns=self.columns,
+                roles=self.roles,
+                strict=config.strict,
+                skip_bad_rows=config.skip_bad_rows,
+                name=name,
             )
             sources = rows_by_source(pairs)
             self._say_untemplated(pairs, name)
             pairs, report = tokenize_preferences(
                 pairs,
                 self.tokenizer,
-                max_length=config.max_length,
-                truncation_mode=config.truncation_mode,
+                **vars(config.length_limits()),
                 strict=config.strict,
                 skip_bad_rows=config.skip_bad_rows,
                 num_proc=config.dataset_num_proc,
@@ -205,7 +218,7 @@ def _refuse_cut_scores(dataset: RunDataset) -> None:
     if dataset.brings_ref_logps and report.tokens_cut:
         raise DataError(
             f"{report.name}: {report.answers_cut} answers and {report.prompts_cut} prompts "
-            f"were cut to max_length={report.max_length}, so {' and '.join(REF_COLUMNS)} "
-            "don't belong to them any more: raise max_length, or leave these columns out to "
-            "have them computed."
+            f"were cut to {report.limits}, so {' and '.join(REF_COLUMNS)} don't belong to them "
+            f"any more: raise {report.limits.names}, or leave these columns out to have them "
+            "computed."
         )

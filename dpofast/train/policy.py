@@ -168,8 +168,9 @@ def _with_adapter(model: Any, peft_config: Any) -> Any:
         )
     if is_peft_model(model):
         raise ConfigError(
-            "peft_config: the model has an adapter already; leave peft_config out to train that "
-            "one further, or merge it first with merge_and_unload()."
+            "peft_config: the model has an adapter already; leave peft_config out (use_peft on the "
+            "command line and in YAML) to train that one further, or merge it first with "
+            "merge_and_unload()."
         )
     try:
         return get_peft_model(model, peft_config)

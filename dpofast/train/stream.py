@@ -160,8 +160,7 @@ class RunStream:
         return {
             "pairs_per_step": self.pairs_per_step,
             "drop_last": config.dataloader_drop_last,
-            "max_length": config.max_length,
-            "truncation_mode": config.truncation_mode,
+            **vars(config.length_limits()),
         }
 
     def _go_before(self, step: int) -> None:

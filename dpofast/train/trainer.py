@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -73,6 +74,8 @@ class DPOTrainer(EvaluatesPairs, SavesRun, ClipsExactly, LogsProgress, Trainer):
         callbacks: further callbacks of transformers.
         optimizers: optimizer and scheduler; transformers makes them if they are None.
         peft_config: wraps the model in a fresh adapter.
+        columns: column name of dpofast -> column name in the datasets, for all of them.
+        roles: role in the datasets -> system, user, assistant or tool, for all of them.
         options: arguments of old TRL versions: `tokenizer`, and options such as beta.
 
     Raises:
@@ -97,6 +100,9 @@ class DPOTrainer(EvaluatesPairs, SavesRun, ClipsExactly, LogsProgress, Trainer):
         optimizers: tuple[Any, Any] = (None, None),
         quantization_config: Any = None,
         peft_config: Any = None,
+        *,
+        columns: Mapping[str, str] | None = None,
+        roles: Mapping[str, str] | None = None,
         **options: Any,
     ) -> None:
         refuse("data_collator", data_collator, "leave it out; batches are laid out by the trainer")
@@ -112,7 +118,7 @@ class DPOTrainer(EvaluatesPairs, SavesRun, ClipsExactly, LogsProgress, Trainer):
         model, tokenizer = resolve_model(model, config, processing_class)
         model = prepare_policy(model, config, peft_config)
         self.pair_loss = config.make_loss()
-        self.data = PairPreparer(config, tokenizer, (model, ref_model))
+        self.data = PairPreparer(config, tokenizer, (model, ref_model), columns, roles)
         self.start_counting()
         train_set = None if train_dataset is None else self.data.prepare(train_dataset, "train")
         super().__init__(

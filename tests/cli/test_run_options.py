@@ -34,7 +34,7 @@ def test_training_shows_its_progress_unless_it_is_switched_off(tmp_path: Path, m
 
 
 def test_option_of_trl_that_changes_nothing_is_taken(tmp_path: Path) -> None:
-    assert read(tmp_path, "max_prompt_length: null\n").config.max_length == 1024
+    assert read(tmp_path, "use_weighting: false\n").config.max_length == 1024
 
 
 @pytest.mark.parametrize(
@@ -49,7 +49,7 @@ def test_option_of_trl_that_changes_nothing_is_taken(tmp_path: Path) -> None:
         ("per_device_train_batch_size: 0", "run.yaml: per_device_train_batch_size: got 0"),
         ("loss_type: ipa", "run.yaml: .*ipa"),
         ("eval_strategy: sometimes", "run.yaml: eval_strategy: got 'sometimes', expected"),
-        ("max_prompt_length: 512", "run.yaml: max_prompt_length=512 isn't supported: set max_len"),
+        ("max_prompt_length: 0", "run.yaml: max_prompt_length: got 0, expected a whole number"),
         ("evaluation_strategy: steps", "evaluation_strategy isn't an option here: .*eval_strategy"),
         ("load_in_4bit: true", "load_in_4bit isn't an option here"),
         ("dtype: float8", "run.yaml: dtype: got 'float8', expected one of auto, bfloat16"),

@@ -29,7 +29,7 @@ from dpofast.data.reading.options import (
 )
 from dpofast.data.reading.other_names import OTHER_COLUMNS, under_our_names
 from dpofast.data.reading.pair import Pair, Row
-from dpofast.data.reading.row_error import RowError, text_of
+from dpofast.data.reading.row_error import RowError, naming, text_of
 from dpofast.data.reading.text import read_implicit_text, read_text
 from dpofast.data.reading.tokenised import (
     LABEL_COLUMNS,
@@ -239,5 +239,5 @@ def _require_answers(row: Row, found: Sequence[str]) -> None:
         example = near[0] if near else "your_column"
         raise RowError(
             f"there is no column {column!r} (found: {', '.join(map(str, found)) or 'none'}); name "
-            f"it with columns={{{column!r}: {example!r}}} or add it"
+            f"it with {naming('columns', {column: example})} or add it"
         )

@@ -93,6 +93,7 @@ def picked_split(splits: Mapping[str, Any], split: str, name: str) -> Any:
     if split not in splits:
         raise DataError(
             f"{name} has no split {split!r} (found: {', '.join(splits) or 'none'}); "
-            "name one of these as split"
+            "name one of these (dataset_train_split and dataset_test_split on the command line, "
+            "split in load_preferences), or give that split by itself"
         )
     return splits[split]

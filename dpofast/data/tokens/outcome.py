@@ -20,7 +20,7 @@ from dpofast.data.reading.reasons import BAD_ROW
 from dpofast.data.tokens.boundary import SplitPair
 from dpofast.data.tokens.left_out import REASONS
 from dpofast.data.tokens.report import Lengths, PreparationReport
-from dpofast.data.tokens.truncate import Cut
+from dpofast.data.tokens.truncate import Cut, LengthLimits
 
 _LENGTH_COLUMNS = tuple(f"{part}_length" for part in PAIR_COLUMNS)  # tokens before the cut
 _CUT_COLUMNS = tuple(f"{part}_cut" for part in PAIR_COLUMNS)  # tokens cut
@@ -132,8 +132,7 @@ class OutcomeSums:
     def report(
         self,
         name: str,
-        max_length: int | None,
-        truncation_mode: str,
+        limits: LengthLimits,
         unused: Sequence[str] = (),
         nulls_left_out: bool = False,
     ) -> PreparationReport:
@@ -141,7 +140,7 @@ class OutcomeSums:
 
         Args:
             name: dataset name.
-            max_length, truncation_mode: the options that decided the cuts.
+            limits: the options that decided the cuts.
             unused: what the pairs' source has but training doesn't use.
             nulls_left_out: whether nulls in structs of Arrow were left out.
         """
@@ -159,8 +158,7 @@ class OutcomeSums:
             tokens_cut=self._cuts["tokens"],
             boundary_merges=self._cuts["merged"],
             rerendered_prompts=self._cuts["rerendered"],
-            max_length=max_length,
-            truncation_mode=truncation_mode,
+            limits=limits,
             prompt_lengths=prompt,
             answer_lengths=answer,
             sequence_lengths=sequence,

@@ -19,7 +19,7 @@ from dpofast.data.reading.table import TableBuilder
 from dpofast.data.tokens.outcome import OUTCOME_FEATURES, OutcomeSums, is_kept
 from dpofast.data.tokens.report import PreparationReport
 from dpofast.data.tokens.tokenize import TOKENISED_ROWS, PairTokenizer, refuse_bad_rows
-from dpofast.data.tokens.truncate import check_truncation
+from dpofast.data.tokens.truncate import LengthLimits
 from dpofast.data.tokens.unused import SHAPED_ROWS, unused_parts, warn_of_missing_text
 
 
@@ -43,8 +43,8 @@ class TokenStream:
 
     Args:
         stream: the pairs.
-        tokenizer, max_length, truncation_mode, strict, skip_bad_rows, name: as in
-            `tokenize_preferences`.
+        limits: the options that decide what is cut from a pair.
+        tokenizer, strict, skip_bad_rows, name: as in `tokenize_preferences`.
 
     Attributes:
         epoch: how often the stream was read to its end.
@@ -57,21 +57,18 @@ class TokenStream:
         stream: PairStream,
         tokenizer: Any,
         *,
-        max_length: int | None,
-        truncation_mode: str = "keep_start",
+        limits: LengthLimits,
         strict: bool = False,
         skip_bad_rows: bool = False,
         name: str = "train",
     ) -> None:
-        check_truncation(max_length, truncation_mode)
         check_strictness(strict, skip_bad_rows)
         self.stream, self.tokenizer, self.name = stream, tokenizer, name
-        self.max_length, self.truncation_mode = max_length, truncation_mode
-        self.skip_bad_rows = skip_bad_rows
+        self.limits, self.skip_bad_rows = limits, skip_bad_rows
         self._builder = TableBuilder(
             strict, skip_bad_rows, stream.columns, stream.roles, again=False
         )
-        self._tokenize = PairTokenizer(tokenizer, max_length, truncation_mode, strict, name)
+        self._tokenize = PairTokenizer(tokenizer, limits, strict, name)
         self._sums = OutcomeSums()
         self._counted = 0  # rows of the first pass that are in the sums
         self._unused: dict[str, None] = {}  # what the template doesn't use, in the order of finding
@@ -118,7 +115,7 @@ class TokenStream:
         notes = self._builder.notes()
         unused = (*notes.unused_columns, *self._unused)
         return self._sums.report(
-            self.name, self.max_length, self.truncation_mode, unused, notes.nulls_left_out
+            self.name, self.limits, unused, notes.nulls_left_out
         )
 
     def _outcomes(self, rows: datasets.Dataset) -> pa.Table:
