@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
-
-import datasets
 
 from dpofast.data import (
     PreparationReport,
     TokenStream,
     data_fingerprint,
     refuse_nothing_kept,
-    warn_of_rerendered_prompts,
 )
 from dpofast.data.packing.plan import StepSampler
-from dpofast.errors import ConfigError, DataError
+from dpofast.errors import DataError
 from dpofast.options.config import DPOConfig
 from dpofast.train.dataset import RunDataset
 from dpofast.train.exchange import exchange
@@ -69,6 +66,7 @@ class RunStream:
         pairs: what transformers' Trainer gets as its dataset.
         sources: empty, as for any dataset that isn't a mixture.
         plan: steps of the first window that was planned; None until then.
+        next_step: the step that follows the last one that was laid out.
 
     Raises:
         DataError: the first rows can't be used, or the stream has no pair.
@@ -87,12 +85,13 @@ class RunStream:
         self.tokens, self.config = tokens, config
         self.sources: dict[str, int] = {}
         self.plan: StepSampler | None = None
+        self.next_step = 0
         self._check = check
         self._source = StreamPairs(tokens)
         self._anchor: tuple[int, Place] | None = None  # a step that can be gone to, and its place
         self._epoch_has_steps = False
         self._window: Window | None = None
-        self._next_step = 0
+        self._first_step = 0  # of the window that is read next, if there is none
         self.window(0)
 
     @property
@@ -125,14 +124,29 @@ class RunStream:
             self._window = self._next_window()
         return self._window
 
-    def recorded(self, step: int) -> dict[str, Any]:
-        """What a checkpoint keeps of the stream.
+    def first_pass(self) -> Iterator[Window]:
+        """The windows of the run up to the end of the stream's first pass."""
+        step = 0
+        while step < self.num_steps:
+            window = self.window(step)
+            if self.tokens.epoch:
+                return
+            yield window
+            step = window.end
 
-        Args:
-            step: the next step of the run.
+    def has_more(self, step: int) -> bool:
+        """Whether the run reads on beyond the window of a step."""
+        return self.window(step).end < self.num_steps
+
+    def recorded(self) -> dict[str, Any] | None:
+        """What a checkpoint keeps of the stream: where `next_step` begins.
+
+        None if the stream has been read elsewhere since the step before.
         """
-        window = self._window
-        if window is not None and window.first_step <= step < window.end:
+        window, step = self._window, self.next_step
+        if window is None or not window.first_step <= step <= window.end:
+            return None
+        if step < window.end:
             place = window.taken.place((step - window.first_step) * self.pairs_per_step)
         else:
             place = self._source.place
@@ -173,13 +187,11 @@ class RunStream:
             return
         self._source.start(place)
         self._epoch_has_steps = place != Place(place.epoch)
-        self._window, self._next_step = None, first
+        self._window, self._first_step = None, first
 
     def _next_window(self) -> Window:
-        first = self._next_step if self._window is None else self._window.end
-        window = _on_all_ranks(lambda: self._read_window(first), self.config.world_size)
-        self._next_step = window.end
-        return window
+        first = self._first_step if self._window is None else self._window.end
+        return _on_all_ranks(lambda: self._read_window(first), self.config.world_size)
 
     def _read_window(self, first_step: int) -> Window:
         size = self.pairs_per_step
@@ -194,7 +206,9 @@ class RunStream:
                     refuse_no_step(len(taken.pairs), size)
             self._next_epoch(first_step)
         self._epoch_has_steps = True
-        return Window(first_step, found, taken, self._dataset(taken.pairs))
+        dataset = RunDataset(self.name, None, taken.pairs, self.report, is_window=True)
+        self._check(dataset)
+        return Window(first_step, found, taken, dataset)
 
     def _next_epoch(self, step: int) -> None:
         """Go back to the beginning of the stream, if it has given a step."""
@@ -213,28 +227,6 @@ class RunStream:
         logger.info("%s: the stream has ended after %d steps, and begins again.", self.name, step)
         self._source.start(Place(epoch + 1))
         self._epoch_has_steps = False
-
-    def _dataset(self, pairs: datasets.Dataset) -> RunDataset:
-        report = self.report
-        if self.plan is None:
-            warn_of_rerendered_prompts(report)
-        dataset = RunDataset(self.name, None, pairs, report, is_window=True)
-        self._check(dataset)
-        return dataset
-
-
-def stream_of(train_set: Any) -> RunStream | None:
-    """The training set, if it is a stream."""
-    return train_set if isinstance(train_set, RunStream) else None
-
-
-def refuse_endless(config: DPOConfig, name: str) -> None:
-    """Raise ConfigError unless the options say how many steps a run over a stream has."""
-    if config.max_steps <= 0:
-        raise ConfigError(
-            f"max_steps: {name} is a stream, whose length nobody knows, so num_train_epochs doesn't "
-            "say when the run ends; set max_steps."
-        )
 
 
 def _on_all_ranks(read: Callable[[], Window], world_size: int) -> Window:

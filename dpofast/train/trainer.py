@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerControl, TrainingArguments, set_seed
 
 from dpofast.data.packing.batch import PackedPairs, StepBatch
@@ -30,9 +31,9 @@ from dpofast.train.best_metric import check_best_metric
 from dpofast.train.checkpoint.resume import refuse_finished, resolve_checkpoint
 from dpofast.train.checkpoint.run_state import load_run_state
 from dpofast.train.clipping import ClipsExactly
-from dpofast.train.dataset import PairPreparer, RunDataset, pairs_of
+from dpofast.train.dataset import PairPreparer, pairs_of
 from dpofast.train.evaluates import EvaluatesPairs
-from dpofast.train.loaders import StepLoader, StepLoaders, whole_step
+from dpofast.train.loaders import StepLoaders, whole_step
 from dpofast.train.logs_progress import LogsProgress
 from dpofast.train.loop_arguments import one_item_per_step
 from dpofast.train.memory import row_tokens_on_all_ranks
@@ -47,11 +48,11 @@ from dpofast.train.policy import (
 )
 from dpofast.train.reference import RunReference
 from dpofast.train.run_store import RunStore
-from dpofast.train.sampler import planned_steps, train_sampler
 from dpofast.train.saves import SavesRun
 from dpofast.train.saving import check_saving
 from dpofast.train.schedule import check_schedule
 from dpofast.train.step_zero import StepZeroCheck
+from dpofast.train.training_set import TrainingSet, prepare_training_set, total_steps
 from dpofast_kernels import PairLossOutput
 
 logger = logging.getLogger(__name__)
@@ -68,7 +69,8 @@ class DPOTrainer(EvaluatesPairs, SavesRun, ClipsExactly, LogsProgress, Trainer):
         model: causal LM, PeftModel, or the folder or hub name of a causal LM.
         ref_model: reference model; never trained.
         args: options.
-        train_dataset: preference pairs in any form that `load_preferences` reads.
+        train_dataset: preference pairs in any form that `load_preferences` reads; an
+            IterableDataset is a stream, which is read while the run trains.
         eval_dataset: held-out pairs, or a dict of several named sets.
         processing_class: tokenizer; by default the one that is stored with the model.
         callbacks: further callbacks of transformers.
@@ -120,7 +122,9 @@ class DPOTrainer(EvaluatesPairs, SavesRun, ClipsExactly, LogsProgress, Trainer):
         self.pair_loss = config.make_loss()
         self.data = PairPreparer(config, tokenizer, (model, ref_model), columns, roles)
         self.start_counting()
-        train_set = None if train_dataset is None else self.data.prepare(train_dataset, "train")
+        train_set = None
+        if train_dataset is not None:
+            train_set = prepare_training_set(self.data, train_dataset)
         super().__init__(
             model=model,
             args=config,
@@ -152,7 +156,7 @@ class DPOTrainer(EvaluatesPairs, SavesRun, ClipsExactly, LogsProgress, Trainer):
 
     # Data
 
-    def train_set(self) -> RunDataset:
+    def train_set(self) -> TrainingSet:
         """The training dataset, with all that the run knows about it.
 
         Raises:
@@ -160,10 +164,12 @@ class DPOTrainer(EvaluatesPairs, SavesRun, ClipsExactly, LogsProgress, Trainer):
         """
         if self.train_dataset is None:
             raise ConfigError("DPOTrainer: train() needs a train_dataset.")
-        return self.data.prepare(self.train_dataset, "train")
+        return prepare_training_set(self.data, self.train_dataset)
 
     def score_datasets(self, rescore: bool = False) -> None:
         """Give all datasets their reference log-probs; answers missing from the store are scored.
+
+        A stream is read up to its end, or up to the last step of the run.
 
         Args:
             rescore: score answers again if the store has less detail than the options ask for.
@@ -172,19 +178,19 @@ class DPOTrainer(EvaluatesPairs, SavesRun, ClipsExactly, LogsProgress, Trainer):
             ReferenceStoreError: log-probs are missing and can't be made.
         """
         self.loaders.settle()
-        train_sets = [] if self.train_dataset is None else [self.train_set()]
-        for dataset in [*train_sets, *self.eval_sets().values()]:
+        if self.train_dataset is not None:
+            self.loaders.score_all(self.train_set(), rescore)
+        for dataset in self.eval_sets().values():
             self.loaders.score(dataset, rescore)
 
-    def get_train_dataloader(self) -> StepLoader:
+    def get_train_dataloader(self) -> DataLoader[StepBatch]:
         """One item is one step. Not prepared by accelerate, which would shard it again."""
         train_set = self.train_set()
         # `train` has planned its steps. Whoever else asks for a loader gets one of the options as
         # they are now.
         if not self.is_in_train or train_set.plan is None:
             self.loaders.settle()
-            self.loaders.score(train_set)
-            self.loaders.plan(train_set)
+            self.loaders.begin(train_set)
         return self.loaders.training(train_set)
 
     # Training
@@ -201,27 +207,29 @@ class DPOTrainer(EvaluatesPairs, SavesRun, ClipsExactly, LogsProgress, Trainer):
         started = time.monotonic()
         self.start_counting()
         train_set = self.train_set()
-        # The number of steps doesn't depend on the packing, so no token limit is needed yet.
-        epoch = train_sampler(self.args, len(train_set), None)
-        total_steps = planned_steps(self.args, epoch)
+        num_steps, first_step = total_steps(self.args, train_set), 0
         checkpoint = resolve_checkpoint(resume_from_checkpoint, self.args.output_dir)
         if checkpoint is not None:
-            refuse_finished(checkpoint, total_steps)
+            refuse_finished(checkpoint, num_steps)
             recorded = load_run_state(checkpoint)
             self.reference.restore(recorded, checkpoint)
             self.loaders.settle(recorded.row_tokens)
+            first_step = train_set.resume(recorded.stream)
         check_saving(self.model, self.processing_class, self.args)
         sets = self.eval_dataset if isinstance(self.eval_dataset, dict) else ()
         with_router = self._pair_loss_pass.router_loss is not None
         check_best_metric(self.args, sets, self.callback_handler.callbacks, with_router)
-        check_schedule(self, total_steps)
+        check_schedule(self, num_steps)
         check_noise(self)
-        self.score_datasets()  # before the policy moves: it may be the reference
-        self.loaders.plan(train_set)
+        self.loaders.settle()
+        # Before the policy moves: it may be the reference.
+        self.loaders.begin(train_set, first_step)
+        for dataset in self.eval_sets().values():
+            self.loaders.score(dataset)
         self._step_zero = None
         if checkpoint is None:
             self._step_zero = StepZeroCheck.of(self.model, self.reference, self.pair_loss)
-        self.reference.policy_moves()
+        self.reference.policy_moves(is_needed=train_set.has_more(first_step))
         guard_reporters(self.callback_handler.callbacks)
         given = self.args
         with one_item_per_step(given) as self.args:
