@@ -113,7 +113,9 @@ class FormerPolicy:
         stack.enter_context(adapter_off(self.policy) if first is None else first.put_back())
         return self.policy
 
-    def _undo_training(self, identity: ReferenceIdentity, stack: contextlib.ExitStack) -> str | None:
+    def _undo_training(
+        self, identity: ReferenceIdentity, stack: contextlib.ExitStack
+    ) -> str | None:
         """Turn the policy into the reference until `stack` ends, if that is possible.
 
         Returns:

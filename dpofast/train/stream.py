@@ -139,34 +139,37 @@ class RunStream:
         return self.window(step).end < self.num_steps
 
     def recorded(self) -> dict[str, Any] | None:
-        """What a checkpoint keeps of the stream: where `next_step` begins.
+        """What a checkpoint keeps of the stream: where the window of the next step begins.
 
-        None if the stream has been read elsewhere since the step before.
+        The resumed run reads the same windows, and so scores the same answers together. None if the
+        stream has been read elsewhere since the last step.
         """
         window, step = self._window, self.next_step
         if window is None or not window.first_step <= step <= window.end:
             return None
         if step < window.end:
-            place = window.taken.place((step - window.first_step) * self.pairs_per_step)
+            step, place = window.first_step, window.taken.start
         else:
             place = self._source.place
-        return {"step": step, "options": self._options(), **asdict(place)}
+        recorded = {"next_step": self.next_step, "first_step": step, "place": asdict(place)}
+        return {**recorded, "options": self._options()}
 
     def resume(self, recorded: dict[str, Any] | None) -> int:
         """Let later calls of `window` go to where a checkpoint stands without reading up to it.
 
         Args:
-            recorded: what `recorded` returned; None if the checkpoint has none. Without it, and with
-                other options, the stream is read from its beginning.
+            recorded: what `recorded` returned; None if the checkpoint has none. Without it, and
+                with other options, the stream is read from its beginning.
 
         Returns:
             The step from which the run goes on.
         """
-        if recorded is None or recorded["options"] != self._options() or self.config.ignore_data_skip:
+        if self.config.ignore_data_skip or not recorded:
             return 0
-        place = Place(recorded["epoch"], recorded["row"], recorded["pair"])
-        self._anchor = (recorded["step"], place)
-        return int(recorded["step"])
+        if recorded["options"] != self._options():
+            return 0
+        self._anchor = (int(recorded["first_step"]), Place(**recorded["place"]))
+        return int(recorded["next_step"])
 
     def _options(self) -> dict[str, Any]:
         """The options by which pairs come to their steps."""
@@ -220,8 +223,8 @@ class RunStream:
                     raise DataError(f"{self.name} holds no rows; give it at least one pair.")
                 refuse_nothing_kept(report)
             raise DataError(
-                f"{self.name}: the stream gave {step} steps, and nothing when it was read again, but "
-                f"max_steps is {self.num_steps}; lower max_steps, or give a stream that begins "
+                f"{self.name}: the stream gave {step} steps, and nothing when it was read again, "
+                f"but max_steps is {self.num_steps}; lower max_steps, or give a stream that begins "
                 "again."
             )
         logger.info("%s: the stream has ended after %d steps, and begins again.", self.name, step)
@@ -244,8 +247,8 @@ def _on_all_ranks(read: Callable[[], Window], world_size: int) -> Window:
             raise DataError(f"Rank {rank} can't read the stream: {message}")
     if len({fingerprint for fingerprint, _ in found}) > 1:
         raise DataError(
-            f"{window.dataset.name}: the ranks read different pairs from the stream. Every rank must "
-            "get all of it, in the same order, and takes its own part of each step: don't split the "
-            "stream by rank, and give shuffles a seed."
+            f"{window.dataset.name}: the ranks read different pairs from the stream. Every rank "
+            "must get all of it, in the same order, and takes its own part of each step: don't "
+            "split the stream by rank, and give shuffles a seed."
         )
     return window

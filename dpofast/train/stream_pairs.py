@@ -37,18 +37,13 @@ class TakenPairs:
 
     Attributes:
         pairs: the tokenised pairs.
-        starts: (index, place) of the first pair, and of others; ascending.
+        start: the place of the first pair.
         is_text: whether the pairs are text that isn't messages.
     """
 
     pairs: datasets.Dataset
-    starts: tuple[tuple[int, Place], ...]
+    start: Place
     is_text: bool
-
-    def place(self, index: int) -> Place:
-        """The place of the pair with this index."""
-        first, place = next(start for start in reversed(self.starts) if start[0] <= index)
-        return Place(place.epoch, place.row, place.pair + index - first)
 
 
 @dataclass
@@ -100,10 +95,8 @@ class StreamPairs:
             DataError: rows can't be used or read, or none of many rows has a pair for training.
         """
         taken: list[pa.Table] = []
-        starts: list[tuple[int, Place]] = []
-        count = 0
+        start, count = self.place, 0
         while count < num_pairs and self._has_pairs(num_pairs - count):
-            starts.append((count, self.place))
             part = self._parts[0]
             pairs = part.pairs.slice(part.taken, num_pairs - count)
             taken.append(pairs)
@@ -115,7 +108,7 @@ class StreamPairs:
             return None
         # Columns that only some rows have are filled up with nulls.
         table = pa.concat_tables(taken, promote_options="default")
-        return TakenPairs(datasets.Dataset(table), tuple(starts), self._is_text)
+        return TakenPairs(datasets.Dataset(table), start, self._is_text)
 
     def _has_pairs(self, num_pairs: int) -> bool:
         """Read on if no pair is waiting; False at the end of the pass.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 from torch.utils.data import Dataset, Sampler
 
@@ -20,9 +21,7 @@ class StreamSteps(Dataset[StepBatch]):
         layout: layout of the micro-batches.
     """
 
-    def __init__(
-        self, stream: RunStream, ready: Callable[[Window], None], layout: Layout
-    ) -> None:
+    def __init__(self, stream: RunStream, ready: Callable[[Window], None], layout: Layout) -> None:
         self.stream, self.layout = stream, layout
         self._ready = ready
 
@@ -44,7 +43,7 @@ class StreamSteps(Dataset[StepBatch]):
         return dataset.step_dataset(self.layout).__getitems__(planned)
 
 
-class StepNumbers(Sampler[int]):
+class StepNumbers(Sampler[Any]):
     """Batch sampler for a DataLoader: yields the numbers of all steps of a run."""
 
     def __init__(self, num_steps: int) -> None:

@@ -39,7 +39,7 @@ def stream_records(stream: Any, name: str, epoch: int = 0) -> Iterator[Record]:
         if not isinstance(stream, datasets.IterableDataset):
             if callable(getattr(stream, "set_epoch", None)):
                 stream.set_epoch(epoch)
-            for row, values in enumerate(stream):  # noqa: B007 (an error names the row)
+            for row, values in enumerate(stream):
                 yield record_of(name, row, None, values, "a dict of columns")
             return
         stream = _at_epoch(stream, epoch)

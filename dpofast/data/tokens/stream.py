@@ -114,9 +114,7 @@ class TokenStream:
         """What became of the rows that were read, each counted once, however often it is read."""
         notes = self._builder.notes()
         unused = (*notes.unused_columns, *self._unused)
-        return self._sums.report(
-            self.name, self.limits, unused, notes.nulls_left_out
-        )
+        return self._sums.report(self.name, self.limits, unused, notes.nulls_left_out)
 
     def _outcomes(self, rows: datasets.Dataset) -> pa.Table:
         """The table of outcomes, and the columns that are passed on."""
