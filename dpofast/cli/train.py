@@ -30,7 +30,7 @@ def make_trainer(options: RunOptions) -> Any:
     make_output_dir(options.config.output_dir, options.source)
     peft_config = adapter_options(options)
     inputs = load_inputs(options)
-    return DPOTrainer(
+    trainer = DPOTrainer(
         model=inputs.model,
         ref_model=inputs.ref_model,
         args=options.config,
@@ -39,6 +39,10 @@ def make_trainer(options: RunOptions) -> Any:
         processing_class=inputs.tokenizer,
         peft_config=peft_config,
     )
+    held_out = options.script.eval_dataset_name
+    trainer.dataset_names = options.script.dataset_names
+    trainer.eval_dataset_names = [held_out] if held_out else trainer.dataset_names
+    return trainer
 
 
 def resume_point(options: RunOptions) -> str | bool | None:

@@ -141,6 +141,7 @@ def make_trainer(folder: Path, data: DemoData, seed: int) -> Any:
         train_dataset=datasets.Dataset.from_list(data.train),
         eval_dataset=datasets.Dataset.from_list(data.held_out),
     )
+    trainer.dataset_names, trainer.eval_dataset_names = ["train.jsonl"], ["held_out.jsonl"]
     trainer.remove_callback(PrinterCallback)  # with disable_tqdm, it prints every log to stdout
     return trainer
 

@@ -9,10 +9,14 @@ import torch
 from safetensors import SafetensorError
 
 from dpofast.errors import ModelError
+from dpofast.options.quantisation import OPTION, bitsandbytes_config, quantisation_options
 from dpofast.progress import bars_as_lines
 
 # Options for loading weights, which a skeleton doesn't have.
-_WEIGHT_OPTIONS = {"dtype", "use_safetensors", "device_map", "low_cpu_mem_usage", "variant"}
+_WEIGHT_OPTIONS = {
+    *("dtype", "use_safetensors", "device_map", "low_cpu_mem_usage", "variant"),
+    OPTION,
+}
 
 
 def load_policy(name_or_path: str, **options: Any) -> Any:
@@ -21,9 +25,11 @@ def load_policy(name_or_path: str, **options: Any) -> Any:
     Args:
         name_or_path: folder or hub name.
         options: arguments of `from_pretrained`. `dtype` may be a name such as "bfloat16".
-            use_safetensors is True by default, as other formats can hold pickles.
+            use_safetensors is True by default, as other formats can hold pickles. A
+            `quantization_config` can be a BitsAndBytesConfig or a mapping of its arguments.
 
     Raises:
+        ConfigError: the `quantization_config` can't be used.
         ModelError: there is no such model, or no causal LM can be loaded from it.
     """
     from transformers import AutoModelForCausalLM
@@ -31,6 +37,8 @@ def load_policy(name_or_path: str, **options: Any) -> Any:
     options = {"dtype": torch.float32, "use_safetensors": True, **options}
     if isinstance(options["dtype"], str) and options["dtype"] != "auto":
         options["dtype"] = _dtype_named(options["dtype"])
+    if options.get(OPTION) is not None:
+        options[OPTION] = bitsandbytes_config(quantisation_options(options[OPTION]))
     _refuse_missing_folder(name_or_path)
     try:
         with bars_as_lines():

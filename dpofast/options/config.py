@@ -19,6 +19,7 @@ from dpofast.data.reading.bad_rows import check_strictness
 from dpofast.data.tokens.truncate import TRUNCATION_MODES, LengthLimits
 from dpofast.errors import ConfigError
 from dpofast.options.foreign import refuse_unknown_options
+from dpofast.options.quantisation import OPTION, quantisation_options
 from dpofast.reference.store.location import default_folder
 from dpofast.reference.store.row_detail import DETAILS, RowDetail
 from dpofast.zero.batch import settle_deepspeed
@@ -210,6 +211,8 @@ class DPOConfig(TrainingArguments):
         if options and "torch_dtype" in options:  # the old name of dtype
             options = dict(options)
             options.setdefault("dtype", options.pop("torch_dtype"))
+        if options and options.get(OPTION) is not None:
+            options = {**options, OPTION: quantisation_options(options[OPTION])}
         self.model_init_kwargs = options
 
     def make_loss(self) -> PairLoss:

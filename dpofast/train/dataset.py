@@ -175,8 +175,7 @@ class PairPreparer:
         self.check(prepared)
         self.datasets.append(prepared)
         if config.should_log:
-            for line in report.lines():
-                logger.info("%s", line)
+            log_report(report)
         return prepared
 
     def check(self, dataset: RunDataset) -> None:
@@ -220,6 +219,12 @@ class PairPreparer:
         taken = {dataset.name for dataset in self.datasets}
         names = [name, *(f"{name}_{number}" for number in range(2, len(taken) + 3))]
         return next(free for free in names if free not in taken)
+
+
+def log_report(report: PreparationReport) -> None:
+    """Log what became of a dataset's pairs."""
+    for line in report.lines():
+        logger.info("%s", line)
 
 
 def pairs_of(prepared: Any) -> Any:

@@ -16,7 +16,7 @@ from dpofast.data.packing.batch import StepBatch
 from dpofast.data.packing.collate import Layout
 from dpofast.data.packing.plan import BatchShape, StepSampler
 from dpofast.options.config import DPOConfig
-from dpofast.train.dataset import RunDataset
+from dpofast.train.dataset import RunDataset, log_report
 from dpofast.train.reference import RunReference
 from dpofast.train.sampler import train_sampler
 from dpofast.train.stream import RunStream, Window
@@ -107,6 +107,8 @@ class StepLoaders:
             return
         for window in train_set.first_pass():
             self.score(window.dataset, rescore)
+        if self.config.should_log:
+            log_report(train_set.report)
 
     def begin(self, train_set: TrainingSet, first_step: int = 0) -> None:
         """Score a training set and plan its steps; of a stream, those of the first window.

@@ -12,11 +12,40 @@ from dpofast.model.dropout import disable_dropout
 from dpofast.model.head import head_forwards
 from dpofast.model.load import load_policy, load_tokenizer
 from dpofast.model.parts import body_of, causal_lm, is_peft_model
+from dpofast.model.quantised import check_trainable, keep_differentiable
 from dpofast.model.vocabulary import vocabulary_of
 from dpofast.options.config import DPOConfig
+from dpofast.options.quantisation import OPTION, quantisation_options
 from dpofast.zero.batch import refuse_missing_launcher
 
 logger = logging.getLogger(__name__)
+
+
+def add_quantisation(config: DPOConfig, quantization_config: Any, model: Any) -> None:
+    """Adds the trainer's argument `quantization_config` to the options of loading a model.
+
+    Args:
+        config: options of the run, changed in place.
+        quantization_config: a BitsAndBytesConfig or a mapping of its arguments; None for none.
+        model: the policy as it was given.
+
+    Raises:
+        ConfigError: the model is loaded already, or the option is given twice, or can't be used.
+    """
+    if quantization_config is None:
+        return
+    if not isinstance(model, str):
+        raise ConfigError(
+            f"{OPTION}: the model is loaded already, and a model is quantised when it is loaded: "
+            f"pass its name, or load it with from_pretrained(..., {OPTION}=...) and leave the "
+            "argument out."
+        )
+    own = config.model_init_kwargs or {}
+    assert isinstance(own, dict)
+    options = quantisation_options(quantization_config)
+    if own.get(OPTION) not in (None, options):
+        raise ConfigError(f"{OPTION}: model_init_kwargs has another one; give it in one place.")
+    config.model_init_kwargs = {**own, OPTION: options}
 
 
 def resolve_model(model: Any, config: DPOConfig, tokenizer: Any) -> tuple[nn.Module, Any]:
@@ -124,8 +153,11 @@ def prepare_policy(model: Any, config: DPOConfig, peft_config: Any) -> nn.Module
         ConfigError: peft isn't installed, or this kind of adapter isn't supported.
         ModelError: nothing would be trained, or the model or its head can't be trained exactly.
     """
+    keep_differentiable(model)
     if peft_config is not None:
         model = _with_adapter(model, peft_config)
+    plugin = config.deepspeed_plugin
+    check_trainable(model, None if plugin is None else plugin.zero_stage)
     if is_peft_model(model):
         if any(getattr(c, "is_prompt_learning", False) for c in model.peft_config.values()):
             raise ConfigError(

@@ -22,6 +22,7 @@ from dpofast.model.checks import check_model
 from dpofast.model.dropout import dropouts
 from dpofast.model.packable import why_not_packed
 from dpofast.model.parts import causal_lm
+from dpofast.model.quantised import computing_dtype, keep_differentiable
 from dpofast.model.randomness import random_modules
 from dpofast.model.rope import depends_on_length
 from dpofast.model.router import RouterLoss, check_router_loss
@@ -95,12 +96,12 @@ class RunReference:
             policy,
             Origin.of(policy, config),
             identify=self._identify,
-            prepare=self._cast,
+            prepare=self._prepare,
             check=self._check,
             exchange=exchange,
         )
         for model in self._models():
-            self._cast(model)
+            self._prepare(model)
 
     def settle(self) -> ReferenceIdentity:
         """Check the models and identify the reference; later calls return the same identity.
@@ -239,7 +240,7 @@ class RunReference:
 
     def dtype(self) -> torch.dtype:
         """The dtype in which a forward pass computes."""
-        return self._autocast_dtype or causal_lm(self.policy).dtype
+        return self._autocast_dtype or computing_dtype(self.policy)
 
     @property
     def _model(self) -> nn.Module:
@@ -270,7 +271,9 @@ class RunReference:
         with in_blocks(model):
             return check_model(model, self._layout_of(model), device, autocast_dtype)
 
-    def _cast(self, model: nn.Module) -> None:
+    def _prepare(self, model: nn.Module) -> None:
+        """Make a model ready to be identified and scored."""
+        keep_differentiable(model)
         if self._is_under_deepspeed:
             cast_weights(model, self.accelerator.deepspeed_plugin.deepspeed_config)
 

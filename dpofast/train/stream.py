@@ -61,11 +61,14 @@ class RunStream:
         tokens: its pairs.
         config: options of the run; max_steps is set.
         check: refuses pairs that a model of the run can't run.
+        world_size: ranks that share a step.
 
     Attributes:
+        pairs_per_step: pairs that an optimizer step takes on all ranks.
         pairs: what transformers' Trainer gets as its dataset.
         sources: empty, as for any dataset that isn't a mixture.
         plan: steps of the first window that was planned; None until then.
+        brings_ref_logps: whether the first pairs come with reference log-probs of their own.
         next_step: the step that follows the last one that was laid out.
 
     Raises:
@@ -80,9 +83,11 @@ class RunStream:
         tokens: TokenStream,
         config: DPOConfig,
         check: Callable[[RunDataset], None],
+        world_size: int,
     ) -> None:
         self.name, self.given, self.pairs = name, given, given
         self.tokens, self.config = tokens, config
+        self.pairs_per_step = int(config.pairs_per_rank * world_size)
         self.sources: dict[str, int] = {}
         self.plan: StepSampler | None = None
         self.next_step = 0
@@ -92,7 +97,7 @@ class RunStream:
         self._epoch_has_steps = False
         self._window: Window | None = None
         self._first_step = 0  # of the window that is read next, if there is none
-        self.window(0)
+        self.brings_ref_logps = self.window(0).dataset.brings_ref_logps
 
     @property
     def num_steps(self) -> int:
@@ -100,13 +105,14 @@ class RunStream:
         return int(self.config.max_steps)
 
     @property
-    def pairs_per_step(self) -> int:
-        return int(self.config.pairs_per_rank * self.config.world_size)
-
-    @property
     def report(self) -> PreparationReport:
         """What became of the rows that this process has read."""
         return self.tokens.report()
+
+    @property
+    def progress(self) -> dict[str, int]:
+        """How far the stream was read: passes before this one, and rows of this one."""
+        return {"epoch": self.tokens.epoch, "row": self.tokens.row}
 
     def window(self, step: int) -> Window:
         """The window that a step belongs to. All ranks must ask for the same step.
@@ -202,7 +208,7 @@ class RunStream:
         while True:
             taken = self._source.take(steps * size)
             if taken is not None:
-                found = len(train_sampler(self.config, len(taken.pairs), None, in_order=True))
+                found = self._num_steps_of(len(taken.pairs))
                 if found:
                     break
                 if not self._epoch_has_steps:
@@ -212,6 +218,11 @@ class RunStream:
         dataset = RunDataset(self.name, None, taken.pairs, self.report, is_window=True)
         self._check(dataset)
         return Window(first_step, found, taken, dataset)
+
+    def _num_steps_of(self, num_pairs: int) -> int:
+        """The steps that the next pairs of a pass make."""
+        ranks = (0, self.pairs_per_step // self.config.pairs_per_rank)
+        return len(train_sampler(self.config, num_pairs, None, ranks))
 
     def _next_epoch(self, step: int) -> None:
         """Go back to the beginning of the stream, if it has given a step."""

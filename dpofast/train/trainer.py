@@ -33,6 +33,7 @@ from dpofast.train.checkpoint.run_state import load_run_state
 from dpofast.train.clipping import ClipsExactly
 from dpofast.train.dataset import PairPreparer, pairs_of
 from dpofast.train.evaluates import EvaluatesPairs
+from dpofast.train.first_step import ChecksFirstStep, FirstStep
 from dpofast.train.loaders import StepLoaders, whole_step
 from dpofast.train.logs_progress import LogsProgress
 from dpofast.train.loop_arguments import one_item_per_step
@@ -40,6 +41,7 @@ from dpofast.train.memory import row_tokens_on_all_ranks
 from dpofast.train.micro_batches import PairLossPass, gradient_exchange
 from dpofast.train.noise import check_noise
 from dpofast.train.policy import (
+    add_quantisation,
     model_name,
     pad_token_id,
     prepare_policy,
@@ -58,7 +60,7 @@ from dpofast_kernels import PairLossOutput
 logger = logging.getLogger(__name__)
 
 
-class DPOTrainer(EvaluatesPairs, SavesRun, ClipsExactly, LogsProgress, Trainer):
+class DPOTrainer(EvaluatesPairs, SavesRun, ClipsExactly, ChecksFirstStep, LogsProgress, Trainer):
     """Direct Preference Optimization (Rafailov et al. 2023, arXiv:2305.18290).
 
     The signature is TRL's. Without a `ref_model`, the reference is the policy before step 1; a
@@ -109,10 +111,10 @@ class DPOTrainer(EvaluatesPairs, SavesRun, ClipsExactly, LogsProgress, Trainer):
     ) -> None:
         refuse("data_collator", data_collator, "leave it out; batches are laid out by the trainer")
         refuse("compute_metrics", compute_metrics, "no logits exist to give it; use a callback")
-        refuse("quantization_config", quantization_config, "load the model in bfloat16")
         model, ref_model = uncompiled(model, "model"), uncompiled(ref_model, "ref_model")
         processing_class = resolve_tokenizer(processing_class, options)
         config = resolve_config(args, options, model_name(model))
+        add_quantisation(config, quantization_config, model)
         if train_dataset is not None and config.should_save:
             make_output_dir(config.output_dir)
         set_seed(config.seed)  # a fresh adapter's weights are random
@@ -229,6 +231,8 @@ class DPOTrainer(EvaluatesPairs, SavesRun, ClipsExactly, LogsProgress, Trainer):
         self._step_zero = None
         if checkpoint is None:
             self._step_zero = StepZeroCheck.of(self.model, self.reference, self.pair_loss)
+        has_norm = not self.args.optim.endswith("layerwise")  # those step within the backward
+        self.first_step = FirstStep(self.model, self.pair_loss, has_norm, checkpoint is None)
         self.reference.policy_moves(is_needed=train_set.has_more(first_step))
         guard_reporters(self.callback_handler.callbacks)
         given = self.args
@@ -259,6 +263,8 @@ class DPOTrainer(EvaluatesPairs, SavesRun, ClipsExactly, LogsProgress, Trainer):
         scale = self.args.world_size / inputs.num_pairs
         total = torch.zeros((), dtype=torch.float64, device=self.args.device)
         self.throughput.start_step()
+        if self.first_step is not None:
+            self.first_step.begin(self.optimizer.param_groups)
         last = len(inputs.micro_batches) - 1
         for index, batch in enumerate(inputs.micro_batches):
             with gradient_exchange(self.accelerator, model, is_last=index == last):
@@ -279,6 +285,8 @@ class DPOTrainer(EvaluatesPairs, SavesRun, ClipsExactly, LogsProgress, Trainer):
             if self._step_zero is not None and batch.num_pairs:
                 self._step_zero.check(output, batch)
                 self._step_zero = None
+            if self.first_step is not None:
+                self.first_step.add(output, batch)
             loss = output.loss * scale
             self.accelerator.backward(loss, **options)
         return loss.detach()

@@ -17,12 +17,15 @@ logger = logging.getLogger(__name__)
 TrainingSet = RunDataset | RunStream
 
 
-def prepare_training_set(data: PairPreparer, given: Any) -> TrainingSet:
+def prepare_training_set(
+    data: PairPreparer, given: Any, world_size: int | None = None
+) -> TrainingSet:
     """Tokenise the training set, or the beginning of a stream, unless the run has it already.
 
     Args:
         data: prepares the run's datasets.
         given: pairs in any form that `load_preferences` reads; or a PairStream.
+        world_size: ranks that share a step of a stream; by default those of this run.
 
     Raises:
         DataError: the data can't be used; names the file and the row.
@@ -33,7 +36,7 @@ def prepare_training_set(data: PairPreparer, given: Any) -> TrainingSet:
         return known
     if known is not None or not (isinstance(given, PairStream) or is_stream(given)):
         return data.prepare(given, "train")
-    stream = _prepare_stream(data, given)
+    stream = _prepare_stream(data, given, world_size or data.config.world_size)
     data.datasets.append(stream)
     return stream
 
@@ -50,7 +53,7 @@ def total_steps(config: DPOConfig, train_set: TrainingSet) -> int:
     return planned_steps(config, train_sampler(config, len(train_set), None))
 
 
-def _prepare_stream(data: PairPreparer, given: Any) -> RunStream:
+def _prepare_stream(data: PairPreparer, given: Any, world_size: int) -> RunStream:
     config, name = data.config, data.free_name("train")
     if config.max_steps <= 0:
         raise ConfigError(
@@ -70,7 +73,7 @@ def _prepare_stream(data: PairPreparer, given: Any) -> RunStream:
         name=name,
     )
 
-    prepared = RunStream(name, given, tokens, config, data.check)
+    prepared = RunStream(name, given, tokens, config, data.check, world_size)
     data.say_untemplated(prepared.window(0).taken.is_text, name)
     warn_of_rerendered_prompts(prepared.report)
     if config.should_log:

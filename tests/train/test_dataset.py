@@ -110,6 +110,6 @@ def test_the_trainer_maps_columns_and_roles_of_all_datasets(tmp_path):
 
 def test_two_names_of_one_limit_must_agree(tmp_path):
     limits = {"max_completion_length": 4, "max_target_length": 5}
-    with pytest.raises(ConfigError, match="max_target_length is an older name of .* 5 and 4; set"):
+    with pytest.raises(ConfigError, match=r"max_target_length is an older name of .* 5 and 4; set"):
         preparer(tmp_path, **limits)
     assert preparer(tmp_path, **dict.fromkeys(limits, 4)).config.max_target_length == 4
