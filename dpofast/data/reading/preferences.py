@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from dpofast.data.reading.normal_form import is_normal_form, normal_form, source
 from dpofast.data.reading.sources import read_records
 from dpofast.data.reading.table import TableBuilder
 from dpofast.errors import ConfigError
+from dpofast.spelling import nearest_name
 
 
 def load_preferences(
@@ -80,7 +80,7 @@ def check_columns(columns: Mapping[str, str]) -> dict[str, str]:
                 f"columns maps {ours!r} to {theirs!r}; write it the other way round: "
                 f"{{{theirs!r}: {ours!r}}}"
             )
-        near = difflib.get_close_matches(str(ours), COLUMNS, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(COLUMNS)}"
+        near = nearest_name(str(ours), COLUMNS)
+        hint = f"did you mean {near!r}?" if near else f"known are {', '.join(COLUMNS)}"
         raise ConfigError(f"columns names {ours!r}, which no format has; {hint}")
     return dict(columns)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ from dpofast.data.reading.records import BATCH_ROWS, Record, record_of
 from dpofast.data.reading.row_stream import is_stream, picked_split, stream_records
 from dpofast.data.reading.splits import same_split, split_in_name
 from dpofast.errors import DataError, one_line
+from dpofast.spelling import nearest_name
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 # JSON files that `datasets` writes next to the data.
@@ -113,8 +113,11 @@ def _nearest_file(path: Path) -> str:
     folder = path.parent
     if not folder.is_dir():
         return f", nor the folder {folder}; check the path"
-    near = difflib.get_close_matches(path.name, [p.name for p in folder.iterdir()], n=1)
-    return f"; did you mean {folder / near[0]}?" if near else "; check the path"
+    names = sorted(other.name for other in folder.iterdir())
+    # The same name with another ending, such as json for jsonl, is as good as a typo.
+    same = (name for name in names if Path(name).stem == path.stem)
+    near = nearest_name(path.name, names) or next(same, None)
+    return f"; did you mean {folder / near}?" if near else "; check the path"
 
 
 def _load_hub(source: str, split: str, config_name: str | None, streaming: bool = False) -> Any:
