@@ -91,14 +91,20 @@ def problems(table: pa.Table) -> list[str]:
 
 
 class OutcomeSums:
-    """Adds up what became of the pairs of one dataset, table by table."""
+    """Adds up what became of the pairs of one dataset, table by table.
 
-    def __init__(self) -> None:
+    Args:
+        *tables: tables to begin with, as `add` takes them.
+    """
+
+    def __init__(self, *tables: pa.Table) -> None:
         self._read = self._kept = 0
         self._cuts = Counter[str]()
         self._left_out: dict[str, list[int | str]] = {reason: [] for reason in REASONS}
         self._problems: list[str] = []
         self._lengths = {part: Counter[int]() for part in ("prompt", "answer", "sequence")}
+        for table in tables:
+            self.add(table)
 
     def add(self, table: pa.Table) -> None:
         """Add pairs.

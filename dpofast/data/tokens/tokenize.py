@@ -104,9 +104,7 @@ def tokenize_preferences(
     )
     table = outcomes.with_format("arrow")[:]
     unused, nulls = unused_parts(dataset, tokenizer), source_notes(dataset).nulls_left_out
-    sums = OutcomeSums()
-    sums.add(table)
-    report = sums.report(name, limits, unused, nulls)
+    report = OutcomeSums(table).report(name, limits, unused, nulls)
     if not skip_bad_rows:
         refuse_bad_rows(report.name, table)
     refuse_nothing_kept(report)
