@@ -52,6 +52,9 @@ class ScriptOptions:
     dataset_shares: Annotated[
         list[float] | None, "Share of each of several datasets; by default all pairs are taken."
     ] = None
+    dataset_streaming: Annotated[
+        bool, "Read the training pairs while the run trains; needs max_steps."
+    ] = False
     dataset_config: Annotated[str | None, "Configuration of a hub dataset."] = None
     dataset_train_split: Annotated[str, "Split of the training pairs."] = "train"
     dataset_test_split: Annotated[
