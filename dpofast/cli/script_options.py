@@ -52,6 +52,9 @@ class ScriptOptions:
     dataset_shares: Annotated[
         list[float] | None, "Share of each of several datasets; by default all pairs are taken."
     ] = None
+    dataset_streaming: Annotated[
+        bool, "Read the training pairs while the run trains; needs max_steps."
+    ] = False
     dataset_config: Annotated[str | None, "Configuration of a hub dataset."] = None
     dataset_train_split: Annotated[str, "Split of the training pairs."] = "train"
     dataset_test_split: Annotated[
@@ -76,7 +79,13 @@ class ScriptOptions:
         list[str] | str | None,
         "Modules with an adapter; by default those peft knows for the model.",
     ] = None
+    lora_target_parameters: Annotated[
+        list[str] | None, "Parameters with an adapter, such as those of experts."
+    ] = None
     lora_modules_to_save: Annotated[list[str] | None, "Modules that are trained in full."] = None
+    lora_task_type: Annotated[Literal["CAUSAL_LM"], "The only task there is."] = "CAUSAL_LM"
+    use_rslora: Annotated[bool, "Scale the adapter by lora_alpha over the root of lora_r."] = False
+    use_dora: Annotated[bool, "Train the magnitudes of weights, too (DoRA)."] = False
 
     @property
     def model(self) -> str:
@@ -110,24 +119,4 @@ ALIASES = {
     "eval_dataset": "eval_dataset_name",
     "columns": "dataset_columns",
     "roles": "dataset_roles",
-}
-
-_TO_NAMES = (
-    "list the names in dataset_name; the numbers there are parts of each dataset, and "
-    "dataset_shares, if you set them, are parts of the whole mixture"
-)
-# Options of other tools, and what to do instead. TRL's own are in dpofast.options.foreign.
-FOREIGN_KEYS = {
-    "evaluation_strategy": "transformers calls it eval_strategy now",
-    "use_flash_attention_2": "set attn_implementation: flash_attention_2",
-    "dataset_mixer": _TO_NAMES,
-    "dataset_mixture": _TO_NAMES,
-    "dataset_splits": "set dataset_train_split and dataset_test_split",
-    "interleave_probs": "set dataset_shares",
-    "mix_strategy": "leave it out; no pair is left out without dataset_shares, none is repeated",
-    **dict.fromkeys(
-        ("val_set_size", "val_size", "split_dataset_ratio"),
-        "set eval_split, which holds out whole prompts",
-    ),
-    "overwrite_output_dir": "leave it out; name another output_dir, or resume_from_checkpoint",
 }

@@ -27,18 +27,29 @@ from dpofast_kernels.head import (
     linear_scores,
     sum_per_sequence,
 )
-from dpofast_kernels.preference import METRIC_NAMES, PairLoss, make_loss, pair_metrics
+from dpofast_kernels.preference import (
+    METRIC_NAMES,
+    CustomLoss,
+    PairFunction,
+    PairLoss,
+    make_custom_loss,
+    make_loss,
+    pair_metrics,
+)
 
 __all__ = [
     "HEAD_VERSION",
     "METRIC_NAMES",
+    "CustomLoss",
     "HeadOptions",
+    "PairFunction",
     "PairLoss",
     "PairLossOutput",
     "backend_for",
     "linear_logps",
     "linear_pair_loss",
     "linear_scores",
+    "make_custom_loss",
     "make_loss",
     "pair_metrics",
     "sum_per_sequence",

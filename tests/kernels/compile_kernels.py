@@ -67,7 +67,7 @@ Variant = tuple[str, dict[str, str], dict[str, Any]]
 def variants(kernel: str) -> Iterator[Variant]:
     """(name, types, constants) for each set of options that changes a kernel's code."""
     if kernel == "pair_loss":
-        for loss, formula in FORMULAS.items():
+        for loss, formula in {**FORMULAS, "custom": pairs_triton.no_formula}.items():
             yield loss, {"p_per_token_logps": "*fp32", "*": "*fp64"}, {"FORMULA": formula}
     elif kernel == "target_products":
         for dtype in ("bf16", "fp16"):

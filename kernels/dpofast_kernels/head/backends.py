@@ -10,7 +10,6 @@ from dpofast_kernels.head.launch import is_interpreted
 from dpofast_kernels.head.options import HeadOptions
 from dpofast_kernels.head.rows import RowOps
 from dpofast_kernels.head.tiled import TorchRows
-from dpofast_kernels.preference import PairLoss
 
 DEFAULT_OPTIONS = HeadOptions()
 TRITON_BACKENDS = ("triton", "triton_fused")
@@ -47,20 +46,6 @@ def backend_for(tensor: Tensor, options: HeadOptions = DEFAULT_OPTIONS) -> str:
                 "before Triton is imported (for tests), or choose backend 'torch'."
             )
     return options.backend
-
-
-def check_formula(backend: str, loss: PairLoss) -> None:
-    """Check that a back end can compute a loss.
-
-    The Triton back ends need the loss's formula in Triton; "torch" and "naive" compute any loss.
-
-    Raises:
-        ValueError: the back end has no formula for the loss.
-    """
-    if backend in TRITON_BACKENDS:
-        from dpofast_kernels.head.pairs_triton import formula_of
-
-        formula_of(loss)
 
 
 def row_ops(backend: str, weight: Tensor, options: HeadOptions) -> RowOps:

@@ -14,7 +14,7 @@ from dpofast_kernels.head.autograd import (
     apply_linear_pair_loss,
     forward_only,
 )
-from dpofast_kernels.head.backends import DEFAULT_OPTIONS, backend_for, check_formula
+from dpofast_kernels.head.backends import DEFAULT_OPTIONS, backend_for
 from dpofast_kernels.head.dtypes import compute_dtype
 from dpofast_kernels.head.inputs import (
     IGNORED_LABEL,
@@ -138,7 +138,7 @@ def linear_pair_loss(
             because chunks are cut there. No sequence may be empty. Without pairs the loss is 0 and
             the gradients are zero.
         ref_logps: [2P] summed log-probs of the reference, in nats; on any device.
-        loss: a loss from `make_loss`.
+        loss: a loss from `make_loss` or `make_custom_loss`, or any other `PairLoss`.
         options: what the model does to its logits, and the back end.
 
     Returns:
@@ -147,8 +147,7 @@ def linear_pair_loss(
     Raises:
         ValueError: shapes, dtypes or devices don't match, the bounds don't cover the rows or
             delimit an odd number of sequences, a sequence is empty, a label is out of range (off
-            the CPU this is checked only with DPOFAST_CHECK_LABELS=1), or the back end can't run or
-            has no formula for the loss.
+            the CPU this is checked only with DPOFAST_CHECK_LABELS=1), or the back end can't run.
         TypeError: an argument has the wrong type.
         RuntimeError: Triton was asked for and isn't installed.
 
@@ -173,7 +172,6 @@ def linear_pair_loss(
     check_head_inputs(hidden_states, weight, labels, options)
     limits = check_pairs(bounds, ref_logps, loss, len(labels))
     backend = backend_for(hidden_states, options)
-    check_formula(backend, loss)
     dtype = compute_dtype(hidden_states, weight)
     if backend == "naive":
         per_token_logps = _naive(naive_linear_logps, hidden_states, weight, labels, options, dtype)

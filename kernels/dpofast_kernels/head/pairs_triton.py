@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dpofast_kernels.head.launch import launch_options
 from dpofast_kernels.head.rows import PairTerms
-from dpofast_kernels.preference import METRIC_NAMES, PairLoss
+from dpofast_kernels.preference import LOSSES, METRIC_NAMES, PairLoss
 from dpofast_kernels.preference.formulas_triton import FORMULAS
 
 # Index of each metric in the output [8, P]. A jit function can read globals only if they are
@@ -38,6 +38,12 @@ def _sum_rows(p_logps, start, end, BN: tl.constexpr):
         o_n = i_start + tl.arange(0, BN)
         b_sum += tl.load(p_logps + o_n, mask=o_n < end, other=0.0).to(tl.float64)  # [BN]
     return tl.sum(b_sum, axis=0)
+
+
+@triton.jit
+def no_formula(chosen, rejected, chosen_length, rejected_length, beta, smoothing):
+    """The formula of a loss that is computed outside the kernel."""
+    return chosen * 0.0, chosen * 0.0, chosen * 0.0
 
 
 # p_per_token_logps can be a slice with any alignment; each would compile another kernel.
@@ -102,9 +108,9 @@ def pair_loss_fwd(
 ) -> PairTerms:
     """Sums per sequence in fp64, each pair's loss, and its metrics.
 
-    Raises:
-        ValueError: the loss has no formula in Triton.
+    A loss without a formula in Triton is computed by PyTorch from the sums.
     """
+    formula = formula_of(loss)
     num_pairs = len(ref_logps) // 2
     losses, logps = ref_logps.new_empty(num_pairs), torch.empty_like(ref_logps)
     d_logps = torch.empty_like(ref_logps)
@@ -119,9 +125,13 @@ def pair_loss_fwd(
             logps,
             d_logps,
             metrics,
-            FORMULA=formula_of(loss),
+            FORMULA=no_formula if formula is None else formula,
             **launch_options("pair_loss", ref_logps.device),
         )
+    if formula is None:
+        logratios, lengths = logps - ref_logps, bounds.diff().view(-1, 2)  # [2P], [P, 2]
+        losses, *slopes = loss.pair_loss(logratios[0::2], logratios[1::2], lengths)
+        d_logps = torch.stack(slopes, 1).flatten()
     return PairTerms(losses, logps, d_logps, metrics)
 
 
@@ -132,14 +142,6 @@ def _settings(beta: float, label_smoothing: float, device: torch.device) -> Tens
 
 
 def formula_of(loss: PairLoss) -> Any:
-    """The jit function of a loss.
-
-    Raises:
-        ValueError: the loss has none.
-    """
-    if loss.name not in FORMULAS:
-        raise ValueError(
-            f"The loss {loss.name!r} has no formula in Triton: choose backend 'torch', or one of "
-            f"{', '.join(sorted(FORMULAS))}."
-        )
-    return FORMULAS[loss.name]
+    """The jit function of a loss; None for a loss that isn't in the registry."""
+    # The class counts, not only the name: a subclass may have another formula.
+    return FORMULAS[loss.name] if type(loss) is LOSSES.get(loss.name) else None

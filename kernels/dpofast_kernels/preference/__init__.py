@@ -1,12 +1,25 @@
 """Losses of preference pairs, their derivatives and metrics.
 
-Each formula is written twice, in PyTorch and for Triton. Both versions are in this folder.
+Each formula is written twice, in PyTorch and for Triton. Both versions are in this folder. A user's
+own loss is a function in PyTorch only, which autograd derives.
 """
 
 from __future__ import annotations
 
+from dpofast_kernels.preference.custom import CustomLoss, PairFunction, function_name
 from dpofast_kernels.preference.loss import PairLoss
 from dpofast_kernels.preference.metrics import METRIC_NAMES, pair_metrics
+from dpofast_kernels.preference.probe import make_custom_loss
 from dpofast_kernels.preference.registry import LOSSES, make_loss
 
-__all__ = ["LOSSES", "METRIC_NAMES", "PairLoss", "make_loss", "pair_metrics"]
+__all__ = [
+    "LOSSES",
+    "METRIC_NAMES",
+    "CustomLoss",
+    "PairFunction",
+    "PairLoss",
+    "function_name",
+    "make_custom_loss",
+    "make_loss",
+    "pair_metrics",
+]

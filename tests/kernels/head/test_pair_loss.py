@@ -12,6 +12,7 @@ from dpofast_kernels import (
     PairLoss,
     linear_logps,
     linear_pair_loss,
+    make_custom_loss,
     make_loss,
     sum_per_sequence,
 )
@@ -200,14 +201,56 @@ def test_one_long_pair_needs_no_second_gradient_of_the_weight(rows, weight_grads
     assert len(made) == weight_grads
 
 
+@dataclass(frozen=True)
+class SignedSigmoid(type(SIGMOID)):
+    """A subclass keeps the name of its base, but Triton's formula of the base isn't its own."""
+
+    def pair_loss(self, chosen_logratios, rejected_logratios, lengths):
+        loss, *slopes = super().pair_loss(-chosen_logratios, -rejected_logratios, lengths)
+        return loss, *(-slope for slope in slopes)
+
+
+def by_hand(chosen_logratios, rejected_logratios, lengths):
+    return torch.log1p(torch.exp(-SIGMOID.beta * (chosen_logratios - rejected_logratios)))
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_loss_unknown_to_the_backend(backend):
+@pytest.mark.parametrize("loss", [UnevenLoss(), SignedSigmoid(0.3)], ids=["uneven", "subclass"])
+def test_a_loss_without_a_formula_in_triton(backend, loss):
     inputs = make_inputs()
-    if backend != "torch":
-        with pytest.raises(ValueError, match="'uneven' has no formula in Triton"):
-            run_pair_loss(inputs, UnevenLoss(), options_for(inputs, backend))
-    else:
-        run_pair_loss(inputs, UnevenLoss(), options_for(inputs, backend))
+    expected = run_pair_loss(inputs, loss, options_for(inputs, "naive"))
+    assert_close(run_pair_loss(inputs, loss, options_for(inputs, backend)), expected, 1e-12)
+
+
+@pytest.mark.parametrize("rows", [5, 30])  # pairs longer than a chunk, and pairs that fit
+@pytest.mark.parametrize("backend", ["naive", *BACKENDS])
+def test_the_sigmoid_written_by_hand_is_the_built_in(backend, rows, monkeypatch):
+    inputs, options = make_inputs(bias=True), {"softcap": 5.0}
+    expected = run_pair_loss(inputs, SIGMOID, options_for(inputs, "torch", **options))
+    set_chunk_rows(monkeypatch, rows)
+    own = make_custom_loss(by_hand, beta=SIGMOID.beta)
+    actual = run_pair_loss(inputs, own, options_for(inputs, backend, **options))
+    assert_close(actual, expected, 1e-12)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_loss_by_hand_is_computed_in_float64_under_autocast_and_without_gradients(backend):
+    inputs = make_inputs(torch.bfloat16, lengths=SHORT_LENGTHS)
+    own, options = make_custom_loss(by_hand, beta=SIGMOID.beta), options_for(inputs, backend)
+
+    def loss_of(loss):
+        with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+            return linear_pair_loss(
+                inputs.hidden_states,
+                inputs.weight,
+                inputs.labels,
+                inputs.bounds,
+                inputs.ref_logps,
+                loss,
+                options,
+            ).loss
+
+    torch.testing.assert_close(loss_of(own), loss_of(SIGMOID), rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize("backend", ["naive", *BACKENDS])

@@ -1,0 +1,96 @@
+"""A pair loss that a user writes as a function; autograd derives it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from dpofast_kernels.preference.loss import PairLoss
+
+# (chosen log-ratios [P] fp64, rejected log-ratios [P] fp64, lengths [P, 2] int64) -> losses [P]
+PairFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+class NotAPairLossError(ValueError):
+    """A function that gives no loss for each pair; says what it does instead."""
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class CustomLoss(PairLoss):
+    """A loss given as a function of log-ratios; see `make_custom_loss`, which also checks it.
+
+    Attributes:
+        function: (chosen log-ratios [P] fp64, rejected log-ratios [P] fp64, lengths [P, 2] int64)
+            -> losses [P] fp64. It must be differentiable, and no pair may depend on another one.
+
+    Raises:
+        TypeError: the function can't be called, or beta isn't a number.
+        ValueError: beta is out of range, or there is a label_smoothing.
+    """
+
+    name: ClassVar[str] = "custom"
+
+    function: PairFunction
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not callable(self.function):
+            raise TypeError(f"function is {self.function!r}, expected a function.")
+
+    def __repr__(self) -> str:
+        return f"CustomLoss(beta={self.beta}, function={function_name(self.function)})"
+
+    def pair_loss(
+        self, chosen_logratios: Tensor, rejected_logratios: Tensor, lengths: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        # The head calls this inside an autograd function, where nothing is recorded. Clones are
+        # leaves of a graph of their own, even in inference mode.
+        device = chosen_logratios.device.type
+        with (
+            torch.inference_mode(False),
+            torch.enable_grad(),
+            torch.autocast(device, enabled=False),
+        ):
+            chosen = chosen_logratios.detach().clone().requires_grad_()
+            rejected = rejected_logratios.detach().clone().requires_grad_()
+            losses = self._call(chosen, rejected, lengths.clone())
+            slopes = _derivatives(losses, chosen, rejected)
+        if torch.is_grad_enabled() and chosen_logratios.requires_grad:
+            losses = self._call(chosen_logratios, rejected_logratios, lengths)
+        else:
+            losses = losses.detach()
+        return losses, *slopes
+
+    def _call(self, chosen: Tensor, rejected: Tensor, lengths: Tensor) -> Tensor:
+        losses = self.function(chosen, rejected, lengths)
+        if not isinstance(losses, Tensor):
+            raise NotAPairLossError(
+                f"it returned a {type(losses).__name__}, expected a tensor with the loss of each "
+                "pair."
+            )
+        if losses.shape != chosen.shape or losses.dtype != chosen.dtype:
+            raise NotAPairLossError(
+                f"it returned {list(losses.shape)} {losses.dtype} for {len(chosen)} pairs, "
+                f"expected {list(chosen.shape)} {chosen.dtype}: the loss of each pair, neither "
+                "summed nor averaged nor cast."
+            )
+        return losses
+
+
+def function_name(function: PairFunction) -> str:
+    """The name of a function, or of the class of another callable object."""
+    return str(getattr(function, "__qualname__", type(function).__qualname__))
+
+
+def _derivatives(losses: Tensor, chosen: Tensor, rejected: Tensor) -> tuple[Tensor, Tensor]:
+    if not losses.requires_grad:
+        raise NotAPairLossError(
+            "its result has no gradient: compute it from the log-ratios with differentiable "
+            "operations of PyTorch, without detach(), item() or no_grad()."
+        )
+    slopes = torch.autograd.grad(losses.sum(), (chosen, rejected), materialize_grads=True)
+    return slopes[0], slopes[1]
