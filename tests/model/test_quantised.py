@@ -133,6 +133,19 @@ def test_zero3_and_full_training_are_refused(base):
     check_trainable(tiny_llama(), 3)
 
 
+def test_dora_on_8_bit_layers_is_refused_on_a_cpu(base):
+    for kind in ("nf4", "8bit"):
+        model = peft.get_peft_model(load(base, kind), adapter(use_dora=True))
+        if kind == "nf4":
+            check_trainable(model, None)
+            continue
+        with pytest.raises(ConfigError, match="DoRA on 8-bit layers fails on a CPU"):
+            check_trainable(model, None)
+        model.train()(IDS)
+        with pytest.raises(AttributeError):  # if this passes, peft has mended it
+            model(IDS)
+
+
 def test_plain_models_are_left_as_they_are():
     model = tiny_llama()
     keep_differentiable(model)
