@@ -34,6 +34,12 @@ def read_init_kwargs(name: str, given: Any) -> dict[str, Any] | None:
     if "torch_dtype" in options:  # the old name of dtype
         options = dict(options)
         options.setdefault("dtype", options.pop("torch_dtype"))
+    for bits in ("load_in_4bit", "load_in_8bit"):  # arguments of older transformers
+        if bits in options:
+            raise ConfigError(
+                f"{name}: from_pretrained has no argument {bits!r} any more: set {OPTION}: "
+                f"{{{bits}: true}} in {name}."
+            )
     if options.get(OPTION) is not None:
         options = {**options, OPTION: quantisation_options(options[OPTION])}
     return options

@@ -36,14 +36,12 @@ def check_optimizer(optim: Any, use_cpu: bool) -> None:
             f"optim: {name!r} isn't supported, as it updates the weights in each micro-batch's "
             "backward pass; use adafactor or adamw_8bit to save memory."
         )
-    if not name.startswith(OF_BITSANDBYTES):
-        return
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise ConfigError(
-            f"optim: {name!r} needs bitsandbytes: pip install 'dpofast[bitsandbytes]'."
-        )
     if name.startswith("paged_") and (use_cpu or not torch.cuda.is_available()):
         raise ConfigError(
             f"optim: {name!r} keeps its states in memory that only CUDA has; on a CPU use "
             f"{name.removeprefix('paged_')}."
+        )
+    if name.startswith(OF_BITSANDBYTES) and importlib.util.find_spec("bitsandbytes") is None:
+        raise ConfigError(
+            f"optim: {name!r} needs bitsandbytes: pip install 'dpofast[bitsandbytes]'."
         )

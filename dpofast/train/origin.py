@@ -58,7 +58,8 @@ class Origin:
         options = {key: value for key, value in given.items() if not hasattr(own, key)}
         kept = copy.deepcopy(own)
         quantizer = getattr(causal_lm(model), "hf_quantizer", None)
-        if quantizer is not None and not quantizer.pre_quantized:
+        was_quantised = quantizer is not None and hasattr(kept, OPTION)
+        if was_quantised and not quantizer.pre_quantized:
             # transformers takes the files of a config with this entry for quantised ones.
             options[OPTION] = kept.quantization_config
             del kept.quantization_config

@@ -8,6 +8,7 @@ import torch
 from transformers import BitsAndBytesConfig, QuantoConfig
 
 from dpofast.errors import ConfigError
+from dpofast.options.init_kwargs import read_init_kwargs
 from dpofast.options.quantisation import bitsandbytes_config, quantisation_options
 
 
@@ -50,6 +51,15 @@ def test_a_mapping_may_have_dtypes_in_any_form():
 def test_what_cannot_be_used_is_refused(given, message):
     with pytest.raises(ConfigError, match=f"^quantization_config: .*{message}"):
         quantisation_options(given)
+
+
+@pytest.mark.parametrize("name", ["model_init_kwargs", "ref_model_init_kwargs"])
+def test_arguments_of_older_transformers_are_refused_with_the_present_one(name):
+    message = rf"{name}: .*'load_in_4bit' any more: set quantization_config: {{load_in_4bit: true}}"
+    with pytest.raises(ConfigError, match=message):
+        read_init_kwargs(name, {"load_in_4bit": True})
+    read = read_init_kwargs(name, '{"quantization_config": {"load_in_8bit": true}}')
+    assert read == {"quantization_config": {"load_in_8bit": True}}
 
 
 def test_the_extra_is_named_where_it_is_missing(monkeypatch):
