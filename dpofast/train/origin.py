@@ -57,7 +57,7 @@ class Origin:
         # Options of the config are in the model's config already, which is loaded with.
         options = {key: value for key, value in given.items() if not hasattr(own, key)}
         kept = copy.deepcopy(own)
-        quantizer = getattr(causal_lm(model), "hf_quantizer", None)
+        quantizer: Any = getattr(causal_lm(model), "hf_quantizer", None)
         was_quantised = quantizer is not None and hasattr(kept, OPTION)
         if was_quantised and not quantizer.pre_quantized:
             # transformers takes the files of a config with this entry for quantised ones.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from typing import Any
 
@@ -22,19 +23,22 @@ from dpofast.zero.batch import refuse_missing_launcher
 logger = logging.getLogger(__name__)
 
 
-def add_quantisation(config: DPOConfig, quantization_config: Any, model: Any) -> None:
+def with_quantisation(config: DPOConfig, quantization_config: Any, model: Any) -> DPOConfig:
     """Adds the trainer's argument `quantization_config` to the options of loading a model.
 
     Args:
-        config: options of the run, changed in place.
+        config: options of the run.
         quantization_config: a BitsAndBytesConfig or a mapping of its arguments; None for none.
         model: the policy as it was given.
+
+    Returns:
+        The options; a copy if something was added, as other runs may have the given ones.
 
     Raises:
         ConfigError: the model is loaded already, or the option is given twice, or can't be used.
     """
     if quantization_config is None:
-        return
+        return config
     if not isinstance(model, str):
         raise ConfigError(
             f"{OPTION}: the model is loaded already, and a model is quantised when it is loaded: "
@@ -46,7 +50,9 @@ def add_quantisation(config: DPOConfig, quantization_config: Any, model: Any) ->
     options = quantisation_options(quantization_config)
     if own.get(OPTION) not in (None, options):
         raise ConfigError(f"{OPTION}: model_init_kwargs has another one; give it in one place.")
+    config = copy.copy(config)
     config.model_init_kwargs = {**own, OPTION: options}
+    return config
 
 
 def resolve_model(model: Any, config: DPOConfig, tokenizer: Any) -> tuple[nn.Module, Any]:

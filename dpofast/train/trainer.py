@@ -42,12 +42,12 @@ from dpofast.train.noise import check_noise
 from dpofast.train.own_loss import run_loss
 from dpofast.train.own_metrics import MetricsFunction, OwnMetrics
 from dpofast.train.policy import (
-    add_quantisation,
     model_name,
     pad_token_id,
     prepare_policy,
     resolve_model,
     resolve_ref_model,
+    with_quantisation,
 )
 from dpofast.train.predictions import check_compute_metrics
 from dpofast.train.reference import RunReference
@@ -136,7 +136,7 @@ class DPOTrainer(
         model, ref_model = uncompiled(model, "model"), uncompiled(ref_model, "ref_model")
         processing_class = resolve_tokenizer(processing_class, options)
         config = resolve_config(args, options, model_name(model))
-        add_quantisation(config, quantization_config, model)
+        config = with_quantisation(config, quantization_config, model)
         check_compute_metrics(config, compute_metrics)
         self.pair_loss = run_loss(config, loss_fn)
         own_metrics = None if metrics_fn is None else OwnMetrics(metrics_fn, config.device)

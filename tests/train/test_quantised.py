@@ -11,6 +11,7 @@ from transformers import BitsAndBytesConfig, TrainerCallback
 
 from dpofast import DPOConfig
 from dpofast.errors import ConfigError, ModelError
+from dpofast.train.policy import with_quantisation
 from tests.quantised import KINDS, adapter, load, repacks_on_this_machine, save_base
 from tests.support import history, make_trainer, token_pairs, train
 
@@ -181,8 +182,11 @@ def test_4_bit_layers_may_compute_in_another_dtype_than_the_rest(tmp_path, base)
     assert steps != expected
 
 
-def test_only_the_main_options_are_kept_in_the_config(base):
-    given = DPOConfig(
-        "unused", use_cpu=True, model_init_kwargs={"quantization_config": KINDS["nf4"]}
-    )
-    assert json.loads(json.dumps(given.model_init_kwargs))["quantization_config"] == KINDS["nf4"]
+def test_the_argument_does_not_change_the_options_that_were_given(base):
+    config = DPOConfig("unused", use_cpu=True, model_init_kwargs={"dtype": "bfloat16"})
+    added = with_quantisation(config, BitsAndBytesConfig(**KINDS["nf4"]), str(base))
+    assert config.model_init_kwargs == {"dtype": "bfloat16"}
+    assert with_quantisation(config, None, str(base)) is config
+    options = json.loads(json.dumps(added.model_init_kwargs))  # a checkpoint holds them
+    assert options["quantization_config"].items() >= KINDS["nf4"].items()
+    assert with_quantisation(added, BitsAndBytesConfig(**KINDS["nf4"]), str(base)) is not added
