@@ -103,9 +103,10 @@ OTHER_KEYS = {
         ("loraplus_lr_ratio", "pissa_init", "use_galore", "use_badam"),
         "leave it out; it isn't supported",
     ),
-    **dict.fromkeys(("quantization_bit", "quant_bits"), "set load_in_4bit or load_in_8bit"),
-    "double_quantization": "set use_bnb_nested_quant",
-    "quantization_type": "set bnb_4bit_quant_type",
+    **dict.fromkeys(
+        ("quantization_bit", "quant_bits", "quantization_type", "double_quantization"),
+        "set quantization_config in model_init_kwargs",
+    ),
     # models
     **dict.fromkeys(("model_type", "tokenizer_type", "cls_model_config"), _MODEL_CLASS),
     "base_model_config": "leave it out; the config is read from the model's folder",
@@ -191,6 +192,7 @@ OTHER_KEYS = {
 _LORA = "pass peft_config=peft.LoraConfig(...) to DPOTrainer"
 _PAIRS = "pass train_dataset, which dpofast.data.load_preferences reads, to DPOTrainer"
 _LOADING = "set model_init_kwargs"
+_QUANTISED = "set quantization_config in model_init_kwargs"
 
 # Options of YAML files and the command line, and what takes their place in Python.
 IN_PYTHON = {
