@@ -11,6 +11,7 @@ from dpofast.errors import ConfigError
 from dpofast.options.config import DPOConfig
 from dpofast.options.foreign import refuse_unknown_options
 from dpofast.options.trl_fields import RULES
+from dpofast.options.unsupported import UNUSED
 
 
 def resolve_config(
@@ -51,7 +52,7 @@ def _given(args: TrainingArguments, known: frozenset[str]) -> dict[str, Any]:
     of_library = next(c for c in type(args).__mro__ if c.__module__.split(".")[0] in libraries)
     names = known | {item.name for item in fields(of_library)}
     if isinstance(args, DPOConfig):
-        names -= RULES.keys()  # they have no effect, and the log has said so once
+        names -= RULES.keys() | UNUSED.keys()  # they have no effect, and the log has said so once
     return {
         item.name: getattr(args, item.name)
         for item in fields(args)

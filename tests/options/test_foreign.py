@@ -16,7 +16,7 @@ from dpofast.options.trl_fields import RULES
 
 # Words in the remedies that are values, or parts of a value.
 VALUES = {"zero2_offload", "zero3_offload", "flash_attention_2", "keep_end"}
-VALUES |= {"tokens_per_second", "quantization_config"}
+VALUES |= {"tokens_per_second", "quantization_config", "requires_grad"}
 OURS = {item.name for item in fields(DPOConfig)} | {item.name for item in fields(ScriptOptions)}
 
 
