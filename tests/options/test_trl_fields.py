@@ -59,7 +59,10 @@ def by_command_line(folder: Path, options: dict[str, Any]) -> DPOConfig:
 def by_trl_parser(folder: Path, options: dict[str, Any]) -> DPOConfig:
     path = folder / "trl.yaml"
     path.write_text(yaml.safe_dump({"output_dir": str(folder), **BASE, **options}))
-    parser = trl.TrlParser((trl.ScriptArguments, DPOConfig, trl.ModelConfig))
+    # TRL's own script has these four; two fields with one name would be an error.
+    parser = trl.TrlParser(
+        (trl.ScriptArguments, DPOConfig, trl.ModelConfig, trl.DatasetMixtureConfig)
+    )
     parsed = parser.parse_args_and_config(["--config", str(path)], fail_with_unknown_args=False)
     config = parsed[1]
     assert isinstance(config, DPOConfig)
