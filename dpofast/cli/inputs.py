@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from typing import Any
 from dpofast.cli.run_data import NO_HELD_OUT_PAIRS, load_run_data
 from dpofast.cli.run_options import RunOptions
 from dpofast.errors import ConfigError, ModelError
+from dpofast.model.pickled_weights import refuse_pickled_weights
 
 logger = logging.getLogger(__name__)
 
@@ -63,9 +64,11 @@ def load_inputs(options: RunOptions) -> Inputs:
     """
     from dpofast.model.kind import refuse_stored_kind
 
+    _refuse_training_quantised(options)
     tokenizer = load_tokenizer_for(options)
+    loading = options.config.loading_options()
     for name in filter(None, (options.script.model, options.script.ref_model_name_or_path)):
-        refuse_missing_model(name)
+        refuse_missing_model(name, loading)
         refuse_stored_kind(name, trust_remote_code=options.config.trust_remote_code)
     train_dataset, eval_dataset = load_run_data(options)
     evaluates = str(options.config.eval_strategy.value) != "no"
@@ -171,8 +174,13 @@ def adapter_options(options: RunOptions) -> Any:
     )
 
 
-def refuse_missing_model(name_or_path: str) -> None:
-    """Raise ModelError if a local folder holds no model, which is cheap to find out early."""
+def refuse_missing_model(name_or_path: str, options: Mapping[str, Any] | None = None) -> None:
+    """Raise ModelError if a local folder holds no model, which is cheap to find out early.
+
+    Args:
+        name_or_path: folder or hub name.
+        options: arguments of `from_pretrained`.
+    """
     folder = Path(name_or_path).expanduser()
     if not folder.is_dir():
         return  # a name on the hub; a wrong path was refused when the tokenizer was loaded
@@ -180,6 +188,19 @@ def refuse_missing_model(name_or_path: str) -> None:
         raise ModelError(
             f"The model folder {name_or_path!r} has neither config.json nor {ADAPTER_FILE}: name "
             "a folder that save_pretrained has written."
+        )
+    if not (folder / ADAPTER_FILE).is_file():  # peft loads an adapter's pickle, and runs no code
+        refuse_pickled_weights(name_or_path, options)
+
+
+def _refuse_training_quantised(options: RunOptions) -> None:
+    script = options.script
+    is_quantised = script.load_in_4bit or script.load_in_8bit
+    if is_quantised and not script.use_peft and adapter_base(script.model) is None:
+        name = "load_in_4bit" if script.load_in_4bit else "load_in_8bit"
+        raise ConfigError(
+            f"{options.source}: {name} needs use_peft: true, as an optimizer can't update "
+            "quantised weights; add that, or name the folder of an adapter."
         )
 
 

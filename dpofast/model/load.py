@@ -10,6 +10,7 @@ from safetensors import SafetensorError
 
 from dpofast.errors import ModelError
 from dpofast.model.kind import refuse_random_head, refuse_stored_kind
+from dpofast.model.pickled_weights import refuse_pickled_on_hub, refuse_pickled_weights
 from dpofast.options.quantisation import OPTION, bitsandbytes_config, quantisation_options
 from dpofast.progress import bars_as_lines
 
@@ -42,12 +43,14 @@ def load_policy(name_or_path: str, **options: Any) -> Any:
         options[OPTION] = bitsandbytes_config(quantisation_options(options[OPTION]))
     _refuse_missing_folder(name_or_path)
     refuse_stored_kind(name_or_path, **_config_options(options))
+    refuse_pickled_weights(name_or_path, options)
     try:
         with bars_as_lines():
             model, report = AutoModelForCausalLM.from_pretrained(
                 name_or_path, output_loading_info=True, **options
             )
     except (OSError, ValueError, TypeError, ImportError, RuntimeError, SafetensorError) as error:
+        refuse_pickled_on_hub(name_or_path, options, error)
         raise ModelError(f"The model {name_or_path!r} can't be loaded: {error}") from error
     refuse_random_head(model, report["missing_keys"], name_or_path)
     return model
