@@ -15,8 +15,7 @@ from dpofast.spelling import nearest_name
 FOREIGN_OPTIONS: dict[str, tuple[tuple[Any, ...], str]] = {
     "model_init": ((None,), "pass the model"),
     "preprocess_logits_for_metrics": ((None,), "no logits exist; use a callback"),
-    "dataset_streaming": ((False,), "leave it out; the pairs are read into memory"),
-    "streaming": ((False,), "leave it out; the pairs are read into memory"),
+    "streaming": ((False,), "set dataset_streaming"),
     "test_split_size": ((None,), "set eval_split, which holds out whole prompts"),
     "ignore_bias_buffers": ((False,), "leave it out; nothing here needs it"),
     "datasets": (
