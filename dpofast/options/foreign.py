@@ -60,7 +60,7 @@ def about_unknown(
 
     Args:
         name: name that the user gave.
-        value: value that the user gave.
+        value: value that the user gave; `...` if only the name counts.
         known: names of the options that exist.
         likely: known names that a misspelt one more probably means than any other.
 
@@ -69,6 +69,8 @@ def about_unknown(
     """
     if name in FOREIGN_OPTIONS:
         neutral, instead = FOREIGN_OPTIONS[name]
+        if value is ...:
+            return f"{name} isn't an option here: {instead}."
         return None if value in neutral else f"{name}={value!r} isn't supported: {instead}."
     remedy = _remedy(name, known)
     if remedy is not None:

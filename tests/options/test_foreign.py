@@ -76,6 +76,8 @@ def test_options_of_trls_scripts_are_dropped_where_their_value_changes_nothing()
     assert refuse_unknown_options(given, OURS) == {"beta": 0.1}
     with pytest.raises(ConfigError, match="datasets=\\['a'\\] isn't supported: list the paths"):
         refuse_unknown_options({"datasets": ["a"]}, OURS)
+    with pytest.raises(ConfigError, match="DPOConfig: streaming isn't an option here: set dataset"):
+        DPOConfig("unused", streaming=False)
 
 
 def test_all_names_are_refused_at_once_and_none_is_suggested_that_would_be_refused() -> None:
