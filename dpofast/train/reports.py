@@ -14,10 +14,12 @@ from dpofast.monitor.callbacks import LogsLastSteps
 from dpofast.monitor.guard import ReportGuard
 from dpofast.monitor.metrics import MetricSums
 from dpofast.monitor.plots import PLOT_FILE, plot_run
+from dpofast.monitor.public_names import public_name
 from dpofast.monitor.summary import SUMMARY_FILE
 from dpofast.monitor.throughput import Throughput
-from dpofast.train.dataset import PairPreparer
+from dpofast.train.dataset import PairPreparer, log_report
 from dpofast.train.loaders import StepLoaders
+from dpofast.train.stream import RunStream
 from dpofast.train.summary import run_summary, write_summary
 from dpofast.train.whole_steps import TakesWholeSteps
 from dpofast_kernels import PairLoss
@@ -92,6 +94,9 @@ class ReportsRun(TakesWholeSteps, Trainer):
         """
         folder = Path(self.args.output_dir)
         guard = ReportGuard()
+        for stream in self.data.datasets:
+            if isinstance(stream, RunStream):
+                log_report(stream.report)
         with guard(SUMMARY_FILE):
             write_summary(
                 folder,
@@ -104,7 +109,8 @@ class ReportsRun(TakesWholeSteps, Trainer):
                 run=self.run_summary(),
             )
         with guard(PLOT_FILE):
-            plot_run(self.state.log_history, folder / PLOT_FILE, f"DPO: {folder.name}")
+            title = f"DPO: {public_name(folder) or 'training'}"  # may be published with the card
+            plot_run(self.state.log_history, folder / PLOT_FILE, title)
             self.plot_file = folder / PLOT_FILE
 
     def run_summary(self) -> dict[str, Any]:
