@@ -195,6 +195,7 @@ class DPOConfig(TRLFields):
         for name in ("model_init_kwargs", "ref_model_init_kwargs"):
             setattr(self, name, read_init_kwargs(name, getattr(self, name)))
         self._check_values()
+        self.max_completion_length = self.length_limits().max_completion_length
         self.make_loss()
         check_unsupported(self)
         self._post_init_with_deepspeed()
@@ -332,7 +333,6 @@ class DPOConfig(TRLFields):
         ):
             self._check_whole(name, minimum=1)
         self._check_whole("seed", minimum=0)
-        self.length_limits()
 
     def _check_number(
         self,

@@ -16,12 +16,16 @@ FOREIGN_OPTIONS: dict[str, tuple[tuple[Any, ...], str]] = {
     "model_init": ((None,), "pass the model"),
     "preprocess_logits_for_metrics": ((None,), "no logits exist; use a callback"),
     "streaming": ((False,), "set dataset_streaming"),
-    "test_split_size": ((None,), "set eval_split, which holds out whole prompts"),
+    "test_split_size": (
+        (None,),
+        "set eval_split, which holds out whole prompts (in Python, use dpofast.data.hold_out)",
+    ),
     "ignore_bias_buffers": ((False,), "leave it out; nothing here needs it"),
     "datasets": (
         (None, []),
         "list the paths in dataset_name and the fractions in dataset_shares; dataset_config, "
-        "dataset_train_split and dataset_columns are the same for all datasets",
+        "dataset_train_split and dataset_columns are the same for all datasets (in Python, use "
+        "dpofast.data.mix_preferences)",
     ),
 }
 

@@ -68,11 +68,13 @@ def resolve_tokenizer(processing_class: Any, options: dict[str, Any]) -> Any:
         options: further keyword arguments of the trainer; `tokenizer` is removed from them.
 
     Raises:
-        ConfigError: both names were given, or the argument is a processor of images.
+        ConfigError: the two names differ, or the argument is a processor of images.
     """
     old = options.pop("tokenizer", None)
-    if old is not None and processing_class is not None:
-        raise ConfigError("Give either processing_class or its old name tokenizer, not both.")
+    if None not in (old, processing_class) and old is not processing_class:
+        raise ConfigError(
+            "processing_class and its old name tokenizer differ: give only one of them."
+        )
     tokenizer = old if processing_class is None else processing_class
     if tokenizer is not None and hasattr(tokenizer, "image_processor"):
         raise ConfigError(
