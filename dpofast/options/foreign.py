@@ -39,7 +39,12 @@ FOREIGN_OPTIONS: dict[str, tuple[tuple[Any, ...], str]] = {
     "ref_model_init_kwargs": ((None,), "load the reference yourself and pass it as ref_model"),
     "base_model_attribute_name": (("model",), "leave it out"),
     "model_init": ((None,), "pass the model"),
-    "preprocess_logits_for_metrics": ((None,), "no logits exist; use a callback"),
+    "compute_loss_func": ((None,), "give a loss of your own as loss_fn (docs/extending.md)"),
+    "optimizer_cls_and_kwargs": ((None,), "pass optimizers, or override create_optimizer"),
+    "preprocess_logits_for_metrics": (
+        (None,),
+        "no logits exist; compute_metrics gets log-probs and rewards (docs/extending.md)",
+    ),
     "overwrite_output_dir": ((False,), "name another output_dir, or resume_from_checkpoint"),
     "save_safetensors": ((True,), "leave it out; checkpoints are always safetensors"),
     "logging_dir": ((None,), "set TENSORBOARD_LOGGING_DIR in the environment"),

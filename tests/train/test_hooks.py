@@ -111,6 +111,17 @@ def test_an_attribute_that_would_be_ignored_is_found(trainer, monkeypatch, name)
         trainer.train()
 
 
+def test_a_collator_that_is_assigned_later_is_found(trainer, monkeypatch):
+    monkeypatch.setattr(trainer, "data_collator", lambda rows: rows)
+    with pytest.raises(ConfigError, match="DPOTrainer: data_collator isn't supported"):
+        trainer.train()
+
+
+def test_arguments_of_transformers_trainer_say_where_to_go(tmp_path):
+    with pytest.raises(ConfigError, match=r"compute_loss_func=.* isn't supported: .* loss_fn"):
+        make_trainer(tmp_path, compute_loss_func=len)
+
+
 def test_a_call_of_a_method_of_trl_says_where_to_go(trainer):
     with pytest.raises(ConfigError, match=r"DPOTrainer\.get_batch_loss_metrics: .* loss_fn"):
         trainer.get_batch_loss_metrics(None, None)
