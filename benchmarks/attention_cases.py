@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dpofast.data.tokens.truncate import plan_cut
+from dpofast.data.tokens.truncate import LengthLimits
 from dpofast_kernels.attention import AttentionOptions, SharedLayout, build_layout
 
 Group = tuple[int, tuple[int, int]]  # tokens of a pair's shared prefix, and of its two tails
@@ -170,7 +170,7 @@ def pair_groups(data: str) -> list[Group]:
         # alike, so their common start is taken as 0. Fields in instruction_preference: prompt,
         # common start of the answers, chosen, rejected.
         prompt, common, chosen, rejected = row if data != "dpo_en_demo" else (row[1], 0, *row[2:])
-        cut = plan_cut(prompt, chosen, rejected, MAX_LENGTH, "keep_start")
+        cut = LengthLimits(MAX_LENGTH).plan_cut(prompt, chosen, rejected)
         if cut.fits:
             kept = chosen - cut.chosen, rejected - cut.rejected
             common = min(common, *kept)

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from dpofast.no_download import keep_from_downloading
+
 if TYPE_CHECKING:
     from dpofast.options.config import DPOConfig
     from dpofast.train.trainer import DPOTrainer
 
 __version__ = "0.1.0"
 __all__ = ["DPOConfig", "DPOTrainer", "__version__"]
+
+keep_from_downloading()
 
 
 def __getattr__(name: str) -> Any:

@@ -151,8 +151,8 @@ def _refuse_cuts(report: PreparationReport) -> None:
     if report.tokens_cut:
         raise DataError(
             f"{report.name}: {report.answers_cut} answers and {report.prompts_cut} prompts were "
-            f"cut to max_length={report.max_length}, so their log-probs are not those of the rows "
-            "in a file: raise max_length, for `dpofast ref build` too, or leave these rows out."
+            f"cut to {report.limits}, so their log-probs are not those of the rows in a file: "
+            f"raise {report.limits.names}, for `dpofast ref build` too, or leave these rows out."
         )
 
 

@@ -78,7 +78,8 @@ def test_constraints_are_exact_and_cover_what_is_declared() -> None:
 def pytest_lines(target: str) -> list[str]:
     """The lines of a Makefile's target that run pytest."""
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
-    rule = makefile.split(f"\n{target}: ")[1].split("\n\n")[0]
+    variable, value = re.search(r"^(\w+) := (.*pytest.*)$", makefile, re.MULTILINE).groups()  # type: ignore[union-attr]
+    rule = makefile.split(f"\n{target}: ")[1].split("\n\n")[0].replace(f"$({variable})", value)
     return [line for line in rule.splitlines() if "pytest" in line]
 
 
@@ -114,4 +115,6 @@ def test_tests_that_launch_ranks_are_marked() -> None:
 def test_tests_without_a_gpu_do_not_see_one() -> None:
     """If they did, Triton would compile its kernels, and those would refuse the CPU tensors."""
     for target in CPU_TARGETS:
-        assert all(line.startswith("\tCUDA_VISIBLE_DEVICES= ") for line in pytest_lines(target))
+        assert all(
+            " CUDA_VISIBLE_DEVICES= $(BIN)" in f" {line.strip()}" for line in pytest_lines(target)
+        )

@@ -30,7 +30,7 @@ def make_trainer(options: RunOptions) -> Any:
     make_output_dir(options.config.output_dir, options.source)
     peft_config = adapter_options(options)
     inputs = load_inputs(options)
-    return DPOTrainer(
+    trainer = DPOTrainer(
         model=inputs.model,
         ref_model=inputs.ref_model,
         args=options.config,
@@ -39,6 +39,10 @@ def make_trainer(options: RunOptions) -> Any:
         processing_class=inputs.tokenizer,
         peft_config=peft_config,
     )
+    held_out = options.script.eval_dataset_name
+    trainer.dataset_names = options.script.dataset_names
+    trainer.eval_dataset_names = [held_out] if held_out else trainer.dataset_names
+    return trainer
 
 
 def resume_point(options: RunOptions) -> str | bool | None:
@@ -58,6 +62,7 @@ def _print_result(folder: Path) -> None:
     from rich.console import Console
 
     from dpofast.monitor.callbacks import METRICS_FILE
+    from dpofast.monitor.card import CARD_FILE
     from dpofast.monitor.guard import ReportGuard
     from dpofast.monitor.plots import PLOT_FILE
     from dpofast.monitor.summary import SUMMARY_FILE
@@ -65,7 +70,7 @@ def _print_result(folder: Path) -> None:
     console = Console(highlight=False)
     with ReportGuard()(f"printing {SUMMARY_FILE}"):
         _print_summary(folder / SUMMARY_FILE, console)
-    console.print(f"model, {SUMMARY_FILE}, {METRICS_FILE} and {PLOT_FILE}: {folder}")
+    console.print(f"model, {CARD_FILE}, {SUMMARY_FILE}, {METRICS_FILE} and {PLOT_FILE}: {folder}")
 
 
 def _print_summary(path: Path, console: Any) -> None:

@@ -87,6 +87,7 @@ def run_demo(folder: Path, seed: int = 0) -> dict[str, Any]:
         trainer.train()
     after = _measure(trainer, data, ref_logps)
     trainer.save_model()
+    trainer.create_model_card(model_name="dpofast demo")
 
     summary = _summary(trainer, stored, before, after) | {
         "seed": seed,
@@ -141,6 +142,7 @@ def make_trainer(folder: Path, data: DemoData, seed: int) -> Any:
         train_dataset=datasets.Dataset.from_list(data.train),
         eval_dataset=datasets.Dataset.from_list(data.held_out),
     )
+    trainer.dataset_names, trainer.eval_dataset_names = ["train.jsonl"], ["held_out.jsonl"]
     trainer.remove_callback(PrinterCallback)  # with disable_tqdm, it prints every log to stdout
     return trainer
 

@@ -10,8 +10,8 @@ from rich.text import Text
 
 from dpofast.data.prefix import common_prefix_length
 from dpofast.data.tokens.left_out import reason_left_out
-from dpofast.data.tokens.tokenize import prepare_row
-from dpofast.data.tokens.truncate import Cut, check_truncation, plan_cut
+from dpofast.data.tokens.tokenize import split_row
+from dpofast.data.tokens.truncate import Cut, LengthLimits
 from dpofast.inspect.tokens import CHOSEN, CUT, MASKED, REJECTED, SHARED, TokenPart, token_table
 
 
@@ -19,25 +19,23 @@ def render_untokenised_pair(
     row: Mapping[str, Any],
     tokenizer: Any,
     *,
-    max_length: int | None = None,
-    truncation_mode: str = "keep_start",
+    limits: LengthLimits | None = None,
     max_tokens: int = 200,
 ) -> RenderableType:
     """Tokenise a pair as training would, and render it.
 
     Args:
         row: a row in the normal form, `load_preferences(...)[i]`.
-        tokenizer, max_length, truncation_mode, max_tokens: see `render_pair`.
+        tokenizer, limits, max_tokens: see `render_pair`.
 
     Returns:
         A rich renderable.
 
     Raises:
-        ConfigError: max_length or truncation_mode can't be used.
         DataError: the row can't be tokenised.
     """
     # Nothing is cut yet: render_pair shows what the cut takes away.
-    split, _ = prepare_row(row, tokenizer, max_length=max_length, truncation_mode=truncation_mode)
+    split = split_row(row, tokenizer)
     example = {
         "row": row.get("row"),
         "prompt_ids": split.prompt_ids,
@@ -52,13 +50,7 @@ def render_untokenised_pair(
             "the chat template renders the prompt otherwise before an answer than alone: it ends "
             "where they part"
         )
-    shown = render_pair(
-        example,
-        tokenizer,
-        max_length=max_length,
-        truncation_mode=truncation_mode,
-        max_tokens=max_tokens,
-    )
+    shown = render_pair(example, tokenizer, limits=limits, max_tokens=max_tokens)
     return Group(shown, *(Text(note, style="yellow") for note in notes))
 
 
@@ -66,32 +58,27 @@ def render_pair(
     example: Mapping[str, Any],
     tokenizer: Any,
     *,
-    max_length: int | None = None,
-    truncation_mode: str = "keep_start",
+    limits: LengthLimits | None = None,
     max_tokens: int = 200,
 ) -> RenderableType:
-    """Render a tokenised pair, and what `max_length` would cut from it.
+    """Render a tokenised pair, and what training would cut from it.
 
     Args:
         example: prompt_ids, chosen_ids and rejected_ids, lists of token ids; optionally `row`, the
             pair's number in the data.
         tokenizer: turns ids into text.
-        max_length: most tokens of a prompt and one answer, None for no limit.
-        truncation_mode: keep_start or keep_end.
+        limits: the options that decide the cut; None cuts nothing.
         max_tokens: most tokens to print of one part; of a longer part, the middle is left out.
 
     Returns:
         A rich renderable with "|" between tokens and "⏎" for line breaks.
-
-    Raises:
-        ConfigError: max_length or truncation_mode can't be used.
     """
-    check_truncation(max_length, truncation_mode)
+    limits = limits or LengthLimits()
     prompt, chosen, rejected = (
         list(example[f"{part}_ids"]) for part in ("prompt", "chosen", "rejected")
     )
     lengths = (len(prompt), len(chosen), len(rejected))
-    cut = plan_cut(*lengths, max_length, truncation_mode)
+    cut = limits.plan_cut(*lengths)
     kept_chosen = chosen[: len(chosen) - cut.chosen]
     kept_rejected = rejected[: len(rejected) - cut.rejected]
     shared = common_prefix_length(kept_chosen, kept_rejected)
@@ -105,8 +92,8 @@ def render_pair(
         TokenPart("rejected, cut", CUT, rejected[len(kept_rejected) :]),
     ]
     lines = [_headline(example.get("row"), lengths, shared)]
-    if max_length is not None:
-        lines.append(_cut_line(cut, max_length, truncation_mode))
+    if limits.names:
+        lines.append(_cut_line(cut, limits))
     if reason := reason_left_out(chosen, rejected, cut):
         lines.append(Text(f"left out of training: {reason}", style="bold yellow"))
     return Group(*lines, token_table(parts, tokenizer, max_tokens))
@@ -123,12 +110,11 @@ def _headline(row: Any, lengths: tuple[int, int, int], shared: int) -> Text:
     )
 
 
-def _cut_line(cut: Cut, max_length: int, truncation_mode: str) -> Text:
-    limit = f"max_length {max_length}, {truncation_mode}"
+def _cut_line(cut: Cut, limits: LengthLimits) -> Text:
     if not cut.fits or not (cut.prompt or cut.chosen or cut.rejected):
-        return Text(f"{limit}: nothing is cut")
+        return Text(f"{limits}: nothing is cut")
     return Text(
-        f"{limit}: cut {cut.prompt} tokens of the prompt on its left, {cut.chosen} of chosen and "
+        f"{limits}: cut {cut.prompt} tokens of the prompt on its left, {cut.chosen} of chosen and "
         f"{cut.rejected} of rejected on their right",
         style="yellow",
     )

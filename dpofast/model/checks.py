@@ -18,6 +18,7 @@ from dpofast.model.context import context_of
 from dpofast.model.forward import evaluating, micro_batch, run_batch, run_body
 from dpofast.model.head import head_options
 from dpofast.model.parts import causal_lm, num_layers
+from dpofast.model.quantised import computing_dtype
 from dpofast.model.rope import check_rope
 from dpofast.model.vocabulary import vocabulary_of
 from dpofast_kernels.attention import AttentionOptions, WrongBackendError, probe
@@ -115,7 +116,7 @@ def check_layout(layout: Layout, model: nn.Module) -> list[LayerAttention]:
         packed = _scored_states(model, layout.collate(sequences))
     padded = _scored_states(model, collate_padded(sequences))
     error = ((packed - padded).norm() / padded.norm().clamp_min(1e-12)).item()
-    dtype = product_precision(lm.get_output_embeddings().weight.dtype, packed.device)
+    dtype = product_precision(computing_dtype(model), packed.device)
     if len(calls) < num_layers(lm) or not error <= STATES_TOLERANCE[dtype]:  # NaN is an error, too
         raise ConfigError(
             f"layout: {layout.name} rows give {type(lm).__name__} other hidden "
@@ -144,7 +145,7 @@ def check_rows(model: nn.Module) -> None:
     # The long row comes first: where tokens compete for places, the later ones lose.
     beside = _scored_states(model, collate_padded([long, short]))[-len(alone) :]
     error = ((beside - alone).norm() / alone.norm().clamp_min(1e-12)).item()
-    dtype = product_precision(lm.get_output_embeddings().weight.dtype, alone.device)
+    dtype = product_precision(computing_dtype(model), alone.device)
     if not error <= STATES_TOLERANCE[dtype]:  # NaN is an error, too
         raise ModelError(
             f"{type(lm).__name__} gives a sequence other hidden states beside a longer one than "
@@ -259,7 +260,7 @@ def check_head(model: nn.Module) -> None:
             ours = run_batch(model, batch, _LogitsTask(options))
     expected = stock.logits[0].float()  # [8, V]
     error = ((ours.float() - expected).norm() / expected.norm().clamp_min(1e-12)).item()
-    dtype = product_precision(lm.get_output_embeddings().weight.dtype, device)
+    dtype = product_precision(computing_dtype(model), device)
     if not error <= HEAD_TOLERANCE[dtype]:  # NaN is an error, too
         raise ModelError(
             f"{type(lm).__name__} does something to its logits that dpofast doesn't know "

@@ -19,6 +19,7 @@ from dpofast.errors import ModelError
 from dpofast.model.attention import attention_calls, packed_attention
 from dpofast.model.head import HeadTask, head_forwards
 from dpofast.model.parts import body_of, causal_lm, num_layers
+from dpofast.model.quantised import quantised_layers
 from dpofast.model.replace import replaced_forwards
 from dpofast.model.rope import rope_of_each_row
 from dpofast_kernels.attention import SharedLayout
@@ -185,9 +186,12 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     """Inside the `with` block, a model runs without gradients and without dropout.
 
     Afterwards every module gets its own mode back, because the modes within a PeftModel can differ.
+    Quantised layers run in training mode, in which they compute what they compute in a step.
     """
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
+    for layer in quantised_layers(model).values():
+        layer.training = True
     try:
         with torch.no_grad():
             yield

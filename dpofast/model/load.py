@@ -9,10 +9,16 @@ import torch
 from safetensors import SafetensorError
 
 from dpofast.errors import ModelError
+from dpofast.model.kind import refuse_random_head, refuse_stored_kind
+from dpofast.model.pickled_weights import refuse_pickled_on_hub, refuse_pickled_weights
+from dpofast.options.quantisation import OPTION, bitsandbytes_config, quantisation_options
 from dpofast.progress import bars_as_lines
 
 # Options for loading weights, which a skeleton doesn't have.
-_WEIGHT_OPTIONS = {"dtype", "use_safetensors", "device_map", "low_cpu_mem_usage", "variant"}
+_WEIGHT_OPTIONS = {
+    *("dtype", "use_safetensors", "device_map", "low_cpu_mem_usage", "variant"),
+    OPTION,
+}
 
 
 def load_policy(name_or_path: str, **options: Any) -> Any:
@@ -21,9 +27,11 @@ def load_policy(name_or_path: str, **options: Any) -> Any:
     Args:
         name_or_path: folder or hub name.
         options: arguments of `from_pretrained`. `dtype` may be a name such as "bfloat16".
-            use_safetensors is True by default, as other formats can hold pickles.
+            use_safetensors is True by default, as other formats can hold pickles. A
+            `quantization_config` can be a BitsAndBytesConfig or a mapping of its arguments.
 
     Raises:
+        ConfigError: the `quantization_config` can't be used.
         ModelError: there is no such model, or no causal LM can be loaded from it.
     """
     from transformers import AutoModelForCausalLM
@@ -31,12 +39,21 @@ def load_policy(name_or_path: str, **options: Any) -> Any:
     options = {"dtype": torch.float32, "use_safetensors": True, **options}
     if isinstance(options["dtype"], str) and options["dtype"] != "auto":
         options["dtype"] = _dtype_named(options["dtype"])
+    if options.get(OPTION) is not None:
+        options[OPTION] = bitsandbytes_config(quantisation_options(options[OPTION]))
     _refuse_missing_folder(name_or_path)
+    refuse_stored_kind(name_or_path, **_config_options(options))
+    refuse_pickled_weights(name_or_path, options)
     try:
         with bars_as_lines():
-            return AutoModelForCausalLM.from_pretrained(name_or_path, **options)
+            model, report = AutoModelForCausalLM.from_pretrained(
+                name_or_path, output_loading_info=True, **options
+            )
     except (OSError, ValueError, TypeError, ImportError, RuntimeError, SafetensorError) as error:
+        refuse_pickled_on_hub(name_or_path, options, error)
         raise ModelError(f"The model {name_or_path!r} can't be loaded: {error}") from error
+    refuse_random_head(model, report["missing_keys"], name_or_path)
+    return model
 
 
 def load_skeleton(name_or_path: str, **options: Any) -> Any:
@@ -55,7 +72,8 @@ def load_skeleton(name_or_path: str, **options: Any) -> Any:
 
     _refuse_missing_folder(name_or_path)
     trusted = bool(options.get("trust_remote_code"))
-    own = {name: value for name, value in options.items() if name not in _WEIGHT_OPTIONS}
+    own = _config_options(options)
+    refuse_stored_kind(name_or_path, **own)
     try:
         config = AutoConfig.from_pretrained(name_or_path, **own)
         with torch.device("meta"):
@@ -98,6 +116,11 @@ def load_tokenizer(
         raise ModelError(
             f"No tokenizer can be loaded from {name_or_path!r} ({error}): {remedy}."
         ) from error
+
+
+def _config_options(options: dict[str, Any]) -> dict[str, Any]:
+    """The options that decide what the model's config is."""
+    return {name: value for name, value in options.items() if name not in _WEIGHT_OPTIONS}
 
 
 def _dtype_named(name: str) -> torch.dtype:

@@ -47,15 +47,34 @@ def num_layers(model: Any) -> int:
 
 
 def numel(parameter: Tensor) -> int:
-    """Number of elements in the whole parameter, even if ZeRO-3 has spread it over the ranks."""
+    """Number of elements in the whole parameter, even if ZeRO-3 has spread it over the ranks.
+
+    A 4-bit weight has the elements that it had before it was quantised.
+    """
+    if (size := _size_before_packing(parameter)) is not None:
+        return size.numel()
     return int(getattr(parameter, "ds_numel", parameter.numel()))
 
 
 def shape(parameter: Tensor) -> torch.Size:
-    """The whole shape of a parameter, even if ZeRO-3 has spread it over the ranks."""
+    """The whole shape of a parameter, even if ZeRO-3 has spread it over the ranks.
+
+    A 4-bit weight has the shape that it had before it was quantised.
+    """
+    if (size := _size_before_packing(parameter)) is not None:
+        return size
     return torch.Size(getattr(parameter, "ds_shape", parameter.shape))
 
 
 def num_bytes(parameter: Tensor) -> int:
-    """Bytes of the whole parameter, even if ZeRO-3 has spread it over the ranks."""
-    return numel(parameter) * parameter.element_size()
+    """Bytes of the whole parameter, even if ZeRO-3 has spread it over the ranks.
+
+    The scales of quantised weights are left out: they are a hundredth of the model, or less.
+    """
+    return int(getattr(parameter, "ds_numel", parameter.numel())) * parameter.element_size()
+
+
+def _size_before_packing(parameter: Any) -> torch.Size | None:
+    """The shape that a 4-bit weight had before two of its elements were put into each byte."""
+    size = getattr(getattr(parameter, "quant_state", None), "shape", None)
+    return None if size is None else torch.Size(size)

@@ -1,4 +1,4 @@
-"""Callbacks for transformers' Trainer that write files during a run."""
+"""Callbacks for transformers' Trainer: a file of all logs, and a log of the last steps."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import IntervalStrategy
 
 from dpofast.monitor.guard import ReportGuard
 
@@ -71,3 +72,25 @@ class MetricsFile(TrainerCallback):
             if (is_resumed or self._has_written) and json.loads(line)["step"] <= step
         ]
         path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+
+
+class LogsLastSteps(TrainerCallback):
+    """Logs at the last step, too, if training ends between two logs of `logging_steps`.
+
+    Whatever ends training, the pairs since the last log would be in no log otherwise. The Trainer
+    doesn't log a step twice.
+    """
+
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        """Asks for a log at the last step, before its evaluation and its checkpoint."""
+        if args.logging_strategy == IntervalStrategy.STEPS and control.should_training_stop:
+            control.should_log = True
+
+    # Another callback may have ended training after the last step's log.
+    on_epoch_end = on_step_end

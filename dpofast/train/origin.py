@@ -15,7 +15,9 @@ from transformers.utils import CONFIG_NAME
 
 from dpofast.model.load import load_policy
 from dpofast.model.parts import causal_lm
+from dpofast.model.quantised import quantised_layers
 from dpofast.options.config import DPOConfig
+from dpofast.options.quantisation import OPTION
 from dpofast.reference.identity.description import ReferenceIdentity
 
 
@@ -54,7 +56,13 @@ class Origin:
         commit = commit or _cached_commit(name, revision, given.get("cache_dir"))
         # Options of the config are in the model's config already, which is loaded with.
         options = {key: value for key, value in given.items() if not hasattr(own, key)}
-        return cls(name, commit or revision, copy.deepcopy(own), options)
+        kept = copy.deepcopy(own)
+        quantizer = getattr(causal_lm(model), "hf_quantizer", None)
+        if quantizer is not None and not quantizer.pre_quantized:
+            # transformers takes the files of a config with this entry for quantised ones.
+            options[OPTION] = kept.quantization_config
+            del kept.quantization_config
+        return cls(name, commit or revision, kept, options)
 
     def moved_to(self, name: str, revision: str | None) -> Origin:
         """The origin that a checkpoint names. No code that comes with that model is run."""
@@ -86,7 +94,8 @@ class Origin:
             options["revision"] = self.revision
         with torch.random.fork_rng(devices=[]):  # training goes on with the same random numbers
             model = load_policy(self.name, **options)
-        return model if dtype is None else model.to(scored_in)
+        # A quantised model can't be cast; it is only loaded in the dtype that it came from.
+        return model if dtype is None or quantised_layers(model) else model.to(scored_in)
 
     def dtypes(self, identity: ReferenceIdentity) -> list[torch.dtype | None]:
         """The values of `dtype` in `load` that can give the reference, the likeliest first.

@@ -10,13 +10,43 @@ from torch import nn
 from dpofast.errors import ConfigError, ModelError
 from dpofast.model.dropout import disable_dropout
 from dpofast.model.head import head_forwards
+from dpofast.model.kind import check_kind
 from dpofast.model.load import load_policy, load_tokenizer
 from dpofast.model.parts import body_of, causal_lm, is_peft_model
+from dpofast.model.quantised import check_trainable, keep_differentiable
 from dpofast.model.vocabulary import vocabulary_of
 from dpofast.options.config import DPOConfig
+from dpofast.options.quantisation import OPTION, quantisation_options
 from dpofast.zero.batch import refuse_missing_launcher
 
 logger = logging.getLogger(__name__)
+
+
+def add_quantisation(config: DPOConfig, quantization_config: Any, model: Any) -> None:
+    """Adds the trainer's argument `quantization_config` to the options of loading a model.
+
+    Args:
+        config: options of the run, changed in place.
+        quantization_config: a BitsAndBytesConfig or a mapping of its arguments; None for none.
+        model: the policy as it was given.
+
+    Raises:
+        ConfigError: the model is loaded already, or the option is given twice, or can't be used.
+    """
+    if quantization_config is None:
+        return
+    if not isinstance(model, str):
+        raise ConfigError(
+            f"{OPTION}: the model is loaded already, and a model is quantised when it is loaded: "
+            f"pass its name, or load it with from_pretrained(..., {OPTION}=...) and leave the "
+            "argument out."
+        )
+    own = config.model_init_kwargs or {}
+    assert isinstance(own, dict)
+    options = quantisation_options(quantization_config)
+    if own.get(OPTION) not in (None, options):
+        raise ConfigError(f"{OPTION}: model_init_kwargs has another one; give it in one place.")
+    config.model_init_kwargs = {**own, OPTION: options}
 
 
 def resolve_model(model: Any, config: DPOConfig, tokenizer: Any) -> tuple[nn.Module, Any]:
@@ -33,10 +63,12 @@ def resolve_model(model: Any, config: DPOConfig, tokenizer: Any) -> tuple[nn.Mod
     Raises:
         ConfigError: DeepSpeed is wanted but no launcher has started this process, or pad_token
             isn't in the vocabulary.
-        ModelError: the model or its tokenizer can't be loaded.
+        ModelError: the model isn't a causal LM, or it or its tokenizer can't be loaded.
     """
     refuse_missing_launcher(config)  # before loading, which can take minutes
     options = config.loading_options()
+    if not isinstance(model, str):
+        check_kind(model)
     if tokenizer is None:
         name = model_name(model)
         if not name:
@@ -86,14 +118,18 @@ def resolve_ref_model(ref_model: Any, model: Any, config: DPOConfig) -> Any:
 
     Raises:
         ConfigError: the reference is the same object as the policy, so training would change it.
-        ModelError: the reference can't be loaded.
+        ModelError: the reference isn't a causal LM, or can't be loaded.
     """
-    if ref_model is None or (isinstance(ref_model, str) and ref_model == model):
+    own = config.ref_model_init_kwargs
+    if own is not None and not isinstance(ref_model, str):
+        logger.info("ref_model_init_kwargs are ignored, as no ref_model is given by name.")
+    if ref_model is None or (isinstance(ref_model, str) and ref_model == model and own is None):
         return None
     if ref_model is model:
         raise ConfigError("ref_model is the model itself; leave it out, or pass a copy.")
     if isinstance(ref_model, str):
-        return load_policy(ref_model, **config.loading_options())
+        return load_policy(ref_model, **config.ref_loading_options())
+    check_kind(ref_model)
     return ref_model
 
 
@@ -124,8 +160,11 @@ def prepare_policy(model: Any, config: DPOConfig, peft_config: Any) -> nn.Module
         ConfigError: peft isn't installed, or this kind of adapter isn't supported.
         ModelError: nothing would be trained, or the model or its head can't be trained exactly.
     """
+    keep_differentiable(model)
     if peft_config is not None:
         model = _with_adapter(model, peft_config)
+    plugin = config.deepspeed_plugin
+    check_trainable(model, None if plugin is None else plugin.zero_stage)
     if is_peft_model(model):
         if any(getattr(c, "is_prompt_learning", False) for c in model.peft_config.values()):
             raise ConfigError(
@@ -168,8 +207,9 @@ def _with_adapter(model: Any, peft_config: Any) -> Any:
         )
     if is_peft_model(model):
         raise ConfigError(
-            "peft_config: the model has an adapter already; leave peft_config out to train that "
-            "one further, or merge it first with merge_and_unload()."
+            "peft_config: the model has an adapter already; leave peft_config out (use_peft on the "
+            "command line and in YAML) to train that one further, or merge it first with "
+            "merge_and_unload()."
         )
     try:
         return get_peft_model(model, peft_config)

@@ -10,13 +10,16 @@ from torch import Tensor
 from transformers import Trainer
 from transformers.trainer_utils import TrainOutput
 
+from dpofast.monitor.callbacks import LogsLastSteps
 from dpofast.monitor.guard import ReportGuard
 from dpofast.monitor.metrics import MetricSums
 from dpofast.monitor.plots import PLOT_FILE, plot_run
+from dpofast.monitor.public_names import public_name
 from dpofast.monitor.summary import SUMMARY_FILE
 from dpofast.monitor.throughput import Throughput
-from dpofast.train.dataset import PairPreparer
+from dpofast.train.dataset import PairPreparer, log_report
 from dpofast.train.loaders import StepLoaders
+from dpofast.train.stream import RunStream
 from dpofast.train.summary import run_summary, write_summary
 from dpofast.train.whole_steps import TakesWholeSteps
 from dpofast_kernels import PairLoss
@@ -30,6 +33,7 @@ class ReportsRun(TakesWholeSteps, Trainer):
         pairs_trained: pairs of all steps of this call of `train`, on all ranks.
         metric_sums: metrics of this rank's pairs since the last log.
         tokens_trained: tokens trained on this rank since the last sum over all ranks.
+        plot_file: plot of this call of `train`; None until it is drawn.
     """
 
     train_dataset: Any
@@ -41,6 +45,12 @@ class ReportsRun(TakesWholeSteps, Trainer):
     pairs_trained: int
     metric_sums: MetricSums
     tokens_trained: int
+    plot_file: Path | None
+    _tr_loss: Tensor
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.add_callback(LogsLastSteps())
 
     def start_counting(self) -> None:
         """Set all counts to 0."""
@@ -48,6 +58,7 @@ class ReportsRun(TakesWholeSteps, Trainer):
         self.pairs_trained = 0
         self.metric_sums = MetricSums()
         self.tokens_trained = 0
+        self.plot_file = None
 
     def sum_over_ranks(self, vector: Tensor) -> Tensor:
         """Add up a vector over the ranks, which must call this together."""
@@ -62,6 +73,11 @@ class ReportsRun(TakesWholeSteps, Trainer):
             speed = self.throughput.metrics(self.sum_over_ranks)
             logs = {**logs, **means, **speed, "num_tokens": self.state.num_input_tokens_seen}
         super().log(logs, start_time)
+
+    def _finalize_training(self, *args: Any, **options: Any) -> TrainOutput:
+        # Steps since the last log, if nothing logs at the end: transformers would take this rank's.
+        self._tr_loss = self.sum_over_ranks(self._tr_loss) / self.args.world_size
+        return super()._finalize_training(*args, **options)
 
     def count_tokens(self) -> None:
         """Add the tokens of all ranks to the Trainer's state; every rank must call this."""
@@ -78,6 +94,9 @@ class ReportsRun(TakesWholeSteps, Trainer):
         """
         folder = Path(self.args.output_dir)
         guard = ReportGuard()
+        for stream in self.data.datasets:
+            if isinstance(stream, RunStream):
+                log_report(stream.report)
         with guard(SUMMARY_FILE):
             write_summary(
                 folder,
@@ -90,7 +109,9 @@ class ReportsRun(TakesWholeSteps, Trainer):
                 run=self.run_summary(),
             )
         with guard(PLOT_FILE):
-            plot_run(self.state.log_history, folder / PLOT_FILE, f"DPO: {folder.name}")
+            title = f"DPO: {public_name(folder) or 'training'}"  # may be published with the card
+            plot_run(self.state.log_history, folder / PLOT_FILE, title)
+            self.plot_file = folder / PLOT_FILE
 
     def run_summary(self) -> dict[str, Any]:
         """Facts about the run so far: reference, data, settings, memory, versions, hardware."""

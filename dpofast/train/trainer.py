@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerControl, TrainingArguments, set_seed
 
 from dpofast.data.packing.batch import PackedPairs, StepBatch
@@ -27,10 +29,11 @@ from dpofast.train.best_metric import check_best_metric
 from dpofast.train.checkpoint.resume import refuse_finished, resolve_checkpoint
 from dpofast.train.checkpoint.run_state import load_run_state
 from dpofast.train.clipping import ClipsExactly
-from dpofast.train.dataset import PairPreparer, RunDataset, pairs_of
+from dpofast.train.dataset import PairPreparer, pairs_of
 from dpofast.train.evaluates import EvaluatesPairs
+from dpofast.train.first_step import ChecksFirstStep, FirstStep
 from dpofast.train.hooks import NamesHooks, check_overrides
-from dpofast.train.loaders import StepLoader, StepLoaders, whole_step
+from dpofast.train.loaders import StepLoaders, whole_step
 from dpofast.train.logs_progress import LogsProgress
 from dpofast.train.loop_arguments import one_item_per_step
 from dpofast.train.memory import row_tokens_on_all_ranks
@@ -39,6 +42,7 @@ from dpofast.train.noise import check_noise
 from dpofast.train.own_loss import run_loss
 from dpofast.train.own_metrics import MetricsFunction, OwnMetrics
 from dpofast.train.policy import (
+    add_quantisation,
     model_name,
     pad_token_id,
     prepare_policy,
@@ -48,19 +52,26 @@ from dpofast.train.policy import (
 from dpofast.train.predictions import check_compute_metrics
 from dpofast.train.reference import RunReference
 from dpofast.train.run_store import RunStore
-from dpofast.train.sampler import planned_steps, train_sampler
 from dpofast.train.saves import SavesRun
 from dpofast.train.saving import check_saving
 from dpofast.train.schedule import check_schedule
 from dpofast.train.settings import ShowsSettings
 from dpofast.train.step_zero import StepZeroCheck
+from dpofast.train.training_set import TrainingSet, prepare_training_set, total_steps
 from dpofast_kernels import PairFunction
 
 logger = logging.getLogger(__name__)
 
 
 class DPOTrainer(
-    EvaluatesPairs, SavesRun, ClipsExactly, LogsProgress, ShowsSettings, NamesHooks, Trainer
+    EvaluatesPairs,
+    SavesRun,
+    ClipsExactly,
+    ChecksFirstStep,
+    LogsProgress,
+    ShowsSettings,
+    NamesHooks,
+    Trainer,
 ):
     """Direct Preference Optimization (Rafailov et al. 2023, arXiv:2305.18290).
 
@@ -72,7 +83,8 @@ class DPOTrainer(
         model: causal LM, PeftModel, or the folder or hub name of a causal LM.
         ref_model: reference model; never trained.
         args: options.
-        train_dataset: preference pairs in any form that `load_preferences` reads.
+        train_dataset: preference pairs in any form that `load_preferences` reads; an
+            IterableDataset is a stream, which is read while the run trains.
         eval_dataset: held-out pairs, or a dict of several named sets.
         processing_class: tokenizer; by default the one that is stored with the model.
         compute_metrics: metrics of an evaluation; it gets an EvalPrediction whose predictions are
@@ -80,6 +92,8 @@ class DPOTrainer(
         callbacks: further callbacks of transformers.
         optimizers: optimizer and scheduler; transformers makes them if they are None.
         peft_config: wraps the model in a fresh adapter.
+        columns: column name of dpofast -> column name in the datasets, for all of them.
+        roles: role in the datasets -> system, user, assistant or tool, for all of them.
         loss_fn: a loss of your own instead of loss_type, pair by pair: (chosen log-ratios [P] fp64,
             rejected log-ratios [P] fp64, lengths [P, 2] int64) -> losses [P] fp64, differentiable.
         metrics_fn: metrics of your own, logged in training and evaluation: a function of
@@ -111,16 +125,18 @@ class DPOTrainer(
         quantization_config: Any = None,
         peft_config: Any = None,
         *,
+        columns: Mapping[str, str] | None = None,
+        roles: Mapping[str, str] | None = None,
         loss_fn: PairFunction | None = None,
         metrics_fn: MetricsFunction | None = None,
         **options: Any,
     ) -> None:
         check_overrides(self)
         refuse("data_collator", data_collator, "leave it out; batches are laid out by the trainer")
-        refuse("quantization_config", quantization_config, "load the model in bfloat16")
         model, ref_model = uncompiled(model, "model"), uncompiled(ref_model, "ref_model")
         processing_class = resolve_tokenizer(processing_class, options)
         config = resolve_config(args, options, model_name(model))
+        add_quantisation(config, quantization_config, model)
         check_compute_metrics(config, compute_metrics)
         self.pair_loss = run_loss(config, loss_fn)
         own_metrics = None if metrics_fn is None else OwnMetrics(metrics_fn, config.device)
@@ -130,9 +146,11 @@ class DPOTrainer(
         ref_model = resolve_ref_model(ref_model, model, config)
         model, tokenizer = resolve_model(model, config, processing_class)
         model = prepare_policy(model, config, peft_config)
-        self.data = PairPreparer(config, tokenizer, (model, ref_model))
+        self.data = PairPreparer(config, tokenizer, (model, ref_model), columns, roles)
         self.start_counting()
-        train_set = None if train_dataset is None else self.data.prepare(train_dataset, "train")
+        train_set = None
+        if train_dataset is not None:
+            train_set = prepare_training_set(self.data, train_dataset)
         super().__init__(
             model=model,
             args=config,
@@ -165,7 +183,7 @@ class DPOTrainer(
 
     # Data
 
-    def train_set(self) -> RunDataset:
+    def train_set(self) -> TrainingSet:
         """The training dataset, with all that the run knows about it.
 
         Raises:
@@ -173,10 +191,12 @@ class DPOTrainer(
         """
         if self.train_dataset is None:
             raise ConfigError("DPOTrainer: train() needs a train_dataset.")
-        return self.data.prepare(self.train_dataset, "train")
+        return prepare_training_set(self.data, self.train_dataset)
 
     def score_datasets(self, rescore: bool = False) -> None:
         """Give all datasets their reference log-probs; answers missing from the store are scored.
+
+        A stream is read up to its end, or up to the last step of the run.
 
         Args:
             rescore: score answers again if the store has less detail than the options ask for.
@@ -185,19 +205,19 @@ class DPOTrainer(
             ReferenceStoreError: log-probs are missing and can't be made.
         """
         self.loaders.settle()
-        train_sets = [] if self.train_dataset is None else [self.train_set()]
-        for dataset in [*train_sets, *self.eval_sets().values()]:
+        if self.train_dataset is not None:
+            self.loaders.score_all(self.train_set(), rescore)
+        for dataset in self.eval_sets().values():
             self.loaders.score(dataset, rescore)
 
-    def get_train_dataloader(self) -> StepLoader:
+    def get_train_dataloader(self) -> DataLoader[StepBatch]:
         """One item is one step. Not prepared by accelerate, which would shard it again."""
         train_set = self.train_set()
         # `train` has planned its steps. Whoever else asks for a loader gets one of the options as
         # they are now.
         if not self.is_in_train or train_set.plan is None:
             self.loaders.settle()
-            self.loaders.score(train_set)
-            self.loaders.plan(train_set)
+            self.loaders.begin(train_set)
         return self.loaders.training(train_set)
 
     # Training
@@ -215,25 +235,29 @@ class DPOTrainer(
         check_overrides(self)  # some may have been assigned since the trainer was made
         self.start_counting()
         train_set = self.train_set()
-        # The number of steps doesn't depend on the packing, so no token limit is needed yet.
-        epoch = train_sampler(self.args, len(train_set), None)
-        total_steps = planned_steps(self.args, epoch)
+        num_steps, first_step = total_steps(self.args, train_set), 0
         checkpoint = resolve_checkpoint(resume_from_checkpoint, self.args.output_dir)
         if checkpoint is not None:
-            refuse_finished(checkpoint, total_steps)
+            refuse_finished(checkpoint, num_steps)
             recorded = load_run_state(checkpoint)
             self.reference.restore(recorded, checkpoint)
             self.loaders.settle(recorded.row_tokens)
+            first_step = train_set.resume(recorded.stream)
         check_saving(self.model, self.processing_class, self.args)
         check_best_metric(self, self._pair_loss_pass)
-        check_schedule(self, total_steps)
+        check_schedule(self, num_steps)
         check_noise(self)
-        self.score_datasets()  # before the policy moves: it may be the reference
-        self.loaders.plan(train_set)
+        self.loaders.settle()
+        # Before the policy moves: it may be the reference.
+        self.loaders.begin(train_set, first_step)
+        for dataset in self.eval_sets().values():
+            self.loaders.score(dataset)
         self._step_zero = None
         if checkpoint is None:
             self._step_zero = StepZeroCheck.of(self.model, self.reference, self.pair_loss)
-        self.reference.policy_moves()
+        has_norm = not self.args.optim.endswith("layerwise")  # those step within the backward
+        self.first_step = FirstStep(self.model, self.pair_loss, has_norm, checkpoint is None)
+        self.reference.policy_moves(is_needed=train_set.has_more(first_step))
         guard_reporters(self.callback_handler.callbacks)
         given = self.args
         with one_item_per_step(given) as self.args:
@@ -271,6 +295,8 @@ class DPOTrainer(
         scale = self.args.world_size / inputs.num_pairs
         total = torch.zeros((), dtype=torch.float64, device=self.args.device)
         self.throughput.start_step()
+        if self.first_step is not None:
+            self.first_step.begin(self.optimizer.param_groups)
         last = len(inputs.micro_batches) - 1
         for index, batch in enumerate(inputs.micro_batches):
             with gradient_exchange(self.accelerator, model, is_last=index == last):
@@ -295,6 +321,10 @@ class DPOTrainer(
             if self._step_zero is not None and output is not None and batch.num_pairs:
                 self._step_zero.check(output, batch)
                 self._step_zero = None
+            if output is None:  # a subclass has a loss of its own, whose slope isn't known
+                self.first_step = None
+            elif self.first_step is not None:
+                self.first_step.add(output, batch)
             loss = mean * (batch.num_pairs * scale)
             self.accelerator.backward(loss, **options)
         return loss.detach()

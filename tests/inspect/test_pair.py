@@ -6,7 +6,8 @@ import pytest
 from rich.console import Console
 
 from dpofast.data import load_preferences
-from dpofast.errors import ConfigError, DataError
+from dpofast.data.tokens.truncate import LengthLimits
+from dpofast.errors import DataError
 from dpofast.inspect.pair import render_pair, render_untokenised_pair
 from tests.data.builders import CHAT_TEMPLATE, assistant, byte_bpe, user
 
@@ -37,13 +38,17 @@ def test_every_part_is_named_with_its_tokens():
 
 def test_what_is_cut_is_shown():
     row = row_of("abcdef", "uvwxyz", "123")
-    text = printed(render_untokenised_pair(row, byte_bpe(), max_length=8))
-    assert "max_length 8, keep_start: cut 0 tokens of the prompt on its left, 5 of chosen" in text
+    text = printed(render_untokenised_pair(row, byte_bpe(), limits=LengthLimits(8)))
+    assert "max_length 8 (keep_start): cut 0 tokens of the prompt on its left, 5 of chosen" in text
     assert "chosen, cut (5)      w|x|y|z|</s>" in text
-    text = printed(
-        render_untokenised_pair(row, byte_bpe(), max_length=8, truncation_mode="keep_end")
-    )
+    limits = LengthLimits(8, "keep_end")
+    text = printed(render_untokenised_pair(row, byte_bpe(), limits=limits))
     assert "prompt, cut on the left (5) a|b|c|d|e" in text
+    limits = LengthLimits(8, "keep_start", max_prompt_length=4, max_completion_length=3)
+    text = printed(render_untokenised_pair(row, byte_bpe(), limits=limits))
+    assert "max_prompt_length 4, max_completion_length 3, max_length 8 (keep_start): cut 2" in text
+    assert "prompt, cut on the left (2) a|b" in text
+    assert "chosen, cut (4)         x|y|z|</s>" in text
 
 
 @pytest.mark.parametrize(
@@ -55,7 +60,8 @@ def test_what_is_cut_is_shown():
     ],
 )
 def test_pairs_that_training_leaves_out_say_why(row, max_length, reason):
-    text = printed(render_untokenised_pair(row_of(*row), byte_bpe(), max_length=max_length))
+    limits = LengthLimits(max_length)
+    text = printed(render_untokenised_pair(row_of(*row), byte_bpe(), limits=limits))
     assert f"left out of training: {reason}\n" in text
 
 
@@ -88,8 +94,3 @@ def test_brackets_are_text_and_not_markup():
     ids = byte_bpe()("[red]", add_special_tokens=False)["input_ids"]
     example = {"prompt_ids": ids, "chosen_ids": [5], "rejected_ids": [6]}
     assert "[|r|e|d|]" in printed(render_pair(example, byte_bpe()))
-
-
-def test_a_wrong_length_is_refused():
-    with pytest.raises(ConfigError, match="max_length"):
-        render_untokenised_pair(row_of("a", "b", "c"), byte_bpe(), max_length=1)

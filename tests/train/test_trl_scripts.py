@@ -138,18 +138,16 @@ def test_loss_type_and_precompute_in_every_form(tmp_path, tokenizer, loss_type, 
 
 
 @pytest.mark.parametrize("name", ["max_prompt_length", "max_completion_length"])
-def test_removed_lengths_end_in_a_sentence_that_names_the_replacement(tmp_path, tokenizer, name):
-    with pytest.raises(ConfigError, match="max_length"):
-        DPOConfig(**options(tmp_path), **{name: 128})
-    with pytest.raises(ConfigError, match="max_length"):
-        DPOTrainer(
-            tiny_llama(),
-            args=TrainingArguments(**options(tmp_path)),
-            train_dataset=Dataset.from_list(TEXT),
-            tokenizer=tokenizer,
-            **{name: 128},
+def test_older_limits_of_lengths_cut_pairs(tmp_path, tokenizer, name):
+    part = {"max_prompt_length": "prompt_ids", "max_completion_length": "chosen_ids"}[name]
+    for arguments in (
+        {"args": DPOConfig(**options(tmp_path), **{name: 1})},
+        {"args": TrainingArguments(**options(tmp_path)), name: 1},
+    ):
+        trainer = DPOTrainer(
+            tiny_llama(), train_dataset=Dataset.from_list(TEXT), tokenizer=tokenizer, **arguments
         )
-    assert DPOConfig(**options(tmp_path), **{name: None}).max_length == 1024
+        assert set(map(len, trainer.train_dataset[part])) == {1}
 
 
 def test_callbacks_are_called(tmp_path, tokenizer):

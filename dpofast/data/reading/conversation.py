@@ -21,7 +21,7 @@ from dpofast.data.reading.messages import (
 )
 from dpofast.data.reading.options import WEIGHT_FIELDS, refuse_weights
 from dpofast.data.reading.pair import Pair, Row
-from dpofast.data.reading.row_error import RowError, shown, text_of
+from dpofast.data.reading.row_error import RowError, naming, shown, text_of
 
 _ASKS = ("user", "system")  # speakers whose messages are never scored
 
@@ -228,9 +228,10 @@ def _check_speakers(chosen: list[Message], rejected: list[Message]) -> None:
             continue
         # A template may have a role for thoughts, but hardly twice the same thought.
         if shared or "assistant" not in map(speaker, answer):
+            mapping = {roles[0]: "user", roles[1]: "assistant"}
             raise RowError(
                 f"{name} begins with a message from {roles[0]!r}, and nothing says whether it asks "
-                f"or answers; say it with roles={{{roles[0]!r}: 'user', {roles[1]!r}: 'assistant'}}"
+                f"or answers; say it with {naming('roles', mapping)}"
             )
 
 

@@ -75,7 +75,8 @@ def hold_out(
     if len(set(held.values())) < 2:
         raise DataError(
             f"{name}: no pairs can be held out, because all pairs of a dataset have the same "
-            "prompt; name held-out pairs with eval_dataset_name instead of eval_split"
+            "prompt; give a dataset of held-out pairs instead (eval_dataset, or eval_dataset_name "
+            "on the command line and in YAML)"
         )
     logger.info(
         "%s: %s of %s pairs held out, with %s of %s prompts",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dpofast.data.prefix import common_prefix_length
 from dpofast.data.reading.messages import ROLES, Message, same, speaker
-from dpofast.data.reading.row_error import RowError
+from dpofast.data.reading.row_error import RowError, naming
 
 # Markers that come right before an answer in rendered conversations. The prompt ends after the
 # marker that ends last in the common text.
@@ -89,7 +89,7 @@ def _why_nothing_in_common(chosen: list[Message], rejected: list[Message]) -> st
             found = list(dict.fromkeys(str(message["role"]) for message in messages))
             unknown = [role for role in found if role.strip().lower() not in ROLES]
             if unknown:
-                remedy = f"say who that is with roles={{{unknown[-1]!r}: 'assistant'}}"
+                remedy = f"say who that is with {naming('roles', {unknown[-1]: 'assistant'})}"
             else:
                 remedy = "end it with one or remove the row"
             return f"{name} has no message from the assistant (found: {', '.join(found)}); {remedy}"

@@ -156,7 +156,8 @@ def speakers(messages: Any) -> set[str]:
     """Who speaks in decoded messages; what isn't a message counts as nobody."""
     names = set()
     for message in [messages] if isinstance(messages, Mapping) else messages:
-        role = message.get("role") or message.get("from") if is_messages(message) else None
+        is_one = isinstance(message, Mapping) and is_messages(message)  # a list can be messages
+        role = message.get("role") or message.get("from") if is_one else None
         names.add(speaker({"role": str(role or "")}))
     return names
 

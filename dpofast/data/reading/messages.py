@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from dpofast.data.reading.row_error import RowError, shown, text_of
+from dpofast.data.reading.row_error import RowError, naming, shown, text_of
 from dpofast.data.reading.written import CALLS as CALLS
 from dpofast.data.reading.written import THOUGHTS, holds_blocks, messages_in
 
@@ -213,7 +213,7 @@ def _from_sharegpt(item: Mapping[Any, Any], what: str, roles: Mapping[str, str])
     if role is None:
         raise RowError(
             f"the role of {what} is {shown(name)}, expected one of {', '.join(ROLES)}; "
-            f"map it with roles={{{shown(name)}: 'user'}}"
+            f"map it with {naming('roles', {name: 'user'})}"
         )
     given = [item[key] for key in ("value", "content") if item.get(key) is not None]
     if len(given) == 2 and given[0] != given[1]:

@@ -10,7 +10,7 @@ from typing import Any
 from dpofast.data.reading.json_text import parse_messages
 from dpofast.data.reading.messages import mapped_role, speaker
 from dpofast.data.reading.pair import Row
-from dpofast.data.reading.row_error import RowError, shown
+from dpofast.data.reading.row_error import RowError, naming, shown
 
 # Columns that mean the same as chosen and rejected: LLaMA-Factory; torchtune and XTuner; NeMo and
 # Axolotl's Argilla form.
@@ -134,7 +134,7 @@ def _after_last_question(conversation: Any, column: str, roles: Mapping[str, str
     raise RowError(
         f"{column} doesn't end with an answer to the user, but with rejected_response it holds the "
         "chosen answer; put that at its end, or name its column with "
-        "columns={'chosen': 'your_column', 'rejected': 'rejected_response'}"
+        + naming("columns", {"chosen": "your_column", "rejected": "rejected_response"})
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 
@@ -18,6 +19,17 @@ STRICT_REMEDY = "remove the row, or leave strict off to have such pairs left out
 
 def empty_answer(column: str) -> RowError:
     return RowError(f"{column} is an empty answer; give it a text or remove the row")
+
+
+def naming(option: str, names: Mapping[str, str]) -> str:
+    """An argument that maps names, and the name of the same option in YAML and on a command line.
+
+    Args:
+        option: "columns" or "roles", arguments of `load_preferences` and of the trainer.
+        names: what it maps.
+    """
+    pairs = ", ".join(f"{shown(ours)}: {shown(theirs)}" for ours, theirs in names.items())
+    return f"{option}={{{pairs}}} (as an option: dataset_{option})"
 
 
 def shown(value: Any, limit: int = 60) -> str:

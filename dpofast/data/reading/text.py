@@ -5,7 +5,7 @@ from __future__ import annotations
 from dpofast.data.reading.conversation import has_system
 from dpofast.data.reading.implicit import split_texts
 from dpofast.data.reading.pair import Pair, Row
-from dpofast.data.reading.row_error import RowError, shown, text_of
+from dpofast.data.reading.row_error import RowError, naming, shown, text_of
 
 # Columns that are prompts if answers have none. A few common words at the beginning of both answers
 # would otherwise be taken for the prompt.
@@ -38,7 +38,7 @@ def read_implicit_text(row: Row) -> Pair:
             if isinstance(given, str) and given.strip() not in prompt:
                 raise RowError(
                     f"{column} is {shown(given)}, which neither answer begins with; if it is the "
-                    f"prompt, say columns={{'prompt': {column!r}}}, otherwise remove it"
+                    f"prompt, say {naming('columns', {'prompt': column})}, otherwise remove it"
                 )
     return _pair(row, ("chosen", "rejected", *_QUESTIONS), prompt, chosen, rejected)
 

@@ -49,8 +49,8 @@ def render_pair_texts(row: Mapping[str, Any], tokenizer: Any) -> PairTexts:
     if row.get("plain_prompt") is None:
         raise TokenizerError(
             "the data are messages, but the tokenizer has no chat template; give it one "
-            "(tokenizer.chat_template, or a file chat_template.jinja beside it) or give the data "
-            "as text"
+            "(tokenizer.chat_template in Python, chat_template on the command line and in YAML, or "
+            "a file chat_template.jinja beside it) or give the data as text"
         )
     chosen, rejected = (content_text(answer[0]["content"]) for answer in parts[1:])
     return _plain(row["plain_prompt"], chosen, rejected, tokenizer)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
+
+from dpofast.data.tokens.truncate import LengthLimits
 
 PERCENTILES = (50, 90, 99)
 _SHOWN_ROWS = 10  # rows that the text names for each reason; the JSON names all
@@ -25,17 +27,23 @@ class Lengths:
     percentiles: Mapping[int, int]
 
     @classmethod
-    def of(cls, lengths: np.ndarray) -> Lengths:
-        """Distribution of `lengths` [n]; all zeros if there are none.
+    def of(cls, counts: Mapping[int, int]) -> Lengths:
+        """Distribution of lengths; all zeros if there are none.
 
         Each percentile is a length that occurs, not an interpolation between two.
+
+        Args:
+            counts: length -> how often it occurs.
         """
-        if not lengths.size:
+        if not counts:
             return cls(0, dict.fromkeys(PERCENTILES, 0))
-        # "higher" takes the next greater length where a percentile falls between two.
-        values = np.percentile(lengths, PERCENTILES, method="higher")
-        percentiles = {p: int(v) for p, v in zip(PERCENTILES, values, strict=True)}
-        return cls(int(lengths.max()), percentiles)
+        lengths = sorted(counts)
+        ends = np.cumsum([counts[length] for length in lengths])
+        # Where a percentile falls between two lengths, the greater one is taken.
+        places = np.ceil(np.array(PERCENTILES) / 100 * (ends[-1] - 1))
+        at = np.searchsorted(ends, places, side="right")
+        percentiles = {p: lengths[i] for p, i in zip(PERCENTILES, at, strict=True)}
+        return cls(lengths[-1], percentiles)
 
 
 @dataclass(frozen=True)
@@ -57,8 +65,7 @@ class PreparationReport:
         boundary_merges: pairs in which the tokenizer would merge prompt and answer.
         rerendered_prompts: pairs whose prompt the chat template renders differently when no answer
             follows it.
-        max_length: most tokens in a prompt and one answer; None for no limit.
-        truncation_mode: keep_start or keep_end.
+        limits: the options that decided the cuts.
         prompt_lengths, answer_lengths, sequence_lengths: lengths in all pairs read, before the
             cut; a sequence is a prompt and one answer.
     """
@@ -75,8 +82,7 @@ class PreparationReport:
     tokens_cut: int
     boundary_merges: int
     rerendered_prompts: int
-    max_length: int | None
-    truncation_mode: str
+    limits: LengthLimits
     prompt_lengths: Lengths
     answer_lengths: Lengths
     sequence_lengths: Lengths
@@ -98,7 +104,7 @@ class PreparationReport:
             )
         if self.answers_cut or self.prompts_cut:
             lines.append(
-                f"  cut to max_length {self.max_length} ({self.truncation_mode}): "
+                f"  cut to {self.limits}: "
                 f"{_count(self.prompts_cut, 'prompt')} and {_count(self.answers_cut, 'answer')}, "
                 f"{_count(self.tokens_cut, 'token')} in all"
             )
@@ -120,8 +126,9 @@ class PreparationReport:
         return lines
 
     def as_dict(self) -> dict[str, Any]:
-        """The report as values that JSON can hold."""
+        """The report as values that JSON can hold; each limit has a key of its own."""
         plain = {key: value for key, value in vars(self).items() if not key.endswith("_lengths")}
+        plain |= asdict(plain.pop("limits"))
         plain["left_out"] = {reason: list(rows) for reason, rows in self.left_out.items()}
         plain |= {"problems": list(self.problems), "unused": list(self.unused)}
         for part, lengths in self._all_lengths().items():

@@ -18,24 +18,24 @@ from dpofast.data.reading.reasons import EMPTY
 from dpofast.data.reading.records import place_of_row
 from dpofast.data.reading.row_error import STRICT_REMEDY, RowError
 from dpofast.data.tokens.boundary import BoundaryTokenizer, PairTexts, SplitPair
-from dpofast.data.tokens.left_out import NO_ROOM, reason_left_out
+from dpofast.data.tokens.left_out import IDENTICAL_CUT, NO_ROOM, reason_left_out
 from dpofast.data.tokens.outcome import (
     OUTCOME_FEATURES,
+    OutcomeSums,
     PairOutcome,
     bad_row,
     is_kept,
-    make_report,
     problems,
 )
 from dpofast.data.tokens.render import TokenizerError, render_pair_texts
 from dpofast.data.tokens.report import PreparationReport
-from dpofast.data.tokens.truncate import Cut, check_truncation, plan_cut
+from dpofast.data.tokens.truncate import Cut, LengthLimits
 from dpofast.data.tokens.unused import unused_parts, warn_of_missing_text
 from dpofast.errors import ConfigError, DataError
 
 logger = logging.getLogger(__name__)
 
-_BATCH_ROWS = 256
+TOKENISED_ROWS = 256  # that are tokenised at a time
 
 
 def tokenize_preferences(
@@ -44,6 +44,8 @@ def tokenize_preferences(
     *,
     max_length: int | None,
     truncation_mode: str = "keep_start",
+    max_prompt_length: int | None = None,
+    max_completion_length: int | None = None,
     strict: bool = False,
     skip_bad_rows: bool = False,
     num_proc: int | None = None,
@@ -57,6 +59,9 @@ def tokenize_preferences(
         max_length: most tokens in a prompt and one answer; None for no limit.
         truncation_mode: keep_start cuts answers on the right, and leaves out a pair whose prompt
             fills max_length; keep_end first cuts the prompt on its left.
+        max_prompt_length: most tokens in a prompt, which is cut on its left; None for no limit.
+        max_completion_length: most tokens in an answer, which is cut on its right; None for no
+            limit. max_length applies to what these two leave.
         strict: raise at a pair that would be left out.
         skip_bad_rows: leave out rows that can't be used, and report them, instead of raising.
         num_proc: number of processes that tokenise; None tokenises in this one.
@@ -68,10 +73,10 @@ def tokenize_preferences(
     Raises:
         DataError: some rows can't be used. Names the dataset and the first ten rows, and says what
             is wrong and what to do.
-        ConfigError: both strict and skip_bad_rows are set, or max_length, truncation_mode or
+        ConfigError: both strict and skip_bad_rows are set, or a length, truncation_mode or
             num_proc can't be used.
     """
-    check_truncation(max_length, truncation_mode)
+    limits = LengthLimits(max_length, truncation_mode, max_prompt_length, max_completion_length)
     if num_proc is not None and (not isinstance(num_proc, int) or num_proc < 1):
         raise ConfigError(f"dataset_num_proc is {num_proc!r}, expected an integer of at least 1")
     check_strictness(strict, skip_bad_rows)
@@ -86,9 +91,9 @@ def tokenize_preferences(
         if column in dataset.column_names
     }
     outcomes = dataset.map(
-        PairTokenizer(tokenizer, max_length, truncation_mode, strict, name),
+        PairTokenizer(tokenizer, limits, strict, name),
         batched=True,
-        batch_size=_BATCH_ROWS,
+        batch_size=TOKENISED_ROWS,
         remove_columns=[c for c in dataset.column_names if c not in passed_on],
         features=datasets.Features({**passed_on, **OUTCOME_FEATURES}),
         num_proc=num_proc if num_proc is None else min(num_proc, len(dataset)),
@@ -99,47 +104,32 @@ def tokenize_preferences(
     )
     table = outcomes.with_format("arrow")[:]
     unused, nulls = unused_parts(dataset, tokenizer), source_notes(dataset).nulls_left_out
-    report = make_report(table, name, max_length, truncation_mode, unused, nulls)
+    report = OutcomeSums(table).report(name, limits, unused, nulls)
     if not skip_bad_rows:
-        _refuse_bad_rows(report.name, table)
-    _refuse_nothing_kept(report)
-    _warn_of_rerendered_prompts(report)
+        refuse_bad_rows(report.name, table)
+    refuse_nothing_kept(report)
+    warn_of_rerendered_prompts(report)
     table = table.filter(is_kept(table)).select([*ID_COLUMNS, *passed_on])
     return datasets.Dataset(table), report
 
 
-def prepare_row(
-    row: Mapping[str, Any],
-    tokenizer: Any,
-    *,
-    max_length: int | None,
-    truncation_mode: str = "keep_start",
-) -> tuple[SplitPair, Cut]:
-    """Tokenise one row of the normal form, for display.
+def split_row(row: Mapping[str, Any], tokenizer: Any) -> SplitPair:
+    """Tokenise one row of the normal form without any cut, for display.
 
-    Returns:
-        The token ids before any cut, and the cut that training would make.
     Raises:
-        DataError: the row can't be tokenised.
-        ConfigError: max_length or truncation_mode can't be used.
+        DataError: the row has no pair, or can't be tokenised.
     """
-    check_truncation(max_length, truncation_mode)
-    tokenize = PairTokenizer(tokenizer, max_length, truncation_mode, strict=False, name="pair")
-    split = tokenize.split(row)
-    return split, plan_cut(*split.lengths, max_length, truncation_mode)
+    return PairTokenizer(tokenizer, LengthLimits(), strict=False, name="pair").split(row)
 
 
 class PairTokenizer:
     """Tokenises and cuts batches of rows; `Dataset.map` calls it with columns.
 
-    It takes the arguments of `tokenize_preferences`.
+    It takes the arguments of `tokenize_preferences`, those about lengths as LengthLimits.
     """
 
-    def __init__(
-        self, tokenizer: Any, max_length: int | None, truncation_mode: str, strict: bool, name: str
-    ) -> None:
-        self.tokenizer = tokenizer
-        self.max_length, self.truncation_mode = max_length, truncation_mode
+    def __init__(self, tokenizer: Any, limits: LengthLimits, strict: bool, name: str) -> None:
+        self.tokenizer, self.limits = tokenizer, limits
         self.strict, self.name = strict, name
 
     def __call__(self, batch: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
@@ -229,7 +219,7 @@ class PairTokenizer:
     def _outcome(self, split: SplitPair | RowError, row: Mapping[str, Any]) -> PairOutcome:
         if isinstance(split, RowError):
             return bad_row(str(self._at_row(row, split)))
-        cut = plan_cut(*split.lengths, self.max_length, self.truncation_mode)
+        cut = self.limits.plan_cut(*split.lengths)
         reason = reason_left_out(split.chosen_ids, split.rejected_ids, cut)
         # A text that becomes only EOS is an empty answer. Someone who gives the ids themselves may
         # want just EOS.
@@ -242,9 +232,12 @@ class PairTokenizer:
 
     def _refusal(self, reason: str, prompt_length: int) -> RowError:
         if reason == NO_ROOM:
+            limits = self.limits
+            shorter = "lower" if limits.max_prompt_length else "set"
             return RowError(
                 f"the prompt has {prompt_length} tokens, which leaves no room for an answer in "
-                f"max_length {self.max_length}; raise max_length or use truncation_mode keep_end"
+                f"{limits}; raise max_length, {shorter} max_prompt_length, or use truncation_mode "
+                "keep_end"
             )
         what = "an empty answer" if reason == EMPTY else reason
         return RowError(f"the pair has {what}; {STRICT_REMEDY}")
@@ -257,7 +250,7 @@ def _rows_of(batch: Mapping[str, list[Any]]) -> list[dict[str, Any]]:
     return [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
 
 
-def _refuse_bad_rows(name: str, table: pa.Table) -> None:
+def refuse_bad_rows(name: str, table: pa.Table) -> None:
     """Raise DataError if the table of outcomes has bad rows."""
     bad = BadRows()
     for problem in problems(table):
@@ -266,17 +259,24 @@ def _refuse_bad_rows(name: str, table: pa.Table) -> None:
         raise bad.error(name, len(table))
 
 
-def _refuse_nothing_kept(report: PreparationReport) -> None:
+def refuse_nothing_kept(report: PreparationReport) -> None:
+    """Raise DataError if no pair of a dataset was kept."""
     if report.pairs_kept:
         return
-    reasons = ", ".join(f"{r} {len(rows)}" for r, rows in report.left_out.items())
+    found, limits = report.left_out, report.limits
+    remedies = ["raise max_length"] if NO_ROOM in found else []
+    remedies += [f"raise {limits.names}"] if IDENTICAL_CUT in found else []
+    if found.keys() - {NO_ROOM, IDENTICAL_CUT}:
+        remedies.append("give pairs with two different answers")
+    reasons = ", ".join(f"{r} {len(rows)}" for r, rows in found.items())
     raise DataError(
-        f"{report.name}: all {report.pairs_read} pairs were left out ({reasons}); raise "
-        "max_length or give pairs whose answers differ"
+        f"{report.name}: all {report.pairs_read} pairs were left out ({reasons}); "
+        f"{', or '.join(dict.fromkeys(remedies))}"
     )
 
 
-def _warn_of_rerendered_prompts(report: PreparationReport) -> None:
+def warn_of_rerendered_prompts(report: PreparationReport) -> None:
+    """Warn of prompts that the template renders in two ways, if a dataset has any."""
     if report.rerendered_prompts:
         logger.warning(
             "%s: in %d of %d pairs the chat template renders the prompt otherwise before an answer "

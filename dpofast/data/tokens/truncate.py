@@ -1,4 +1,4 @@
-"""Cuts pairs to `max_length` tokens of prompt and answer; both answers keep the same prompt."""
+"""Cuts pairs to the lengths that the options allow; both answers keep the same prompt."""
 
 from __future__ import annotations
 
@@ -36,46 +36,84 @@ class Cut:
         )
 
 
-def check_truncation(max_length: int | None, truncation_mode: str) -> None:
-    """Check the options `max_length` and `truncation_mode`.
+@dataclass(frozen=True)
+class LengthLimits:
+    """The options that decide what is cut from a pair.
+
+    Attributes:
+        max_length: most tokens of a prompt and one answer; None for no limit.
+        truncation_mode: keep_start leaves the prompt whole and cuts answers on the right. keep_end
+            cuts the prompt on its left first, by as much as the longer answer needs, down to one
+            token. Then it cuts answers.
+        max_prompt_length: most tokens of a prompt, which is cut on its left; None for no limit.
+        max_completion_length: most tokens of an answer, which is cut on its right; None for no
+            limit. `max_length` is applied to what these two leave.
 
     Raises:
-        ConfigError: the mode is unknown, or no pair can fit the length; names the option.
+        ConfigError: the mode is unknown, or no pair can fit a length; names the option.
     """
-    if truncation_mode not in TRUNCATION_MODES:
-        expected = " or ".join(map(repr, TRUNCATION_MODES))
-        raise ConfigError(f"truncation_mode is {truncation_mode!r}, expected {expected}")
-    if max_length is None:
-        return
-    if isinstance(max_length, bool) or not isinstance(max_length, int) or max_length < 2:
-        raise ConfigError(
-            f"max_length is {max_length!r}, expected an integer of at least 2 (a token of the "
-            "prompt and one of the answer) or None for no limit"
+
+    max_length: int | None = None
+    truncation_mode: str = "keep_start"
+    max_prompt_length: int | None = None
+    max_completion_length: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.truncation_mode not in TRUNCATION_MODES:
+            expected = " or ".join(map(repr, TRUNCATION_MODES))
+            raise ConfigError(f"truncation_mode is {self.truncation_mode!r}, expected {expected}")
+        _check_length(
+            "max_length", self.max_length, 2, " (a token of the prompt and one of the answer)"
         )
+        _check_length("max_prompt_length", self.max_prompt_length, 1)
+        _check_length("max_completion_length", self.max_completion_length, 1)
+
+    @property
+    def names(self) -> str:
+        """The options that set a limit, joined by "and"; empty if none does."""
+        return " and ".join(self._set())
+
+    def __str__(self) -> str:
+        parts = [f"{name} {value}" for name, value in self._set().items()]
+        if self.max_length is not None:
+            parts[-1] += f" ({self.truncation_mode})"
+        return ", ".join(parts) or "no limit"
+
+    def _set(self) -> dict[str, int]:
+        names = ("max_prompt_length", "max_completion_length", "max_length")  # as they are applied
+        values = {name: getattr(self, name) for name in names}
+        return {name: value for name, value in values.items() if value is not None}
+
+    def plan_cut(self, prompt: int, chosen: int, rejected: int) -> Cut:
+        """Decide what to cut from a pair.
+
+        Args:
+            prompt, chosen, rejected: tokens in each part, at least 1.
+        """
+        prompt_kept = _at_most(prompt, self.max_prompt_length)
+        kept = [_at_most(length, self.max_completion_length) for length in (chosen, rejected)]
+        if self.max_length is not None:
+            if self.truncation_mode == "keep_end":
+                excess = prompt_kept + max(kept) - self.max_length
+                # One prompt token has to stay: it predicts the first token of an answer.
+                prompt_kept = max(1, prompt_kept - max(0, excess))
+            # Both answers share the prompt and its cut, so they have the same room.
+            room = self.max_length - prompt_kept
+            if room < 1:
+                return Cut(fits=False)
+            kept = [min(length, room) for length in kept]
+        return Cut(prompt - prompt_kept, chosen - kept[0], rejected - kept[1])
 
 
-def plan_cut(
-    prompt: int, chosen: int, rejected: int, max_length: int | None, truncation_mode: str
-) -> Cut:
-    """Decide what to cut from a pair.
+def _at_most(length: int, limit: int | None) -> int:
+    return length if limit is None else min(length, limit)
 
-    keep_start leaves the prompt whole and cuts answers on the right. keep_end cuts the prompt on
-    its left first, by as much as the longer answer needs, down to one token. Then it cuts answers.
 
-    Args:
-        prompt, chosen, rejected: tokens in each part, at least 1.
-        max_length: most tokens in a prompt and one answer; None for no limit.
-        truncation_mode: keep_start or keep_end.
-    """
-    if max_length is None:
-        return Cut()
-    prompt_cut = 0
-    if truncation_mode == "keep_end":
-        needed = prompt + max(chosen, rejected) - max_length
-        # One prompt token has to stay: it predicts the first token of an answer.
-        prompt_cut = max(0, min(needed, prompt - 1))
-    # Both answers share the prompt and its cut, so they have the same room.
-    room = max_length - (prompt - prompt_cut)
-    if room < 1:
-        return Cut(fits=False)
-    return Cut(prompt_cut, max(0, chosen - room), max(0, rejected - room))
+def _check_length(name: str, value: int | None, minimum: int, why: str = "") -> None:
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+        raise ConfigError(
+            f"{name} is {value!r}, expected an integer of at least {minimum}{why} or None for no "
+            "limit"
+        )

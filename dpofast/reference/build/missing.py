@@ -45,7 +45,7 @@ def _why_absent(namespace: Namespace, found: int) -> str:
     if len(namespace):
         return (
             f"the store has {len(namespace)} rows of this reference, but of other answers, or "
-            "tokenised in another way (tokenizer, chat template, max_length, truncation_mode)"
+            "tokenised in another way (tokenizer, chat template, lengths to which pairs are cut)"
         )
     others = _others(namespace)
     if not others:

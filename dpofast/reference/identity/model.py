@@ -47,7 +47,12 @@ def model_identity(
         ModelError: a tensor isn't whole in this process and `gather` is None, or an adapter
             can't be identified.
     """
-    weights = read_weights(model, scoring_dtype, gather)
+    weights = read_weights(model, scoring_dtype, gather, autocast_dtype)
+    config = scoring_options(base_model(model).config.to_dict())
+    quantised = {}
+    if weights.quantised:  # the layers tell more than the config, which says how they were made
+        config.pop("quantization_config", None)
+        quantised = {"quantised": weights.quantised}
     return ReferenceIdentity.of(
         {
             "weights": weights.digest,
@@ -56,7 +61,8 @@ def model_identity(
             "autocast_dtype": None if autocast_dtype is None else dtype_name(autocast_dtype),
             "attention": attention,
             "head_version": head_version,
-            "config": scoring_options(base_model(model).config.to_dict()),
+            "config": config,
+            **quantised,
             **(ROPE_ENTRY if rope_depends_on_length else {}),
         }
     )

@@ -30,6 +30,7 @@ ATTENTION_OPTIONS = (
 )
 POSITION_PARTS = ("rope", "rotary", "max_position_embeddings", "alibi")
 LONGEST_VALUE = 60  # characters of a value
+LONGEST_TEXT = 200  # characters of a value that is a sentence
 WIDTH = 96  # characters of a line
 
 
@@ -52,6 +53,7 @@ def readable_lines(description: dict[str, Any]) -> list[str]:
         "model": _phrased(rest, SIZE_PHRASES),
         "weights": _weights(description, rest),
         "adapter": _adapter(description["adapter"]) if "adapter" in description else "",
+        "quantised": _listed(rest.pop("quantised", None)),
         "computed in": computed_in if "autocast_dtype" in description else "",
         "attention": _attention(rest),
         "head": f"version {versions[0]} of dpofast's" if versions else "",
@@ -113,6 +115,13 @@ def _weights(description: dict[str, Any], rest: dict[str, Any]) -> str:
     parts = [f"{count} tensors in {printable(str(dtype))}" for dtype, count in counts]
     parts += [f"hash {shorten(v)[:12]}" for _, v in _take(rest, lambda name: name == "weights")]
     return ", ".join(parts)
+
+
+def _listed(values: Any) -> str:
+    """Write a list of texts in one line."""
+    if not isinstance(values, list):
+        return ""
+    return "; ".join(printable(str(value))[:LONGEST_TEXT] for value in values)
 
 
 def _adapter(adapter: Any) -> str:

@@ -15,6 +15,13 @@ from xxhash import xxh3_128
 
 from dpofast.errors import ModelError
 from dpofast.reference.identity.options import scoring_options
+from dpofast.reference.identity.quantised import (
+    QuantisedWeight,
+    four_bit_state,
+    is_quantised,
+    quantised_weight,
+    rounded_bias,
+)
 
 # Makes a sharded tensor whole inside a `with` block.
 Gather = Callable[[Tensor], AbstractContextManager[Tensor]]
@@ -44,11 +51,13 @@ class Weights:
         digest: SHA-256 in hexadecimal over the sorted lines "name dtype shape hash-of-the-bytes".
         tensors: number of tensors of each dtype; a tied tensor counts once under each of its names.
         adapter: kinds and options of the PEFT adapters that contribute; None if none does.
+        quantised: how weights are quantised, each with their number; empty if none is.
     """
 
     digest: str
     tensors: dict[str, int]
     adapter: dict[str, Any] | None
+    quantised: list[str]
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -73,7 +82,10 @@ def base_model(model: nn.Module) -> Any:
 
 
 def read_weights(
-    model: nn.Module, scoring_dtype: torch.dtype | None, gather: Gather | None
+    model: nn.Module,
+    scoring_dtype: torch.dtype | None,
+    gather: Gather | None,
+    autocast_dtype: torch.dtype | None = None,
 ) -> Weights:
     """Hash every tensor that determines the log-probs of `model`.
 
@@ -81,12 +93,13 @@ def read_weights(
         model: transformers model, or a PeftModel around one.
         scoring_dtype: see `model_identity`.
         gather: see `model_identity`.
+        autocast_dtype: see `model_identity`; only quantised layers need it.
 
     Raises:
-        ModelError: a tensor isn't whole in this process and `gather` is None, or an adapter
-            can't be identified.
+        ModelError: a tensor isn't whole in this process and `gather` is None, or an adapter or a
+            quantised weight can't be identified.
     """
-    reader = _Reader(scoring_dtype, gather)
+    reader = _Reader(scoring_dtype, gather, autocast_dtype)
     reader.read_module(base_model(model), "")
     adapter = None
     if reader.adapters:
@@ -99,6 +112,7 @@ def read_weights(
         hashlib.sha256("\n".join(sorted(reader.lines)).encode()).hexdigest(),
         dict(sorted(reader.dtypes.items())),
         adapter,
+        [f"{count} of {kind}" for kind, count in sorted(reader.quantised.items())],
     )
 
 
@@ -111,11 +125,19 @@ class _Reader:
         lines: one line for each named tensor, for each rounded buffer and for each scaling factor.
         dtypes: number of tensors of each dtype.
         adapters: layer and adapter name of each adapter that contributes.
+        quantised: number of weights that are quantised in each way.
     """
 
-    def __init__(self, scoring_dtype: torch.dtype | None, gather: Gather | None) -> None:
+    def __init__(
+        self,
+        scoring_dtype: torch.dtype | None,
+        gather: Gather | None,
+        autocast_dtype: torch.dtype | None,
+    ) -> None:
         self.scoring_dtype = scoring_dtype
         self.gather = gather
+        self.autocast_dtype = autocast_dtype
+        self.quantised: Counter[str] = Counter()
         self.lines: list[str] = []
         self.dtypes: Counter[str] = Counter()
         self.adapters: list[tuple[nn.Module, str]] = []
@@ -142,7 +164,9 @@ class _Reader:
             self.read_module(module.get_submodule("original_module"), prefix)
             self._read_adapters(module.get_submodule("token_adapter"), prefix)
         else:
-            for name, tensor in _own_tensors(module):
+            own = dict(_own_tensors(module))
+            self._read_quantised(module, prefix, own)
+            for name, tensor in own.items():
                 self._add_line(prefix + name, tensor)
             # The values of an unsaved buffer follow from the config, so only its dtype counts:
             # `model.bfloat16()` rounds rotary frequencies, whereas loading a model in bfloat16
@@ -153,6 +177,31 @@ class _Reader:
             for name, child in children.items():
                 if child is not None:
                     self.read_module(child, f"{prefix}{name}.")
+
+    def _read_quantised(self, module: Any, prefix: str, own: dict[str, Tensor]) -> None:
+        """Read what bitsandbytes has quantised of a layer, and take it out of `own`."""
+        names = [name for name, tensor in own.items() if is_quantised(tensor)]
+        for name in names:
+            label, tensor = prefix + name, own.pop(name)
+            with self._whole(tensor, label) as whole:
+                weight = quantised_weight(module, whole, label)
+                self._add_parts(label, weight)
+            self.quantised[weight.kind] += 1
+            self.dtypes[dtype_name(weight.parts[""].dtype)] += 1
+        if names and "bias" in own:
+            bias = rounded_bias(module, own.pop("bias"), self.autocast_dtype)
+            self._add_parts(f"{prefix}bias", QuantisedWeight("bias", "", {"": bias}))
+        # Other weights than a Linear's, such as experts', have their scales in a parametrisation.
+        state = None if names else getattr(module, "quant_state", None)
+        if hasattr(state, "absmax"):
+            self._add_parts(f"{prefix}quant_state", four_bit_state(state, prefix.rstrip(".")))
+
+    def _add_parts(self, label: str, weight: QuantisedWeight) -> None:
+        """Add a line for each part of a quantised weight; these are never cast."""
+        self.lines.append(f"{label} = {weight.kind}, {weight.origin}")
+        for part, tensor in weight.parts.items():
+            dtype, fingerprint = self._fingerprint(tensor, tensor.dtype)
+            self.lines.append(f"{label}:{part} {dtype} {fingerprint}")
 
     def _read_adapters(self, layer: Any, prefix: str) -> None:
         """Read what the active adapters of a PEFT layer add to its base layer."""
@@ -214,15 +263,22 @@ class _Reader:
         self.lines.append(f"{name} {dtype} {fingerprint}")
         self.dtypes[dtype] += 1
 
-    def _fingerprint(self, tensor: Tensor) -> tuple[str, str]:
+    def _fingerprint(self, tensor: Tensor, dtype: torch.dtype | None = None) -> tuple[str, str]:
         """Hash a whole tensor.
 
+        Args:
+            tensor: tensor that isn't sharded.
+            dtype: dtype to hash it in; by default `scoring_dtype`, if it is a floating-point tensor
+                and that is set.
+
         Returns:
-            Its dtype, and its shape followed by the XXH3-128 of its bytes in row-major order.
+            The dtype, and the tensor's shape followed by the XXH3-128 of its bytes in row-major
+            order.
         """
-        dtype = tensor.dtype
-        if self.scoring_dtype is not None and tensor.is_floating_point():
-            dtype = self.scoring_dtype
+        if dtype is None:
+            is_cast = self.scoring_dtype is not None and tensor.is_floating_point()
+            dtype = self.scoring_dtype if is_cast else tensor.dtype
+        assert dtype is not None
         flat = tensor.detach().reshape(-1)  # a copy only if the tensor isn't contiguous
         hasher = xxh3_128()
         for start in range(0, flat.numel(), CHUNK_ELEMENTS):

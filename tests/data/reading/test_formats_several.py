@@ -118,6 +118,10 @@ BAD = {
         {"prompt": PROMPT, "chosen": A, "rejected": ["5", C[0]]},
         r"rejected\[0\] is not a message but str",
     ),
+    "messages and message, no prompt": (
+        {"prompt": [], "chosen": "", "rejected": [PROMPT + B, C[0]]},
+        r"rejected\[0\] is not a message but list",
+    ),
     "swift": (
         {"messages": PROMPT + A, "rejected_response": ["5", 6]},
         r"rejected_response\[1\]",

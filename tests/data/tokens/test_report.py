@@ -25,8 +25,18 @@ def test_the_report_for_people_and_for_files():
     ]
     plain = report.as_dict()
     assert json.loads(json.dumps(plain)) == plain
+    names = ("max_length", "truncation_mode", "max_prompt_length", "max_completion_length")
+    assert [plain[name] for name in names] == [10, "keep_start", None, None]
     assert plain["left_out"] == {"no room for an answer": [1]}
     assert plain["sequence_lengths"] == {"longest": 13, "p50": 11, "p90": 13, "p99": 13}
+
+
+def test_the_report_names_the_limits_that_cut():
+    report = report_of([ids_row(8, 9, 2)], max_prompt_length=5, max_completion_length=4)
+    assert report.lines()[1] == (
+        "  cut to max_prompt_length 5, max_completion_length 4, max_length 10 (keep_start): "
+        "1 prompt and 1 answer, 8 tokens in all"
+    )
 
 
 def test_many_rows_are_shortened_for_people():

@@ -5,9 +5,8 @@ from __future__ import annotations
 import datasets
 import pytest
 
-from dpofast.data import load_preferences, tokenize_preferences
-from dpofast.data.tokens.tokenize import prepare_row
-from dpofast.data.tokens.truncate import Cut
+from dpofast.data import data_fingerprint, load_preferences, tokenize_preferences
+from dpofast.data.tokens.tokenize import split_row
 from dpofast.errors import ConfigError, DataError
 from tests.data.builders import byte_bpe, ids_row, random_rows
 
@@ -58,6 +57,45 @@ def test_keep_end_cuts_the_prompt_once_for_the_pair():
     assert (report.answers_cut, report.prompts_cut, report.tokens_cut) == (1, 2, 3 + 29 + 3)
 
 
+def test_prompts_and_answers_have_limits_of_their_own():
+    rows = [ids_row(8, 6, 2), ids_row(3, 2, 9), ids_row(30, 9, 9)]
+    options = {"max_prompt_length": 5, "max_completion_length": 7}
+    pairs, report = tokenise(rows, max_length=10, **options)
+    assert pairs[0] == {
+        "row": 0,
+        "prompt_ids": list(range(13, 18)),
+        "chosen_ids": list(range(50, 55)),  # max_length leaves 5
+        "rejected_ids": [90, 91],
+    }
+    assert pairs[1]["prompt_ids"] == [10, 11, 12]
+    assert (pairs[1]["chosen_ids"], pairs[1]["rejected_ids"]) == ([50, 51], list(range(90, 97)))
+    assert (report.answers_cut, report.prompts_cut) == (4, 2)
+    assert report.tokens_cut == (3 + 1) + 2 + (25 + 4 + 4)
+    without, _ = tokenise(rows, max_length=10, truncation_mode="keep_end")
+    assert data_fingerprint(pairs) != data_fingerprint(without)
+
+
+def test_answers_that_differ_in_what_is_cut_are_left_out():
+    alike = {"prompt_ids": [1], "chosen_ids": [2, 3, 4, 5], "rejected_ids": [2, 3, 4, 6]}
+    rows = [alike, ids_row(1, 4, 4)]
+    pairs, report = tokenise(rows, max_completion_length=3)
+    assert (pairs["row"][:], report.left_out) == ([1], {"identical answers after the cut": (0,)})
+    with pytest.raises(DataError, match=r"row 0 .*identical answers after the cut"):
+        tokenise(rows, max_completion_length=3, strict=True)
+    with pytest.raises(DataError, match=r"all 1 pairs .*; raise max_completion_length$"):
+        tokenise([alike], max_completion_length=3)
+
+
+def test_a_cut_prompt_leaves_room():
+    rows = [ids_row(20, 1, 1), ids_row(3, 1, 1)]
+    assert tokenise(rows, max_length=10)[1].left_out == {"no room for an answer": (0,)}
+    pairs, report = tokenise(rows, max_length=10, max_prompt_length=9)
+    assert (len(pairs[0]["prompt_ids"]), report.left_out) == (9, {})
+    error = r"20 tokens, .* max_prompt_length 11, max_length 10 .*lower max_prompt_length"
+    with pytest.raises(DataError, match=error):
+        tokenise(rows, max_length=10, max_prompt_length=11, strict=True)
+
+
 def test_identical_answers_are_reported_and_left_out():
     same = {"prompt_ids": [1], "chosen_ids": [2, 3], "rejected_ids": [2, 3]}
     alike = {"prompt_ids": [1], "chosen_ids": [2, 3, 4, 5], "rejected_ids": [2, 3, 4, 6]}
@@ -82,7 +120,8 @@ def test_strict_stops_where_a_pair_would_be_left_out(row, text):
 
 
 def test_nothing_left_is_an_error():
-    with pytest.raises(DataError, match=r"all 2 pairs were left out \(no room for an answer 2\)"):
+    message = r"all 2 pairs were left out \(no room for an answer 2\); raise max_length$"
+    with pytest.raises(DataError, match=message):
         tokenise([ids_row(10, 1, 1)] * 2, max_length=4)
 
 
@@ -112,10 +151,9 @@ def test_an_error_in_a_process_names_its_row():
         tokenise(rows, tokenizer=byte_bpe(), num_proc=2, strict=True)
 
 
-def test_one_row_is_prepared_without_its_cut():
+def test_one_row_is_split_without_any_cut():
     row = load_preferences([ids_row(8, 2, 5)])[0]
-    split, cut = prepare_row(row, None, max_length=10, truncation_mode="keep_end")
-    assert (len(split.prompt_ids), cut) == (8, Cut(3, 0, 0))
+    assert split_row(row, None).lengths == (8, 2, 5)
 
 
 def test_a_part_of_the_data_keeps_the_rows_of_the_source():

@@ -1,0 +1,80 @@
+"""The figures of a model card: the first and the last log of training, and the last evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from dpofast.monitor.public_names import public_name
+
+# Logged name -> what the card calls it.
+METRICS = {
+    "loss": "loss",
+    "rewards/accuracies": "reward accuracy",
+    "rewards/margins": "reward margin",
+    "rewards/chosen": "reward of chosen answers",
+    "rewards/rejected": "reward of rejected answers",
+    "logps/chosen": "log-prob of chosen answers",
+    "logps/rejected": "log-prob of rejected answers",
+}
+EXPLANATION = (
+    "A reward is beta times the log of an answer's probability under this model over its "
+    "probability under the reference. Reward accuracy is the share of pairs whose chosen answer "
+    "has the higher reward. The columns of training are means over the pairs since the log "
+    "before. Loss, rewards and log-probs are in nats."
+)
+
+Log = dict[str, Any]
+
+
+def evaluations(log_history: Sequence[Log]) -> dict[str, Log]:
+    """The last evaluation of each set: name ("eval" for a single set) -> metrics and `step`.
+
+    Args:
+        log_history: one dict per log event, with `step`, as transformers' TrainerState keeps them.
+    """
+    found: dict[str, Log] = {}
+    for log in log_history:
+        for key in log:
+            prefix = key.removesuffix("rewards/margins")
+            if prefix != key and key.startswith("eval_"):
+                values = {name: log[prefix + name] for name in METRICS if prefix + name in log}
+                set_name = prefix.removeprefix("eval_").rstrip("_") or "eval"
+                found[set_name] = {**values, "step": log["step"]}
+    return found
+
+
+def metrics_table(log_history: Sequence[Log]) -> str:
+    """A table of the metrics, in Markdown; empty if nothing was logged.
+
+    Args:
+        log_history: one dict per log event, with `step`, as transformers' TrainerState keeps them.
+    """
+    training = [log for log in log_history if "loss" in log and "step" in log]
+    columns: list[tuple[str, Log]] = []
+    if len(training) > 1:
+        columns.append((f"training, first log (step {training[0]['step']})", training[0]))
+    if training:
+        columns.append((f"training, last log (step {training[-1]['step']})", training[-1]))
+    for name, log in evaluations(log_history).items():
+        of = "evaluation" if name == "eval" else f"evaluation on {public_name(name) or 'a set'}"
+        columns.append((f"{of} (step {log['step']})", log))
+    if not columns:
+        return ""
+    rows = [
+        (words, *(_number(log.get(metric)) for _, log in columns))
+        for metric, words in METRICS.items()
+        if any(metric in log for _, log in columns)
+    ]
+    return f"{table(('metric', *(title for title, _ in columns)), rows)}\n\n{EXPLANATION}"
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown."""
+    cells = [[cell.replace("|", "/").replace("<", "&lt;") for cell in row] for row in rows]
+    lines = [head, ["---"] * len(head), *cells]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{round(value, 4) + 0.0:.4f}"  # no -0.0000

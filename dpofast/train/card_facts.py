@@ -1,0 +1,262 @@
+"""Gathers what a run's model card says. Every option is named here, so that no path gets in."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import metadata_load, try_to_load_from_cache
+
+from dpofast.data import PairStream
+from dpofast.errors import ConfigError
+from dpofast.model.parts import causal_lm, is_peft_model
+from dpofast.monitor.card import CARD_FILE, CardData, CardFacts
+from dpofast.monitor.guard import ReportGuard
+from dpofast.monitor.public_names import hub_id, public_name
+from dpofast.monitor.summary import hardware, versions
+from dpofast.train.memory import zero_stage
+
+_LICENSE = re.compile(r"[a-z0-9][a-z0-9.-]*")
+LOCAL = "local data"  # in place of a name that isn't published
+# Options that the card quotes as they are; those that are None or 0 are left out.
+QUOTED = (
+    "max_grad_norm",
+    "weight_decay",
+    "max_length",
+    "max_prompt_length",
+    "max_completion_length",
+    "truncation_mode",
+    "router_aux_loss_coef",
+    "seed",
+)
+
+
+def card_facts(trainer: Any, given: Mapping[str, Any], guard: ReportGuard) -> CardFacts:
+    """The facts about a run; a part that fails is left out, and named in a warning.
+
+    Nothing here talks to other ranks.
+
+    Args:
+        trainer: the DPOTrainer.
+        given: arguments of `create_model_card` that aren't None.
+        guard: turns failures into warnings.
+    """
+    lm, config = causal_lm(trainer.model), trainer.user_args
+    ids = (trainer.hub_model_id, config.hub_model_id)
+    published = next((name for name in ids if isinstance(name, str)), None)
+    base = hub_id(given.get("finetuned_from")) or trainer.base_model
+    parts: dict[str, Callable[[], Any]] = {
+        "adapter": lambda: _adapter_kind(trainer.model),
+        "is_chat": lambda: bool(getattr(trainer.processing_class, "chat_template", None)),
+        "reference": lambda: _reference(trainer),
+        "datasets": lambda: _datasets(trainer, given),
+        "options": lambda: card_options(trainer),
+        "versions": versions,
+        "hardware": lambda: _hardware(trainer),
+        "tags": lambda: _tags(trainer, given),
+        "license": lambda: given.get("license") or _license(lm, base),
+    }
+    found = {}
+    for name, part in parts.items():
+        with guard(f"{CARD_FILE}: its part {name!r}"):
+            found[name] = part()
+    return CardFacts(
+        model_name=_title(given.get("model_name"), published, config.output_dir, base, lm),
+        architecture=type(lm).__name__,
+        base_model=base,
+        hub_model_id=published if published and "/" in published else None,
+        log_history=trainer.state.log_history,
+        languages=_listed(given.get("language")),
+        tasks=_listed(given.get("tasks")),
+        **found,
+    )
+
+
+def card_options(trainer: Any) -> dict[str, Any]:
+    """The options that decide what is learnt, by name; None for those without effect."""
+    config, loss, state = trainer.user_args, trainer.pair_loss, trainer.state
+    optimizer, scheduler = trainer.given_optimizers
+    function = getattr(loss, "function", None)  # of a loss of the user's own
+    options = {
+        "loss_type": getattr(loss, "name", type(loss).__name__),
+        "loss_fn": None
+        if function is None
+        else getattr(function, "__name__", type(function).__name__),
+        "beta": getattr(loss, "beta", None),
+        "label_smoothing": getattr(loss, "label_smoothing", None) or None,
+        "learning_rate": config.learning_rate if optimizer is None else None,
+        "lr_scheduler_type": _value(config.lr_scheduler_type),
+        "warmup_steps": config.warmup_steps or None,
+        "optim": _value(config.optim) if optimizer is None else type(optimizer).__name__,
+        "pairs per step": config.pairs_per_rank * config.world_size,
+        "steps": state.global_step or None,
+        "epochs": round(state.epoch, 2) if state.epoch else None,
+        **{name: getattr(config, name, None) or None for name in QUOTED if name != "seed"},
+        "seed": config.seed,
+        "precision": _precision(trainer),
+        "quantisation": _quantisation(causal_lm(trainer.model).config),
+        **_adapter_options(trainer.model),
+    }
+    if scheduler is not None:
+        options |= {"lr_scheduler_type": type(scheduler).__name__, "warmup_steps": None}
+    if stage := zero_stage(config)[0]:
+        options["DeepSpeed"] = f"ZeRO stage {stage}"
+    return options
+
+
+def _title(given: Any, published: str | None, folder: Any, base: str | None, lm: Any) -> str:
+    if given and "/" not in given:
+        return str(given)
+    own = public_name(given) or (published.split("/")[-1] if published else public_name(folder))
+    start = base.split("/")[-1] if base else lm.config.model_type
+    return own or f"{start}-DPO"
+
+
+def _known(trainer: Any, given: Any) -> TrainingSet | None:
+    """What the run knows about a dataset; None for one that isn't prepared yet.
+
+    Preparing it here would hang: the other ranks would not come.
+    """
+    known: TrainingSet | None = trainer.data.known(given)
+    return known
+
+
+def _reference(trainer: Any) -> str:
+    training = _known(trainer, trainer.train_dataset)
+    if training is not None and training.brings_ref_logps:
+        return "log-probs that came with the pairs"
+    if trainer.ref_model is None:
+        return "the policy before its first step"
+    name = hub_id(getattr(causal_lm(trainer.ref_model).config, "_name_or_path", None))
+    return f"[{name}](https://huggingface.co/{name})" if name else "a separate model"
+
+
+def _datasets(trainer: Any, given: Mapping[str, Any]) -> list[CardData]:
+    entries = []
+    if trainer.train_dataset is not None:
+        keys = ("dataset_name", "dataset_tags", "dataset")
+        names = next((_listed(given[key]) for key in keys if key in given), trainer.dataset_names)
+        configs = _listed(given.get("dataset_args"))
+        entries += _described(trainer, trainer.train_dataset, names, configs)
+    held_out = trainer.eval_dataset
+    if isinstance(held_out, dict):
+        for key, dataset in held_out.items():
+            (entry, *_) = _described(trainer, dataset)
+            name = entry.hub_id or public_name(key) or LOCAL
+            entries.append(replace(entry, name=name, use="evaluation", set_name=key))
+    elif held_out is not None:
+        of_set = _described(trainer, held_out, trainer.eval_dataset_names)
+        entries += [replace(entry, use="evaluation", set_name="eval") for entry in of_set]
+    return entries
+
+
+def _described(
+    trainer: Any, dataset: Any, names: Sequence[str] = (), configs: Sequence[str] = ()
+) -> list[CardData]:
+    """One entry for each source of a dataset."""
+    known = _known(trainer, dataset)
+    counts: dict[str, int | None] = dict(known.sources) if known else {}
+    if names and set(names) != set(counts):
+        counts = dict.fromkeys(names)
+    if not counts:
+        counts = dict.fromkeys(_own_names(known.given if known else dataset))
+    if known and len(counts) == 1:
+        counts = dict.fromkeys(counts, known.report.pairs_kept)
+    return [
+        CardData(
+            hub_id(name) or public_name(name) or LOCAL, hub_id(name), "training", pairs, config
+        )
+        for (name, pairs), config in zip_longest(counts.items(), configs[: len(counts)])
+    ]
+
+
+def _own_names(given: Any) -> list[str]:
+    """Where data comes from, as far as it knows itself."""
+    given = given.source if isinstance(given, PairStream) else given
+    if isinstance(given, str | Path):
+        return [str(given)]
+    files = getattr(getattr(given, "info", None), "download_checksums", None) or {}
+    found = dict.fromkeys(name for name in map(hub_id, files) if name)
+    return list(found) or ["pairs made in memory"]
+
+
+def _tags(trainer: Any, given: Mapping[str, Any]) -> list[str]:
+    own = getattr(causal_lm(trainer.model), "model_tags", None) or ()
+    kind = _adapter_kind(trainer.model)
+    tags = [*own, *_listed(given.get("tags")), *([kind.lower()] if kind else [])]
+    return list(dict.fromkeys(map(str, tags)))
+
+
+def _license(lm: Any, base: str | None) -> str | None:
+    """The license in the card of the model that was trained, if that card is on this disk."""
+    folder = getattr(lm.config, "_name_or_path", None) or ""
+    path: Any = Path(folder) / CARD_FILE
+    if not folder or not path.is_file():
+        path = try_to_load_from_cache(base, CARD_FILE) if base else None
+    found = metadata_load(path) if isinstance(path, str | Path) else None
+    known = (found or {}).get("license")
+    return known if isinstance(known, str) and _LICENSE.fullmatch(known) else None
+
+
+def _precision(trainer: Any) -> str:
+    trained = {str(p.dtype) for p in trainer.model.parameters() if p.requires_grad}
+    weights = f"{' and '.join(sorted(trained))} weights".replace("torch.", "")
+    autocast = trainer.accelerator.mixed_precision
+    return weights if autocast == "no" else f"{weights}, {autocast} autocast"
+
+
+def _quantisation(config: Any) -> str | None:
+    given = getattr(config, "quantization_config", None)
+    if given is None:
+        return None
+    values = given if isinstance(given, dict) else given.to_dict()
+    bits = next((bits for bits in (4, 8) if values.get(f"load_in_{bits}bit")), None)
+    method = str(_value(values.get("quant_method", "quantised")))
+    return f"{method}, {bits} bits" if bits else method
+
+
+def _adapter_kind(model: Any) -> str | None:
+    if not is_peft_model(model):
+        return None
+    kind = str(_value(next(iter(model.peft_config.values())).peft_type))
+    return {"LORA": "LoRA", "ADALORA": "AdaLoRA"}.get(kind, kind)
+
+
+def _adapter_options(model: Any) -> dict[str, Any]:
+    if not is_peft_model(model):
+        return {}
+    config = model.peft_config[model.active_adapter]
+    options = {}
+    for name in ("r", "lora_alpha", "lora_dropout", "target_modules", "modules_to_save"):
+        value: Any = getattr(config, name, None)
+        many = isinstance(value, set | list | tuple)
+        options["rank r" if name == "r" else name] = ", ".join(sorted(value)) if many else value
+    return options
+
+
+def _hardware(trainer: Any) -> str:
+    seen = hardware()
+    names = seen["devices"] if trainer.args.device.type == "cuda" else []
+    device = " and ".join(dict.fromkeys(names)) or f"CPU ({seen['machine']})"
+    count = trainer.args.world_size
+    return f"{count} process{'es' if count > 1 else ''}, {device}"
+
+
+def _value(option: Any) -> Any:
+    """The value of an enum; any other object as it is."""
+    return getattr(option, "value", option)
+
+
+def _listed(value: Any) -> list[str]:
+    """A list of what may be one string, a list, or None."""
+    if value is None:
+        return []
+    if isinstance(value, str):
+        return [value]
+    if isinstance(value, list | tuple | set):
+        return [str(item) for item in value if item is not None]
+    raise ConfigError(f"create_model_card: got {value!r}, expected a string or a list of strings.")
