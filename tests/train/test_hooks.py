@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 import transformers
 
@@ -148,6 +151,12 @@ def test_every_method_of_transformers_and_trl_is_called_or_refused():
     for names in TRL_METHODS.values():
         assert set(names.split()) <= known
     assert not kept & IGNORED_HOOKS.keys()
+
+
+def test_the_page_lists_every_method_that_is_refused():
+    page = (Path(__file__).parents[2] / "docs" / "extending.md").read_text(encoding="utf-8")
+    rows = page.partition("| method | instead |")[2]
+    assert {*IGNORED_HOOKS, *IGNORED_ATTRIBUTES} <= set(re.findall(r"`(\w+)`", rows))
 
 
 def test_what_is_called_is_called_as_an_override(tmp_path):
