@@ -14,7 +14,12 @@ from dpofast.spelling import nearest_name
 # values that change nothing, which are therefore accepted, and a remedy for all other values.
 FOREIGN_OPTIONS: dict[str, tuple[tuple[Any, ...], str]] = {
     "model_init": ((None,), "pass the model"),
-    "preprocess_logits_for_metrics": ((None,), "no logits exist; use a callback"),
+    "compute_loss_func": ((None,), "give a loss of your own as loss_fn (docs/extending.md)"),
+    "optimizer_cls_and_kwargs": ((None,), "pass optimizers, or override create_optimizer"),
+    "preprocess_logits_for_metrics": (
+        (None,),
+        "no logits exist; compute_metrics gets log-probs and rewards (docs/extending.md)",
+    ),
     "streaming": ((False,), "set dataset_streaming"),
     "test_split_size": (
         (None,),
