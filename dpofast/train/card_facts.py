@@ -69,7 +69,7 @@ def card_facts(trainer: Any, given: Mapping[str, Any], guard: ReportGuard) -> Ca
         architecture=type(lm).__name__,
         base_model=base,
         hub_model_id=published if published and "/" in published else None,
-        log_history=trainer.state.log_history,
+        **_logs(trainer),
         languages=_listed(given.get("language")),
         tasks=_listed(given.get("tasks")),
         **found,
@@ -106,6 +106,20 @@ def card_options(trainer: Any) -> dict[str, Any]:
     if stage := zero_stage(config)[0]:
         options["DeepSpeed"] = f"ZeRO stage {stage}"
     return options
+
+
+def _logs(trainer: Any) -> dict[str, Any]:
+    """The logs of the saved weights: those of the best step if these were loaded at the end."""
+    state, config = trainer.state, trainer.user_args
+    best = state.best_global_step
+    if trainer.is_in_train or not config.load_best_model_at_end or not best:
+        return {"log_history": state.log_history}
+    logs = [log for log in state.log_history if log.get("step", 0) <= best]
+    metric = f"the best by {config.metric_for_best_model}"
+    return {
+        "log_history": logs,
+        "saved_step": f"those of step {best} of {state.global_step}, {metric}",
+    }
 
 
 def _title(given: Any, published: str | None, folder: Any, base: str | None, lm: Any) -> str:

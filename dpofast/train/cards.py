@@ -84,7 +84,18 @@ class WritesCards(ReportsRun, Trainer):
             dataset: the same as `dataset_name`.
             dataset_args: configurations of these datasets, in their order.
         """
-        given = {name: value for name, value in locals().items() if name != "self"}
+        given = {
+            "model_name": model_name,
+            "dataset_name": dataset_name,
+            "tags": tags,
+            "language": language,
+            "license": license,
+            "finetuned_from": finetuned_from,
+            "tasks": tasks,
+            "dataset_tags": dataset_tags,
+            "dataset": dataset,
+            "dataset_args": dataset_args,
+        }
         self._card_arguments |= {name: value for name, value in given.items() if value is not None}
         if self.is_world_process_zero():
             self.write_card(self.args.output_dir)
