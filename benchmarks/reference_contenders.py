@@ -55,7 +55,7 @@ def _ours(work: Work, meter: Meter) -> np.ndarray:
     meter.watch(trainer.model)
     meter.attention = packed_attention_of(work)
     meter.step_ends()
-    train_set = trainer.train_set()
+    train_set = trainer.data.prepare(trainer.train_dataset, "train")
     trainer.loaders.score(train_set)
     meter.step_ends()
     assert train_set.ref_logps is not None

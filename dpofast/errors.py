@@ -1,11 +1,14 @@
 """Errors that a user can fix: each is one sentence that says what is wrong and what to do.
 
-Only a DataError about several bad rows has more lines: one for each of the first rows.
+A DataError about several bad rows has more lines: one for each of the first rows. So has a
+ConfigError about several options.
 
 The command line prints them without a traceback and exits with status 2.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 
 class DPOFastError(ValueError):
@@ -14,6 +17,10 @@ class DPOFastError(ValueError):
 
 class ConfigError(DPOFastError):
     """An unknown option, or a value that can't be used; names the option."""
+
+
+class SeveralOptionsError(ConfigError):
+    """Several options that can't be used; a line for each."""
 
 
 class DataError(DPOFastError):
@@ -30,6 +37,14 @@ class ReferenceStoreError(DPOFastError):
 
 class MissingRowsError(ReferenceStoreError):
     """Reference log-probs that are missing from the store; says how many and why."""
+
+
+def options_error(sentences: Sequence[str]) -> ConfigError:
+    """The error about one or several options, of which each has a sentence of its own."""
+    if len(sentences) == 1:
+        return ConfigError(sentences[0])
+    lines = "".join(f"\n  {sentence}" for sentence in sentences)
+    return SeveralOptionsError(f"{len(sentences)} options can't be used:{lines}")
 
 
 def one_line(error: BaseException) -> str:

@@ -315,6 +315,12 @@ MIXING_FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         {**_PAD_8, **EXPERTS, "layer_types": ["linear_attention", "full_attention"] * 2}
         | {"num_hidden_layers": 4, "block_size": 16},
     ),
+    "nemotron_h": (
+        "NemotronHConfig",
+        {key: value for key, value in {**_PAD_8, **_ROUTED}.items() if key != "num_hidden_layers"}
+        | {"layers_block_type": ["mamba", "attention", "moe"], "mamba_num_heads": 4}
+        | {"mamba_head_dim": 8, "mamba_n_groups": 1, "ssm_state_size": 8},
+    ),
 }
 FAMILIES = {
     **DEAF_FAMILIES,

@@ -20,6 +20,7 @@ def check_data_options(script: ScriptOptions, given: Mapping[str, GivenOption]) 
     Raises:
         ConfigError: names the option, and the file or the command line that it is given in.
     """
+    _check_streaming(script, given)
     checks = {
         "dataset_name": _check_names,
         "dataset_shares": _check_shares,
@@ -32,6 +33,28 @@ def check_data_options(script: ScriptOptions, given: Mapping[str, GivenOption]) 
             check(script)
         except ConfigError as error:
             raise ConfigError(f"{given[name].where}: {name}: {error}") from None
+
+
+def _check_streaming(script: ScriptOptions, given: Mapping[str, GivenOption]) -> None:
+    """Refuse options that need all pairs of a dataset at once."""
+    if not script.dataset_streaming:
+        return
+    problems = {
+        "eval_split": "can't hold pairs out of a stream; set eval_dataset_name or "
+        "dataset_test_split",
+        "dataset_shares": "can't be taken of streams; leave it out",
+    }
+    for name, problem in problems.items():
+        if getattr(script, name) is not None:
+            raise ConfigError(
+                f"{given[name].where}: {name} {problem}, or dataset_streaming: false."
+            )
+    if len(script.dataset_names) > 1:
+        raise ConfigError(
+            f"{given['dataset_name'].where}: dataset_streaming reads one dataset, and dataset_name "
+            f"names {len(script.dataset_names)}; join their files, or give the trainer the result "
+            "of datasets.interleave_datasets in Python."
+        )
 
 
 def _check_names(script: ScriptOptions) -> None:

@@ -21,10 +21,17 @@ class GivenOption:
     Attributes:
         value: the value as YAML reads it.
         where: the file's name, or "command line"; used in error messages.
+        line: line of the file, counted from 1; None on the command line.
     """
 
     value: Any
     where: str
+    line: int | None = None
+
+    @property
+    def place(self) -> str:
+        """The file with its line, or "command line"."""
+        return self.where if self.line is None else f"{self.where}, line {self.line}"
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
@@ -69,7 +76,13 @@ def read_yaml(path: str | Path) -> dict[str, GivenOption]:
         raise ConfigError(
             f"{path}: got {_kind(content)}, expected options, one `name: value` in a line."
         )
-    return {str(key): GivenOption(value, str(path)) for key, value in content.items()}
+    root = yaml.compose(text)
+    pairs = root.value if isinstance(root, yaml.MappingNode) else []
+    lines = {key.value: key.start_mark.line + 1 for key, _ in pairs}
+    return {
+        str(key): GivenOption(value, str(path), lines.get(str(key)))
+        for key, value in content.items()
+    }
 
 
 def read_overrides(arguments: Sequence[str]) -> dict[str, GivenOption]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from typing import Any
 from dpofast.cli.run_data import NO_HELD_OUT_PAIRS, load_run_data
 from dpofast.cli.run_options import RunOptions
 from dpofast.errors import ConfigError, ModelError
+from dpofast.model.pickled_weights import refuse_pickled_weights
 
 logger = logging.getLogger(__name__)
 
@@ -61,10 +62,14 @@ def load_inputs(options: RunOptions) -> Inputs:
         DataError: the data can't be used; names the file and row.
         ModelError: a model or the tokenizer can't be loaded.
     """
+    from dpofast.model.kind import refuse_stored_kind
+
+    _refuse_training_quantised(options)
     tokenizer = load_tokenizer_for(options)
-    refuse_missing_model(options.script.model)
-    if options.script.ref_model_name_or_path is not None:
-        refuse_missing_model(options.script.ref_model_name_or_path)
+    loading = options.config.loading_options()
+    for name in filter(None, (options.script.model, options.script.ref_model_name_or_path)):
+        refuse_missing_model(name, loading)
+        refuse_stored_kind(name, trust_remote_code=options.config.trust_remote_code)
     train_dataset, eval_dataset = load_run_data(options)
     evaluates = str(options.config.eval_strategy.value) != "no"
     if eval_dataset is None and evaluates:
@@ -96,7 +101,9 @@ def load_reference_model(options: RunOptions) -> Any:
     from dpofast.model.load import load_policy
 
     name = options.script.ref_model_name_or_path
-    return None if name is None else _load_model(options, name, load_policy)
+    own = options.config.ref_model_init_kwargs
+    kwargs = None if own is None else options.config.ref_loading_options()
+    return None if name is None else _load_model(options, name, load_policy, kwargs)
 
 
 def load_policy_skeleton(options: RunOptions) -> Any:
@@ -159,13 +166,21 @@ def adapter_options(options: RunOptions) -> Any:
         lora_alpha=script.lora_alpha,
         lora_dropout=script.lora_dropout,
         target_modules=script.lora_target_modules,
+        target_parameters=script.lora_target_parameters,
         modules_to_save=script.lora_modules_to_save,
-        task_type="CAUSAL_LM",
+        use_rslora=script.use_rslora,
+        use_dora=script.use_dora,
+        task_type=script.lora_task_type,
     )
 
 
-def refuse_missing_model(name_or_path: str) -> None:
-    """Raise ModelError if a local folder holds no model, which is cheap to find out early."""
+def refuse_missing_model(name_or_path: str, options: Mapping[str, Any] | None = None) -> None:
+    """Raise ModelError if a local folder holds no model, which is cheap to find out early.
+
+    Args:
+        name_or_path: folder or hub name.
+        options: arguments of `from_pretrained`.
+    """
     folder = Path(name_or_path).expanduser()
     if not folder.is_dir():
         return  # a name on the hub; a wrong path was refused when the tokenizer was loaded
@@ -174,17 +189,42 @@ def refuse_missing_model(name_or_path: str) -> None:
             f"The model folder {name_or_path!r} has neither config.json nor {ADAPTER_FILE}: name "
             "a folder that save_pretrained has written."
         )
+    if not (folder / ADAPTER_FILE).is_file():  # peft loads an adapter's pickle, and runs no code
+        refuse_pickled_weights(name_or_path, options)
 
 
-def _load_model(options: RunOptions, name_or_path: str, load: Callable[..., Any]) -> Any:
-    """Load a model with `load`; for an adapter, load its base model and put the adapter on top."""
+def _refuse_training_quantised(options: RunOptions) -> None:
+    script = options.script
+    is_quantised = script.load_in_4bit or script.load_in_8bit
+    if is_quantised and not script.use_peft and adapter_base(script.model) is None:
+        name = "load_in_4bit" if script.load_in_4bit else "load_in_8bit"
+        raise ConfigError(
+            f"{options.source}: {name} needs use_peft: true, as an optimizer can't update "
+            "quantised weights; add that, or name the folder of an adapter."
+        )
+
+
+def _load_model(
+    options: RunOptions,
+    name_or_path: str,
+    load: Callable[..., Any],
+    own: dict[str, Any] | None = None,
+) -> Any:
+    """Load a model with `load`; for an adapter, load its base model and put the adapter on top.
+
+    Args:
+        options: options of the run.
+        name_or_path: folder or hub name of a model or an adapter.
+        load: function of `dpofast.model.load`.
+        own: the model's own arguments of `from_pretrained`; by default the policy's.
+    """
     from dpofast.zero.batch import refuse_missing_launcher
 
     # Checked before loading, because ZeRO-3 needs the process group to load each rank's part.
     refuse_missing_launcher(options.config)
-    kwargs = options.config.loading_options()
+    kwargs = options.config.loading_options() if own is None else dict(own)
     base = adapter_base(name_or_path)
-    if name_or_path != options.script.model or base is not None:
+    if own is None and (name_or_path != options.script.model or base is not None):
         kwargs.pop("revision", None)  # it names a commit of the policy's repository only
     if base is None:
         return load(name_or_path, **kwargs)

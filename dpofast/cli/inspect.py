@@ -45,7 +45,7 @@ def _show_pair(options: RunOptions, row: int) -> None:
     if options.script.tokenizer_name_or_path is None:
         options.require("model_name_or_path")
     tokenizer, limits = load_tokenizer_for(options), options.config.length_limits()
-    pairs = load_all_rows(options)
+    pairs = load_all_rows(options, row)
     rows = pairs["row"][:]
     # A row with several rejected answers has several pairs, and each dataset has its own row N.
     shown = [index for index, number in enumerate(rows) if number == row]
@@ -63,24 +63,36 @@ def _show_step(options: RunOptions, step: int, rank: tuple[int, int]) -> None:
     from dpofast.train.dataset import PairPreparer
     from dpofast.train.loaders import max_row_tokens
     from dpofast.train.sampler import planned_steps, train_sampler
+    from dpofast.train.stream import RunStream
+    from dpofast.train.training_set import prepare_training_set
 
     config = options.config
     options.require("model_name_or_path")
     model = load_policy_skeleton(options)
     layout = _packed_layout(config.layout, model)
     tokenizer = load_tokenizer_for(options)
-    train_set = PairPreparer(config, tokenizer).prepare(load_training_data(options), "train")
-    train_set.measure_lengths(layout, max_row_tokens(config, _refuse_to_measure))
-    sampler = train_sampler(config, len(train_set), train_set.token_limit, rank)
-    _refuse_beyond("step", step, planned_steps(config, sampler), "the run's steps")
-    epoch, index = divmod(step, len(sampler))
-    sampler.set_epoch(epoch)
-    planned = sampler.step(index)
+    data = PairPreparer(config, tokenizer)
+    train_set = prepare_training_set(data, load_training_data(options), rank[1])
+    if isinstance(train_set, RunStream):
+        _refuse_beyond("step", step, train_set.num_steps, "the run's steps")
+        window = train_set.window(step)
+        pairs, start, epoch = window.dataset, window.first_step, window.taken.start.epoch
+    else:
+        pairs, start, epoch = train_set, 0, 0
+    pairs.measure_lengths(layout, max_row_tokens(config, _refuse_to_measure))
+    in_order = pairs.is_window
+    sampler = train_sampler(config, len(pairs), pairs.token_limit, rank, in_order=in_order)
+    if not pairs.is_window:
+        _refuse_beyond("step", step, planned_steps(config, sampler), "the run's steps")
+        epoch = step // len(sampler)
+        sampler.set_epoch(epoch)
+        start = epoch * len(sampler)
+    planned = sampler.step(step - start)
     figures = sampler.figures()
     assert figures is not None  # rows are packed
     print_rich(Text(f"Layout: {layout.name}; {sampler.describe(figures)}."))
     _print_headline(planned, f"step {step} (epoch {epoch}), rank {rank[0]} of {rank[1]}")
-    _print_packed_rows(planned, train_set.pairs, layout, tokenizer, attention_window(model))
+    _print_packed_rows(planned, pairs.pairs, layout, tokenizer, attention_window(model))
 
 
 def _print_headline(planned: PlannedStep, place: str) -> None:

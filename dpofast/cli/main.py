@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from dpofast.cli.parser import build_parser, split_arguments
-from dpofast.errors import ConfigError, DataError, DPOFastError
+from dpofast.errors import ConfigError, DataError, DPOFastError, SeveralOptionsError
 
 # Errors of the machine, not of the program: no space, no permission, or a read-only disk.
 MACHINE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES}
@@ -91,10 +91,11 @@ def _command(parsed: argparse.Namespace) -> Callable[[argparse.Namespace, list[s
 
 
 def _report(error: DPOFastError) -> None:
-    """Print an error on stderr: as one line, or with a line for each of several bad rows."""
+    """Print an error on stderr: as one line, or with a line for each of several rows or options."""
     rank = int(os.environ.get("RANK", "0"))
     if rank and isinstance(error, ConfigError):
         return  # every rank has the same options, so rank 0 reports for all
-    lines = str(error).splitlines() if isinstance(error, DataError) else [str(error)]
+    has_lines = isinstance(error, DataError | SeveralOptionsError)
+    lines = str(error).splitlines() if has_lines else [str(error)]
     sentence = "\n  ".join(" ".join(line.split()) for line in lines)
     print(f"dpofast: error: {f'rank {rank}: ' if rank else ''}{sentence}", file=sys.stderr)

@@ -38,7 +38,7 @@ def _build(yaml_file: str | None, overrides: list[str]) -> None:
     _refuse_unkept(options, "the build would keep nothing; leave it out")
     trainer = make_trainer(options)
     trainer.score_datasets(rescore=True)
-    trainer.loaders.plan(trainer.train_set())  # logs how training will pack the pairs
+    trainer.loaders.begin(trainer.train_set())  # logs how training will pack the pairs
     if is_main_process():
         done = reference_summary(trainer.reference)
         print(
@@ -64,6 +64,11 @@ def _export(yaml_file: str | None, overrides: list[str]) -> None:
             f"{script.dataset_names[0]} --dataset_shares null`."
         )
     (dataset_name,) = script.dataset_names
+    if script.dataset_streaming:
+        raise ConfigError(
+            f"{options.source}: dataset_streaming can't be exported, as the file holds all pairs; "
+            "set it to false."
+        )
     if "output" not in own:
         raise ConfigError(
             f"{COMMAND_LINE}: --output is missing; name the file to write, as `--output "

@@ -15,7 +15,8 @@ def load_run_data(options: RunOptions) -> tuple[Any, Any]:
     """Load the training pairs and the held-out pairs in the normal form.
 
     Returns:
-        The training pairs; the held-out pairs, None if no option asks for any.
+        The training pairs, as `load_training_data` returns them; the held-out pairs, None if no
+        option asks for any.
 
     Raises:
         DataError: the data can't be used; names the file and row.
@@ -26,7 +27,7 @@ def load_run_data(options: RunOptions) -> tuple[Any, Any]:
 
 
 def load_training_data(options: RunOptions) -> Any:
-    """Load the training pairs in the normal form.
+    """Load the training pairs in the normal form; a PairStream for dataset_streaming.
 
     Raises:
         DataError: the data can't be used; names the file and row.
@@ -34,6 +35,8 @@ def load_training_data(options: RunOptions) -> Any:
     script = options.script
     if script.eval_split is not None:
         return _split(options)[0]
+    if script.dataset_streaming:
+        return _open_stream(options, script.dataset_names[0], script.dataset_train_split)
     return _load_sets(options, script.dataset_train_split, _shares(options))
 
 
@@ -54,13 +57,22 @@ def load_held_out_data(options: RunOptions) -> Any:
     return None
 
 
-def load_all_rows(options: RunOptions) -> Any:
+def load_all_rows(options: RunOptions, last_row: int) -> Any:
     """Load all rows of the training datasets, even those that are held out or not taken.
+
+    Args:
+        options: options of the run.
+        last_row: the last row that is needed, counted from 0. A stream is read up to it.
 
     Raises:
         DataError: the data can't be used; names the file and row.
     """
-    return _load_sets(options, options.script.dataset_train_split)
+    script = options.script
+    if not script.dataset_streaming:
+        return _load_sets(options, script.dataset_train_split)
+    source = _open_stream(options, script.dataset_names[0], script.dataset_train_split).source
+    first = source if isinstance(source, str) else source.take(last_row + 1)
+    return _load_pairs(options, first, script.dataset_train_split)
 
 
 def _split(options: RunOptions) -> tuple[Any, Any]:
@@ -95,11 +107,30 @@ def _load_sets(options: RunOptions, split: str, shares: dict[str, float] | None 
     return mix_preferences(sets, shares, seed=options.config.seed)
 
 
-def _load_pairs(options: RunOptions, source: str, split: str) -> Any:
+def _open_stream(options: RunOptions, name: str, split: str) -> Any:
+    """Pairs whose rows are read later."""
+    from dpofast.data import PairStream
+
+    script = options.script
+    return PairStream(
+        name,
+        columns=script.dataset_columns,
+        roles=script.dataset_roles,
+        split=split,
+        config_name=script.dataset_config,
+    )
+
+
+def _load_pairs(options: RunOptions, source: Any, split: str) -> Any:
     from dpofast.data import load_preferences
 
+    name = None
+    if isinstance(source, str) and options.script.dataset_streaming:
+        # Without this, `datasets` would download all splits to give one of them.
+        name, source = source, _open_stream(options, source, split).source
     return load_preferences(
         source,
+        name=name,
         columns=options.script.dataset_columns,
         roles=options.script.dataset_roles,
         split=split,

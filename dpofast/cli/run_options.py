@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -12,8 +11,9 @@ from typing import TYPE_CHECKING, Any, get_type_hints
 from dpofast.cli.data_options import check_data_options
 from dpofast.cli.given import COMMAND_LINE, GivenOption, read_overrides, read_yaml
 from dpofast.cli.option_types import checked_value
-from dpofast.cli.script_options import ALIASES, FOREIGN_KEYS, ScriptOptions
-from dpofast.errors import ConfigError
+from dpofast.cli.quantisation import quantization_config
+from dpofast.cli.script_options import ALIASES, ScriptOptions
+from dpofast.errors import ConfigError, ModelError, SeveralOptionsError, options_error
 
 if TYPE_CHECKING:
     from dpofast.options.config import DPOConfig
@@ -61,6 +61,7 @@ def read_options(
     given = read_yaml(yaml_file) if yaml_file else {}
     source = yaml_file or COMMAND_LINE
     given = _canonical(given) | _canonical(read_overrides(overrides))
+    _refuse_model_kinds(given)
     known = _known_types()
     _refuse_unknown(given, known, own)
     values = {
@@ -78,11 +79,31 @@ def read_options(
 
 def _refuse_idle_adapter_options(script: ScriptOptions, given: dict[str, GivenOption]) -> None:
     for name, option in given.items():
-        if name.startswith("lora_") and not script.use_peft:
+        is_adapter = name.startswith("lora_") or name in ("use_rslora", "use_dora")
+        if is_adapter and not script.use_peft:
             raise ConfigError(
                 f"{option.where}: {name} has no effect without use_peft: true; add that, or leave "
                 f"{name} out to train the whole model."
             )
+
+
+def _refuse_model_kinds(given: dict[str, GivenOption]) -> None:
+    """Raise ModelError for a model that can't be trained, whatever the other options are.
+
+    This looks at local files only. A config that is still on the hub is read with the tokenizer.
+    """
+    from dpofast.model.kind import refuse_stored_kind
+
+    revision = given.get("model_revision")
+    for name in ("model_name_or_path", "ref_model_name_or_path"):
+        option = given.get(name)
+        if option is None or not isinstance(option.value, str):
+            continue
+        own = {"revision": revision.value} if revision and name == "model_name_or_path" else {}
+        try:
+            refuse_stored_kind(option.value, local_files_only=True, **own)
+        except ModelError as error:
+            raise ModelError(f"{option.where}: {name}: {error}") from None
 
 
 def _canonical(given: dict[str, GivenOption]) -> dict[str, GivenOption]:
@@ -118,35 +139,36 @@ def _own_names() -> list[str]:
     from transformers import TrainingArguments
 
     from dpofast.options.config import DPOConfig
+    from dpofast.options.foreign import hintable
 
     inherited = {item.name for item in fields(TrainingArguments)}
-    own = [item.name for item in (*fields(ScriptOptions), *fields(DPOConfig))]
+    own = hintable(item.name for item in (*fields(ScriptOptions), *fields(DPOConfig)))
     return [name for name in own if name not in inherited]
 
 
 def _refuse_unknown(
     given: dict[str, GivenOption], known: dict[str, Any], own: Sequence[str]
 ) -> None:
-    from dpofast.options.foreign import FOREIGN_OPTIONS, refuse_unknown_options
+    """Raise ConfigError with one line for each option that doesn't exist."""
+    from dpofast.options.foreign import about_unknown
 
+    # TrainingArguments has over a hundred options. A misspelt name is more likely one of ours.
+    likely = [*own, *_own_names(), *ALIASES]
+    wrong = []
     for name, option in given.items():
         if name in known:
             continue
         if name in own:
-            raise ConfigError(
-                f"{option.where}: {name} belongs on the command line, as `--{name} N`."
-            )
-        if name in FOREIGN_KEYS:
-            raise ConfigError(f"{option.where}: {name} isn't an option here: {FOREIGN_KEYS[name]}.")
-        if name in FOREIGN_OPTIONS:
-            refuse_unknown_options({name: option.value}, known, where=option.where)
-            continue
-        # TrainingArguments has over a hundred options. A misspelt name is more likely one of ours.
-        ours = [*own, *_own_names(), *ALIASES]
-        nearest = difflib.get_close_matches(name, ours, n=1, cutoff=0.75)
-        nearest = nearest or difflib.get_close_matches(name, known, n=1)
-        hint = f"; did you mean {nearest[0]!r}?" if nearest else "; see docs/configuration.md."
-        raise ConfigError(f"{option.where}: there is no option {name!r}{hint}")
+            sentence: str | None = f"{name} belongs on the command line, as `--{name} N`."
+        else:
+            sentence = about_unknown(name, option.value, known, likely)
+        if sentence is not None:
+            wrong.append((option, sentence))
+    if len(wrong) == 1:
+        option, sentence = wrong[0]
+        raise ConfigError(f"{option.where}: {sentence}")
+    if wrong:
+        raise options_error([f"{option.place}: {sentence}" for option, sentence in wrong])
 
 
 def _config(
@@ -158,6 +180,7 @@ def _config(
         "revision": script.model_revision,
         "dtype": script.dtype,
         "attn_implementation": script.attn_implementation,
+        "quantization_config": quantization_config(script, given),
     }
     own = options.get("model_init_kwargs") or {}
     for name, value in loading.items():
@@ -172,6 +195,8 @@ def _config(
     options.setdefault("disable_tqdm", False)
     try:
         return DPOConfig(**options)
+    except SeveralOptionsError as error:
+        raise SeveralOptionsError(f"{source}: {error}") from error
     except (ValueError, TypeError, ImportError) as error:
         # DPOConfig's messages begin with the option's name, so we can look up where it was given.
         named = [name for name in given if str(error).startswith(name)]

@@ -24,6 +24,21 @@ class ScriptOptions:
         "Dtype of the weights; by default float32, with mixed precision if bf16 or fp16 is set.",
     ] = None
     attn_implementation: Annotated[str | None, "eager, sdpa, flash_attention_2, ..."] = None
+    load_in_8bit: Annotated[
+        bool, "Quantise the base model to 8 bits with bitsandbytes; needs use_peft."
+    ] = False
+    load_in_4bit: Annotated[
+        bool, "Quantise the base model to 4 bits with bitsandbytes; needs use_peft."
+    ] = False
+    bnb_4bit_quant_type: Annotated[Literal["fp4", "nf4"], "Quantisation type of 4 bits."] = "nf4"
+    use_bnb_nested_quant: Annotated[bool, "Quantise the scales of 4-bit weights as well."] = False
+    bnb_4bit_quant_storage: Annotated[
+        str | None, "Dtype that 4-bit weights are stored in; by default uint8."
+    ] = None
+    bnb_4bit_compute_dtype: Annotated[
+        Literal["bfloat16", "float16", "float32"] | None,
+        "Dtype that 4-bit layers compute in; by default dtype.",
+    ] = None
     ref_model_name_or_path: Annotated[
         str | None, "The reference; by default the policy before training."
     ] = None
@@ -37,6 +52,9 @@ class ScriptOptions:
     dataset_shares: Annotated[
         list[float] | None, "Share of each of several datasets; by default all pairs are taken."
     ] = None
+    dataset_streaming: Annotated[
+        bool, "Read the training pairs while the run trains; needs max_steps."
+    ] = False
     dataset_config: Annotated[str | None, "Configuration of a hub dataset."] = None
     dataset_train_split: Annotated[str, "Split of the training pairs."] = "train"
     dataset_test_split: Annotated[
@@ -61,7 +79,13 @@ class ScriptOptions:
         list[str] | str | None,
         "Modules with an adapter; by default those peft knows for the model.",
     ] = None
+    lora_target_parameters: Annotated[
+        list[str] | None, "Parameters with an adapter, such as those of experts."
+    ] = None
     lora_modules_to_save: Annotated[list[str] | None, "Modules that are trained in full."] = None
+    lora_task_type: Annotated[Literal["CAUSAL_LM"], "The only task there is."] = "CAUSAL_LM"
+    use_rslora: Annotated[bool, "Scale the adapter by lora_alpha over the root of lora_r."] = False
+    use_dora: Annotated[bool, "Train the magnitudes of weights, too (DoRA)."] = False
 
     @property
     def model(self) -> str:
@@ -95,26 +119,4 @@ ALIASES = {
     "eval_dataset": "eval_dataset_name",
     "columns": "dataset_columns",
     "roles": "dataset_roles",
-}
-
-_TO_NAMES = (
-    "list the names in dataset_name; the numbers there are parts of each dataset, and "
-    "dataset_shares, if you set them, are parts of the whole mixture"
-)
-# Options of other tools, and what to do instead. TRL's own are in dpofast.options.foreign.
-FOREIGN_KEYS = {
-    "evaluation_strategy": "transformers calls it eval_strategy now",
-    "use_flash_attention_2": "set attn_implementation: flash_attention_2",
-    "dataset_mixer": _TO_NAMES,
-    "dataset_mixture": _TO_NAMES,
-    "dataset_splits": "set dataset_train_split and dataset_test_split",
-    "interleave_probs": "set dataset_shares",
-    "mix_strategy": "leave it out; no pair is left out without dataset_shares, none is repeated",
-    **dict.fromkeys(
-        ("val_set_size", "val_size", "split_dataset_ratio"),
-        "set eval_split, which holds out whole prompts",
-    ),
-    "load_in_4bit": "leave it out; quantised models can't be trained yet",
-    "load_in_8bit": "leave it out; quantised models can't be trained yet",
-    "overwrite_output_dir": "leave it out; name another output_dir, or resume_from_checkpoint",
 }

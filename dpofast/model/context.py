@@ -62,7 +62,7 @@ def _has_table(lm: Any, length: int) -> bool:
     return any(size in (length, length + 2) for size in sizes)
 
 
-def refuse_longer(pairs: Any, name: str, contexts: Iterable[Context]) -> None:
+def refuse_longer(pairs: Any, name: str, contexts: Iterable[Context]) -> list[Context]:
     """Looks for pairs that are longer than a model's context even after truncation.
 
     Args:
@@ -76,6 +76,7 @@ def refuse_longer(pairs: Any, name: str, contexts: Iterable[Context]) -> None:
     table = pairs.select_columns(list(ID_COLUMNS)).with_format("arrow")[:]
     prompt, *answers = (pc.list_value_length(table[column]).to_numpy() for column in ID_COLUMNS)
     lengths = prompt + np.maximum(*answers)  # [n]
+    warned = []
     for context in contexts:
         longer = np.flatnonzero(lengths > context.length)
         if not longer.size:
@@ -87,9 +88,11 @@ def refuse_longer(pairs: Any, name: str, contexts: Iterable[Context]) -> None:
                 f"{place}: a prompt and its answer have {tokens} tokens, and {context.model} has "
                 f"{context.length} positions; set max_length to {context.length} or less."
             )
+        warned.append(context)
         logger.warning(
             "%s: %d pairs are longer than the %d positions of %s, the longest has %d "
             "tokens (%s); unless that is meant, set max_length to %d.",
             *(name, len(longer), context.length, context.model),
             *(tokens, place, context.length),
         )
+    return warned

@@ -9,6 +9,8 @@ import torch
 from safetensors import SafetensorError
 
 from dpofast.errors import ModelError
+from dpofast.model.kind import refuse_random_head, refuse_stored_kind
+from dpofast.model.pickled_weights import refuse_pickled_on_hub, refuse_pickled_weights
 from dpofast.options.quantisation import OPTION, bitsandbytes_config, quantisation_options
 from dpofast.progress import bars_as_lines
 
@@ -40,11 +42,18 @@ def load_policy(name_or_path: str, **options: Any) -> Any:
     if options.get(OPTION) is not None:
         options[OPTION] = bitsandbytes_config(quantisation_options(options[OPTION]))
     _refuse_missing_folder(name_or_path)
+    refuse_stored_kind(name_or_path, **_config_options(options))
+    refuse_pickled_weights(name_or_path, options)
     try:
         with bars_as_lines():
-            return AutoModelForCausalLM.from_pretrained(name_or_path, **options)
+            model, report = AutoModelForCausalLM.from_pretrained(
+                name_or_path, output_loading_info=True, **options
+            )
     except (OSError, ValueError, TypeError, ImportError, RuntimeError, SafetensorError) as error:
+        refuse_pickled_on_hub(name_or_path, options, error)
         raise ModelError(f"The model {name_or_path!r} can't be loaded: {error}") from error
+    refuse_random_head(model, report["missing_keys"], name_or_path)
+    return model
 
 
 def load_skeleton(name_or_path: str, **options: Any) -> Any:
@@ -63,7 +72,8 @@ def load_skeleton(name_or_path: str, **options: Any) -> Any:
 
     _refuse_missing_folder(name_or_path)
     trusted = bool(options.get("trust_remote_code"))
-    own = {name: value for name, value in options.items() if name not in _WEIGHT_OPTIONS}
+    own = _config_options(options)
+    refuse_stored_kind(name_or_path, **own)
     try:
         config = AutoConfig.from_pretrained(name_or_path, **own)
         with torch.device("meta"):
@@ -106,6 +116,11 @@ def load_tokenizer(
         raise ModelError(
             f"No tokenizer can be loaded from {name_or_path!r} ({error}): {remedy}."
         ) from error
+
+
+def _config_options(options: dict[str, Any]) -> dict[str, Any]:
+    """The options that decide what the model's config is."""
+    return {name: value for name, value in options.items() if name not in _WEIGHT_OPTIONS}
 
 
 def _dtype_named(name: str) -> torch.dtype:

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import functools
-import json
-import os
-from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+import inspect
+import logging
+import math
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
-from transformers import TrainingArguments
-from transformers.integrations import get_available_reporting_integrations
 from transformers.utils import is_torch_bf16_gpu_available
 
 from dpofast.data.packing.collate import LAYOUTS
@@ -19,7 +16,9 @@ from dpofast.data.reading.bad_rows import check_strictness
 from dpofast.data.tokens.truncate import TRUNCATION_MODES, LengthLimits
 from dpofast.errors import ConfigError
 from dpofast.options.foreign import refuse_unknown_options
-from dpofast.options.quantisation import OPTION, quantisation_options
+from dpofast.options.init_kwargs import read_init_kwargs
+from dpofast.options.trl_fields import TRLFields
+from dpofast.options.unsupported import check_unsupported
 from dpofast.reference.store.location import default_folder
 from dpofast.reference.store.row_detail import DETAILS, RowDetail
 from dpofast.zero.batch import settle_deepspeed
@@ -28,14 +27,23 @@ from dpofast_kernels import PairLoss, make_loss
 
 DEFAULT_MAX_LENGTH = 1024
 
+logger = logging.getLogger(__name__)
+
 
 @dataclass
-class DPOConfig(TrainingArguments):
+class DPOConfig(TRLFields):
     """transformers' TrainingArguments and the options of DPO; names and defaults as in TRL.
 
+    TRL's other options are fields, too (`TRLFields`). Those that can't change what is trained are
+    accepted with one line in the log, and the others are refused.
+
     Attributes:
+        warmup_ratio: share of all steps in which the learning rate rises; ignored if warmup_steps
+            is set.
         model_init_kwargs: arguments of `from_pretrained`, used if the model is given by name. The
             model is loaded in float32 unless they name a `dtype`.
+        ref_model_init_kwargs: arguments of `from_pretrained` for a ref_model given by name, in
+            place of model_init_kwargs.
         trust_remote_code: run code that comes with a model's repository.
         beta: strength of the KL penalty, above 0; for ipo the regularisation tau.
         loss_type: sigmoid, hinge or ipo; a list of one name is accepted as well.
@@ -80,6 +88,11 @@ class DPOConfig(TrainingArguments):
     """
 
     learning_rate: float = field(default=1e-6, metadata={"help": "The initial learning rate."})
+    warmup_ratio: float | None = field(
+        default=None,
+        kw_only=True,
+        metadata={"help": "Share of all steps in which the learning rate rises."},
+    )
     logging_steps: float = field(default=10, metadata={"help": "Log every X optimizer steps."})
     logging_nan_inf_filter: bool = field(
         default=False, metadata={"help": "Hide NaN and inf losses in the logs."}
@@ -96,6 +109,11 @@ class DPOConfig(TrainingArguments):
     model_init_kwargs: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "Arguments of from_pretrained."}
     )
+    ref_model_init_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        kw_only=True,
+        metadata={"help": "Arguments of from_pretrained for the reference."},
+    )
     trust_remote_code: bool = field(
         default=False, metadata={"help": "Run code that comes with a model."}
     )
@@ -111,13 +129,17 @@ class DPOConfig(TrainingArguments):
         metadata={"help": "Tokens of prompt + answer; None for no limit."},
     )
     max_prompt_length: int | None = field(
-        default=None, metadata={"help": "Tokens of a prompt, which is cut on its left."}
+        default=None,
+        kw_only=True,
+        metadata={"help": "Tokens of a prompt, which is cut on its left."},
     )
     max_completion_length: int | None = field(
-        default=None, metadata={"help": "Tokens of an answer, which is cut on its right."}
+        default=None,
+        kw_only=True,
+        metadata={"help": "Tokens of an answer, which is cut on its right."},
     )
     max_target_length: int | None = field(
-        default=None, metadata={"help": "An older name of max_completion_length."}
+        default=None, kw_only=True, metadata={"help": "An older name of max_completion_length."}
     )
     truncation_mode: str = field(default="keep_start", metadata={"help": "keep_start or keep_end."})
     router_aux_loss_coef: float | None = field(
@@ -153,23 +175,46 @@ class DPOConfig(TrainingArguments):
     )
     pad_token: str | None = field(default=None, metadata={"help": "The tokenizer's pad token."})
 
+    def __new__(cls, *args: Any, **options: Any) -> Self:
+        """Refuse names that the class doesn't have; its __init__ would raise a bare TypeError."""
+        parameters = inspect.signature(cls.__init__).parameters
+        if not any(each.kind is each.VAR_KEYWORD for each in parameters.values()):
+            # What changes nothing is refused here, too, as it can't be taken out of the call.
+            unknown = {name: ... for name in options if name not in parameters}
+            refuse_unknown_options(unknown, parameters, where=cls.__name__)
+        return super().__new__(cls)
+
     def __post_init__(self) -> None:
+        remarks = self.settle_trl_fields() + self._unused_options()
         if self.bf16 is None:
             # Without a GPU that supports bfloat16, it is the default only if use_cpu is set.
             self.bf16 = not self.fp16 and (self.use_cpu or is_torch_bf16_gpu_available())
         if isinstance(self.loss_type, str):
             self.loss_type = [self.loss_type]
         self._name_checkpointing()
-        self._read_model_init_kwargs()
+        for name in ("model_init_kwargs", "ref_model_init_kwargs"):
+            setattr(self, name, read_init_kwargs(name, getattr(self, name)))
         self._check_values()
         self.make_loss()
-        self._check_unsupported()
+        check_unsupported(self)
         self._post_init_with_deepspeed()
         if self.n_gpu > 1:
             raise ConfigError(
                 f"{self.n_gpu} GPUs are visible to one process; launch with torchrun "
                 "--nproc-per-node, or choose one with CUDA_VISIBLE_DEVICES."
             )
+        if remarks and self.process_index == 0:
+            logger.warning("These options have no effect: %s.", ", ".join(remarks))
+
+    def _unused_options(self) -> list[str]:
+        """Switch off options of transformers that have no effect here; one remark for each."""
+        remarks = []
+        if self.use_liger_kernel:  # type: ignore[has-type]
+            self.use_liger_kernel = False  # transformers' Trainer would patch the model's layers
+            remarks.append("use_liger_kernel=True (dpofast's own kernels run)")
+        if self.warmup_ratio and self.warmup_steps:
+            remarks.append(f"warmup_ratio={self.warmup_ratio!r} (warmup_steps is set)")
+        return remarks
 
     def _post_init_with_deepspeed(self) -> None:
         """Run the parent's __post_init__ with our own reading of the DeepSpeed configuration.
@@ -197,24 +242,6 @@ class DPOConfig(TrainingArguments):
             if getattr(self, f"activation_{suffix}", ...) is None:
                 setattr(self, f"activation_{suffix}", getattr(self, f"gradient_{suffix}"))
 
-    def _read_model_init_kwargs(self) -> None:
-        options = self.model_init_kwargs
-        if isinstance(options, str):
-            try:
-                options = json.loads(options)
-            except ValueError as error:
-                raise ConfigError(
-                    f"model_init_kwargs: got {options!r}, expected a mapping or one as JSON."
-                ) from error
-        if options is not None and not isinstance(options, dict):
-            raise ConfigError(f"model_init_kwargs: got {options!r}, expected a mapping.")
-        if options and "torch_dtype" in options:  # the old name of dtype
-            options = dict(options)
-            options.setdefault("dtype", options.pop("torch_dtype"))
-        if options and options.get(OPTION) is not None:
-            options = {**options, OPTION: quantisation_options(options[OPTION])}
-        self.model_init_kwargs = options
-
     def make_loss(self) -> PairLoss:
         """The pair loss that these options name.
 
@@ -236,6 +263,20 @@ class DPOConfig(TrainingArguments):
         own = self.model_init_kwargs
         assert own is None or isinstance(own, dict)
         return {"trust_remote_code": self.trust_remote_code, **(own or {})}
+
+    def ref_loading_options(self) -> dict[str, Any]:
+        """The arguments of `from_pretrained` for a reference that is given by name."""
+        own = self.ref_model_init_kwargs
+        if own is None:
+            return self.loading_options()
+        assert isinstance(own, dict)
+        return {"trust_remote_code": self.trust_remote_code, **own}
+
+    def get_warmup_steps(self, num_training_steps: int) -> int:
+        """The steps in which the learning rate rises: warmup_steps, or else warmup_ratio of all."""
+        if self.warmup_steps or not self.warmup_ratio:
+            return int(super().get_warmup_steps(num_training_steps))
+        return math.ceil(num_training_steps * self.warmup_ratio)
 
     def length_limits(self) -> LengthLimits:
         """What decides how pairs are cut."""
@@ -271,9 +312,14 @@ class DPOConfig(TrainingArguments):
         self._check_number("label_smoothing", "at least 0 and below 0.5")
         self._check_number("learning_rate", "at least 0", minimum=0.0)
         self._check_number("num_train_epochs", "above 0", minimum=0.0)
+        if self.warmup_ratio is not None:
+            self._check_number("warmup_ratio", "from 0 to 1", minimum=0.0, maximum=1.0)
+            if self.warmup_ratio and self.optim in ("schedule_free_adamw", "schedule_free_sgd"):
+                raise ConfigError(f"warmup_ratio: {self.optim} needs a number; set warmup_steps.")
         if self.router_aux_loss_coef is not None:
             self._check_number("router_aux_loss_coef", "at least 0", minimum=0.0)
-        if not self.num_train_epochs or not self.max_steps:
+        # transformers takes max_steps only if it is above 0, and then ignores the epochs.
+        if self.max_steps == 0 or (self.max_steps < 0 and not self.num_train_epochs):
             raise ConfigError(
                 f"num_train_epochs: got {self.num_train_epochs!r}, with max_steps "
                 f"{self.max_steps!r}: nothing would be trained; give one of them a number above 0."
@@ -298,14 +344,22 @@ class DPOConfig(TrainingArguments):
         self._check_whole("seed", minimum=0)
         self.length_limits()
 
-    def _check_number(self, name: str, expected: str, minimum: float | None = None) -> None:
-        """Raise ConfigError if an option isn't a number, or is below `minimum`.
+    def _check_number(
+        self,
+        name: str,
+        expected: str,
+        minimum: float | None = None,
+        maximum: float | None = None,
+    ) -> None:
+        """Raise ConfigError if an option isn't a number, or is below `minimum` or above `maximum`.
 
         Other bounds, such as beta > 0, are checked where the number is used.
         """
         value = getattr(self, name)
         is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if not is_number or (minimum is not None and value < minimum):
+        too_small = is_number and minimum is not None and value < minimum
+        too_large = is_number and maximum is not None and value > maximum
+        if not is_number or too_small or too_large:
             raise ConfigError(f"{name}: got {value!r}, expected a number {expected}.")
 
     def _check_whole(self, name: str, minimum: int) -> None:
@@ -318,70 +372,3 @@ class DPOConfig(TrainingArguments):
         value = getattr(self, name)
         if value not in choices:
             raise ConfigError(f"{name}: got {value!r}, expected one of {choices}.")
-
-    def _check_report_to(self) -> None:
-        names = [self.report_to] if isinstance(self.report_to, str) else self.report_to or []
-        usable = {"all", "none", *get_available_reporting_integrations()}
-        for name in names:
-            if name not in usable:
-                raise ConfigError(
-                    f"report_to: {name!r} is unknown or not installed here; choose among "
-                    f"{', '.join(sorted(usable))}."
-                )
-
-    def _check_unsupported(self) -> None:
-        if self.auto_find_batch_size:
-            raise ConfigError(
-                "auto_find_batch_size isn't supported, as it would change the pairs of a step; "
-                "lower per_device_train_batch_size and raise gradient_accumulation_steps."
-            )
-        if self.fp16_full_eval or self.bf16_full_eval:
-            raise ConfigError(
-                "fp16_full_eval and bf16_full_eval aren't supported, as the policy would be "
-                "compared with a reference in another precision; use fp16 or bf16."
-            )
-        remedies = {
-            "label_smoothing_factor": "set label_smoothing",
-            "neftune_noise_alpha": "leave it out; the policy would differ from its reference",
-            "use_liger_kernel": "leave it out; only dpofast's own kernels are supported yet",
-            "parallelism_config": "leave it out; ranks share a step's pairs, not a sequence",
-            **dict.fromkeys(
-                ("torch_compile", "torch_compile_backend", "torch_compile_mode"),
-                "leave it out; rows differ in every step, and would compile each time",
-            ),
-            "fsdp": "set deepspeed to zero2 or zero3, which spread gradients and weights likewise",
-        }
-        for name, remedy in remedies.items():
-            if getattr(self, name, None):
-                raise ConfigError(f"{name} isn't supported: {remedy}.")
-        if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
-            raise ConfigError("accelerate launch --use_fsdp isn't supported: use --use_deepspeed.")
-        if os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower() != "no":
-            raise ConfigError(
-                "accelerate launch --dynamo_backend isn't supported: set it to no; rows differ in "
-                "every step, and would compile each time."
-            )
-        self._check_report_to()
-        strategy = self.train_sampling_strategy
-        if strategy not in ("random", "sequential"):
-            raise ConfigError(
-                f"train_sampling_strategy: got {strategy!r}, expected 'random' or 'sequential'."
-            )
-
-
-@functools.cache
-def option_names() -> frozenset[str]:
-    """The names of all options that DPOConfig accepts."""
-    return frozenset(item.name for item in fields(DPOConfig) if item.init)
-
-
-def _checked(init: Callable[..., None]) -> Callable[..., None]:
-    @functools.wraps(init)
-    def checked_init(self: DPOConfig, *args: Any, **options: Any) -> None:
-        init(self, *args, **refuse_unknown_options(options, option_names()))
-
-    return checked_init
-
-
-# The generated __init__ would answer an unknown option with a bare TypeError.
-DPOConfig.__init__ = _checked(DPOConfig.__init__)  # type: ignore[method-assign]

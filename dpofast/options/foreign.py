@@ -1,69 +1,41 @@
-"""Options of other tools and versions: harmless ones are accepted, others refused with a remedy."""
+"""Refuses options that don't exist, all at once: each with its right name, or with a remedy."""
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Collection
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
-from dpofast.errors import ConfigError
+from dpofast.errors import options_error
+from dpofast.options.foreign_keys import IN_PYTHON, OTHER_KEYS, OTHER_NAMES
+from dpofast.options.trl_fields import RULES
+from dpofast.spelling import nearest_name
 
-# Options that TRL or transformers has or had. Each has the values that change nothing, which are
-# therefore accepted, and a remedy for all other values.
+# Arguments of TRL's trainer and of its scripts that aren't fields of its DPOConfig. Each has the
+# values that change nothing, which are therefore accepted, and a remedy for all other values.
 FOREIGN_OPTIONS: dict[str, tuple[tuple[Any, ...], str]] = {
-    "loss_weights": ((None, [1.0], (1.0,)), "train with one loss_type"),
-    "ld_alpha": ((None, 1.0), "leave it out; length desensitisation isn't supported"),
-    "f_divergence_type": (("reverse_kl",), "leave it out; only reverse_kl is supported"),
-    "f_alpha_divergence_coef": ((0.5, 1.0), "leave it out; only reverse_kl is supported"),
-    "use_weighting": ((False,), "leave it out; WPO weights aren't supported"),
-    "discopop_tau": ((0.05,), "leave it out; discopop isn't supported"),
-    "rpo_alpha": ((None,), "leave it out; the extra likelihood term isn't supported"),
-    "sync_ref_model": ((False,), "leave it out; the reference stays fixed during a run"),
-    "ref_model_mixup_alpha": ((0.6,), "leave it out; the reference stays fixed during a run"),
-    "ref_model_sync_steps": ((512,), "leave it out; the reference stays fixed during a run"),
-    "reference_free": ((False,), "leave it out; a reference is always used"),
-    "force_use_ref_model": ((False, True), "leave it out"),
-    "padding_free": ((False,), "leave it out; no batch has to be padding-free"),
-    "pad_to_multiple_of": ((None, "auto"), "leave it out; rows are as long as they need to be"),
-    "use_logits_to_keep": ((False, True), "leave it out; only answers ever reach the head"),
-    "activation_offloading": ((False,), "use gradient_checkpointing"),
-    "is_encoder_decoder": ((None, False), "use a decoder-only model"),
-    "generate_during_eval": ((False,), "generate in a callback, or after training"),
-    "label_pad_token_id": ((-100,), "leave it out; labels aren't padded"),
-    "padding_value": ((None,), "set the tokenizer's pad_token"),
-    "model_adapter_name": ((None,), "leave it out; the active adapter is trained"),
-    "ref_adapter_name": ((None,), "leave it out; the reference is the model before step 1"),
-    "ref_model_init_kwargs": ((None,), "load the reference yourself and pass it as ref_model"),
-    "base_model_attribute_name": (("model",), "leave it out"),
     "model_init": ((None,), "pass the model"),
     "preprocess_logits_for_metrics": ((None,), "no logits exist; use a callback"),
-    "overwrite_output_dir": ((False,), "name another output_dir, or resume_from_checkpoint"),
-    "save_safetensors": ((True,), "leave it out; checkpoints are always safetensors"),
-    "logging_dir": ((None,), "set TENSORBOARD_LOGGING_DIR in the environment"),
-    "no_cuda": ((False,), "set use_cpu"),
-    "group_by_length": ((False,), "leave it out; steps see the pairs in the shuffled order"),
-    "evaluation_strategy": ((), "transformers calls it eval_strategy now"),
     "dataset_streaming": ((False,), "leave it out; the pairs are read into memory"),
     "streaming": ((False,), "leave it out; the pairs are read into memory"),
     "test_split_size": ((None,), "set eval_split, which holds out whole prompts"),
+    "ignore_bias_buffers": ((False,), "leave it out; nothing here needs it"),
     "datasets": (
         (None, []),
         "list the paths in dataset_name and the fractions in dataset_shares; dataset_config, "
         "dataset_train_split and dataset_columns are the same for all datasets",
     ),
-    "tools": ((None,), "put the tools into a column `tools` of the dataset"),
 }
 
 
 def refuse_unknown_options(
-    options: dict[str, Any], known: Collection[str], where: str = "DPOConfig"
+    options: Mapping[str, Any], known: Collection[str], where: str = "DPOConfig"
 ) -> dict[str, Any]:
     """Drops foreign options whose value changes nothing, and refuses all other unknown ones.
 
     Args:
         options: names and values as the user gave them.
         known: names of the options that exist.
-        where: file or class that the options come from, used in messages.
+        where: class that the options are given to, used in messages.
 
     Returns:
         The known options.
@@ -71,16 +43,52 @@ def refuse_unknown_options(
     Raises:
         ConfigError: a foreign option has a value that isn't supported, or an option doesn't exist.
     """
-    kept = {}
-    for name, value in options.items():
-        if name in known:
-            kept[name] = value
-        elif name in FOREIGN_OPTIONS:
-            neutral, remedy = FOREIGN_OPTIONS[name]
-            if value not in neutral:
-                raise ConfigError(f"{where}: {name}={value!r} isn't supported: {remedy}.")
-        else:
-            nearest = difflib.get_close_matches(name, known, n=1)
-            hint = f"; did you mean {nearest[0]!r}?" if nearest else "; see docs/configuration.md."
-            raise ConfigError(f"{where}: there is no option {name!r}{hint}")
-    return kept
+    about = {
+        name: about_unknown(name, value, known)
+        for name, value in options.items()
+        if name not in known
+    }
+    wrong = [f"{where}: {sentence}" for sentence in about.values() if sentence is not None]
+    if wrong:
+        raise options_error(wrong)
+    return {name: value for name, value in options.items() if name in known}
+
+
+def about_unknown(
+    name: str, value: Any, known: Collection[str], likely: Sequence[str] = ()
+) -> str | None:
+    """Says what is wrong with an option that doesn't exist.
+
+    Args:
+        name: name that the user gave.
+        value: value that the user gave.
+        known: names of the options that exist.
+        likely: known names that a misspelt one more probably means than any other.
+
+    Returns:
+        One sentence; None if the option belongs to TRL, and its value changes nothing.
+    """
+    if name in FOREIGN_OPTIONS:
+        neutral, instead = FOREIGN_OPTIONS[name]
+        return None if value in neutral else f"{name}={value!r} isn't supported: {instead}."
+    remedy = _remedy(name, known)
+    if remedy is not None:
+        return f"{name} isn't an option here: {remedy}."
+    nearest = nearest_name(name, [*likely, *hintable(known)])
+    hint = f"; did you mean {nearest!r}?" if nearest else "; see docs/configuration.md."
+    return f"there is no option {name!r}{hint}"
+
+
+def hintable(known: Iterable[str]) -> list[str]:
+    """The names that an error may suggest: not those that would be refused, or have no effect."""
+    return [name for name in known if name not in RULES]
+
+
+def _remedy(name: str, known: Collection[str]) -> str | None:
+    """What to write for an option of another tool; None for an option of no tool."""
+    ours = OTHER_NAMES.get(name, name)
+    if ours in known:
+        return f"write {ours}"
+    if ours in IN_PYTHON:
+        return IN_PYTHON[ours]
+    return OTHER_KEYS.get(name)

@@ -8,8 +8,9 @@ from typing import Any
 from transformers import TrainingArguments
 
 from dpofast.errors import ConfigError
-from dpofast.options.config import DPOConfig, option_names
+from dpofast.options.config import DPOConfig
 from dpofast.options.foreign import refuse_unknown_options
+from dpofast.options.trl_fields import RULES
 
 
 def resolve_config(
@@ -25,16 +26,37 @@ def resolve_config(
     Raises:
         ConfigError: an option is unknown or can't be honoured, or `args` is of another type.
     """
-    options = refuse_unknown_options(options, option_names(), where="DPOTrainer")
+    kind = type(args) if isinstance(args, DPOConfig) else DPOConfig
+    known = frozenset(item.name for item in fields(kind) if item.init)
+    options = refuse_unknown_options(options, known, where="DPOTrainer")
     if args is None:
         return DPOConfig(**{"output_dir": f"{model_name.split('/')[-1]}-DPO", **options})
-    if isinstance(args, DPOConfig) and not options:
-        return args
     if not isinstance(args, TrainingArguments):
         raise ConfigError(f"args: got a {type(args).__name__}, expected a dpofast.DPOConfig.")
-    # TRL's config has options of its own, which DPOConfig then accepts or refuses one by one.
-    given = {item.name: getattr(args, item.name) for item in fields(args) if item.init}
-    return DPOConfig(**{**given, **options})
+    if isinstance(args, DPOConfig):
+        # A script may have set attributes after the options were checked.
+        args.settle_trl_fields()
+        if not options:
+            return args
+    return kind(**{**_given(args, known), **options})
+
+
+def _given(args: TrainingArguments, known: frozenset[str]) -> dict[str, Any]:
+    """The values of a config that count: ours, and those of the classes of TRL and transformers.
+
+    TRL's config has options of its own, which DPOConfig then accepts or refuses one by one. Fields
+    that a script has added to such a class are its own business, unless they are options here.
+    """
+    libraries = ("dpofast", "transformers", "trl")
+    of_library = next(c for c in type(args).__mro__ if c.__module__.split(".")[0] in libraries)
+    names = known | {item.name for item in fields(of_library)}
+    if isinstance(args, DPOConfig):
+        names -= RULES.keys()  # they have no effect, and the log has said so once
+    return {
+        item.name: getattr(args, item.name)
+        for item in fields(args)
+        if item.init and item.name in names
+    }
 
 
 def resolve_tokenizer(processing_class: Any, options: dict[str, Any]) -> Any:

@@ -11,13 +11,13 @@ from typing import Any
 
 from huggingface_hub import metadata_load, try_to_load_from_cache
 
+from dpofast.data import PairStream
 from dpofast.errors import ConfigError
 from dpofast.model.parts import causal_lm, is_peft_model
 from dpofast.monitor.card import CARD_FILE, CardData, CardFacts
 from dpofast.monitor.guard import ReportGuard
 from dpofast.monitor.public_names import hub_id, public_name
 from dpofast.monitor.summary import hardware, versions
-from dpofast.train.dataset import RunDataset
 from dpofast.train.memory import zero_stage
 
 _LICENSE = re.compile(r"[a-z0-9][a-z0-9.-]*")
@@ -130,13 +130,13 @@ def _title(given: Any, published: str | None, folder: Any, base: str | None, lm:
     return own or f"{start}-DPO"
 
 
-def _known(trainer: Any, given: Any) -> RunDataset | None:
+def _known(trainer: Any, given: Any) -> TrainingSet | None:
     """What the run knows about a dataset; None for one that isn't prepared yet.
 
     Preparing it here would hang: the other ranks would not come.
     """
-    known = trainer.data.datasets
-    return next((each for each in known if given is each.given or given is each.pairs), None)
+    known: TrainingSet | None = trainer.data.known(given)
+    return known
 
 
 def _reference(trainer: Any) -> str:
@@ -190,6 +190,7 @@ def _described(
 
 def _own_names(given: Any) -> list[str]:
     """Where data comes from, as far as it knows itself."""
+    given = given.source if isinstance(given, PairStream) else given
     if isinstance(given, str | Path):
         return [str(given)]
     files = getattr(getattr(given, "info", None), "download_checksums", None) or {}

@@ -21,7 +21,7 @@ from dpofast.data.packing.collate import Layout
 from dpofast.data.packing.plan import StepSampler, TokenLimit
 from dpofast.data.packing.step_dataset import StepDataset, token_limit
 from dpofast.errors import DataError
-from dpofast.model.context import context_of, refuse_longer
+from dpofast.model.context import Context, context_of, refuse_longer
 from dpofast.model.vocabulary import refuse_unknown_ids, vocabulary_of
 from dpofast.options.config import DPOConfig
 from dpofast.progress import bars_as_lines
@@ -49,6 +49,7 @@ class RunDataset:
         token_limit: lengths of the pairs in a packed row, and the row's token limit; None until
             they are measured, and where rows are padded.
         plan: this rank's training steps; None until they are planned.
+        is_window: whether the pairs are a part of a stream, of which there are more.
     """
 
     name: str
@@ -60,6 +61,7 @@ class RunDataset:
     scored_by: str | None = None
     token_limit: TokenLimit | None = None
     plan: StepSampler | None = None
+    is_window: bool = False
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -83,6 +85,14 @@ class RunDataset:
         else:
             self.token_limit = replace(self.token_limit, max_tokens=row_tokens)
 
+    def resume(self, recorded: Any) -> int:
+        """The step from which a resumed run reads the dataset: any step is read as fast."""
+        return 0
+
+    def has_more(self, step: int) -> bool:
+        """Whether answers are left to be scored while the run trains."""
+        return False
+
     def step_dataset(self, layout: Layout) -> StepDataset:
         """The scored pairs, indexed by planned steps."""
         assert self.ref_logps is not None, "the dataset is scored first"
@@ -99,7 +109,8 @@ class PairPreparer:
         columns, roles: arguments of `load_preferences`, the same for all datasets.
 
     Attributes:
-        datasets: all datasets prepared so far, in the order of their preparation.
+        datasets: all datasets prepared so far, in the order of their preparation: RunDataset, and
+            RunStream for a training set that is a stream.
     """
 
     def __init__(
@@ -116,7 +127,8 @@ class PairPreparer:
         self._vocabularies = dict.fromkeys(map(vocabulary_of, given))
         found = map(context_of, given)
         self._contexts = dict.fromkeys(context for context in found if context is not None)
-        self.datasets: list[RunDataset] = []
+        self._warned: set[Context] = set()  # that pairs of a stream have exceeded
+        self.datasets: list[Any] = []
 
     def prepare(self, dataset: Any, name: str) -> RunDataset:
         """Tokenise a dataset, unless the run has it already.
@@ -132,10 +144,10 @@ class PairPreparer:
         """
         if isinstance(dataset, RunDataset):
             return dataset
-        for known in self.datasets:
-            if dataset is known.given or dataset is known.pairs:
-                return known
-        name = self._free_name(name)
+        known = self.known(dataset)
+        if known is not None:
+            return known
+        name = self.free_name(name)
         config = self.config
         # All other ranks wait for rank 0, and then find what it has downloaded.
         with bars_as_lines(), config.main_process_first(local=False, desc=f"tokenising {name}"):
@@ -148,7 +160,8 @@ class PairPreparer:
                 name=name,
             )
             sources = rows_by_source(pairs)
-            self._say_untemplated(pairs, name)
+            is_text = pairs.features.get("prompt") == datasets.Value("string")
+            self.say_untemplated(is_text, name)
             pairs, report = tokenize_preferences(
                 pairs,
                 self.tokenizer,
@@ -159,14 +172,24 @@ class PairPreparer:
                 name=name,
             )
         prepared = RunDataset(name, dataset, pairs, report, sources)
-        _refuse_cut_scores(prepared)
-        refuse_unknown_ids(pairs, name, self._vocabularies)
-        refuse_longer(pairs, name, self._contexts)
+        self.check(prepared)
         self.datasets.append(prepared)
         if config.should_log:
-            for line in report.lines():
-                logger.info("%s", line)
+            log_report(report)
         return prepared
+
+    def check(self, dataset: RunDataset) -> None:
+        """Refuse pairs that a model of the run can't run.
+
+        Raises:
+            DataError: there is such a pair; names its row.
+        """
+        _refuse_cut_scores(dataset)
+        refuse_unknown_ids(dataset.pairs, dataset.name, self._vocabularies)
+        contexts = self._contexts.keys() - (self._warned if dataset.is_window else set())
+        warned = refuse_longer(dataset.pairs, dataset.name, contexts)
+        if dataset.is_window:  # one warning is enough for a stream
+            self._warned.update(warned)
 
     def prepare_sets(self, given: Any, name: str) -> Any:
         """One RunDataset, or a dict of them for a dict of named datasets; None stays None."""
@@ -176,9 +199,13 @@ class PairPreparer:
             return self.prepare(given, name)
         return {key: self.prepare(dataset, f"{name}_{key}") for key, dataset in given.items()}
 
-    def _say_untemplated(self, pairs: datasets.Dataset, name: str) -> None:
+    def known(self, dataset: Any) -> Any:
+        """The dataset of the run that was made of this object; None for an object of the user's."""
+        found = (each for each in self.datasets if dataset is each.given or dataset is each.pairs)
+        return next(found, None)
+
+    def say_untemplated(self, is_text: bool, name: str) -> None:
         """Log that text goes to a chat model as it is, which may not be what was meant."""
-        is_text = pairs.features.get("prompt") == datasets.Value("string")
         if is_text and getattr(self.tokenizer, "chat_template", None) and self.config.should_log:
             logger.info(
                 "%s: the pairs are text, so they are tokenised as they are, without the "
@@ -187,10 +214,17 @@ class PairPreparer:
                 name,
             )
 
-    def _free_name(self, name: str) -> str:
+    def free_name(self, name: str) -> str:
+        """The name, with a number if another dataset of the run has it already."""
         taken = {dataset.name for dataset in self.datasets}
         names = [name, *(f"{name}_{number}" for number in range(2, len(taken) + 3))]
         return next(free for free in names if free not in taken)
+
+
+def log_report(report: PreparationReport) -> None:
+    """Log what became of a dataset's pairs."""
+    for line in report.lines():
+        logger.info("%s", line)
 
 
 def pairs_of(prepared: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Keeps what an adapter began with, where switching it off doesn't give the reference."""
+"""Keeps the trained weights that a policy began with, which made it the reference."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from dpofast.zero.weights import spread
 
 
 class FirstWeights:
-    """The trained weights of a PeftModel as they were before step 1, on the CPU.
+    """The trained weights of a policy as they were before step 1, on the CPU.
 
     Args:
-        model: the PeftModel, before step 1.
+        model: the policy, before step 1.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -40,10 +40,16 @@ class FirstWeights:
             return None
         return cls(model)
 
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the weights that are kept."""
+        return sum(value.nbytes for _, value in self.kept)
+
     @contextlib.contextmanager
     def put_back(self) -> Iterator[None]:
         """Inside the `with` block, the model has the weights that it had before step 1."""
-        now = [(parameter, parameter.detach().clone()) for parameter, _ in self.kept]
+        # On the CPU, as a device that trains has no room for the weights twice.
+        now = [(parameter, parameter.detach().to("cpu", copy=True)) for parameter, _ in self.kept]
         try:
             _copy(self.kept)
             yield

@@ -19,6 +19,7 @@ from dpofast.reference.identity.description import ReferenceIdentity
 from dpofast.reference.identity.readable import differences
 from dpofast.train.first_weights import FirstWeights
 from dpofast.train.origin import Origin
+from dpofast.zero.weights import spread
 
 logger = logging.getLogger(__name__)
 
@@ -29,8 +30,9 @@ class FormerPolicy:
     """Finds a model that equals the policy before step 1, by its identity.
 
     It is the model below an adapter, if that was fresh when training began and only the adapter is
-    trained. With any other adapter, it is the policy with the trained weights that it began with.
-    Without an adapter, or in a resumed run, the model is loaded again from where it came.
+    trained. With any other adapter, and where answers are scored while the policy is trained, it is
+    the policy with the trained weights that it began with, which are kept on the CPU. Otherwise, in
+    a resumed run and under ZeRO-3 the model is loaded again from where it came.
 
     Args:
         policy: the model that is trained.
@@ -39,6 +41,10 @@ class FormerPolicy:
         prepare: makes a model that was just loaded ready to be identified and scored.
         check: runs the start-up checks on a model; raises DPOFastError.
         exchange: exchanges objects between all ranks of the run.
+
+    Attributes:
+        is_needed: answers are scored while the policy is trained. Then a model that was found once
+            is kept, and not identified again.
     """
 
     def __init__(
@@ -54,12 +60,21 @@ class FormerPolicy:
         self.policy, self.origin = policy, origin
         self.identify, self.prepare, self.check = identify, prepare, check
         self.exchange = exchange
+        self.is_needed = False
         self._first_weights: FirstWeights | None = None
+        self._enter_found: Callable[[contextlib.ExitStack], nn.Module] | None = None
 
     def remember(self, identity: ReferenceIdentity) -> None:
         """Keep what is needed of the policy, which is the reference and about to be trained."""
         if is_peft_model(self.policy):
             self._first_weights = FirstWeights.of(self.policy, identity)
+        elif self.is_needed and not spread(self.policy.parameters()):
+            self._first_weights = FirstWeights(self.policy)
+            logger.info(
+                "The policy's first weights are kept in the memory of the CPU (%.1f GB on each "
+                "rank), to score rows that are read later.",
+                self._first_weights.num_bytes / 1e9,
+            )
 
     def find(
         self, identity: ReferenceIdentity, stack: contextlib.ExitStack
@@ -73,19 +88,34 @@ class FormerPolicy:
         Returns:
             The model, or None; and the reasons why there is none, as the rest of a sentence.
         """
+        if self._enter_found is not None:
+            return self._enter_found(stack), ""
         reasons = []
-        if is_peft_model(self.policy):
-            reason = self._undo_adapter(identity, stack)
+        if is_peft_model(self.policy) or self._first_weights is not None:
+            reason = self._undo_training(identity, stack)
             if reason is None:
+                if self.is_needed:
+                    self._enter_found = self._enter_first
                 return self.policy, ""
             reasons.append(reason)
         model, reason = self._load_again(identity)
         if model is not None:
             logger.info("The reference was loaded again from %s.", self.origin.name)
+            if self.is_needed:
+                self._enter_found = partial(_enter_loaded, model)
+                return self._enter_found(stack), ""
             return model, ""
         return None, "; ".join([*reasons, reason])
 
-    def _undo_adapter(self, identity: ReferenceIdentity, stack: contextlib.ExitStack) -> str | None:
+    def _enter_first(self, stack: contextlib.ExitStack) -> nn.Module:
+        """Turn the policy into what it was before step 1, until `stack` ends."""
+        first = self._first_weights
+        stack.enter_context(adapter_off(self.policy) if first is None else first.put_back())
+        return self.policy
+
+    def _undo_training(
+        self, identity: ReferenceIdentity, stack: contextlib.ExitStack
+    ) -> str | None:
         """Turn the policy into the reference until `stack` ends, if that is possible.
 
         Returns:
@@ -93,7 +123,7 @@ class FormerPolicy:
         """
         first = self._first_weights
         with contextlib.ExitStack() as attempt:
-            attempt.enter_context(adapter_off(self.policy) if first is None else first.put_back())
+            self._enter_first(attempt)
             try:
                 found = self.identify(self.policy)
             except ModelError as error:
@@ -130,6 +160,13 @@ class FormerPolicy:
             reason = reason or f"{name!r} is another model now ({_difference(identity, found)})"
             del model  # before the next one takes its memory
         return None, reason
+
+
+def _enter_loaded(model: nn.Module, stack: contextlib.ExitStack) -> nn.Module:
+    """A model that leaves the device, where training needs the memory, when `stack` ends."""
+    if not spread(model.parameters()):
+        stack.callback(model.to, "cpu")
+    return model
 
 
 @contextlib.contextmanager

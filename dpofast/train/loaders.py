@@ -6,6 +6,7 @@ import copy
 import logging
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,9 +16,12 @@ from dpofast.data.packing.batch import StepBatch
 from dpofast.data.packing.collate import Layout
 from dpofast.data.packing.plan import BatchShape, StepSampler
 from dpofast.options.config import DPOConfig
-from dpofast.train.dataset import RunDataset
+from dpofast.train.dataset import RunDataset, log_report
 from dpofast.train.reference import RunReference
 from dpofast.train.sampler import train_sampler
+from dpofast.train.stream import RunStream, Window
+from dpofast.train.stream_steps import StepNumbers, StreamSteps
+from dpofast.train.training_set import TrainingSet
 
 logger = logging.getLogger(__name__)
 
@@ -92,16 +96,58 @@ class StepLoaders:
         by_pairs = self.config.precompute_ref_batch_size is not None
         self.reference.score(dataset, None if by_pairs else self.row_tokens, rescore)
 
-    def plan(self, dataset: RunDataset) -> None:
-        """Plan this rank's training steps, and log how well they are packed."""
+    def score_all(self, train_set: TrainingSet, rescore: bool = False) -> None:
+        """Give a training set its reference log-probs; of a stream, the pairs of all its steps.
+
+        A stream that begins again has given all its pairs. So far as they are not in the store,
+        they are scored now, a window at a time.
+        """
+        if not isinstance(train_set, RunStream):
+            self.score(train_set, rescore)
+            return
+        for window in train_set.first_pass():
+            self.score(window.dataset, rescore)
+        if self.config.should_log:
+            log_report(train_set.report)
+
+    def begin(self, train_set: TrainingSet, first_step: int = 0) -> None:
+        """Score a training set and plan its steps; of a stream, those of the first window.
+
+        Args:
+            train_set: the training set.
+            first_step: the step from which the run goes on; only a stream is read from there.
+        """
+        if isinstance(train_set, RunStream):
+            self._make_ready(train_set, train_set.window(first_step))
+        else:
+            self.score(train_set)
+            self.plan(train_set)
+
+    def plan(self, dataset: RunDataset, quietly: bool = False) -> None:
+        """Plan this rank's training steps, and log how well they are packed, unless `quietly`."""
         dataset.measure_lengths(self.layout, self.row_tokens)
-        plan = dataset.plan = train_sampler(self.config, len(dataset), dataset.token_limit)
+        plan = train_sampler(
+            self.config, len(dataset), dataset.token_limit, in_order=dataset.is_window
+        )
+        dataset.plan = plan
+        if quietly:
+            return
         figures = plan.figures()  # None where rows are padded
         packing = "each sequence in a row of its own" if figures is None else plan.describe(figures)
         logger.info("Layout: %s; %s.", self.layout.name, packing)
 
-    def training(self, dataset: RunDataset) -> StepLoader:
-        """A loader of the training steps of a dataset that is scored and planned."""
+    def training(self, dataset: TrainingSet) -> DataLoader[StepBatch]:
+        """A loader of the training steps of a dataset that is scored and planned.
+
+        The windows of a stream are scored and planned when their first step is asked for.
+        """
+        if isinstance(dataset, RunStream):
+            steps = StreamSteps(dataset, partial(self._make_ready, dataset), self.layout)
+            numbers = StepNumbers(dataset.num_steps)
+            # Worker processes would each read the stream, and can't score.
+            return DataLoader(
+                steps, batch_sampler=numbers, collate_fn=whole_step, pin_memory=self._pins
+            )
         assert dataset.plan is not None, "the steps are planned first"
         # The loader gets a copy, because it sets the epoch of its plan.
         return self._loader(dataset, copy.copy(dataset.plan))
@@ -114,6 +160,19 @@ class StepLoaders:
         rank, limit = config.process_index, dataset.token_limit
         return self._loader(dataset, StepSampler(len(dataset), shape, rank, seed=None, limit=limit))
 
+    def _make_ready(self, stream: RunStream, window: Window) -> None:
+        """Score and plan a window, unless it is ready; the first one is logged and reported."""
+        dataset = window.dataset
+        if dataset.plan is not None:
+            return
+        self.score(dataset)
+        self.plan(dataset, quietly=stream.plan is not None)
+        stream.plan = stream.plan or dataset.plan
+
+    @property
+    def _pins(self) -> bool:
+        return bool(self.config.dataloader_pin_memory and torch.cuda.is_available())
+
     def _loader(self, dataset: RunDataset, plan: StepSampler) -> StepLoader:
         config = self.config
         workers = config.dataloader_num_workers
@@ -122,7 +181,7 @@ class StepLoaders:
             batch_sampler=plan,
             collate_fn=whole_step,
             num_workers=workers,
-            pin_memory=config.dataloader_pin_memory and torch.cuda.is_available(),
+            pin_memory=self._pins,
             persistent_workers=workers > 0 and config.dataloader_persistent_workers,
             prefetch_factor=config.dataloader_prefetch_factor if workers else None,
         )

@@ -7,12 +7,11 @@ import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, gather_object
+from accelerate.utils import DistributedType
 from torch import nn
 
 from dpofast.columns import REF_COLUMNS
@@ -36,6 +35,7 @@ from dpofast.reference.identity.model import current_identity, model_identity
 from dpofast.reference.store.row_detail import RowDetail
 from dpofast.train.checkpoint.run_state import RunState
 from dpofast.train.dataset import RunDataset
+from dpofast.train.exchange import exchange
 from dpofast.train.former_policy import FormerPolicy
 from dpofast.train.origin import Origin
 from dpofast.train.run_store import RunStore, Scoring
@@ -98,7 +98,7 @@ class RunReference:
             identify=self._identify,
             prepare=self._prepare,
             check=self._check,
-            exchange=_exchange,
+            exchange=exchange,
         )
         for model in self._models():
             self._prepare(model)
@@ -170,10 +170,16 @@ class RunReference:
             return not self.is_gone
         return self._identify(self.policy).digest == self.identity.digest
 
-    def policy_moves(self) -> None:
-        """Note that the policy is about to be trained: it can't be the reference any more."""
-        if self.ref_model is None and not self.is_gone:
-            self._former.remember(self.identity)
+    def policy_moves(self, is_needed: bool = False) -> None:
+        """Note that the policy is about to be trained: it can't be the reference any more.
+
+        Args:
+            is_needed: answers will be scored while it is trained, as those of a stream are.
+        """
+        if self.ref_model is None:
+            self._former.is_needed = is_needed
+            if not self.is_gone:
+                self._former.remember(self.identity)
             self.is_gone = True
 
     def run_state(self, kept: bool, row_tokens: int | None) -> RunState:
@@ -281,12 +287,12 @@ class RunReference:
                 self.ref_model.to(self._home)  # its place on the device is free for training again
             return logps
         # Ranks can see different rows, but must look for the reference together.
-        if not any(_exchange(self.store.num_missing(answers))):
-            return self.store.read(answers, dataset.name)
+        if not any(exchange(self.store.num_missing(answers))):
+            return self.store.read(answers, dataset.name, goes_on=dataset.is_window)
         with contextlib.ExitStack() as stack:
             model, reasons = self._former.find(self.identity, stack)
             if model is None:
-                return self.store.read(answers, dataset.name, reasons)
+                return self.store.read(answers, dataset.name, reasons, dataset.is_window)
             return self._filled(model, dataset, answers, row_tokens, rescore=False)
 
     def _filled(
@@ -302,10 +308,10 @@ class RunReference:
             partial(self._score, model),
             self._batches(model, row_tokens),
             self._sum_over_ranks,
-            _exchange if spread(model.parameters()) else None,
+            exchange if spread(model.parameters()) else None,
         )
         with in_blocks(model):
-            return self.store.fill(answers, dataset.name, scoring, rescore)
+            return self.store.fill(answers, dataset.name, scoring, rescore, dataset.is_window)
 
     def _own_logps(self, dataset: RunDataset) -> np.ndarray:
         """The reference log-probs in the dataset's own columns: [n, 2] fp64.
@@ -387,12 +393,6 @@ class RunReference:
     def _sum_over_ranks(self, counts: list[int]) -> list[int]:
         vector = torch.tensor(counts, device=self.accelerator.device)
         return self.accelerator.reduce(vector, reduction="sum").tolist()
-
-
-def _exchange(item: Any) -> list[Any]:
-    """Take an object from each rank, and return the objects of all ranks in rank order."""
-    items: list[Any] = gather_object([item])
-    return items
 
 
 def _is_placed(model: nn.Module) -> bool:

@@ -17,8 +17,9 @@ from dpofast.monitor.plots import PLOT_FILE, plot_run
 from dpofast.monitor.public_names import public_name
 from dpofast.monitor.summary import SUMMARY_FILE
 from dpofast.monitor.throughput import Throughput
-from dpofast.train.dataset import PairPreparer
+from dpofast.train.dataset import PairPreparer, log_report
 from dpofast.train.loaders import StepLoaders
+from dpofast.train.stream import RunStream
 from dpofast.train.summary import run_summary, write_summary
 from dpofast.train.whole_steps import TakesWholeSteps
 from dpofast_kernels import PairLoss
@@ -93,6 +94,9 @@ class ReportsRun(TakesWholeSteps, Trainer):
         """
         folder = Path(self.args.output_dir)
         guard = ReportGuard()
+        for stream in self.data.datasets:
+            if isinstance(stream, RunStream):
+                log_report(stream.report)
         with guard(SUMMARY_FILE):
             write_summary(
                 folder,

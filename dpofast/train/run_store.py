@@ -88,7 +88,12 @@ class RunStore:
         return self._namespace
 
     def fill(
-        self, answers: PairAnswers, name: str, scoring: Scoring, rescore: bool = False
+        self,
+        answers: PairAnswers,
+        name: str,
+        scoring: Scoring,
+        rescore: bool = False,
+        goes_on: bool = False,
     ) -> np.ndarray:
         """Score the answers that are missing, and read all of them.
 
@@ -99,6 +104,8 @@ class RunStore:
             rescore: score answers again if the store has less detail than this run asks for.
                 Training needs only the sums, so any stored row is enough for it. `dpofast ref
                 build` sets this.
+            goes_on: the dataset is a stream, of which these are the next answers. Its report covers
+                all of them, and only the first are worth a line in the log.
 
         Returns:
             [n, 2] fp64, summed log-probs of chosen and rejected of each pair, in nats.
@@ -112,12 +119,15 @@ class RunStore:
             scoring.scorer,
             batches=scoring.batches,
             ranks=self.ranks,
-            options=BuildOptions(detail=self.detail, rescore=rescore),
+            options=BuildOptions(
+                detail=self.detail, rescore=rescore, progress=not (goes_on and name in self.reports)
+            ),
             description=f"reference log-probs ({name})",
             exchange=scoring.exchange,
         )
         scored, passes = scoring.sum_over_ranks([report.rows_scored, report.forward_passes])
-        self.reports[name] = replace(report, rows_scored=scored, forward_passes=passes)
+        report = replace(report, rows_scored=scored, forward_passes=passes)
+        self._note(report, name, goes_on)
         return reference_logps(self.namespace, answers)
 
     def num_missing(self, answers: PairAnswers) -> int:
@@ -125,13 +135,16 @@ class RunStore:
         self.namespace.refresh()
         return int((~self.namespace.contains(answers.keys[answers.first])).sum())
 
-    def read(self, answers: PairAnswers, name: str, why_gone: str = "") -> np.ndarray:
+    def read(
+        self, answers: PairAnswers, name: str, why_gone: str = "", goes_on: bool = False
+    ) -> np.ndarray:
         """Read the log-probs of a dataset's answers without a reference that could be run.
 
         Args:
             answers: answers of the dataset.
             name: dataset name, used in reports.
             why_gone: why the reference can't be run, for the message; the rest of a sentence.
+            goes_on: as in `fill`.
 
         Returns:
             [n, 2] fp64, summed log-probs of chosen and rejected of each pair, in nats.
@@ -149,19 +162,25 @@ class RunStore:
                 "dataset to the trainer before training, or pass that model as ref_model."
             ) from error
         needed = len(answers.first)
-        self.reports[name] = ReferenceReport(needed, needed, 0, 0, 0.0)
+        self._note(ReferenceReport(needed, needed, 0, 0, 0.0), name, goes_on)
         return logps
+
+    def _note(self, report: ReferenceReport, name: str, goes_on: bool) -> None:
+        """Keep the report of a dataset, or add to that of a stream."""
+        before = self.reports.get(name)
+        self.reports[name] = _sum([before, report]) if goes_on and before else report
 
     def totals(self) -> ReferenceReport | None:
         """The reports of all datasets added up; None before the first."""
-        reports = list(self.reports.values())
-        if not reports:
-            return None
-        return replace(
-            reports[0],
-            rows_needed=sum(report.rows_needed for report in reports),
-            rows_found=sum(report.rows_found for report in reports),
-            rows_scored=sum(report.rows_scored for report in reports),
-            forward_passes=sum(report.forward_passes for report in reports),
-            seconds=sum(report.seconds for report in reports),
-        )
+        return _sum(list(self.reports.values())) if self.reports else None
+
+
+def _sum(reports: list[ReferenceReport]) -> ReferenceReport:
+    return replace(
+        reports[0],
+        rows_needed=sum(report.rows_needed for report in reports),
+        rows_found=sum(report.rows_found for report in reports),
+        rows_scored=sum(report.rows_scored for report in reports),
+        forward_passes=sum(report.forward_passes for report in reports),
+        seconds=sum(report.seconds for report in reports),
+    )

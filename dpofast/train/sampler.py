@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import NoReturn
 
 from dpofast.data.packing.plan import BatchShape, StepSampler, TokenLimit
 from dpofast.errors import ConfigError
@@ -14,6 +15,8 @@ def train_sampler(
     num_pairs: int,
     limit: TokenLimit | None,
     rank: tuple[int, int] | None = None,
+    *,
+    in_order: bool = False,
 ) -> StepSampler:
     """A sampler of one rank's training steps.
 
@@ -22,13 +25,14 @@ def train_sampler(
         num_pairs: number of pairs in the training set.
         limit: lengths and token limit by which rows are packed; None where rows are padded.
         rank: (rank, world size) to sample for; by default those of this process.
+        in_order: keep the order of the pairs, whatever the options say.
     """
     number, world_size = rank or (config.process_index, config.world_size)
     shape = BatchShape(
         config.per_device_train_batch_size, config.gradient_accumulation_steps, world_size
     )
     seed = config.seed if config.data_seed is None else config.data_seed
-    is_random = config.train_sampling_strategy == "random"
+    is_random = config.train_sampling_strategy == "random" and not in_order
     drop_last = config.dataloader_drop_last
     return StepSampler(num_pairs, shape, number, seed if is_random else None, drop_last, limit)
 
@@ -44,11 +48,15 @@ def planned_steps(config: DPOConfig, epoch: StepSampler) -> int:
         ConfigError: there is no step to train.
     """
     if not len(epoch):
-        raise ConfigError(
-            f"dataloader_drop_last: the {epoch.num_pairs} pairs don't fill one step of "
-            f"{epoch.shape.pairs_per_step}, so none would be trained; leave it out, or make steps "
-            "smaller."
-        )
+        refuse_no_step(epoch.num_pairs, epoch.shape.pairs_per_step)
     if config.max_steps > 0:
         return int(config.max_steps)
     return math.ceil(config.num_train_epochs * len(epoch))
+
+
+def refuse_no_step(num_pairs: int, pairs_per_step: int) -> NoReturn:
+    """Raise ConfigError: dataloader_drop_last leaves out all pairs."""
+    raise ConfigError(
+        f"dataloader_drop_last: the {num_pairs} pairs don't fill one step of {pairs_per_step}, so "
+        "none would be trained; leave it out, or make steps smaller."
+    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from dpofast.options.config import DPOConfig
 from dpofast.train.cards import WritesCards
 from dpofast.train.reference import RunReference
 from dpofast.train.saving import check_saved
+from dpofast.train.stream import RunStream
 
 logger = logging.getLogger(__name__)
 
@@ -43,11 +45,17 @@ class SavesRun(WritesCards, Trainer):
                 raise
             logger.error("%s", error)  # in a checkpoint; the optimizer is still to be saved
 
+    def stream_state(self) -> dict[str, Any] | None:
+        """Where the next step begins in the stream of training pairs; None for other datasets."""
+        train_set = self.data.known(self.train_dataset)
+        return train_set.recorded() if isinstance(train_set, RunStream) else None
+
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self.count_tokens()
         if self.args.should_save:
             folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
             kept = self.args.precompute_ref_log_probs
-            self.reference.run_state(kept, self.loaders.row_tokens).save(folder)
+            state = self.reference.run_state(kept, self.loaders.row_tokens)
+            replace(state, stream=self.stream_state()).save(folder)
             self.write_card(self.args.output_dir)  # which hub_strategy may upload at once
         super()._save_checkpoint(model, trial)

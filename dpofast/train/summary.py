@@ -13,9 +13,10 @@ from dpofast.data.packing.plan import StepSampler
 from dpofast.monitor.guard import ReportGuard
 from dpofast.monitor.summary import SUMMARY_FILE, environment, last_evaluation, write_json
 from dpofast.options.config import DPOConfig
-from dpofast.train.dataset import RunDataset
 from dpofast.train.loaders import StepLoaders, packing_summary
 from dpofast.train.reference import RunReference
+from dpofast.train.stream import RunStream
+from dpofast.train.training_set import TrainingSet
 from dpofast_kernels import PairLoss
 
 
@@ -37,7 +38,7 @@ def reference_summary(reference: RunReference) -> dict[str, Any]:
 def run_summary(
     config: DPOConfig,
     loaders: StepLoaders,
-    datasets: Sequence[RunDataset],
+    datasets: Sequence[TrainingSet],
     plan: StepSampler | None,
     loss: PairLoss,
     mixed_precision: str,
@@ -75,9 +76,11 @@ def run_summary(
     return facts
 
 
-def _data_summary(dataset: RunDataset) -> dict[str, Any]:
-    """A dataset's report; for a mixture also the number of pairs that were read of each dataset."""
+def _data_summary(dataset: TrainingSet) -> dict[str, Any]:
+    """A dataset's report; of a mixture also the pairs of each dataset, of a stream its progress."""
     report = dataset.report.as_dict()
+    if isinstance(dataset, RunStream):
+        return {**report, "stream": dataset.progress}
     return {**report, "sources": dataset.sources} if dataset.sources else report
 
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import copy
-import difflib
 import json
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from dpofast.errors import ConfigError
+from dpofast.spelling import nearest_name
 
 NAMES = ("zero1", "zero2", "zero3", "zero2_offload", "zero3_offload")
 BATCH_FIELDS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
@@ -111,8 +111,8 @@ def _no_such(name: str) -> str:
     known = ", ".join(NAMES)
     if Path(name).suffix or Path(name).name != name:
         return f"deepspeed: there is no file {name!r}; name a JSON file, or one of {known}."
-    nearest = difflib.get_close_matches(name.lower(), NAMES, n=1)
-    hint = f"did you mean {nearest[0]!r}? Else name" if nearest else "name"
+    nearest = nearest_name(name, NAMES)
+    hint = f"did you mean {nearest!r}? Else name" if nearest else "name"
     return f"deepspeed: there is no {name!r}; {hint} a JSON file, or one of {known}."
 
 

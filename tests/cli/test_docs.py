@@ -10,6 +10,7 @@ from transformers import TrainingArguments
 
 from dpofast import DPOConfig
 from dpofast.cli.script_options import ALIASES, ScriptOptions
+from dpofast.options.trl_fields import RULES
 
 PAGE = (Path(__file__).parents[2] / "docs" / "configuration.md").read_text(encoding="utf-8")
 
@@ -22,9 +23,15 @@ def names_in_tables() -> set[str]:
 
 def test_every_own_option_is_documented() -> None:
     inherited = {item.name for item in fields(TrainingArguments)}
-    own = {item.name for item in fields(DPOConfig)} - inherited
+    own = {item.name for item in fields(DPOConfig)} - inherited - set(RULES)
     own |= {item.name for item in fields(ScriptOptions)}
     assert own <= names_in_tables()
+
+
+def test_options_that_are_only_taken_or_refused_are_listed_but_stay_out_of_the_tables() -> None:
+    section = PAGE.split("### Options that only TRL has")[1].split("\n### ")[0]
+    assert set(RULES) <= set(re.findall(r"`(\w+)`", section))
+    assert not set(RULES) & names_in_tables()
 
 
 def test_every_documented_option_exists() -> None:

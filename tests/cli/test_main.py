@@ -11,6 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from dpofast.cli import main
 from dpofast.demo.model import make_tokenizer
@@ -217,7 +221,7 @@ def test_resuming_takes_true(
         ("--lora_r=4", "use_peft"),
         ("--output_dir=pairs.json", "output_dir"),
         ("--loss_type=dpo", "command line: loss_type: Unknown loss"),
-        ("--num_train_epochs=0", "num_train_epochs"),
+        ("--num_train_epochs=-1", "num_train_epochs"),
         ("--report_to=tensorbord", "report_to"),
         ("--attn_implementation=flash_attention_2", "can't be loaded"),
     ],
@@ -244,3 +248,30 @@ def test_a_truncated_model_file_is_named(
     weights = broken / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
     assert "can't be loaded" in error_of(capsys, run_arguments(tmp_path, broken))
+
+
+@pytest.mark.parametrize("option", ["model_name_or_path", "ref_model_name_or_path"])
+def test_pickled_weights_are_refused_before_the_data_is_read(
+    tmp_path: Path, model_folder: Path, capsys: pytest.CaptureFixture[str], option: str
+) -> None:
+    pickled = tmp_path / "pickled"
+    shutil.copytree(model_folder, pickled)
+    (pickled / "model.safetensors").rename(pickled / "pytorch_model.bin")
+    arguments = run_arguments(tmp_path, model_folder, f"--ref_model_name_or_path={model_folder}")
+    kept = [part for part in arguments if not part.startswith(f"--{option}=")]
+    arguments = [*kept, f"--{option}={pickled}"]
+    (tmp_path / "pairs.json").unlink()
+    sentence = error_of(capsys, arguments)
+    assert f"{str(pickled)!r} has its weights as pytorch_model.bin" in sentence
+    assert "python -c 'from transformers import" in sentence
+
+
+def test_an_adapter_may_be_pickled(tmp_path: Path, model_folder: Path) -> None:
+    base = AutoModelForCausalLM.from_pretrained(model_folder)
+    folder = tmp_path / "adapter"
+    get_peft_model(base, LoraConfig(task_type="CAUSAL_LM")).save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    weights = folder / "adapter_model.safetensors"
+    torch.save(load_file(weights), folder / "adapter_model.bin")
+    weights.unlink()
+    assert main(run_arguments(tmp_path, folder)) == 0

@@ -76,6 +76,7 @@ def test_the_reason_why_a_model_is_padded_is_named(family, caplog):
         "llama4": "its layers of type chunked_attention",
         "lfm2": "its layers of type conv",
         "minimax": "its layers of type linear_attention",
+        "nemotron_h": "its layers of type linear_attention, moe",
         "nemotron": "its layers don't hand on to attention what it needs to know",
         "doge": "its attention is told what to look at by a mask alone",
         "gpt_neo": "its attention is told what to look at by a mask alone",

@@ -53,7 +53,8 @@ def test_zero3_saves_whole_models_unless_told_not_to(kept):
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        ("zero4", "there is no 'zero4'; did you mean 'zero3'"),
+        ("zero4", "there is no 'zero4'; name a JSON file, or one of"),
+        ("zero3_ofload", "did you mean 'zero3_offload'"),
         ("ZeRO-2", "did you mean 'zero2'"),
         ("stage", "name a JSON file, or one of zero1, zero2"),
         ("missing/ds.json", "there is no file 'missing/ds.json'"),

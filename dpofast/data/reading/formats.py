@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -38,6 +37,7 @@ from dpofast.data.reading.tokenised import (
     read_tokenised,
 )
 from dpofast.data.reading.written import Written, is_messages, messages_in
+from dpofast.spelling import nearest_name
 
 # Columns that some format reads.
 COLUMNS = (
@@ -50,6 +50,14 @@ COLUMNS = (
     *MEDIA_COLUMNS,
     *REF_COLUMNS,
     "row",
+)
+
+# Words beside "chosen" in the name of a column that holds the chosen answers themselves.
+_ANSWER_WORDS = frozenset(
+    (
+        *("answer", "completion", "content", "conversation", "message", "messages", "output"),
+        *("reply", "response", "summary", "text"),
+    )
 )
 
 
@@ -235,9 +243,20 @@ def _require_answers(row: Row, found: Sequence[str]) -> None:
     for column in ("chosen", "rejected"):
         if column in row:
             continue
-        near = difflib.get_close_matches(column, [str(name) for name in found], n=1)
-        example = near[0] if near else "your_column"
+        example = _likely_column(column, [str(name) for name in found]) or "your_column"
         raise RowError(
             f"there is no column {column!r} (found: {', '.join(map(str, found)) or 'none'}); name "
             f"it with {naming('columns', {column: example})} or add it"
         )
+
+
+def _likely_column(column: str, found: Sequence[str]) -> str | None:
+    """The column that probably holds these answers: not their rewards, models or lengths."""
+    spelt = nearest_name(column, found)
+    named = (
+        name
+        for name in found
+        if column in (words := name.lower().split("_"))
+        and _ANSWER_WORDS.issuperset({*words} - {column})
+    )
+    return spelt or next(named, None)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import datasets
@@ -14,6 +14,7 @@ from dpofast.data.reading.normal_form import is_normal_form, normal_form, source
 from dpofast.data.reading.sources import read_records
 from dpofast.data.reading.table import TableBuilder
 from dpofast.errors import ConfigError
+from dpofast.spelling import nearest_name
 
 
 def load_preferences(
@@ -31,7 +32,8 @@ def load_preferences(
 
     Args:
         source: path of a json, jsonl, parquet, arrow or csv file, or of a folder of such files; a
-            hub name; a datasets.Dataset or DatasetDict; a list of dicts.
+            hub name; a datasets.Dataset or DatasetDict; a list of dicts; an IterableDataset of
+            `datasets` or PyTorch, which is read to its end.
         columns: column name here -> column name in the source.
         split: split of a hub dataset, a DatasetDict or a folder; a single file has only one.
         strict: refuse pairs whose answers are identical or empty. By default, identical answers are
@@ -56,7 +58,7 @@ def load_preferences(
     again = is_normal_form(source)
     if again and not columns and not roles and not strict:
         return source
-    mapping = _check_columns(columns or {})
+    mapping = check_columns(columns or {})
     builder = TableBuilder(strict, skip_bad_rows, mapping, roles or {}, again)
     records = read_records(source, split=split, name=name, config_name=config_name)
     table = builder.build(records, name or _name_of(source))
@@ -65,10 +67,11 @@ def load_preferences(
 
 
 def _name_of(source: Any) -> str:
-    return str(source) if not isinstance(source, datasets.Dataset | list | tuple) else "the dataset"
+    return str(source) if isinstance(source, str | Path) else "the dataset"
 
 
-def _check_columns(columns: Mapping[str, str]) -> dict[str, str]:
+def check_columns(columns: Mapping[str, str]) -> dict[str, str]:
+    """Raise ConfigError if `columns` names a column that no format has."""
     for ours, theirs in columns.items():
         if ours in COLUMNS:
             continue
@@ -77,7 +80,7 @@ def _check_columns(columns: Mapping[str, str]) -> dict[str, str]:
                 f"columns maps {ours!r} to {theirs!r}; write it the other way round: "
                 f"{{{theirs!r}: {ours!r}}}"
             )
-        near = difflib.get_close_matches(str(ours), COLUMNS, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(COLUMNS)}"
+        near = nearest_name(str(ours), COLUMNS)
+        hint = f"did you mean {near!r}?" if near else f"known are {', '.join(COLUMNS)}"
         raise ConfigError(f"columns names {ours!r}, which no format has; {hint}")
     return dict(columns)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -14,8 +13,10 @@ from datasets.exceptions import DatasetsError
 from dpofast.data.reading.arrow_rows import ArrowRows
 from dpofast.data.reading.files import READERS, data_suffix, read_file
 from dpofast.data.reading.records import BATCH_ROWS, Record, record_of
+from dpofast.data.reading.row_stream import is_stream, picked_split, stream_records
 from dpofast.data.reading.splits import same_split, split_in_name
 from dpofast.errors import DataError, one_line
+from dpofast.spelling import nearest_name
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 # JSON files that `datasets` writes next to the data.
@@ -28,7 +29,8 @@ def read_records(
     """Yield the rows of a source in order.
 
     Args:
-        source: path, hub name, datasets.Dataset or DatasetDict, or list of dicts.
+        source: path, hub name, list of dicts, datasets.Dataset or DatasetDict, or a stream, which
+            is read to its end.
         split: split to read, if the source has splits.
         name: name of a Dataset or list, used in errors; None says "dataset" or "list".
         config_name: configuration of a hub dataset.
@@ -37,13 +39,16 @@ def read_records(
     """
     if isinstance(source, str | Path):
         return _from_name(str(source), split, config_name)
-    if isinstance(source, datasets.IterableDataset | datasets.IterableDatasetDict):
+    if isinstance(source, datasets.DatasetDict | datasets.IterableDatasetDict):
+        source = picked_split(source, split, name or f"the {type(source).__name__}")
+    if is_stream(source):
+        return stream_records(source, name or "dataset")
+    if isinstance(source, Iterator):
         raise DataError(
-            f"{name or 'the dataset'} is an IterableDataset, whose length nobody knows; "
-            "load it without streaming=True"
+            f"{name or 'the data'} is a {type(source).__name__}, which can be read only once; give "
+            "a list of its rows, or datasets.IterableDataset.from_generator(the function that "
+            "makes it)"
         )
-    if isinstance(source, datasets.DatasetDict):
-        source = _pick(source, split, name or "the DatasetDict")
     if isinstance(source, datasets.Dataset):
         return _from_dataset(source, name or "dataset")
     if isinstance(source, Mapping) or not isinstance(source, Sequence):
@@ -69,14 +74,16 @@ def _from_dataset(dataset: datasets.Dataset, name: str) -> Iterator[Record]:
             row += 1
 
 
-def _pick(splits: Mapping[str, datasets.Dataset], split: str, name: str) -> datasets.Dataset:
-    if split not in splits:
-        raise DataError(
-            f"{name} has no split {split!r} (found: {', '.join(splits) or 'none'}); "
-            "name one of these (dataset_train_split and dataset_test_split on the command line, "
-            "split in load_preferences), or give that split by itself"
-        )
-    return splits[split]
+def stream_of(source: str, split: str, config_name: str | None) -> Any:
+    """A hub dataset as a stream; None if `source` is a file or folder, which is one already.
+
+    Raises:
+        DataError: there is neither.
+    """
+    if Path(source).expanduser().exists():
+        return None
+    _refuse_mistyped(source)
+    return _load_hub(source, split, config_name, streaming=True)
 
 
 def _from_name(source: str, split: str, config_name: str | None) -> Iterator[Record]:
@@ -89,30 +96,38 @@ def _from_name(source: str, split: str, config_name: str | None) -> Iterator[Rec
                 f"{path} has an ending that can't be read; expected one of {', '.join(READERS)}"
             )
         return read_file(path, split)
+    _refuse_mistyped(source)
+    return _from_dataset(_load_hub(source, split, config_name), source)
+
+
+def _refuse_mistyped(source: str) -> None:
+    """Raise DataError if `source`, which is no path here, can't be a hub name either."""
+    path = Path(source).expanduser()
     # A mistyped path must not become a request to the hub.
     is_path = source[:1] in "./~" or bool(data_suffix(path)) or "\\" in source
     if is_path or not _HUB_NAME.fullmatch(source):
         raise DataError(f"there is no file {source}{_nearest_file(path)}")
-    return _from_hub(source, split, config_name)
 
 
 def _nearest_file(path: Path) -> str:
     folder = path.parent
     if not folder.is_dir():
         return f", nor the folder {folder}; check the path"
-    near = difflib.get_close_matches(path.name, [p.name for p in folder.iterdir()], n=1)
-    return f"; did you mean {folder / near[0]}?" if near else "; check the path"
+    names = sorted(other.name for other in folder.iterdir())
+    # The same name with another ending, such as json for jsonl, is as good as a typo.
+    same = (name for name in names if Path(name).stem == path.stem)
+    near = nearest_name(path.name, names) or next(same, None)
+    return f"; did you mean {folder / near}?" if near else "; check the path"
 
 
-def _from_hub(source: str, split: str, config_name: str | None) -> Iterator[Record]:
+def _load_hub(source: str, split: str, config_name: str | None, streaming: bool = False) -> Any:
     try:
-        loaded = datasets.load_dataset(source, config_name, split=split)
+        return datasets.load_dataset(source, config_name, split=split, streaming=streaming)
     except (OSError, ValueError, RuntimeError, DatasetsError) as error:
         raise DataError(
             f"{source} is no file here, and split {split!r} of a hub dataset of that name can't be "
             f"loaded: {one_line(error)}"
         ) from None
-    return _from_dataset(loaded, source)
 
 
 def _from_folder(folder: Path, split: str) -> Iterator[Record]:
@@ -142,7 +157,7 @@ def _from_saved(folder: Path, split: str) -> Iterator[Record]:
     except (OSError, ValueError, KeyError, TypeError, DatasetsError) as error:
         raise DataError(f"the saved dataset {folder} can't be read: {error}") from None
     if isinstance(loaded, datasets.DatasetDict):
-        loaded = _pick(loaded, split, str(folder))
+        loaded = picked_split(loaded, split, str(folder))
     return _from_dataset(loaded, str(folder))
 
 

@@ -57,6 +57,7 @@ class TableBuilder:
         self._message_fields: dict[str, None] = {}  # fields of messages, in their order
         self._optional: set[str] = set()  # optional columns of the normal form that any row has
         self._nulls_left_out = False
+        self._waiting: list[Row] = []  # rows whose kind, and so whose schema, isn't known yet
 
     def build(self, records: Iterator[Record], name: str) -> pa.Table:
         """The table of all rows.
@@ -68,24 +69,48 @@ class TableBuilder:
             DataError: the source has no rows, or rows that can't be used.
         """
         batches: list[pa.RecordBatch] = []
-        waiting: list[Row] = []  # rows whose kind, and so whose schema, isn't known yet
         while chunk := list(itertools.islice(records, BATCH_ROWS)):
-            waiting += self._read_chunk(chunk)
+            self._waiting += self._read_chunk(chunk)
             if self._bad.count == self._rows_read:
                 # Hardly the fault of single rows. Reading on would only delay the error.
                 raise self._bad.error(name, self._rows_read, self.strict)
             if self._form is not None:
-                batches.append(pa.RecordBatch.from_pylist(waiting, schema=self._schema()))
-                waiting = []
+                batches.append(self._batch())
         if not self._rows_read:
             raise DataError(f"{name} holds no rows; give it at least one pair")
         if self._bad.count and not self.skip_bad_rows:
             raise self._bad.error(name, self._rows_read, self.strict)
-        if waiting:
-            batches.append(pa.RecordBatch.from_pylist(waiting, schema=self._schema()))
+        if self._waiting:
+            batches.append(self._batch())
         # Every batch has all optional columns, because a later row could need any of them.
-        table = pa.Table.from_batches(batches)
-        return table.drop_columns([c for c in OPTIONAL_TYPES if c not in self._optional])
+        return self._without_unused(pa.Table.from_batches(batches))
+
+    def start(self, row: int) -> None:
+        """Take the next row that `read` gets for this one of the source, counted from 0."""
+        self._rows_read, self._waiting, self._bad = row, [], BadRows()
+
+    def read(self, records: Sequence[Record], name: str, at_end: bool) -> pa.Table | None:
+        """The table of the next rows of a source that isn't read as a whole.
+
+        Args:
+            records: the rows; the first ones decide which form all pairs must have.
+            name: name of the source, used in errors.
+            at_end: the source has no further rows.
+        Returns:
+            The rows of the normal form, also those that waited for the first pair; None while there
+            is no pair.
+        Raises:
+            DataError: rows can't be used.
+        """
+        self._waiting += self._read_chunk(records, blanks_decide=False)
+        # A whole source is refused at this point, too, even if bad rows are to be skipped.
+        hopeless = self._rows_read >= BATCH_ROWS or at_end
+        all_are_bad = self._form is None and self._bad.count == self._rows_read > 0
+        if (self._bad.count and not self.skip_bad_rows) or (all_are_bad and hopeless):
+            raise self._bad.error(name, self._rows_read, self.strict)
+        if self._form is None and not at_end:
+            return None
+        return self._without_unused(pa.Table.from_batches([self._batch()]))
 
     def notes(self) -> SourceNotes:
         """What was seen in the source, once the table is built."""
@@ -93,14 +118,20 @@ class TableBuilder:
         fields = tuple(name for name in self._message_fields if name not in _KNOWN_FIELDS)
         return SourceNotes(unused, fields, self._nulls_left_out)
 
-    def _read_chunk(self, records: Sequence[Record]) -> list[Row]:
-        """The rows of the normal form for some rows of the source."""
+    def _read_chunk(self, records: Sequence[Record], blanks_decide: bool = True) -> list[Row]:
+        """The rows of the normal form for some rows of the source.
+
+        Args:
+            records: the rows.
+            blanks_decide: settle the form of all pairs even if all answers here are blank.
+        """
         read = [self._pairs(record) for record in records]
         if self._form is None:
             # Most of the first rows decide which form is right, not the very first row.
             pairs = [pair for each in read if isinstance(each, list) for pair in each]
             # A blank text says little about its form.
-            pairs = [pair for pair in pairs if pair.blank is None] or pairs
+            telling = [pair for pair in pairs if pair.blank is None]
+            pairs = telling or (pairs if blanks_decide else [])
             forms = Counter((pair.kind, pair.columns) for pair in pairs)
             self._form = max(forms, key=forms.__getitem__, default=None)
         rows: list[Row] = []
@@ -202,6 +233,15 @@ class TableBuilder:
             row.pop(theirs, None)
         row.update({ours: record.values[theirs] for ours, theirs in self.columns.items()})
         return row
+
+    def _batch(self) -> pa.RecordBatch:
+        """The rows that wait, which wait no longer."""
+        waiting, self._waiting = self._waiting, []
+        return pa.RecordBatch.from_pylist(waiting, schema=self._schema())
+
+    def _without_unused(self, table: pa.Table) -> pa.Table:
+        """The table without the optional columns that no row has had so far."""
+        return table.drop_columns([c for c in OPTIONAL_TYPES if c not in self._optional])
 
     def _schema(self) -> pa.Schema:
         # Without any pair, all columns are null, and only their names matter.

@@ -6,6 +6,7 @@ report is made from the table of all pairs.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -89,47 +90,85 @@ def problems(table: pa.Table) -> list[str]:
     return found
 
 
-def make_report(
-    table: pa.Table,
-    name: str,
-    limits: LengthLimits,
-    unused: Sequence[str] = (),
-    nulls_left_out: bool = False,
-) -> PreparationReport:
-    """Sum up a dataset's preparation.
+class OutcomeSums:
+    """Adds up what became of the pairs of one dataset, table by table.
 
     Args:
-        table: columns OUTCOME_FEATURES, `row` and, in mixtures, `source`; one row per pair read.
-        name: dataset name.
-        limits: the options that decided the cuts.
-        unused: what the pairs' source has but training doesn't use.
-        nulls_left_out: whether nulls in structs of Arrow were left out.
+        *tables: tables to begin with, as `add` takes them.
     """
-    columns = {name: table[name].to_numpy() for name in _NUMBERS}
-    prompt, chosen, rejected = (columns[name] for name in _LENGTH_COLUMNS)
-    prompt_cut, chosen_cut, rejected_cut = (columns[name] for name in _CUT_COLUMNS)
-    answer_cuts = np.concatenate([chosen_cut, rejected_cut])
-    is_pair = prompt > 0  # rows that were left out before they were tokenised have no lengths
-    prompt, chosen, rejected = prompt[is_pair], chosen[is_pair], rejected[is_pair]
-    answers = np.concatenate([chosen, rejected])
-    return PreparationReport(
-        name=name,
-        pairs_read=len(table),
-        pairs_kept=int(is_kept(table).sum()),
-        left_out=_left_out(table),
-        problems=tuple(problems(table)),
-        unused=tuple(unused),
-        nulls_left_out=nulls_left_out,
-        answers_cut=int(np.sum(answer_cuts > 0)),
-        prompts_cut=int(np.sum(prompt_cut > 0)),
-        tokens_cut=int(prompt_cut.sum() + answer_cuts.sum()),
-        boundary_merges=int(columns["merged"].sum()),
-        rerendered_prompts=int(columns["rerendered"].sum()),
-        limits=limits,
-        prompt_lengths=Lengths.of(prompt),
-        answer_lengths=Lengths.of(answers),
-        sequence_lengths=Lengths.of(np.concatenate([prompt, prompt]) + answers),
-    )
+
+    def __init__(self, *tables: pa.Table) -> None:
+        self._read = self._kept = 0
+        self._cuts = Counter[str]()
+        self._left_out: dict[str, list[int | str]] = {reason: [] for reason in REASONS}
+        self._problems: list[str] = []
+        self._lengths = {part: Counter[int]() for part in ("prompt", "answer", "sequence")}
+        for table in tables:
+            self.add(table)
+
+    def add(self, table: pa.Table) -> None:
+        """Add pairs.
+
+        Args:
+            table: columns OUTCOME_FEATURES, `row` and, in mixtures, `source`; one row per pair.
+        """
+        self._read += len(table)
+        self._kept += int(is_kept(table).sum())
+        self._problems += problems(table)
+        columns = {name: table[name].to_numpy() for name in _NUMBERS}
+        prompt_cut, chosen_cut, rejected_cut = (columns[name] for name in _CUT_COLUMNS)
+        answer_cuts = np.concatenate([chosen_cut, rejected_cut])
+        self._cuts["tokens"] += int(prompt_cut.sum() + answer_cuts.sum())
+        self._cuts["answers"] += int(np.sum(answer_cuts > 0))
+        self._cuts["prompts"] += int(np.sum(prompt_cut > 0))
+        for name in ("merged", "rerendered"):
+            self._cuts[name] += int(columns[name].sum())
+        prompt, chosen, rejected = (columns[name] for name in _LENGTH_COLUMNS)
+        is_pair = prompt > 0  # rows that were left out before they were tokenised have no lengths
+        prompt, chosen, rejected = prompt[is_pair], chosen[is_pair], rejected[is_pair]
+        answers = np.concatenate([chosen, rejected])
+        sequences = np.concatenate([prompt, prompt]) + answers
+        for count, lengths in zip(
+            self._lengths.values(), (prompt, answers, sequences), strict=True
+        ):
+            count.update(lengths.tolist())
+        for reason, rows in _left_out(table).items():
+            self._left_out[reason] += rows
+
+    def report(
+        self,
+        name: str,
+        limits: LengthLimits,
+        unused: Sequence[str] = (),
+        nulls_left_out: bool = False,
+    ) -> PreparationReport:
+        """Sum up a dataset's preparation.
+
+        Args:
+            name: dataset name.
+            limits: the options that decided the cuts.
+            unused: what the pairs' source has but training doesn't use.
+            nulls_left_out: whether nulls in structs of Arrow were left out.
+        """
+        prompt, answer, sequence = map(Lengths.of, self._lengths.values())
+        return PreparationReport(
+            name=name,
+            pairs_read=self._read,
+            pairs_kept=self._kept,
+            left_out={reason: tuple(rows) for reason, rows in self._left_out.items() if rows},
+            problems=tuple(self._problems),
+            unused=tuple(unused),
+            nulls_left_out=nulls_left_out,
+            answers_cut=self._cuts["answers"],
+            prompts_cut=self._cuts["prompts"],
+            tokens_cut=self._cuts["tokens"],
+            boundary_merges=self._cuts["merged"],
+            rerendered_prompts=self._cuts["rerendered"],
+            limits=limits,
+            prompt_lengths=prompt,
+            answer_lengths=answer,
+            sequence_lengths=sequence,
+        )
 
 
 def _left_out(table: pa.Table) -> dict[str, tuple[int | str, ...]]:

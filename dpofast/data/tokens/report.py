@@ -27,17 +27,23 @@ class Lengths:
     percentiles: Mapping[int, int]
 
     @classmethod
-    def of(cls, lengths: np.ndarray) -> Lengths:
-        """Distribution of `lengths` [n]; all zeros if there are none.
+    def of(cls, counts: Mapping[int, int]) -> Lengths:
+        """Distribution of lengths; all zeros if there are none.
 
         Each percentile is a length that occurs, not an interpolation between two.
+
+        Args:
+            counts: length -> how often it occurs.
         """
-        if not lengths.size:
+        if not counts:
             return cls(0, dict.fromkeys(PERCENTILES, 0))
-        # "higher" takes the next greater length where a percentile falls between two.
-        values = np.percentile(lengths, PERCENTILES, method="higher")
-        percentiles = {p: int(v) for p, v in zip(PERCENTILES, values, strict=True)}
-        return cls(int(lengths.max()), percentiles)
+        lengths = sorted(counts)
+        ends = np.cumsum([counts[length] for length in lengths])
+        # Where a percentile falls between two lengths, the greater one is taken.
+        places = np.ceil(np.array(PERCENTILES) / 100 * (ends[-1] - 1))
+        at = np.searchsorted(ends, places, side="right")
+        percentiles = {p: lengths[i] for p, i in zip(PERCENTILES, at, strict=True)}
+        return cls(lengths[-1], percentiles)
 
 
 @dataclass(frozen=True)

@@ -21,10 +21,10 @@ from dpofast.data.tokens.boundary import BoundaryTokenizer, PairTexts, SplitPair
 from dpofast.data.tokens.left_out import IDENTICAL_CUT, NO_ROOM, reason_left_out
 from dpofast.data.tokens.outcome import (
     OUTCOME_FEATURES,
+    OutcomeSums,
     PairOutcome,
     bad_row,
     is_kept,
-    make_report,
     problems,
 )
 from dpofast.data.tokens.render import TokenizerError, render_pair_texts
@@ -35,7 +35,7 @@ from dpofast.errors import ConfigError, DataError
 
 logger = logging.getLogger(__name__)
 
-_BATCH_ROWS = 256
+TOKENISED_ROWS = 256  # that are tokenised at a time
 
 
 def tokenize_preferences(
@@ -93,7 +93,7 @@ def tokenize_preferences(
     outcomes = dataset.map(
         PairTokenizer(tokenizer, limits, strict, name),
         batched=True,
-        batch_size=_BATCH_ROWS,
+        batch_size=TOKENISED_ROWS,
         remove_columns=[c for c in dataset.column_names if c not in passed_on],
         features=datasets.Features({**passed_on, **OUTCOME_FEATURES}),
         num_proc=num_proc if num_proc is None else min(num_proc, len(dataset)),
@@ -104,11 +104,11 @@ def tokenize_preferences(
     )
     table = outcomes.with_format("arrow")[:]
     unused, nulls = unused_parts(dataset, tokenizer), source_notes(dataset).nulls_left_out
-    report = make_report(table, name, limits, unused, nulls)
+    report = OutcomeSums(table).report(name, limits, unused, nulls)
     if not skip_bad_rows:
-        _refuse_bad_rows(report.name, table)
-    _refuse_nothing_kept(report)
-    _warn_of_rerendered_prompts(report)
+        refuse_bad_rows(report.name, table)
+    refuse_nothing_kept(report)
+    warn_of_rerendered_prompts(report)
     table = table.filter(is_kept(table)).select([*ID_COLUMNS, *passed_on])
     return datasets.Dataset(table), report
 
@@ -250,7 +250,7 @@ def _rows_of(batch: Mapping[str, list[Any]]) -> list[dict[str, Any]]:
     return [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
 
 
-def _refuse_bad_rows(name: str, table: pa.Table) -> None:
+def refuse_bad_rows(name: str, table: pa.Table) -> None:
     """Raise DataError if the table of outcomes has bad rows."""
     bad = BadRows()
     for problem in problems(table):
@@ -259,7 +259,8 @@ def _refuse_bad_rows(name: str, table: pa.Table) -> None:
         raise bad.error(name, len(table))
 
 
-def _refuse_nothing_kept(report: PreparationReport) -> None:
+def refuse_nothing_kept(report: PreparationReport) -> None:
+    """Raise DataError if no pair of a dataset was kept."""
     if report.pairs_kept:
         return
     found, limits = report.left_out, report.limits
@@ -274,7 +275,8 @@ def _refuse_nothing_kept(report: PreparationReport) -> None:
     )
 
 
-def _warn_of_rerendered_prompts(report: PreparationReport) -> None:
+def warn_of_rerendered_prompts(report: PreparationReport) -> None:
+    """Warn of prompts that the template renders in two ways, if a dataset has any."""
     if report.rerendered_prompts:
         logger.warning(
             "%s: in %d of %d pairs the chat template renders the prompt otherwise before an answer "

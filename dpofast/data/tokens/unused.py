@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 Row = Mapping[str, Any]  # of the normal form
 
 _FIRST_ROWS = 20  # rows whose text is looked for in what the template renders
-_SHAPED_ROWS = 5_000  # rows among which one of each further shape is looked at, too
+SHAPED_ROWS = 5_000  # rows among which one of each further shape is looked at, too
 _TRIED_ROWS = 3  # rows in which a field is left out on trial
 
 
@@ -59,7 +59,7 @@ def unused_parts(dataset: datasets.Dataset, tokenizer: Any) -> tuple[str, ...]:
     return (*unused, *(f"{name} in messages" for name in fields))
 
 
-def warn_of_missing_text(dataset: datasets.Dataset, tokenizer: Any, name: str) -> None:
+def warn_of_missing_text(dataset: datasets.Dataset, tokenizer: Any, name: str) -> bool:
     """Warn once if the template leaves out the text of a message.
 
     It looks at the first rows, and at the first one of each further shape. Some templates leave
@@ -69,9 +69,11 @@ def warn_of_missing_text(dataset: datasets.Dataset, tokenizer: Any, name: str) -
         dataset: pairs in the normal form.
         tokenizer: the tokenizer.
         name: dataset name.
+    Returns:
+        Whether it has warned.
     """
     if not _is_rendered(dataset, tokenizer):
-        return
+        return False
     for row in _telling_rows(dataset):
         try:
             texts = render_pair_texts(row, tokenizer)
@@ -85,13 +87,14 @@ def warn_of_missing_text(dataset: datasets.Dataset, tokenizer: Any, name: str) -
                 missing[0]["role"],
                 shown(content_text(missing[0].get("content"))),
             )
-            return
+            return True
+    return False
 
 
 def _telling_rows(dataset: datasets.Dataset) -> Iterator[Row]:
     """The first rows, and those after them whose messages have other roles or fields."""
     seen = set()
-    for index, row in enumerate(itertools.islice(dataset, _SHAPED_ROWS)):
+    for index, row in enumerate(itertools.islice(dataset, SHAPED_ROWS)):
         if row.get("left_out"):
             continue
         shape = frozenset(

@@ -26,6 +26,8 @@ class RunState:
         reference_name: folder or hub name that the reference was loaded from; None if it has none,
             or is a ref_model.
         reference_revision: its commit on the hub; None for a folder.
+        stream: where a run over a stream goes on in it, from `RunStream.recorded`; None for other
+            runs.
     """
 
     reference_digest: str
@@ -35,6 +37,7 @@ class RunState:
     row_tokens: int | None = None
     reference_name: str | None = None
     reference_revision: str | None = None
+    stream: dict[str, Any] | None = None
 
     def save(self, checkpoint: str | Path) -> None:
         """Writes the state into a checkpoint's folder, which is made if it doesn't exist yet."""

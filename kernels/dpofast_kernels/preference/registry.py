@@ -35,7 +35,8 @@ def make_loss(name: str, beta: float = 0.1, label_smoothing: float = 0.0) -> Pai
         (0.6931, -0.05, 0.05)
     """
     if not isinstance(name, str) or name not in LOSSES:
-        near = difflib.get_close_matches(str(name), LOSSES, n=1)
+        # Only a typo is near enough: sigmoid_norm, a loss of its own, isn't a misspelt sigmoid.
+        near = difflib.get_close_matches(str(name), LOSSES, n=1, cutoff=0.8)
         hint = f" Did you mean {near[0]!r}?" if near else ""
         raise ValueError(
             f"Unknown loss {name!r}.{hint} The losses are: {', '.join(sorted(LOSSES))}."

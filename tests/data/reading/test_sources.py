@@ -62,7 +62,7 @@ def test_saved_datasets(tmp_path):
 def test_a_hub_name(monkeypatch):
     asked = []
 
-    def load_dataset(name, config, split):
+    def load_dataset(name, config, split, streaming):
         asked.append((name, config, split))
         return datasets.Dataset.from_list(ROWS)
 
@@ -73,7 +73,7 @@ def test_a_hub_name(monkeypatch):
 
 
 def test_a_hub_name_that_cannot_be_reached(monkeypatch):
-    def load_dataset(name, config, split):
+    def load_dataset(name, config, split, streaming):
         raise ConnectionError("no\nnetwork")
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
