@@ -19,6 +19,7 @@ from dpofast.monitor.guard import ReportGuard
 from dpofast.monitor.public_names import hub_id, public_name
 from dpofast.monitor.summary import hardware, versions
 from dpofast.train.memory import zero_stage
+from dpofast.train.training_set import TrainingSet
 
 _LICENSE = re.compile(r"[a-z0-9][a-z0-9.-]*")
 LOCAL = "local data"  # in place of a name that isn't published
