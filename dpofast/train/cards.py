@@ -18,7 +18,7 @@ from dpofast.monitor.card import CARD_FILE, is_kept, model_card
 from dpofast.monitor.guard import ReportGuard
 from dpofast.monitor.plots import PLOT_FILE
 from dpofast.monitor.public_names import hub_id
-from dpofast.train.card_facts import card_facts
+from dpofast.train.card_facts import card_facts, card_title
 from dpofast.train.reports import ReportsRun
 
 logger = logging.getLogger(__name__)
@@ -125,10 +125,11 @@ class WritesCards(ReportsRun, Trainer):
         Raises:
             ConfigError: the repository can't be made; the model is saved nevertheless.
         """
-        if card.get("tags") is None:
-            card.pop("tags", None)
-        elif not isinstance(card["tags"], str):
-            card["tags"] = list(card["tags"])  # transformers appends the model's own
+        # What isn't given stays as it was; transformers would put its own defaults in its place.
+        given = {**self._card_arguments, **{k: v for k, v in card.items() if v is not None}}
+        tags = given.get("tags", [])
+        card["tags"] = [tags] if isinstance(tags, str) else list(tags)
+        card["model_name"] = card_title(self, given)
         if self.hub_model_id is None:
             try:
                 self.init_hf_repo(token=token, private=private)

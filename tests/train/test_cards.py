@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import peft
 import pytest
+import torch
 from datasets import Dataset
 from huggingface_hub import HfApi, ModelCard
 from transformers import AutoModelForCausalLM, Trainer
@@ -173,9 +174,21 @@ def test_what_is_known_of_the_run_is_in_its_card(tmp_path, drawn):
         "| label_smoothing | 0.1 |",
         "| pairs per step | 4 |",
         "| steps | 3 |",
-        "| precision | float32 weights |",
+        "| precision | trained weights in float32 |",
     ):
         assert text in card.text
+
+
+def test_an_optimizer_of_the_user_is_the_one_that_is_named(tmp_path):
+    model = tiny_llama()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    schedule = torch.optim.lr_scheduler.StepLR(optimizer, 1)
+    trainer = make_trainer(tmp_path, model, optimizers=(optimizer, schedule))
+    trainer.create_model_card()
+    text = card_in(tmp_path / "run").text
+    assert "| optim | SGD |\n" in text
+    assert "| lr_scheduler_type | StepLR |\n" in text
+    assert "learning_rate" not in text
 
 
 def test_an_older_run_leaves_no_plot_in_the_card(tmp_path):
@@ -265,6 +278,19 @@ class TestHub:
         assert trainer.args.hub_private_repo is None
         trainer.push_to_hub(tags=None, model_name="again")
         assert hub[-1][3]["model_name"] == "again"
+
+    def test_a_push_keeps_what_was_given_before(self, tmp_path, hub):
+        trainer = make_trainer(tmp_path, options=ONE_STEP)
+        trainer.create_model_card("a name", "me/pairs", "a tag")
+        trainer.push_to_hub(license="mit")
+        data = hub[-1][3]
+        assert (data["model_name"], data["datasets"]) == ("a name", ["me/pairs"])
+        assert (data["license"], data["tags"][-1]) == ("mit", "a tag")
+
+    def test_a_folder_with_the_name_of_the_user_is_no_title(self, tmp_path, monkeypatch, hub):
+        monkeypatch.setenv("LOGNAME", "run")
+        make_trainer(tmp_path, options=ONE_STEP).push_to_hub()
+        assert "# llama-DPO\n" in (tmp_path / "run" / CARD_FILE).read_text()
 
     def test_checkpoints_are_pushed_with_a_card(self, tmp_path, hub):
         options = {"push_to_hub": True, "save_strategy": "steps", "save_steps": 1, **ONE_STEP}
