@@ -193,15 +193,18 @@ class WritesCards(ReportsRun, Trainer):
         put back.
         """
         path = Path(folder) / CARD_FILE
-        users = None
+        users, is_known = None, False
         with self._card_guard(CARD_FILE):
-            users = path.read_bytes() if is_kept(path.parent) else b""
-        yield
-        with self._card_guard(CARD_FILE):
-            if users:
-                path.write_bytes(users)
-            elif users is not None:
-                path.unlink(missing_ok=True)  # that of peft, which would count as the user's
+            users = path.read_bytes() if is_kept(path.parent) else None
+            is_known = True
+        try:
+            yield
+        finally:
+            with self._card_guard(CARD_FILE):
+                if users is not None:
+                    path.write_bytes(users)
+                elif is_known:
+                    path.unlink(missing_ok=True)  # that of peft, which would count as the user's
         self.write_card(folder)
 
     def _say_kept(self, folder: Path) -> None:

@@ -57,14 +57,14 @@ def hub(monkeypatch):
     return calls
 
 
-@pytest.mark.parametrize("adapter", [None, lora()], ids=["whole", "lora"])
-def test_no_card_tells_where_or_by_whom_it_was_made(tmp_path, monkeypatch, drawn, adapter):
+def test_no_card_tells_where_or_by_whom_it_was_made(tmp_path, monkeypatch, drawn):
     for name in ("USER", "LOGNAME"):
         monkeypatch.setenv(name, "quux")
     for name in ("platform.node", "socket.gethostname"):
         monkeypatch.setattr(name, lambda: "bighost")
     home = tmp_path / "MARKER" / "quux"
     tiny_llama().save_pretrained(home / "model")
+    tiny_llama(seed=1).save_pretrained(home / "reference")
     byte_tokenizer().save_pretrained(home / "model")
     pairs = token_pairs(6)
     pairs.to_json(home / "pairs.jsonl")
@@ -87,8 +87,8 @@ def test_no_card_tells_where_or_by_whom_it_was_made(tmp_path, monkeypatch, drawn
         options=options,
         processing_class=None,
         eval_dataset={"quux": str(home / "pairs.jsonl"), "other": token_pairs(2)},
-        ref_model=None if adapter else str(home / "model"),
-        peft_config=adapter,
+        ref_model=str(home / "reference"),
+        peft_config=lora(),  # whose own card would name the base's folder
     )
     trainer.train()
     trainer.save_model()
@@ -124,8 +124,11 @@ def test_an_adapter_has_our_card_in_place_of_that_of_peft(tmp_path):
     assert "| target_modules | k_proj, q_proj |" in card.text
 
 
-def test_a_card_of_the_user_is_kept_to_the_byte(tmp_path, caplog):
-    own = b"---\r\nlicense: mit\r\n---\r\n\r\n# My own words\r\n"
+OWN = b"---\r\nlicense: mit\r\n---\r\n\r\n# My own words\r\n"
+
+
+@pytest.mark.parametrize("own", [OWN, b""], ids=["text", "empty"])
+def test_a_card_of_the_user_is_kept_to_the_byte(tmp_path, caplog, own):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / CARD_FILE).write_bytes(own)
     trainer = make_trainer(tmp_path, options=ONE_STEP, peft_config=lora())
