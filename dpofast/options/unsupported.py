@@ -10,6 +10,7 @@ from transformers import TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
 
 from dpofast.errors import ConfigError
+from dpofast.options.optimizers import check_optimizer
 
 _COMPILING = "leave it out; rows differ in every step, and would compile each time"
 _REMEDIES = {
@@ -91,6 +92,7 @@ def check_unsupported(config: TrainingArguments) -> None:
             "every step, and would compile each time."
         )
     _check_report_to(config.report_to)
+    check_optimizer(config.optim, bool(config.use_cpu))
     strategy = config.train_sampling_strategy
     if strategy not in ("random", "sequential"):
         raise ConfigError(

@@ -54,6 +54,7 @@ def test_option_of_trl_that_changes_nothing_is_taken(tmp_path: Path) -> None:
         ("max_prompt_length: 0", "run.yaml: max_prompt_length: got 0, expected a whole number"),
         ("evaluation_strategy: now and then", "evaluation_strategy: got 'now and then', expected"),
         ("quantization_bit: 4", "quantization_bit isn't an option here: set load_in_4bit or"),
+        ("load_in_4bits: true", "no option 'load_in_4bits'; did you mean 'load_in_4bit'"),
         ("dtype: float8", "run.yaml: dtype: got 'float8', expected one of auto, bfloat16"),
         ("train_file: a\ndataset_name: b", "train_file and dataset_name are one option"),
     ],
