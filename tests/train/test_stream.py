@@ -56,8 +56,7 @@ def windows(monkeypatch):
     monkeypatch.setattr(stream, "WINDOW_PAIRS", 8)
 
 
-@pytest.mark.parametrize("drop_last", [False, True])
-@pytest.mark.parametrize("rows", [ROWS, TEXTS], ids=["ids", "texts"])
+@pytest.mark.parametrize(("rows", "drop_last"), [(ROWS, False), (TEXTS, True)])
 def test_a_stream_trains_bitwise_as_a_list_of_its_rows(tmp_path, windows, rows, drop_last):
     """Three passes over the stream: a pass ends with a smaller step, or drops its pairs."""
     options = {"dataloader_drop_last": drop_last, "max_tokens_per_microbatch": 60}
@@ -86,7 +85,17 @@ REFERENCES = {
 }
 
 
-@pytest.mark.parametrize("name", REFERENCES)
+# The others take the same ways, and seconds together.
+FAST_REFERENCES = ("the whole policy", "a fresh adapter")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[] if name in FAST_REFERENCES else pytest.mark.slow)
+        for name in REFERENCES
+    ],
+)
 def test_rows_that_are_read_while_the_policy_moves_get_its_first_log_probs(tmp_path, windows, name):
     """The answers of a window are scored apart from the others, so only rounding differs."""
     options = {"learning_rate": 0.05, "max_steps": 4}
@@ -122,7 +131,14 @@ KINDS = {
 }
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind",
+    [
+        # The others take seconds together.
+        pytest.param(kind, marks=[] if kind == "shuffled" else pytest.mark.slow)
+        for kind in KINDS
+    ],
+)
 def test_a_resumed_run_goes_on_at_the_right_row(tmp_path, windows, kind):
     """From a step within a window, at its end, and in the second pass, with and without a store."""
     _, expected = run(tmp_path, KINDS[kind](), options=SAVING)
@@ -163,6 +179,7 @@ def test_a_resumed_run_passes_over_the_rows_before_its_window(tmp_path, windows)
     assert trainer.train_set().report.pairs_read == 8 + 4
 
 
+@pytest.mark.slow  # six runs
 def test_with_other_steps_or_ignore_data_skip_the_stream_is_read_as_a_list_would_be(
     tmp_path, windows
 ):
@@ -179,6 +196,7 @@ def test_with_other_steps_or_ignore_data_skip_the_stream_is_read_as_a_list_would
         np.testing.assert_allclose(losses[0], losses[1], rtol=1e-4)
 
 
+@pytest.mark.slow  # the model is loaded from disk three times
 def test_resumed_from_the_moved_policy_the_reference_is_loaded_once_and_kept(
     tmp_path, windows, caplog
 ):
@@ -196,6 +214,7 @@ def test_resumed_from_the_moved_policy_the_reference_is_loaded_once_and_kept(
     assert caplog.text.count("The reference was loaded again from") == 1
 
 
+@pytest.mark.slow  # the model is loaded from disk twice
 def test_a_reference_that_is_gone_stops_the_run_with_the_reason(tmp_path, windows):
     options = {**SAVING, "precompute_ref_log_probs": False}
     run(tmp_path, stream_of(ROWS), options=options)
@@ -327,7 +346,7 @@ def test_bad_rows_stop_the_run_with_their_number_or_are_skipped(tmp_path, window
     for source in (rows, stream_of(rows)):
         with pytest.raises(DataError, match=r"train, row 9 .*chosen is not text but int 5"):
             run(tmp_path, source)
-    skipping = {"skip_bad_rows": True}
+    skipping = {"skip_bad_rows": True, "max_steps": 3}
     (of_list, expected), (streamed, logs) = (
         run(tmp_path, source, options=skipping) for source in (rows, stream_of(rows))
     )
@@ -340,16 +359,17 @@ def test_bad_rows_stop_the_run_with_their_number_or_are_skipped(tmp_path, window
 def test_log_probs_that_come_with_the_rows_are_used(tmp_path, windows):
     rows = [{**row, "ref_chosen_logps": -20.0 - i, "ref_rejected_logps": -21.0}
             for i, row in enumerate(ROWS)]  # fmt: skip
-    _, expected = run(tmp_path, rows)
-    trainer, logs = run(tmp_path, stream_of(rows))
+    options = {"max_steps": 3}
+    _, expected = run(tmp_path, rows, options=options)
+    trainer, logs = run(tmp_path, stream_of(rows), options=options)
     assert logs == expected
     assert trainer.reference.store.totals() is None
     rows[9] = ROWS[9]
     with pytest.raises(DataError, match="of pair 1 is not a finite number"):
-        run(tmp_path, stream_of(rows))
+        run(tmp_path, stream_of(rows), options=options)
     rows = [*ROWS[:9], {**ROWS[9], "ref_chosen_logps": -20.0, "ref_rejected_logps": -21.0}]
     with pytest.raises(DataError, match="of pair 0 is not a finite number"):
-        run(tmp_path, stream_of(rows))
+        run(tmp_path, stream_of(rows), options=options)
 
 
 def test_an_evaluation_set_is_read_to_its_end(tmp_path):
