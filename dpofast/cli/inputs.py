@@ -64,6 +64,7 @@ def load_inputs(options: RunOptions) -> Inputs:
     """
     from dpofast.model.kind import refuse_stored_kind
 
+    _refuse_training_quantised(options)
     tokenizer = load_tokenizer_for(options)
     loading = options.config.loading_options()
     for name in filter(None, (options.script.model, options.script.ref_model_name_or_path)):
@@ -190,6 +191,17 @@ def refuse_missing_model(name_or_path: str, options: Mapping[str, Any] | None = 
         )
     if not (folder / ADAPTER_FILE).is_file():  # peft loads an adapter's pickle, and runs no code
         refuse_pickled_weights(name_or_path, options)
+
+
+def _refuse_training_quantised(options: RunOptions) -> None:
+    script = options.script
+    is_quantised = script.load_in_4bit or script.load_in_8bit
+    if is_quantised and not script.use_peft and adapter_base(script.model) is None:
+        name = "load_in_4bit" if script.load_in_4bit else "load_in_8bit"
+        raise ConfigError(
+            f"{options.source}: {name} needs use_peft: true, as an optimizer can't update "
+            "quantised weights; add that, or name the folder of an adapter."
+        )
 
 
 def _load_model(

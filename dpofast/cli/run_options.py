@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, get_type_hints
 from dpofast.cli.data_options import check_data_options
 from dpofast.cli.given import COMMAND_LINE, GivenOption, read_overrides, read_yaml
 from dpofast.cli.option_types import checked_value
+from dpofast.cli.quantisation import quantization_config
 from dpofast.cli.script_options import ALIASES, ScriptOptions
 from dpofast.errors import ConfigError, ModelError, SeveralOptionsError, options_error
 
@@ -179,6 +180,7 @@ def _config(
         "revision": script.model_revision,
         "dtype": script.dtype,
         "attn_implementation": script.attn_implementation,
+        "quantization_config": quantization_config(script, given),
     }
     own = options.get("model_init_kwargs") or {}
     for name, value in loading.items():

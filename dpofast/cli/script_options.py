@@ -24,6 +24,21 @@ class ScriptOptions:
         "Dtype of the weights; by default float32, with mixed precision if bf16 or fp16 is set.",
     ] = None
     attn_implementation: Annotated[str | None, "eager, sdpa, flash_attention_2, ..."] = None
+    load_in_8bit: Annotated[
+        bool, "Quantise the base model to 8 bits with bitsandbytes; needs use_peft."
+    ] = False
+    load_in_4bit: Annotated[
+        bool, "Quantise the base model to 4 bits with bitsandbytes; needs use_peft."
+    ] = False
+    bnb_4bit_quant_type: Annotated[Literal["fp4", "nf4"], "Quantisation type of 4 bits."] = "nf4"
+    use_bnb_nested_quant: Annotated[bool, "Quantise the scales of 4-bit weights as well."] = False
+    bnb_4bit_quant_storage: Annotated[
+        str | None, "Dtype that 4-bit weights are stored in; by default uint8."
+    ] = None
+    bnb_4bit_compute_dtype: Annotated[
+        Literal["bfloat16", "float16", "float32"] | None,
+        "Dtype that 4-bit layers compute in; by default dtype.",
+    ] = None
     ref_model_name_or_path: Annotated[
         str | None, "The reference; by default the policy before training."
     ] = None

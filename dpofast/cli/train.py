@@ -62,6 +62,7 @@ def _print_result(folder: Path) -> None:
     from rich.console import Console
 
     from dpofast.monitor.callbacks import METRICS_FILE
+    from dpofast.monitor.card import CARD_FILE
     from dpofast.monitor.guard import ReportGuard
     from dpofast.monitor.plots import PLOT_FILE
     from dpofast.monitor.summary import SUMMARY_FILE
@@ -69,7 +70,7 @@ def _print_result(folder: Path) -> None:
     console = Console(highlight=False)
     with ReportGuard()(f"printing {SUMMARY_FILE}"):
         _print_summary(folder / SUMMARY_FILE, console)
-    console.print(f"model, {SUMMARY_FILE}, {METRICS_FILE} and {PLOT_FILE}: {folder}")
+    console.print(f"model, {CARD_FILE}, {SUMMARY_FILE}, {METRICS_FILE} and {PLOT_FILE}: {folder}")
 
 
 def _print_summary(path: Path, console: Any) -> None:

@@ -87,6 +87,7 @@ def run_demo(folder: Path, seed: int = 0) -> dict[str, Any]:
         trainer.train()
     after = _measure(trainer, data, ref_logps)
     trainer.save_model()
+    trainer.create_model_card(model_name="dpofast demo")
 
     summary = _summary(trainer, stored, before, after) | {
         "seed": seed,

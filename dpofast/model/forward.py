@@ -116,9 +116,9 @@ def _call_body(
 
 def _pair_forward(
     model: Any,
-    input_ids: Tensor,  # [B, L]
-    scored_positions: Tensor,  # [N]
-    head_task: HeadTask,
+    input_ids: Tensor | None = None,  # [B, L]
+    scored_positions: Tensor | None = None,  # [N]
+    head_task: HeadTask | None = None,
     position_ids: Tensor | None = None,  # [B, L]
     shared_layout: SharedLayout | None = None,
     body_task: Callable[[Any], Tensor] | None = None,
@@ -127,8 +127,15 @@ def _pair_forward(
     """The causal LM's forward during a step; see `run_batch`.
 
     Raises:
-        ModelError: the body ran a packed row through an attention other than ours.
+        ModelError: the body ran a packed row through an attention other than ours, or the model was
+            called otherwise than by `run_batch`.
     """
+    if input_ids is None or scored_positions is None or head_task is None:
+        raise ModelError(
+            f"{type(model).__name__}: the model's own forward can't run inside compute_loss, where "
+            "its attention and head are made for rows of several sequences; call "
+            "super().compute_loss(model, inputs), or see docs/extending.md."
+        )
     calls_before = attention_calls.count
     more = {} if body_task is None else {"output_router_logits": True}
     outputs = _call_body(model, input_ids, position_ids, shared_layout, **more)
@@ -156,6 +163,22 @@ def pair_step(model: nn.Module) -> Iterator[None]:
     lm = causal_lm(model)
     with replaced_forwards([(lm, _pair_forward), *head_forwards(lm.get_output_embeddings())]):
         yield
+
+
+@contextlib.contextmanager
+def kept_activations(model: nn.Module) -> Iterator[None]:
+    """Inside the `with` block, a forward keeps its activations: nothing is checkpointed.
+
+    A backward that runs outside `micro_batch` couldn't compute them again as they were.
+    """
+    modules = [m for m in model.modules() if getattr(m, "gradient_checkpointing", False) is True]
+    for module in modules:
+        module.gradient_checkpointing = False  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        for module in modules:
+            module.gradient_checkpointing = True  # type: ignore[assignment]
 
 
 @contextlib.contextmanager

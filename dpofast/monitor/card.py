@@ -15,6 +15,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCardData
 
 from dpofast.monitor.card_metrics import evaluations, metrics_table, table
+from dpofast.monitor.public_names import public_name
 
 CARD_FILE = "README.md"
 PIPELINE = "text-generation"
@@ -151,10 +152,11 @@ def metadata(facts: CardFacts) -> ModelCardData:
 
 def _eval_results(facts: CardFacts) -> list[EvalResult]:
     """The last evaluation, as the hub shows it beside the card."""
-    sets = {data.set_name: data for data in facts.datasets if data.set_name}
     results = []
     for name, values in evaluations(facts.log_history).items():
-        of = sets.get(name) or CardData(name)
+        parts = [data for data in facts.datasets if data.set_name == name]
+        held_out = " and ".join(data.name for data in parts) or public_name(name) or "a set"
+        hub_id = parts[0].hub_id if len(parts) == 1 else None
         for metric, kind, words in (
             ("rewards/accuracies", "accuracy", "Reward accuracy"),
             ("loss", "loss", "Loss"),
@@ -163,8 +165,8 @@ def _eval_results(facts: CardFacts) -> list[EvalResult]:
                 results.append(
                     EvalResult(
                         task_type=PIPELINE,
-                        dataset_type=of.hub_id or "preference-pairs",
-                        dataset_name=of.name,
+                        dataset_type=hub_id or "preference-pairs",
+                        dataset_name=held_out,
                         metric_type=kind,
                         metric_name=words,
                         metric_value=round(values[metric], 6),

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from dpofast.monitor.public_names import public_name
+
 # Logged name -> what the card calls it.
 METRICS = {
     "loss": "loss",
@@ -16,10 +18,10 @@ METRICS = {
     "logps/rejected": "log-prob of rejected answers",
 }
 EXPLANATION = (
-    "A reward is beta times the log-ratio of an answer's probabilities under this model and under "
-    "the reference. Reward accuracy is the share of pairs whose chosen answer has the higher "
-    "reward. Values of training are means over the pairs since the log before; log-probs and "
-    "rewards are in nats."
+    "A reward is beta times the log of an answer's probability under this model over its "
+    "probability under the reference. Reward accuracy is the share of pairs whose chosen answer "
+    "has the higher reward. The columns of training are means over the pairs since the log "
+    "before. Loss, rewards and log-probs are in nats."
 )
 
 Log = dict[str, Any]
@@ -55,7 +57,7 @@ def metrics_table(log_history: Sequence[Log]) -> str:
     if training:
         columns.append((f"training, last log (step {training[-1]['step']})", training[-1]))
     for name, log in evaluations(log_history).items():
-        of = "evaluation" if name == "eval" else f"evaluation on {name}"
+        of = "evaluation" if name == "eval" else f"evaluation on {public_name(name) or 'a set'}"
         columns.append((f"{of} (step {log['step']})", log))
     if not columns:
         return ""
@@ -68,9 +70,10 @@ def metrics_table(log_history: Sequence[Log]) -> str:
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table in Markdown; its first column holds words, the others hold values."""
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(cell.replace('|', '/') for cell in line)} |" for line in lines)
+    """A table in Markdown."""
+    cells = [[cell.replace("|", "/").replace("<", "&lt;") for cell in row] for row in rows]
+    lines = [head, ["---"] * len(head), *cells]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def _number(value: float | None) -> str:

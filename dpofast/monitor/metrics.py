@@ -30,6 +30,11 @@ class MetricSums:
             self._sums[name] = self._sums[name] + total if name in self._sums else total
         self._num_pairs += num_pairs
 
+    @property
+    def totals(self) -> dict[str, Tensor]:
+        """Sums over this rank's pairs since the last call of `means`, [] each."""
+        return dict(self._sums)
+
     def means(self, sum_over_ranks: SumOverRanks, device: torch.device) -> dict[str, float]:
         """Means over the pairs of all ranks since the last call; {} if no rank had any.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from typing import Any
 
 from transformers import TrainerCallback
@@ -11,31 +10,32 @@ from transformers.trainer_utils import IntervalStrategy
 from dpofast.errors import ConfigError
 from dpofast.model.router import METRIC
 from dpofast.options.config import DPOConfig
-from dpofast_kernels import METRIC_NAMES
+from dpofast.train.hooks import override_of
+from dpofast.train.micro_batches import PairLossPass
+from dpofast.train.own_metrics import MEASURED, SPEEDS
 
-MEASURED = ("loss", *METRIC_NAMES)
-SPEEDS = ("runtime", "samples_per_second", "steps_per_second")
+# Methods whose overrides may add metrics to an evaluation.
+MAY_ADD = ("evaluate", "_evaluate", "evaluation_loop")
 
 
-def check_best_metric(
-    config: DPOConfig, sets: Collection[str], callbacks: Collection[TrainerCallback], router: bool
-) -> None:
+def check_best_metric(trainer: Any, measured: PairLossPass) -> None:
     """Looks for metric_for_best_model among the metrics that evaluations will have.
 
     Args:
-        config: options of the run.
-        sets: names of the held-out sets; empty for a single one.
-        callbacks: callbacks of the run; those of the user may add metrics.
-        router: whether the auxiliary loss of routers is measured.
+        trainer: a DPOTrainer that is about to train.
+        measured: computes the metrics of its micro-batches.
 
     Raises:
         ConfigError: no evaluation will have this metric.
     """
+    config: DPOConfig = trainer.args
     wanted = config.metric_for_best_model
     is_read = config.eval_strategy != IntervalStrategy.NO  # by every evaluation while it trains
-    if wanted is None or not is_read or any(map(_may_add_metrics, callbacks)):
+    if wanted is None or not is_read or _may_measure_more(trainer):
         return
-    names = [*MEASURED, *([METRIC] if router else [])]
+    sets = trainer.eval_dataset if isinstance(trainer.eval_dataset, dict) else ()
+    names = [*MEASURED, *([METRIC] if measured.router_loss is not None else [])]
+    names += [] if measured.own_metrics is None else measured.own_metrics.names
     prefixes = [f"eval_{name}_" for name in sets] or ["eval_"]
     full = wanted if wanted.startswith("eval_") else f"eval_{wanted}"
     known = {prefix + name for prefix in prefixes for name in (*names, *SPEEDS)}
@@ -45,6 +45,16 @@ def check_best_metric(
             f"metric_for_best_model: no evaluation of this run measures {full!r}; choose among "
             f"{', '.join(choices)}."
         )
+
+
+def _may_measure_more(trainer: Any) -> bool:
+    """Whether a hook of the user may add metrics, whose names are known only then."""
+    is_open = trainer.compute_metrics is not None and not trainer.args.prediction_loss_only
+    return (
+        is_open
+        or any(override_of(trainer, name) for name in MAY_ADD)
+        or any(map(_may_add_metrics, trainer.callback_handler.callbacks))
+    )
 
 
 def _may_add_metrics(callback: Any) -> bool:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from dpofast.train.memory import zero_stage
 from dpofast.train.training_set import TrainingSet
 
 _LICENSE = re.compile(r"[a-z0-9][a-z0-9.-]*")
+LOCAL = "local data"  # in place of a name that isn't published
 # Options that the card quotes as they are; those that are None or 0 are left out.
 QUOTED = (
     "max_grad_norm",
@@ -78,8 +81,12 @@ def card_options(trainer: Any) -> dict[str, Any]:
     """The options that decide what is learnt, by name; None for those without effect."""
     config, loss, state = trainer.user_args, trainer.pair_loss, trainer.state
     optimizer, scheduler = trainer.given_optimizers
+    function = getattr(loss, "function", None)  # of a loss of the user's own
     options = {
         "loss_type": getattr(loss, "name", type(loss).__name__),
+        "loss_fn": None
+        if function is None
+        else getattr(function, "__name__", type(function).__name__),
         "beta": getattr(loss, "beta", None),
         "label_smoothing": getattr(loss, "label_smoothing", None) or None,
         "learning_rate": config.learning_rate if optimizer is None else None,
@@ -103,16 +110,25 @@ def card_options(trainer: Any) -> dict[str, Any]:
 
 
 def _title(given: Any, published: str | None, folder: Any, base: str | None, lm: Any) -> str:
-    if given and not Path(given).is_absolute():
+    if given and "/" not in given:
         return str(given)
-    own = published.split("/")[-1] if published else public_name(given) or public_name(folder)
+    own = public_name(given) or (published.split("/")[-1] if published else public_name(folder))
     start = base.split("/")[-1] if base else lm.config.model_type
     return own or f"{start}-DPO"
 
 
+def _known(trainer: Any, given: Any) -> TrainingSet | None:
+    """What the run knows about a dataset; None for one that isn't prepared yet.
+
+    Preparing it here would hang: the other ranks would not come.
+    """
+    known: TrainingSet | None = trainer.data.known(given)
+    return known
+
+
 def _reference(trainer: Any) -> str:
-    sets = [] if trainer.train_dataset is None else [trainer.train_set()]
-    if any(dataset.brings_ref_logps for dataset in sets):
+    training = _known(trainer, trainer.train_dataset)
+    if training is not None and training.brings_ref_logps:
         return "log-probs that came with the pairs"
     if trainer.ref_model is None:
         return "the policy before its first step"
@@ -123,41 +139,39 @@ def _reference(trainer: Any) -> str:
 def _datasets(trainer: Any, given: Mapping[str, Any]) -> list[CardData]:
     entries = []
     if trainer.train_dataset is not None:
-        names = next(
-            (
-                _listed(given[key])
-                for key in ("dataset_name", "dataset_tags", "dataset")
-                if key in given
-            ),
-            trainer.dataset_names,
-        )
+        keys = ("dataset_name", "dataset_tags", "dataset")
+        names = next((_listed(given[key]) for key in keys if key in given), trainer.dataset_names)
         configs = _listed(given.get("dataset_args"))
-        entries += _described(trainer.train_set(), names, configs)
-    single = not isinstance(trainer.eval_dataset, dict)
-    for key, dataset in trainer.eval_sets().items():
-        names = trainer.eval_dataset_names if single else ()
-        pairs = dataset.report.pairs_kept
-        (entry, *_) = _described(dataset, names, ())
-        name = entry.name if single or entry.hub_id else key
-        entries.append(CardData(name, entry.hub_id, "evaluation", pairs, set_name=key))
+        entries += _described(trainer, trainer.train_dataset, names, configs)
+    held_out = trainer.eval_dataset
+    if isinstance(held_out, dict):
+        for key, dataset in held_out.items():
+            (entry, *_) = _described(trainer, dataset)
+            name = entry.hub_id or public_name(key) or LOCAL
+            entries.append(replace(entry, name=name, use="evaluation", set_name=key))
+    elif held_out is not None:
+        of_set = _described(trainer, held_out, trainer.eval_dataset_names)
+        entries += [replace(entry, use="evaluation", set_name="eval") for entry in of_set]
     return entries
 
 
 def _described(
-    dataset: TrainingSet, names: Sequence[str], configs: Sequence[str]
+    trainer: Any, dataset: Any, names: Sequence[str] = (), configs: Sequence[str] = ()
 ) -> list[CardData]:
     """One entry for each source of a dataset."""
-    counts: dict[str, int | None] = dict(dataset.sources)
+    known = _known(trainer, dataset)
+    counts: dict[str, int | None] = dict(known.sources) if known else {}
     if names and set(names) != set(counts):
         counts = dict.fromkeys(names)
     if not counts:
-        counts = dict.fromkeys(_own_names(dataset.given))
-    if len(counts) == 1:
-        counts = dict.fromkeys(counts, dataset.report.pairs_kept)
-    padded = [*configs, *[None] * len(counts)]
+        counts = dict.fromkeys(_own_names(known.given if known else dataset))
+    if known and len(counts) == 1:
+        counts = dict.fromkeys(counts, known.report.pairs_kept)
     return [
-        CardData(hub_id(name) or public_name(name) or "local data", hub_id(name), "training", *more)
-        for name, more in zip(counts, zip(counts.values(), padded, strict=False), strict=False)
+        CardData(
+            hub_id(name) or public_name(name) or LOCAL, hub_id(name), "training", pairs, config
+        )
+        for (name, pairs), config in zip_longest(counts.items(), configs[: len(counts)])
     ]
 
 
@@ -190,8 +204,8 @@ def _license(lm: Any, base: str | None) -> str | None:
 
 
 def _precision(trainer: Any) -> str:
-    trained = next(p for p in trainer.model.parameters() if p.requires_grad)
-    weights = f"{str(trained.dtype).removeprefix('torch.')} weights"
+    trained = {str(p.dtype) for p in trainer.model.parameters() if p.requires_grad}
+    weights = f"{' and '.join(sorted(trained))} weights".replace("torch.", "")
     autocast = trainer.accelerator.mixed_precision
     return weights if autocast == "no" else f"{weights}, {autocast} autocast"
 

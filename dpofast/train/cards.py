@@ -149,8 +149,10 @@ class WritesCards(ReportsRun, Trainer):
 
     def write_results(self, output: TrainOutput, wall_seconds: float) -> None:
         super().write_results(output, wall_seconds)
-        if (Path(self.args.output_dir) / CARD_FILE).is_file():  # of a checkpoint, without the plot
-            self.write_card(self.args.output_dir)
+        folder = Path(self.args.output_dir)
+        with self._card_guard(CARD_FILE):
+            if (folder / CARD_FILE).is_file() and not is_kept(folder):
+                self.write_card(folder)  # a checkpoint has written it, without the plot
 
     def write_card(self, folder: str | Path) -> None:
         """Write the card and the plot to a folder; what can't be written is a warning.

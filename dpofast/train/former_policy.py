@@ -66,9 +66,16 @@ class FormerPolicy:
             identity: identity of the reference.
             is_needed: answers will be scored while the policy is trained.
         """
+        sharded = spread(self.policy.parameters())
+        if is_needed and sharded and (reason := self._why_not_loaded(identity)):
+            logger.warning(
+                "Rows that are read later need log-probs from the store: the policy before step 1 "
+                "can't be run then, and %s. Run `dpofast ref build` first, or pass a ref_model.",
+                reason,
+            )
         if is_peft_model(self.policy):
             self._first_weights = FirstWeights.of(self.policy, identity)
-        elif is_needed and not spread(self.policy.parameters()):
+        elif is_needed and not sharded:
             self._first_weights = FirstWeights(self.policy)
             logger.info(
                 "The policy's first weights are kept in the memory of the CPU (%.1f GB on each "
@@ -138,14 +145,20 @@ class FormerPolicy:
             return "its adapter belongs to the reference, as it wasn't a fresh LoRA"
         return f"below its adapter is another model now ({_difference(identity, found)})"
 
-    def _load_again(self, identity: ReferenceIdentity) -> tuple[nn.Module | None, str]:
-        """Load the model again; without one, say why."""
+    def _why_not_loaded(self, identity: ReferenceIdentity) -> str:
+        """Why nothing could load the reference again; empty if it is worth a try."""
         name = self.origin.name
         if not name:
-            return None, "it can't be loaded again, as it wasn't loaded by a name"
+            return "it can't be loaded again, as it wasn't loaded by a name"
         if identity.description["adapter"] is not None:
-            return None, f"it can't be loaded again, as {name!r} doesn't have its adapter"
-        reason = ""
+            return f"it can't be loaded again, as {name!r} doesn't have its adapter"
+        return ""
+
+    def _load_again(self, identity: ReferenceIdentity) -> tuple[nn.Module | None, str]:
+        """Load the model again; without one, say why."""
+        name, reason = self.origin.name, self._why_not_loaded(identity)
+        if reason:
+            return None, reason
         for dtype in self.origin.dtypes(identity):
             try:
                 load = partial(self.origin.load, identity, dtype)

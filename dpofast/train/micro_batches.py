@@ -17,6 +17,7 @@ from dpofast.model.head import PairLossTask, head_options
 from dpofast.model.parts import causal_lm
 from dpofast.model.router import RouterLoss, add_router_loss
 from dpofast.monitor.metrics import MetricSums
+from dpofast.train.own_metrics import OwnMetrics
 from dpofast_kernels import METRIC_NAMES, PairLoss, PairLossOutput
 
 
@@ -29,12 +30,14 @@ class PairLossPass:
         router_loss: auxiliary loss of a mixture of experts' routers; None to train without it.
         autocast: makes the context of a forward pass.
         device: device of the policy.
+        own_metrics: the user's metrics, if there are any.
     """
 
     model: nn.Module
     router_loss: RouterLoss | None
     autocast: Any
     device: torch.device
+    own_metrics: OwnMetrics | None = None
 
     def __call__(
         self, wrapped: nn.Module, batch: PackedPairs, loss: PairLoss, sums: MetricSums
@@ -59,6 +62,8 @@ class PairLossPass:
             results = run_batch(wrapped, batch, task, self.router_loss)
         output, more = add_router_loss(results, self.router_loss, batch.num_pairs)
         metrics = dict(zip(METRIC_NAMES, output.metrics, strict=True))
+        if self.own_metrics is not None:
+            metrics |= self.own_metrics(output, batch)
         sums.add({**metrics, **more, "loss": output.loss}, batch.num_pairs)
         return output
 

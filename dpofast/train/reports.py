@@ -14,12 +14,14 @@ from dpofast.monitor.callbacks import LogsLastSteps
 from dpofast.monitor.guard import ReportGuard
 from dpofast.monitor.metrics import MetricSums
 from dpofast.monitor.plots import PLOT_FILE, plot_run
+from dpofast.monitor.public_names import public_name
 from dpofast.monitor.summary import SUMMARY_FILE
 from dpofast.monitor.throughput import Throughput
 from dpofast.train.dataset import PairPreparer, log_report
 from dpofast.train.loaders import StepLoaders
 from dpofast.train.stream import RunStream
 from dpofast.train.summary import run_summary, write_summary
+from dpofast.train.training_set import prepare_training_set
 from dpofast.train.whole_steps import TakesWholeSteps
 from dpofast_kernels import PairLoss
 
@@ -108,13 +110,14 @@ class ReportsRun(TakesWholeSteps, Trainer):
                 run=self.run_summary(),
             )
         with guard(PLOT_FILE):
-            plot_run(self.state.log_history, folder / PLOT_FILE, f"DPO: {folder.name}")
+            title = f"DPO: {public_name(folder) or 'training'}"  # may be published with the card
+            plot_run(self.state.log_history, folder / PLOT_FILE, title)
             self.plot_file = folder / PLOT_FILE
 
     def run_summary(self) -> dict[str, Any]:
         """Facts about the run so far: reference, data, settings, memory, versions, hardware."""
         given = self.train_dataset
-        plan = None if given is None else self.data.prepare(given, "train").plan
+        plan = None if given is None else prepare_training_set(self.data, given).plan
         return run_summary(
             self.user_args,
             self.loaders,

@@ -68,17 +68,20 @@ class StepZeroCheck:
         if per_token <= self.tolerance or (self.wants_noise and self._is_random(batch)):
             return
         got, expected = (
-            self.loss.pair_loss(chosen, rejected, lengths.view(-1, 2))[0].mean().item()
-            for chosen, rejected in (
-                (logratios[0::2], logratios[1::2]),
-                (torch.zeros_like(logratios[0::2]), torch.zeros_like(logratios[1::2])),
-            )
+            self._mean_loss(each, lengths) for each in (logratios, torch.zeros_like(logratios))
         )
         raise ModelError(
             f"The first batch's loss is {got:.6f}, but the policy is its own reference before "
             f"step 1, which gives {expected:.6f} (log-ratios of {per_token:.3g} nats per token, "
             f"where rounding explains {self.tolerance:g}): {self._reason(batch)}"
         )
+
+    def _mean_loss(self, logratios: Tensor, lengths: Tensor) -> float:
+        """Mean loss over pairs with these log-ratios [2P], on the device of the policy."""
+        # A user's own loss may hold tensors on that device.
+        device = next(self.policy.parameters()).device
+        logratios, lengths = logratios.to(device), lengths.view(-1, 2).to(device)
+        return self.loss.pair_loss(logratios[0::2], logratios[1::2], lengths)[0].mean().item()
 
     def _per_token(self, difference: Tensor, batch: PackedPairs) -> float:
         """Mean difference of log-probs per token; `difference` [2P] is that of whole answers."""

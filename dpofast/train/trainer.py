@@ -15,13 +15,11 @@ from transformers import Trainer, TrainerControl, TrainingArguments, set_seed
 
 from dpofast.data.packing.batch import PackedPairs, StepBatch
 from dpofast.errors import ConfigError
-from dpofast.model.forward import micro_batch
 from dpofast.model.packable import choose_layout
 from dpofast.model.router import make_router_loss
 from dpofast.model.uncompiled import uncompiled
 from dpofast.monitor.callbacks import MetricsFile
 from dpofast.monitor.guard import guard_reporters
-from dpofast.monitor.metrics import MetricSums
 from dpofast.monitor.throughput import Throughput
 from dpofast.monitor.vanishing import VanishingUpdates
 from dpofast.options.config import DPOConfig
@@ -34,12 +32,15 @@ from dpofast.train.clipping import ClipsExactly
 from dpofast.train.dataset import PairPreparer, pairs_of
 from dpofast.train.evaluates import EvaluatesPairs
 from dpofast.train.first_step import ChecksFirstStep, FirstStep
+from dpofast.train.hooks import NamesHooks, check_overrides
 from dpofast.train.loaders import StepLoaders, whole_step
 from dpofast.train.logs_progress import LogsProgress
 from dpofast.train.loop_arguments import one_item_per_step
 from dpofast.train.memory import row_tokens_on_all_ranks
 from dpofast.train.micro_batches import PairLossPass, gradient_exchange
 from dpofast.train.noise import check_noise
+from dpofast.train.own_loss import run_loss
+from dpofast.train.own_metrics import MetricsFunction, OwnMetrics
 from dpofast.train.policy import (
     add_quantisation,
     model_name,
@@ -48,19 +49,30 @@ from dpofast.train.policy import (
     resolve_model,
     resolve_ref_model,
 )
+from dpofast.train.predictions import check_compute_metrics
 from dpofast.train.reference import RunReference
 from dpofast.train.run_store import RunStore
 from dpofast.train.saves import SavesRun
 from dpofast.train.saving import check_saving
 from dpofast.train.schedule import check_schedule
+from dpofast.train.settings import ShowsSettings
 from dpofast.train.step_zero import StepZeroCheck
 from dpofast.train.training_set import TrainingSet, prepare_training_set, total_steps
-from dpofast_kernels import PairLossOutput
+from dpofast_kernels import PairFunction
 
 logger = logging.getLogger(__name__)
 
 
-class DPOTrainer(EvaluatesPairs, SavesRun, ClipsExactly, ChecksFirstStep, LogsProgress, Trainer):
+class DPOTrainer(
+    EvaluatesPairs,
+    SavesRun,
+    ClipsExactly,
+    ChecksFirstStep,
+    LogsProgress,
+    ShowsSettings,
+    NamesHooks,
+    Trainer,
+):
     """Direct Preference Optimization (Rafailov et al. 2023, arXiv:2305.18290).
 
     The signature is TRL's. Without a `ref_model`, the reference is the policy before step 1; a
@@ -75,12 +87,20 @@ class DPOTrainer(EvaluatesPairs, SavesRun, ClipsExactly, ChecksFirstStep, LogsPr
             IterableDataset is a stream, which is read while the run trains.
         eval_dataset: held-out pairs, or a dict of several named sets.
         processing_class: tokenizer; by default the one that is stored with the model.
+        compute_metrics: metrics of an evaluation; it gets an EvalPrediction whose predictions are
+            PairPredictions of all pairs.
         callbacks: further callbacks of transformers.
         optimizers: optimizer and scheduler; transformers makes them if they are None.
         peft_config: wraps the model in a fresh adapter.
         columns: column name of dpofast -> column name in the datasets, for all of them.
         roles: role in the datasets -> system, user, assistant or tool, for all of them.
+        loss_fn: a loss of your own instead of loss_type, pair by pair: (chosen log-ratios [P] fp64,
+            rejected log-ratios [P] fp64, lengths [P, 2] int64) -> losses [P] fp64, differentiable.
+        metrics_fn: metrics of your own, logged in training and evaluation: a function of
+            PairOutputs that returns a dict of names and tensors [P].
         options: arguments of old TRL versions: `tokenizer`, and options such as beta.
+
+    docs/extending.md describes these functions, and the methods that a subclass can override.
 
     Raises:
         ConfigError, DataError, ModelError, ReferenceStoreError: all ValueErrors, with the remedy.
@@ -107,21 +127,25 @@ class DPOTrainer(EvaluatesPairs, SavesRun, ClipsExactly, ChecksFirstStep, LogsPr
         *,
         columns: Mapping[str, str] | None = None,
         roles: Mapping[str, str] | None = None,
+        loss_fn: PairFunction | None = None,
+        metrics_fn: MetricsFunction | None = None,
         **options: Any,
     ) -> None:
+        check_overrides(self)
         refuse("data_collator", data_collator, "leave it out; batches are laid out by the trainer")
-        refuse("compute_metrics", compute_metrics, "no logits exist to give it; use a callback")
         model, ref_model = uncompiled(model, "model"), uncompiled(ref_model, "ref_model")
         processing_class = resolve_tokenizer(processing_class, options)
         config = resolve_config(args, options, model_name(model))
         add_quantisation(config, quantization_config, model)
+        check_compute_metrics(config, compute_metrics)
+        self.pair_loss = run_loss(config, loss_fn)
+        own_metrics = None if metrics_fn is None else OwnMetrics(metrics_fn, config.device)
         if train_dataset is not None and config.should_save:
             make_output_dir(config.output_dir)
         set_seed(config.seed)  # a fresh adapter's weights are random
         ref_model = resolve_ref_model(ref_model, model, config)
         model, tokenizer = resolve_model(model, config, processing_class)
         model = prepare_policy(model, config, peft_config)
-        self.pair_loss = config.make_loss()
         self.data = PairPreparer(config, tokenizer, (model, ref_model), columns, roles)
         self.start_counting()
         train_set = None
@@ -134,13 +158,14 @@ class DPOTrainer(EvaluatesPairs, SavesRun, ClipsExactly, ChecksFirstStep, LogsPr
             train_dataset=pairs_of(train_set),
             eval_dataset=pairs_of(self.data.prepare_sets(eval_dataset, "eval")),
             processing_class=tokenizer,
+            compute_metrics=compute_metrics,
             callbacks=[MetricsFile(), VanishingUpdates(), *(callbacks or [])],
             optimizers=optimizers,
         )
         self.layout = choose_layout(
             config.layout, self.model, pad_token_id(tokenizer, self.model, ref_model)
         )
-        self.ref_model = ref_model
+        self._ref_model = ref_model
         router_loss = make_router_loss(self.model, config)
         store = RunStore.of(config, self.accelerator.wait_for_everyone)
         self.reference = RunReference(
@@ -150,7 +175,7 @@ class DPOTrainer(EvaluatesPairs, SavesRun, ClipsExactly, ChecksFirstStep, LogsPr
             config, self.layout, self.reference, partial(row_tokens_on_all_ranks, self)
         )
         self._pair_loss_pass = PairLossPass(
-            self.model, router_loss, self.accelerator.autocast, config.device
+            self.model, router_loss, self.accelerator.autocast, config.device, own_metrics
         )
         self.throughput = Throughput(
             self.model, self.reference.dtype(), config.device, config.world_size
@@ -207,6 +232,7 @@ class DPOTrainer(EvaluatesPairs, SavesRun, ClipsExactly, ChecksFirstStep, LogsPr
             ConfigError: there is nothing to train, or no checkpoint to resume from.
         """
         started = time.monotonic()
+        check_overrides(self)  # some may have been assigned since the trainer was made
         self.start_counting()
         train_set = self.train_set()
         num_steps, first_step = total_steps(self.args, train_set), 0
@@ -218,9 +244,7 @@ class DPOTrainer(EvaluatesPairs, SavesRun, ClipsExactly, ChecksFirstStep, LogsPr
             self.loaders.settle(recorded.row_tokens)
             first_step = train_set.resume(recorded.stream)
         check_saving(self.model, self.processing_class, self.args)
-        sets = self.eval_dataset if isinstance(self.eval_dataset, dict) else ()
-        with_router = self._pair_loss_pass.router_loss is not None
-        check_best_metric(self.args, sets, self.callback_handler.callbacks, with_router)
+        check_best_metric(self, self._pair_loss_pass)
         check_schedule(self, num_steps)
         check_noise(self)
         self.loaders.settle()
@@ -254,7 +278,15 @@ class DPOTrainer(EvaluatesPairs, SavesRun, ClipsExactly, ChecksFirstStep, LogsPr
             model: the policy, as it is wrapped for training.
             inputs: this rank's micro-batches of the step.
             num_items_in_batch: ignored; the loss is divided by the step's pairs.
+
+        Raises:
+            ConfigError: an overridden method gave something else than a step or a loss.
         """
+        if not isinstance(inputs, StepBatch):
+            raise ConfigError(
+                f"get_train_dataloader: an item of the loader is a {type(inputs).__name__}, but "
+                "training runs whole steps; return what super().get_train_dataloader() returns."
+            )
         model.train()
         if callable(getattr(self.optimizer, "train", None)):  # schedule-free optimizers
             self.optimizer.train()
@@ -280,19 +312,19 @@ class DPOTrainer(EvaluatesPairs, SavesRun, ClipsExactly, ChecksFirstStep, LogsPr
         """Run forward and backward, and return `scale` times the batch's loss: [], no gradient."""
         # DeepSpeed would divide the loss by its own accumulation steps; it is a mean already.
         options = {"scale_wrt_gas": False} if self.is_deepspeed_enabled else {}
-        with micro_batch(self.model, batch):
-            output = self.compute_pair_loss(model, batch, self.metric_sums)
-            if self._step_zero is not None and batch.num_pairs:
+        with self.opened(batch):
+            with self.compute_loss_context_manager():
+                mean = self.compute_loss(model, batch)
+            self.check_loss(mean)
+            self.count(self.metric_sums, mean, batch, "compute_loss")
+            output = self._computed.output
+            if self._step_zero is not None and output is not None and batch.num_pairs:
                 self._step_zero.check(output, batch)
                 self._step_zero = None
-            if self.first_step is not None:
+            if output is None:  # a subclass has a loss of its own, whose slope isn't known
+                self.first_step = None
+            elif self.first_step is not None:
                 self.first_step.add(output, batch)
-            loss = output.loss * scale
+            loss = mean * (batch.num_pairs * scale)
             self.accelerator.backward(loss, **options)
         return loss.detach()
-
-    def compute_pair_loss(
-        self, model: nn.Module, batch: PackedPairs, sums: MetricSums
-    ) -> PairLossOutput:
-        """One forward pass inside `micro_batch`; arguments and result are those of PairLossPass."""
-        return self._pair_loss_pass(model, batch, self.pair_loss, sums)

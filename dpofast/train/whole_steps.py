@@ -39,9 +39,6 @@ class TakesWholeSteps:
     def _get_num_items_in_batch(self, batch_samples: Any, device: Any) -> None:
         """Return None, because our loss is divided by the step's pairs already."""
 
-    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
-        raise NotImplementedError("The loss is computed by compute_pair_loss.")
-
     def hyperparameter_search(self, *args: Any, **kwargs: Any) -> Any:
         raise ConfigError(
             "hyperparameter_search isn't supported; run dpofast once per setting: the stored "

@@ -102,7 +102,7 @@ def test_a_summary_that_cannot_be_written_ends_no_run(
     assert main(run_arguments(tmp_path, model_folder)) == 0
     assert (tmp_path / "run" / "model.safetensors").is_file()
     printed = "".join(capsys.readouterr().out.splitlines())
-    assert "model, summary.json, metrics.jsonl and training.png: " in printed
+    assert "model, README.md, summary.json, metrics.jsonl and training.png: " in printed
 
 
 def test_yaml_file_trains_an_adapter_and_eval_measures_it(

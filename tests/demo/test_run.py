@@ -26,5 +26,11 @@ def test_demo_learns_what_it_is_shown(tmp_path: Path) -> None:
     assert summary["ref_rows_scored"] == summary["ref_store_hits"] > 0
     assert summary["ref_forward_passes"] > 0
     assert summary["pairs_per_second"] > 0
-    for name in ("training.png", "dpo/model.safetensors", "data/train.jsonl", "reference"):
+    for name in (
+        "training.png",
+        "dpo/model.safetensors",
+        "dpo/README.md",
+        "data/train.jsonl",
+        "reference",
+    ):
         assert (tmp_path / name).exists()

@@ -38,6 +38,7 @@ def saved(root: Path, way: str) -> DPOTrainer:
     options: dict[str, Any] = {
         "deepspeed": "zero3",
         "max_steps": 1,
+        "logging_strategy": "no",
         "save_strategy": "steps",
         "save_steps": 1,
         "per_device_train_batch_size": 1,
@@ -66,6 +67,15 @@ def main() -> int:
         after = str(difference_in_files(root / way / "saved", model))
         wrong = str(difference_in_files(root / "wrong", model)) if way == "full" else ""
         found[way] = {"before": before, "after": after, "wrong": wrong}
+        cards = sorted(
+            str(card.parent.relative_to(root)) for card in (root / way).rglob("README.md")
+        )
+        assert cards == [f"{way}/{folder}" for folder in ("run", "run/checkpoint-1", "saved")], (
+            cards
+        )
+        # The mean over the pairs of both ranks, not over this rank's.
+        train_loss = trainer.state.log_history[-1]["train_loss"]
+        assert abs(train_loss - trainer.first_loss) < 1e-6, (train_loss, trainer.first_loss)
     if trainer.is_world_process_zero():
         report = {**found, "could not compare": records.lines}
         (root / "found.json").write_text(json.dumps(report))

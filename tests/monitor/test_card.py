@@ -27,7 +27,7 @@ FACTS = CardFacts(
         CardData("more.jsonl", pairs=5),
         CardData("held_out.jsonl", None, "evaluation", 8, set_name="eval"),
     ],
-    options={"beta": 0.1, "label_smoothing": None, "a|b": 2},
+    options={"beta": 0.1, "label_smoothing": None, "a|b": "<lambda>"},
     log_history=LOGS,
     versions={"torch": "2.13.0", "deepspeed": None},
     tags=["dpofast", "dpo", "dpo"],
@@ -86,7 +86,7 @@ def test_the_text_names_data_options_and_versions():
     assert f"trained on {pairs} and `more.jsonl` by" in text
     assert f"| {pairs} | training | 1,234 |" in text
     assert "| `held_out.jsonl` | evaluation | 8 |" in text
-    assert "| beta | 0.1 |\n| a/b | 2 |\n" in text
+    assert "| beta | 0.1 |\n| a/b | &lt;lambda> |\n" in text
     assert "label_smoothing" not in text
     assert "- torch 2.13.0\n" in text
     assert "deepspeed" not in text

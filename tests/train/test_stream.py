@@ -1,4 +1,4 @@
-"""A run over a stream equals a run over a list of the same rows, and goes on where it stopped."""
+"""A run over a stream trains as one over a list of the same rows, and goes on where it stopped."""
 
 from __future__ import annotations
 
@@ -372,10 +372,14 @@ def test_log_probs_that_come_with_the_rows_are_used(tmp_path, windows):
         run(tmp_path, stream_of(rows), options=options)
 
 
-def test_an_evaluation_set_is_read_to_its_end(tmp_path):
+def test_an_evaluation_set_is_read_to_its_end(tmp_path, windows):
     held_out = token_pairs(4, seed=4)
     losses = [
         make_trainer(tmp_path, eval_dataset=source).evaluate()["eval_loss"]
         for source in (held_out, held_out.to_iterable_dataset())
     ]
     assert losses[0] == losses[1]
+    whole = [trainer.evaluate(trainer.train_dataset)["eval_loss"] for trainer in (
+        make_trainer(tmp_path, pairs=ROWS), make_trainer(tmp_path, pairs=stream_of(ROWS))
+    )]  # fmt: skip
+    assert whole[0] == whole[1]

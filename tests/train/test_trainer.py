@@ -336,7 +336,6 @@ def test_dropout_is_switched_off_and_the_config_keeps_it(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"compute_metrics": len}, "compute_metrics"),
         ({"data_collator": len}, "data_collator"),
         ({"options": {"auto_find_batch_size": True}}, "per_device_train_batch_size"),
     ],

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import accumulate
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from dpofast.data.packing.no_dict import NoDict
 from dpofast_kernels.attention import SharedLayout
 
 TokenIds = Sequence[int]
@@ -17,7 +18,7 @@ PromptAnswer = tuple[TokenIds, TokenIds]  # one sequence: prompt ids and answer 
 
 
 @dataclass(frozen=True)
-class PackedPairs:
+class PackedPairs(NoDict):
     """One micro-batch, ready for the model; its sequences are chosen_0, rejected_0, chosen_1, ...
 
     The model needs no attention mask. In a packed row, `shared_layout` says which tokens attend to
@@ -37,6 +38,12 @@ class PackedPairs:
         uses: [B, L] int64, number of sequences that contain the position; 0 for padding.
         shared_layout: attention layout of a packed row [1, L]; None for padded rows.
     """
+
+    WHAT: ClassVar[str] = (
+        "It holds rows of several sequences and their reference log-probs: call "
+        "super().compute_loss(model, inputs) for its loss, and give a loss or metrics of your own "
+        "as loss_fn and metrics_fn; see docs/extending.md."
+    )
 
     input_ids: Tensor
     position_ids: Tensor | None
@@ -114,16 +121,24 @@ class PackedPairs:
 
 
 @dataclass(frozen=True)
-class StepBatch:
+class StepBatch(NoDict):
     """The part of one optimizer step that one rank runs.
 
     Attributes:
         micro_batches: this rank's micro-batches.
         num_pairs: pairs in the step on all ranks, by which the loss is divided.
+        indices: the pairs of each micro-batch, counted in the dataset.
     """
+
+    WHAT: ClassVar[str] = (
+        "An item of a data loader is a whole optimizer step; its micro_batches hold rows of "
+        "several sequences: call trainer.compute_loss(model, batch) for its loss; see "
+        "docs/extending.md."
+    )
 
     micro_batches: list[PackedPairs]
     num_pairs: int
+    indices: tuple[list[int], ...] = ()
 
     def pin_memory(self) -> StepBatch:
         return replace(self, micro_batches=[batch.pin_memory() for batch in self.micro_batches])

@@ -35,7 +35,8 @@ class StepDataset(Dataset[StepBatch]):
 
     def __getitems__(self, step: PlannedStep) -> StepBatch:
         """Lay out one step; PyTorch's fetcher passes what the batch sampler yields."""
-        return StepBatch([self._lay_out(batch) for batch in step.micro_batches], step.num_pairs)
+        laid_out = [self._lay_out(batch) for batch in step.micro_batches]
+        return StepBatch(laid_out, step.num_pairs, step.micro_batches)
 
     def _lay_out(self, batch: MicroBatch) -> PackedPairs:
         sequences = [sequence for pair in _pairs_of(self.pairs[batch]) for sequence in pair]

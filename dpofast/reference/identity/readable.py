@@ -30,6 +30,7 @@ ATTENTION_OPTIONS = (
 )
 POSITION_PARTS = ("rope", "rotary", "max_position_embeddings", "alibi")
 LONGEST_VALUE = 60  # characters of a value
+LONGEST_TEXT = 200  # characters of a value that is a sentence
 WIDTH = 96  # characters of a line
 
 
@@ -118,7 +119,9 @@ def _weights(description: dict[str, Any], rest: dict[str, Any]) -> str:
 
 def _listed(values: Any) -> str:
     """Write a list of texts in one line."""
-    return "; ".join(map(shorten, values)) if isinstance(values, list) else ""
+    if not isinstance(values, list):
+        return ""
+    return "; ".join(printable(str(value))[:LONGEST_TEXT] for value in values)
 
 
 def _adapter(adapter: Any) -> str:

@@ -1,0 +1,165 @@
+"""Methods of TRL's and transformers' trainers that would be ignored if a subclass overrode them.
+
+Every method that a script may override is either called, with what docs/extending.md says, or is in
+the table of this file with the place to go instead.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import TYPE_CHECKING, Any
+
+from dpofast.errors import ConfigError
+
+PAGE = "see docs/extending.md"
+_LOSS = (
+    "give a loss of your own as loss_fn and what you log as metrics_fn, or override compute_loss "
+    f"to add terms to the loss ({PAGE})"
+)
+_ROWS = (
+    "give rows in a form that docs/data.md describes; already tokenised ones have the columns "
+    "prompt_ids, chosen_ids and rejected_ids"
+)
+_BATCH = f"a batch holds packed rows; override compute_loss or training_step ({PAGE})"
+_REFERENCE = (
+    "pass ref_model, or give the log-probs as columns ref_chosen_logps and ref_rejected_logps"
+)
+_COLUMNS = (
+    "columns are never removed by their names, and a batch holds only tokens and reference "
+    f"log-probs ({PAGE})"
+)
+_LOADER = "override get_train_dataloader, get_eval_dataloader or get_test_dataloader"
+_SEARCH = "hyperparameter_search isn't supported; run dpofast once per setting"
+
+# Methods and attributes that are never called or read, and the place to go.
+IGNORED_HOOKS: dict[str, str] = {
+    # transformers' Trainer
+    "_get_train_sampler": "set train_sampling_strategy: sequential, and bring the rows into order",
+    "_get_eval_sampler": "leave it out; every held-out pair counts once, in any order",
+    "_get_dataloader": _LOADER,
+    "_set_signature_columns_if_needed": _COLUMNS,
+    "_remove_unused_columns": _COLUMNS,
+    "_get_collator_with_removed_columns": _COLUMNS,
+    "_get_num_items_in_batch": (
+        "the loss is the mean over the pairs of the optimizer step; weight pairs by loss_fn, or "
+        f"override compute_loss ({PAGE})"
+    ),
+    "_prepare_input": _BATCH,
+    "_prepare_inputs": _BATCH,
+    "_prepare_context_parallel_inputs": _BATCH,
+    "autocast_smart_context_manager": "override compute_loss_context_manager",
+    "loss_is_scaled_for_ga": (
+        "leave it out; compute_loss returns the mean over a micro-batch's pairs, and each "
+        "micro-batch counts by its share of the step's pairs"
+    ),
+    "prediction_loop": "override evaluation_loop",
+    "call_model_init": "pass the model",
+    "_hp_search_setup": _SEARCH,
+    "_report_to_hp_search": _SEARCH,
+    "_tune_save_checkpoint": _SEARCH,
+    # TRL's DPOTrainer, from 0.9 to 1.16
+    "_compute_loss": _LOSS,
+    "_compute_loss_liger": _LOSS,
+    "dpo_loss": _LOSS,
+    "get_batch_loss": _LOSS,
+    "get_batch_loss_metrics": _LOSS,
+    "get_batch_metrics": _LOSS,
+    "concatenated_forward": _LOSS,
+    "concatenated_inputs": _LOSS,
+    "get_batch_logps": _LOSS,
+    "_get_batch_logps": _LOSS,
+    "store_metrics": f"give what you log as metrics_fn ({PAGE})",
+    "_prepare_dataset": _ROWS,
+    "tokenize_row": _ROWS,
+    "process_row": _ROWS,
+    "build_tokenized_answer": _ROWS,
+    "_tokenize": _ROWS,
+    "_truncate_inputs": f"{_ROWS}; max_length and truncation_mode say how they are cut",
+    "null_ref_context": _REFERENCE,
+    "compute_reference_log_probs": _REFERENCE,
+    "compute_ref_log_probs": _REFERENCE,
+    "_precompute_ref_logps": _REFERENCE,
+    "_prepare_deepspeed": _REFERENCE,
+    "_prepare_peft_model": "give the model with its adapter, or a peft_config",
+    "_prepare_gradient_checkpointing": "set gradient_checkpointing and its kwargs",
+    "generate_from_model_and_ref": "generate in a callback, or override evaluation_loop",
+    "get_sample": "generate in a callback, or override evaluation_loop",
+}
+# Attributes that transformers' Trainer reads and this one doesn't: assigned later, they would be
+# ignored. They are None otherwise.
+IGNORED_ATTRIBUTES = {
+    "compute_loss_func": _LOSS,
+    "preprocess_logits_for_metrics": "no logits exist; compute_metrics gets log-probs and rewards",
+    "model_init": "pass the model",
+}
+_OURS = ("dpofast.", "transformers.")
+
+
+class MissingHookError(ConfigError, AttributeError):
+    """A call of a method that TRL's trainer has and this one hasn't; says where to go."""
+
+
+def override_of(trainer: Any, name: str) -> str | None:
+    """Where a method of a trainer is overridden, for messages; None if it is the library's own.
+
+    Args:
+        trainer: a transformers Trainer.
+        name: name of a method; the trainer need not have it.
+    """
+    if name in vars(trainer):
+        return f"{type(trainer).__qualname__}.{name}, assigned to the trainer"
+    for kind in type(trainer).__mro__:
+        if name in vars(kind):
+            given = vars(kind)[name]
+            # A script may also have replaced the method on a class of ours.
+            is_ours = kind.__module__.startswith(_OURS) and _module(given).startswith(_OURS)
+            return None if is_ours else f"{kind.__qualname__}.{name}"
+    return None
+
+
+def _module(value: Any) -> str:
+    function = getattr(value, "fget", None) or getattr(value, "__func__", value)
+    return (getattr(function, "__module__", None) or "") if callable(function) else _OURS[0]
+
+
+def check_overrides(trainer: Any) -> None:
+    """Raise at the first override or assignment that would be ignored.
+
+    Raises:
+        ConfigError: it names the class, the method and the place to go.
+    """
+    for name, remedy in IGNORED_HOOKS.items():
+        if (where := override_of(trainer, name)) is not None:
+            raise ConfigError(f"{where}: DPOTrainer never calls or reads it: {remedy}.")
+    for name, remedy in IGNORED_ATTRIBUTES.items():
+        if getattr(trainer, name, None) is not None:
+            raise ConfigError(f"DPOTrainer: {name} isn't supported: {remedy}.")
+    _check_samples_hook(trainer)
+
+
+def _check_samples_hook(trainer: Any) -> None:
+    """TRL 0.9 had a method of this name that generates; transformers now calls it for batches."""
+    where = override_of(trainer, "get_batch_samples")
+    if where is None:
+        return
+    try:
+        inspect.signature(trainer.get_batch_samples).bind(None, 1, None)
+    except TypeError as error:
+        raise ConfigError(
+            f"{where}: transformers calls it with (epoch_iterator, num_batches, device) to take "
+            "batches from the loader. To generate samples, use a callback, or another name."
+        ) from error
+
+
+class NamesHooks:
+    """Gives a trainer's missing methods of TRL an error that says where to go."""
+
+    if not TYPE_CHECKING:  # a type checker would take every attribute for one that exists
+
+        def __getattr__(self, name: str) -> Any:
+            if name in IGNORED_HOOKS:
+                raise MissingHookError(
+                    f"{type(self).__qualname__}.{name}: DPOTrainer has no such method: "
+                    f"{IGNORED_HOOKS[name]}."
+                )
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")

@@ -1,0 +1,38 @@
+"""The loss of a run: one of the library's, or a function that the user gives."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+
+from dpofast.errors import ConfigError
+from dpofast.options.config import DPOConfig
+from dpofast_kernels import PairFunction, PairLoss, make_custom_loss
+
+
+def run_loss(config: DPOConfig, loss_fn: PairFunction | None) -> PairLoss:
+    """The loss that the options name, or the user's own.
+
+    Args:
+        config: options of the run.
+        loss_fn: the user's function; None for the loss of the options.
+
+    Raises:
+        ConfigError: the function isn't a loss of single pairs, or the options also name a loss.
+    """
+    if loss_fn is None:
+        return config.make_loss()
+    default = next(item for item in fields(DPOConfig) if item.name == "loss_type").default_factory
+    if config.loss_type != default():  # type: ignore[operator]
+        raise ConfigError(
+            f"loss_fn: loss_type is {config.loss_type}, too, but one loss is trained; leave one of "
+            "them out."
+        )
+    if config.label_smoothing:
+        raise ConfigError(
+            f"loss_fn: label_smoothing is {config.label_smoothing}, which only loss_type sigmoid "
+            "has; leave it out, and let the function smooth its labels."
+        )
+    try:
+        return make_custom_loss(loss_fn, config.beta, config.device)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"loss_fn: {error}") from error
