@@ -38,7 +38,8 @@ def _build(yaml_file: str | None, overrides: list[str]) -> None:
     _refuse_unkept(options, "the build would keep nothing; leave it out")
     trainer = make_trainer(options)
     trainer.score_datasets(rescore=True)
-    trainer.loaders.begin(trainer.train_set())  # logs how training will pack the pairs
+    if trainer.train_set().plan is None:
+        trainer.loaders.begin(trainer.train_set())  # logs how training will pack the pairs
     if is_main_process():
         done = reference_summary(trainer.reference)
         print(

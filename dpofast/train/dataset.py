@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import datasets
 import numpy as np
@@ -27,6 +27,8 @@ from dpofast.options.config import DPOConfig
 from dpofast.progress import bars_as_lines
 
 logger = logging.getLogger(__name__)
+
+Known = TypeVar("Known", bound="HasGiven")
 
 
 @dataclass(eq=False)
@@ -99,6 +101,13 @@ class RunDataset:
         return StepDataset(self.pairs, self.ref_logps, layout)
 
 
+class HasGiven(Protocol):
+    """A dataset that is recognised by the objects it was made of; see RunDataset."""
+
+    given: Any
+    pairs: Any
+
+
 class PairPreparer:
     """Tokenises a run's datasets as its options say.
 
@@ -144,7 +153,7 @@ class PairPreparer:
         """
         if isinstance(dataset, RunDataset):
             return dataset
-        known = self.known(dataset)
+        known = self.known(dataset, RunDataset)
         if known is not None:
             return known
         name = self.free_name(name)
@@ -199,10 +208,17 @@ class PairPreparer:
             return self.prepare(given, name)
         return {key: self.prepare(dataset, f"{name}_{key}") for key, dataset in given.items()}
 
-    def known(self, dataset: Any) -> Any:
-        """The dataset of the run that was made of this object; None for an object of the user's."""
-        found = (each for each in self.datasets if dataset is each.given or dataset is each.pairs)
-        return next(found, None)
+    def known(self, dataset: Any, kind: type[Known]) -> Known | None:
+        """The dataset of the run that was made of this object; None for an object of the user's.
+
+        Args:
+            dataset: what the user gave, or what transformers' Trainer has in its place.
+            kind: RunDataset or RunStream. An object can be both, if a stream is evaluated, too.
+        """
+        for each in self.datasets:
+            if isinstance(each, kind) and (dataset is each.given or dataset is each.pairs):
+                return each
+        return None
 
     def say_untemplated(self, is_text: bool, name: str) -> None:
         """Log that text goes to a chat model as it is, which may not be what was meant."""

@@ -41,10 +41,6 @@ class FormerPolicy:
         prepare: makes a model that was just loaded ready to be identified and scored.
         check: runs the start-up checks on a model; raises DPOFastError.
         exchange: exchanges objects between all ranks of the run.
-
-    Attributes:
-        is_needed: answers are scored while the policy is trained. Then a model that was found once
-            is kept, and not identified again.
     """
 
     def __init__(
@@ -60,15 +56,26 @@ class FormerPolicy:
         self.policy, self.origin = policy, origin
         self.identify, self.prepare, self.check = identify, prepare, check
         self.exchange = exchange
-        self.is_needed = False
         self._first_weights: FirstWeights | None = None
         self._enter_found: Callable[[contextlib.ExitStack], nn.Module] | None = None
 
-    def remember(self, identity: ReferenceIdentity) -> None:
-        """Keep what is needed of the policy, which is the reference and about to be trained."""
+    def remember(self, identity: ReferenceIdentity, is_needed: bool) -> None:
+        """Keep what is needed of the policy, which is the reference and about to be trained.
+
+        Args:
+            identity: identity of the reference.
+            is_needed: answers will be scored while the policy is trained.
+        """
+        sharded = spread(self.policy.parameters())
+        if is_needed and sharded and (reason := self._why_not_loaded(identity)):
+            logger.warning(
+                "Rows that are read later need log-probs from the store: the policy before step 1 "
+                "can't be run then, and %s. Run `dpofast ref build` first, or pass a ref_model.",
+                reason,
+            )
         if is_peft_model(self.policy):
             self._first_weights = FirstWeights.of(self.policy, identity)
-        elif self.is_needed and not spread(self.policy.parameters()):
+        elif is_needed and not sharded:
             self._first_weights = FirstWeights(self.policy)
             logger.info(
                 "The policy's first weights are kept in the memory of the CPU (%.1f GB on each "
@@ -77,13 +84,14 @@ class FormerPolicy:
             )
 
     def find(
-        self, identity: ReferenceIdentity, stack: contextlib.ExitStack
+        self, identity: ReferenceIdentity, stack: contextlib.ExitStack, keep: bool = False
     ) -> tuple[nn.Module | None, str]:
         """Find the model with an identity. All ranks must call this at the same time.
 
         Args:
             identity: identity of the run's reference.
             stack: gets what must be undone once the model has been used.
+            keep: the model will be needed again. It is kept, and not identified once more.
 
         Returns:
             The model, or None; and the reasons why there is none, as the rest of a sentence.
@@ -94,14 +102,14 @@ class FormerPolicy:
         if is_peft_model(self.policy) or self._first_weights is not None:
             reason = self._undo_training(identity, stack)
             if reason is None:
-                if self.is_needed:
+                if keep:
                     self._enter_found = self._enter_first
                 return self.policy, ""
             reasons.append(reason)
         model, reason = self._load_again(identity)
         if model is not None:
             logger.info("The reference was loaded again from %s.", self.origin.name)
-            if self.is_needed:
+            if keep:
                 self._enter_found = partial(_enter_loaded, model)
                 return self._enter_found(stack), ""
             return model, ""
@@ -137,14 +145,20 @@ class FormerPolicy:
             return "its adapter belongs to the reference, as it wasn't a fresh LoRA"
         return f"below its adapter is another model now ({_difference(identity, found)})"
 
-    def _load_again(self, identity: ReferenceIdentity) -> tuple[nn.Module | None, str]:
-        """Load the model again; without one, say why."""
+    def _why_not_loaded(self, identity: ReferenceIdentity) -> str:
+        """Why nothing could load the reference again; empty if it is worth a try."""
         name = self.origin.name
         if not name:
-            return None, "it can't be loaded again, as it wasn't loaded by a name"
+            return "it can't be loaded again, as it wasn't loaded by a name"
         if identity.description["adapter"] is not None:
-            return None, f"it can't be loaded again, as {name!r} doesn't have its adapter"
-        reason = ""
+            return f"it can't be loaded again, as {name!r} doesn't have its adapter"
+        return ""
+
+    def _load_again(self, identity: ReferenceIdentity) -> tuple[nn.Module | None, str]:
+        """Load the model again; without one, say why."""
+        name, reason = self.origin.name, self._why_not_loaded(identity)
+        if reason:
+            return None, reason
         for dtype in self.origin.dtypes(identity):
             try:
                 load = partial(self.origin.load, identity, dtype)

@@ -99,14 +99,16 @@ class StepLoaders:
     def score_all(self, train_set: TrainingSet, rescore: bool = False) -> None:
         """Give a training set its reference log-probs; of a stream, the pairs of all its steps.
 
-        A stream that begins again has given all its pairs. So far as they are not in the store,
-        they are scored now, a window at a time.
+        The stream is read a window at a time, and at most once: when it begins again, it has given
+        all its pairs. Its first window is planned, too.
         """
         if not isinstance(train_set, RunStream):
             self.score(train_set, rescore)
             return
         for window in train_set.first_pass():
             self.score(window.dataset, rescore)
+            if train_set.plan is None:
+                self._make_ready(train_set, window)
         if self.config.should_log:
             log_report(train_set.report)
 

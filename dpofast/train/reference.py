@@ -176,10 +176,8 @@ class RunReference:
         Args:
             is_needed: answers will be scored while it is trained, as those of a stream are.
         """
-        if self.ref_model is None:
-            self._former.is_needed = is_needed
-            if not self.is_gone:
-                self._former.remember(self.identity)
+        if self.ref_model is None and not self.is_gone:
+            self._former.remember(self.identity, is_needed)
             self.is_gone = True
 
     def run_state(self, kept: bool, row_tokens: int | None) -> RunState:
@@ -290,7 +288,7 @@ class RunReference:
         if not any(exchange(self.store.num_missing(answers))):
             return self.store.read(answers, dataset.name, goes_on=dataset.is_window)
         with contextlib.ExitStack() as stack:
-            model, reasons = self._former.find(self.identity, stack)
+            model, reasons = self._former.find(self.identity, stack, dataset.is_window)
             if model is None:
                 return self.store.read(answers, dataset.name, reasons, dataset.is_window)
             return self._filled(model, dataset, answers, row_tokens, rescore=False)

@@ -21,6 +21,7 @@ from dpofast.train.dataset import PairPreparer, log_report
 from dpofast.train.loaders import StepLoaders
 from dpofast.train.stream import RunStream
 from dpofast.train.summary import run_summary, write_summary
+from dpofast.train.training_set import prepare_training_set
 from dpofast.train.whole_steps import TakesWholeSteps
 from dpofast_kernels import PairLoss
 
@@ -116,7 +117,7 @@ class ReportsRun(TakesWholeSteps, Trainer):
     def run_summary(self) -> dict[str, Any]:
         """Facts about the run so far: reference, data, settings, memory, versions, hardware."""
         given = self.train_dataset
-        plan = None if given is None else self.data.prepare(given, "train").plan
+        plan = None if given is None else prepare_training_set(self.data, given).plan
         return run_summary(
             self.user_args,
             self.loaders,

@@ -47,8 +47,8 @@ class SavesRun(WritesCards, Trainer):
 
     def stream_state(self) -> dict[str, Any] | None:
         """Where the next step begins in the stream of training pairs; None for other datasets."""
-        train_set = self.data.known(self.train_dataset)
-        return train_set.recorded() if isinstance(train_set, RunStream) else None
+        train_set = self.data.known(self.train_dataset, RunStream)
+        return None if train_set is None else train_set.recorded()
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self.count_tokens()

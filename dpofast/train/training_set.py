@@ -31,10 +31,10 @@ def prepare_training_set(
         DataError: the data can't be used; names the file and the row.
         ConfigError: it is a stream, and max_steps isn't set.
     """
-    known = data.known(given)
-    if isinstance(known, RunStream):
+    known = data.known(given, RunStream)
+    if known is not None:
         return known
-    if known is not None or not (isinstance(given, PairStream) or is_stream(given)):
+    if not (isinstance(given, PairStream) or is_stream(given)):
         return data.prepare(given, "train")
     stream = _prepare_stream(data, given, world_size or data.config.world_size)
     data.datasets.append(stream)

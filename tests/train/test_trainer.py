@@ -345,10 +345,7 @@ def test_what_is_not_supported_is_refused_with_the_remedy(tmp_path, arguments, m
         make_trainer(tmp_path, **arguments)
 
 
-def test_streams_and_searches_are_refused(tmp_path):
-    stream = token_pairs(3).to_iterable_dataset()
-    with pytest.raises(DPOFastError, match="IterableDataset"):
-        make_trainer(tmp_path, pairs=stream)
+def test_searches_are_refused(tmp_path):
     with pytest.raises(ConfigError, match="hyperparameter_search"):
         make_trainer(tmp_path).hyperparameter_search()
 
