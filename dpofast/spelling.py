@@ -52,16 +52,17 @@ def _typos(given: list[str], known: list[str]) -> int | None:
     for word, right in zip(given, known, strict=True):
         if word == right:
             continue
-        typos = _distance(word, right)
         allowed = 0 if len(right) < _SHORTEST_TYPO else 1 if len(right) < _LONG_WORD else most
-        if not right.isalpha() or typos > allowed or not _begin_alike(word, right):
+        if not right.isalpha() or not _begin_alike(word, right):
             return None
-        total += typos
+        if abs(len(word) - len(right)) > allowed or _distance(word, right) > allowed:
+            return None
+        total += _distance(word, right)
     return total
 
 
 def _begin_alike(word: str, right: str) -> bool:
-    """Whether the first letters agree, or are swapped: `seed` is not a misspelt `speed`."""
+    """Whether the first letters agree, or are swapped: `eta` is not a misspelt `beta`."""
     return word[:1] == right[:1] or word[:2] == right[1::-1]
 
 

@@ -69,7 +69,9 @@ def load_inputs(options: RunOptions) -> Inputs:
     loading = options.config.loading_options()
     for name in filter(None, (options.script.model, options.script.ref_model_name_or_path)):
         refuse_missing_model(name, loading)
-        refuse_stored_kind(name, trust_remote_code=options.config.trust_remote_code)
+        revision = loading.get("revision") if name == options.script.model else None
+        trusted = options.config.trust_remote_code
+        refuse_stored_kind(name, trust_remote_code=trusted, revision=revision or "main")
     train_dataset, eval_dataset = load_run_data(options)
     evaluates = str(options.config.eval_strategy.value) != "no"
     if eval_dataset is None and evaluates:

@@ -12,6 +12,7 @@ What bitsandbytes' layers compute depends on their mode:
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -64,9 +65,10 @@ def check_trainable(model: nn.Module, zero_stage: int | None) -> None:
 
     Raises:
         ModelError: the model has no adapter, as its own weights can't be trained.
-        ConfigError: the weights would be sharded.
+        ConfigError: the weights would be sharded, or peft can't train this kind of adapter.
     """
-    if not quantised_layers(model):
+    layers = quantised_layers(model)
+    if not layers:
         return
     # transformers' own add_adapter puts the adapter inside, without a PeftModel around it.
     if not is_peft_model(model) and not getattr(model, "_hf_peft_config_loaded", False):
@@ -79,6 +81,17 @@ def check_trainable(model: nn.Module, zero_stage: int | None) -> None:
         raise ConfigError(
             "deepspeed: ZeRO-3 would shard the quantised weights without their scales; use zero2."
         )
+    names = {
+        name.removesuffix(".base_layer")
+        for name, layer in layers.items()
+        if _is_int8(layer, ["cpu"])
+    }
+    for name, module in model.named_modules():
+        if name in names and len(getattr(module, "lora_magnitude_vector", ())):
+            raise ConfigError(
+                "peft_config: DoRA on 8-bit layers fails on a CPU, as peft loses their scales when "
+                "it dequantises them; use load_in_4bit, or LoRA without DoRA."
+            )
 
 
 def computing_dtype(model: nn.Module) -> torch.dtype:
@@ -90,12 +103,17 @@ def computing_dtype(model: nn.Module) -> torch.dtype:
     lm = causal_lm(model)
     dtypes: list[torch.dtype] = [lm.get_output_embeddings().weight.dtype]
     for layer in quantised_layers(lm).values():
-        parameter: Any = next(filter(is_quantised, layer._parameters.values()))
         dtypes.append(getattr(layer, "compute_dtype", None) or dtypes[0])
-        is_int8 = type(parameter).__name__ == "Int8Params"
-        if is_int8 and parameter.device.type not in FLOATING_PRODUCTS:
+        if _is_int8(layer) and not _is_int8(layer, FLOATING_PRODUCTS):
             dtypes.append(torch.bfloat16)
     return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
+
+
+def _is_int8(layer: nn.Module, devices: Collection[str] = ()) -> bool:
+    """Whether a layer has an 8-bit weight; on one of these kinds of device, if any is given."""
+    weight: Any = next(filter(is_quantised, layer._parameters.values()))
+    is_there = not devices or weight.device.type in devices
+    return type(weight).__name__ == "Int8Params" and is_there
 
 
 def _other_method(lm: Any) -> str | None:

@@ -71,7 +71,9 @@ class CardFacts:
         reference: what the reference was.
         datasets: datasets of the run.
         options: options that decide what was learnt, by name.
-        log_history: one dict per log event, with `step`, as transformers' TrainerState keeps them.
+        log_history: one dict per log event, with `step`, as transformers' TrainerState keeps them;
+            only those up to the step whose weights are saved.
+        saved_step: which step's weights are saved, in words; empty for the last one.
         versions: package -> version; None for a package that isn't installed.
         hardware: processes and kinds of devices.
         tags, languages, tasks: metadata; text-generation if no task is given.
@@ -88,6 +90,7 @@ class CardFacts:
     datasets: Sequence[CardData] = ()
     options: Mapping[str, Any] = field(default_factory=dict)
     log_history: Sequence[dict[str, Any]] = ()
+    saved_step: str = ""
     versions: Mapping[str, str | None] = field(default_factory=dict)
     hardware: str = ""
     tags: Sequence[str] = ()
@@ -203,7 +206,11 @@ def _use(facts: CardFacts) -> str:
 
 
 def _training(facts: CardFacts, plot: str | None) -> str:
-    known = {"Reference": facts.reference, "Hardware": facts.hardware}
+    known = {
+        "Weights": facts.saved_step,
+        "Reference": facts.reference,
+        "Hardware": facts.hardware,
+    }
     parts = ["\n".join(f"- {name}: {value}" for name, value in known.items() if value)]
     if plot:
         parts.append(f"![Loss, margins, accuracy and log-probs over the steps]({plot})")

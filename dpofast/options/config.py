@@ -18,7 +18,7 @@ from dpofast.errors import ConfigError
 from dpofast.options.foreign import refuse_unknown_options
 from dpofast.options.init_kwargs import read_init_kwargs
 from dpofast.options.trl_fields import TRLFields
-from dpofast.options.unsupported import check_unsupported
+from dpofast.options.unsupported import check_unsupported, unused_options
 from dpofast.reference.store.location import default_folder
 from dpofast.reference.store.row_detail import DETAILS, RowDetail
 from dpofast.zero.batch import settle_deepspeed
@@ -185,7 +185,7 @@ class DPOConfig(TRLFields):
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
-        remarks = self.settle_trl_fields() + self._unused_options()
+        remarks = self.settle_trl_fields() + unused_options(self)
         if self.bf16 is None:
             # Without a GPU that supports bfloat16, it is the default only if use_cpu is set.
             self.bf16 = not self.fp16 and (self.use_cpu or is_torch_bf16_gpu_available())
@@ -195,6 +195,7 @@ class DPOConfig(TRLFields):
         for name in ("model_init_kwargs", "ref_model_init_kwargs"):
             setattr(self, name, read_init_kwargs(name, getattr(self, name)))
         self._check_values()
+        self.max_completion_length = self.length_limits().max_completion_length
         self.make_loss()
         check_unsupported(self)
         self._post_init_with_deepspeed()
@@ -205,16 +206,6 @@ class DPOConfig(TRLFields):
             )
         if remarks and self.process_index == 0:
             logger.warning("These options have no effect: %s.", ", ".join(remarks))
-
-    def _unused_options(self) -> list[str]:
-        """Switch off options of transformers that have no effect here; one remark for each."""
-        remarks = []
-        if self.use_liger_kernel:  # type: ignore[has-type]
-            self.use_liger_kernel = False  # transformers' Trainer would patch the model's layers
-            remarks.append("use_liger_kernel=True (dpofast's own kernels run)")
-        if self.warmup_ratio and self.warmup_steps:
-            remarks.append(f"warmup_ratio={self.warmup_ratio!r} (warmup_steps is set)")
-        return remarks
 
     def _post_init_with_deepspeed(self) -> None:
         """Run the parent's __post_init__ with our own reading of the DeepSpeed configuration.
@@ -342,7 +333,6 @@ class DPOConfig(TRLFields):
         ):
             self._check_whole(name, minimum=1)
         self._check_whole("seed", minimum=0)
-        self.length_limits()
 
     def _check_number(
         self,

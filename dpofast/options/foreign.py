@@ -14,15 +14,23 @@ from dpofast.spelling import nearest_name
 # values that change nothing, which are therefore accepted, and a remedy for all other values.
 FOREIGN_OPTIONS: dict[str, tuple[tuple[Any, ...], str]] = {
     "model_init": ((None,), "pass the model"),
-    "preprocess_logits_for_metrics": ((None,), "no logits exist; use a callback"),
-    "dataset_streaming": ((False,), "leave it out; the pairs are read into memory"),
-    "streaming": ((False,), "leave it out; the pairs are read into memory"),
-    "test_split_size": ((None,), "set eval_split, which holds out whole prompts"),
+    "compute_loss_func": ((None,), "give a loss of your own as loss_fn (docs/extending.md)"),
+    "optimizer_cls_and_kwargs": ((None,), "pass optimizers, or override create_optimizer"),
+    "preprocess_logits_for_metrics": (
+        (None,),
+        "no logits exist; compute_metrics gets log-probs and rewards (docs/extending.md)",
+    ),
+    "streaming": ((False,), "set dataset_streaming"),
+    "test_split_size": (
+        (None,),
+        "set eval_split, which holds out whole prompts (in Python, use dpofast.data.hold_out)",
+    ),
     "ignore_bias_buffers": ((False,), "leave it out; nothing here needs it"),
     "datasets": (
         (None, []),
         "list the paths in dataset_name and the fractions in dataset_shares; dataset_config, "
-        "dataset_train_split and dataset_columns are the same for all datasets",
+        "dataset_train_split and dataset_columns are the same for all datasets (in Python, use "
+        "dpofast.data.mix_preferences)",
     ),
 }
 
@@ -61,7 +69,7 @@ def about_unknown(
 
     Args:
         name: name that the user gave.
-        value: value that the user gave.
+        value: value that the user gave; `...` if only the name counts.
         known: names of the options that exist.
         likely: known names that a misspelt one more probably means than any other.
 
@@ -70,6 +78,8 @@ def about_unknown(
     """
     if name in FOREIGN_OPTIONS:
         neutral, instead = FOREIGN_OPTIONS[name]
+        if value is ...:
+            return f"{name} isn't an option here: {instead}."
         return None if value in neutral else f"{name}={value!r} isn't supported: {instead}."
     remedy = _remedy(name, known)
     if remedy is not None:

@@ -14,6 +14,8 @@ OTHER_NAMES = {
     **dict.fromkeys(("tokenizer", "tokenizer_name", "tokenizer_config"), "tokenizer_name_or_path"),
     "attn_impl": "attn_implementation",
     "chat_template_jinja": "chat_template",
+    "quantization_type": "bnb_4bit_quant_type",
+    "double_quantization": "use_bnb_nested_quant",
     # data
     **dict.fromkeys(
         ("dataset", "data_path", "dataset_path", "train_data", "train_dataset"), "dataset_name"
@@ -104,8 +106,6 @@ OTHER_KEYS = {
         "leave it out; it isn't supported",
     ),
     **dict.fromkeys(("quantization_bit", "quant_bits"), "set load_in_4bit or load_in_8bit"),
-    "double_quantization": "set use_bnb_nested_quant",
-    "quantization_type": "set bnb_4bit_quant_type",
     # models
     **dict.fromkeys(("model_type", "tokenizer_type", "cls_model_config"), _MODEL_CLASS),
     "base_model_config": "leave it out; the config is read from the model's folder",
@@ -173,7 +173,6 @@ OTHER_KEYS = {
     "env": "set the variables in the environment",
     "unfrozen_parameters": "set requires_grad in Python",
     "gradient_checkpointing_use_reentrant": "set gradient_checkpointing_kwargs",
-    "ignore_bias_buffers": "leave it out; nothing here needs it",
     "sanity_check": "leave it out; name a file with fewer pairs",
     # versions 4 of transformers
     "include_tokens_per_second": "leave it out; tokens_per_second is always logged",
@@ -191,6 +190,7 @@ OTHER_KEYS = {
 _LORA = "pass peft_config=peft.LoraConfig(...) to DPOTrainer"
 _PAIRS = "pass train_dataset, which dpofast.data.load_preferences reads, to DPOTrainer"
 _LOADING = "set model_init_kwargs"
+_QUANTISED = "pass quantization_config to DPOTrainer"
 
 # Options of YAML files and the command line, and what takes their place in Python.
 IN_PYTHON = {
@@ -200,7 +200,8 @@ IN_PYTHON = {
     "chat_template": "set the tokenizer's chat_template",
     **dict.fromkeys(("model_revision", "dtype", "torch_dtype", "attn_implementation"), _LOADING),
     **dict.fromkeys(("dataset_name", "dataset_config", "dataset_train_split"), _PAIRS),
-    **dict.fromkeys(("dataset_columns", "dataset_roles", "columns", "roles"), _PAIRS),
+    **dict.fromkeys(("dataset_columns", "columns"), "pass columns to DPOTrainer"),
+    **dict.fromkeys(("dataset_roles", "roles"), "pass roles to DPOTrainer"),
     "dataset_shares": "mix the datasets with dpofast.data.mix_preferences",
     "eval_split": "hold pairs out with dpofast.data.hold_out",
     **dict.fromkeys(("eval_dataset_name", "dataset_test_split"), "pass eval_dataset to DPOTrainer"),
@@ -208,6 +209,9 @@ IN_PYTHON = {
     **dict.fromkeys(
         ("lora_target_modules", "lora_modules_to_save", "lora_task_type", "use_dora"), _LORA
     ),
-    **dict.fromkeys(("load_in_4bit", "load_in_8bit"), "pass quantization_config to DPOTrainer"),
-    "peft_config": _LORA,
+    **dict.fromkeys(("lora_target_parameters", "peft_config"), _LORA),
+    **dict.fromkeys(("load_in_4bit", "load_in_8bit", "bnb_4bit_quant_type"), _QUANTISED),
+    **dict.fromkeys(("use_bnb_nested_quant", "bnb_4bit_quant_storage"), _QUANTISED),
+    "bnb_4bit_compute_dtype": _QUANTISED,
+    "dataset_streaming": "pass an IterableDataset as train_dataset",
 }

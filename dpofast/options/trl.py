@@ -11,6 +11,7 @@ from dpofast.errors import ConfigError
 from dpofast.options.config import DPOConfig
 from dpofast.options.foreign import refuse_unknown_options
 from dpofast.options.trl_fields import RULES
+from dpofast.options.unsupported import UNUSED
 
 
 def resolve_config(
@@ -51,7 +52,7 @@ def _given(args: TrainingArguments, known: frozenset[str]) -> dict[str, Any]:
     of_library = next(c for c in type(args).__mro__ if c.__module__.split(".")[0] in libraries)
     names = known | {item.name for item in fields(of_library)}
     if isinstance(args, DPOConfig):
-        names -= RULES.keys()  # they have no effect, and the log has said so once
+        names -= RULES.keys() | UNUSED.keys()  # they have no effect, and the log has said so once
     return {
         item.name: getattr(args, item.name)
         for item in fields(args)
@@ -67,11 +68,13 @@ def resolve_tokenizer(processing_class: Any, options: dict[str, Any]) -> Any:
         options: further keyword arguments of the trainer; `tokenizer` is removed from them.
 
     Raises:
-        ConfigError: both names were given, or the argument is a processor of images.
+        ConfigError: the two names differ, or the argument is a processor of images.
     """
     old = options.pop("tokenizer", None)
-    if old is not None and processing_class is not None:
-        raise ConfigError("Give either processing_class or its old name tokenizer, not both.")
+    if None not in (old, processing_class) and old is not processing_class:
+        raise ConfigError(
+            "processing_class and its old name tokenizer differ: give only one of them."
+        )
     tokenizer = old if processing_class is None else processing_class
     if tokenizer is not None and hasattr(tokenizer, "image_processor"):
         raise ConfigError(

@@ -1,14 +1,16 @@
-"""Refuses options of transformers and of accelerate's launcher that can't be honoured."""
+"""Options of transformers and of accelerate's launcher that are refused, or have no effect."""
 
 from __future__ import annotations
 
 import os
+from dataclasses import MISSING, fields
 from typing import Any
 
 from transformers import TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
 
 from dpofast.errors import ConfigError
+from dpofast.options.optimizers import check_optimizer
 
 _COMPILING = "leave it out; rows differ in every step, and would compile each time"
 _REMEDIES = {
@@ -18,6 +20,49 @@ _REMEDIES = {
     **dict.fromkeys(("torch_compile", "torch_compile_backend", "torch_compile_mode"), _COMPILING),
     "fsdp": "set deepspeed to zero2 or zero3, which spread gradients and weights likewise",
 }
+
+_COLUMNS = "the trainer chooses the columns itself"
+_SUMS = "evaluations keep sums of their metrics, and no outputs of the model"
+# Options that Trainer's own methods read where DPOTrainer has others.
+UNUSED = {
+    "remove_unused_columns": _COLUMNS,
+    "label_names": _COLUMNS,
+    "length_column_name": _COLUMNS,
+    "use_liger_kernel": "dpofast's own kernels run",
+    "liger_kernel_config": "dpofast's own kernels run",
+    "use_cache": "training needs no cache of keys and values",
+    "torch_empty_cache_steps": "PyTorch keeps the memory that it has",
+    "average_tokens_across_devices": "a step's loss is the mean over its pairs on all ranks",
+    "dataloader_multiprocessing_context": "the data loader takes Python's default",
+    "dataloader_in_order": "steps run in the order of their plan",
+    **dict.fromkeys(("prediction_loss_only", "eval_do_concat_batches"), _SUMS),
+    **dict.fromkeys(("eval_accumulation_steps", "eval_use_gather_object"), _SUMS),
+    **dict.fromkeys(("batch_eval_metrics", "include_for_metrics"), _SUMS),
+}
+
+
+def unused_options(config: Any) -> list[str]:
+    """Looks for options that are given, but that nothing here reads.
+
+    use_liger_kernel is switched off, since transformers' Trainer would patch the model's layers.
+
+    Args:
+        config: a DPOConfig, before transformers reads it.
+
+    Returns:
+        One remark for each option.
+    """
+    remarks = []
+    usual = {item.name: item for item in fields(TrainingArguments)}
+    for name, reason in UNUSED.items():
+        item, value = usual[name], getattr(config, name)
+        default = item.default if item.default_factory is MISSING else item.default_factory()
+        if value != default:
+            remarks.append(f"{name}={value!r} ({reason})")
+    config.use_liger_kernel = False
+    if config.warmup_ratio and config.warmup_steps:
+        remarks.append(f"warmup_ratio={config.warmup_ratio!r} (warmup_steps is set)")
+    return remarks
 
 
 def check_unsupported(config: TrainingArguments) -> None:
@@ -47,6 +92,7 @@ def check_unsupported(config: TrainingArguments) -> None:
             "every step, and would compile each time."
         )
     _check_report_to(config.report_to)
+    check_optimizer(config.optim, bool(config.use_cpu))
     strategy = config.train_sampling_strategy
     if strategy not in ("random", "sequential"):
         raise ConfigError(

@@ -46,9 +46,7 @@ def card_facts(trainer: Any, given: Mapping[str, Any], guard: ReportGuard) -> Ca
         given: arguments of `create_model_card` that aren't None.
         guard: turns failures into warnings.
     """
-    lm, config = causal_lm(trainer.model), trainer.user_args
-    ids = (trainer.hub_model_id, config.hub_model_id)
-    published = next((name for name in ids if isinstance(name, str)), None)
+    lm, published = causal_lm(trainer.model), _published(trainer)
     base = hub_id(given.get("finetuned_from")) or trainer.base_model
     parts: dict[str, Callable[[], Any]] = {
         "adapter": lambda: _adapter_kind(trainer.model),
@@ -66,11 +64,11 @@ def card_facts(trainer: Any, given: Mapping[str, Any], guard: ReportGuard) -> Ca
         with guard(f"{CARD_FILE}: its part {name!r}"):
             found[name] = part()
     return CardFacts(
-        model_name=_title(given.get("model_name"), published, config.output_dir, base, lm),
+        model_name=card_title(trainer, given),
         architecture=type(lm).__name__,
         base_model=base,
         hub_model_id=published if published and "/" in published else None,
-        log_history=trainer.state.log_history,
+        **_logs(trainer),
         languages=_listed(given.get("language")),
         tasks=_listed(given.get("tasks")),
         **found,
@@ -109,12 +107,41 @@ def card_options(trainer: Any) -> dict[str, Any]:
     return options
 
 
-def _title(given: Any, published: str | None, folder: Any, base: str | None, lm: Any) -> str:
-    if given and "/" not in given:
-        return str(given)
-    own = public_name(given) or (published.split("/")[-1] if published else public_name(folder))
-    start = base.split("/")[-1] if base else lm.config.model_type
-    return own or f"{start}-DPO"
+def _logs(trainer: Any) -> dict[str, Any]:
+    """The logs of the saved weights: those of the best step if these were loaded at the end."""
+    state, config = trainer.state, trainer.user_args
+    best = state.best_global_step
+    if trainer.is_in_train or not config.load_best_model_at_end or not best:
+        return {"log_history": state.log_history}
+    logs = [log for log in state.log_history if log.get("step", 0) <= best]
+    metric = f"the best by {config.metric_for_best_model}"
+    return {
+        "log_history": logs,
+        "saved_step": f"those of step {best} of {state.global_step}, {metric}",
+    }
+
+
+def card_title(trainer: Any, given: Mapping[str, Any]) -> str:
+    """The title of a card: what is given, else a name of the model or of its folder.
+
+    Args:
+        trainer: the DPOTrainer.
+        given: arguments of `create_model_card` that aren't None.
+    """
+    name = given.get("model_name")
+    if name and "/" not in name:
+        return str(name)
+    published = _published(trainer)
+    own = published.split("/")[-1] if published else public_name(trainer.args.output_dir)
+    base = trainer.base_model
+    start = base.split("/")[-1] if base else causal_lm(trainer.model).config.model_type
+    return public_name(name) or own or f"{start}-DPO"
+
+
+def _published(trainer: Any) -> str | None:
+    """The id under which the model is on the hub, or will be."""
+    ids = (trainer.hub_model_id, trainer.args.hub_model_id)
+    return next((name for name in ids if isinstance(name, str)), None)
 
 
 def _known(trainer: Any, given: Any) -> TrainingSet | None:
@@ -205,9 +232,9 @@ def _license(lm: Any, base: str | None) -> str | None:
 
 def _precision(trainer: Any) -> str:
     trained = {str(p.dtype) for p in trainer.model.parameters() if p.requires_grad}
-    weights = f"{' and '.join(sorted(trained))} weights".replace("torch.", "")
+    weights = f"trained weights in {' and '.join(sorted(trained))}".replace("torch.", "")
     autocast = trainer.accelerator.mixed_precision
-    return weights if autocast == "no" else f"{weights}, {autocast} autocast"
+    return weights if autocast == "no" else f"{weights}, autocast in {autocast}"
 
 
 def _quantisation(config: Any) -> str | None:

@@ -18,7 +18,7 @@ from dpofast.monitor.card import CARD_FILE, is_kept, model_card
 from dpofast.monitor.guard import ReportGuard
 from dpofast.monitor.plots import PLOT_FILE
 from dpofast.monitor.public_names import hub_id
-from dpofast.train.card_facts import card_facts
+from dpofast.train.card_facts import card_facts, card_title
 from dpofast.train.reports import ReportsRun
 
 logger = logging.getLogger(__name__)
@@ -84,7 +84,18 @@ class WritesCards(ReportsRun, Trainer):
             dataset: the same as `dataset_name`.
             dataset_args: configurations of these datasets, in their order.
         """
-        given = {name: value for name, value in locals().items() if name != "self"}
+        given = {
+            "model_name": model_name,
+            "dataset_name": dataset_name,
+            "tags": tags,
+            "language": language,
+            "license": license,
+            "finetuned_from": finetuned_from,
+            "tasks": tasks,
+            "dataset_tags": dataset_tags,
+            "dataset": dataset,
+            "dataset_args": dataset_args,
+        }
         self._card_arguments |= {name: value for name, value in given.items() if value is not None}
         if self.is_world_process_zero():
             self.write_card(self.args.output_dir)
@@ -114,10 +125,11 @@ class WritesCards(ReportsRun, Trainer):
         Raises:
             ConfigError: the repository can't be made; the model is saved nevertheless.
         """
-        if card.get("tags") is None:
-            card.pop("tags", None)
-        elif not isinstance(card["tags"], str):
-            card["tags"] = list(card["tags"])  # transformers appends the model's own
+        # What isn't given stays as it was; transformers would put its own defaults in its place.
+        given = {**self._card_arguments, **{k: v for k, v in card.items() if v is not None}}
+        tags = given.get("tags", [])
+        card["tags"] = [tags] if isinstance(tags, str) else list(tags)
+        card["model_name"] = card_title(self, given)
         if self.hub_model_id is None:
             try:
                 self.init_hf_repo(token=token, private=private)
@@ -181,15 +193,18 @@ class WritesCards(ReportsRun, Trainer):
         put back.
         """
         path = Path(folder) / CARD_FILE
-        users = None
+        users, is_known = None, False
         with self._card_guard(CARD_FILE):
-            users = path.read_bytes() if is_kept(path.parent) else b""
-        yield
-        with self._card_guard(CARD_FILE):
-            if users:
-                path.write_bytes(users)
-            elif users is not None:
-                path.unlink(missing_ok=True)  # that of peft, which would count as the user's
+            users = path.read_bytes() if is_kept(path.parent) else None
+            is_known = True
+        try:
+            yield
+        finally:
+            with self._card_guard(CARD_FILE):
+                if users is not None:
+                    path.write_bytes(users)
+                elif is_known:
+                    path.unlink(missing_ok=True)  # that of peft, which would count as the user's
         self.write_card(folder)
 
     def _say_kept(self, folder: Path) -> None:

@@ -110,7 +110,7 @@ class ComputesLoss(ReportsRun, Trainer):
         self._computed = Computed()
         with torch.no_grad(), self.compute_loss_context_manager():
             result = self.compute_loss(model, inputs, return_outputs=True)
-        if not (isinstance(result, tuple) and len(result) == 2):
+        if not (isinstance(result, tuple) and len(result) == 2 and isinstance(result[0], Tensor)):
             raise ConfigError(
                 f"{override_of(self, 'compute_loss')}: evaluation calls it with "
                 f"return_outputs=True, and expects (loss, outputs), but got a "
@@ -175,11 +175,21 @@ class ComputesLoss(ReportsRun, Trainer):
             loss: mean loss of the pairs as the hooks returned it; None for none.
             batch: the micro-batch.
             hooks: methods that an override may have computed the loss in.
+
+        Raises:
+            ConfigError: an override returned no single number.
         """
         totals = self._computed.sums.totals
-        # Otherwise the exact sum is in the totals, without the division by the number of pairs.
-        if loss is not None and any(override_of(self, hook) for hook in hooks):
-            totals["loss"] = loss.detach().double() * batch.num_pairs
+        overrides = [where for hook in hooks if (where := override_of(self, hook))]
+        # Without an override the totals have the exact sum, which was never divided by the pairs.
+        if loss is not None and overrides:
+            if not isinstance(loss, Tensor) or loss.numel() != 1:
+                got = list(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
+                raise ConfigError(
+                    f"{overrides[-1]}: the loss that it returned is {got}, expected the mean loss "
+                    "over the micro-batch's pairs, a tensor []."
+                )
+            totals["loss"] = loss.detach().double().sum() * batch.num_pairs
         sums.add(totals, batch.num_pairs)
 
     def check_loss(self, loss: Any) -> None:

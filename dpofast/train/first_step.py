@@ -71,8 +71,9 @@ class FirstStep:
         if self.has_slope or not batch.num_pairs:
             return
         assert batch.ref_logps is not None
-        logratios = output.logps.detach().cpu() - batch.ref_logps.cpu()  # [2P]
-        lengths = batch.bounds.diff().view(-1, 2).cpu()
+        logps = output.logps.detach()  # where the model is, as a user's own loss may hold tensors
+        logratios = logps - batch.ref_logps.to(logps.device)  # [2P]
+        lengths = batch.bounds.diff().view(-1, 2).to(logps.device)
         _, *slopes = self.loss.pair_loss(logratios[0::2], logratios[1::2], lengths)
         self.has_slope = any(bool((slope.abs() > NO_SLOPE).any()) for slope in slopes)
 

@@ -29,6 +29,7 @@ _COLUMNS = (
     f"log-probs ({PAGE})"
 )
 _LOADER = "override get_train_dataloader, get_eval_dataloader or get_test_dataloader"
+_COLLATOR = "leave it out; batches are laid out by the trainer"
 _SEARCH = "hyperparameter_search isn't supported; run dpofast once per setting"
 
 # Methods and attributes that are never called or read, and the place to go.
@@ -134,6 +135,9 @@ def check_overrides(trainer: Any) -> None:
     for name, remedy in IGNORED_ATTRIBUTES.items():
         if getattr(trainer, name, None) is not None:
             raise ConfigError(f"DPOTrainer: {name} isn't supported: {remedy}.")
+    collator = vars(trainer).get("data_collator")
+    if collator is not None and not _module(collator).startswith(_OURS):
+        raise ConfigError(f"DPOTrainer: data_collator isn't supported: {_COLLATOR}.")
     _check_samples_hook(trainer)
 
 

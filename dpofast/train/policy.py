@@ -121,14 +121,16 @@ def resolve_ref_model(ref_model: Any, model: Any, config: DPOConfig) -> Any:
         ModelError: the reference isn't a causal LM, or can't be loaded.
     """
     own = config.ref_model_init_kwargs
-    if own is not None and not isinstance(ref_model, str):
+    if isinstance(ref_model, str):
+        if ref_model == model and own is None:
+            return None
+        return load_policy(ref_model, **config.ref_loading_options())
+    if own is not None:
         logger.info("ref_model_init_kwargs are ignored, as no ref_model is given by name.")
-    if ref_model is None or (isinstance(ref_model, str) and ref_model == model and own is None):
+    if ref_model is None:
         return None
     if ref_model is model:
         raise ConfigError("ref_model is the model itself; leave it out, or pass a copy.")
-    if isinstance(ref_model, str):
-        return load_policy(ref_model, **config.ref_loading_options())
     check_kind(ref_model)
     return ref_model
 

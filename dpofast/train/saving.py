@@ -23,13 +23,13 @@ from dpofast.errors import ConfigError, DPOFastError, ModelError, one_line
 from dpofast.model.parts import causal_lm, is_peft_model, num_bytes
 from dpofast.model.saved_names import can_have_pad, difference_in_files, difference_in_memory
 from dpofast.model.vocabulary import vocabulary_of
+from dpofast.monitor.card import CARD_FILE
 from dpofast.monitor.guard import ReportGuard
 from dpofast.options.config import DPOConfig
 from dpofast.zero.weights import spread
 
 logger = logging.getLogger(__name__)
 
-MODEL_CARD = "README.md"
 MOMENTS = 2  # states of Adam per trained parameter, which a checkpoint holds
 
 
@@ -52,7 +52,7 @@ def check_saving(model: nn.Module, tokenizer: Any, config: DPOConfig) -> None:
     _refuse_pad_without_row(model, tokenizer)
     _check_names(model)
     with tempfile.TemporaryDirectory() as folder:
-        card = Path(config.output_dir) / MODEL_CARD
+        card = Path(config.output_dir) / CARD_FILE
         if card.is_file():  # peft reads it and writes it again
             shutil.copy(card, folder)
         for what, save in _small_saves(model, tokenizer, folder):
@@ -138,7 +138,7 @@ def _small_saves(model: Any, tokenizer: Any, folder: str) -> Iterator[tuple[str,
     """What is saved beside the weights, each with a function that saves it."""
     lm = causal_lm(model)
     if is_peft_model(model):
-        yield f"The model card ({MODEL_CARD})", lambda: model.create_or_update_model_card(folder)
+        yield f"The model card ({CARD_FILE})", lambda: model.create_or_update_model_card(folder)
         for name, adapter in model.peft_config.items():
             config = copy.deepcopy(adapter)
             yield f"The config of the adapter {name!r}", lambda c=config: c.save_pretrained(folder)

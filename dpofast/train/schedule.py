@@ -26,7 +26,7 @@ def check_schedule(trainer: Any, total_steps: int) -> None:
     args = trainer.args
     if not trainer.is_deepspeed_enabled:
         if trainer.optimizer is None and trainer.optimizer_cls_and_kwargs is None:
-            with _refusing(f"optim: {args.optim} can't be used"):
+            with _refusing(f"optim: {args.optim.value} can't be used"):
                 trainer.get_optimizer_cls_and_kwargs(args, trainer.model)
         if trainer.lr_scheduler is None:
             with _refusing(f"lr_scheduler_type: {args.lr_scheduler_type} can't be used"):

@@ -94,6 +94,16 @@ class ShowsSettings:
         return self._config.max_length
 
     @_setting(_CONFIG)
+    def max_prompt_length(self) -> int | None:
+        """Most tokens of a prompt."""
+        return self._config.max_prompt_length
+
+    @_setting(_CONFIG)
+    def max_completion_length(self) -> int | None:
+        """Most tokens of an answer."""
+        return self._config.max_completion_length
+
+    @_setting(_CONFIG)
     def truncation_mode(self) -> str:
         """What is cut from longer sequences."""
         return self._config.truncation_mode

@@ -92,6 +92,18 @@ def test_a_pair_is_shown_by_its_row(command: list[str], capsys: pytest.CaptureFi
     assert "row 3" in capsys.readouterr().out
 
 
+def test_a_pair_is_shown_with_what_the_options_cut(
+    command: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    limits = ["--max_prompt_length=2", "--max_target_length=1"]
+    assert main([*command, "--row=3", *limits]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert (
+        "max_prompt_length 2, max_completion_length 1, max_length 1024 (keep_start): cut" in shown
+    )
+    assert "prompt, cut on the left" in shown
+
+
 def test_an_adapter_is_laid_out_as_its_base(
     command: list[str], model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -5,9 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from transformers import T5Config
 
+from dpofast.cli.inputs import adapter_options
 from dpofast.cli.run_options import RunOptions, read_options
-from dpofast.errors import ConfigError
+from dpofast.errors import ConfigError, ModelError
 
 
 def read(folder: Path, text: str, *overrides: str) -> RunOptions:
@@ -51,7 +53,8 @@ def test_option_of_trl_that_changes_nothing_is_taken(tmp_path: Path) -> None:
         ("eval_strategy: sometimes", "run.yaml: eval_strategy: got 'sometimes', expected"),
         ("max_prompt_length: 0", "run.yaml: max_prompt_length: got 0, expected a whole number"),
         ("evaluation_strategy: now and then", "evaluation_strategy: got 'now and then', expected"),
-        ("load_in_4bit: true", "load_in_4bit isn't an option here"),
+        ("quantization_bit: 4", "quantization_bit isn't an option here: set load_in_4bit or"),
+        ("load_in_4bits: true", "no option 'load_in_4bits'; did you mean 'load_in_4bit'"),
         ("dtype: float8", "run.yaml: dtype: got 'float8', expected one of auto, bfloat16"),
         ("train_file: a\ndataset_name: b", "train_file and dataset_name are one option"),
     ],
@@ -72,3 +75,61 @@ def test_missing_option_is_named(tmp_path: Path) -> None:
     options = read(tmp_path, "seed: 1\n")
     with pytest.raises(ConfigError, match=r"run\.yaml: model_name_or_path is missing"):
         options.require("model_name_or_path")
+
+
+def test_all_unknown_names_come_in_one_error_with_their_lines(tmp_path: Path) -> None:
+    text = "base_model: some/model\nbeta: 0.1\nlerning_rate: 1e-6\nstreaming: false\n"
+    with pytest.raises(ConfigError) as caught:
+        read(tmp_path, text, "--cutoff-len", "2048")
+    file = tmp_path / "run.yaml"
+    assert str(caught.value).splitlines() == [
+        "3 options can't be used:",
+        f"  {file}, line 1: base_model isn't an option here: write model_name_or_path.",
+        f"  {file}, line 3: there is no option 'lerning_rate'; did you mean 'learning_rate'?",
+        "  command line: cutoff_len isn't an option here: write max_length.",
+    ]
+
+
+def test_several_options_that_would_change_the_training_come_in_one_error(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        read(tmp_path, "rpo_alpha: 1.0\nld_alpha: 0.5\n")
+    first, *lines = str(caught.value).splitlines()
+    assert first == f"{tmp_path / 'run.yaml'}: 2 options can't be used:"
+    assert sorted(line.split("=")[0].strip() for line in lines) == ["ld_alpha", "rpo_alpha"]
+
+
+@pytest.mark.parametrize(
+    "name", ["datasets: [a]", "lora_task: x", "chosen_response: x", "tools_: 1"]
+)
+def test_a_name_that_only_looks_alike_is_not_suggested(tmp_path: Path, name: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        read(tmp_path, f"{name}\n")
+    assert "did you mean" not in str(caught.value)
+
+
+@pytest.mark.parametrize("option", ["is_encoder_decoder: true", "max_seq_len: 7", "beta: -1"])
+@pytest.mark.parametrize("which", ["model_name_or_path", "ref_model_name_or_path"])
+def test_the_kind_of_a_model_is_refused_before_its_options(
+    tmp_path: Path, option: str, which: str
+) -> None:
+    config = T5Config(architectures=["T5ForConditionalGeneration"])
+    config.save_pretrained(tmp_path / "t5")
+    with pytest.raises(ModelError, match=f"run.yaml: {which}: The model .* is an encoder-decoder"):
+        read(tmp_path, f"{which}: {tmp_path / 't5'}\n{option}\n")
+
+
+def test_the_adapters_options_are_those_of_trl(tmp_path: Path) -> None:
+    pytest.importorskip("peft", reason="needs the extra `peft`")
+    text = (
+        "use_peft: true\nlora_r: 4\nuse_rslora: true\nuse_dora: true\nlora_task_type: CAUSAL_LM\n"
+        "lora_target_parameters: [mlp.experts.gate_up_proj]\n"
+    )
+    adapter = adapter_options(read(tmp_path, text))
+    assert (adapter.r, adapter.use_rslora, adapter.use_dora) == (4, True, True)
+    assert adapter.target_parameters == ["mlp.experts.gate_up_proj"]
+    assert adapter.task_type == "CAUSAL_LM"
+    with pytest.raises(ConfigError, match="got 'SEQ_CLS', expected one of CAUSAL_LM"):
+        read(tmp_path, "use_peft: true\nlora_task_type: SEQ_CLS\n")
+    for idle in ("use_dora: true", "use_rslora: true", "lora_task_type: CAUSAL_LM"):
+        with pytest.raises(ConfigError, match="has no effect without use_peft"):
+            read(tmp_path, f"{idle}\n")

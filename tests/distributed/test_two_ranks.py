@@ -13,6 +13,7 @@ from tests.distributed.launch import launch
 pytestmark = pytest.mark.distributed
 
 SCRIPT = Path(__file__).with_name("two_ranks.py")
+HOOK_WAYS = ["ddp.hooks", "zero1.hooks", "zero2.hooks"]
 WAYS = ["ddp", "zero1", "zero2", "zero3", "own"]
 BF16_WAYS = ["zero1.bf16", "zero2.bf16", "zero3.bf16"]
 # Slow: DeepSpeed may have to compile its Adam first.
@@ -23,13 +24,13 @@ MIXTURE_WAYS = ["ddp.mixtral", "zero3.mixtral"]
 @pytest.fixture(scope="module")
 def one(tmp_path_factory):
     folder = tmp_path_factory.mktemp("one")
-    launch(SCRIPT, 1, str(folder), "4", "1", "ddp")
-    return json.loads((folder / "ddp.json").read_text())
+    launch(SCRIPT, 1, str(folder), "4", "1", "ddp", "ddp.hooks")
+    return {way: json.loads((folder / f"{way}.json").read_text()) for way in ("ddp", "ddp.hooks")}
 
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
-    return run_on_two(tmp_path_factory, WAYS + BF16_WAYS)
+    return run_on_two(tmp_path_factory, WAYS + BF16_WAYS + HOOK_WAYS)
 
 
 @pytest.fixture(scope="module")
@@ -45,19 +46,30 @@ def run_on_two(tmp_path_factory, ways):
 
 @pytest.mark.parametrize("way", WAYS)
 def test_two_ranks_train_and_evaluate_as_one(one, two, way):
-    assert_same(one, two[way])
+    assert_same(one["ddp"], two[way])
+
+
+@pytest.mark.parametrize("way", HOOK_WAYS)
+def test_losses_metrics_and_penalties_of_ones_own_are_those_of_one_rank(one, two, way):
+    expected = one["ddp.hooks"]
+    assert_same(expected, two[way])
+    assert two[way]["evaluation"]["eval_n"] == 5
+    assert expected["logs"][0]["own/length"] > 1
+    penalty = expected["logs"][0]["loss"] - one["ddp"]["logs"][0]["loss"]
+    assert penalty > 0.01
+    assert expected["logs"][0]["rewards/chosen"] == one["ddp"]["logs"][0]["rewards/chosen"]
 
 
 @pytest.mark.parametrize("way", BF16_WAYS)
 def test_bf16_adds_up_all_micro_batches(one, two, way):
-    assert_nearly_same(one, two[way])
+    assert_nearly_same(one["ddp"], two[way])
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("way", OFFLOADED)
 def test_offloaded_states_train_alike(one, offloaded, way):
-    (assert_nearly_same if way.endswith("bf16") else assert_same)(one, offloaded[way])
+    (assert_nearly_same if way.endswith("bf16") else assert_same)(one["ddp"], offloaded[way])
 
 
 @pytest.mark.slow  # three starts of PyTorch and DeepSpeed

@@ -6,8 +6,9 @@ A way is "ddp", the name of a DeepSpeed configuration, or "own" for a user's con
 own batch fields. With the suffix ".bf16" it trains in that precision. With ".mixtral" it trains a
 mixture of experts with the routers' auxiliary loss and gradient checkpointing. That runs padded,
 because then the micro-batches are the same on any number of ranks. With ".stretched" it trains a
-model with dynamic RoPE on sequences beyond its original length. The main rank writes its logs to
-FOLDER/WAY.json.
+model with dynamic RoPE on sequences beyond its original length. With ".hooks" it trains the sigmoid
+loss written by hand and a penalty that a subclass adds, and measures metrics of its own. The main
+rank writes its logs to FOLDER/WAY.json.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn.functional import softplus
 
 from dpofast import DPOConfig, DPOTrainer
 from dpofast.cli.process_end import run_to_end
@@ -46,6 +48,35 @@ def model_of(variant: str) -> Any:
         rope = rope_parameters("dynamic", frequencies=4)
         return tiny_llama(max_position_embeddings=ORIGINAL_LENGTH, rope_parameters=rope)
     return tiny_llama()
+
+
+class Penalised(DPOTrainer):
+    """Adds a penalty on the weights to the loss."""
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True)
+        loss = loss + 1e-3 * sum(p.square().sum() for p in model.parameters())
+        return (loss, outputs) if return_outputs else loss
+
+
+def own_hooks() -> dict[str, Any]:
+    """Arguments of a trainer with a loss and metrics of its own."""
+
+    def in_order(prediction: Any) -> dict[str, float]:
+        """A number that depends on the order of the pairs."""
+        values = prediction.predictions
+        return {
+            "in_order": sum(i * x for i, x in enumerate(values.chosen_logps)),
+            "n": len(values[0]),
+        }
+
+    return {
+        "loss_fn": lambda chosen, rejected, lengths: softplus(-0.5 * (chosen - rejected)),
+        "metrics_fn": lambda pairs: {"own/length": pairs.lengths[:, 0]},
+        "compute_metrics": in_order,
+    }
 
 
 def train(way: str, folder: Path, pairs_per_device: int, accumulation: int) -> None:
@@ -76,12 +107,14 @@ def train(way: str, folder: Path, pairs_per_device: int, accumulation: int) -> N
         seed=3,
         deepspeed=deepspeed_option(kind, pairs_per_device, accumulation),
     )
-    trainer = DPOTrainer(
+    has_hooks = variant == "hooks"
+    trainer = (Penalised if has_hooks else DPOTrainer)(
         model_of(variant),
         args=config,
         train_dataset=token_pairs(9),  # the last step has one pair, so one rank has none
         eval_dataset=token_pairs(5, seed=4),
         processing_class=byte_tokenizer(),
+        **(own_hooks() if has_hooks else {}),
     )
     trainer.train()
     assert trainer.is_deepspeed_enabled is (kind != "ddp")

@@ -48,7 +48,7 @@ def test_what_is_cut_is_shown():
     text = printed(render_untokenised_pair(row, byte_bpe(), limits=limits))
     assert "max_prompt_length 4, max_completion_length 3, max_length 8 (keep_start): cut 2" in text
     assert "prompt, cut on the left (2) a|b" in text
-    assert "chosen, cut (4)         x|y|z|</s>" in text
+    assert "chosen, cut (4)             x|y|z|</s>" in text
 
 
 @pytest.mark.parametrize(

@@ -148,9 +148,10 @@ class TestResolveConfig:
             resolve_config({"beta": 0.1}, {}, "model")
 
 
-def test_the_tokenizers_old_name_is_taken_and_both_names_are_refused():
+def test_the_tokenizers_old_name_is_taken_unless_the_new_one_says_something_else():
     options = {"tokenizer": "old", "beta": 0.1}
     assert resolve_tokenizer(None, options) == "old"
     assert options == {"beta": 0.1}
-    with pytest.raises(ConfigError, match="not both"):
+    assert resolve_tokenizer("same", {"tokenizer": "same"}) == "same"
+    with pytest.raises(ConfigError, match="only one of them"):
         resolve_tokenizer("new", {"tokenizer": "old"})

@@ -55,8 +55,10 @@ def lora(**options):
         {"modules_to_save": ["lm_head"]},
         {"lora_dropout": 0.3},
         {"init_lora_weights": False},
+        {"use_dora": True},
+        {"use_rslora": True},
     ],
-    ids=["attention", "on the head", "head saved whole", "dropout", "not fresh"],
+    ids=["attention", "on the head", "head saved whole", "dropout", "not fresh", "dora", "rslora"],
 )
 def test_a_peft_config_trains_as_plain_dpo(tmp_path, options):
     with float64_throughout():

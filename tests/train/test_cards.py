@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import peft
 import pytest
+import torch
 from datasets import Dataset
 from huggingface_hub import HfApi, ModelCard
 from transformers import AutoModelForCausalLM, Trainer
@@ -56,19 +57,19 @@ def hub(monkeypatch):
     return calls
 
 
-@pytest.mark.parametrize("adapter", [None, lora()], ids=["whole", "lora"])
-def test_no_card_tells_where_or_by_whom_it_was_made(tmp_path, monkeypatch, drawn, adapter):
+def test_no_card_tells_where_or_by_whom_it_was_made(tmp_path, monkeypatch, drawn):
     for name in ("USER", "LOGNAME"):
         monkeypatch.setenv(name, "quux")
     for name in ("platform.node", "socket.gethostname"):
         monkeypatch.setattr(name, lambda: "bighost")
     home = tmp_path / "MARKER" / "quux"
     tiny_llama().save_pretrained(home / "model")
+    tiny_llama(seed=1).save_pretrained(home / "reference")
     byte_tokenizer().save_pretrained(home / "model")
     pairs = token_pairs(6)
     pairs.to_json(home / "pairs.jsonl")
     options = {
-        "max_steps": 2,
+        "max_steps": 1,
         "output_dir": str(home / "run-of-quux"),
         "reference_store": str(home / "store"),
         "run_name": str(home),
@@ -86,8 +87,8 @@ def test_no_card_tells_where_or_by_whom_it_was_made(tmp_path, monkeypatch, drawn
         options=options,
         processing_class=None,
         eval_dataset={"quux": str(home / "pairs.jsonl"), "other": token_pairs(2)},
-        ref_model=None if adapter else str(home / "model"),
-        peft_config=adapter,
+        ref_model=str(home / "reference"),
+        peft_config=lora(),  # whose own card would name the base's folder
     )
     trainer.train()
     trainer.save_model()
@@ -98,7 +99,7 @@ def test_no_card_tells_where_or_by_whom_it_was_made(tmp_path, monkeypatch, drawn
         finetuned_from=str(home / "model"),
     )
     cards = list(home.glob(f"**/{CARD_FILE}"))
-    assert len(cards) == 4  # two checkpoints, and two folders of the final model
+    assert len(cards) == 3  # a checkpoint, and two folders of the final model
     for card in cards:
         text = card.read_text()
         secrets = ("MARKER", "quux", "bighost", str(tmp_path))
@@ -112,7 +113,6 @@ def test_an_adapter_has_our_card_in_place_of_that_of_peft(tmp_path):
     model = tiny_llama()
     model.config._name_or_path = "org/base"
     trainer = make_trainer(tmp_path, model, options=ONE_STEP, peft_config=lora())
-    trainer.train()
     for _ in range(2):  # peft changes a card that is there
         trainer.save_model()
     card = card_in(tmp_path / "run")
@@ -124,14 +124,15 @@ def test_an_adapter_has_our_card_in_place_of_that_of_peft(tmp_path):
     assert "| target_modules | k_proj, q_proj |" in card.text
 
 
-@pytest.mark.parametrize("adapter", [None, lora()], ids=["whole", "lora"])
-def test_a_card_of_the_user_is_kept_to_the_byte(tmp_path, caplog, adapter):
-    own = b"---\r\nlicense: mit\r\n---\r\n\r\n# My own words\r\n"
+OWN = b"---\r\nlicense: mit\r\n---\r\n\r\n# My own words\r\n"
+
+
+@pytest.mark.parametrize("own", [OWN, b""], ids=["text", "empty"])
+def test_a_card_of_the_user_is_kept_to_the_byte(tmp_path, caplog, own):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / CARD_FILE).write_bytes(own)
-    trainer = make_trainer(tmp_path, options=ONE_STEP, peft_config=adapter)
-    trainer.train()
-    trainer.save_model()
+    trainer = make_trainer(tmp_path, options=ONE_STEP, peft_config=lora())
+    trainer.save_model()  # peft changes the card
     trainer.create_model_card()
     assert (tmp_path / "run" / CARD_FILE).read_bytes() == own
     (line,) = [r.getMessage() for r in caplog.records if r.name == "dpofast.train.cards"]
@@ -176,9 +177,21 @@ def test_what_is_known_of_the_run_is_in_its_card(tmp_path, drawn):
         "| label_smoothing | 0.1 |",
         "| pairs per step | 4 |",
         "| steps | 3 |",
-        "| precision | float32 weights |",
+        "| precision | trained weights in float32 |",
     ):
         assert text in card.text
+
+
+def test_an_optimizer_of_the_user_is_the_one_that_is_named(tmp_path):
+    model = tiny_llama()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    schedule = torch.optim.lr_scheduler.StepLR(optimizer, 1)
+    trainer = make_trainer(tmp_path, model, optimizers=(optimizer, schedule))
+    trainer.create_model_card()
+    text = card_in(tmp_path / "run").text
+    assert "| optim | SGD |\n" in text
+    assert "| lr_scheduler_type | StepLR |\n" in text
+    assert "learning_rate" not in text
 
 
 def test_an_older_run_leaves_no_plot_in_the_card(tmp_path):
@@ -269,6 +282,19 @@ class TestHub:
         trainer.push_to_hub(tags=None, model_name="again")
         assert hub[-1][3]["model_name"] == "again"
 
+    def test_a_push_keeps_what_was_given_before(self, tmp_path, hub):
+        trainer = make_trainer(tmp_path, options=ONE_STEP)
+        trainer.create_model_card("a name", "me/pairs", "a tag")
+        trainer.push_to_hub(license="mit")
+        data = hub[-1][3]
+        assert (data["model_name"], data["datasets"]) == ("a name", ["me/pairs"])
+        assert (data["license"], data["tags"][-1]) == ("mit", "a tag")
+
+    def test_a_folder_with_the_name_of_the_user_is_no_title(self, tmp_path, monkeypatch, hub):
+        monkeypatch.setenv("LOGNAME", "run")
+        make_trainer(tmp_path, options=ONE_STEP).push_to_hub()
+        assert "# llama-DPO\n" in (tmp_path / "run" / CARD_FILE).read_text()
+
     def test_checkpoints_are_pushed_with_a_card(self, tmp_path, hub):
         options = {"push_to_hub": True, "save_strategy": "steps", "save_steps": 1, **ONE_STEP}
         make_trainer(tmp_path, options=options).train()
@@ -314,3 +340,24 @@ def test_a_dataset_that_was_exchanged_is_not_prepared_for_the_card(tmp_path):
     trainer.create_model_card()
     assert "| `pairs made in memory` | training |  |" in card_in(tmp_path / "run").text
     assert len(trainer.data.datasets) == 1  # other ranks would have to prepare it, too
+
+
+def test_the_figures_are_those_of_the_weights_that_were_loaded_at_the_end(tmp_path):
+    options = {
+        "max_steps": 2,
+        "save_strategy": "steps",
+        "save_steps": 1,
+        "eval_strategy": "steps",
+        "eval_steps": 1,
+        "load_best_model_at_end": True,
+        "metric_for_best_model": "eval_loss",
+        "save_only_model": True,
+    }
+    # These pairs are random, and get worse from the first step on.
+    trainer = make_trainer(tmp_path, options=options, eval_dataset=token_pairs(2, seed=4))
+    trainer.train()
+    trainer.save_model()
+    text = card_in(tmp_path / "run").text
+    assert "- Weights: those of step 1 of 2, the best by eval_loss\n" in text
+    assert "| metric | training, last log (step 1) | evaluation (step 1) |" in text
+    assert "training, last log (step 2)" in card_in(tmp_path / "run" / "checkpoint-2").text

@@ -209,6 +209,13 @@ def test_evaluation_without_outputs_is_named(trainer, monkeypatch):
         trainer.evaluate()
 
 
+@pytest.mark.parametrize(("loss", "got"), [(torch.ones(3), r"\[3\]"), (0.5, "float")])
+def test_an_evaluation_loss_of_another_kind_is_named(trainer, monkeypatch, loss, got):
+    monkeypatch.setitem(vars(trainer), "prediction_step", lambda *args, **kw: (loss, None, None))
+    with pytest.raises(ConfigError, match=f"prediction_step, .* is {got}, expected the mean loss"):
+        trainer.evaluate()
+
+
 @pytest.mark.parametrize("hook", ["get_train_dataloader", "get_eval_dataloader"])
 def test_a_loader_of_something_else_is_named(trainer, monkeypatch, hook):
     loader = torch.utils.data.DataLoader([{"input_ids": 1}] * 4, batch_size=2)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 import transformers
 
@@ -111,6 +114,17 @@ def test_an_attribute_that_would_be_ignored_is_found(trainer, monkeypatch, name)
         trainer.train()
 
 
+def test_a_collator_that_is_assigned_later_is_found(trainer, monkeypatch):
+    monkeypatch.setattr(trainer, "data_collator", lambda rows: rows)
+    with pytest.raises(ConfigError, match="DPOTrainer: data_collator isn't supported"):
+        trainer.train()
+
+
+def test_arguments_of_transformers_trainer_say_where_to_go(tmp_path):
+    with pytest.raises(ConfigError, match=r"compute_loss_func=.* isn't supported: .* loss_fn"):
+        make_trainer(tmp_path, compute_loss_func=len)
+
+
 def test_a_call_of_a_method_of_trl_says_where_to_go(trainer):
     with pytest.raises(ConfigError, match=r"DPOTrainer\.get_batch_loss_metrics: .* loss_fn"):
         trainer.get_batch_loss_metrics(None, None)
@@ -137,6 +151,12 @@ def test_every_method_of_transformers_and_trl_is_called_or_refused():
     for names in TRL_METHODS.values():
         assert set(names.split()) <= known
     assert not kept & IGNORED_HOOKS.keys()
+
+
+def test_the_page_lists_every_method_that_is_refused():
+    page = (Path(__file__).parents[2] / "docs" / "extending.md").read_text(encoding="utf-8")
+    rows = page.partition("| method | instead |")[2]
+    assert {*IGNORED_HOOKS, *IGNORED_ATTRIBUTES} <= set(re.findall(r"`(\w+)`", rows))
 
 
 def test_what_is_called_is_called_as_an_override(tmp_path):

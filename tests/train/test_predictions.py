@@ -64,8 +64,9 @@ def test_compute_metrics_adds_to_the_evaluation_and_chooses_the_best(tmp_path):
 
     options = {
         **EVAL,
+        "max_steps": 2,
         "eval_strategy": "steps",
-        "eval_steps": 3,
+        "eval_steps": 1,
         "save_strategy": "best",
         "metric_for_best_model": "eval_own_median",
         "greater_is_better": True,

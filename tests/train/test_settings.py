@@ -12,13 +12,15 @@ from tests.support import BETA, make_trainer, tiny_llama, tiny_mixtral
 
 def test_settings_show_what_the_trainer_uses(tmp_path):
     options = {"loss_type": "sigmoid", "label_smoothing": 0.2, "max_length": 99}
+    options |= {"max_prompt_length": 50, "max_target_length": 40}
     reference = tiny_llama(seed=1)
     trainer = make_trainer(tmp_path, options=options, ref_model=reference)
     assert trainer.beta == BETA
     assert trainer.label_smoothing == 0.2
     assert trainer.loss_types == trainer.loss_type == ["sigmoid"]
     assert trainer.ref_model is reference
-    assert trainer.max_length == 99
+    assert (trainer.max_length, trainer.max_prompt_length) == (99, 50)
+    assert trainer.max_completion_length == 40
     assert trainer.truncation_mode == "keep_start"
     assert trainer.precompute_ref_log_probs is trainer.precompute_ref_logps is True
     assert (trainer.aux_loss_enabled, trainer.aux_loss_coef) == (False, 0.0)

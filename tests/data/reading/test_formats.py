@@ -267,12 +267,33 @@ def test_answers_that_only_python_takes_for_equal_are_not_identical():
     ("columns", "text"),
     [
         ({"promt": "question"}, "did you mean 'prompt'"),
+        ({"chosen_answer": "good"}, "'chosen_answer', which no format has; known are prompt"),
+        ({"reward": "score"}, "which no format has; known are prompt"),
         ({"question": "prompt"}, "the other way round"),
     ],
 )
 def test_a_wrong_mapping_is_refused(columns, text):
     with pytest.raises(ConfigError, match=text):
         load_preferences([TEXT], columns=columns)
+
+
+@pytest.mark.parametrize(
+    ("found", "example"),
+    [
+        ("chosen_answer", "chosen_answer"),
+        ("answer_chosen", "answer_chosen"),
+        ("Chosen", "Chosen"),
+        ("chsoen", "chsoen"),
+        ("chosen_reward", "your_column"),
+        ("chosen_score", "your_column"),
+        ("chosen_model", "your_column"),
+        ("chosen_response_length", "your_column"),
+        ("choices", "your_column"),
+    ],
+)
+def test_the_column_of_an_answer_is_named_only_if_it_holds_answers(found, example):
+    with pytest.raises(DataError, match=rf"columns=\{{'chosen': '{example}'\}}"):
+        load_preferences([{"prompt": "a", found: "b", "rejected": "c"}])
 
 
 def test_a_mapping_to_a_column_that_is_not_there():

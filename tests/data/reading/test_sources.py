@@ -85,6 +85,10 @@ def test_a_missing_file_names_the_nearest(tmp_path):
     write(tmp_path / "train.jsonl")
     with pytest.raises(DataError, match=r"did you mean .*train\.jsonl\?"):
         load_preferences(tmp_path / "trian.jsonl")
+    with pytest.raises(DataError, match=r"did you mean .*train\.jsonl\?"):
+        load_preferences(tmp_path / "train.json")
+    with pytest.raises(DataError, match="check the path"):
+        load_preferences(tmp_path / "test.jsonl")
     with pytest.raises(DataError, match="nor the folder"):
         load_preferences(tmp_path / "nowhere" / "train.jsonl")
 

@@ -164,6 +164,23 @@ class TestMakeLoss:
         with pytest.raises(ValueError, match=f"the {name} loss has none"):
             make_loss(name, label_smoothing=0.1)
 
+    @pytest.mark.parametrize(
+        ("name", "hint"),
+        [
+            ("sigmod", "Did you mean 'sigmoid'?"),
+            ("hnige", "Did you mean 'hinge'?"),
+            ("sigmoid_norm", ""),  # a loss of its own in TRL
+            ("dpo", ""),
+            ("simpo", ""),
+        ],
+    )
+    def test_only_a_typo_is_taken_for_a_loss(self, name, hint):
+        with pytest.raises(ValueError, match=f"Unknown loss '{name}'") as caught:
+            make_loss(name)
+        assert str(caught.value) == " ".join(
+            filter(None, [f"Unknown loss '{name}'.", hint, "The losses are: hinge, ipo, sigmoid."])
+        )
+
     @pytest.mark.parametrize("value", ["0.1", None, True, torch.tensor(0.1)], ids=str)
     @pytest.mark.parametrize("name", ["beta", "label_smoothing"])
     def test_values_that_are_no_numbers(self, name, value):

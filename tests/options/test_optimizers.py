@@ -1,0 +1,62 @@
+from __future__ import annotations
+
+import importlib.util
+
+import pytest
+import torch
+
+from dpofast.errors import ConfigError
+from dpofast.options.optimizers import check_optimizer
+from tests.support import make_trainer, tiny_llama, train
+
+
+@pytest.mark.parametrize("name", ["paged_adamw_8bit", "paged_adamw_32bit", "paged_lion_8bit"])
+def test_paged_states_need_cuda(name):
+    with pytest.raises(ConfigError, match=rf"'{name}' keeps .* use {name.removeprefix('paged_')}"):
+        check_optimizer(name, use_cpu=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("lomo", "'lomo' isn't supported, as it updates the weights"),
+        ("adalomo", "use adafactor or adamw_8bit"),
+        ("muon", r"transformers has no optimizer 'muon'; .*optimizers=\(optimizer, None\)"),
+    ],
+)
+def test_others_are_refused_by_name_with_what_to_do(name, message, tmp_path):
+    with pytest.raises(ConfigError, match=message):
+        make_trainer(tmp_path, "a model that isn't there", options={"optim": name})
+
+
+def test_bitsandbytes_is_named_where_it_is_missing(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    for name in ("adamw_8bit", "lion_32bit", "rmsprop_bnb", "ademamix"):
+        with pytest.raises(ConfigError, match=rf"'{name}' needs bitsandbytes: pip install"):
+            check_optimizer(name, use_cpu=True)
+    for name in ("adamw_torch", "adafactor", "rmsprop", "adamw_torch_8bit", "sgd"):
+        check_optimizer(name, use_cpu=True)
+
+
+@pytest.mark.parametrize("name", ["adamw_8bit", "adafactor"])
+def test_optimizers_that_save_memory_train_on_a_cpu(tmp_path, name):
+    if name == "adamw_8bit":
+        pytest.importorskip("bitsandbytes", reason="needs the extra `bitsandbytes`")
+    trainer = make_trainer(tmp_path, tiny_llama(hidden_size=64), options={"optim": name})
+    losses = [loss for loss, _ in train(trainer)]
+    assert losses[-1] < 0.6
+    if name == "adamw_8bit":
+        state = trainer.optimizer.state[trainer.model.lm_head.weight]
+        assert state["state1"].dtype == torch.uint8
+
+
+def test_muon_trains_matrices_when_it_is_passed(tmp_path):
+    model = tiny_llama()
+    for parameter in model.parameters():
+        parameter.requires_grad_(parameter.dim() == 2)
+    matrices = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.Muon(matrices, lr=1e-3, weight_decay=0.0)
+    losses = [
+        loss for loss, _ in train(make_trainer(tmp_path, model, optimizers=(optimizer, None)))
+    ]
+    assert losses[-1] < 0.68
