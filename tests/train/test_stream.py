@@ -362,6 +362,27 @@ def test_bad_rows_stop_the_run_with_their_number_or_are_skipped(tmp_path, window
         make_trainer(tmp_path, pairs=stream_of(rows), options={"strict": True})
 
 
+def test_after_an_error_no_row_is_passed_over(tmp_path, windows):
+    """A row that can't be read at first is read by the next call, with the rows before it."""
+    fails = [True]
+
+    def rows():
+        for index, row in enumerate(ROWS):
+            if index == 9 and fails.pop():
+                fails.append(False)
+                raise ConnectionError("no network")
+            yield row
+
+    options = {**SAVING, "max_steps": 3}
+    _, expected = run(tmp_path, ROWS, options={**options, "save_strategy": "no"})
+    stream = datasets.IterableDataset.from_generator(rows)
+    trainer = make_trainer(tmp_path, pairs=stream, options=options)
+    with pytest.raises(DataError, match="beyond row 8"):
+        trainer.train()
+    trainer.train(resume_from_checkpoint=True)
+    assert logs_of(trainer) == expected
+
+
 def test_log_probs_that_come_with_the_rows_are_used(tmp_path, windows):
     rows = [{**row, "ref_chosen_logps": -20.0 - i, "ref_rejected_logps": -21.0}
             for i, row in enumerate(ROWS)]  # fmt: skip
