@@ -67,7 +67,9 @@ class FormerPolicy:
             is_needed: answers will be scored while the policy is trained.
         """
         sharded = spread(self.policy.parameters())
-        if is_needed and sharded and (reason := self._why_not_loaded(identity)):
+        below_adapter = is_peft_model(self.policy) and identity.description["adapter"] is None
+        reason = "" if below_adapter else self._why_not_loaded(identity)
+        if is_needed and sharded and reason:
             logger.warning(
                 "Rows that are read later need log-probs from the store: the policy before step 1 "
                 "can't be run then, and %s. Run `dpofast ref build` first, or pass a ref_model.",

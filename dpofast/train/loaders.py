@@ -120,7 +120,10 @@ class StepLoaders:
             first_step: the step from which the run goes on; only a stream is read from there.
         """
         if isinstance(train_set, RunStream):
-            self._make_ready(train_set, train_set.window(first_step))
+            window = train_set.window(first_step)
+            # The reference and the length of rows may be others than when it was made ready.
+            train_set.plan = window.dataset.plan = None
+            self._make_ready(train_set, window)
         else:
             self.score(train_set)
             self.plan(train_set)

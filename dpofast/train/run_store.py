@@ -113,15 +113,14 @@ class RunStore:
         Raises:
             ReferenceStoreError: the store can't be read or written, or a log-prob isn't finite.
         """
+        is_new = not (goes_on and name in self.reports)
         report = build_reference(
             self.namespace,
             answers,
             scoring.scorer,
             batches=scoring.batches,
             ranks=self.ranks,
-            options=BuildOptions(
-                detail=self.detail, rescore=rescore, progress=not (goes_on and name in self.reports)
-            ),
+            options=BuildOptions(detail=self.detail, rescore=rescore, progress=is_new, logs=is_new),
             description=f"reference log-probs ({name})",
             exchange=scoring.exchange,
         )

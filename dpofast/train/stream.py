@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 from dpofast.data import (
@@ -127,7 +128,9 @@ class RunStream:
         if self._window is None or not self._window.first_step <= step <= self._window.end:
             self._go_before(step)
         while self._window is None or step >= self._window.end:
-            self._window = self._next_window()
+            first = self._first_step if self._window is None else self._window.end
+            self._window = None  # if reading fails, a later call begins anew
+            self._window = _on_all_ranks(partial(self._read_window, first), self.config.world_size)
         return self._window
 
     def first_pass(self) -> Iterator[Window]:
@@ -197,10 +200,6 @@ class RunStream:
         self._source.start(place)
         self._epoch_has_steps = place != Place(place.epoch)
         self._window, self._first_step = None, first
-
-    def _next_window(self) -> Window:
-        first = self._first_step if self._window is None else self._window.end
-        return _on_all_ranks(lambda: self._read_window(first), self.config.world_size)
 
     def _read_window(self, first_step: int) -> Window:
         size = self.pairs_per_step

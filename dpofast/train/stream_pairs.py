@@ -119,7 +119,7 @@ class StreamPairs:
         useless = 0
         while not self._parts and not self.tokens.ended:
             rows = self.tokens.read(min(num_pairs + self._to_skip, READ_ROWS))
-            self._is_text = rows.is_text
+            self._is_text = self._is_text or rows.is_text
             skipped = min(self._to_skip, len(rows.pairs))
             self._to_skip -= skipped
             if skipped < len(rows.pairs):

@@ -24,6 +24,11 @@ TEXTS = [
 ]
 TEXTS[2]["rejected"] = TEXTS[2]["chosen"]
 TEXTS[7]["chosen"] = ""
+# Steps and windows end between pairs of one row.
+SEVERAL = [
+    {"prompt": f"{i}: ", "chosen": "c" * (1 + i), "rejected": ["r" * (1 + n + i) for n in range(3)]}
+    for i in range(4)
+]
 SAVING = {"save_strategy": "steps", "save_steps": 1, "max_steps": 7}
 
 
@@ -56,7 +61,7 @@ def windows(monkeypatch):
     monkeypatch.setattr(stream, "WINDOW_PAIRS", 8)
 
 
-@pytest.mark.parametrize(("rows", "drop_last"), [(ROWS, False), (TEXTS, True)])
+@pytest.mark.parametrize(("rows", "drop_last"), [(ROWS, False), (TEXTS, True), (SEVERAL, False)])
 def test_a_stream_trains_bitwise_as_a_list_of_its_rows(tmp_path, windows, rows, drop_last):
     """Three passes over the stream: a pass ends with a smaller step, or drops its pairs."""
     options = {"dataloader_drop_last": drop_last, "max_tokens_per_microbatch": 60}
@@ -67,7 +72,7 @@ def test_a_stream_trains_bitwise_as_a_list_of_its_rows(tmp_path, windows, rows, 
     assert streamed.reference.store.totals().rows_scored == 0  # those of the list's run were read
     report, of_stream = of_list.train_set().report, streamed.train_set().report
     assert of_stream == report
-    assert of_stream.pairs_read == len(rows)
+    assert of_stream.pairs_kept == len(of_list.train_dataset)
     one, other = (trainer.model.state_dict() for trainer in (of_list, streamed))
     assert all(torch.equal(one[name], other[name]) for name in one)
 
@@ -121,6 +126,7 @@ def test_the_first_weights_are_kept_only_if_they_are_needed(tmp_path, caplog, wi
 KINDS = {
     "plain": lambda: stream_of(ROWS),
     "shuffled": lambda: stream_of(ROWS).shuffle(seed=5, buffer_size=4),
+    "several answers": lambda: stream_of(SEVERAL),
     "mapped": lambda: stream_of(ROWS).map(lambda rows: rows, batched=True, batch_size=3),
     "interleaved": lambda: datasets.interleave_datasets(
         [token_pairs(6).to_iterable_dataset(), token_pairs(7, seed=1).to_iterable_dataset(2)],
@@ -354,6 +360,27 @@ def test_bad_rows_stop_the_run_with_their_number_or_are_skipped(tmp_path, window
     assert streamed.train_set().report == of_list.train_set().report
     with pytest.raises(DataError, match=r"row 2 .*chosen and rejected are identical"):
         make_trainer(tmp_path, pairs=stream_of(rows), options={"strict": True})
+
+
+def test_after_an_error_no_row_is_passed_over(tmp_path, windows):
+    """A row that can't be read at first is read by the next call, with the rows before it."""
+    fails = [True]
+
+    def rows():
+        for index, row in enumerate(ROWS):
+            if index == 9 and fails.pop():
+                fails.append(False)
+                raise ConnectionError("no network")
+            yield row
+
+    options = {**SAVING, "max_steps": 3}
+    _, expected = run(tmp_path, ROWS, options={**options, "save_strategy": "no"})
+    stream = datasets.IterableDataset.from_generator(rows)
+    trainer = make_trainer(tmp_path, pairs=stream, options=options)
+    with pytest.raises(DataError, match="beyond row 8"):
+        trainer.train()
+    trainer.train(resume_from_checkpoint=True)
+    assert logs_of(trainer) == expected
 
 
 def test_log_probs_that_come_with_the_rows_are_used(tmp_path, windows):

@@ -35,6 +35,9 @@ def stream_records(stream: Any, name: str, epoch: int = 0) -> Iterator[Record]:
         DataError: the rows can't be read.
     """
     row = 0
+    # A local name: a stream that isn't read to its end is closed when the process ends, and by then
+    # the module's names may be gone.
+    broken = (OSError, DatasetsError, pa.ArrowException)
     try:
         if not isinstance(stream, datasets.IterableDataset):
             if callable(getattr(stream, "set_epoch", None)):
@@ -48,7 +51,7 @@ def stream_records(stream: Any, name: str, epoch: int = 0) -> Iterator[Record]:
             found = values if nulls is None else nulls.left_out(values)
             left_out = nulls is not None and nulls.found
             yield Record(name, row, None, found, tuple(found), nulls_left_out=left_out)
-    except (OSError, DatasetsError, pa.ArrowException) as error:
+    except broken as error:
         raise DataError(
             f"{name} can't be read beyond row {row} ({type(error).__name__}: {one_line(error)})"
         ) from error

@@ -45,9 +45,9 @@ def read_records(
         return stream_records(source, name or "dataset")
     if isinstance(source, Iterator):
         raise DataError(
-            f"{name or 'the data'} is a {type(source).__name__}, which can be read only once; give "
-            "a list of its rows, or datasets.IterableDataset.from_generator(the function that "
-            "makes it)"
+            f"{name or 'the data'} is a {type(source).__name__}, which can be read only once; "
+            "expected a list of its rows, or datasets.IterableDataset.from_generator(the function "
+            "that makes it)"
         )
     if isinstance(source, datasets.Dataset):
         return _from_dataset(source, name or "dataset")

@@ -53,7 +53,8 @@ class BuildOptions:
         commit_rows: number of new rows after which they are committed. A build that is killed loses
             at most the work since the last commit, and the model call it was in.
         commit_seconds: seconds after which new rows are committed.
-        progress: whether rank 0 logs what is missing, and shows a progress bar while it scores.
+        progress: whether rank 0 shows a progress bar while it scores.
+        logs: whether rank 0 logs what is missing.
         detail: values to store for each new row.
         rescore: whether answers that are stored with less than `detail` are scored again.
     """
@@ -61,6 +62,7 @@ class BuildOptions:
     commit_rows: int = 4096
     commit_seconds: float = 30.0
     progress: bool = True
+    logs: bool = True
     detail: RowDetail = RowDetail.LOGPS
     rescore: bool = True
 
@@ -133,7 +135,7 @@ def build_reference(
         tail = f" ({reason})" if reason else "; no forward pass of the reference"
         enough = f" with {least.added_values}" if held.any() else ""
         logger.log(
-            logging.INFO if options.progress else logging.DEBUG,
+            logging.INFO if options.logs else logging.DEBUG,
             "%s: %d answers needed, %d in the store%s, %d to score%s",
             description, needed, found, enough, len(missing), tail,
         )  # fmt: skip

@@ -104,10 +104,9 @@ def test_what_is_no_source_is_refused(source):
         load_preferences(source, name="pairs")
 
 
-def test_streams_are_refused():
+def test_a_stream_is_read_to_its_end():
     stream = datasets.Dataset.from_list(ROWS).to_iterable_dataset()
-    with pytest.raises(DataError, match="without streaming=True"):
-        load_preferences(stream)
+    assert load_preferences(stream).to_list() == EXPECTED
 
 
 def test_an_empty_dataset_is_refused():

@@ -125,6 +125,34 @@ def test_a_file_streams_by_its_lines_and_names_them(tmp_path):
         PairStream(path, columns={"prmpt": "question"})
 
 
+def test_a_hub_dataset_is_loaded_as_a_stream(monkeypatch):
+    asked = []
+
+    def load_dataset(*arguments, **options):
+        asked.append((*arguments, options))
+        return datasets.Dataset.from_list(
+            [{"prompt": "a", "chosen": "b", "rejected": "c"}]
+        ).to_iterable_dataset()
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    stream = PairStream("owner/pairs", split="fine", config_name="small")
+    for epoch in range(2):  # without asking the hub again
+        assert [record.where for record in stream.records(epoch)] == [
+            "owner/pairs, row 0 (counted from 0)"
+        ]
+    assert asked == [("owner/pairs", "small", {"split": "fine", "streaming": True})]
+
+
+def test_a_stream_that_breaks_off_names_the_row():
+    def rows():
+        yield {"prompt": "a", "chosen": "b", "rejected": "c"}
+        raise ConnectionError("no\nnetwork")
+
+    tokens = token_stream(datasets.IterableDataset.from_generator(rows))
+    with pytest.raises(DataError, match=r"train can't be read beyond row 0 \(.*: no network\)"):
+        tokens.read(2)
+
+
 def test_a_split_of_a_dict_is_streamed():
     splits = datasets.IterableDatasetDict(
         {
