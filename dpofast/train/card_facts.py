@@ -18,7 +18,9 @@ from dpofast.monitor.card import CARD_FILE, CardData, CardFacts
 from dpofast.monitor.guard import ReportGuard
 from dpofast.monitor.public_names import hub_id, public_name
 from dpofast.monitor.summary import hardware, versions
+from dpofast.train.dataset import RunDataset
 from dpofast.train.memory import zero_stage
+from dpofast.train.stream import RunStream
 from dpofast.train.training_set import TrainingSet
 
 _LICENSE = re.compile(r"[a-z0-9][a-z0-9.-]*")
@@ -149,8 +151,10 @@ def _known(trainer: Any, given: Any) -> TrainingSet | None:
 
     Preparing it here would hang: the other ranks would not come.
     """
-    known: TrainingSet | None = trainer.data.known(given)
-    return known
+    dataset: TrainingSet | None = trainer.data.known(given, RunDataset)
+    stream: TrainingSet | None = trainer.data.known(given, RunStream)
+    # A stream that is trained on can be a held-out set, too.
+    return (stream or dataset) if given is trainer.train_dataset else (dataset or stream)
 
 
 def _reference(trainer: Any) -> str:
