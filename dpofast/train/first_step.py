@@ -45,6 +45,7 @@ class FirstStep:
         self.model, self.loss = model, loss
         self.has_norm, self.is_fresh = has_norm, is_fresh
         self.has_slope = False
+        self.is_unknown = False  # whether the slope of some pair isn't known
         self._rate: float | None = None  # of the step that has begun
         self._last_rate = 0.0
         self._peak = 0.0
@@ -61,14 +62,17 @@ class FirstStep:
         self._peak = max(float(group.get("initial_lr", group["lr"])) for group in groups)
         self._before = _fingerprints(self.model) if self.is_fresh and self._rate else []
 
-    def add(self, output: PairLossOutput, batch: PackedPairs) -> None:
+    def add(self, output: PairLossOutput | None, batch: PackedPairs) -> None:
         """Note whether the loss has a slope at any pair of a micro-batch.
 
         Args:
-            output: output of the batch's forward pass.
+            output: output of the batch's forward pass; None if a subclass has another loss.
             batch: the batch, with its reference log-probs.
         """
         if self.has_slope or not batch.num_pairs:
+            return
+        if output is None:
+            self.is_unknown = True
             return
         assert batch.ref_logps is not None
         logps = output.logps.detach()  # where the model is, as a user's own loss may hold tensors
@@ -88,7 +92,8 @@ class FirstStep:
             sum_over_ranks: adds up a vector over the ranks.
 
         Returns:
-            Whether the run trains, so that no further step needs to be checked.
+            Whether no further step needs to be checked, as the run trains, or as a subclass has a
+            loss whose slope isn't known.
 
         Raises:
             ModelError: it doesn't.
@@ -101,9 +106,11 @@ class FirstStep:
             for old, new in zip(self._before, _fingerprints(self.model), strict=False)
         )
         self._before = []
-        facts = torch.tensor([self.has_slope, moved], dtype=torch.float64)
+        facts = torch.tensor([self.has_slope, moved, self.is_unknown], dtype=torch.float64)
         device = next(self.model.parameters()).device
-        has_slope, moved = (bool(total) for total in sum_over_ranks(facts.to(device)).tolist())
+        has_slope, moved, is_unknown = map(bool, sum_over_ranks(facts.to(device)).tolist())
+        if is_unknown:
+            return True
         if was_skipped or not has_slope:
             return False
         size = None if norm is None or not self.has_norm else float(norm)

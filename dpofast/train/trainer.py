@@ -321,9 +321,7 @@ class DPOTrainer(
             if self._step_zero is not None and output is not None and batch.num_pairs:
                 self._step_zero.check(output, batch)
                 self._step_zero = None
-            if output is None:  # a subclass has a loss of its own, whose slope isn't known
-                self.first_step = None
-            elif self.first_step is not None:
+            if self.first_step is not None:
                 self.first_step.add(output, batch)
             loss = mean * (batch.num_pairs * scale)
             self.accelerator.backward(loss, **options)

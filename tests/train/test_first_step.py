@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
+from dpofast import DPOTrainer
 from dpofast.errors import ModelError
 from tests.support import history, make_trainer, tiny_llama, token_pairs, train
 
@@ -119,3 +120,13 @@ def test_a_check_costs_nothing_after_the_first_step(tmp_path):
     trainer.train()
     assert seen == [True] + [False] * 5
     assert len(history(trainer)) == 6
+
+
+def test_a_loss_of_a_subclass_is_not_judged(tmp_path):
+    class Still(DPOTrainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            return 0.0 * self.model.lm_head.weight.double().sum()
+
+    trainer = make_trainer(tmp_path, tiny_llama(), trainer_class=Still)
+    assert all(norm == 0.0 for _, norm in train(trainer))
+    assert trainer.first_step is None
