@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from datasets import DatasetDict
+from datasets import DatasetDict, IterableDatasetDict
 
 from dpofast import DPOTrainer
 from dpofast.errors import ConfigError, ModelError
@@ -106,9 +106,12 @@ def test_code_of_a_repository_runs_only_if_it_is_trusted(tmp_path, model_folder)
     assert type(trainer.model).__name__ == "RemoteForCausalLM"
 
 
-@pytest.mark.parametrize("container", [dict, DatasetDict])
-def test_several_sets_are_evaluated_from_either_container(tmp_path, container):
-    given = container({"one": token_pairs(3, seed=4), "two": token_pairs(2, seed=5)})
+@pytest.mark.parametrize("container", [dict, DatasetDict, IterableDatasetDict])
+def test_several_sets_are_evaluated_from_any_container(tmp_path, container):
+    sets = {"one": token_pairs(3, seed=4), "two": token_pairs(2, seed=5)}
+    if container is IterableDatasetDict:
+        sets = {name: pairs.to_iterable_dataset() for name, pairs in sets.items()}
+    given = container(sets)
     before = make_trainer(tmp_path).evaluate(given)
     trainer = make_trainer(tmp_path, eval_dataset=given, options={"max_steps": 1})
     assert trainer.eval_dataset.keys() == given.keys()
