@@ -156,7 +156,8 @@ def metadata(facts: CardFacts) -> ModelCardData:
 def _eval_results(facts: CardFacts) -> list[EvalResult]:
     """The last evaluation, as the hub shows it beside the card."""
     results = []
-    for name, values in evaluations(facts.log_history).items():
+    found = evaluations(facts.log_history)
+    for (name, values), split in zip(found.items(), _splits(list(found)), strict=True):
         parts = [data for data in facts.datasets if data.set_name == name]
         held_out = " and ".join(data.name for data in parts) or public_name(name) or "a set"
         hub_id = parts[0].hub_id if len(parts) == 1 else None
@@ -170,12 +171,27 @@ def _eval_results(facts: CardFacts) -> list[EvalResult]:
                         task_type=PIPELINE,
                         dataset_type=hub_id or "preference-pairs",
                         dataset_name=held_out,
+                        dataset_split=split,
                         metric_type=kind,
                         metric_name=words,
                         metric_value=round(values[metric], 6),
                     )
                 )
     return results
+
+
+def _splits(names: Sequence[str]) -> list[str | None]:
+    """Names of held-out sets as splits, by which the hub tells them apart; None for a single set.
+
+    Sets with the same type, configuration and split would be one on the hub, whatever their names.
+    """
+    if len(names) == 1:
+        return [None]
+    public = [public_name(name) or "a set" for name in names]
+    return [
+        word if public.count(word) == 1 else f"{word} {index}"
+        for index, word in enumerate(public, start=1)
+    ]
 
 
 def _introduction(facts: CardFacts) -> str:

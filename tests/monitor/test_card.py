@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import yaml
 from huggingface_hub import ModelCard
@@ -39,6 +41,26 @@ FACTS = CardFacts(
 def read(facts=FACTS, **more):
     card = ModelCard(model_card(facts, **more))
     return card.data, card.text
+
+
+def test_held_out_sets_keep_their_own_figures_on_the_hub():
+    """huggingface_hub joins results with the same type, configuration and split."""
+    logs = [
+        {"step": 5, f"eval_{name}_loss": loss, f"eval_{name}_rewards/margins": 1.0}
+        for name, loss in (("easy", 0.1), ("hard", 0.6), ("a/same", 0.3), ("b/same", 0.4))
+    ]
+    hub_set = CardData("org/pairs", "org/pairs", "evaluation", set_name="hard")
+    data, _ = read(replace(FACTS, log_history=logs, datasets=[hub_set]))
+    (results,) = [entry["results"] for entry in data.to_dict()["model-index"]]
+    assert [
+        (result["dataset"]["type"], result["dataset"]["split"], result["metrics"][0]["value"])
+        for result in results
+    ] == [
+        ("preference-pairs", "easy", 0.1),
+        ("org/pairs", "hard", 0.6),
+        ("preference-pairs", "same 3", 0.3),
+        ("preference-pairs", "same 4", 0.4),
+    ]
 
 
 def test_the_metadata_are_those_of_the_hub():

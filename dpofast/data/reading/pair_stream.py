@@ -9,7 +9,7 @@ from typing import Any
 
 import datasets
 
-from dpofast.data.reading.preferences import check_columns
+from dpofast.data.reading.mappings import check_columns, check_roles
 from dpofast.data.reading.records import Record
 from dpofast.data.reading.row_stream import is_stream, picked_split, stream_records
 from dpofast.data.reading.sources import read_records, stream_of
@@ -25,7 +25,7 @@ class PairStream:
 
     Raises:
         DataError: there is no such source or split.
-        ConfigError: `columns` names a column that no format has.
+        ConfigError: `columns` or `roles` can't be used, such as a column that no format has.
     """
 
     def __init__(
@@ -39,7 +39,7 @@ class PairStream:
         config_name: str | None = None,
     ) -> None:
         self.source, self.split, self.config_name = source, split, config_name
-        self.columns, self.roles = check_columns(columns or {}), dict(roles or {})
+        self.columns, self.roles = check_columns(columns), check_roles(roles)
         self.name = name
         if isinstance(source, datasets.IterableDatasetDict):
             self.source = picked_split(source, split, name)

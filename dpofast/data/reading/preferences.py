@@ -9,12 +9,10 @@ from typing import Any
 import datasets
 
 from dpofast.data.reading.bad_rows import check_strictness
-from dpofast.data.reading.formats import COLUMNS
+from dpofast.data.reading.mappings import check_columns, check_roles
 from dpofast.data.reading.normal_form import is_normal_form, normal_form, source_notes
 from dpofast.data.reading.sources import read_records
 from dpofast.data.reading.table import TableBuilder
-from dpofast.errors import ConfigError
-from dpofast.spelling import nearest_name
 
 
 def load_preferences(
@@ -51,15 +49,15 @@ def load_preferences(
         DataError: the source can't be used, or some rows can't. Names the file and the first ten
             such rows (counted from 0) or lines (counted from 1), and says what is wrong and what
             to do.
-        ConfigError: `columns` names a column that no format has, or both strict and skip_bad_rows
-            are set.
+        ConfigError: `columns` or `roles` can't be used, such as a column that no format has; or
+            both strict and skip_bad_rows are set.
     """
     check_strictness(strict, skip_bad_rows)
+    mapping, role_names = check_columns(columns), check_roles(roles)
     again = is_normal_form(source)
-    if again and not columns and not roles and not strict:
+    if again and not mapping and not role_names and not strict:
         return source
-    mapping = check_columns(columns or {})
-    builder = TableBuilder(strict, skip_bad_rows, mapping, roles or {}, again)
+    builder = TableBuilder(strict, skip_bad_rows, mapping, role_names, again)
     records = read_records(source, split=split, name=name, config_name=config_name)
     table = builder.build(records, name or _name_of(source))
     notes = builder.notes()
@@ -68,19 +66,3 @@ def load_preferences(
 
 def _name_of(source: Any) -> str:
     return str(source) if isinstance(source, str | Path) else "the dataset"
-
-
-def check_columns(columns: Mapping[str, str]) -> dict[str, str]:
-    """Raise ConfigError if `columns` names a column that no format has."""
-    for ours, theirs in columns.items():
-        if ours in COLUMNS:
-            continue
-        if theirs in COLUMNS:
-            raise ConfigError(
-                f"columns maps {ours!r} to {theirs!r}; write it the other way round: "
-                f"{{{theirs!r}: {ours!r}}}"
-            )
-        near = nearest_name(str(ours), COLUMNS)
-        hint = f"did you mean {near!r}?" if near else f"known are {', '.join(COLUMNS)}"
-        raise ConfigError(f"columns names {ours!r}, which no format has; {hint}")
-    return dict(columns)
