@@ -39,11 +39,11 @@ def hub_id(name: str | None) -> str | None:
 def public_name(path: str | Path | None) -> str | None:
     """The last part of a path; None if it is empty or names the user or the computer."""
     name = Path(path).name if path else ""
-    return None if not name or _is_personal(name) else name
+    return None if not name or is_personal(name) else name
 
 
-def _is_personal(name: str) -> bool:
-    """Whether a name contains the user's name or the computer's, as a word of its own."""
+def is_personal(name: str) -> bool:
+    """Whether a text contains the user's name or the computer's, as a word of its own."""
     try:
         user = getpass.getuser()
     except (KeyError, OSError):  # a container's user may have no name

@@ -16,7 +16,7 @@ from dpofast.errors import ConfigError
 from dpofast.model.parts import causal_lm, is_peft_model
 from dpofast.monitor.card import CARD_FILE, CardData, CardFacts
 from dpofast.monitor.guard import ReportGuard
-from dpofast.monitor.public_names import hub_id, public_name
+from dpofast.monitor.public_names import hub_id, is_personal, public_name
 from dpofast.monitor.summary import hardware, versions
 from dpofast.train.dataset import RunDataset
 from dpofast.train.memory import zero_stage
@@ -25,6 +25,7 @@ from dpofast.train.training_set import TrainingSet
 
 _LICENSE = re.compile(r"[a-z0-9][a-z0-9.-]*")
 LOCAL = "local data"  # in place of a name that isn't published
+DATASET_ARGUMENTS = ("dataset_name", "dataset_tags", "dataset")  # the first that is given counts
 # Options that the card quotes as they are; those that are None or 0 are left out.
 QUOTED = (
     "max_grad_norm",
@@ -77,6 +78,28 @@ def card_facts(trainer: Any, given: Mapping[str, Any], guard: ReportGuard) -> Ca
     )
 
 
+def check_card_arguments(given: Mapping[str, Any]) -> None:
+    """Refuse arguments of `create_model_card` that a card can't have.
+
+    Args:
+        given: the arguments that aren't None.
+
+    Raises:
+        ConfigError: names the argument and what is expected.
+    """
+    for name in ("model_name", "finetuned_from", "license"):
+        if not isinstance(given.get(name, ""), str):
+            raise ConfigError(f"create_model_card: {name}: got {given[name]!r}, expected a string.")
+    for name in ("tags", "language", "tasks", *DATASET_ARGUMENTS, "dataset_args"):
+        _listed(given.get(name), name)
+    license_id = given.get("license")
+    if license_id is not None and not _LICENSE.fullmatch(license_id):
+        raise ConfigError(
+            f"create_model_card: license: got {license_id!r}, expected an id that the hub knows, "
+            "such as apache-2.0, or other."
+        )
+
+
 def card_options(trainer: Any) -> dict[str, Any]:
     """The options that decide what is learnt, by name; None for those without effect."""
     config, loss, state = trainer.user_args, trainer.pair_loss, trainer.state
@@ -84,9 +107,7 @@ def card_options(trainer: Any) -> dict[str, Any]:
     function = getattr(loss, "function", None)  # of a loss of the user's own
     options = {
         "loss_type": getattr(loss, "name", type(loss).__name__),
-        "loss_fn": None
-        if function is None
-        else getattr(function, "__name__", type(function).__name__),
+        "loss_fn": None if function is None else _function_name(function),
         "beta": getattr(loss, "beta", None),
         "label_smoothing": getattr(loss, "label_smoothing", None) or None,
         "learning_rate": config.learning_rate if optimizer is None else None,
@@ -116,10 +137,11 @@ def _logs(trainer: Any) -> dict[str, Any]:
     if trainer.is_in_train or not config.load_best_model_at_end or not best:
         return {"log_history": state.log_history}
     logs = [log for log in state.log_history if log.get("step", 0) <= best]
-    metric = f"the best by {config.metric_for_best_model}"
+    metric = config.metric_for_best_model
+    by = "metric_for_best_model" if is_personal(metric) else metric  # it may name a held-out set
     return {
         "log_history": logs,
-        "saved_step": f"those of step {best} of {state.global_step}, {metric}",
+        "saved_step": f"those of step {best} of {state.global_step}, the best by {by}",
     }
 
 
@@ -170,8 +192,8 @@ def _reference(trainer: Any) -> str:
 def _datasets(trainer: Any, given: Mapping[str, Any]) -> list[CardData]:
     entries = []
     if trainer.train_dataset is not None:
-        keys = ("dataset_name", "dataset_tags", "dataset")
-        names = next((_listed(given[key]) for key in keys if key in given), trainer.dataset_names)
+        lists = (_listed(given[name]) for name in DATASET_ARGUMENTS if name in given)
+        names = next(lists, trainer.dataset_names)
         configs = _listed(given.get("dataset_args"))
         entries += _described(trainer, trainer.train_dataset, names, configs)
     held_out = trainer.eval_dataset
@@ -278,12 +300,17 @@ def _hardware(trainer: Any) -> str:
     return f"{count} process{'es' if count > 1 else ''}, {device}"
 
 
+def _function_name(function: Any) -> str:
+    name = getattr(function, "__name__", type(function).__name__)
+    return "a function" if is_personal(name) else name
+
+
 def _value(option: Any) -> Any:
     """The value of an enum; any other object as it is."""
     return getattr(option, "value", option)
 
 
-def _listed(value: Any) -> list[str]:
+def _listed(value: Any, name: str = "") -> list[str]:
     """A list of what may be one string, a list, or None."""
     if value is None:
         return []
@@ -291,4 +318,6 @@ def _listed(value: Any) -> list[str]:
         return [value]
     if isinstance(value, list | tuple | set):
         return [str(item) for item in value if item is not None]
-    raise ConfigError(f"create_model_card: got {value!r}, expected a string or a list of strings.")
+    raise ConfigError(
+        f"create_model_card: {name}: got {value!r}, expected a string or a list of strings."
+    )

@@ -18,7 +18,7 @@ from dpofast.monitor.card import CARD_FILE, is_kept, model_card
 from dpofast.monitor.guard import ReportGuard
 from dpofast.monitor.plots import PLOT_FILE
 from dpofast.monitor.public_names import hub_id
-from dpofast.train.card_facts import card_facts, card_title
+from dpofast.train.card_facts import card_facts, card_title, check_card_arguments
 from dpofast.train.reports import ReportsRun
 
 logger = logging.getLogger(__name__)
@@ -83,6 +83,9 @@ class WritesCards(ReportsRun, Trainer):
             dataset_tags: the same as `dataset_name`.
             dataset: the same as `dataset_name`.
             dataset_args: configurations of these datasets, in their order.
+
+        Raises:
+            ConfigError: an argument has the wrong type, or the license is no id.
         """
         given = {
             "model_name": model_name,
@@ -96,7 +99,9 @@ class WritesCards(ReportsRun, Trainer):
             "dataset": dataset,
             "dataset_args": dataset_args,
         }
-        self._card_arguments |= {name: value for name, value in given.items() if value is not None}
+        given = {name: value for name, value in given.items() if value is not None}
+        check_card_arguments(given)
+        self._card_arguments |= given
         if self.is_world_process_zero():
             self.write_card(self.args.output_dir)
 
@@ -123,10 +128,13 @@ class WritesCards(ReportsRun, Trainer):
             What huggingface_hub's `upload_folder` returns; None on other ranks than 0.
 
         Raises:
-            ConfigError: the repository can't be made; the model is saved nevertheless.
+            ConfigError: an argument of the card can't be used; or the repository can't be made, but
+                the model is saved nevertheless.
         """
         # What isn't given stays as it was; transformers would put its own defaults in its place.
-        given = {**self._card_arguments, **{k: v for k, v in card.items() if v is not None}}
+        card = {name: value for name, value in card.items() if value is not None}
+        check_card_arguments(card)
+        given = self._card_arguments | card
         tags = given.get("tags", [])
         card["tags"] = [tags] if isinstance(tags, str) else list(tags)
         card["model_name"] = card_title(self, given)

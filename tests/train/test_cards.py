@@ -79,6 +79,8 @@ def test_no_card_tells_where_or_by_whom_it_was_made(tmp_path, monkeypatch, drawn
         "save_steps": 1,
         "eval_strategy": "steps",
         "eval_steps": 1,
+        "load_best_model_at_end": True,
+        "metric_for_best_model": "eval_quux_loss",
     }
     trainer = make_trainer(
         home,
@@ -260,6 +262,34 @@ def test_a_card_that_cannot_be_made_ends_no_run(tmp_path, monkeypatch, caplog):
         "README.md failed (RuntimeError: no card); the run goes on without.",
         "README.md: its part 'options' failed (RuntimeError: no card); the run goes on without.",
     ]
+
+
+def loss_of_quux(chosen, rejected, lengths):
+    return (rejected - chosen).exp()
+
+
+def test_the_name_of_a_loss_may_not_tell_who_wrote_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("LOGNAME", "quux")
+    make_trainer(tmp_path, options=ONE_STEP, loss_fn=loss_of_quux).create_model_card()
+    assert "| loss_fn | a function |" in card_in(tmp_path / "run").text
+
+
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        ({"model_name": 5}, "model_name: got 5, expected a string."),
+        ({"dataset_name": {"a": 1}}, "dataset_name: got {'a': 1}, expected a string or a list of"),
+        ({"license": "My own"}, "license: got 'My own', expected an id that the hub knows"),
+    ],
+)
+def test_what_a_card_cannot_have_is_refused_before_anything_is_saved(tmp_path, hub, given, sentence):
+    trainer = make_trainer(tmp_path, options=ONE_STEP)
+    for call in (trainer.create_model_card, trainer.push_to_hub):
+        with pytest.raises(ConfigError) as caught:
+            call(**given)
+        assert str(caught.value).startswith(f"create_model_card: {sentence}")
+    assert not hub
+    assert not list((tmp_path / "run").iterdir())
 
 
 class TestHub:
