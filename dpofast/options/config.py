@@ -185,27 +185,47 @@ class DPOConfig(TRLFields):
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
-        remarks = self.settle_trl_fields() + unused_options(self)
         if self.bf16 is None:
             # Without a GPU that supports bfloat16, it is the default only if use_cpu is set.
             self.bf16 = not self.fp16 and (self.use_cpu or is_torch_bf16_gpu_available())
-        if isinstance(self.loss_type, str):
-            self.loss_type = [self.loss_type]
         self._name_checkpointing()
-        for name in ("model_init_kwargs", "ref_model_init_kwargs"):
-            setattr(self, name, read_init_kwargs(name, getattr(self, name)))
-        self._check_values()
-        self.max_completion_length = self.length_limits().max_completion_length
-        self.make_loss()
-        check_unsupported(self)
+        remarks = self._settle()
         self._post_init_with_deepspeed()
         if self.n_gpu > 1:
             raise ConfigError(
                 f"{self.n_gpu} GPUs are visible to one process; launch with torchrun "
                 "--nproc-per-node, or choose one with CUDA_VISIBLE_DEVICES."
             )
-        if remarks and self.process_index == 0:
-            logger.warning("These options have no effect: %s.", ", ".join(remarks))
+        self._said: list[str] = []
+        self._say(remarks)
+
+    def check_again(self) -> None:
+        """Treat options that were set as attributes since like those that are given.
+
+        Raises:
+            ConfigError: as for a new config.
+        """
+        self._say(self._settle())
+
+    def _settle(self) -> list[str]:
+        """Check the options and give each its usual form; one remark for each without effect."""
+        remarks = self.settle_trl_fields() + unused_options(self)
+        if isinstance(self.loss_type, str):
+            self.loss_type = [self.loss_type]
+        for name in ("model_init_kwargs", "ref_model_init_kwargs"):
+            setattr(self, name, read_init_kwargs(name, getattr(self, name)))
+        self._check_values()
+        self.max_completion_length = self.length_limits().max_completion_length
+        self.max_target_length = None  # so a copy may change the value
+        self.make_loss()
+        check_unsupported(self)
+        return remarks
+
+    def _say(self, remarks: list[str]) -> None:
+        new = [remark for remark in remarks if remark not in self._said]
+        self._said += new
+        if new and self.process_index == 0:
+            logger.warning("These options have no effect: %s.", ", ".join(new))
 
     def _post_init_with_deepspeed(self) -> None:
         """Run the parent's __post_init__ with our own reading of the DeepSpeed configuration.

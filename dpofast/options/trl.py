@@ -36,7 +36,7 @@ def resolve_config(
         raise ConfigError(f"args: got a {type(args).__name__}, expected a dpofast.DPOConfig.")
     if isinstance(args, DPOConfig):
         # A script may have set attributes after the options were checked.
-        args.settle_trl_fields()
+        args.check_again()
         if not options:
             return args
     return kind(**{**_given(args, known), **options})

@@ -190,11 +190,38 @@ def test_a_rule_names_an_option_that_exists() -> None:
     assert all(rule.reason for rule in RULES.values() if isinstance(rule, NoEffect))
 
 
-def test_an_option_that_a_script_sets_later_is_checked_by_the_trainer(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "value", "sentence"),
+    [
+        ("ld_alpha", 0.5, "ld_alpha=0.5 isn't supported"),
+        ("torch_compile", True, "torch_compile isn't supported"),
+        ("warmup_ratio", 5.0, "warmup_ratio: got 5.0"),
+        ("loss_type", "robust", "loss_type: Unknown loss 'robust'"),
+        ("max_prompt_length", 0, "max_prompt_length: got 0"),
+    ],
+)
+def test_an_option_that_a_script_sets_later_is_checked_by_the_trainer(
+    tmp_path: Path, name: str, value: Any, sentence: str
+) -> None:
     config = by_keywords(tmp_path, {})
-    config.ld_alpha = 0.5
-    with pytest.raises(ConfigError, match="ld_alpha"):
+    setattr(config, name, value)
+    with pytest.raises(ConfigError, match=sentence):
         resolve_config(config, {}, "model")
+
+
+def test_an_option_that_a_script_sets_later_is_taken_as_if_it_were_given(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = by_keywords(tmp_path, {"padding_free": True})
+    caplog.clear()
+    config.loss_type, config.max_target_length, config.use_liger_kernel = "hinge", 7, True
+    for _ in range(2):
+        assert resolve_config(config, {}, "model") is config
+    assert (config.loss_type, config.max_completion_length) == (["hinge"], 7)
+    assert config.use_liger_kernel is False
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert line.startswith("These options have no effect: use_liger_kernel=True (")
+    assert "padding_free" not in line, "it was named when it was given"
 
 
 class TestOwnClasses:

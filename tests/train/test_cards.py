@@ -282,7 +282,9 @@ def test_the_name_of_a_loss_may_not_tell_who_wrote_it(tmp_path, monkeypatch):
         ({"license": "My own"}, "license: got 'My own', expected an id that the hub knows"),
     ],
 )
-def test_what_a_card_cannot_have_is_refused_before_anything_is_saved(tmp_path, hub, given, sentence):
+def test_what_a_card_cannot_have_is_refused_before_anything_is_saved(
+    tmp_path, hub, given, sentence
+):
     trainer = make_trainer(tmp_path, options=ONE_STEP)
     for call in (trainer.create_model_card, trainer.push_to_hub):
         with pytest.raises(ConfigError) as caught:

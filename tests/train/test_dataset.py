@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -112,4 +113,6 @@ def test_two_names_of_one_limit_must_agree(tmp_path):
     limits = {"max_completion_length": 4, "max_target_length": 5}
     with pytest.raises(ConfigError, match=r"max_target_length is an older name of .* 5 and 4; set"):
         preparer(tmp_path, **limits)
-    assert preparer(tmp_path, **dict.fromkeys(limits, 4)).config.max_target_length == 4
+    config = preparer(tmp_path, **dict.fromkeys(limits, 4)).config
+    assert (config.max_completion_length, config.max_target_length) == (4, None)
+    assert replace(config, max_completion_length=3).max_completion_length == 3
