@@ -93,13 +93,16 @@ def _refuse_model_kinds(given: dict[str, GivenOption]) -> None:
     This looks at local files only. A config that is still on the hub is read with the tokenizer.
     """
     from dpofast.model.kind import refuse_stored_kind
+    from dpofast.options.foreign_keys import OTHER_NAMES
 
     revision = given.get("model_revision")
-    for name in ("model_name_or_path", "ref_model_name_or_path"):
-        option = given.get(name)
-        if option is None or not isinstance(option.value, str):
+    for name, option in given.items():
+        ours = OTHER_NAMES.get(name, name)  # the name in another tool's file does, too
+        if ours not in ("model_name_or_path", "ref_model_name_or_path"):
             continue
-        own = {"revision": revision.value} if revision and name == "model_name_or_path" else {}
+        if not isinstance(option.value, str):
+            continue
+        own = {"revision": revision.value} if revision and ours == "model_name_or_path" else {}
         try:
             refuse_stored_kind(option.value, local_files_only=True, **own)
         except ModelError as error:

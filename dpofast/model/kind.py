@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
+
+from torch import nn
 
 from dpofast.errors import ModelError
 from dpofast.model.parts import causal_lm
@@ -23,7 +26,9 @@ def refuse_stored_kind(name_or_path: str, **options: Any) -> None:
 
     Args:
         name_or_path: folder or hub name.
-        options: arguments of `AutoConfig.from_pretrained`, such as `revision`.
+        options: arguments of `AutoConfig.from_pretrained`, such as `revision`. Without
+            trust_remote_code, a config that comes with code isn't read; transformers would ask on
+            the terminal, and wait for an answer.
 
     Raises:
         ModelError: the config is that of another kind of model. A config that can't be read is no
@@ -32,13 +37,48 @@ def refuse_stored_kind(name_or_path: str, **options: Any) -> None:
     from transformers import AutoConfig
 
     try:
-        config = AutoConfig.from_pretrained(name_or_path, **options)
+        config = AutoConfig.from_pretrained(name_or_path, **{"trust_remote_code": False, **options})
     except (OSError, ValueError, KeyError, TypeError, ImportError, AttributeError):
         return
     architectures = getattr(config, "architectures", None) or [""]
     kind = _kind(config, str(architectures[0])) or _body_only(config, str(architectures[0]))
     if kind is not None:
         raise ModelError(f"The model {name_or_path!r} is {kind}. {_NEEDED}")
+
+
+def refuse_kinds(*models: Any) -> None:
+    """Refuses models that can't be trained, whatever the options are.
+
+    Args:
+        models: transformers models, PeftModels, or folders. Anything else is ignored: what a hub
+            name means depends on the options, and is checked when the model is loaded.
+
+    Raises:
+        ModelError: says what kind of model it is, and what is needed.
+    """
+    for model in models:
+        if isinstance(model, str) and Path(model).is_dir():
+            refuse_stored_kind(model, local_files_only=True)
+        elif isinstance(model, nn.Module) and hasattr(model, "config"):
+            check_kind(model)
+
+
+def refuse_other_type(name_or_path: str, error: Exception) -> None:
+    """Says in one sentence that transformers has no causal LM of a model's type.
+
+    Args:
+        name_or_path: folder or hub name, used in the message.
+        error: what transformers raised; its message lists the hundreds of types that it knows.
+
+    Raises:
+        ModelError: this is the error's reason.
+    """
+    found = re.search(r"Unrecognized configuration class <class '(?:.*\.)?(\w+)'>", str(error))
+    if found:
+        raise ModelError(
+            f"The model {name_or_path!r} can't be loaded, as transformers has no causal language "
+            f"model with a {found.group(1)}. {_NEEDED}"
+        ) from error
 
 
 def check_kind(model: Any) -> None:

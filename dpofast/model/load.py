@@ -9,7 +9,7 @@ import torch
 from safetensors import SafetensorError
 
 from dpofast.errors import ModelError
-from dpofast.model.kind import refuse_random_head, refuse_stored_kind
+from dpofast.model.kind import refuse_other_type, refuse_random_head, refuse_stored_kind
 from dpofast.model.pickled_weights import refuse_pickled_on_hub, refuse_pickled_weights
 from dpofast.options.quantisation import OPTION, bitsandbytes_config, quantisation_options
 from dpofast.progress import bars_as_lines
@@ -51,6 +51,7 @@ def load_policy(name_or_path: str, **options: Any) -> Any:
             )
     except (OSError, ValueError, TypeError, ImportError, RuntimeError, SafetensorError) as error:
         refuse_pickled_on_hub(name_or_path, options, error)
+        refuse_other_type(name_or_path, error)
         raise ModelError(f"The model {name_or_path!r} can't be loaded: {error}") from error
     refuse_random_head(model, report["missing_keys"], name_or_path)
     return model
@@ -79,6 +80,7 @@ def load_skeleton(name_or_path: str, **options: Any) -> Any:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, trust_remote_code=trusted)
     except (OSError, ValueError, TypeError, ImportError, RuntimeError, KeyError) as error:
+        refuse_other_type(name_or_path, error)
         raise ModelError(
             f"The model {name_or_path!r} can't be built from its config: {error}"
         ) from error

@@ -11,7 +11,6 @@ from torch import nn
 from dpofast.errors import ConfigError, ModelError
 from dpofast.model.dropout import disable_dropout
 from dpofast.model.head import head_forwards
-from dpofast.model.kind import check_kind
 from dpofast.model.load import load_policy, load_tokenizer
 from dpofast.model.parts import body_of, causal_lm, is_peft_model
 from dpofast.model.quantised import check_trainable, keep_differentiable
@@ -69,12 +68,10 @@ def resolve_model(model: Any, config: DPOConfig, tokenizer: Any) -> tuple[nn.Mod
     Raises:
         ConfigError: DeepSpeed is wanted but no launcher has started this process, or pad_token
             isn't in the vocabulary.
-        ModelError: the model isn't a causal LM, or it or its tokenizer can't be loaded.
+        ModelError: the model or its tokenizer can't be loaded.
     """
     refuse_missing_launcher(config)  # before loading, which can take minutes
     options = config.loading_options()
-    if not isinstance(model, str):
-        check_kind(model)
     if tokenizer is None:
         name = model_name(model)
         if not name:
@@ -124,7 +121,7 @@ def resolve_ref_model(ref_model: Any, model: Any, config: DPOConfig) -> Any:
 
     Raises:
         ConfigError: the reference is the same object as the policy, so training would change it.
-        ModelError: the reference isn't a causal LM, or can't be loaded.
+        ModelError: the reference can't be loaded.
     """
     own = config.ref_model_init_kwargs
     if isinstance(ref_model, str):
@@ -137,7 +134,6 @@ def resolve_ref_model(ref_model: Any, model: Any, config: DPOConfig) -> Any:
         return None
     if ref_model is model:
         raise ConfigError("ref_model is the model itself; leave it out, or pass a copy.")
-    check_kind(ref_model)
     return ref_model
 
 

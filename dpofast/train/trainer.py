@@ -15,6 +15,7 @@ from transformers import Trainer, TrainerControl, TrainingArguments, set_seed
 
 from dpofast.data.packing.batch import PackedPairs, StepBatch
 from dpofast.errors import ConfigError
+from dpofast.model.kind import refuse_kinds
 from dpofast.model.packable import choose_layout
 from dpofast.model.router import make_router_loss
 from dpofast.model.uncompiled import uncompiled
@@ -132,8 +133,9 @@ class DPOTrainer(
         **options: Any,
     ) -> None:
         check_overrides(self)
-        refuse("data_collator", data_collator, "leave it out; batches are laid out by the trainer")
         model, ref_model = uncompiled(model, "model"), uncompiled(ref_model, "ref_model")
+        refuse_kinds(model, ref_model)
+        refuse("data_collator", data_collator, "leave it out; batches are laid out by the trainer")
         processing_class = resolve_tokenizer(processing_class, options)
         config = resolve_config(args, options, model_name(model))
         config = with_quantisation(config, quantization_config, model)

@@ -108,7 +108,7 @@ def test_a_name_that_only_looks_alike_is_not_suggested(tmp_path: Path, name: str
 
 
 @pytest.mark.parametrize("option", ["is_encoder_decoder: true", "max_seq_len: 7", "beta: -1"])
-@pytest.mark.parametrize("which", ["model_name_or_path", "ref_model_name_or_path"])
+@pytest.mark.parametrize("which", ["model_name_or_path", "ref_model_name_or_path", "base_model"])
 def test_the_kind_of_a_model_is_refused_before_its_options(
     tmp_path: Path, option: str, which: str
 ) -> None:

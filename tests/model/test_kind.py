@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +81,34 @@ def test_a_trainer_refuses_before_it_reads_a_pair(tmp_path: Path, argument: str)
         def __iter__(self) -> Any:
             raise AssertionError("the pairs were read")
 
-    with pytest.raises(ModelError, match="encoder-decoder"):
-        make_trainer(
-            tmp_path, pairs=Unread([1]), **{argument: T5ForConditionalGeneration(T5Config(**T5))}
+    other = T5ForConditionalGeneration(T5Config(**T5))
+    other.save_pretrained(tmp_path / "t5")
+    for given in (other, str(tmp_path / "t5")):
+        for more in ({}, {"data_collator": list}, {"nonsense": 1}, {"loss_type": "kto_pair"}):
+            with pytest.raises(ModelError, match="encoder-decoder"):
+                make_trainer(tmp_path, pairs=Unread([1]), **{argument: given}, **more)
+
+
+def test_a_type_without_a_causal_model_is_refused_in_one_sentence(tmp_path: Path) -> None:
+    T5Config(**T5, is_encoder_decoder=False, architectures=["T5EncoderModel"]).save_pretrained(
+        tmp_path
+    )
+    for load in (load_policy, load_skeleton):
+        with pytest.raises(ModelError) as caught:
+            load(str(tmp_path))
+        assert str(caught.value) == (
+            f"The model {str(tmp_path)!r} can't be loaded, as transformers has no causal language "
+            "model with a T5Config. DPO trains causal language models (a class such as "
+            "LlamaForCausalLM); name one."
         )
+
+
+def test_code_that_comes_with_a_model_is_not_asked_about(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code = {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "own", "auto_map": code}))
+    asked: list[str] = []
+    monkeypatch.setattr("builtins.input", lambda text: asked.append(text) or "n")
+    refuse_stored_kind(str(tmp_path))
+    assert not asked
