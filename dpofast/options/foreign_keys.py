@@ -9,18 +9,27 @@ OTHER_NAMES = {
         ("base_model", "model", "model_name", "model_path", "model_id", "pretrain"),
         "model_name_or_path",
     ),
-    **dict.fromkeys(("ref_model", "ref_pretrain", "ref_model_path"), "ref_model_name_or_path"),
+    **dict.fromkeys(
+        (
+            "ref_model",
+            "ref_pretrain",
+            "ref_model_path",
+            "reference_model",
+            "reference_model_name_or_path",
+        ),
+        "ref_model_name_or_path",
+    ),
     **dict.fromkeys(("revision_of_model", "model_version"), "model_revision"),
     **dict.fromkeys(("tokenizer", "tokenizer_name", "tokenizer_config"), "tokenizer_name_or_path"),
     "attn_impl": "attn_implementation",
-    "chat_template_jinja": "chat_template",
+    **dict.fromkeys(("chat_template_jinja", "tokenizer_chat_template"), "chat_template"),
     "quantization_type": "bnb_4bit_quant_type",
     "double_quantization": "use_bnb_nested_quant",
     # data
     **dict.fromkeys(
         ("dataset", "data_path", "dataset_path", "train_data", "train_dataset"), "dataset_name"
     ),
-    **dict.fromkeys(("val_dataset", "test_datasets", "eval_data", "val_file"), "eval_dataset_name"),
+    **dict.fromkeys(("val_dataset", "eval_data", "val_file"), "eval_dataset_name"),
     **dict.fromkeys(("train_split", "dataset_split"), "dataset_train_split"),
     "test_split": "dataset_test_split",
     "dataset_probs": "dataset_shares",
@@ -55,17 +64,19 @@ OTHER_NAMES = {
     **dict.fromkeys(("accumulate_grad_batches", "grad_accum_steps"), "gradient_accumulation_steps"),
     **dict.fromkeys(("num_epochs", "epochs", "max_epochs", "n_epochs"), "num_train_epochs"),
     "lr": "learning_rate",
+    "lr_warmup_ratio": "warmup_ratio",
     **dict.fromkeys(("lr_scheduler", "scheduler_type"), "lr_scheduler_type"),
     "optimizer": "optim",
     "l2": "weight_decay",
     **dict.fromkeys(("max_norm", "grad_clip", "gradient_clipping"), "max_grad_norm"),
     **dict.fromkeys(("save_path", "save_dir"), "output_dir"),
     "max_ckpt_num": "save_total_limit",
-    "wandb_run_name": "run_name",
+    **dict.fromkeys(("wandb_run_name", "wandb_name"), "run_name"),
+    "hf_hub_token": "hub_token",
     "hub_model_revision": "hub_revision",
     # adapters
     "lora_rank": "lora_r",
-    **dict.fromkeys(("lora_target", "target_modules"), "lora_target_modules"),
+    "target_modules": "lora_target_modules",
     **dict.fromkeys(("additional_target", "modules_to_save"), "lora_modules_to_save"),
     "peft_use_rslora": "use_rslora",
     "peft_use_dora": "use_dora",
@@ -87,14 +98,24 @@ _LOSS = "leave it out; the loss is named in loss_type"
 _GONE = "leave it out; transformers has removed it"
 _MODEL_CLASS = "leave it out; the model's config names its class"
 _FOLDER = "leave it out; nothing is written but output_dir and the reference store"
+_SEQUENCE = "leave it out; ranks share a step's pairs, not a sequence"
+_UNSUPPORTED = "leave it out; it isn't supported"
+_FAST = "leave it out; the tokenizer's own files say what it is"
+_FROZEN = "set requires_grad in Python"
 _REFERENCE = "leave it out; the reference never runs during training"
 
 # Options of other tools that mean something else here, or nothing, and what to do instead.
 OTHER_KEYS = {
     **dict.fromkeys(("stage", "rlhf_type", "rl", "trainer_type"), _ONLY_DPO),
     **dict.fromkeys(
-        ("adapter", "finetuning_type", "train_type", "tuner_type", "sft_type"), _ADAPTER
+        (
+            *("adapter", "finetuning_type", "train_type", "tuner_type", "sft_type"),
+            *("lora", "use_lora", "peft"),
+        ),
+        _ADAPTER,
     ),
+    "lora_target": "set lora_target_modules, which for all linear layers is all-linear, not all",
+    "qlora": "set use_peft and load_in_4bit",
     **dict.fromkeys(
         ("lora_model_dir", "adapter_name_or_path", "adapters"),
         "name the adapter's folder in model_name_or_path",
@@ -102,8 +123,12 @@ OTHER_KEYS = {
     "create_new_adapter": "merge the old adapter into the model first",
     "lora_target_linear": "set lora_target_modules: all-linear",
     **dict.fromkeys(
-        ("loraplus_lr_ratio", "pissa_init", "use_galore", "use_badam"),
-        "leave it out; it isn't supported",
+        (
+            *("loraplus_lr_ratio", "loraplus_lr_embedding", "pissa_init", "relora_steps"),
+            *("use_galore", "use_badam", "plugins", "shift_attn", "s2_attention", "rope_scaling"),
+            *("lora_fan_in_fan_out", "peft_layers_to_transform", "mixture_of_depths"),
+        ),
+        _UNSUPPORTED,
     ),
     **dict.fromkeys(("quantization_bit", "quant_bits"), "set load_in_4bit or load_in_8bit"),
     # models
@@ -114,7 +139,17 @@ OTHER_KEYS = {
         ("use_flash_attention_2", "flash_attn", "flash_attention", "sdp_attention"), _ATTENTION
     ),
     **dict.fromkeys(("xformers_attention", "eager_attention", "flex_attention"), _ATTENTION),
-    **dict.fromkeys(("enable_liger_kernel", "use_unsloth", "unsloth_cross_entropy_loss"), _KERNELS),
+    **dict.fromkeys(
+        (
+            *("enable_liger_kernel", "use_unsloth", "unsloth_cross_entropy_loss"),
+            *("lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel", "liger_rope"),
+            *("liger_rms_norm", "liger_glu_activation", "liger_fused_linear_cross_entropy"),
+        ),
+        _KERNELS,
+    ),
+    **dict.fromkeys(("use_fast_tokenizer", "tokenizer_use_fast", "disable_fast_tokenizer"), _FAST),
+    **dict.fromkeys(("image_max_pixels", "video_max_pixels", "max_pixels"), _UNSUPPORTED),
+    "cache_dir": "set HF_HOME in the environment",
     **dict.fromkeys(
         ("ref_offload", "ref_model_adapters", "ref_model_quantization_bit"), _REFERENCE
     ),
@@ -129,27 +164,42 @@ OTHER_KEYS = {
         ("val_set_size", "val_size", "split_dataset_ratio"),
         "set eval_split, which holds out whole prompts",
     ),
+    "test_datasets": "name one of the files in eval_dataset_name",
+    **dict.fromkeys(
+        ("system", "system_prompt", "default_system", "default_system_message"),
+        "write system messages in the data",
+    ),
+    **dict.fromkeys(
+        ("dataset_shuffle", "shuffle_merged_datasets"),
+        "set train_sampling_strategy, to sequential for no shuffling",
+    ),
     **dict.fromkeys(("dataset_dir", "media_dir"), "write the whole path in dataset_name"),
     **dict.fromkeys(("prompt_key", "chosen_key", "rejected_key", "text_column"), _COLUMNS),
     **dict.fromkeys(
         ("max_samples", "max_train_samples"), "leave it out; name a file with fewer pairs"
     ),
     **dict.fromkeys(("overwrite_cache", "dataset_prepared_path", "tokenized_path"), _FOLDER),
+    **dict.fromkeys(("load_from_cache_file", "ckpt_path"), _FOLDER),
     **dict.fromkeys(("template", "prompt_template", "input_template"), _TEMPLATE),
     **dict.fromkeys(("apply_chat_template", "auto_insert_empty_system_msg"), _TEMPLATE),
+    "use_chat_template": _TEMPLATE,
     **dict.fromkeys(
-        ("train_on_inputs", "train_on_prompt", "mask_history"),
+        ("train_on_inputs", "train_on_prompt", "mask_history", "loss_scale", "roles_to_train"),
         "leave it out; only the last answers are scored",
+    ),
+    **dict.fromkeys(
+        ("sequence_parallel_size", "context_parallel_size", "ring_attn_size", "ring_head_stride"),
+        _SEQUENCE,
     ),
     "truncation_side": "set truncation_mode: keep_end cuts prompts on their left",
     **dict.fromkeys(
         ("sample_packing", "eval_sample_packing", "packing", "neat_packing", "batch_flattening"),
         _PACKED,
     ),
-    "pad_to_sequence_len": _PACKED,
+    **dict.fromkeys(("pad_to_sequence_len", "packing_samples"), _PACKED),
     # losses
     **dict.fromkeys(
-        ("pref_ftx", "pref_bco_weight", "sft_alpha"),
+        ("pref_ftx", "pref_bco_weight", "sft_alpha", "nll_loss_coef"),
         "leave it out; an extra term of the loss isn't supported",
     ),
     **dict.fromkeys(("simpo_gamma", "cpo_alpha", "orpo_alpha", "kto_desirable_weight"), _LOSS),
@@ -167,11 +217,20 @@ OTHER_KEYS = {
     "early_stopping_patience": "add transformers' EarlyStoppingCallback in Python",
     **dict.fromkeys(("use_wandb", "use_swanlab", "use_tensorboard"), "name it in report_to"),
     **dict.fromkeys(
-        ("wandb_project", "wandb_entity", "wandb_org"),
-        "set WANDB_PROJECT or WANDB_ENTITY in the environment",
+        (
+            *("wandb_project", "wandb_entity", "wandb_org", "wandb_group", "wandb_run_id"),
+            *("wandb_mode", "wandb_watch", "wandb_log_model"),
+        ),
+        "set wandb's variables, such as WANDB_PROJECT, in the environment",
     ),
     "env": "set the variables in the environment",
-    "unfrozen_parameters": "set requires_grad in Python",
+    **dict.fromkeys(("unfrozen_parameters", "freeze_parameters", "freeze_vit"), _FROZEN),
+    **dict.fromkeys(("freeze_trainable_layers", "num_layer_trainable"), _FROZEN),
+    "plot_loss": "leave it out; output_dir has a plot of every run",
+    **dict.fromkeys(
+        ("load_checkpoint", "auto_resume_from_checkpoints"), "set resume_from_checkpoint: true"
+    ),
+    "noisy_embedding_alpha": "leave it out; the policy would differ from its reference",
     "gradient_checkpointing_use_reentrant": "set gradient_checkpointing_kwargs",
     "sanity_check": "leave it out; name a file with fewer pairs",
     # versions 4 of transformers

@@ -49,16 +49,23 @@ def test_options_of_the_command_line_have_an_answer_in_python() -> None:
         ("finetuning_type", "set use_peft"),
         ("stage", "leave it out; dpofast trains DPO only"),
         ("template", "the tokenizer's chat template"),
+        ("lora_target", "all linear layers is all-linear, not all"),
+        ("plot_loss", "has a plot of every run"),
         ("pref_ftx", "an extra term of the loss isn't supported"),
         ("base_model", "write model_name_or_path"),  # axolotl
         ("sequence_len", "write max_length"),
         ("micro_batch_size", "write per_device_train_batch_size"),
         ("val_set_size", "set eval_split"),
         ("adapter", "set use_peft"),
+        ("test_datasets", "name one of the files in eval_dataset_name"),
+        ("wandb_name", "write run_name"),
+        ("lora", "set use_peft"),  # not a misspelt lora_r
         ("rl", "dpofast trains DPO only"),
         ("rlhf_type", "dpofast trains DPO only"),  # ms-swift
         ("pretrain", "write model_name_or_path"),  # OpenRLHF
         ("zero_stage", "set deepspeed"),
+        ("lr_warmup_ratio", "write warmup_ratio"),
+        ("packing_samples", "layout says whether rows are packed"),
         ("dataset_mixer", "list the names in dataset_name"),  # the alignment handbook
         ("use_flash_attention_2", "set attn_implementation"),
         ("fp16_opt_level", "transformers has removed it"),
