@@ -10,6 +10,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 from pydantic import ConfigDict, PydanticUserError, TypeAdapter, ValidationError
 
+from dpofast.cli.given import COMMAND_LINE
 from dpofast.errors import ConfigError
 
 _NAMES = {
@@ -44,6 +45,9 @@ def checked_value(name: str, value: Any, annotation: Any, where: str) -> Any:
     accepted = _members(annotation)
     if isinstance(value, bool) and not {bool, Any} & set(accepted):
         raise ConfigError(_message(name, value, accepted, where))  # Python would take True for 1
+    only_list = str not in accepted and any(get_origin(member) is list for member in accepted)
+    if only_list and where == COMMAND_LINE and isinstance(value, int | float | str):
+        value = [value]  # `--name a b` is a list, so `--name a` is one, too
     enums = tuple(member for member in accepted if isinstance(member, EnumType))
     if enums and isinstance(value, str):
         accepted, annotation = enums, enums[0]  # text must be the value of an enum's member

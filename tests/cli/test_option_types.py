@@ -31,6 +31,16 @@ def test_takes_what_people_write(value: Any, annotation: Any, expected: Any) -> 
     assert type(got) is type(expected)
 
 
+def test_one_value_on_the_command_line_is_a_list_where_a_list_is_needed() -> None:
+    where = "command line"
+    assert checked_value("name", 1, list[float] | None, where) == [1.0]
+    assert checked_value("name", "lm_head", list[str] | None, where) == ["lm_head"]
+    assert checked_value("name", None, list[str] | None, where) is None
+    assert checked_value("name", "a", list[str] | str, where) == "a"
+    with pytest.raises(ConfigError, match="got 'a', expected a list of texts or null"):
+        checked_value("name", "a", list[str] | None, "run.yaml")
+
+
 @pytest.mark.parametrize(
     ("value", "annotation", "expected"),
     [
