@@ -196,7 +196,6 @@ class DPOConfig(TRLFields):
                 f"{self.n_gpu} GPUs are visible to one process; launch with torchrun "
                 "--nproc-per-node, or choose one with CUDA_VISIBLE_DEVICES."
             )
-        self._said: list[str] = []
         self._say(remarks)
 
     def check_again(self) -> None:
@@ -222,8 +221,9 @@ class DPOConfig(TRLFields):
         return remarks
 
     def _say(self, remarks: list[str]) -> None:
-        new = [remark for remark in remarks if remark not in self._said]
-        self._said += new
+        said: list[str] = getattr(self, "_said", [])
+        new = [remark for remark in remarks if remark not in said]
+        self._said = said + new
         if new and self.process_index == 0:
             logger.warning("These options have no effect: %s.", ", ".join(new))
 
