@@ -17,7 +17,16 @@ from typing import Any
 import torch
 
 SUMMARY_FILE = "summary.json"
-PACKAGES = ("dpofast", "torch", "triton", "transformers", "accelerate", "deepspeed", "peft")
+PACKAGES = (
+    "dpofast",
+    "torch",
+    "triton",
+    "transformers",
+    "accelerate",
+    "deepspeed",
+    "peft",
+    "bitsandbytes",
+)
 
 
 def environment() -> dict[str, Any]:

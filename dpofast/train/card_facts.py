@@ -113,6 +113,7 @@ def card_options(trainer: Any) -> dict[str, Any]:
         "learning_rate": config.learning_rate if optimizer is None else None,
         "lr_scheduler_type": _value(config.lr_scheduler_type),
         "warmup_steps": config.warmup_steps or None,
+        "warmup_ratio": None if config.warmup_steps else config.warmup_ratio or None,
         "optim": _value(config.optim) if optimizer is None else type(optimizer).__name__,
         "pairs per step": config.pairs_per_rank * config.world_size,
         "steps": state.global_step or None,
@@ -124,7 +125,8 @@ def card_options(trainer: Any) -> dict[str, Any]:
         **_adapter_options(trainer.model),
     }
     if scheduler is not None:
-        options |= {"lr_scheduler_type": type(scheduler).__name__, "warmup_steps": None}
+        options |= {"lr_scheduler_type": type(scheduler).__name__}
+        options |= dict.fromkeys(("warmup_steps", "warmup_ratio"))
     if stage := zero_stage(config)[0]:
         options["DeepSpeed"] = f"ZeRO stage {stage}"
     return options
@@ -285,8 +287,11 @@ def _adapter_options(model: Any) -> dict[str, Any]:
         return {}
     config = model.peft_config[model.active_adapter]
     options = {}
-    for name in ("r", "lora_alpha", "lora_dropout", "target_modules", "modules_to_save"):
+    names = ("r", "lora_alpha", "lora_dropout", "target_modules", "modules_to_save")
+    for name in (*names, "target_parameters", "use_rslora", "use_dora"):
         value: Any = getattr(config, name, None)
+        if value is False:
+            continue
         many = isinstance(value, set | list | tuple)
         options["rank r" if name == "r" else name] = ", ".join(sorted(value)) if many else value
     return options

@@ -22,7 +22,8 @@ ONE_STEP = {"max_steps": 1}
 
 
 def lora():
-    return peft.LoraConfig(r=2, target_modules=["q_proj", "k_proj"], task_type="CAUSAL_LM")
+    modules = ["q_proj", "k_proj"]
+    return peft.LoraConfig(r=2, target_modules=modules, use_rslora=True, task_type="CAUSAL_LM")
 
 
 def card_in(folder):
@@ -124,6 +125,8 @@ def test_an_adapter_has_our_card_in_place_of_that_of_peft(tmp_path):
     assert "[More Information Needed]" not in card.text
     assert "| rank r | 2 |" in card.text
     assert "| target_modules | k_proj, q_proj |" in card.text
+    assert "| use_rslora | True |" in card.text
+    assert "use_dora" not in card.text
 
 
 OWN = b"---\r\nlicense: mit\r\n---\r\n\r\n# My own words\r\n"
@@ -155,7 +158,7 @@ def test_what_is_known_of_the_run_is_in_its_card(tmp_path, drawn):
         tmp_path,
         model,
         pairs,
-        options={"max_steps": 3, "logging_steps": 2, "label_smoothing": 0.1},
+        options={"max_steps": 3, "logging_steps": 2, "label_smoothing": 0.1, "warmup_ratio": 0.1},
         ref_model=tiny_llama(),
         eval_dataset=token_pairs(4, seed=4),
     )
@@ -177,6 +180,7 @@ def test_what_is_known_of_the_run_is_in_its_card(tmp_path, drawn):
         "| `pairs made in memory` | evaluation | 4 |",
         "| beta | 0.5 |",
         "| label_smoothing | 0.1 |",
+        "| warmup_ratio | 0.1 |",
         "| pairs per step | 4 |",
         "| steps | 3 |",
         "| precision | trained weights in float32 |",
