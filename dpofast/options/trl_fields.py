@@ -6,8 +6,10 @@ them, and the run would train something else than its script says.
 
 from __future__ import annotations
 
+from argparse import SUPPRESS
 from dataclasses import dataclass, fields
 from enum import Enum
+from types import MappingProxyType
 from typing import Annotated, Any, get_type_hints
 
 from transformers import TrainingArguments
@@ -197,3 +199,6 @@ def _rules() -> dict[str, NoEffect | Refused | Renamed]:
 # The rule of each field above. Hints don't suggest these names, and logs don't show them.
 RULES = _rules()
 _DEFAULTS = {item.name: item.default for item in fields(TRLFields)}
+for _item in fields(TRLFields):
+    if isinstance(RULES.get(_item.name), Refused):  # HfArgumentParser's --help is long enough
+        _item.metadata = MappingProxyType({"help": SUPPRESS})

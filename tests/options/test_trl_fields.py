@@ -184,6 +184,14 @@ def test_logs_and_checkpoints_show_only_options_with_an_effect(tmp_path: Path) -
     assert shown["warmup_ratio"] == 0.1
 
 
+def test_help_leaves_out_what_is_only_refused() -> None:
+    shown = HfArgumentParser(DPOConfig).format_help()
+    listed = [name for name, rule in RULES.items() if f"--{name} " in shown]
+    assert "padding_free" in listed
+    assert not [name for name in listed if isinstance(RULES[name], Refused)]
+    assert "ld_alpha" not in shown
+
+
 def test_a_rule_names_an_option_that_exists() -> None:
     known = set(DPOConfig.__dataclass_fields__)
     assert {rule.now for rule in RULES.values() if isinstance(rule, Renamed)} <= known
