@@ -10,8 +10,8 @@ from transformers.training_args import OptimizerNames
 
 from dpofast.errors import ConfigError
 
-# Endings of optimizers that update the weights in the backward pass, and what to take instead. A step
-# has a backward pass for each of its micro-batches, and all but the first would see other weights.
+# Endings of optimizers that update the weights in the backward pass, and what to take instead. Each
+# micro-batch of a step has a backward pass, and all but the first would run with other weights.
 IN_BACKWARD = {
     "lomo": "adafactor or adamw_8bit to save memory",
     "_layerwise": "{0}, which updates them once in a step",
