@@ -155,7 +155,12 @@ def test_what_is_known_of_the_run_is_in_its_card(tmp_path, drawn):
         tmp_path,
         model,
         pairs,
-        options={"max_steps": 3, "logging_steps": 2, "label_smoothing": 0.1},
+        options={
+            "max_steps": 3,
+            "logging_steps": 2,
+            "label_smoothing": 0.1,
+            "warmup_ratio": 0.4,
+        },
         ref_model=tiny_llama(),
         eval_dataset=token_pairs(4, seed=4),
     )
@@ -177,6 +182,7 @@ def test_what_is_known_of_the_run_is_in_its_card(tmp_path, drawn):
         "| `pairs made in memory` | evaluation | 4 |",
         "| beta | 0.5 |",
         "| label_smoothing | 0.1 |",
+        "| warmup_ratio | 0.4 |",
         "| pairs per step | 4 |",
         "| steps | 3 |",
         "| precision | trained weights in float32 |",

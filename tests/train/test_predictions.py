@@ -95,6 +95,20 @@ def test_it_can_be_assigned_and_prediction_loss_only_leaves_it_out(tmp_path):
     assert trainer.evaluate()["eval_pairs"] == 7
 
 
+def test_options_of_old_scripts_beside_the_config_leave_its_own_as_they_are(tmp_path, caplog):
+    seen = []
+    given = {"include_for_metrics": ["loss"], "prediction_loss_only": True}
+    trainer = make_trainer(
+        tmp_path, eval_dataset=HELD_OUT, compute_metrics=seen.append, options=given, max_length=99
+    )
+    assert "no effect" not in caplog.text  # they have one
+    assert {name: getattr(trainer.args, name) for name in given} == given
+    with pytest.raises(ConfigError, match="batch_eval_metrics isn't supported"):
+        make_trainer(
+            tmp_path, compute_metrics=len, options={"batch_eval_metrics": True}, max_length=99
+        )
+
+
 REFUSED = {
     "clash": (lambda p: {"loss": 0.0}, "the names eval_loss are measured already"),
     "no dict": (lambda p: 0.5, "returned a float, expected a dict"),
