@@ -23,6 +23,12 @@ from dpofast.model.parts import causal_lm, is_peft_model
 from dpofast.reference.identity.quantised import FLOATING_PRODUCTS, is_quantised, quantised_weight
 
 BITSANDBYTES = "bitsandbytes"
+# Folders of peft's kinds of adapters that have been compared on quantised and dequantised layers.
+# Others fail, or take the stored integers for the weight.
+ADAPTERS = (
+    *("lora", "adalora", "boft", "fourierft", "ia3", "miss", "oft", "randlora", "road", "shira"),
+    *("vera", "waveft"),
+)
 
 
 def quantised_layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -81,17 +87,26 @@ def check_trainable(model: nn.Module, zero_stage: int | None) -> None:
         raise ConfigError(
             "deepspeed: ZeRO-3 would shard the quantised weights without their scales; use zero2."
         )
-    names = {
-        name.removesuffix(".base_layer")
-        for name, layer in layers.items()
-        if _is_int8(layer, ["cpu"])
-    }
-    for name, module in model.named_modules():
-        if name in names and len(getattr(module, "lora_magnitude_vector", ())):
-            raise ConfigError(
-                "peft_config: DoRA on 8-bit layers fails on a CPU, as peft loses their scales when "
-                "it dequantises them; use load_in_4bit, or LoRA without DoRA."
-            )
+    quantised = set(layers.values())
+    for module in model.modules():
+        if module._modules.get("base_layer") in quantised:
+            _check_adapter(module)
+
+
+def _check_adapter(layer: Any) -> None:
+    """Raise ConfigError if peft can't compute this adapter's layer around a quantised one."""
+    home = type(layer).__module__.split(".")  # such as peft.tuners.lora.bnb
+    if home[:2] == ["peft", "tuners"] and home[2] not in ADAPTERS:
+        raise ConfigError(
+            f"peft_config: adapters of peft.tuners.{home[2]} aren't supported on quantised layers, "
+            "whose weights not every kind of adapter can read; use LoRA, or load the model without "
+            "quantisation."
+        )
+    if _is_int8(layer.base_layer, ["cpu"]) and len(getattr(layer, "lora_magnitude_vector", ())):
+        raise ConfigError(
+            "peft_config: DoRA on 8-bit layers fails on a CPU, as peft loses their scales when "
+            "it dequantises them; use load_in_4bit, or LoRA without DoRA."
+        )
 
 
 def computing_dtype(model: nn.Module) -> torch.dtype:

@@ -10,8 +10,14 @@ from transformers.training_args import OptimizerNames
 
 from dpofast.errors import ConfigError
 
-# Optimizers that get the learning rate in the backward pass, and update the weights there.
-IN_BACKWARD = ("lomo", "adalomo")
+# Endings of optimizers that update the weights in the backward pass, and what to take instead. Each
+# micro-batch of a step has a backward pass, and all but the first would run with other weights.
+IN_BACKWARD = {
+    "lomo": "adafactor or adamw_8bit to save memory",
+    "_layerwise": "{0}, which updates them once in a step",
+}
+# Where the optimizer without pages has another name than the rest of this one.
+WITHOUT_PAGES = {"paged_adamw_32bit": "adamw_torch", "paged_ademamix_32bit": "ademamix"}
 OF_BITSANDBYTES = ("paged_", "ademamix", "adamw_8bit", "adamw_bnb_8bit", "lion_", "rmsprop_bnb")
 
 
@@ -31,15 +37,17 @@ def check_optimizer(optim: Any, use_cpu: bool) -> None:
             f"optim: transformers has no optimizer {name!r}; make it yourself, and pass it as "
             "DPOTrainer(optimizers=(optimizer, None))."
         )
-    if name in IN_BACKWARD:
-        raise ConfigError(
-            f"optim: {name!r} isn't supported, as it updates the weights in each micro-batch's "
-            "backward pass; use adafactor or adamw_8bit to save memory."
-        )
+    for ending, instead in IN_BACKWARD.items():
+        if name.endswith(ending):
+            raise ConfigError(
+                f"optim: {name!r} isn't supported, as it updates the weights in each "
+                f"micro-batch's backward pass; use {instead.format(name.removesuffix(ending))}."
+            )
     if name.startswith("paged_") and (use_cpu or not torch.cuda.is_available()):
+        without_pages = WITHOUT_PAGES.get(name, name.removeprefix("paged_"))
         raise ConfigError(
             f"optim: {name!r} keeps its states in memory that only CUDA has; on a CPU use "
-            f"{name.removeprefix('paged_')}."
+            f"{without_pages}."
         )
     if name.startswith(OF_BITSANDBYTES) and importlib.util.find_spec("bitsandbytes") is None:
         raise ConfigError(

@@ -22,7 +22,7 @@ _REMEDIES = {
 }
 
 _COLUMNS = "the trainer chooses the columns itself"
-_SUMS = "evaluations keep sums of their metrics, and no outputs of the model"
+_NO_LOGITS = "evaluations keep no logits"
 # Options that Trainer's own methods read where DPOTrainer has others.
 UNUSED = {
     "remove_unused_columns": _COLUMNS,
@@ -35,9 +35,7 @@ UNUSED = {
     "average_tokens_across_devices": "a step's loss is the mean over its pairs on all ranks",
     "dataloader_multiprocessing_context": "the data loader takes Python's default",
     "dataloader_in_order": "steps run in the order of their plan",
-    **dict.fromkeys(("prediction_loss_only", "eval_do_concat_batches"), _SUMS),
-    **dict.fromkeys(("eval_accumulation_steps", "eval_use_gather_object"), _SUMS),
-    **dict.fromkeys(("batch_eval_metrics", "include_for_metrics"), _SUMS),
+    **dict.fromkeys(("eval_accumulation_steps", "eval_use_gather_object"), _NO_LOGITS),
 }
 
 

@@ -113,7 +113,7 @@ def card_options(trainer: Any) -> dict[str, Any]:
         "learning_rate": config.learning_rate if optimizer is None else None,
         "lr_scheduler_type": _value(config.lr_scheduler_type),
         "warmup_steps": config.warmup_steps or None,
-        "warmup_ratio": None if config.warmup_steps else config.warmup_ratio or None,
+        "warmup_ratio": (not config.warmup_steps and config.warmup_ratio) or None,
         "optim": _value(config.optim) if optimizer is None else type(optimizer).__name__,
         "pairs per step": config.pairs_per_rank * config.world_size,
         "steps": state.global_step or None,

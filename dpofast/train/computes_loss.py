@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from dpofast.monitor.metrics import MetricSums
 from dpofast.train.hooks import override_of
 from dpofast.train.micro_batches import PairLossPass
 from dpofast.train.reports import ReportsRun
+from dpofast.train.untrained import untrained
 from dpofast_kernels import PairLossOutput
 
 
@@ -47,8 +48,11 @@ class ComputesLoss(ReportsRun, Trainer):
     def compute_pair_loss(
         self, model: nn.Module, batch: PackedPairs, sums: MetricSums
     ) -> PairLossOutput:
-        """One forward pass inside `micro_batch`; arguments and result are those of PairLossPass."""
-        return self._pair_loss_pass(model, batch, self.pair_loss, sums)
+        """One forward pass inside `micro_batch`; arguments and result are those of PairLossPass.
+
+        A backward pass through the log-probs or the metrics of the result is an error.
+        """
+        return untrained(self._pair_loss_pass(model, batch, self.pair_loss, sums))
 
     def compute_loss(
         self,
@@ -71,7 +75,8 @@ class ComputesLoss(ReportsRun, Trainer):
         Returns:
             The loss [] fp64, differentiable. It is 0 for a micro-batch without pairs. For an item
             of a loader, the mean over ranks of this number is the mean over the step's pairs.
-            With `return_outputs` a pair: the loss, and a PairLossOutput without gradients.
+            With `return_outputs` a pair: the loss, and a PairLossOutput whose log-probs and
+            metrics have no gradients; a backward pass through them is an error.
 
         Raises:
             ConfigError: `inputs` is something else.
@@ -86,6 +91,10 @@ class ComputesLoss(ReportsRun, Trainer):
                 "trainer's data loaders, or one of its micro_batches; see docs/extending.md."
             )
         return (loss, output) if return_outputs else loss
+
+    def _prepare_inputs(self, inputs: Any) -> Any:
+        """Return the argument, for overrides that were copied from transformers."""
+        return inputs
 
     def prediction_step(
         self,
@@ -127,7 +136,8 @@ class ComputesLoss(ReportsRun, Trainer):
         is_counted = self._open is batch
         with self._prepared(batch):
             output = self.compute_pair_loss(model, batch, sums)
-        self._computed = Computed(output, sums)
+        logps, metrics = output.logps.detach(), output.metrics.detach()
+        self._computed = Computed(replace(output, logps=logps, metrics=metrics), sums)
         # An overridden training_step may call this by itself.
         if not is_counted and self.is_in_train and model.training:
             self.metric_sums.add(sums.totals, batch.num_pairs)

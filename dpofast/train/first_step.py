@@ -34,16 +34,12 @@ class FirstStep:
     Args:
         model: the policy, not wrapped.
         loss: the pair loss.
-        has_norm: whether gradients are still there when their norm is taken.
         is_fresh: whether the run begins here. In a resumed run only the gradient is checked, as its
             learning rate may be almost 0 already.
     """
 
-    def __init__(
-        self, model: nn.Module, loss: PairLoss, has_norm: bool = True, is_fresh: bool = True
-    ) -> None:
-        self.model, self.loss = model, loss
-        self.has_norm, self.is_fresh = has_norm, is_fresh
+    def __init__(self, model: nn.Module, loss: PairLoss, is_fresh: bool = True) -> None:
+        self.model, self.loss, self.is_fresh = model, loss, is_fresh
         self.has_slope = False
         self.is_unknown = False  # whether the slope of some pair isn't known
         self._rate: float | None = None  # of the step that has begun
@@ -113,7 +109,7 @@ class FirstStep:
             return True
         if was_skipped or not has_slope:
             return False
-        size = None if norm is None or not self.has_norm else float(norm)
+        size = None if norm is None else float(norm)
         if size == 0.0:
             raise ModelError(_NO_GRADIENT)
         if size is not None and not math.isfinite(size):

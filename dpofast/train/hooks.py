@@ -10,6 +10,10 @@ import inspect
 from typing import TYPE_CHECKING, Any
 
 from dpofast.errors import ConfigError
+from dpofast.options.config import DPOConfig
+from dpofast.options.trl_fields import RULES, Refused
+from dpofast.train.settings import Setting
+from dpofast_kernels import PairLoss
 
 PAGE = "see docs/extending.md"
 _LOSS = (
@@ -29,6 +33,7 @@ _COLUMNS = (
     f"log-probs ({PAGE})"
 )
 _LOADER = "override get_train_dataloader, get_eval_dataloader or get_test_dataloader"
+_METRICS = f"give what you log as metrics_fn ({PAGE})"
 _COLLATOR = "leave it out; batches are laid out by the trainer"
 _SEARCH = "hyperparameter_search isn't supported; run dpofast once per setting"
 
@@ -69,7 +74,7 @@ IGNORED_HOOKS: dict[str, str] = {
     "concatenated_inputs": _LOSS,
     "get_batch_logps": _LOSS,
     "_get_batch_logps": _LOSS,
-    "store_metrics": f"give what you log as metrics_fn ({PAGE})",
+    "store_metrics": _METRICS,
     "_prepare_dataset": _ROWS,
     "tokenize_row": _ROWS,
     "process_row": _ROWS,
@@ -93,7 +98,20 @@ IGNORED_ATTRIBUTES = {
     "preprocess_logits_for_metrics": "no logits exist; compute_metrics gets log-probs and rewards",
     "model_init": "pass the model",
 }
-_OURS = ("dpofast.", "transformers.")
+# The trainer has attributes of these names, which hide a method of a subclass.
+HIDDEN_METHODS = {
+    "compute_metrics": f"pass the function to DPOTrainer as its argument compute_metrics ({PAGE})",
+    "pair_loss": f"pass the function to DPOTrainer as its argument loss_fn ({PAGE})",
+    "data_collator": _COLLATOR,
+}
+# Attributes by which TRL's trainers choose their loss and its reference; options are called alike.
+TRL_ATTRIBUTES = (
+    *("loss_weights", "ld_alpha", "f_divergence_type", "use_weighting", "rpo_alpha"),
+    *("reference_free", "sync_ref_model", "model_adapter_name", "ref_adapter_name"),
+)
+# What overrides written for TRL read from its trainer.
+_MISSING = {"_metrics": _METRICS, "_stored_metrics": _METRICS}
+_OURS = ("dpofast.", "transformers.", "torch.")
 
 
 class MissingHookError(ConfigError, AttributeError):
@@ -109,7 +127,11 @@ def override_of(trainer: Any, name: str) -> str | None:
     """
     if name in vars(trainer):
         return f"{type(trainer).__qualname__}.{name}, assigned to the trainer"
-    for kind in type(trainer).__mro__:
+    return _override_in_class(type(trainer), name)
+
+
+def _override_in_class(trainer_class: type, name: str) -> str | None:
+    for kind in trainer_class.__mro__:
         if name in vars(kind):
             given = vars(kind)[name]
             # A script may also have replaced the method on a class of ours.
@@ -119,8 +141,13 @@ def override_of(trainer: Any, name: str) -> str | None:
 
 
 def _module(value: Any) -> str:
+    """The module that a function was written in; functools.wraps doesn't change it."""
     function = getattr(value, "fget", None) or getattr(value, "__func__", value)
-    return (getattr(function, "__module__", None) or "") if callable(function) else _OURS[0]
+    function = getattr(function, "func", function)  # of a partial one
+    if not callable(function):
+        return _OURS[0]
+    written = getattr(function, "__globals__", {}).get("__name__")
+    return written or getattr(function, "__module__", None) or ""
 
 
 def check_overrides(trainer: Any) -> None:
@@ -132,13 +159,39 @@ def check_overrides(trainer: Any) -> None:
     for name, remedy in IGNORED_HOOKS.items():
         if (where := override_of(trainer, name)) is not None:
             raise ConfigError(f"{where}: DPOTrainer never calls or reads it: {remedy}.")
+    for name, remedy in HIDDEN_METHODS.items():
+        if (where := _override_in_class(type(trainer), name)) is not None:
+            raise ConfigError(f"{where}: DPOTrainer never calls or reads it: {remedy}.")
     for name, remedy in IGNORED_ATTRIBUTES.items():
         if getattr(trainer, name, None) is not None:
             raise ConfigError(f"DPOTrainer: {name} isn't supported: {remedy}.")
     collator = vars(trainer).get("data_collator")
     if collator is not None and not _module(collator).startswith(_OURS):
         raise ConfigError(f"DPOTrainer: data_collator isn't supported: {_COLLATOR}.")
+    loss = vars(trainer).get("pair_loss")
+    if loss is not None and not isinstance(loss, PairLoss):
+        raise ConfigError(
+            f"DPOTrainer.pair_loss: got a {type(loss).__name__}, expected what make_loss or "
+            "make_custom_loss of dpofast_kernels returns."
+        )
+    _check_settings(trainer)
     _check_samples_hook(trainer)
+
+
+def _check_settings(trainer: Any) -> None:
+    """Look for attributes that would choose a setting in TRL's trainer, and nothing in this one."""
+    for kind in type(trainer).__mro__:
+        for name, setting in vars(kind).items():
+            if not isinstance(setting, Setting):
+                continue
+            if (where := _override_in_class(type(trainer), name)) is not None:
+                raise ConfigError(f"{where}: it would change nothing: {setting.remedy}.")
+    for name in TRL_ATTRIBUTES:
+        rule = RULES[name]
+        value = getattr(trainer, name, None)
+        if value not in (None, getattr(DPOConfig, name), *rule.neutral):
+            assert isinstance(rule, Refused)
+            raise ConfigError(f"DPOTrainer.{name}: {value!r} isn't supported: {rule.remedy}.")
 
 
 def _check_samples_hook(trainer: Any) -> None:
@@ -156,14 +209,15 @@ def _check_samples_hook(trainer: Any) -> None:
 
 
 class NamesHooks:
-    """Gives a trainer's missing methods of TRL an error that says where to go."""
+    """Gives methods and attributes that only TRL's trainer has an error that says where to go."""
 
     if not TYPE_CHECKING:  # a type checker would take every attribute for one that exists
 
         def __getattr__(self, name: str) -> Any:
-            if name in IGNORED_HOOKS:
+            remedy = IGNORED_HOOKS.get(name) or _MISSING.get(name)
+            if remedy is not None:
                 raise MissingHookError(
-                    f"{type(self).__qualname__}.{name}: DPOTrainer has no such method: "
-                    f"{IGNORED_HOOKS[name]}."
+                    f"{type(self).__qualname__}.{name}: DPOTrainer has nothing of this name: "
+                    f"{remedy}."
                 )
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")

@@ -84,7 +84,7 @@ class OwnMetrics:
     def _try(self, outputs: tuple[Tensor, ...]) -> dict[str, Tensor]:
         num_pairs = len(outputs[0])
         try:
-            values = self.function(PairOutputs(*outputs))
+            values = self.function(PairOutputs(*(each.clone() for each in outputs)))
         except Exception as error:
             reason = f"{type(error).__name__}: {one_line(error)}"
             raise ConfigError(f"metrics_fn: it failed for {num_pairs} pairs ({reason}).") from error
@@ -106,10 +106,10 @@ class OwnMetrics:
             return dict.fromkeys(self.names, output.logps)
         logps, ref_logps = output.logps.detach(), batch.ref_logps.to(output.logps)  # [2P]
         lengths = batch.bounds.diff().view(-1, 2).to(logps.device)
+        columns = (logps[0::2], logps[1::2], ref_logps[0::2], ref_logps[1::2], lengths)
         with torch.no_grad():
-            values = self.function(
-                PairOutputs(logps[0::2], logps[1::2], ref_logps[0::2], ref_logps[1::2], lengths)
-            )
+            # Copies: the function may work in place, and the values are needed after it.
+            values = self.function(PairOutputs(*(each.clone() for each in columns)))
         _check_values(values, batch.num_pairs)
         if set(values) != set(self.names):
             raise ConfigError(

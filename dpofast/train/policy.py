@@ -217,5 +217,5 @@ def _with_adapter(model: Any, peft_config: Any) -> Any:
         )
     try:
         return get_peft_model(model, peft_config)
-    except ValueError as error:
-        raise ConfigError(f"peft_config: {error}") from error
+    except (ValueError, TypeError, RuntimeError, NotImplementedError) as error:
+        raise ConfigError(f"peft_config: peft can't make this adapter: {error}") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
@@ -15,6 +16,7 @@ from dpofast.data.packing.batch import PackedPairs
 from dpofast.errors import ConfigError
 from dpofast.monitor.metrics import SumOverRanks
 from dpofast.options.config import DPOConfig
+from dpofast.train.own_metrics import SPEEDS
 from dpofast_kernels import PairLoss, pair_metrics
 
 
@@ -159,19 +161,35 @@ def own_evaluation_metrics(
         prefix: prefix of the evaluation, such as "eval".
 
     Raises:
-        ConfigError: the function returned no dict, or a name that is taken.
+        ConfigError: the function returned no dict of names and what logs can hold, or a name that
+            is taken.
     """
     found = compute_metrics(prediction)
-    if not isinstance(found, dict):
+    if not isinstance(found, dict) or not all(isinstance(name, str) for name in found):
         raise ConfigError(
             f"compute_metrics: it returned a {type(found).__name__}, expected a dict of names and "
             "numbers."
         )
+    found = denumpify_detensorize(found)
+    for name, value in found.items():
+        try:
+            json.dumps(value)
+        except (TypeError, ValueError) as error:
+            raise ConfigError(
+                f"compute_metrics: {name!r} is a {type(value).__name__}, which logs and "
+                "checkpoints can't hold; return a number."
+            ) from error
     named = {
         name if name.startswith(f"{prefix}_") else f"{prefix}_{name}": value
-        for name, value in denumpify_detensorize(found).items()
+        for name, value in found.items()
     }
-    clash = sorted(set(named) & set(taken))
+    if len(named) < len(found):
+        raise ConfigError(
+            f"compute_metrics: some of the names {', '.join(found)} are the same with the prefix "
+            f"{prefix}_; choose others."
+        )
+    measured = {*taken, *(f"{prefix}_{name}" for name in SPEEDS)}
+    clash = sorted(set(named) & measured)
     if clash:
         raise ConfigError(
             f"compute_metrics: the names {', '.join(clash)} are measured already; choose others."

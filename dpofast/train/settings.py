@@ -1,4 +1,4 @@
-"""Settings that scripts read from TRL's trainer, as read-only attributes."""
+"""Settings that scripts read from the trainer, as read-only attributes; most are TRL's."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from dpofast.errors import ConfigError
 from dpofast.model.parts import is_peft_model
 from dpofast.options.config import DPOConfig
 from dpofast.train.micro_batches import PairLossPass
-from dpofast_kernels import PairLoss
+from dpofast.train.own_metrics import MetricsFunction
+from dpofast_kernels import CustomLoss, PairFunction, PairLoss
 
 
 class Setting(property):
@@ -36,10 +37,11 @@ def _setting(remedy: str) -> Callable[[Callable[[Any], Any]], Setting]:
 
 _LOSS = "set it in DPOConfig, or assign trainer.pair_loss = dpofast_kernels.make_loss(...)"
 _CONFIG = "set it in DPOConfig"
+_ARGUMENT = "pass it to DPOTrainer"
 
 
 class ShowsSettings:
-    """Adds TRL's attributes to a trainer; each shows what the trainer uses."""
+    """Adds these attributes to a trainer; each shows what the trainer uses."""
 
     args: Any
     model: Any
@@ -67,7 +69,19 @@ class ShowsSettings:
         """The same, under TRL's older name."""
         return [self.pair_loss.name]
 
-    @_setting("pass it to DPOTrainer")
+    @_setting(_ARGUMENT)
+    def loss_fn(self) -> PairFunction | None:
+        """The user's own loss; None for a loss of the options."""
+        loss = self.pair_loss
+        return loss.function if isinstance(loss, CustomLoss) else None
+
+    @_setting(_ARGUMENT)
+    def metrics_fn(self) -> MetricsFunction | None:
+        """The user's own metrics."""
+        own_metrics = self._pair_loss_pass.own_metrics
+        return None if own_metrics is None else own_metrics.function
+
+    @_setting(_ARGUMENT)
     def ref_model(self) -> nn.Module | None:
         """The reference model; None if the reference is the policy before step 1."""
         return self._ref_model

@@ -257,8 +257,7 @@ class DPOTrainer(
         self._step_zero = None
         if checkpoint is None:
             self._step_zero = StepZeroCheck.of(self.model, self.reference, self.pair_loss)
-        has_norm = not self.args.optim.endswith("layerwise")  # those step within the backward
-        self.first_step = FirstStep(self.model, self.pair_loss, has_norm, checkpoint is None)
+        self.first_step = FirstStep(self.model, self.pair_loss, is_fresh=checkpoint is None)
         self.reference.policy_moves(is_needed=train_set.has_more(first_step))
         guard_reporters(self.callback_handler.callbacks)
         given = self.args

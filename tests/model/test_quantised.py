@@ -12,6 +12,7 @@ from dpofast.model.forward import evaluating
 from dpofast.model.load import load_policy
 from dpofast.model.parts import num_bytes, numel, shape
 from dpofast.model.quantised import (
+    ADAPTERS,
     check_trainable,
     computing_dtype,
     keep_differentiable,
@@ -144,6 +145,61 @@ def test_dora_on_8_bit_layers_is_refused_on_a_cpu(base):
         model.train()(IDS)
         with pytest.raises(AttributeError):  # if this passes, peft has mended it
             model(IDS)
+
+
+def adapters():
+    """A config of each kind of adapter that is trained on quantised layers, by its folder."""
+    layers = {"target_modules": ["q_proj", "v_proj", "down_proj"]}
+    one_size = {"target_modules": ["q_proj", "o_proj"]}
+    return {
+        "lora": adapter(use_rslora=True),
+        "adalora": peft.AdaLoraConfig(total_step=9, tinit=1, tfinal=2, **layers),
+        "boft": peft.BOFTConfig(boft_block_size=4, **layers),
+        "fourierft": peft.FourierFTConfig(n_frequency=50, **one_size),
+        "ia3": peft.IA3Config(feedforward_modules=["down_proj"], **layers),
+        "miss": peft.MissConfig(r=8, **layers),
+        "oft": peft.OFTConfig(oft_block_size=8, **layers),
+        "randlora": peft.RandLoraConfig(r=4, **layers),
+        "road": peft.RoadConfig(group_size=8, **layers),
+        "shira": peft.ShiraConfig(r=4, **layers),
+        "vera": peft.VeraConfig(r=4, **one_size),
+        "waveft": peft.WaveFTConfig(n_frequency=50, **one_size),
+    }
+
+
+def test_every_kind_of_adapter_is_compared():
+    assert list(adapters()) == list(ADAPTERS)
+
+
+@pytest.mark.slow  # each case loads two models
+@pytest.mark.parametrize("kind", ["nested", "8bit"])
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_these_adapters_compute_what_they_do_on_dequantised_layers(base, kind, name):
+    found = []
+    for is_quantised in (True, False):
+        model = load(base, kind)
+        model = model if is_quantised else model.dequantize(dtype=torch.float32)
+        torch.manual_seed(0)
+        model = peft.get_peft_model(model, adapters()[name])
+        torch.manual_seed(0)
+        for parameter in model.parameters():  # a fresh one may change nothing
+            if parameter.requires_grad:
+                parameter.data += 0.01 * torch.randn(parameter.shape)
+        keep_differentiable(model)
+        check_trainable(model, None)
+        found.append(gradients(model))
+    assert any(part.any() for part in found[0][1:])
+    for ours, expected in zip(*found, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-5)
+
+
+def test_adapters_that_misread_quantised_weights_are_refused(base):
+    layers = {"r": 4, "target_modules": ["q_proj"]}
+    for kind, config in (("8bit", peft.HRAConfig(**layers)), ("nf4", peft.LoHaConfig(**layers))):
+        model = peft.get_peft_model(load(base, kind), config)
+        name = config.peft_type.value.lower()
+        with pytest.raises(ConfigError, match=f"peft.tuners.{name} aren't supported on quantised"):
+            check_trainable(model, None)
 
 
 def test_plain_models_are_left_as_they_are():

@@ -4,16 +4,29 @@ import importlib.util
 
 import pytest
 import torch
+from transformers.training_args import OptimizerNames
 
 from dpofast.errors import ConfigError
 from dpofast.options.optimizers import check_optimizer
 from tests.support import make_trainer, tiny_llama, train
 
+NAMES = [each.value for each in OptimizerNames]
 
-@pytest.mark.parametrize("name", ["paged_adamw_8bit", "paged_adamw_32bit", "paged_lion_8bit"])
-def test_paged_states_need_cuda(name):
-    with pytest.raises(ConfigError, match=rf"'{name}' keeps .* use {name.removeprefix('paged_')}"):
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name.startswith("paged_")])
+def test_paged_states_need_cuda_and_the_name_without_them_is_one(name):
+    with pytest.raises(ConfigError, match=f"'{name}' keeps .* on a CPU use") as refusal:
         check_optimizer(name, use_cpu=True)
+    instead = str(refusal.value).rstrip(".").rpartition(" ")[2]
+    assert instead in NAMES
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name.endswith("_layerwise")])
+def test_optimizers_that_step_in_each_backward_pass_are_refused(name):
+    """A step of several micro-batches would otherwise begin with other weights in each of them."""
+    with pytest.raises(ConfigError, match="updates the weights in each micro-batch") as refusal:
+        check_optimizer(name, use_cpu=True)
+    assert f"use {name.removesuffix('_layerwise')}, which" in str(refusal.value)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from dataclasses import replace
 
 import pytest
 import torch
@@ -265,3 +266,60 @@ def test_a_training_step_of_ones_own_trains_and_is_measured(tmp_path, plain):
     logs = [each.state.log_history[0] for each in (trainer, plain[1])]
     for name in ("loss", "logps/chosen", "rewards/accuracies"):
         assert logs[0][name] == pytest.approx(logs[1][name], rel=1e-12)
+
+
+@pytest.mark.parametrize("hook", ["compute_loss", "compute_pair_loss"])
+@pytest.mark.parametrize("name", ["logps", "metrics"])
+def test_a_term_that_could_not_be_trained_is_refused(tmp_path, hook, name):
+    """A likelihood term, for instance: the log would show it, and no gradient would have it."""
+
+    class Own(DPOTrainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            loss, outputs = super().compute_loss(model, inputs, return_outputs=True)
+            if hook == "compute_loss":
+                loss = loss - getattr(outputs, name).mean()
+            return (loss, outputs) if return_outputs else loss
+
+        def compute_pair_loss(self, model, batch, sums):
+            output = super().compute_pair_loss(model, batch, sums)
+            if hook == "compute_loss":
+                return output
+            return replace(output, loss=output.loss - getattr(output, name).sum())
+
+    trainer = make_trainer(tmp_path, trainer_class=Own, eval_dataset=token_pairs(3, seed=4))
+    with pytest.raises(ConfigError, match=r"^compute_loss: a term .* no gradient.* a loss_fn"):
+        trainer.train()
+    trainer.evaluate()
+
+
+def test_outputs_can_be_used_for_anything_else(tmp_path, plain):
+    seen = []
+
+    class Own(DPOTrainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            loss, outputs = super().compute_loss(model, inputs, return_outputs=True)
+            seen.append(outputs.logps.detach().numpy())
+            weight = outputs.metrics[0].detach().exp().mean()
+            loss = loss * (weight / weight)
+            return (loss, outputs) if return_outputs else loss
+
+    found, _ = one_step(tmp_path, Own)
+    assert seen
+    for grad, expected in zip(found.grads, plain[0].grads, strict=True):
+        torch.testing.assert_close(grad, expected, rtol=1e-9, atol=1e-14)
+
+
+def test_steps_copied_from_transformers_may_prepare_their_inputs(tmp_path, plain):
+    class Own(DPOTrainer):
+        def training_step(self, model, inputs, num_items_in_batch=None):
+            inputs = self._prepare_inputs(inputs)
+            return super().training_step(model, inputs, num_items_in_batch)
+
+        def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+            inputs = self._prepare_inputs(inputs)
+            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+
+    held_out = token_pairs(3, seed=4)
+    found, trainer = one_step(tmp_path, Own, eval_dataset=held_out)
+    assert all(map(torch.equal, found.grads, plain[0].grads))
+    assert "eval_loss" in trainer.evaluate()

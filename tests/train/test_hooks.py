@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from pathlib import Path
 
@@ -10,7 +11,15 @@ import transformers
 
 from dpofast import DPOTrainer
 from dpofast.errors import ConfigError
-from dpofast.train.hooks import IGNORED_ATTRIBUTES, IGNORED_HOOKS, override_of
+from dpofast.options.config import DPOConfig
+from dpofast.train.hooks import (
+    HIDDEN_METHODS,
+    IGNORED_ATTRIBUTES,
+    IGNORED_HOOKS,
+    TRL_ATTRIBUTES,
+    check_overrides,
+    override_of,
+)
 from tests.support import make_trainer, token_pairs
 
 # Methods of TRL's DPOTrainer, by release.
@@ -190,3 +199,58 @@ def test_every_remedy_is_a_clause():
     for remedy in (*IGNORED_HOOKS.values(), *IGNORED_ATTRIBUTES.values()):
         assert remedy[0].islower()
         assert not remedy.endswith(".")
+
+
+def nothing(*args):
+    """A function of the user's, whatever it is called."""
+
+
+@pytest.mark.parametrize("name", [*HIDDEN_METHODS, "loss_fn", "metrics_fn"])
+def test_a_method_with_the_name_of_an_attribute_is_refused(name):
+    own = type("Own", (DPOTrainer,), {name: nothing})
+    with pytest.raises(ConfigError, match=rf"^Own\.{name}: .*(DPOTrainer|leave it out)"):
+        own("no such model")
+
+
+@pytest.mark.parametrize("value", [0.3, property(lambda self: 0.3)], ids=["attribute", "property"])
+@pytest.mark.parametrize("name", ["beta", "loss_type", "ref_model", "max_length"])
+def test_a_setting_that_a_class_hides_is_refused(name, value):
+    own = type("Own", (DPOTrainer,), {name: value})
+    with pytest.raises(ConfigError, match=rf"^Own\.{name}: it would change nothing: "):
+        own("no such model")
+
+
+@pytest.mark.parametrize("name", TRL_ATTRIBUTES)
+def test_an_attribute_that_chooses_a_loss_or_reference_in_trl_is_refused(trainer, name):
+    for value in (None, getattr(DPOConfig, name)):
+        setattr(trainer, name, value)
+        check_overrides(trainer)
+    setattr(trainer, name, True if getattr(DPOConfig, name) is False else 0.5)
+    try:
+        with pytest.raises(ConfigError, match=f"^DPOTrainer.{name}: .* isn't supported: "):
+            trainer.train()
+    finally:
+        delattr(trainer, name)
+    own = type("Own", (DPOTrainer,), {name: "other"})
+    with pytest.raises(ConfigError, match=f"^DPOTrainer.{name}: 'other' isn't supported: "):
+        own("no such model")
+
+
+@pytest.mark.parametrize("kind", [DPOTrainer, transformers.Trainer])
+def test_a_wrapped_replacement_of_a_method_is_found(trainer, monkeypatch, kind):
+    """functools.wraps gives the function the module of the one that it replaces."""
+    wrapped = functools.wraps(transformers.Trainer._get_train_sampler)(lambda self: None)
+    monkeypatch.setattr(kind, "_get_train_sampler", wrapped, raising=False)
+    with pytest.raises(ConfigError, match=rf"^{kind.__name__}\._get_train_sampler: "):
+        trainer.train()
+
+
+def test_what_overrides_for_trl_read_says_where_to_go(trainer):
+    with pytest.raises(ConfigError, match=r"DPOTrainer\._metrics: .* metrics_fn"):
+        trainer._metrics["train"]["own"].append(0.5)
+
+
+def test_a_function_as_pair_loss_is_refused(trainer, monkeypatch):
+    monkeypatch.setattr(trainer, "pair_loss", nothing)
+    with pytest.raises(ConfigError, match=r"^DPOTrainer\.pair_loss: got a function, .*make_custom"):
+        trainer.train()

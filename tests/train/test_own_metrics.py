@@ -97,3 +97,21 @@ def test_names_that_change_later_are_refused(tmp_path):
     names.append("b")
     with pytest.raises(ConfigError, match="returned a, b, but a at the start"):
         trainer.train()
+
+
+def test_a_function_that_works_in_place_changes_nothing_else(tmp_path):
+    def in_place(pairs):
+        for logps in (pairs.chosen_logps, pairs.rejected_logps):
+            logps.clamp_(max=-1000.0)
+        for logps in (pairs.ref_chosen_logps, pairs.ref_rejected_logps):
+            logps.clamp_(max=-1000.0)
+        return {"least": pairs.chosen_logps}
+
+    options = {"max_steps": 2}
+    plain = make_trainer(tmp_path / "1", options=options)
+    trainer = make_trainer(tmp_path, options=options, metrics_fn=in_place)
+    held_out = token_pairs(5, seed=4)
+    found, expected = (each.predict(held_out).predictions for each in (trainer, plain))
+    np.testing.assert_array_equal(found, expected)
+    assert train(trainer) == train(plain)
+    assert trainer.state.log_history[0]["least"] == -1000.0

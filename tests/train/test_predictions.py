@@ -95,9 +95,27 @@ def test_it_can_be_assigned_and_prediction_loss_only_leaves_it_out(tmp_path):
     assert trainer.evaluate()["eval_pairs"] == 7
 
 
+def test_options_of_old_scripts_beside_the_config_leave_its_own_as_they_are(tmp_path, caplog):
+    seen = []
+    given = {"include_for_metrics": ["loss"], "prediction_loss_only": True}
+    trainer = make_trainer(
+        tmp_path, eval_dataset=HELD_OUT, compute_metrics=seen.append, options=given, max_length=99
+    )
+    assert "no effect" not in caplog.text  # they have one
+    assert {name: getattr(trainer.args, name) for name in given} == given
+    with pytest.raises(ConfigError, match="batch_eval_metrics isn't supported"):
+        make_trainer(
+            tmp_path, compute_metrics=len, options={"batch_eval_metrics": True}, max_length=99
+        )
+
+
 REFUSED = {
     "clash": (lambda p: {"loss": 0.0}, "the names eval_loss are measured already"),
     "no dict": (lambda p: 0.5, "returned a float, expected a dict"),
+    "no name": (lambda p: {1: 0.5}, "returned a dict, expected a dict of names"),
+    "a time": (lambda p: {"runtime": 0.5}, "the names eval_runtime are measured already"),
+    "twice": (lambda p: {"own": 0.5, "eval_own": 1}, "own, eval_own are the same with the prefix"),
+    "an array": (lambda p: {"own": np.arange(3)}, "'own' is a ndarray, which logs .* number"),
 }
 
 
@@ -152,3 +170,13 @@ def test_a_loader_that_leaves_pairs_out_is_named(tmp_path):
     trainer = make_trainer(tmp_path, trainer_class=Half)
     with pytest.raises(ConfigError, match="pair 6 was evaluated 0 times"):
         trainer.predict(HELD_OUT)
+
+
+def test_options_of_compute_metrics_are_not_called_without_effect(tmp_path, caplog):
+    given = {"include_for_metrics": ["loss"], "prediction_loss_only": True}
+    with caplog.at_level("WARNING", "dpofast"):
+        trainer = make_trainer(tmp_path, options=given, eval_dataset=HELD_OUT)
+    assert "no effect" not in caplog.text
+    again = make_trainer(tmp_path, options=given, eval_dataset=HELD_OUT, max_length=99)
+    assert again.args.include_for_metrics == trainer.args.include_for_metrics == ["loss"]
+    assert again.args.prediction_loss_only

@@ -158,6 +158,14 @@ def test_what_cannot_be_trained_is_refused_with_the_reason(tmp_path, base, numbe
         run(tmp_path, model, model_init_kwargs=init, arguments=arguments)
 
 
+@pytest.mark.parametrize(
+    "options", [{"init_lora_weights": "pissa"}, {"modules_to_save": ["down_proj"]}]
+)
+def test_what_peft_cannot_make_is_refused_in_one_sentence(tmp_path, base, options):
+    with pytest.raises(ConfigError, match=r"^peft_config: peft can't make this adapter: "):
+        make_trainer(tmp_path, load(base, "nf4"), peft_config=adapter(**options))
+
+
 def test_a_quantised_head_is_refused(tmp_path, base):
     model = load(base, "8bit", llm_int8_skip_modules=["none"])
     with pytest.raises(ModelError, match=r"Linear8bitLt.* and not quantised"):

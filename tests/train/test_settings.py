@@ -25,6 +25,7 @@ def test_settings_show_what_the_trainer_uses(tmp_path):
     assert trainer.precompute_ref_log_probs is trainer.precompute_ref_logps is True
     assert (trainer.aux_loss_enabled, trainer.aux_loss_coef) == (False, 0.0)
     assert trainer.is_peft_model is False
+    assert trainer.loss_fn is trainer.metrics_fn is None
 
 
 def test_settings_of_a_mixture_and_of_an_adapter(tmp_path):
@@ -41,6 +42,8 @@ def test_settings_of_a_mixture_and_of_an_adapter(tmp_path):
     [
         ("beta", "trainer.pair_loss"),
         ("ref_model", "pass it to DPOTrainer"),
+        ("loss_fn", "pass it to DPOTrainer"),
+        ("metrics_fn", "pass it to DPOTrainer"),
         ("loss_type", "DPOConfig"),
     ],
 )
