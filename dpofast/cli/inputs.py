@@ -163,11 +163,14 @@ def adapter_options(options: RunOptions) -> Any:
             f"{options.source}: got lora_r {script.lora_r} and lora_dropout {script.lora_dropout}, "
             "expected a rank of at least 1 and a dropout from 0 to below 1."
         )
+    modules = script.lora_target_modules
+    if isinstance(modules, str) and modules != "all-linear" and modules.isidentifier():
+        modules = [modules]  # peft takes a text for a regular expression of whole paths
     return LoraConfig(
         r=script.lora_r,
         lora_alpha=script.lora_alpha,
         lora_dropout=script.lora_dropout,
-        target_modules=script.lora_target_modules,
+        target_modules=modules,
         target_parameters=script.lora_target_parameters,
         modules_to_save=script.lora_modules_to_save,
         use_rslora=script.use_rslora,

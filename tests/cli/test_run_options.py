@@ -118,6 +118,18 @@ def test_the_kind_of_a_model_is_refused_before_its_options(
         read(tmp_path, f"{which}: {tmp_path / 't5'}\n{option}\n")
 
 
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [("q_proj", {"q_proj"}), ("all-linear", "all-linear"), (r".*\.q_proj", r".*\.q_proj")],
+)
+def test_a_module_with_an_adapter_may_be_named_without_a_list(
+    tmp_path: Path, given: str, expected: object
+) -> None:
+    pytest.importorskip("peft", reason="needs the extra `peft`")
+    adapter = adapter_options(read(tmp_path, f"use_peft: true\nlora_target_modules: {given}\n"))
+    assert adapter.target_modules == expected
+
+
 def test_the_adapters_options_are_those_of_trl(tmp_path: Path) -> None:
     pytest.importorskip("peft", reason="needs the extra `peft`")
     text = (
