@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from safetensors import SafetensorError
+from torch import nn
 
 from dpofast.errors import ConfigError, ModelError
 from dpofast.model.kind import refuse_random_head, refuse_stored_kind
@@ -19,6 +21,8 @@ _WEIGHT_OPTIONS = {
     *("dtype", "use_safetensors", "device_map", "low_cpu_mem_usage", "variant"),
     OPTION,
 }
+
+_loaded: WeakSet[nn.Module] = WeakSet()  # models that load_policy has returned
 
 
 def load_policy(name_or_path: str, **options: Any) -> Any:
@@ -55,7 +59,13 @@ def load_policy(name_or_path: str, **options: Any) -> Any:
         raise ModelError(f"The model {name_or_path!r} can't be loaded: {error}") from error
     refuse_random_head(model, report["missing_keys"], name_or_path)
     _refuse_other_bits(model, options.get(OPTION), name_or_path)
+    _loaded.add(model)
     return model
+
+
+def was_loaded_here(model: nn.Module) -> bool:
+    """Whether `load_policy` has loaded a model: then it was loaded with the options of its run."""
+    return model in _loaded
 
 
 def load_skeleton(name_or_path: str, **options: Any) -> Any:
