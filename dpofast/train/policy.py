@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from dpofast.errors import ConfigError, ModelError
+from dpofast.errors import ConfigError, ModelError, one_line
 from dpofast.model.dropout import disable_dropout
 from dpofast.model.head import head_forwards
 from dpofast.model.kind import check_kind
@@ -223,4 +223,6 @@ def _with_adapter(model: Any, peft_config: Any) -> Any:
     try:
         return get_peft_model(model, peft_config)
     except (ValueError, TypeError, RuntimeError, NotImplementedError) as error:
-        raise ConfigError(f"peft_config: peft can't make this adapter: {error}") from error
+        raise ConfigError(
+            f"peft_config: peft can't make this adapter: {one_line(error)}"
+        ) from error
