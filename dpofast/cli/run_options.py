@@ -179,24 +179,14 @@ def _config(
 ) -> DPOConfig:
     from dpofast.options.config import DPOConfig
 
-    loading = {
-        "revision": script.model_revision,
-        "dtype": script.dtype,
-        "attn_implementation": script.attn_implementation,
-        "quantization_config": quantization_config(script, given),
-    }
-    own = options.get("model_init_kwargs") or {}
-    for name, value in loading.items():
-        if value is not None and isinstance(own, dict):  # DPOConfig refuses other types
-            own = {**own, name: value}
-    if own:
-        options["model_init_kwargs"] = own
     # transformers' own default would put every run into the same folder.
     if script.model_name_or_path:
         options.setdefault("output_dir", f"{Path(script.model_name_or_path).name}-DPO")
     # transformers' default follows its log level, of which a command shows only errors.
     options.setdefault("disable_tqdm", False)
+    quantisation = quantization_config(script, given)
     try:
+        options["model_init_kwargs"] = _init_kwargs(options, script, quantisation)
         return DPOConfig(**options)
     except SeveralOptionsError as error:
         raise SeveralOptionsError(f"{source}: {error}") from error
@@ -205,3 +195,32 @@ def _config(
         named = [name for name in given if str(error).startswith(name)]
         where = given[max(named, key=len)].where if named else source
         raise ConfigError(f"{where}: {error}") from error
+
+
+def _init_kwargs(
+    options: dict[str, Any], script: ScriptOptions, quantisation: dict[str, Any] | None
+) -> dict[str, Any] | None:
+    """The arguments of `from_pretrained`: model_init_kwargs, and what other options say of them.
+
+    Raises:
+        ConfigError: model_init_kwargs can't be read, or differs from another option.
+    """
+    from dpofast.options.init_kwargs import read_init_kwargs
+
+    option = "model_init_kwargs"
+    arguments = read_init_kwargs(option, options.get(option)) or {}
+    bits = "load_in_4bit" if script.load_in_4bit else "load_in_8bit"
+    for name, source, value in (
+        ("revision", "model_revision", script.model_revision),
+        ("dtype", "dtype", script.dtype),
+        ("attn_implementation", "attn_implementation", script.attn_implementation),
+        ("quantization_config", bits, quantisation),
+    ):
+        if value is None:
+            continue
+        if arguments.get(name, value) != value:
+            raise ConfigError(
+                f"{option}: its {name} isn't what the option {source} sets; give it in one place."
+            )
+        arguments = {**arguments, name: value}
+    return arguments or None

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from safetensors import SafetensorError
+from torch import nn
 
-from dpofast.errors import ModelError
+from dpofast.errors import ConfigError, ModelError
 from dpofast.model.kind import refuse_other_type, refuse_random_head, refuse_stored_kind
 from dpofast.model.pickled_weights import refuse_pickled_on_hub, refuse_pickled_weights
 from dpofast.options.quantisation import OPTION, bitsandbytes_config, quantisation_options
@@ -19,6 +21,8 @@ _WEIGHT_OPTIONS = {
     *("dtype", "use_safetensors", "device_map", "low_cpu_mem_usage", "variant"),
     OPTION,
 }
+
+_loaded: WeakSet[nn.Module] = WeakSet()  # models that load_policy has returned
 
 
 def load_policy(name_or_path: str, **options: Any) -> Any:
@@ -31,7 +35,8 @@ def load_policy(name_or_path: str, **options: Any) -> Any:
             `quantization_config` can be a BitsAndBytesConfig or a mapping of its arguments.
 
     Raises:
-        ConfigError: the `quantization_config` can't be used.
+        ConfigError: the `quantization_config` can't be used, or the weights are stored in a number
+            of bits other than it asks for.
         ModelError: there is no such model, or no causal LM can be loaded from it.
     """
     from transformers import AutoModelForCausalLM
@@ -54,7 +59,14 @@ def load_policy(name_or_path: str, **options: Any) -> Any:
         refuse_other_type(name_or_path, error)
         raise ModelError(f"The model {name_or_path!r} can't be loaded: {error}") from error
     refuse_random_head(model, report["missing_keys"], name_or_path)
+    _refuse_other_bits(model, options.get(OPTION), name_or_path)
+    _loaded.add(model)
     return model
+
+
+def was_loaded_here(model: nn.Module) -> bool:
+    """Whether `load_policy` has loaded a model: then it was loaded with the options of its run."""
+    return model in _loaded
 
 
 def load_skeleton(name_or_path: str, **options: Any) -> Any:
@@ -123,6 +135,20 @@ def load_tokenizer(
 def _config_options(options: dict[str, Any]) -> dict[str, Any]:
     """The options that decide what the model's config is."""
     return {name: value for name, value in options.items() if name not in _WEIGHT_OPTIONS}
+
+
+def _refuse_other_bits(model: Any, wanted: Any, name_or_path: str) -> None:
+    """Refuse a model that was stored quantised otherwise: transformers takes it as it is."""
+    quantizer = getattr(model, "hf_quantizer", None)
+    if wanted is None or quantizer is None or not quantizer.pre_quantized:
+        return
+    stored = getattr(quantizer.quantization_config, "load_in_4bit", None)
+    if stored is not None and stored != wanted.load_in_4bit:
+        raise ConfigError(
+            f"{OPTION}: the weights in {name_or_path!r} are stored in {4 if stored else 8} bits, "
+            "and can't be quantised otherwise; leave the option out, or name the model that they "
+            "were made from."
+        )
 
 
 def _dtype_named(name: str) -> torch.dtype:

@@ -8,10 +8,10 @@ from typing import Any
 
 from torch import nn
 
-from dpofast.errors import ConfigError, ModelError
+from dpofast.errors import ConfigError, ModelError, one_line
 from dpofast.model.dropout import disable_dropout
 from dpofast.model.head import head_forwards
-from dpofast.model.load import load_policy, load_tokenizer
+from dpofast.model.load import load_policy, load_tokenizer, was_loaded_here
 from dpofast.model.parts import body_of, causal_lm, is_peft_model
 from dpofast.model.quantised import check_trainable, keep_differentiable
 from dpofast.model.vocabulary import vocabulary_of
@@ -88,7 +88,7 @@ def resolve_model(model: Any, config: DPOConfig, tokenizer: Any) -> tuple[nn.Mod
         tokenizer.pad_token = tokenizer.eos_token
     if isinstance(model, str):
         model = load_policy(model, **options)
-    elif config.model_init_kwargs:
+    elif config.model_init_kwargs and not was_loaded_here(causal_lm(model)):
         logger.info("model_init_kwargs are ignored, as the model is loaded already.")
     return model, tokenizer
 
@@ -128,7 +128,8 @@ def resolve_ref_model(ref_model: Any, model: Any, config: DPOConfig) -> Any:
         if ref_model == model and own is None:
             return None
         return load_policy(ref_model, **config.ref_loading_options())
-    if own is not None:
+    is_loaded_here = ref_model is not None and was_loaded_here(causal_lm(ref_model))
+    if own is not None and not is_loaded_here:
         logger.info("ref_model_init_kwargs are ignored, as no ref_model is given by name.")
     if ref_model is None:
         return None
@@ -218,4 +219,6 @@ def _with_adapter(model: Any, peft_config: Any) -> Any:
     try:
         return get_peft_model(model, peft_config)
     except (ValueError, TypeError, RuntimeError, NotImplementedError) as error:
-        raise ConfigError(f"peft_config: peft can't make this adapter: {error}") from error
+        raise ConfigError(
+            f"peft_config: peft can't make this adapter: {one_line(error)}"
+        ) from error

@@ -61,6 +61,7 @@ def _prepare_stream(data: PairPreparer, given: Any, world_size: int) -> RunStrea
             "say when the run ends; set max_steps."
         )
     _refuse_split_by_rank(given, config)
+    _refuse_other_names(given, data)
     stream = given
     if not isinstance(given, PairStream):
         stream = PairStream(given, columns=data.columns, roles=data.roles, name=name)
@@ -90,6 +91,17 @@ def _refuse_split_by_rank(given: Any, config: DPOConfig) -> None:
             "train_dataset was split by rank (split_dataset_by_node), but every rank reads the "
             "whole stream and takes its own part of each step; give the dataset as it was before."
         )
+
+
+def _refuse_other_names(given: Any, data: PairPreparer) -> None:
+    """Raise ConfigError if a PairStream doesn't have the trainer's names of columns and roles."""
+    for name in ("columns", "roles"):
+        ours = dict(getattr(data, name) or {})
+        if isinstance(given, PairStream) and ours and getattr(given, name) != ours:
+            raise ConfigError(
+                f"{name}: train_dataset is a PairStream, which has {name} of its own; give these "
+                "to it, or pass what it was made of."
+            )
 
 
 def _how_it_is_read(stream: RunStream) -> list[str]:

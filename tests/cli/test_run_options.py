@@ -28,6 +28,14 @@ def test_options_reach_the_script_and_the_config(tmp_path: Path) -> None:
     assert options.config.output_dir == "model-DPO"
 
 
+def test_arguments_of_from_pretrained_may_be_json_beside_options_of_their_own(
+    tmp_path: Path,
+) -> None:
+    text = """model_init_kwargs: '{"use_cache": false}'\nmodel_revision: v2\ndtype: float16\n"""
+    arguments = read(tmp_path, text).config.model_init_kwargs
+    assert arguments == {"use_cache": False, "revision": "v2", "dtype": "float16"}
+
+
 def test_training_shows_its_progress_unless_it_is_switched_off(tmp_path: Path, monkeypatch) -> None:
     # A command sets this level, from which transformers would conclude that bars aren't wanted.
     monkeypatch.setattr("transformers.training_args.logger.getEffectiveLevel", lambda: 40)
@@ -55,6 +63,15 @@ def test_option_of_trl_that_changes_nothing_is_taken(tmp_path: Path) -> None:
         ("evaluation_strategy: now and then", "evaluation_strategy: got 'now and then', expected"),
         ("quantization_bit: 4", "quantization_bit isn't an option here: set load_in_4bit or"),
         ("load_in_4bits: true", "no option 'load_in_4bits'; did you mean 'load_in_4bit'"),
+        (
+            "dtype: float16\nmodel_init_kwargs: {torch_dtype: bfloat16}",
+            "run.yaml: model_init_kwargs: its dtype isn't what the option dtype sets; give it",
+        ),
+        (
+            "load_in_4bit: true\nmodel_init_kwargs: {quantization_config: {load_in_8bit: true}}",
+            "model_init_kwargs: its quantization_config isn't what the option load_in_4bit sets",
+        ),
+        ("model_init_kwargs: '[1]'", "run.yaml: model_init_kwargs: got .* expected a mapping"),
         ("dtype: float8", "run.yaml: dtype: got 'float8', expected one of auto, bfloat16"),
         ("train_file: a\ndataset_name: b", "train_file and dataset_name are one option"),
     ],

@@ -202,6 +202,14 @@ def test_adapters_that_misread_quantised_weights_are_refused(base):
             check_trainable(model, None)
 
 
+def test_weights_that_are_stored_in_other_bits_than_asked_for_are_refused(tmp_path, base):
+    load(base, "nested").save_pretrained(tmp_path)
+    model = load_policy(str(tmp_path), quantization_config={"load_in_4bit": True})
+    assert quantised_layers(model)
+    with pytest.raises(ConfigError, match="are stored in 4 bits, and can't be quantised otherwise"):
+        load_policy(str(tmp_path), quantization_config={"load_in_8bit": True})
+
+
 def test_plain_models_are_left_as_they_are():
     model = tiny_llama()
     keep_differentiable(model)

@@ -12,6 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from dpofast.data import PairStream
 from dpofast.errors import ConfigError, DataError, ReferenceStoreError
 from dpofast.train import stream, stream_pairs
 from tests.support import byte_tokenizer, make_trainer, tiny_llama, token_pairs
@@ -410,3 +411,14 @@ def test_an_evaluation_set_is_read_to_its_end(tmp_path, windows):
         make_trainer(tmp_path, pairs=ROWS), make_trainer(tmp_path, pairs=stream_of(ROWS))
     )]  # fmt: skip
     assert whole[0] == whole[1]
+
+
+def test_names_beside_those_of_a_pair_stream_are_refused_unless_they_are_the_same(tmp_path):
+    names = {"prompt_ids": "asked", "chosen_ids": "good", "rejected_ids": "bad"}
+    rows = token_pairs(8).rename_columns(names)
+    given = PairStream(rows.to_iterable_dataset(), columns=names)
+    assert make_trainer(tmp_path, pairs=given, columns=names).train_set().brings_ref_logps is False
+    for more in ({"columns": {"prompt_ids": "good"}}, {"roles": {"human": "user"}}):
+        (name,) = more
+        with pytest.raises(ConfigError, match=f"^{name}: train_dataset is a PairStream, which has"):
+            make_trainer(tmp_path, pairs=given, **more)

@@ -6,7 +6,8 @@ import torch
 
 from dpofast.reference.identity.description import ReferenceIdentity
 from dpofast.reference.identity.options import scoring_options
-from dpofast.reference.identity.weights import Gather, base_model, dtype_name, read_weights
+from dpofast.reference.identity.quantised import dtype_name
+from dpofast.reference.identity.weights import Gather, base_model, read_weights
 
 # Entry of the description of models whose RoPE depends on the length of a sequence. Older versions
 # took the length of the longest sequence in a batch, and made no entry. Other models still have

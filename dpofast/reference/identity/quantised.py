@@ -46,6 +46,11 @@ class QuantisedWeight:
     parts: dict[str, Tensor]
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """Name a dtype as descriptions do: "bfloat16" for torch.bfloat16."""
+    return str(dtype).removeprefix("torch.")
+
+
 def is_quantised(tensor: Any) -> bool:
     """Whether a parameter belongs to a layer that bitsandbytes quantises."""
     return type(tensor).__name__ in CLASSES
@@ -71,7 +76,7 @@ def quantised_weight(module: nn.Module, weight: Any, name: str) -> QuantisedWeig
         raise ModelError(f"{name}: {NOT_YET}")
     scales = four_bit_state(state, name)
     compute_dtype = getattr(module, "compute_dtype", None)
-    computed = "its input's dtype" if compute_dtype is None else _name(compute_dtype)
+    computed = "its input's dtype" if compute_dtype is None else dtype_name(compute_dtype)
     return QuantisedWeight(
         f"{scales.kind}, computed in {computed}",
         scales.origin,
@@ -93,7 +98,7 @@ def four_bit_state(state: Any, name: str) -> QuantisedWeight:
         nested = state.state2
         parts |= {"offset": state.offset, "absmax2": nested.absmax, "code2": nested.code}
         kind += f" with quantised scales in blocks of {nested.blocksize}"
-    return QuantisedWeight(kind, f"{_name(state.dtype)} {list(state.shape or ())}", parts)
+    return QuantisedWeight(kind, f"{dtype_name(state.dtype)} {list(state.shape or ())}", parts)
 
 
 def rounded_bias(module: nn.Module, bias: Tensor, autocast_dtype: torch.dtype | None) -> Tensor:
@@ -118,7 +123,3 @@ def _int8(module: nn.Module, weight: Any, name: str) -> QuantisedWeight:
     if scale is None or weight.dtype != torch.int8:
         raise ModelError(f"{name}: {NOT_YET}")
     return QuantisedWeight(f"8-bit with {kind}", "", {"": weight.data, "SCB": scale})
-
-
-def _name(dtype: Any) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -17,6 +17,7 @@ from dpofast.errors import ModelError
 from dpofast.reference.identity.options import scoring_options
 from dpofast.reference.identity.quantised import (
     QuantisedWeight,
+    dtype_name,
     four_bit_state,
     is_quantised,
     quantised_weight,
@@ -58,11 +59,6 @@ class Weights:
     tensors: dict[str, int]
     adapter: dict[str, Any] | None
     quantised: list[str]
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """Name a dtype as descriptions do: "bfloat16" for torch.bfloat16."""
-    return str(dtype).removeprefix("torch.")
 
 
 def base_model(model: nn.Module) -> Any:

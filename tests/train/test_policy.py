@@ -1,0 +1,29 @@
+"""What is said about options of loading, where a model is given that is loaded already."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+
+from dpofast import DPOConfig
+from dpofast.model.load import load_policy
+from dpofast.train.policy import resolve_model, resolve_ref_model
+from tests.support import byte_tokenizer, tiny_llama
+
+
+@pytest.mark.parametrize("is_loaded_here", [True, False])
+def test_options_of_loading_are_ignored_only_where_a_user_has_loaded_the_model(
+    tmp_path, caplog, is_loaded_here
+):
+    tiny_llama().save_pretrained(tmp_path)
+    model, reference = tiny_llama(), tiny_llama()
+    if is_loaded_here:  # as the commands do
+        model, reference = load_policy(str(tmp_path)), load_policy(str(tmp_path))
+    options = {"model_init_kwargs": {"use_cache": False}, "ref_model_init_kwargs": {}}
+    config = DPOConfig(str(tmp_path), use_cpu=True, **options)
+    with caplog.at_level(logging.INFO, "dpofast"):
+        resolve_ref_model(reference, model, config)
+        resolve_model(model, config, byte_tokenizer())
+    lines = [line for line in caplog.messages if "are ignored" in line]
+    assert len(lines) == (0 if is_loaded_here else 2)
