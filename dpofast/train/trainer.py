@@ -326,5 +326,6 @@ class DPOTrainer(
             elif self.first_step is not None:
                 self.first_step.add(output, batch)
             loss = mean * (batch.num_pairs * scale)
-            self.accelerator.backward(loss, **options)
+            with self.names_sharded_terms():
+                self.accelerator.backward(loss, **options)
         return loss.detach()
