@@ -19,6 +19,7 @@ from dpofast.train.hooks import override_of
 from dpofast.train.micro_batches import PairLossPass
 from dpofast.train.reports import ReportsRun
 from dpofast.train.untrained import untrained
+from dpofast.zero.weights import spread
 from dpofast_kernels import PairLossOutput
 
 
@@ -176,6 +177,27 @@ class ComputesLoss(ReportsRun, Trainer):
                 yield
         finally:
             self._computed, self._open = Computed(), None
+
+    @contextlib.contextmanager
+    def names_sharded_terms(self) -> Iterator[None]:
+        """Say what is wrong if a backward in the `with` block fails as ZeRO-3 shards the weights.
+
+        Raises:
+            ConfigError: an overridden `compute_loss` has made a term of them.
+        """
+        try:
+            yield
+        except RuntimeError as error:
+            where = override_of(self, "compute_loss")
+            is_shape = any(
+                part in str(error) for part in ("invalid gradient", "must match the size")
+            )
+            if where and is_shape and spread(self.model.parameters()):
+                raise ConfigError(
+                    f"{where}: the loss has a term made from the model's weights, but ZeRO-3 "
+                    f"shards them over the ranks; use zero2, or leave the term out ({error})."
+                ) from error
+            raise
 
     def count(self, sums: MetricSums, loss: Any, batch: PackedPairs, *hooks: str) -> None:
         """Add the metrics of a micro-batch that was just computed.

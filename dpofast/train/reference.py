@@ -322,9 +322,10 @@ class RunReference:
         values = np.stack(columns, 1)
         bad = np.flatnonzero(~np.isfinite(values).all(1))
         if bad.size:
+            row = dataset.pairs["row"][int(bad[0])]
             raise DataError(
-                f"{dataset.name}: {' or '.join(REF_COLUMNS)} of pair {bad[0]} is not a finite "
-                "number; leave both columns out to have them computed."
+                f"{dataset.name}: {' or '.join(REF_COLUMNS)} of row {row} is not a finite number; "
+                "leave both columns out to have them computed."
             )
         if self.ref_model is not None or self._scored:
             other = "a ref_model" if self.ref_model is not None else ", ".join(self._scored)

@@ -49,6 +49,21 @@ class Window:
         return self.first_step + self.num_steps
 
 
+@dataclass(frozen=True)
+class Anchor:
+    """A window that a checkpoint knows the place of.
+
+    Attributes:
+        first_step: number of its first step in the run.
+        place: the place of its first pair in the stream.
+        pairs: fingerprint of the pairs of its first step; None in checkpoints of early versions.
+    """
+
+    first_step: int
+    place: Place
+    pairs: str | None = None
+
+
 class RunStream:
     """The training set of a run over a stream.
 
@@ -94,7 +109,7 @@ class RunStream:
         self.next_step = 0
         self._check = check
         self._source = StreamPairs(tokens)
-        self._anchor: tuple[int, Place] | None = None  # a step that can be gone to, and its place
+        self._anchor: Anchor | None = None  # a window that can be gone to
         self._epoch_has_steps = False
         self._window: Window | None = None
         self._first_step = 0  # of the window that is read next, if there is none
@@ -148,7 +163,7 @@ class RunStream:
         return self.window(step).end < self.num_steps
 
     def recorded(self) -> dict[str, Any] | None:
-        """What a checkpoint keeps of the stream: where the window of the next step begins.
+        """What a checkpoint keeps of the stream: where the window that was read last begins.
 
         The resumed run reads the same windows, and so scores the same answers together. None if the
         stream has been read elsewhere since the last step.
@@ -156,12 +171,8 @@ class RunStream:
         window, step = self._window, self.next_step
         if window is None or not window.first_step <= step <= window.end:
             return None
-        if step < window.end:
-            step, place = window.first_step, window.taken.start
-        else:
-            place = self._source.place
-        recorded = {"next_step": self.next_step, "first_step": step, "place": asdict(place)}
-        return {**recorded, "options": self._options()}
+        anchor = Anchor(window.first_step, window.taken.start, self._fingerprint(window.taken))
+        return {"next_step": step, **asdict(anchor), "options": self._options()}
 
     def resume(self, recorded: dict[str, Any] | None) -> int:
         """Let later calls of `window` go to where a checkpoint stands without reading up to it.
@@ -172,13 +183,38 @@ class RunStream:
 
         Returns:
             The step from which the run goes on.
+
+        Raises:
+            DataError: the stream gives other pairs there; `window` raises it if it hasn't read them
+                yet.
         """
         if self.config.ignore_data_skip or not recorded:
             return 0
         if recorded["options"] != self._options():
             return 0
-        self._anchor = (int(recorded["first_step"]), Place(**recorded["place"]))
+        place = Place(**recorded["place"])
+        self._anchor = Anchor(int(recorded["first_step"]), place, recorded.get("pairs"))
+        if self._window is not None:
+            self._check_anchor(self._window.first_step, self._window.taken)
         return int(recorded["next_step"])
+
+    def _fingerprint(self, taken: TakenPairs) -> str:
+        """The fingerprint of the first step of some pairs."""
+        pairs = taken.pairs
+        return data_fingerprint(pairs.select(range(min(len(pairs), self.pairs_per_step))))
+
+    def _check_anchor(self, first_step: int, taken: TakenPairs) -> None:
+        """Raise DataError if these pairs of a step aren't those that a checkpoint knows."""
+        anchor = self._anchor
+        if anchor is None or anchor.first_step != first_step or anchor.pairs is None:
+            return
+        if self._fingerprint(taken) != anchor.pairs:
+            raise DataError(
+                f"{self.name}: from row {taken.start.row} of pass {taken.start.epoch} on (both "
+                "counted from 0), the stream gives other pairs than in the run that is resumed. It "
+                "must give the same rows in the same order: give shuffle a seed. To begin with the "
+                "stream's first row instead, set ignore_data_skip: true."
+            )
 
     def _options(self) -> dict[str, Any]:
         """The options by which pairs come to their steps."""
@@ -193,8 +229,8 @@ class RunStream:
         """Go to the nearest place from which reading on leads to a step."""
         now = 0 if self._window is None else self._window.end
         place, first = Place(), 0
-        if self._anchor is not None and self._anchor[0] <= step:
-            first, place = self._anchor
+        if self._anchor is not None and self._anchor.first_step <= step:
+            first, place = self._anchor.first_step, self._anchor.place
         if first <= now <= step and self._window is not None:
             return
         self._source.start(place)
@@ -214,6 +250,7 @@ class RunStream:
                     refuse_no_step(len(taken.pairs), size)
             self._next_epoch(first_step)
         self._epoch_has_steps = True
+        self._check_anchor(first_step, taken)
         dataset = RunDataset(self.name, None, taken.pairs, self.report, is_window=True)
         self._check(dataset)
         return Window(first_step, found, taken, dataset)

@@ -325,5 +325,6 @@ class DPOTrainer(
             if self.first_step is not None:
                 self.first_step.add(output, batch)
             loss = mean * (batch.num_pairs * scale)
-            self.accelerator.backward(loss, **options)
+            with self.names_sharded_terms():
+                self.accelerator.backward(loss, **options)
         return loss.detach()

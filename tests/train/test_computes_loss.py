@@ -11,6 +11,7 @@ from transformers import TrainerCallback
 
 from dpofast import DPOTrainer
 from dpofast.errors import ConfigError, DPOFastError
+from dpofast.train import computes_loss
 from tests.support import float64_throughout, make_trainer, tiny_llama, token_pairs
 
 STEP = {"max_steps": 1, "max_grad_norm": 0.0, "max_tokens_per_microbatch": 60}
@@ -323,3 +324,20 @@ def test_steps_copied_from_transformers_may_prepare_their_inputs(tmp_path, plain
     found, trainer = one_step(tmp_path, Own, eval_dataset=held_out)
     assert all(map(torch.equal, found.grads, plain[0].grads))
     assert "eval_loss" in trainer.evaluate()
+
+
+@pytest.mark.parametrize("sharded", [True, False])
+def test_a_term_of_sharded_weights_is_named(trainer, monkeypatch, sharded):
+    """ZeRO-3 gathers a weight between the forward, where it is empty here, and the backward."""
+    weight = torch.nn.Parameter(torch.zeros(0))
+
+    def compute_loss(model, inputs, return_outputs=False, num_items_in_batch=None):
+        term = weight.square().sum()
+        weight.data = torch.zeros(3)
+        return term
+
+    monkeypatch.setattr(trainer, "compute_loss", compute_loss)
+    monkeypatch.setattr(computes_loss, "spread", lambda parameters: [weight] * sharded)
+    kind, message = (ConfigError, "ZeRO-3 .*zero2") if sharded else (RuntimeError, "must match")
+    with pytest.raises(kind, match=message):
+        trainer.train()

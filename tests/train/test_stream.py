@@ -170,20 +170,21 @@ def test_a_resumed_run_passes_over_the_rows_before_its_window(tmp_path, windows)
     read = []
 
     def rows():
-        for row in token_pairs(24).to_list():
+        for row in token_pairs(32).to_list():
             read.append(row)
             yield row
 
     def logged():
         return datasets.IterableDataset.from_generator(rows)
 
-    run(tmp_path, logged(), options={**SAVING, "max_steps": 4})
-    assert len(read) == 16
+    run(tmp_path, logged(), options={**SAVING, "max_steps": 6})
+    assert len(read) == 24
     read.clear()
-    trainer, _ = run(tmp_path, logged(), resume=True, options={**SAVING, "max_steps": 5})
-    # The first window is read when the trainer is made. Then 16 rows are passed over, and 4 used.
-    assert len(read) == 8 + 20
-    assert trainer.train_set().report.pairs_read == 8 + 4
+    trainer, _ = run(tmp_path, logged(), resume=True, options={**SAVING, "max_steps": 7})
+    # The first window is read when the trainer is made. Then 16 rows are passed over. The window
+    # of the checkpoint's last step is compared with the checkpoint, and 4 further rows are used.
+    assert len(read) == 8 + 16 + 8 + 4
+    assert trainer.train_set().report.pairs_read == 8 + 8 + 4
 
 
 @pytest.mark.slow  # six runs
@@ -393,10 +394,10 @@ def test_log_probs_that_come_with_the_rows_are_used(tmp_path, windows):
     assert logs == expected
     assert trainer.reference.store.totals() is None
     rows[9] = ROWS[9]
-    with pytest.raises(DataError, match="of pair 1 is not a finite number"):
+    with pytest.raises(DataError, match="of row 9 is not a finite number"):
         run(tmp_path, stream_of(rows), options=options)
     rows = [*ROWS[:9], {**ROWS[9], "ref_chosen_logps": -20.0, "ref_rejected_logps": -21.0}]
-    with pytest.raises(DataError, match="of pair 0 is not a finite number"):
+    with pytest.raises(DataError, match="of row 8 is not a finite number"):
         run(tmp_path, stream_of(rows), options=options)
 
 

@@ -43,12 +43,14 @@ def stream_records(stream: Any, name: str, epoch: int = 0) -> Iterator[Record]:
             if callable(getattr(stream, "set_epoch", None)):
                 stream.set_epoch(epoch)
             for row, values in enumerate(stream):
-                yield record_of(name, row, None, values, "a dict of columns")
+                # A copy, as rows are read ahead, and a stream may fill the same dict each time.
+                own = dict(values) if isinstance(values, Mapping) else values
+                yield record_of(name, row, None, own, "a dict of columns")
             return
         stream = _at_epoch(stream, epoch)
         nulls = _nulls_of(stream)
         for row, values in enumerate(stream):
-            found = values if nulls is None else nulls.left_out(values)
+            found = dict(values) if nulls is None else nulls.left_out(values)
             left_out = nulls is not None and nulls.found
             yield Record(name, row, None, found, tuple(found), nulls_left_out=left_out)
     except broken as error:
