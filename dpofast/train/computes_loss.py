@@ -20,7 +20,7 @@ from dpofast.train.micro_batches import PairLossPass
 from dpofast.train.reports import ReportsRun
 from dpofast.train.untrained import untrained
 from dpofast.zero.weights import spread
-from dpofast_kernels import PairLossOutput
+from dpofast_kernels import NotAPairLossError, PairLossOutput
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,8 +52,14 @@ class ComputesLoss(ReportsRun, Trainer):
         """One forward pass inside `micro_batch`; arguments and result are those of PairLossPass.
 
         A backward pass through the log-probs or the metrics of the result is an error.
+
+        Raises:
+            ConfigError: a loss_fn returned no loss for each pair.
         """
-        return untrained(self._pair_loss_pass(model, batch, self.pair_loss, sums))
+        try:
+            return untrained(self._pair_loss_pass(model, batch, self.pair_loss, sums))
+        except NotAPairLossError as error:
+            raise ConfigError(f"loss_fn: {error}") from error
 
     def compute_loss(
         self,

@@ -30,6 +30,7 @@ from dpofast_kernels.head import (
 from dpofast_kernels.preference import (
     METRIC_NAMES,
     CustomLoss,
+    NotAPairLossError,
     PairFunction,
     PairLoss,
     make_custom_loss,
@@ -42,6 +43,7 @@ __all__ = [
     "METRIC_NAMES",
     "CustomLoss",
     "HeadOptions",
+    "NotAPairLossError",
     "PairFunction",
     "PairLoss",
     "PairLossOutput",

@@ -103,3 +103,17 @@ class TestRefused:
 def test_the_default_loss_type_given_by_name_is_no_contradiction(tmp_path):
     trainer = make_trainer(tmp_path, options={"loss_type": "sigmoid"}, loss_fn=sigmoid_by_hand)
     assert trainer.loss_types == ["custom"]
+
+
+def test_what_it_returns_later_is_checked_too(tmp_path):
+    is_mean = []
+
+    def later(chosen_logratios, rejected_logratios, lengths):
+        losses = sigmoid_by_hand(chosen_logratios, rejected_logratios, lengths)
+        return losses.mean() if is_mean else losses
+
+    trainer = make_trainer(tmp_path, loss_fn=later)
+    assert trainer.loss_fn is later
+    is_mean.append(True)
+    with pytest.raises(ConfigError, match=r"^loss_fn: it returned \[\] torch.float64 for . pairs"):
+        trainer.train()

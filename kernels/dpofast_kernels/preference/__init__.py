@@ -6,7 +6,12 @@ own loss is a function in PyTorch only, which autograd derives.
 
 from __future__ import annotations
 
-from dpofast_kernels.preference.custom import CustomLoss, PairFunction, function_name
+from dpofast_kernels.preference.custom import (
+    CustomLoss,
+    NotAPairLossError,
+    PairFunction,
+    function_name,
+)
 from dpofast_kernels.preference.loss import PairLoss
 from dpofast_kernels.preference.metrics import METRIC_NAMES, pair_metrics
 from dpofast_kernels.preference.probe import make_custom_loss
@@ -16,6 +21,7 @@ __all__ = [
     "LOSSES",
     "METRIC_NAMES",
     "CustomLoss",
+    "NotAPairLossError",
     "PairFunction",
     "PairLoss",
     "function_name",
