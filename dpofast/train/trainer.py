@@ -144,9 +144,9 @@ class DPOTrainer(
         own_metrics = None if metrics_fn is None else OwnMetrics(metrics_fn, config.device)
         if train_dataset is not None and config.should_save:
             make_output_dir(config.output_dir)
-        set_seed(config.seed)  # a fresh adapter's weights are random
         ref_model = resolve_ref_model(ref_model, model, config)
         model, tokenizer = resolve_model(model, config, processing_class)
+        set_seed(config.seed)  # a fresh adapter's weights are random; loading may draw numbers, too
         model = prepare_policy(model, config, peft_config)
         self.data = PairPreparer(config, tokenizer, (model, ref_model), columns, roles)
         self.start_counting()
