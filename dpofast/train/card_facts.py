@@ -237,7 +237,7 @@ def _own_names(given: Any) -> list[str]:
         return [str(given)]
     files = getattr(getattr(given, "info", None), "download_checksums", None) or {}
     found = dict.fromkeys(name for name in map(hub_id, files) if name)
-    return list(found) or ["pairs made in memory"]
+    return list(found) or [LOCAL]
 
 
 def _tags(trainer: Any, given: Mapping[str, Any]) -> list[str]:

@@ -177,7 +177,7 @@ def test_what_is_known_of_the_run_is_in_its_card(tmp_path, drawn):
         "| training, first log (step 2) | training, last log (step 3) | evaluation (step 3) |",
         "| reward accuracy |",
         "| [org/pairs](https://huggingface.co/datasets/org/pairs) | training | 10 |",
-        "| `pairs made in memory` | evaluation | 4 |",
+        "| `local data` | evaluation | 4 |",
         "| beta | 0.5 |",
         "| label_smoothing | 0.1 |",
         "| warmup_ratio | 0.1 |",
@@ -374,7 +374,7 @@ def test_a_dataset_that_was_exchanged_is_not_prepared_for_the_card(tmp_path):
     trainer = make_trainer(tmp_path, options=ONE_STEP)
     trainer.train_dataset = trainer.eval_dataset = token_pairs(3, seed=9)
     trainer.create_model_card()
-    assert "| `pairs made in memory` | training |  |" in card_in(tmp_path / "run").text
+    assert "| `local data` | training |  |" in card_in(tmp_path / "run").text
     assert len(trainer.data.datasets) == 1  # other ranks would have to prepare it, too
 
 
