@@ -8,6 +8,8 @@ from transformers import TrainerCallback
 
 from dpofast import DPOTrainer
 from dpofast.errors import ModelError
+from dpofast.train.first_step import FirstStep
+from dpofast_kernels import make_loss
 from tests.support import history, make_trainer, tiny_llama, token_pairs, train
 
 
@@ -130,3 +132,17 @@ def test_a_loss_of_a_subclass_is_not_judged(tmp_path):
     trainer = make_trainer(tmp_path, tiny_llama(), trainer_class=Still)
     assert all(norm == 0.0 for _, norm in train(trainer))
     assert trainer.first_step is None
+
+
+def test_a_resumed_run_may_begin_with_a_step_too_small_to_move_anything():
+    """A schedule that ends may have brought the rate close to 0 where the run goes on."""
+
+    def judge(is_fresh):
+        step = FirstStep(tiny_llama(), make_loss("sigmoid"), is_fresh=is_fresh)
+        step.begin([{"lr": 1e-12}])
+        step.has_slope = True
+        return step.finish(1.0, was_skipped=False, sum_over_ranks=lambda facts: facts)
+
+    assert judge(is_fresh=False)
+    with pytest.raises(ModelError, match="No trained parameter has changed"):
+        judge(is_fresh=True)
