@@ -3,16 +3,24 @@
 A DataError about several bad rows has more lines: one for each of the first rows. So has a
 ConfigError about several options.
 
-The command line prints them without a traceback and exits with status 2.
+The command line prints them without a traceback and exits with their `exit_code`.
 """
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Sequence
+from typing import ClassVar
 
 
 class DPOFastError(ValueError):
-    """Base class of all errors that come from the user's input rather than from a bug."""
+    """Base class of all errors that come from the user's input rather than from a bug.
+
+    Attributes:
+        exit_code: the exit code of a command that ends with this error.
+    """
+
+    exit_code: ClassVar[int] = 2
 
 
 class ConfigError(DPOFastError):
@@ -37,6 +45,38 @@ class ReferenceStoreError(DPOFastError):
 
 class MissingRowsError(ReferenceStoreError):
     """Reference log-probs that are missing from the store; says how many and why."""
+
+
+class CheckpointError(DPOFastError):
+    """A checkpoint that can't be resumed from, or can't be written; names its folder."""
+
+
+class NonFiniteError(DPOFastError):
+    """A NaN or an infinity in a loss, a gradient or a weight; names the pairs or the tensor."""
+
+    exit_code = 3
+
+
+class RankError(DPOFastError):
+    """Another rank of the run has failed, or hasn't been heard from; names its rank and host."""
+
+    exit_code = 4
+
+
+class StoppedBySignal(SystemExit):
+    """A signal has stopped the training; a checkpoint was saved if there was anything to save.
+
+    A script that doesn't catch it ends with exit code 128 + the signal's number, as shells report
+    it: 143 for SIGTERM.
+
+    Args:
+        signum: the signal.
+        checkpoint: the folder of the checkpoint that was saved; None if there is none.
+    """
+
+    def __init__(self, signum: int, checkpoint: str | None = None) -> None:
+        super().__init__(128 + signum)
+        self.signum, self.checkpoint = signal.Signals(signum), checkpoint
 
 
 def options_error(sentences: Sequence[str]) -> ConfigError:

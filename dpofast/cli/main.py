@@ -25,7 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: words of the command line after the program's name; by default sys.argv[1:].
 
     Returns:
-        Exit code: 0, EXIT_USAGE, EXIT_INTERRUPTED or EXIT_PIPE.
+        Exit code: 0, EXIT_USAGE, EXIT_INTERRUPTED, EXIT_PIPE, or the `exit_code` of an error.
     """
     head, overrides = split_arguments(list(sys.argv[1:] if arguments is None else arguments))
     parser = build_parser()
@@ -46,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             command(parsed, overrides)
     except DPOFastError as error:
         _report(error)
-        return EXIT_USAGE
+        return error.exit_code
     except KeyboardInterrupt:
         print("dpofast: interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED

@@ -17,7 +17,7 @@ from dpofast.data.tokens.truncate import TRUNCATION_MODES, LengthLimits
 from dpofast.errors import ConfigError
 from dpofast.options.foreign import refuse_unknown_options
 from dpofast.options.init_kwargs import read_init_kwargs
-from dpofast.options.trl_fields import TRLFields
+from dpofast.options.run_fields import RunFields
 from dpofast.options.unsupported import check_unsupported, unused_options
 from dpofast.reference.store.location import default_folder
 from dpofast.reference.store.row_detail import DETAILS, RowDetail
@@ -31,10 +31,11 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass
-class DPOConfig(TRLFields):
+class DPOConfig(RunFields):
     """transformers' TrainingArguments and the options of DPO; names and defaults as in TRL.
 
-    TRL's other options are fields, too (`TRLFields`). Those that can't change what is trained are
+    How a run is saved, resumed and stopped is in `RunFields`. TRL's other options are fields, too
+    (`TRLFields`). Those that can't change what is trained are
     accepted with one line in the log, and the others are refused.
 
     Attributes:

@@ -135,9 +135,6 @@ class TRLFields(TrainingArguments):
     per_gpu_eval_batch_size: Annotated[int | None, Renamed("per_device_eval_batch_size")] = None
     push_to_hub_model_id: Annotated[str | None, Renamed("hub_model_id")] = None
     push_to_hub_token: Annotated[str | None, Renamed("hub_token")] = None
-    overwrite_output_dir: Annotated[
-        bool, NoEffect("nothing in output_dir is deleted, and no run resumes by itself")
-    ] = False
     logging_dir: Annotated[
         str | None, NoEffect("set TENSORBOARD_LOGGING_DIR in the environment")
     ] = None

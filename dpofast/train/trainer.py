@@ -27,8 +27,6 @@ from dpofast.options.config import DPOConfig
 from dpofast.options.output_dir import make_output_dir
 from dpofast.options.trl import refuse, resolve_config, resolve_tokenizer
 from dpofast.train.best_metric import check_best_metric
-from dpofast.train.checkpoint.resume import refuse_finished, resolve_checkpoint
-from dpofast.train.checkpoint.run_state import load_run_state
 from dpofast.train.clipping import ClipsExactly
 from dpofast.train.dataset import PairPreparer, pairs_of
 from dpofast.train.evaluates import EvaluatesPairs
@@ -52,11 +50,13 @@ from dpofast.train.policy import (
 )
 from dpofast.train.predictions import check_compute_metrics
 from dpofast.train.reference import RunReference
+from dpofast.train.resumes import ResumesRun
 from dpofast.train.run_store import RunStore
 from dpofast.train.saves import SavesRun
 from dpofast.train.saving import check_saving
 from dpofast.train.schedule import check_schedule
 from dpofast.train.settings import ShowsSettings
+from dpofast.train.step_vote import VotesOnSteps
 from dpofast.train.step_zero import StepZeroCheck
 from dpofast.train.training_set import TrainingSet, prepare_training_set, total_steps
 from dpofast_kernels import PairFunction
@@ -67,6 +67,8 @@ logger = logging.getLogger(__name__)
 class DPOTrainer(
     EvaluatesPairs,
     SavesRun,
+    ResumesRun,
+    VotesOnSteps,
     ClipsExactly,
     ChecksFirstStep,
     LogsProgress,
@@ -237,14 +239,8 @@ class DPOTrainer(
         check_overrides(self)  # some may have been assigned since the trainer was made
         self.start_counting()
         train_set = self.train_set()
-        num_steps, first_step = total_steps(self.args, train_set), 0
-        checkpoint = resolve_checkpoint(resume_from_checkpoint, self.args.output_dir)
-        if checkpoint is not None:
-            refuse_finished(checkpoint, num_steps)
-            recorded = load_run_state(checkpoint)
-            self.reference.restore(recorded, checkpoint)
-            self.loaders.settle(recorded.row_tokens)
-            first_step = train_set.resume(recorded.stream)
+        num_steps = total_steps(self.args, train_set)
+        checkpoint, first_step = self.resume(resume_from_checkpoint, train_set, num_steps)
         check_saving(self.model, self.processing_class, self.args)
         check_best_metric(self, self._pair_loss_pass)
         check_schedule(self, num_steps)
@@ -305,6 +301,7 @@ class DPOTrainer(
             self.tokens_trained += batch.num_tokens
             self.throughput.add(batch)
         self.pairs_trained += inputs.num_pairs
+        self.step_loss = total
         if self.first_loss is None:
             self.first_loss = self.sum_over_ranks(total).item() / self.args.world_size
         return total
