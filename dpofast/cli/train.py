@@ -17,8 +17,9 @@ def train(parsed: argparse.Namespace, overrides: list[str]) -> None:
     options = read_options(parsed.config, overrides)
     options.require("model_name_or_path", "dataset_name")
     trainer = make_trainer(options)
-    trainer.train(resume_from_checkpoint=resume_point(options))
-    trainer.save_model()
+    with trainer.alone_in_output_dir():
+        trainer.train(resume_from_checkpoint=options.config.resume_from_checkpoint)
+        trainer.save_model()
     if is_main_process():
         _print_result(Path(options.config.output_dir))
 
@@ -45,19 +46,6 @@ def make_trainer(options: RunOptions) -> Any:
     return trainer
 
 
-def resume_point(options: RunOptions) -> str | bool | None:
-    """Where to resume from, as `Trainer.train` takes it.
-
-    Returns:
-        A checkpoint's folder, True for the newest checkpoint in the output folder, or None to start
-        from the beginning.
-    """
-    value = options.config.resume_from_checkpoint
-    # The value can be text, and the Trainer would take "false" for a folder's name.
-    spellings = {"true": True, "false": None, "none": None, "": None}
-    return spellings.get(str(value).lower(), value)
-
-
 def _print_result(folder: Path) -> None:
     from rich.console import Console
 
@@ -77,10 +65,13 @@ def _print_summary(path: Path, console: Any) -> None:
     import json
 
     summary = json.loads(path.read_text(encoding="utf-8"))
-    console.print(
-        f"{summary['global_step']} steps, {summary['pairs_per_second']:.2f} pairs/s, "
-        f"first loss {summary['first_loss']:.4f}, mean loss {summary['train_loss']:.4f}"
-    )
+    if summary["resumed_at_end"]:
+        console.print(f"{summary['global_step']} steps, all trained before this start")
+    else:
+        console.print(
+            f"{summary['global_step']} steps, {summary['pairs_per_second']:.2f} pairs/s, "
+            f"first loss {summary['first_loss']:.4f}, mean loss {summary['train_loss']:.4f}"
+        )
     console.print(
         f"reference: {summary['ref_forward_passes']} forward passes, "
         f"{summary['ref_store_hits']} answers found, {summary['ref_rows_scored']} scored"

@@ -30,6 +30,7 @@ from dpofast.train.best_metric import check_best_metric
 from dpofast.train.clipping import ClipsExactly
 from dpofast.train.dataset import PairPreparer, pairs_of
 from dpofast.train.evaluates import EvaluatesPairs
+from dpofast.train.finished import ResumesAtEnd
 from dpofast.train.first_step import ChecksFirstStep, FirstStep
 from dpofast.train.hooks import NamesHooks, check_overrides
 from dpofast.train.loaders import StepLoaders, whole_step
@@ -67,6 +68,7 @@ logger = logging.getLogger(__name__)
 class DPOTrainer(
     EvaluatesPairs,
     SavesRun,
+    ResumesAtEnd,
     ResumesRun,
     VotesOnSteps,
     ClipsExactly,
@@ -229,12 +231,23 @@ class DPOTrainer(
     def train(
         self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
     ) -> Any:
-        """Train as transformers' Trainer does; True resumes from the newest whole checkpoint.
+        """Train as transformers' Trainer does.
+
+        Args:
+            resume_from_checkpoint: a checkpoint's folder, or True for the newest whole one of the
+                run in output_dir, or "auto" for the same if there is one.
+            args, kwargs: further arguments of transformers' `train`.
 
         Raises:
             ReferenceStoreError: reference log-probs are missing and can't be made.
-            ConfigError: there is nothing to train, or no checkpoint to resume from.
+            ConfigError: there is nothing to train, or checkpoints of another run are in the way.
+            CheckpointError: there is no checkpoint to resume from, or another process writes to
+                output_dir.
         """
+        with self.alone_in_output_dir():
+            return self._train(resume_from_checkpoint, *args, **kwargs)
+
+    def _train(self, resume_from_checkpoint: Any, *args: Any, **kwargs: Any) -> Any:
         started = time.monotonic()
         check_overrides(self)  # some may have been assigned since the trainer was made
         self.start_counting()
