@@ -6,10 +6,10 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from dpofast.cli.inputs import adapter_options, load_inputs
+from dpofast.cli.inputs import adapter_base, adapter_options, load_inputs
 from dpofast.cli.process_start import is_main_process
 from dpofast.cli.run_options import RunOptions, read_options
-from dpofast.options.output_dir import make_output_dir
+from dpofast.options.output_dir import make_output_dir, refuse_inputs_folder
 
 
 def train(parsed: argparse.Namespace, overrides: list[str]) -> None:
@@ -28,7 +28,15 @@ def make_trainer(options: RunOptions) -> Any:
     """Make a DPOTrainer from the options."""
     from dpofast.train.trainer import DPOTrainer
 
-    make_output_dir(options.config.output_dir, options.source)
+    output_dir, script = options.config.output_dir, options.script
+    folders = {
+        "model_name_or_path": script.model,
+        "the model below the adapter": adapter_base(script.model),
+        "ref_model_name_or_path": script.ref_model_name_or_path,
+        "reference_store": options.config.reference_folder(),
+    }
+    refuse_inputs_folder(output_dir, folders, options.source)
+    make_output_dir(output_dir, options.source)
     peft_config = adapter_options(options)
     inputs = load_inputs(options)
     trainer = DPOTrainer(

@@ -24,7 +24,7 @@ from dpofast.monitor.guard import guard_reporters
 from dpofast.monitor.throughput import Throughput
 from dpofast.monitor.vanishing import VanishingUpdates
 from dpofast.options.config import DPOConfig
-from dpofast.options.output_dir import make_output_dir
+from dpofast.options.output_dir import make_output_dir, refuse_inputs_folder
 from dpofast.options.trl import refuse, resolve_config, resolve_tokenizer
 from dpofast.train.best_metric import check_best_metric
 from dpofast.train.clipping import ClipsExactly
@@ -42,6 +42,7 @@ from dpofast.train.noise import check_noise
 from dpofast.train.own_loss import run_loss
 from dpofast.train.own_metrics import MetricsFunction, OwnMetrics
 from dpofast.train.policy import (
+    input_folders,
     model_name,
     pad_token_id,
     prepare_policy,
@@ -146,8 +147,10 @@ class DPOTrainer(
         check_compute_metrics(config, compute_metrics)
         self.pair_loss = run_loss(config, loss_fn)
         own_metrics = None if metrics_fn is None else OwnMetrics(metrics_fn, config.device)
-        if train_dataset is not None and config.should_save:
-            make_output_dir(config.output_dir)
+        if train_dataset is not None:
+            refuse_inputs_folder(config.output_dir, input_folders(model, ref_model, config))
+            if config.should_save:
+                make_output_dir(config.output_dir)
         ref_model = resolve_ref_model(ref_model, model, config)
         model, tokenizer = resolve_model(model, config, processing_class)
         set_seed(config.seed)  # a fresh adapter's weights are random; loading may draw numbers, too
