@@ -18,7 +18,7 @@ from dpofast.monitor.summary import SUMMARY_FILE
 from dpofast.options.config import DPOConfig
 from dpofast.options.output_dir import make_output_dir
 from dpofast.train.checkpoint.lock import locked
-from dpofast.train.checkpoint.resume import saved_step
+from dpofast.train.checkpoint.resume import saved_step, step_folders
 from dpofast.train.checkpoint.run_state import load_run_state
 from dpofast.train.checkpoint.staging import recover
 from dpofast.train.checkpoint.start import (
@@ -31,6 +31,7 @@ from dpofast.train.checkpoint.start import (
 from dpofast.train.exchange import decided_by_rank_0
 from dpofast.train.loaders import StepLoaders
 from dpofast.train.reference import RunReference
+from dpofast.train.room import SaveSize, check_room, save_size
 from dpofast.train.training_set import TrainingSet
 
 REPORTS = (METRICS_FILE, SUMMARY_FILE, PLOT_FILE)
@@ -45,6 +46,7 @@ class ResumesRun(Trainer):
         run_id: id of the run, the same on all ranks; None until `train` has begun.
         resumed_at_end: whether this call of `train` goes on from the run's last step, so that
             there is nothing left to train.
+        save_size: what a save of the run takes; None until `train` has begun.
     """
 
     args: DPOConfig
@@ -52,6 +54,7 @@ class ResumesRun(Trainer):
     loaders: StepLoaders
     run_id: str | None = None
     resumed_at_end: bool = False
+    save_size: SaveSize | None = None
     _has_output_dir: bool = False
 
     @contextmanager
@@ -98,8 +101,8 @@ class ResumesRun(Trainer):
         if self.args.should_save:  # one rank, or one on each node
             self._tidy_up()
         self.accelerator.wait_for_everyone()
-        start = decided_by_rank_0(lambda: self._settle_start(given))
-        self.run_id, self.resumed_at_end = start.run.run, False
+        start, size = decided_by_rank_0(lambda: self._settle_start(given, num_steps))
+        self.run_id, self.save_size, self.resumed_at_end = start.run.run, size, False
         if start.checkpoint is None:
             return None, 0
         checkpoint = str(start.checkpoint)
@@ -129,7 +132,7 @@ class ResumesRun(Trainer):
                 f"tidied up: {error.strerror}; delete it, or name another folder."
             ) from error
 
-    def _settle_start(self, given: Any) -> Start:
+    def _settle_start(self, given: Any, num_steps: int) -> tuple[Start, SaveSize]:
         """Choose where the run begins, and make the output folder ready; on rank 0."""
         config = self.args
         output_dir = Path(config.output_dir)
@@ -140,12 +143,15 @@ class ResumesRun(Trainer):
             verify=config.verify_checkpoint,
         )
         start = choose_start(given, folder)
+        size = save_size(self.model, config, has_own_optimizer=self.optimizer is not None)
+        have = 0 if start.is_new else len(step_folders(output_dir))
+        check_room(output_dir, size, config, num_steps, have)
         settle_start(start, folder, REPORTS)
         if start.is_new:
             for callback in self.callback_handler.callbacks:
                 if isinstance(callback, MetricsFile):
                     callback.begin_new_run(output_dir)
-        return start
+        return start, size
 
     def _say_if_ignored(self, given: Any) -> None:
         option = self.args.resume_from_checkpoint
