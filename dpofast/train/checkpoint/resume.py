@@ -37,12 +37,7 @@ def resolve_checkpoint(resume: str | bool | None, output_dir: str) -> str | None
                 f"{TRAINER_STATE_FILE} that can be read; name another one."
             )
         return str(resume)
-    folders = [
-        path
-        for path in Path(output_dir).glob("checkpoint-*")
-        if path.name.removeprefix("checkpoint-").isdigit()
-    ]
-    for path in sorted(folders, key=lambda path: int(path.name.split("-")[1]), reverse=True):
+    for path in _checkpoints(Path(output_dir)):
         # A run that was killed while saving leaves a checkpoint without its last file.
         if _saved_step(path) is not None:
             return str(path)
@@ -51,6 +46,12 @@ def resolve_checkpoint(resume: str | bool | None, output_dir: str) -> str | None
         f"resume_from_checkpoint: there is no whole checkpoint in {output_dir!r}; "
         "leave the option out to start from the beginning."
     )
+
+
+def newest_saved(output_dir: Path) -> Path | None:
+    """The newest checkpoint of a folder that was saved to its end; None if there is none."""
+    saved = (path for path in _checkpoints(output_dir) if _saved_step(path) is not None)
+    return next(saved, None)
 
 
 def refuse_finished(checkpoint: str, max_steps: int) -> None:
@@ -69,6 +70,16 @@ def refuse_finished(checkpoint: str, max_steps: int) -> None:
             f"resume_from_checkpoint: {checkpoint!r} stands at step {step} of {max_steps}, so this "
             "run is finished; raise num_train_epochs or max_steps to train on."
         )
+
+
+def _checkpoints(output_dir: Path) -> list[Path]:
+    """The checkpoints of a folder, whole or not, the newest first."""
+    folders = [
+        path
+        for path in output_dir.glob("checkpoint-*")
+        if path.name.removeprefix("checkpoint-").isdigit()
+    ]
+    return sorted(folders, key=lambda path: int(path.name.split("-")[1]), reverse=True)
 
 
 def _saved_step(checkpoint: Path) -> int | None:
