@@ -312,6 +312,7 @@ class DPOTrainer(
         self.throughput.start_step()
         if self.first_step is not None:
             self.first_step.begin(self.optimizer.param_groups)
+        self.begin_vote(inputs)
         last = len(inputs.micro_batches) - 1
         for index, batch in enumerate(inputs.micro_batches):
             with gradient_exchange(self.accelerator, model, is_last=index == last):
@@ -319,7 +320,6 @@ class DPOTrainer(
             self.tokens_trained += batch.num_tokens
             self.throughput.add(batch)
         self.pairs_trained += inputs.num_pairs
-        self.step_loss = total
         if self.first_loss is None:
             self.first_loss = self.sum_over_ranks(total).item() / self.args.world_size
         return total
@@ -334,6 +334,7 @@ class DPOTrainer(
             self.check_loss(mean)
             self.count(self.metric_sums, mean, batch, "compute_loss")
             output = self._computed.output
+            self.note_pass(batch, mean, output)
             if self._step_zero is not None and output is not None and batch.num_pairs:
                 self._step_zero.check(output, batch)
                 self._step_zero = None
