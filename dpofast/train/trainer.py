@@ -26,6 +26,7 @@ from dpofast.monitor.vanishing import VanishingUpdates
 from dpofast.options.config import DPOConfig
 from dpofast.options.output_dir import make_output_dir
 from dpofast.options.trl import refuse, resolve_config, resolve_tokenizer
+from dpofast.ranks.watch import watch_ranks
 from dpofast.train.best_metric import check_best_metric
 from dpofast.train.clipping import ClipsExactly
 from dpofast.train.dataset import PairPreparer, pairs_of
@@ -140,6 +141,7 @@ class DPOTrainer(
         refuse("data_collator", data_collator, "leave it out; batches are laid out by the trainer")
         processing_class = resolve_tokenizer(processing_class, options)
         config = resolve_config(args, options, model_name(model))
+        watch_ranks(config.rank_timeout)
         config = with_quantisation(config, quantization_config, model)
         check_compute_metrics(config, compute_metrics)
         self.pair_loss = run_loss(config, loss_fn)
