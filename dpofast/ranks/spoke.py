@@ -64,8 +64,6 @@ class Spoke(Watcher):
         try:
             for message in self._wire.read():
                 self._take(message)
-                if self._wire is None:
-                    return
         except (EOFError, ValueError):
             self._lose(Kind.GONE)
         except OSError:

@@ -70,7 +70,8 @@ def judge(events: Sequence[Event], num_ranks: int) -> Verdict:
     groups: dict[tuple[Kind, str], list[Event]] = {}
     for event in causes:
         groups.setdefault((event.kind, event.text), []).append(event)
-    lines, details = [], {}
+    lines: list[str] = []
+    details: dict[str, str] = {}
     for (kind, text), group in groups.items():
         who = [event.member for event in group]
         lines.append("dpofast: error: " + _sentence(kind, text, who, len(who) == num_ranks))

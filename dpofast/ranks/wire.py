@@ -2,8 +2,9 @@
 
 The kernels of the two machines ask each other whether they are there, by TCP's keepalive. No thread
 of Python has to run for that. So a rank that computes for minutes without releasing Python's lock,
-or that is stopped and continued by a debugger or a scheduler, is not taken for lost. A process that
-ends closes its connections, whatever ends it, and a machine that is down or cut off stops answering.
+or that is stopped and continued by a debugger or a scheduler, is not taken for lost. The
+connections of a process end with it, whatever ends it, and a machine that is down or cut off stops
+answering.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ class Wire:
         return self._connection.fileno()
 
     def keep_alive(self, timeout: float) -> None:
-        """Let the kernel break the connection when the other side has been silent for `timeout` s."""
+        """Let the kernel break the connection after `timeout` seconds of silence."""
         idle, interval = max(1, int(timeout / 4)), max(1, int(timeout / 8))
         options = {
             "TCP_KEEPIDLE": idle,  # seconds until the first question
