@@ -1,8 +1,8 @@
 """The watch of this process: starts with the run, and ends with the process.
 
 Each rank but 0 keeps a connection to rank 0 (`dpofast/ranks/wire.py`). When a rank fails or is
-lost, rank 0 tells all others why, one rank on each node prints it, and all end. When rank 0 is lost,
-each rank finds that out by itself.
+lost, rank 0 tells all others why, one rank on each node prints it, and all end. When rank 0 is
+lost, each rank finds that out by itself.
 """
 
 from __future__ import annotations

@@ -38,6 +38,7 @@ from dpofast.train.logs_progress import LogsProgress
 from dpofast.train.loop_arguments import one_item_per_step
 from dpofast.train.memory import row_tokens_on_all_ranks
 from dpofast.train.micro_batches import PairLossPass, gradient_exchange
+from dpofast.train.nodes import check_shared_folders
 from dpofast.train.noise import check_noise
 from dpofast.train.own_loss import run_loss
 from dpofast.train.own_metrics import MetricsFunction, OwnMetrics
@@ -148,6 +149,7 @@ class DPOTrainer(
         own_metrics = None if metrics_fn is None else OwnMetrics(metrics_fn, config.device)
         if train_dataset is not None and config.should_save:
             make_output_dir(config.output_dir)
+        check_shared_folders(config, trains=train_dataset is not None)
         ref_model = resolve_ref_model(ref_model, model, config)
         model, tokenizer = resolve_model(model, config, processing_class)
         set_seed(config.seed)  # a fresh adapter's weights are random; loading may draw numbers, too
