@@ -7,8 +7,9 @@ from typing import Any
 from transformers import Trainer
 
 from dpofast.options.config import DPOConfig
-from dpofast.train.checkpoint.resume import refuse_finished, resolve_checkpoint
+from dpofast.train.checkpoint.resume import recorded_run_id, refuse_finished, resolve_checkpoint
 from dpofast.train.checkpoint.run_state import load_run_state
+from dpofast.train.checkpoint.staging import recover
 from dpofast.train.loaders import StepLoaders
 from dpofast.train.reference import RunReference
 from dpofast.train.training_set import TrainingSet
@@ -20,6 +21,7 @@ class ResumesRun(Trainer):
     args: DPOConfig
     reference: RunReference
     loaders: StepLoaders
+    run_id: str | None
 
     def resume(self, given: Any, train_set: TrainingSet, num_steps: int) -> tuple[str | None, int]:
         """Restore what isn't in transformers' files: reference, length of rows, place in a stream.
@@ -36,10 +38,16 @@ class ResumesRun(Trainer):
         Raises:
             CheckpointError, ConfigError, ReferenceStoreError: it can't be resumed from.
         """
-        checkpoint = resolve_checkpoint(given, self.args.output_dir)
+        if self.args.should_save:
+            recover(self.args.output_dir)
+        self.accelerator.wait_for_everyone()
+        checkpoint = resolve_checkpoint(
+            given, self.args.output_dir, verify=self.args.verify_checkpoint
+        )
         if checkpoint is None:
             return None, 0
         refuse_finished(checkpoint, num_steps)
+        self.run_id = recorded_run_id(checkpoint)
         recorded = load_run_state(checkpoint)
         self.reference.restore(recorded, checkpoint)
         self.loaders.settle(recorded.row_tokens)
