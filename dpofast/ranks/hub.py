@@ -134,9 +134,9 @@ class Hub(Watcher):
         speakers: dict[str, int] = {}
         for rank in sorted(self._wires):
             speakers.setdefault(self._members[rank].node, rank)
-        for node, rank in speakers.items():
-            if self._speakers.get(node) != rank:
-                self._wires[rank].send(kind="speaker")
+        before, now = set(self._speakers.values()), set(speakers.values())
+        for rank in self._wires.keys() & (before ^ now):
+            self._wires[rank].send(kind="speaker", speaks=rank in now)
         self._speakers = speakers
 
     def _keep_alive(self, timeout: float) -> None:

@@ -74,7 +74,7 @@ class Spoke(Watcher):
             case "welcome":
                 self._hub = Member(**message["member"])
             case "speaker":
-                self._is_speaker = True
+                self._is_speaker = bool(message["speaks"])
             case "finished":
                 self._hang_up()
             case "verdict":

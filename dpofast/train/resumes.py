@@ -7,9 +7,11 @@ from typing import Any
 from transformers import Trainer
 
 from dpofast.options.config import DPOConfig
+from dpofast.ranks.shared import check_on_all_nodes
 from dpofast.train.checkpoint.resume import recorded_run_id, refuse_finished, resolve_checkpoint
 from dpofast.train.checkpoint.run_state import load_run_state
 from dpofast.train.checkpoint.staging import recover
+from dpofast.train.exchange import exchange
 from dpofast.train.loaders import StepLoaders
 from dpofast.train.reference import RunReference
 from dpofast.train.training_set import TrainingSet
@@ -46,6 +48,7 @@ class ResumesRun(Trainer):
         )
         if checkpoint is None:
             return None, 0
+        check_on_all_nodes(checkpoint, exchange)
         refuse_finished(checkpoint, num_steps)
         self.run_id = recorded_run_id(checkpoint)
         recorded = load_run_state(checkpoint)
