@@ -17,6 +17,7 @@ from dpofast.monitor.plots import PLOT_FILE
 from dpofast.monitor.summary import SUMMARY_FILE
 from dpofast.options.config import DPOConfig
 from dpofast.options.output_dir import make_output_dir
+from dpofast.ranks.shared import check_on_all_nodes
 from dpofast.train.checkpoint.lock import locked
 from dpofast.train.checkpoint.resume import saved_step
 from dpofast.train.checkpoint.run_state import load_run_state
@@ -28,7 +29,7 @@ from dpofast.train.checkpoint.start import (
     resume_point,
     settle_start,
 )
-from dpofast.train.exchange import decided_by_rank_0
+from dpofast.train.exchange import decided_by_rank_0, exchange
 from dpofast.train.loaders import StepLoaders
 from dpofast.train.reference import RunReference
 from dpofast.train.training_set import TrainingSet
@@ -103,6 +104,7 @@ class ResumesRun(Trainer):
         if start.checkpoint is None:
             return None, 0
         checkpoint = str(start.checkpoint)
+        check_on_all_nodes(checkpoint, exchange)
         step = saved_step(checkpoint)
         if step is not None and step > num_steps:
             raise ConfigError(

@@ -26,6 +26,7 @@ from dpofast.monitor.vanishing import VanishingUpdates
 from dpofast.options.config import DPOConfig
 from dpofast.options.output_dir import make_output_dir, refuse_inputs_folder
 from dpofast.options.trl import refuse, resolve_config, resolve_tokenizer
+from dpofast.ranks.watch import watch_ranks
 from dpofast.train.best_metric import check_best_metric
 from dpofast.train.clipping import ClipsExactly
 from dpofast.train.dataset import PairPreparer, pairs_of
@@ -38,6 +39,7 @@ from dpofast.train.logs_progress import LogsProgress
 from dpofast.train.loop_arguments import one_item_per_step
 from dpofast.train.memory import row_tokens_on_all_ranks
 from dpofast.train.micro_batches import PairLossPass, gradient_exchange
+from dpofast.train.nodes import check_shared_folders
 from dpofast.train.noise import check_noise
 from dpofast.train.own_loss import run_loss
 from dpofast.train.own_metrics import MetricsFunction, OwnMetrics
@@ -145,6 +147,7 @@ class DPOTrainer(
         refuse("data_collator", data_collator, "leave it out; batches are laid out by the trainer")
         processing_class = resolve_tokenizer(processing_class, options)
         config = resolve_config(args, options, model_name(model))
+        watch_ranks(config.rank_timeout)
         config = with_quantisation(config, quantization_config, model)
         check_compute_metrics(config, compute_metrics)
         self.pair_loss = run_loss(config, loss_fn)
@@ -153,6 +156,7 @@ class DPOTrainer(
             refuse_inputs_folder(config.output_dir, input_folders(model, ref_model, config))
             if config.should_save:
                 make_output_dir(config.output_dir)
+        check_shared_folders(config, trains=train_dataset is not None)
         ref_model = resolve_ref_model(ref_model, model, config)
         model, tokenizer = resolve_model(model, config, processing_class)
         set_seed(config.seed)  # a fresh adapter's weights are random; loading may draw numbers, too
