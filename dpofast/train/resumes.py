@@ -9,12 +9,13 @@ from transformers import Trainer
 from dpofast.options.config import DPOConfig
 from dpofast.train.checkpoint.resume import refuse_finished, resolve_checkpoint
 from dpofast.train.checkpoint.run_state import load_run_state
+from dpofast.train.continues_run import ContinuesRun
 from dpofast.train.loaders import StepLoaders
 from dpofast.train.reference import RunReference
 from dpofast.train.training_set import TrainingSet
 
 
-class ResumesRun(Trainer):
+class ResumesRun(ContinuesRun, Trainer):
     """Makes a transformers Trainer choose and check the checkpoint that a run resumes from."""
 
     args: DPOConfig
@@ -41,6 +42,7 @@ class ResumesRun(Trainer):
             return None, 0
         refuse_finished(checkpoint, num_steps)
         recorded = load_run_state(checkpoint)
+        self.check_same_run(recorded, checkpoint, train_set, num_steps)
         self.reference.restore(recorded, checkpoint)
         self.loaders.settle(recorded.row_tokens)
         return checkpoint, train_set.resume(recorded.stream)

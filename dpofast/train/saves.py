@@ -14,6 +14,7 @@ from transformers import Trainer
 from dpofast.errors import ModelError
 from dpofast.options.config import DPOConfig
 from dpofast.train.cards import WritesCards
+from dpofast.train.continues_run import ContinuesRun
 from dpofast.train.reference import RunReference
 from dpofast.train.saving import check_saved
 from dpofast.train.stream import RunStream
@@ -21,7 +22,7 @@ from dpofast.train.stream import RunStream
 logger = logging.getLogger(__name__)
 
 
-class SavesRun(WritesCards, Trainer):
+class SavesRun(WritesCards, ContinuesRun, Trainer):
     """Makes a transformers Trainer check what it saves, and record the run in its checkpoints."""
 
     args: DPOConfig
@@ -52,10 +53,12 @@ class SavesRun(WritesCards, Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self.count_tokens()
+        sums = self.sums_of_ranks()
         if self.args.should_save:
             folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
             kept = self.args.precompute_ref_log_probs
             state = self.reference.run_state(kept, self.loaders.row_tokens)
-            replace(state, stream=self.stream_state()).save(folder)
+            state = replace(state, stream=self.stream_state(), facts=self.facts, sums=sums)
+            state.save(folder)
             self.write_card(self.args.output_dir)  # which hub_strategy may upload at once
         super()._save_checkpoint(model, trial)

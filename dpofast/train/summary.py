@@ -91,6 +91,7 @@ def write_summary(
     *,
     first_loss: float | None,
     pairs_trained: int,
+    pairs_before: int,
     throughput: dict[str, float],
     wall_seconds: float,
     run: dict[str, Any],
@@ -103,6 +104,7 @@ def write_summary(
         state: the Trainer's state after training.
         first_loss: mean loss over the pairs of the first step, in nats.
         pairs_trained: pairs in all steps; a pair counts once for each epoch that trained on it.
+        pairs_before: those of the steps before the checkpoint that the run was resumed from.
         throughput: pairs and tokens a second, and MFU where it is known.
         wall_seconds: duration of reference scoring and training together.
         run: facts from `run_summary`.
@@ -114,7 +116,7 @@ def write_summary(
         "global_step": output.global_step,
         "epochs": state.epoch,
         "pairs_trained": pairs_trained,
-        "pairs_per_second": pairs_trained / seconds,
+        "pairs_per_second": (pairs_trained - pairs_before) / seconds,
         "throughput": throughput,
         "train_seconds": seconds,
         "wall_seconds": wall_seconds,

@@ -27,6 +27,7 @@ from dpofast.options.config import DPOConfig
 from dpofast.options.output_dir import make_output_dir
 from dpofast.options.trl import refuse, resolve_config, resolve_tokenizer
 from dpofast.train.best_metric import check_best_metric
+from dpofast.train.checkpoint.same_run import read_allowed
 from dpofast.train.clipping import ClipsExactly
 from dpofast.train.dataset import PairPreparer, pairs_of
 from dpofast.train.evaluates import EvaluatesPairs
@@ -237,6 +238,7 @@ class DPOTrainer(
         """
         started = time.monotonic()
         check_overrides(self)  # some may have been assigned since the trainer was made
+        read_allowed(self.args.allow_changed)
         self.start_counting()
         train_set = self.train_set()
         num_steps = total_steps(self.args, train_set)
@@ -246,6 +248,8 @@ class DPOTrainer(
         check_schedule(self, num_steps)
         check_noise(self)
         self.loaders.settle()
+        if checkpoint is None:
+            self.begin_afresh(train_set, num_steps)
         # Before the policy moves: it may be the reference.
         self.loaders.begin(train_set, first_step)
         for dataset in self.eval_sets().values():
