@@ -29,6 +29,7 @@ from dpofast.train.checkpoint.start import (
     resume_point,
     settle_start,
 )
+from dpofast.train.continues_run import ContinuesRun
 from dpofast.train.exchange import decided_by_rank_0, exchange
 from dpofast.train.loaders import StepLoaders
 from dpofast.train.reference import RunReference
@@ -39,7 +40,7 @@ REPORTS = (METRICS_FILE, SUMMARY_FILE, PLOT_FILE)
 logger = logging.getLogger(__name__)
 
 
-class ResumesRun(Trainer):
+class ResumesRun(ContinuesRun, Trainer):
     """Makes a transformers Trainer choose and check the checkpoint that a run resumes from.
 
     Attributes:
@@ -113,6 +114,7 @@ class ResumesRun(Trainer):
                 "checkpoint."
             )
         recorded = load_run_state(checkpoint)
+        self.check_same_run(recorded, checkpoint, train_set, num_steps)
         self.reference.restore(recorded, checkpoint)
         self.loaders.settle(recorded.row_tokens)
         self.resumed_at_end = step == num_steps

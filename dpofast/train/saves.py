@@ -19,6 +19,7 @@ from dpofast.train.cards import WritesCards
 from dpofast.train.checkpoint.reports import RankReports
 from dpofast.train.checkpoint.resume import TRAINER_STATE_FILE
 from dpofast.train.checkpoint.rotate import rotate
+from dpofast.train.continues_run import ContinuesRun
 from dpofast.train.reference import RunReference
 from dpofast.train.saving import check_saved
 from dpofast.train.staged_save import RankFiles, StagedSave
@@ -27,7 +28,7 @@ from dpofast.train.stream import RunStream
 logger = logging.getLogger(__name__)
 
 
-class SavesRun(WritesCards, Trainer):
+class SavesRun(WritesCards, ContinuesRun, Trainer):
     """Makes a transformers Trainer check what it saves, and save checkpoints that are whole.
 
     Attributes:
@@ -99,10 +100,12 @@ class SavesRun(WritesCards, Trainer):
     def _write_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Write the files of this rank's part of a checkpoint into its temporary folder."""
         assert self._staged is not None
+        sums = self.sums_of_ranks()
         if self.args.should_save:
             kept = self.args.precompute_ref_log_probs
             state = self.reference.run_state(kept, self.loaders.row_tokens)
-            replace(state, stream=self.stream_state()).save(self._staged.folder)
+            state = replace(state, stream=self.stream_state(), facts=self.facts, sums=sums)
+            state.save(self._staged.folder)
             self.write_card(self.args.output_dir)  # which hub_strategy may upload at once
         super()._save_checkpoint(model, trial)
 

@@ -28,6 +28,7 @@ from dpofast.options.output_dir import make_output_dir, refuse_inputs_folder
 from dpofast.options.trl import refuse, resolve_config, resolve_tokenizer
 from dpofast.ranks.watch import watch_ranks
 from dpofast.train.best_metric import check_best_metric
+from dpofast.train.checkpoint.same_run import read_allowed
 from dpofast.train.clipping import ClipsExactly
 from dpofast.train.dataset import PairPreparer, pairs_of
 from dpofast.train.evaluates import EvaluatesPairs
@@ -259,6 +260,7 @@ class DPOTrainer(
     def _train(self, resume_from_checkpoint: Any, *args: Any, **kwargs: Any) -> Any:
         started = time.monotonic()
         check_overrides(self)  # some may have been assigned since the trainer was made
+        read_allowed(self.args.allow_changed)
         self.start_counting()
         train_set = self.train_set()
         num_steps = total_steps(self.args, train_set)
@@ -268,6 +270,8 @@ class DPOTrainer(
         check_schedule(self, num_steps)
         check_noise(self)
         self.loaders.settle()
+        if checkpoint is None:
+            self.begin_afresh(train_set, num_steps)
         # Before the policy moves: it may be the reference.
         self.loaders.begin(train_set, first_step)
         for dataset in self.eval_sets().values():
