@@ -74,7 +74,7 @@ class SavesRun(WritesCards, Trainer):
             Path(run_dir),
             self.state.global_step,
             self.args.should_save,
-            RankReports(self.args.ddp_timeout),
+            RankReports.of_process_group(self.args.ddp_timeout),
         )
         with save.failing_together():
             self.run_id = save.begin(self.known_run_id())

@@ -27,7 +27,7 @@ def rotate(
         kept: checkpoints that stay in any case, such as the best one.
 
     Returns:
-        The folders that were deleted.
+        The folders that were deleted, or can't be, which is logged.
     """
     if not limit or limit < 0:
         return []
