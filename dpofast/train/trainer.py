@@ -49,6 +49,7 @@ from dpofast.train.policy import (
     with_quantisation,
 )
 from dpofast.train.predictions import check_compute_metrics
+from dpofast.train.reads_checkpoints import ReadsCheckpoints
 from dpofast.train.reference import RunReference
 from dpofast.train.resumes import ResumesRun
 from dpofast.train.run_store import RunStore
@@ -68,6 +69,7 @@ class DPOTrainer(
     EvaluatesPairs,
     SavesRun,
     ResumesRun,
+    ReadsCheckpoints,
     VotesOnSteps,
     ClipsExactly,
     ChecksFirstStep,
