@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dpofast.train.checkpoint.rotate import rotate
-from tests.train.checkpoint.folders import DAMAGE, RUN, make_checkpoint
+from tests.train.checkpoint.folders import CONTENTS, DAMAGE, RUN, make_checkpoint
 
 
 def left(folder):
@@ -61,3 +61,17 @@ def test_a_folder_that_cannot_be_deleted_is_a_warning(tmp_path, caplog, monkeypa
     rotate(tmp_path, RUN, 1)
     assert left(tmp_path) == [2, 4]
     assert "checkpoint-2 can't be deleted" in caplog.text
+
+
+def test_models_without_a_training_state_count(tmp_path):
+    for step in (2, 4):
+        model = {"model.safetensors": CONTENTS["model.safetensors"]}
+        make_checkpoint(tmp_path, step, contents=model)
+    rotate(tmp_path, RUN, 1)
+    assert left(tmp_path) == [4]
+
+
+def test_at_the_end_the_best_stays_instead_of_the_newest(tmp_path):
+    _, best, _ = make(tmp_path, 2, 4, 6)
+    rotate(tmp_path, RUN, 1, [best], keep_newest=False)
+    assert left(tmp_path) == [4]
