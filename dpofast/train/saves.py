@@ -17,7 +17,7 @@ from dpofast.errors import ModelError
 from dpofast.options.config import DPOConfig
 from dpofast.train.cards import WritesCards
 from dpofast.train.checkpoint.reports import RankReports
-from dpofast.train.checkpoint.resume import TRAINER_STATE_FILE
+from dpofast.train.checkpoint.resume import TRAINER_STATE_FILE, why_not_whole
 from dpofast.train.checkpoint.rotate import rotate
 from dpofast.train.continues_run import ContinuesRun
 from dpofast.train.reference import RunReference
@@ -75,7 +75,7 @@ class SavesRun(WritesCards, ContinuesRun, Trainer):
             Path(run_dir),
             self.state.global_step,
             self.args.should_save,
-            RankReports(self.args.ddp_timeout),
+            RankReports.of_process_group(self.args.ddp_timeout),
         )
         with save.failing_together():
             self.run_id = save.begin(self.known_run_id())
@@ -95,7 +95,27 @@ class SavesRun(WritesCards, ContinuesRun, Trainer):
             self._push_from_checkpoint(str(folder))
         if self.args.should_save:
             best = self.state.best_model_checkpoint
-            rotate(run_dir, self.run_id, self.args.save_total_limit, [folder, best])
+            rotate(run_dir, self.run_id, self._most_checkpoints(), [folder, best])
+
+    def _most_checkpoints(self) -> int | None:
+        """The user's save_total_limit, which `LoopArguments` hides."""
+        limit: int | None = vars(self.args)["save_total_limit"]
+        return limit
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train as transformers' Trainer does; a save_total_limit of 1 leaves the best at the end.
+
+        The last checkpoint stays as well if the best one is damaged.
+        """
+        output = super().train(*args, **kwargs)
+        best = self.state.best_model_checkpoint
+        if self.args.should_save and self._most_checkpoints() == 1 and best and self.run_id:
+            reason = why_not_whole(best)
+            if reason is None:
+                rotate(Path(best).parent, self.run_id, 1, [best], keep_newest=False)
+            else:
+                logger.warning("The best checkpoint is not whole: %s: %s.", best, reason)
+        return output
 
     def _write_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Write the files of this rank's part of a checkpoint into its temporary folder."""
