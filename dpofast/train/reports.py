@@ -30,8 +30,9 @@ class ReportsRun(TakesWholeSteps, Trainer):
     """Counts what a run trains, adds the figures to its logs, and writes its summary and plot.
 
     Attributes:
-        first_loss: mean loss of this call's first step, in nats; None until it is known.
-        pairs_trained: pairs of all steps of this call of `train`, on all ranks.
+        first_loss: mean loss of the run's first step, in nats; None until it is known.
+        pairs_trained: pairs of all steps of the run, on all ranks.
+        pairs_before: those of its steps before the checkpoint that it was resumed from.
         metric_sums: metrics of this rank's pairs since the last log.
         tokens_trained: tokens trained on this rank since the last sum over all ranks.
         plot_file: plot of this call of `train`; None until it is drawn.
@@ -44,6 +45,7 @@ class ReportsRun(TakesWholeSteps, Trainer):
     throughput: Throughput
     first_loss: float | None
     pairs_trained: int
+    pairs_before: int
     metric_sums: MetricSums
     tokens_trained: int
     plot_file: Path | None
@@ -58,7 +60,7 @@ class ReportsRun(TakesWholeSteps, Trainer):
     def start_counting(self) -> None:
         """Set all counts to 0."""
         self.first_loss = None
-        self.pairs_trained = 0
+        self.pairs_trained = self.pairs_before = 0
         self.metric_sums = MetricSums()
         self.tokens_trained = 0
         self.plot_file = None
@@ -120,6 +122,7 @@ class ReportsRun(TakesWholeSteps, Trainer):
             resumed_at_end=self.resumed_at_end,
             first_loss=self.first_loss,
             pairs_trained=self.pairs_trained,
+            pairs_before=self.pairs_before,
             throughput=self.throughput.summary(),
             wall_seconds=wall_seconds,
             run=self.run_summary(),

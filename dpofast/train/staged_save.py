@@ -111,7 +111,11 @@ class StagedSave:
         return "no older checkpoint of the run is there: make room, and start it again"
 
     def _clean(self) -> None:
-        if self.is_leader and not self._is_sealed:
+        self._reports.stop()
+        if self._is_sealed or not self.is_leader:
+            return
+        # Without its folder, a rank that still writes would fail for another reason.
+        if self._reports.all_have_stopped():
             shutil.rmtree(self.area, ignore_errors=True)
 
     def begin(self, run_id: str) -> str:

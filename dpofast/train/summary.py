@@ -94,6 +94,7 @@ def write_summary(
     resumed_at_end: bool,
     first_loss: float | None,
     pairs_trained: int,
+    pairs_before: int,
     throughput: dict[str, float],
     wall_seconds: float,
     run: dict[str, Any],
@@ -109,6 +110,7 @@ def write_summary(
             has no figures of steps.
         first_loss: mean loss over the pairs of the first step, in nats.
         pairs_trained: pairs in all steps; a pair counts once for each epoch that trained on it.
+        pairs_before: those of the steps before the checkpoint that the run was resumed from.
         throughput: pairs and tokens a second, and MFU where it is known.
         wall_seconds: duration of reference scoring and training together.
         run: facts from `run_summary`.
@@ -122,7 +124,7 @@ def write_summary(
         "global_step": output.global_step,
         "epochs": state.epoch,
         "pairs_trained": pairs_trained,
-        "pairs_per_second": None if resumed_at_end else pairs_trained / seconds,
+        "pairs_per_second": None if resumed_at_end else (pairs_trained - pairs_before) / seconds,
         "throughput": throughput,
         "train_seconds": seconds,
         "wall_seconds": wall_seconds,

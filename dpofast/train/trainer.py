@@ -26,7 +26,9 @@ from dpofast.monitor.vanishing import VanishingUpdates
 from dpofast.options.config import DPOConfig
 from dpofast.options.output_dir import make_output_dir, refuse_inputs_folder
 from dpofast.options.trl import refuse, resolve_config, resolve_tokenizer
+from dpofast.ranks.watch import watch_ranks
 from dpofast.train.best_metric import check_best_metric
+from dpofast.train.checkpoint.same_run import read_allowed
 from dpofast.train.clipping import ClipsExactly
 from dpofast.train.dataset import PairPreparer, pairs_of
 from dpofast.train.evaluates import EvaluatesPairs
@@ -38,6 +40,7 @@ from dpofast.train.logs_progress import LogsProgress
 from dpofast.train.loop_arguments import one_item_per_step
 from dpofast.train.memory import row_tokens_on_all_ranks
 from dpofast.train.micro_batches import PairLossPass, gradient_exchange
+from dpofast.train.nodes import check_shared_folders
 from dpofast.train.noise import check_noise
 from dpofast.train.own_loss import run_loss
 from dpofast.train.own_metrics import MetricsFunction, OwnMetrics
@@ -145,6 +148,7 @@ class DPOTrainer(
         refuse("data_collator", data_collator, "leave it out; batches are laid out by the trainer")
         processing_class = resolve_tokenizer(processing_class, options)
         config = resolve_config(args, options, model_name(model))
+        watch_ranks(config.rank_timeout)
         config = with_quantisation(config, quantization_config, model)
         check_compute_metrics(config, compute_metrics)
         self.pair_loss = run_loss(config, loss_fn)
@@ -153,6 +157,7 @@ class DPOTrainer(
             refuse_inputs_folder(config.output_dir, input_folders(model, ref_model, config))
             if config.should_save:
                 make_output_dir(config.output_dir)
+        check_shared_folders(config, trains=train_dataset is not None)
         ref_model = resolve_ref_model(ref_model, model, config)
         model, tokenizer = resolve_model(model, config, processing_class)
         set_seed(config.seed)  # a fresh adapter's weights are random; loading may draw numbers, too
@@ -255,6 +260,7 @@ class DPOTrainer(
     def _train(self, resume_from_checkpoint: Any, *args: Any, **kwargs: Any) -> Any:
         started = time.monotonic()
         check_overrides(self)  # some may have been assigned since the trainer was made
+        read_allowed(self.args.allow_changed)
         self.start_counting()
         train_set = self.train_set()
         num_steps = total_steps(self.args, train_set)
@@ -264,6 +270,8 @@ class DPOTrainer(
         check_schedule(self, num_steps)
         check_noise(self)
         self.loaders.settle()
+        if checkpoint is None:
+            self.begin_afresh(train_set, num_steps)
         # Before the policy moves: it may be the reference.
         self.loaders.begin(train_set, first_step)
         for dataset in self.eval_sets().values():
@@ -312,6 +320,7 @@ class DPOTrainer(
         self.throughput.start_step()
         if self.first_step is not None:
             self.first_step.begin(self.optimizer.param_groups)
+        self.begin_vote(inputs)
         last = len(inputs.micro_batches) - 1
         for index, batch in enumerate(inputs.micro_batches):
             with gradient_exchange(self.accelerator, model, is_last=index == last):
@@ -319,7 +328,6 @@ class DPOTrainer(
             self.tokens_trained += batch.num_tokens
             self.throughput.add(batch)
         self.pairs_trained += inputs.num_pairs
-        self.step_loss = total
         if self.first_loss is None:
             self.first_loss = self.sum_over_ranks(total).item() / self.args.world_size
         return total
@@ -334,6 +342,7 @@ class DPOTrainer(
             self.check_loss(mean)
             self.count(self.metric_sums, mean, batch, "compute_loss")
             output = self._computed.output
+            self.note_pass(batch, mean, output)
             if self._step_zero is not None and output is not None and batch.num_pairs:
                 self._step_zero.check(output, batch)
                 self._step_zero = None
