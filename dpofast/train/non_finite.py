@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from dpofast.data.packing.batch import PackedPairs, StepBatch
-from dpofast.train.checkpoint.resume import newest_saved
+from dpofast.train.checkpoint.resume import newest_whole
 from dpofast_kernels import PairLoss
 
 # Pairs and tensors that a message names; it counts the others.
@@ -139,7 +138,7 @@ def saving_message(what: str, names: Sequence[str], output_dir: str, step: int) 
 
 def last_checkpoint(output_dir: str) -> str:
     """A sentence about the checkpoint to go on from."""
-    found = newest_saved(Path(output_dir))
+    found, _ = newest_whole(output_dir, run_id=None, verify=False)
     if found is None:
         return f"There is no checkpoint in {output_dir} to go on from."
     return f"The last whole checkpoint is {found}: resume_from_checkpoint goes on from there."
