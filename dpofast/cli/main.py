@@ -9,7 +9,13 @@ import sys
 from collections.abc import Callable, Sequence
 
 from dpofast.cli.parser import build_parser, split_arguments
-from dpofast.errors import ConfigError, DataError, DPOFastError, SeveralOptionsError
+from dpofast.errors import (
+    ConfigError,
+    DataError,
+    DPOFastError,
+    SeveralOptionsError,
+    StoppedBySignal,
+)
 
 # Errors of the machine, not of the program: no space, no permission, or a read-only disk.
 MACHINE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES}
@@ -25,7 +31,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: words of the command line after the program's name; by default sys.argv[1:].
 
     Returns:
-        Exit code: 0, EXIT_USAGE, EXIT_INTERRUPTED, EXIT_PIPE, or the `exit_code` of an error.
+        Exit code: 0, EXIT_USAGE, EXIT_INTERRUPTED, EXIT_PIPE, the `exit_code` of an error, or 128 +
+        the number of a signal.
     """
     head, overrides = split_arguments(list(sys.argv[1:] if arguments is None else arguments))
     parser = build_parser()
@@ -47,6 +54,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except DPOFastError as error:
         _report(error)
         return error.exit_code
+    except StoppedBySignal as stopped:  # the trainer has said what is saved
+        return 128 + stopped.signum
     except KeyboardInterrupt:
         print("dpofast: interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED

@@ -56,6 +56,7 @@ from dpofast.train.saves import SavesRun
 from dpofast.train.saving import check_saving
 from dpofast.train.schedule import check_schedule
 from dpofast.train.settings import ShowsSettings
+from dpofast.train.signals import StopsOnSignals, ends_at_signals
 from dpofast.train.step_vote import VotesOnSteps
 from dpofast.train.step_zero import StepZeroCheck
 from dpofast.train.training_set import TrainingSet, prepare_training_set, total_steps
@@ -65,6 +66,7 @@ logger = logging.getLogger(__name__)
 
 
 class DPOTrainer(
+    StopsOnSignals,
     EvaluatesPairs,
     SavesRun,
     ResumesRun,
@@ -226,6 +228,7 @@ class DPOTrainer(
 
     # Training
 
+    @ends_at_signals
     def train(
         self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
     ) -> Any:
@@ -234,6 +237,7 @@ class DPOTrainer(
         Raises:
             ReferenceStoreError: reference log-probs are missing and can't be made.
             ConfigError: there is nothing to train, or no checkpoint to resume from.
+            StoppedBySignal: a signal of save_on_signal has come; a checkpoint was saved.
         """
         started = time.monotonic()
         check_overrides(self)  # some may have been assigned since the trainer was made
@@ -284,6 +288,7 @@ class DPOTrainer(
                 f"get_train_dataloader: an item of the loader is a {type(inputs).__name__}, but "
                 "training runs whole steps; return what super().get_train_dataloader() returns."
             )
+        self.training_begins()
         model.train()
         if callable(getattr(self.optimizer, "train", None)):  # schedule-free optimizers
             self.optimizer.train()
