@@ -24,6 +24,7 @@ logger = logging.getLogger(__name__)
 # Launchers pass on what their ranks may have got already, as from a terminal or from SLURM. Within
 # this many seconds of the first signal, another one is taken for the same.
 SAME_SECONDS = 3.0
+_END = b"\0"  # no signal has this number
 
 
 class SignalWatch:
@@ -85,10 +86,15 @@ class SignalWatch:
         self.restore()
         signal.set_wakeup_fd(self._other_pipe, warn_on_full_buffer=False)
         _active.remove(self)
-        os.close(self._pipe[1])  # which ends the thread
+        os.write(self._pipe[1], _END)
         self._thread.join()
-        os.close(self._pipe[0])
         self._thread = None
+        self.close()
+
+    def close(self) -> None:
+        """Close this process's ends of the pipe."""
+        for end in self._pipe:
+            os.close(end)
 
     def restore(self) -> None:
         """Give back each signal whose handler is still ours to the handler of before."""
@@ -111,7 +117,7 @@ class SignalWatch:
     def _read(self) -> None:
         """The thread: speaks at the first signal, and ends the process at the second."""
         first: float | None = None
-        while byte := os.read(self._pipe[0], 1):
+        while (byte := os.read(self._pipe[0], 1)) != _END:
             if self._other_pipe >= 0:
                 with suppress(OSError):
                     os.write(self._other_pipe, byte)
@@ -135,6 +141,7 @@ def _forget_in_child() -> None:
     for watch in _active:
         signal.set_wakeup_fd(-1)
         watch.restore()
+        watch.close()
     _active.clear()
 
 
