@@ -326,6 +326,7 @@ class DPOConfig(RunFields):
         self._check_number("label_smoothing", "at least 0 and below 0.5")
         self._check_number("learning_rate", "at least 0", minimum=0.0)
         self._check_number("num_train_epochs", "above 0", minimum=0.0)
+        self._check_number("rank_timeout", "of seconds, 0 for never", minimum=0.0)
         if self.warmup_ratio is not None:
             self._check_number("warmup_ratio", "from 0 to 1", minimum=0.0, maximum=1.0)
             if self.warmup_ratio and self.optim in ("schedule_free_adamw", "schedule_free_sgd"):
