@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from dpofast.train.checkpoint.aside import OLDER_RUNS
 from dpofast.train.checkpoint.manifest import MANIFEST_FILE
 from dpofast.train.checkpoint.resume import newest_whole
 from dpofast.train.checkpoint.rotate import rotate
@@ -192,3 +193,14 @@ def test_everything_is_on_the_disk_before_it_gets_its_name(tmp_path, monkeypatch
     assert {str(path) for path in folders} <= set(events[:renamed])
     assert events.index(str(staged / MANIFEST_FILE)) < events.index(str(staged))
     assert events[renamed + 1] == str(tmp_path)
+
+
+def test_another_runs_checkpoint_of_the_same_step_is_moved_and_not_deleted(tmp_path):
+    foreign = make_checkpoint(tmp_path, 4, run_id="run-b")
+    (make_checkpoint(tmp_path, 6) / MANIFEST_FILE).unlink()  # by an older version
+    for step in (4, 6):
+        save(tmp_path, step, b"new")
+        assert newest_whole(tmp_path, RUN)[0] == tmp_path / f"checkpoint-{step}"
+    older = tmp_path / OLDER_RUNS
+    assert newest_whole(older / "run-b", "run-b") == (older / "run-b" / foreign.name, [])
+    assert (older / "unknown" / "checkpoint-6").is_dir()
