@@ -154,7 +154,7 @@ def test_ctrl_c_saves_once_training_has_begun(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         trainer_of(tmp_path, Signals("on_step_begin", 2, signal.SIGINT)).train()
     assert (tmp_path / "run" / "checkpoint-3").is_dir()
-    again = trainer_of(tmp_path, Signals("on_init_end", 0))
+    again = trainer_of(tmp_path)
     again.loaders.begin = lambda *_: os.kill(os.getpid(), signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
         again.train(resume_from_checkpoint=True)
