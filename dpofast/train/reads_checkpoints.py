@@ -1,0 +1,47 @@
+"""The part of DPOTrainer that guards the reading of a checkpoint's files."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from typing import Any
+
+from transformers import Trainer
+
+from dpofast.options.config import DPOConfig
+from dpofast.zero.unpickling import reading_checkpoint
+
+
+class ReadsCheckpoints(Trainer):
+    """Makes a transformers Trainer read checkpoints without running code that they hold.
+
+    These are all the methods in which it calls `torch.load`, or lets DeepSpeed or peft do so.
+    """
+
+    args: DPOConfig
+
+    def _reading(self, checkpoint: str) -> AbstractContextManager[None]:
+        return reading_checkpoint(
+            checkpoint, self.args.trust_checkpoint, bool(self.is_deepspeed_enabled)
+        )
+
+    def _prepare_for_training(
+        self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None
+    ) -> Any:
+        given = (max_steps, train_dataloader, resume_from_checkpoint)
+        if resume_from_checkpoint is None:
+            return super()._prepare_for_training(*given)
+        with self._reading(resume_from_checkpoint):
+            return super()._prepare_for_training(*given)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        with self._reading(resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            with self._reading(checkpoint):
+                super()._load_rng_state(checkpoint)
+
+    def _load_best_model(self) -> None:
+        with self._reading(self.state.best_model_checkpoint):
+            super()._load_best_model()
