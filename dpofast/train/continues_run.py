@@ -12,6 +12,7 @@ from transformers.trainer_callback import ExportableState
 from dpofast.options.config import DPOConfig
 from dpofast.train.checkpoint.run_state import RunState
 from dpofast.train.checkpoint.same_run import (
+    LIMITS,
     SCHEDULED,
     Change,
     Changes,
@@ -109,7 +110,7 @@ class ContinuesRun(KeepsSums, Trainer):
         facts = self.note_facts(train_set, num_steps)
         self.restore_sums(recorded.sums, is_resumed=True)
         if self.args.ignore_data_skip:  # the user asks for other data than the next ones
-            allowed |= {"data"}
+            allowed |= {"data", *LIMITS}
         self.changes, plugin = Changes(), self.args.deepspeed_plugin
         if recorded.facts is None:
             if self.args.should_log:

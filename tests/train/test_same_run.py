@@ -226,7 +226,7 @@ def test_an_adapter_is_refused_on_another_base_model(tmp_path):
     options = saving(max_steps=4)
     expected = train(make_trainer(tmp_path, peft_config=LORA, options=options))
     other = make_trainer(tmp_path, tiny_llama(seed=1), peft_config=LORA, options=options)
-    with pytest.raises(CheckpointError, match="base_model: .*the adapter was trained on it"):
+    with pytest.raises(CheckpointError, match=r"base_model: .*the adapter was trained on it"):
         other.train(resume_from_checkpoint=checkpoint(tmp_path, 2))
     # The base model is known by its weights, also below an adapter that contributes.
     trained = get_peft_model(tiny_llama(), LORA)
