@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from dpofast.errors import CheckpointError
-from dpofast.train.checkpoint.manifest import Manifest, ManifestError
+from dpofast.train.checkpoint.resume import recorded_run_id
 from dpofast.train.checkpoint.run_id import RUN_FILE, Run, write_run
 
 # transformers uploads no file whose path begins with "_" to the hub.
@@ -17,14 +17,6 @@ OLDER_RUNS = "_older-runs"
 UNKNOWN_RUN = "unknown"
 
 logger = logging.getLogger(__name__)
-
-
-def run_of(checkpoint: Path) -> str | None:
-    """The id of the run that has saved a checkpoint; None if it can't be read."""
-    try:
-        return Manifest.read(checkpoint).run_id
-    except ManifestError:
-        return None
 
 
 def move_reports(output_dir: Path, owner: Run | None, reports: Sequence[str]) -> None:
@@ -71,7 +63,7 @@ def move_checkpoints(output_dir: Path, checkpoints: Sequence[Path]) -> None:
     """
     moved: set[Path] = set()
     for path in checkpoints:
-        folder = output_dir / OLDER_RUNS / (run_of(path) or UNKNOWN_RUN)
+        folder = output_dir / OLDER_RUNS / (recorded_run_id(path) or UNKNOWN_RUN)
         with _refusing(folder):
             folder.mkdir(parents=True, exist_ok=True)
             path.rename(_free(folder / path.name))

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from dpofast.errors import CheckpointError, ConfigError
+from dpofast.errors import CheckpointError
 from dpofast.train.checkpoint.manifest import Manifest, ManifestError, verify
 
 logger = logging.getLogger(__name__)
@@ -141,58 +141,6 @@ def check_named(folder: str | Path, output_dir: str | Path, verify: bool = True)
     raise CheckpointError(
         f"resume_from_checkpoint: {str(folder)!r} is not a whole checkpoint: {reason}; {remedy}."
     )
-
-
-def resolve_checkpoint(
-    resume: str | bool | None, output_dir: str, run_id: str | None = None, verify: bool = True
-) -> str | None:
-    """The folder of the checkpoint to resume from.
-
-    Args:
-        resume: a checkpoint's folder; True for the newest whole checkpoint of `output_dir`; None or
-            False to start from the beginning.
-        output_dir: the run's output folder.
-        run_id: the run whose checkpoints are looked at if `resume` is True; None for any.
-        verify: compare the hashes of all files.
-
-    Returns:
-        The folder, or None to start from the beginning.
-
-    Raises:
-        CheckpointError: the folder isn't a whole checkpoint, or there is none to resume from.
-    """
-    if not resume:
-        return None
-    if isinstance(resume, (str, Path)):
-        check_named(resume, output_dir, verify)
-        return str(resume)
-    chosen, passed_over = newest_whole(output_dir, run_id, verify)
-    if chosen is None:
-        found = f" ({in_words(passed_over)})" if passed_over else ""
-        raise CheckpointError(
-            f"resume_from_checkpoint: there is no whole checkpoint in {output_dir!r}{found}; "
-            "leave the option out to start from the beginning."
-        )
-    report_passed_over(chosen, passed_over)
-    return str(chosen)
-
-
-def refuse_finished(checkpoint: str, max_steps: int) -> None:
-    """Refuses a checkpoint of a finished run: transformers would train one step too many.
-
-    Args:
-        checkpoint: folder of a whole checkpoint.
-        max_steps: optimizer steps of the whole run.
-
-    Raises:
-        ConfigError: the checkpoint has reached `max_steps`.
-    """
-    step = saved_step(checkpoint)
-    if step is not None and step >= max_steps:
-        raise ConfigError(
-            f"resume_from_checkpoint: {checkpoint!r} stands at step {step} of {max_steps}, so this "
-            "run is finished; raise num_train_epochs or max_steps to train on."
-        )
 
 
 def recorded_run_id(checkpoint: str | Path) -> str | None:

@@ -14,13 +14,13 @@ from dpofast.train.checkpoint.aside import (
     move_checkpoints,
     move_reports,
     names,
-    run_of,
 )
 from dpofast.train.checkpoint.manifest import Manifest, ManifestError
 from dpofast.train.checkpoint.resume import (
     check_named,
     in_words,
     newest_whole,
+    recorded_run_id,
     report_passed_over,
     step_folders,
     why_not_whole,
@@ -160,7 +160,7 @@ def _at_newest(folder: Folder, is_needed: bool) -> Start:
 
 def _only_run(output_dir: Path) -> Run | None:
     """The run of all checkpoints in a folder without RUN_FILE, as copied ones are."""
-    runs = {run for run in map(run_of, step_folders(output_dir)) if run is not None}
+    runs = {run for run in map(recorded_run_id, step_folders(output_dir)) if run is not None}
     if len(runs) > 1:
         raise CheckpointError(
             f"resume_from_checkpoint: {str(output_dir)!r} holds checkpoints of {len(runs)} runs, "
@@ -172,7 +172,7 @@ def _only_run(output_dir: Path) -> Run | None:
 def _at_named(checkpoint: Path, folder: Folder) -> Start:
     """A checkpoint that the user names; one of another folder begins a new run."""
     check_named(checkpoint, folder.path, folder.verify)
-    run_id = run_of(checkpoint)
+    run_id = recorded_run_id(checkpoint)
     is_own = checkpoint.resolve().parent == folder.path.resolve()
     if run_id is None or not is_own:
         return Start(checkpoint, new_run(), is_new=not is_own)
