@@ -29,7 +29,13 @@ CPU_ROW_TOKENS = 2048  # longer rows are no faster on a CPU, and take more memor
 
 
 class StepLoader(DataLoader[StepBatch]):
-    """Passes the Trainer's epoch on to the plan, which plain DataLoaders don't."""
+    """Passes the Trainer's epoch on to the plan, which plain DataLoaders don't.
+
+    Attributes:
+        run_dataset: the dataset whose steps it gives.
+    """
+
+    run_dataset: RunDataset | None = None
 
     def set_epoch(self, epoch: int) -> None:
         sampler = self.batch_sampler
@@ -181,7 +187,7 @@ class StepLoaders:
     def _loader(self, dataset: RunDataset, plan: StepSampler) -> StepLoader:
         config = self.config
         workers = config.dataloader_num_workers
-        return StepLoader(
+        loader = StepLoader(
             dataset.step_dataset(self.layout),
             batch_sampler=plan,
             collate_fn=whole_step,
@@ -190,6 +196,8 @@ class StepLoaders:
             persistent_workers=workers > 0 and config.dataloader_persistent_workers,
             prefetch_factor=config.dataloader_prefetch_factor if workers else None,
         )
+        loader.run_dataset = dataset
+        return loader
 
 
 def packing_summary(plan: StepSampler | None) -> dict[str, Any] | None:
