@@ -63,6 +63,7 @@ from dpofast.train.saves import SavesRun
 from dpofast.train.saving import check_saving
 from dpofast.train.schedule import check_schedule
 from dpofast.train.settings import ShowsSettings
+from dpofast.train.signals import StopsOnSignals, ends_at_signals
 from dpofast.train.step_vote import VotesOnSteps
 from dpofast.train.step_zero import StepZeroCheck
 from dpofast.train.training_set import TrainingSet, prepare_training_set, total_steps
@@ -72,6 +73,7 @@ logger = logging.getLogger(__name__)
 
 
 class DPOTrainer(
+    StopsOnSignals,
     EvaluatesPairs,
     SavesOnlyFinite,
     SavesRun,
@@ -240,6 +242,7 @@ class DPOTrainer(
 
     # Training
 
+    @ends_at_signals
     def train(
         self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
     ) -> Any:
@@ -255,6 +258,7 @@ class DPOTrainer(
             ConfigError: there is nothing to train, or checkpoints of another run are in the way.
             CheckpointError: there is no checkpoint to resume from, or another process writes to
                 output_dir.
+            StoppedBySignal: a signal of save_on_signal has come; a checkpoint was saved.
         """
         with self.alone_in_output_dir():
             return self._train(resume_from_checkpoint, *args, **kwargs)
@@ -313,6 +317,7 @@ class DPOTrainer(
                 f"get_train_dataloader: an item of the loader is a {type(inputs).__name__}, but "
                 "training runs whole steps; return what super().get_train_dataloader() returns."
             )
+        self.training_begins()
         model.train()
         if callable(getattr(self.optimizer, "train", None)):  # schedule-free optimizers
             self.optimizer.train()
