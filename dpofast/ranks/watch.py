@@ -23,7 +23,7 @@ from dpofast.ranks.meeting import invite, meet, open_store
 from dpofast.ranks.member import Member, num_ranks
 from dpofast.ranks.spoke import Spoke
 from dpofast.ranks.verdict import Event, Kind
-from dpofast.ranks.watcher import Watcher
+from dpofast.ranks.watcher import Watcher, end_process
 
 logger = logging.getLogger(__name__)
 
@@ -136,7 +136,9 @@ def _at_exit(process: int) -> None:
     code = error.exit_code if isinstance(error, DPOFastError) else 1
     is_ours = isinstance(error, DPOFastError)
     text = one_line(error) if is_ours else f"{type(error).__name__}: {one_line(error)}"
-    _report(Kind.ERROR if is_ours else Kind.BUG, text, "", code)
+    final = _report(Kind.ERROR if is_ours else Kind.BUG, text, "", code)
+    if final == RankError.exit_code:
+        end_process(final)
 
 
 def _uncaught() -> BaseException | None:

@@ -120,7 +120,7 @@ def step_message(step: int, norm: Any, facts: Sequence[Facts], output_dir: str) 
     return " ".join(parts)
 
 
-def weights_message(what: str, names: Sequence[str], output_dir: str, step: int) -> str:
+def saving_message(what: str, names: Sequence[str], output_dir: str, step: int) -> str:
     """The message about tensors that are about to be saved and aren't finite.
 
     Args:

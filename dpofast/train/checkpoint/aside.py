@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from dpofast.errors import CheckpointError
-from dpofast.train.checkpoint.manifest import Manifest, ManifestError
+from dpofast.train.checkpoint.resume import recorded_run_id
 from dpofast.train.checkpoint.run_id import RUN_FILE, Run, write_run
 
 # transformers uploads no file whose path begins with "_" to the hub.
@@ -19,15 +19,9 @@ UNKNOWN_RUN = "unknown"
 logger = logging.getLogger(__name__)
 
 
-def run_of(checkpoint: Path) -> str | None:
-    """The id of the run that has saved a checkpoint; None if it can't be read."""
-    try:
-        return Manifest.read(checkpoint).run_id
-    except ManifestError:
-        return None
-
-
-def move_reports(output_dir: Path, owner: Run | None, reports: Sequence[str]) -> None:
+def move_reports(
+    output_dir: Path, owner: Run | None, reports: Sequence[str], checkpoints: Sequence[Path]
+) -> None:
     """Move the reports of the run that an output folder belongs to into the folder of that run.
 
     The folder is made like an output folder, in which the older run can be resumed.
@@ -36,9 +30,11 @@ def move_reports(output_dir: Path, owner: Run | None, reports: Sequence[str]) ->
         output_dir: the output folder.
         owner: the run that it belongs to; None if that isn't known.
         reports: names of the files; some may not be there.
+        checkpoints: folders that will be moved, too.
     """
     found = [output_dir / name for name in reports if (output_dir / name).exists()]
-    if owner is None and not found:
+    has_saved = owner is not None and owner.run in map(recorded_run_id, checkpoints)
+    if not found and not has_saved:
         return
     folder = output_dir / OLDER_RUNS / (UNKNOWN_RUN if owner is None else owner.run)
     with _refusing(folder):
@@ -71,7 +67,7 @@ def move_checkpoints(output_dir: Path, checkpoints: Sequence[Path]) -> None:
     """
     moved: set[Path] = set()
     for path in checkpoints:
-        folder = output_dir / OLDER_RUNS / (run_of(path) or UNKNOWN_RUN)
+        folder = output_dir / OLDER_RUNS / (recorded_run_id(path) or UNKNOWN_RUN)
         with _refusing(folder):
             folder.mkdir(parents=True, exist_ok=True)
             path.rename(_free(folder / path.name))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,13 +14,13 @@ from dpofast.train.checkpoint.aside import (
     move_checkpoints,
     move_reports,
     names,
-    run_of,
 )
 from dpofast.train.checkpoint.manifest import Manifest, ManifestError
 from dpofast.train.checkpoint.resume import (
     check_named,
     in_words,
     newest_whole,
+    recorded_run_id,
     report_passed_over,
     step_folders,
     why_not_whole,
@@ -40,12 +40,15 @@ class Folder:
         saves: whether the run will save checkpoints.
         overwrite: move checkpoints that are in the way aside, if the run saves its own.
         verify: compare the hashes of a checkpoint's files.
+        on_all_nodes: run id and step of the checkpoints that all nodes have, if each node has a
+            folder of its own; None if they share one.
     """
 
     path: Path
     saves: bool
     overwrite: bool
     verify: bool
+    on_all_nodes: Collection[tuple[str, int]] | None = None
 
 
 @dataclass(frozen=True)
@@ -121,7 +124,7 @@ def settle_start(start: Start, folder: Folder, reports: Sequence[str]) -> None:
         owner = None
     moves = start.in_the_way if folder.overwrite and folder.saves else ()
     if moves and start.is_new:
-        move_reports(folder.path, owner, reports)
+        move_reports(folder.path, owner, reports, moves)
     elif moves:
         copy_reports(folder.path, start.run, reports)
     # A run that saves nothing leaves the folder to the one whose checkpoints are in it.
@@ -143,7 +146,9 @@ def _at_newest(folder: Folder, is_needed: bool) -> Start:
     if owner is None:
         chosen, passed_over = None, newest_whole(folder.path, "", folder.verify)[1]
     else:
-        chosen, passed_over = newest_whole(folder.path, owner.run, folder.verify)
+        chosen, passed_over = newest_whole(
+            folder.path, owner.run, folder.verify, folder.on_all_nodes
+        )
     if chosen is not None:
         assert owner is not None
         report_passed_over(chosen, passed_over)
@@ -160,7 +165,7 @@ def _at_newest(folder: Folder, is_needed: bool) -> Start:
 
 def _only_run(output_dir: Path) -> Run | None:
     """The run of all checkpoints in a folder without RUN_FILE, as copied ones are."""
-    runs = {run for run in map(run_of, step_folders(output_dir)) if run is not None}
+    runs = {run for run in map(recorded_run_id, step_folders(output_dir)) if run is not None}
     if len(runs) > 1:
         raise CheckpointError(
             f"resume_from_checkpoint: {str(output_dir)!r} holds checkpoints of {len(runs)} runs, "
@@ -172,7 +177,7 @@ def _only_run(output_dir: Path) -> Run | None:
 def _at_named(checkpoint: Path, folder: Folder) -> Start:
     """A checkpoint that the user names; one of another folder begins a new run."""
     check_named(checkpoint, folder.path, folder.verify)
-    run_id = run_of(checkpoint)
+    run_id = recorded_run_id(checkpoint)
     is_own = checkpoint.resolve().parent == folder.path.resolve()
     if run_id is None or not is_own:
         return Start(checkpoint, new_run(), is_new=not is_own)
