@@ -9,12 +9,12 @@ import sys
 from collections.abc import Callable, Sequence
 
 from dpofast.cli.parser import build_parser, split_arguments
-from dpofast.errors import ConfigError, DataError, DPOFastError, SeveralOptionsError
+from dpofast.cli.report import report, report_bug, report_interrupt, report_stop
+from dpofast.errors import DPOFastError, StoppedBySignal
 
 # Errors of the machine, not of the program: no space, no permission, or a read-only disk.
 MACHINE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES}
 EXIT_USAGE = 2  # an error that the user can fix
-EXIT_INTERRUPTED = 130  # the code that shells report for Ctrl-C
 EXIT_PIPE = 141  # the code that shells report for a closed pipe
 
 
@@ -25,7 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: words of the command line after the program's name; by default sys.argv[1:].
 
     Returns:
-        Exit code: 0, EXIT_USAGE, EXIT_INTERRUPTED, EXIT_PIPE, or the `exit_code` of an error.
+        Exit code: 0, EXIT_USAGE, EXIT_PIPE, that of the error, or 128 + the number of a signal.
     """
     head, overrides = split_arguments(list(sys.argv[1:] if arguments is None else arguments))
     parser = build_parser()
@@ -45,11 +45,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with bars_as_lines():
             command(parsed, overrides)
     except DPOFastError as error:
-        _report(error)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print("dpofast: interrupted", file=sys.stderr)
-        return EXIT_INTERRUPTED
+        return report(error)
+    except StoppedBySignal as stopped:
+        return report_stop(stopped)
+    except KeyboardInterrupt as error:
+        return report_interrupt(error)
     except BrokenPipeError:  # the reader of our output has closed it, as `head` does
         # Python flushes stdout once more at exit, which would print another error.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -57,16 +57,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         if error.errno not in MACHINE_ERRORS:
             raise
-        _report(DPOFastError(f"{error.filename or 'a file'} can't be written: {error.strerror}."))
-        return EXIT_USAGE
+        return report(
+            DPOFastError(f"{error.filename or 'a file'} can't be written: {error.strerror}.")
+        )
+    except Exception as error:
+        return report_bug(error)
     return 0
 
 
 def _command(parsed: argparse.Namespace) -> Callable[[argparse.Namespace, list[str]], None]:
     """The function that runs a command. Its module is imported here, so that `--help` is fast."""
     from dpofast.cli.process_start import prepare_process
+    from dpofast.ranks.watch import watch_ranks
 
     prepare_process()
+    watch_ranks()
     match parsed.command:
         case "train":
             from dpofast.cli.train import train
@@ -88,14 +93,3 @@ def _command(parsed: argparse.Namespace) -> Callable[[argparse.Namespace, list[s
             from dpofast.cli.demo import demo
 
             return demo
-
-
-def _report(error: DPOFastError) -> None:
-    """Print an error on stderr: as one line, or with a line for each of several rows or options."""
-    rank = int(os.environ.get("RANK", "0"))
-    if rank and isinstance(error, ConfigError):
-        return  # every rank has the same options, so rank 0 reports for all
-    has_lines = isinstance(error, DataError | SeveralOptionsError)
-    lines = str(error).splitlines() if has_lines else [str(error)]
-    sentence = "\n  ".join(" ".join(line.split()) for line in lines)
-    print(f"dpofast: error: {f'rank {rank}: ' if rank else ''}{sentence}", file=sys.stderr)

@@ -18,6 +18,7 @@ from dpofast.errors import ConfigError
 from dpofast.options.foreign import refuse_unknown_options
 from dpofast.options.init_kwargs import read_init_kwargs
 from dpofast.options.run_fields import RunFields
+from dpofast.options.save_signals import settle_save_signals
 from dpofast.options.unsupported import check_unsupported, unused_options
 from dpofast.reference.store.location import default_folder
 from dpofast.reference.store.row_detail import DETAILS, RowDetail
@@ -215,6 +216,7 @@ class DPOConfig(RunFields):
         for name in ("model_init_kwargs", "ref_model_init_kwargs"):
             setattr(self, name, read_init_kwargs(name, getattr(self, name)))
         self._check_values()
+        settle_save_signals(self)
         self.max_completion_length = self.length_limits().max_completion_length
         self.max_target_length = None  # so a copy may change the value
         self.make_loss()
@@ -324,6 +326,7 @@ class DPOConfig(RunFields):
         self._check_number("label_smoothing", "at least 0 and below 0.5")
         self._check_number("learning_rate", "at least 0", minimum=0.0)
         self._check_number("num_train_epochs", "above 0", minimum=0.0)
+        self._check_number("rank_timeout", "of seconds, 0 for never", minimum=0.0)
         if self.warmup_ratio is not None:
             self._check_number("warmup_ratio", "from 0 to 1", minimum=0.0, maximum=1.0)
             if self.warmup_ratio and self.optim in ("schedule_free_adamw", "schedule_free_sgd"):

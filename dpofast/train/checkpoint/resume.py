@@ -4,77 +4,166 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
-from dpofast.errors import ConfigError
+from dpofast.errors import CheckpointError
+from dpofast.train.checkpoint.manifest import Manifest, ManifestError, verify
 
 logger = logging.getLogger(__name__)
 
-# transformers writes this file last, so a checkpoint that has it is whole.
 TRAINER_STATE_FILE = "trainer_state.json"
+PREFIX = "checkpoint-"
+NO_MANIFEST = (
+    "it has no manifest: it was copied in part, or saved by a version before manifests, or not by "
+    "dpofast"
+)
+
+PassedOver = list[tuple[Path, str]]
 
 
-def resolve_checkpoint(resume: str | bool | None, output_dir: str) -> str | None:
-    """The folder of the checkpoint to resume from.
-
-    Args:
-        resume: a checkpoint's folder; True for the newest whole checkpoint of `output_dir`; None or
-            False to start from the beginning.
-        output_dir: the run's output folder.
-
-    Returns:
-        The folder, or None to start from the beginning.
-
-    Raises:
-        ConfigError: the folder isn't a whole checkpoint, or there is none to resume from.
-    """
-    if not resume:
-        return None
-    if isinstance(resume, (str, Path)):
-        if _saved_step(Path(resume)) is None:
-            raise ConfigError(
-                f"resume_from_checkpoint: {str(resume)!r} is not a whole checkpoint, as it has no "
-                f"{TRAINER_STATE_FILE} that can be read; name another one."
-            )
-        return str(resume)
+def step_folders(output_dir: str | Path) -> list[Path]:
+    """The folders `checkpoint-N` of a run's output folder, whole or not, the newest first."""
     folders = [
         path
-        for path in Path(output_dir).glob("checkpoint-*")
-        if path.name.removeprefix("checkpoint-").isdigit()
+        for path in Path(output_dir).glob(f"{PREFIX}*")
+        if path.name.removeprefix(PREFIX).isdecimal() and path.is_dir()
     ]
-    for path in sorted(folders, key=lambda path: int(path.name.split("-")[1]), reverse=True):
-        # A run that was killed while saving leaves a checkpoint without its last file.
-        if _saved_step(path) is not None:
-            return str(path)
-        logger.warning("%s was not saved to its end; an older checkpoint is looked for.", path)
-    raise ConfigError(
-        f"resume_from_checkpoint: there is no whole checkpoint in {output_dir!r}; "
-        "leave the option out to start from the beginning."
+    return sorted(folders, key=lambda path: int(path.name.removeprefix(PREFIX)), reverse=True)
+
+
+def why_not_whole(folder: str | Path, run_id: str | None = None, hashes: bool = True) -> str | None:
+    """Why a checkpoint isn't whole, as it is on the disk; None if it is.
+
+    Args:
+        folder: the checkpoint.
+        run_id: the run that it must belong to; None for any.
+        hashes: read all files and compare their hashes; otherwise only their sizes.
+
+    Returns:
+        A clause: "optimizer.pt is missing".
+    """
+    try:
+        manifest = Manifest.read(Path(folder))
+    except ManifestError as error:
+        return NO_MANIFEST if error.is_missing else str(error)
+    name = Path(folder).name
+    if name.removeprefix(PREFIX).isdecimal() and name != f"{PREFIX}{manifest.step}":
+        return f"it is the checkpoint of step {manifest.step}, under another name"
+    if run_id is not None and manifest.run_id != run_id:
+        return f"it belongs to another run, {manifest.run_id}"
+    faults = verify(folder, hashes)
+    if not faults:
+        return None
+    more = f" (and {len(faults) - 1} more of its files are damaged)" if len(faults) > 1 else ""
+    return f"{faults[0]}{more}"
+
+
+def why_not_resumed(
+    folder: str | Path, run_id: str | None = None, hashes: bool = True
+) -> str | None:
+    """Why a run can't resume from a checkpoint; None if it can. As `why_not_whole` otherwise."""
+    reason = why_not_whole(folder, run_id, hashes)
+    if reason is None and not Manifest.read(Path(folder)).has_training_state:
+        return "it has only a model, as save_only_model was set"
+    return reason
+
+
+def newest_whole(
+    output_dir: str | Path,
+    run_id: str | None,
+    verify: bool = True,
+    on_all_nodes: Collection[tuple[str, int]] | None = None,
+) -> tuple[Path | None, PassedOver]:
+    """The newest checkpoint of a run that is whole.
+
+    Args:
+        output_dir: the run's output folder.
+        run_id: the run; None for any.
+        verify: compare the hashes of all files, not only their sizes.
+        on_all_nodes: run id and step of the checkpoints that all nodes have, if each node has a
+            folder of its own; None if they share one.
+
+    Returns:
+        The folder, None if there is none, and the newer folders with the reason why each was
+        passed over.
+    """
+    passed_over: PassedOver = []
+    for folder in step_folders(output_dir):
+        reason = why_not_resumed(folder, run_id, verify)
+        if reason is None and on_all_nodes is not None:
+            manifest = Manifest.read(folder)
+            if (manifest.run_id, manifest.step) not in on_all_nodes:
+                reason = "another node has no such checkpoint that is whole"
+        if reason is None:
+            return folder, passed_over
+        passed_over.append((folder, reason))
+    return None, passed_over
+
+
+def report_passed_over(chosen: Path | None, passed_over: PassedOver) -> None:
+    """Log in one line which newer checkpoints were passed over, and why."""
+    if passed_over:
+        instead = "" if chosen is None else f"; the run resumes from {chosen.name} instead"
+        logger.warning("Passed over %s%s.", in_words(passed_over), instead)
+
+
+def in_words(passed_over: Sequence[tuple[Path, str]]) -> str:
+    """The checkpoints that were passed over, each with its reason, as the part of a sentence."""
+    return "; ".join(f"{folder}: {reason}" for folder, reason in passed_over)
+
+
+def check_named(folder: str | Path, output_dir: str | Path, verify: bool = True) -> None:
+    """Check the checkpoint that resume_from_checkpoint names.
+
+    Args:
+        folder: the checkpoint, of any run.
+        output_dir: the run's output folder, where another one could be taken from.
+        verify: compare it with its manifest, which it must have. Otherwise it is enough that
+            trainer_state.json can be read.
+
+    Raises:
+        CheckpointError: the checkpoint isn't whole; names the file.
+    """
+    if not verify:
+        if saved_step(folder) is None:
+            raise CheckpointError(
+                f"resume_from_checkpoint: {str(folder)!r} is not a whole checkpoint, as it has no "
+                f"{TRAINER_STATE_FILE} that can be read; name another one."
+            )
+        return
+    reason = why_not_resumed(folder)
+    if reason is None:
+        return
+    if reason == NO_MANIFEST:
+        remedy = "set verify_checkpoint: false to resume from it unchecked, or name another one"
+        if saved_step(folder) is None:
+            remedy = "name another one"
+    else:
+        older = [
+            path
+            for path in step_folders(output_dir)
+            if path.resolve() != Path(folder).resolve() and why_not_resumed(path) is None
+        ]
+        names = f"{str(older[0])!r}, which is whole" if older else "another one"
+        remedy = f"name {names}"
+    raise CheckpointError(
+        f"resume_from_checkpoint: {str(folder)!r} is not a whole checkpoint: {reason}; {remedy}."
     )
 
 
-def refuse_finished(checkpoint: str, max_steps: int) -> None:
-    """Refuses a checkpoint of a finished run: transformers would train one step too many.
-
-    Args:
-        checkpoint: folder of a whole checkpoint.
-        max_steps: optimizer steps of the whole run.
-
-    Raises:
-        ConfigError: the checkpoint has reached `max_steps`.
-    """
-    step = _saved_step(Path(checkpoint))
-    if step is not None and step >= max_steps:
-        raise ConfigError(
-            f"resume_from_checkpoint: {checkpoint!r} stands at step {step} of {max_steps}, so this "
-            "run is finished; raise num_train_epochs or max_steps to train on."
-        )
-
-
-def _saved_step(checkpoint: Path) -> int | None:
-    """The step of a whole checkpoint; None if its last file is missing or was cut short."""
+def recorded_run_id(checkpoint: str | Path) -> str | None:
+    """The id of the run that saved a checkpoint; None if it has no manifest that can be read."""
     try:
-        state = json.loads((checkpoint / TRAINER_STATE_FILE).read_text(encoding="utf-8"))
+        return Manifest.read(Path(checkpoint)).run_id
+    except ManifestError:
+        return None
+
+
+def saved_step(checkpoint: str | Path) -> int | None:
+    """The step of a checkpoint, read from trainer_state.json; None if that can't be read."""
+    try:
+        state = json.loads((Path(checkpoint) / TRAINER_STATE_FILE).read_text(encoding="utf-8"))
         return int(state["global_step"])
     except (OSError, ValueError, KeyError, TypeError):
         return None

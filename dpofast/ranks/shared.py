@@ -1,0 +1,126 @@
+"""Folders that all nodes of a run must share, looked at before the run needs them."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import secrets
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from dpofast.errors import CheckpointError, ConfigError
+from dpofast.ranks.member import Member, names, num_ranks
+
+Exchange = Callable[[Any], list[Any]]
+# A network file system may show new files late. Names that were never asked for come at once.
+SECONDS = 15.0
+STATE_FILE = "trainer_state.json"
+
+
+def check_shared(
+    folders: Mapping[str, tuple[Path, str]], exchange: Exchange, seconds: float = SECONDS
+) -> None:
+    """Check that each folder is one and the same on all nodes.
+
+    Rank 0 writes a file to it, for which the first rank of every other node looks. All ranks must
+    call this at the same time.
+
+    Args:
+        folders: by the name of the option: a folder, and what else the user can do about it.
+        exchange: takes an object of each rank and returns those of all ranks, in their order.
+        seconds: how long the file is looked for.
+
+    Raises:
+        ConfigError: on all ranks; names the folder and the hosts that have another one.
+    """
+    firsts = _first_of_each_node(exchange)
+    if len(firsts) < 2:
+        return
+    member = Member.of_environment()
+    file_name = f".dpofast-shared-{secrets.token_hex(8)}"
+    written = {}
+    if member.rank == 0:
+        written = {option: _write(folder / file_name) for option, (folder, _) in folders.items()}
+    paths: dict[str, Path | None] = exchange(written)[0]
+    missing = []
+    if member in firsts:
+        end = time.monotonic() + seconds
+        missing = [option for option, path in paths.items() if path and not _appears(path, end)]
+    of_all = exchange(missing)
+    for path in written.values():
+        if path is not None:
+            path.unlink(missing_ok=True)
+    for option, (folder, remedy) in folders.items():
+        others = [first for first in firsts if option in of_all[first.rank]]
+        if others:
+            raise ConfigError(
+                f"{option}: {folder} isn't one folder on all nodes: {names(others)} can't see what "
+                f"{names(firsts[:1])} writes there. Name a folder on a disk that all nodes share"
+                f"{remedy}."
+            )
+
+
+def check_on_all_nodes(checkpoint: str | Path, exchange: Exchange) -> None:
+    """Check that all nodes see the checkpoint that the run resumes from.
+
+    With `save_on_each_node`, each node has a folder of its own, with a part of the checkpoint. So
+    the folders are compared by the state of the trainer, which is in all of them.
+
+    Args:
+        checkpoint: folder of the checkpoint.
+        exchange: as in `check_shared`.
+
+    Raises:
+        CheckpointError: on all ranks; names the folder and the hosts that don't have it.
+    """
+    firsts = _first_of_each_node(exchange)
+    if len(firsts) < 2:
+        return
+    digests = exchange(_digest(Path(checkpoint) / STATE_FILE))
+    others = [first for first in firsts if digests[first.rank] != digests[0]]
+    if others:
+        raise CheckpointError(
+            f"{checkpoint}: {names(others)} has no such checkpoint, or another one than "
+            f"{names(firsts[:1])}. Resume from a folder on a disk that all nodes share, or copy "
+            "the checkpoint to each node."
+        )
+
+
+def _first_of_each_node(exchange: Exchange) -> list[Member]:
+    """The lowest rank of each node, rank 0 first; none in a run of one rank."""
+    if num_ranks() < 2:
+        return []
+    firsts: dict[str, Member] = {}
+    for member in exchange(Member.of_environment()):
+        firsts.setdefault(member.node, member)
+    return list(firsts.values())
+
+
+def _write(path: Path) -> Path | None:
+    """Make a file; None if that isn't possible, which other checks report."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    except OSError:
+        return None
+    return path
+
+
+def _appears(path: Path, end: float) -> bool:
+    while True:
+        # Opening the folder makes NFS ask the server again.
+        with contextlib.suppress(OSError):
+            if any(entry.name == path.name for entry in path.parent.iterdir()):
+                return True
+        if time.monotonic() >= end:
+            return False
+        time.sleep(0.2)
+
+
+def _digest(path: Path) -> str | None:
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError:
+        return None

@@ -1,0 +1,30 @@
+"""What several nodes of a run must share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from dpofast.options.config import DPOConfig
+from dpofast.ranks.shared import check_shared
+from dpofast.train.exchange import exchange
+
+
+def check_shared_folders(config: DPOConfig, trains: bool) -> None:
+    """Check that output_dir and reference_store are one and the same on all nodes.
+
+    Args:
+        config: options of the run.
+        trains: whether the run trains, and so saves checkpoints, for which all ranks write files.
+
+    Raises:
+        ConfigError: a folder isn't shared.
+    """
+    folders = {}
+    if trains and not config.save_on_each_node:
+        remedy = ", or set save_on_each_node: true to keep a part of each checkpoint on each node"
+        folders["output_dir"] = (Path(config.output_dir).absolute(), remedy)
+    store = config.reference_folder()
+    if store is not None:
+        remedy = ", or set precompute_ref_log_probs: false, and each rank scores what it needs"
+        folders["reference_store"] = (store.absolute(), remedy)
+    check_shared(folders, exchange)
