@@ -26,6 +26,13 @@ PAIRS = [
     {"prompt": f"Say {word}.", "chosen": word, "rejected": f"{word}, I guess"}
     for word in ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 ]
+PASSED_ON = (
+    "DS_ACCELERATOR",
+    "OMP_NUM_THREADS",
+    "CUDA_VISIBLE_DEVICES",
+    "GLOO_SOCKET_IFNAME",
+    "TORCH_EXTENSIONS_DIR",
+)
 OPTIONS = {
     "max_steps": 4,
     "per_device_train_batch_size": 1,
@@ -106,8 +113,7 @@ def start_deepspeed(nodes, folder, *words):
         DPOFAST_NODES=json.dumps({node.name: node.namespace for node in nodes}),
         DS_ENV_FILE=str(folder / "deepspeed_env"),
     )
-    passed_on = ("DS_ACCELERATOR", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "GLOO_SOCKET_IFNAME")
-    lines = [f"{name}={variables[name]}\n" for name in passed_on]
+    lines = [f"{name}={variables[name]}\n" for name in PASSED_ON if name in variables]
     (folder / "deepspeed_env").write_text("".join(lines))
     (folder / "hostfile").write_text("".join(f"{node.name} slots=1\n" for node in nodes))
     launcher = [str(Path(sys.executable).parent / "deepspeed"), "--hostfile"]
