@@ -183,6 +183,7 @@ def make_trainer(
             "max_steps": 6,
             "logging_steps": 1,
             "save_strategy": "no",
+            "overwrite_output_dir": True,  # a test may go back to an older checkpoint
             "report_to": [],
             "bf16": False,
             "gradient_checkpointing": False,

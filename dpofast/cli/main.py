@@ -9,8 +9,8 @@ import sys
 from collections.abc import Callable, Sequence
 
 from dpofast.cli.parser import build_parser, split_arguments
-from dpofast.cli.report import report, report_bug, report_interrupt
-from dpofast.errors import DPOFastError
+from dpofast.cli.report import report, report_bug, report_interrupt, report_stop
+from dpofast.errors import DPOFastError, StoppedBySignal
 
 # Errors of the machine, not of the program: no space, no permission, or a read-only disk.
 MACHINE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES}
@@ -25,7 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: words of the command line after the program's name; by default sys.argv[1:].
 
     Returns:
-        Exit code: 0, EXIT_USAGE, EXIT_PIPE, or that of the error.
+        Exit code: 0, EXIT_USAGE, EXIT_PIPE, that of the error, or 128 + the number of a signal.
     """
     head, overrides = split_arguments(list(sys.argv[1:] if arguments is None else arguments))
     parser = build_parser()
@@ -46,6 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             command(parsed, overrides)
     except DPOFastError as error:
         return report(error)
+    except StoppedBySignal as stopped:
+        return report_stop(stopped)
     except KeyboardInterrupt as error:
         return report_interrupt(error)
     except BrokenPipeError:  # the reader of our output has closed it, as `head` does

@@ -6,10 +6,10 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from dpofast.cli.inputs import adapter_options, load_inputs
+from dpofast.cli.inputs import adapter_base, adapter_options, load_inputs
 from dpofast.cli.process_start import is_main_process
 from dpofast.cli.run_options import RunOptions, read_options
-from dpofast.options.output_dir import make_output_dir
+from dpofast.options.output_dir import make_output_dir, refuse_inputs_folder
 
 
 def train(parsed: argparse.Namespace, overrides: list[str]) -> None:
@@ -17,8 +17,9 @@ def train(parsed: argparse.Namespace, overrides: list[str]) -> None:
     options = read_options(parsed.config, overrides)
     options.require("model_name_or_path", "dataset_name")
     trainer = make_trainer(options)
-    trainer.train(resume_from_checkpoint=resume_point(options))
-    trainer.save_model()
+    with trainer.alone_in_output_dir():
+        trainer.train(resume_from_checkpoint=options.config.resume_from_checkpoint)
+        trainer.save_model()
     if is_main_process():
         _print_result(Path(options.config.output_dir))
 
@@ -27,7 +28,15 @@ def make_trainer(options: RunOptions) -> Any:
     """Make a DPOTrainer from the options."""
     from dpofast.train.trainer import DPOTrainer
 
-    make_output_dir(options.config.output_dir, options.source)
+    output_dir, script = options.config.output_dir, options.script
+    folders = {
+        "model_name_or_path": script.model,
+        "the model below the adapter": adapter_base(script.model),
+        "ref_model_name_or_path": script.ref_model_name_or_path,
+        "reference_store": options.config.reference_folder(),
+    }
+    refuse_inputs_folder(output_dir, folders, options.source)
+    make_output_dir(output_dir, options.source)
     peft_config = adapter_options(options)
     inputs = load_inputs(options)
     trainer = DPOTrainer(
@@ -43,19 +52,6 @@ def make_trainer(options: RunOptions) -> Any:
     trainer.dataset_names = options.script.dataset_names
     trainer.eval_dataset_names = [held_out] if held_out else trainer.dataset_names
     return trainer
-
-
-def resume_point(options: RunOptions) -> str | bool | None:
-    """Where to resume from, as `Trainer.train` takes it.
-
-    Returns:
-        A checkpoint's folder, True for the newest checkpoint in the output folder, or None to start
-        from the beginning.
-    """
-    value = options.config.resume_from_checkpoint
-    # The value can be text, and the Trainer would take "false" for a folder's name.
-    spellings = {"true": True, "false": None, "none": None, "": None}
-    return spellings.get(str(value).lower(), value)
 
 
 def _print_result(folder: Path) -> None:
@@ -77,10 +73,13 @@ def _print_summary(path: Path, console: Any) -> None:
     import json
 
     summary = json.loads(path.read_text(encoding="utf-8"))
-    console.print(
-        f"{summary['global_step']} steps, {summary['pairs_per_second']:.2f} pairs/s, "
-        f"first loss {summary['first_loss']:.4f}, mean loss {summary['train_loss']:.4f}"
-    )
+    if summary["resumed_at_end"]:
+        console.print(f"{summary['global_step']} steps, all trained before this start")
+    else:
+        console.print(
+            f"{summary['global_step']} steps, {summary['pairs_per_second']:.2f} pairs/s, "
+            f"first loss {summary['first_loss']:.4f}, mean loss {summary['train_loss']:.4f}"
+        )
     console.print(
         f"reference: {summary['ref_forward_passes']} forward passes, "
         f"{summary['ref_store_hits']} answers found, {summary['ref_rows_scored']} scored"

@@ -26,6 +26,16 @@ class MetricsFile(TrainerCallback):
         self._has_written = False
         self._guard = ReportGuard()
 
+    def begin_new_run(self, folder: str | Path) -> None:
+        """Delete an older run's file. A run that goes on from another's checkpoint is new, too.
+
+        Args:
+            folder: output folder of the run.
+        """
+        if not self._has_written:
+            with self._guard(METRICS_FILE):
+                (Path(folder) / METRICS_FILE).unlink(missing_ok=True)
+
     def on_train_begin(
         self,
         args: TrainingArguments,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,6 +35,19 @@ class MetricSums:
     def totals(self) -> dict[str, Tensor]:
         """Sums over this rank's pairs since the last call of `means`, [] each."""
         return dict(self._sums)
+
+    def recorded(self) -> dict[str, Any]:
+        """The sums since the last call of `means`, as JSON types, for `restore`."""
+        sums = {name: total.item() for name, total in self._sums.items()}
+        return {"sums": sums, "num_pairs": self._num_pairs}
+
+    def restore(self, recorded: dict[str, Any]) -> None:
+        """Go on from sums that `recorded` returned, bit for bit."""
+        self._sums = {
+            name: torch.tensor(total, dtype=torch.float64)
+            for name, total in recorded["sums"].items()
+        }
+        self._num_pairs = recorded["num_pairs"]
 
     def means(self, sum_over_ranks: SumOverRanks, device: torch.device) -> dict[str, float]:
         """Means over the pairs of all ranks since the last call; {} if no rank had any.

@@ -45,6 +45,8 @@ class Throughput:
         self._device, self._world_size = device, world_size
         self._started: float | None = None
         self._counts = dict.fromkeys(COUNTED, 0.0)  # this rank, since the last log
+        # What an earlier process has counted since the last log: part of means, not of speeds.
+        self._carried = dict.fromkeys(COUNTED, 0.0)
         self._totals = dict.fromkeys((*COUNTED, "seconds"), 0.0)  # all ranks, the whole run
 
     def start_step(self) -> None:
@@ -79,23 +81,36 @@ class Throughput:
         steps: a GPU may still be at work when a step returns.
 
         Args:
-            sum_over_ranks: adds up a float64 vector over the ranks.
+            sum_over_ranks: adds up a float64 tensor over the ranks.
         """
-        own = torch.tensor([*self._counts.values()], dtype=torch.float64)
-        counts = dict(zip(COUNTED, sum_over_ranks(own.to(self._device)).tolist(), strict=True))
+        own = [[*self._counts.values()], [*self._carried.values()]]
+        sums = sum_over_ranks(torch.tensor(own, dtype=torch.float64, device=self._device))
+        counts, carried = (dict(zip(COUNTED, row, strict=True)) for row in sums.tolist())
         started, self._started = self._started, None
         self._counts = dict.fromkeys(COUNTED, 0.0)
+        self._carried = dict.fromkeys(COUNTED, 0.0)
         if started is None or not counts["pairs"]:
             return {}
         seconds = time.perf_counter() - started
         for name, value in {**counts, "seconds": seconds}.items():
             self._totals[name] += value
+        whole = {name: counts[name] + carried[name] for name in COUNTED}
         return {
             **self._rates(counts, seconds),
-            "lengths/pair": counts["tokens"] / counts["pairs"],
-            "lengths/scored": counts["scored_tokens"] / counts["pairs"],
-            "lengths/row": counts["body_tokens"] / counts["micro_batches"],
+            "lengths/pair": whole["tokens"] / whole["pairs"],
+            "lengths/scored": whole["scored_tokens"] / whole["pairs"],
+            "lengths/row": whole["body_tokens"] / whole["micro_batches"],
         }
+
+    def recorded(self) -> dict[str, float]:
+        """What this rank has counted since the last log, for `restore`."""
+        return {
+            name: self._counts[name] + self._carried[name] for name in COUNTED if name != "flops"
+        }
+
+    def restore(self, recorded: dict[str, float]) -> None:
+        """Let the next log's means, but not its speeds, cover counts that `recorded` returned."""
+        self._carried = {**dict.fromkeys(COUNTED, 0.0), **recorded}
 
     def summary(self) -> dict[str, float]:
         """Rates over the whole run so far, by the names of `metrics`; {} if nothing was trained."""

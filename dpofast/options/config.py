@@ -18,6 +18,7 @@ from dpofast.errors import ConfigError
 from dpofast.options.foreign import refuse_unknown_options
 from dpofast.options.init_kwargs import read_init_kwargs
 from dpofast.options.run_fields import RunFields
+from dpofast.options.save_signals import settle_save_signals
 from dpofast.options.unsupported import check_unsupported, unused_options
 from dpofast.reference.store.location import default_folder
 from dpofast.reference.store.row_detail import DETAILS, RowDetail
@@ -215,6 +216,7 @@ class DPOConfig(RunFields):
         for name in ("model_init_kwargs", "ref_model_init_kwargs"):
             setattr(self, name, read_init_kwargs(name, getattr(self, name)))
         self._check_values()
+        settle_save_signals(self)
         self.max_completion_length = self.length_limits().max_completion_length
         self.max_target_length = None  # so a copy may change the value
         self.make_loss()

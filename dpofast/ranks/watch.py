@@ -17,7 +17,7 @@ import traceback
 from functools import partial
 from typing import Any
 
-from dpofast.errors import DPOFastError, RankError, one_line
+from dpofast.errors import DPOFastError, RankError, StoppedBySignal, one_line
 from dpofast.ranks.hub import Hub
 from dpofast.ranks.meeting import invite, meet, open_store
 from dpofast.ranks.member import Member, num_ranks
@@ -70,7 +70,8 @@ def report_failure(text: str, error: BaseException, code: int) -> int | None:
         The exit code to end with, if the user has been told: that of the error, or RankError's if
         the error only follows from another rank's. None if nobody has told the user.
     """
-    is_ours = isinstance(error, DPOFastError | KeyboardInterrupt | OSError)
+    ours = DPOFastError | KeyboardInterrupt | StoppedBySignal | OSError
+    is_ours = isinstance(error, ours)
     detail = "" if is_ours else "".join(traceback.format_exception(error))
     return _report(Kind.ERROR if is_ours else Kind.BUG, text, detail, code)
 
@@ -144,4 +145,6 @@ def _uncaught() -> BaseException | None:
     error = getattr(sys, "last_value", None) or sys.exc_info()[1]
     if isinstance(error, SystemExit) and error.code in (None, 0):
         return None
+    if isinstance(error, StoppedBySignal) and error.checkpoint is not None:
+        return None  # all ranks end together
     return error

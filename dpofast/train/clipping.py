@@ -48,7 +48,8 @@ def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float) -> Tenso
         max_norm: largest norm; infinity measures the norm and scales nothing.
 
     Returns:
-        [] float64, the norm before scaling; inf or NaN if a gradient has such an element.
+        [] float64, the norm before scaling; inf or NaN if a gradient has such an element, and then
+        no gradient is scaled.
 
     Numerics: on a CPU all sums are in float64. On a GPU the norm of one gradient is summed in
     float32 or its own wider dtype, and the sum over gradients is in float64.
@@ -58,7 +59,10 @@ def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float) -> Tenso
     if not squares:
         return torch.zeros((), dtype=torch.float64)
     norm = torch.stack([square.to(squares[0].device) for square in squares]).sum().sqrt()
-    torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+    # A norm that isn't finite would spread to all gradients, and hide the one that it comes from. A
+    # norm of 0 scales nothing.
+    bound = torch.where(norm.isfinite(), norm, 0.0)
+    torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, bound)
     return norm
 
 

@@ -16,9 +16,11 @@ from dpofast.data.packing.batch import StepBatch
 from dpofast.data.packing.collate import Layout
 from dpofast.data.packing.plan import BatchShape, StepSampler
 from dpofast.options.config import DPOConfig
+from dpofast.options.save_signals import watched_signals
 from dpofast.train.dataset import RunDataset, log_report
 from dpofast.train.reference import RunReference
 from dpofast.train.sampler import train_sampler
+from dpofast.train.signal_watch import ignore_signals
 from dpofast.train.stream import RunStream, Window
 from dpofast.train.stream_steps import StepNumbers, StreamSteps
 from dpofast.train.training_set import TrainingSet
@@ -189,6 +191,7 @@ class StepLoaders:
             pin_memory=self._pins,
             persistent_workers=workers > 0 and config.dataloader_persistent_workers,
             prefetch_factor=config.dataloader_prefetch_factor if workers else None,
+            worker_init_fn=partial(ignore_signals, watched_signals(config.save_on_signal)),
         )
 
 

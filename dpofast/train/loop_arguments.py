@@ -15,6 +15,7 @@ class LoopArguments(DPOConfig):
     """A view of the user's DPOConfig in which nothing is accumulated over items of a loader.
 
     An item holds all micro-batches of its step, so the Trainer's loop must take one item per step.
+    It also sees no save_total_limit, which `SavesRun` applies instead.
     Apart from that, the view and the config are one: a value that a callback sets on either is set
     on both. Logs and checkpoints show the user's values, so the view turns into text, JSON or a
     pickle as if it were the config.
@@ -34,6 +35,15 @@ class LoopArguments(DPOConfig):
     @property
     def gradient_accumulation_steps(self) -> int:
         return 1
+
+    @property
+    def save_total_limit(self) -> int | None:
+        """None: transformers would count damaged checkpoints, and keep a damaged best one only."""
+        return None
+
+    @save_total_limit.setter
+    def save_total_limit(self, limit: int | None) -> None:
+        self.__dict__["save_total_limit"] = limit
 
     def __repr__(self) -> str:
         return repr(self.config)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -91,6 +92,21 @@ def resolve_model(model: Any, config: DPOConfig, tokenizer: Any) -> tuple[nn.Mod
     elif config.model_init_kwargs and not was_loaded_here(causal_lm(model)):
         logger.info("model_init_kwargs are ignored, as the model is loaded already.")
     return model, tokenizer
+
+
+def input_folders(model: Any, ref_model: Any, config: DPOConfig) -> dict[str, str | Path | None]:
+    """What a run reads, in words, and its folder or hub name; None if it has none.
+
+    Args:
+        model: the policy as it was given.
+        ref_model: the reference as it was given; None if it is the policy before step 1.
+        config: options of the run.
+    """
+    return {
+        "the model": model_name(model),
+        "ref_model": None if ref_model is None else model_name(ref_model),
+        "reference_store": config.reference_folder(),
+    }
 
 
 def pad_token_id(tokenizer: Any, *models: Any) -> int:

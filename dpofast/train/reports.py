@@ -20,7 +20,7 @@ from dpofast.monitor.throughput import Throughput
 from dpofast.train.dataset import PairPreparer, log_report
 from dpofast.train.loaders import StepLoaders
 from dpofast.train.stream import RunStream
-from dpofast.train.summary import run_summary, write_summary
+from dpofast.train.summary import is_summarised, run_summary, write_summary
 from dpofast.train.training_set import prepare_training_set
 from dpofast.train.whole_steps import TakesWholeSteps
 from dpofast_kernels import PairLoss
@@ -30,8 +30,9 @@ class ReportsRun(TakesWholeSteps, Trainer):
     """Counts what a run trains, adds the figures to its logs, and writes its summary and plot.
 
     Attributes:
-        first_loss: mean loss of this call's first step, in nats; None until it is known.
-        pairs_trained: pairs of all steps of this call of `train`, on all ranks.
+        first_loss: mean loss of the run's first step, in nats; None until it is known.
+        pairs_trained: pairs of all steps of the run, on all ranks.
+        pairs_before: those of its steps before the checkpoint that it was resumed from.
         metric_sums: metrics of this rank's pairs since the last log.
         tokens_trained: tokens trained on this rank since the last sum over all ranks.
         plot_file: plot of this call of `train`; None until it is drawn.
@@ -44,9 +45,12 @@ class ReportsRun(TakesWholeSteps, Trainer):
     throughput: Throughput
     first_loss: float | None
     pairs_trained: int
+    pairs_before: int
     metric_sums: MetricSums
     tokens_trained: int
     plot_file: Path | None
+    run_id: str | None
+    resumed_at_end: bool
     _tr_loss: Tensor
 
     def __init__(self, *args: Any, **options: Any) -> None:
@@ -56,7 +60,7 @@ class ReportsRun(TakesWholeSteps, Trainer):
     def start_counting(self) -> None:
         """Set all counts to 0."""
         self.first_loss = None
-        self.pairs_trained = 0
+        self.pairs_trained = self.pairs_before = 0
         self.metric_sums = MetricSums()
         self.tokens_trained = 0
         self.plot_file = None
@@ -98,21 +102,31 @@ class ReportsRun(TakesWholeSteps, Trainer):
         for stream in self.data.datasets:
             if isinstance(stream, RunStream):
                 log_report(stream.report)
+        step = self.state.global_step
+        # The figures of an earlier call, which has trained the run, say more.
+        is_done = self.resumed_at_end and is_summarised(folder, self.run_id, step)
         with guard(SUMMARY_FILE):
-            write_summary(
-                folder,
-                output,
-                self.state,
-                first_loss=self.first_loss,
-                pairs_trained=self.pairs_trained,
-                throughput=self.throughput.summary(),
-                wall_seconds=wall_seconds,
-                run=self.run_summary(),
-            )
+            if not is_done:
+                self._write_summary(folder, output, wall_seconds)
         with guard(PLOT_FILE):
             title = f"DPO: {public_name(folder) or 'training'}"  # may be published with the card
             plot_run(self.state.log_history, folder / PLOT_FILE, title)
             self.plot_file = folder / PLOT_FILE
+
+    def _write_summary(self, folder: Path, output: TrainOutput, wall_seconds: float) -> None:
+        write_summary(
+            folder,
+            output,
+            self.state,
+            run_id=self.run_id,
+            resumed_at_end=self.resumed_at_end,
+            first_loss=self.first_loss,
+            pairs_trained=self.pairs_trained,
+            pairs_before=self.pairs_before,
+            throughput=self.throughput.summary(),
+            wall_seconds=wall_seconds,
+            run=self.run_summary(),
+        )
 
     def run_summary(self) -> dict[str, Any]:
         """Facts about the run so far: reference, data, settings, memory, versions, hardware."""

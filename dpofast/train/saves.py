@@ -17,9 +17,12 @@ from dpofast.errors import ModelError
 from dpofast.options.config import DPOConfig
 from dpofast.train.cards import WritesCards
 from dpofast.train.checkpoint.reports import RankReports
-from dpofast.train.checkpoint.resume import TRAINER_STATE_FILE
+from dpofast.train.checkpoint.resume import TRAINER_STATE_FILE, why_not_whole
 from dpofast.train.checkpoint.rotate import rotate
+from dpofast.train.checkpoint.space import exporting
+from dpofast.train.continues_run import ContinuesRun
 from dpofast.train.reference import RunReference
+from dpofast.train.room import SaveSize
 from dpofast.train.saving import check_saved
 from dpofast.train.staged_save import RankFiles, StagedSave
 from dpofast.train.stream import RunStream
@@ -27,7 +30,7 @@ from dpofast.train.stream import RunStream
 logger = logging.getLogger(__name__)
 
 
-class SavesRun(WritesCards, Trainer):
+class SavesRun(WritesCards, ContinuesRun, Trainer):
     """Makes a transformers Trainer check what it saves, and save checkpoints that are whole.
 
     Attributes:
@@ -38,16 +41,22 @@ class SavesRun(WritesCards, Trainer):
     args: DPOConfig
     reference: RunReference
     run_id: str | None = None
+    save_size: SaveSize | None
     _staged: StagedSave | None = None  # only while a checkpoint is being written
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save as transformers' Trainer does, with a card; check the names of the saved tensors.
 
         Raises:
-            ModelError: from_pretrained couldn't load what was saved. The files stay.
+            ModelError: the disk is full or can't be written; or from_pretrained couldn't load what
+                was saved, and the files stay.
         """
         folder = output_dir or str(self.args.output_dir)
-        with self.own_card(folder) if self.args.should_save else nullcontext():
+        size = None if self.save_size is None else self.save_size.model
+        with (
+            nullcontext() if _internal_call else exporting(folder, size),
+            self.own_card(folder) if self.args.should_save else nullcontext(),
+        ):
             super().save_model(output_dir, _internal_call)
         if not self.args.should_save:
             return
@@ -74,10 +83,11 @@ class SavesRun(WritesCards, Trainer):
             Path(run_dir),
             self.state.global_step,
             self.args.should_save,
-            RankReports(self.args.ddp_timeout),
+            RankReports.of_process_group(self.args.ddp_timeout),
+            needed=None if self.save_size is None else self.save_size.likely,
         )
         with save.failing_together():
-            self.run_id = save.begin(self.known_run_id())
+            run_id = save.begin(self.run_id or uuid.uuid4().hex)
             self._staged = save
             try:
                 self._write_checkpoint(model, trial)
@@ -94,15 +104,37 @@ class SavesRun(WritesCards, Trainer):
             self._push_from_checkpoint(str(folder))
         if self.args.should_save:
             best = self.state.best_model_checkpoint
-            rotate(run_dir, self.run_id, self.args.save_total_limit, [folder, best])
+            rotate(run_dir, run_id, self._most_checkpoints(), [folder, best])
+
+    def _most_checkpoints(self) -> int | None:
+        """The user's save_total_limit, which `LoopArguments` hides."""
+        limit: int | None = vars(self.args)["save_total_limit"]
+        return limit
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train as transformers' Trainer does; a save_total_limit of 1 leaves the best at the end.
+
+        The last checkpoint stays as well if the best one is damaged.
+        """
+        output = super().train(*args, **kwargs)
+        best = self.state.best_model_checkpoint
+        if self.args.should_save and self._most_checkpoints() == 1 and best and self.run_id:
+            reason = why_not_whole(best)
+            if reason is None:
+                rotate(Path(best).parent, self.run_id, 1, [best], keep_newest=False)
+            else:
+                logger.warning("The best checkpoint is not whole: %s: %s.", best, reason)
+        return output
 
     def _write_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Write the files of this rank's part of a checkpoint into its temporary folder."""
         assert self._staged is not None
+        sums = self.sums_of_ranks()
         if self.args.should_save:
             kept = self.args.precompute_ref_log_probs
             state = self.reference.run_state(kept, self.loaders.row_tokens)
-            replace(state, stream=self.stream_state()).save(self._staged.folder)
+            state = replace(state, stream=self.stream_state(), facts=self.facts, sums=sums)
+            state.save(self._staged.folder)
             self.write_card(self.args.output_dir)  # which hub_strategy may upload at once
         super()._save_checkpoint(model, trial)
 
@@ -114,12 +146,6 @@ class SavesRun(WritesCards, Trainer):
             self.state.best_model_checkpoint = best
             if self.args.should_save:
                 self.state.save_to_json(str(staged / TRAINER_STATE_FILE))
-
-    def known_run_id(self) -> str:
-        """The id of this run, a new one if it has none yet."""
-        if self.run_id is None:
-            self.run_id = uuid.uuid4().hex
-        return self.run_id
 
     def _get_output_dir(self, trial: Any) -> str:
         # transformers writes the files of a save into the `checkpoint-N` of this folder, and

@@ -17,20 +17,16 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
-from transformers.trainer_utils import SaveStrategy
 
 from dpofast.errors import ConfigError, DPOFastError, ModelError, one_line
-from dpofast.model.parts import causal_lm, is_peft_model, num_bytes
+from dpofast.model.parts import causal_lm, is_peft_model
 from dpofast.model.saved_names import can_have_pad, difference_in_files, difference_in_memory
 from dpofast.model.vocabulary import vocabulary_of
 from dpofast.monitor.card import CARD_FILE
-from dpofast.monitor.guard import ReportGuard
 from dpofast.options.config import DPOConfig
 from dpofast.zero.weights import spread
 
 logger = logging.getLogger(__name__)
-
-MOMENTS = 2  # states of Adam per trained parameter, which a checkpoint holds
 
 
 def check_saving(model: nn.Module, tokenizer: Any, config: DPOConfig) -> None:
@@ -46,9 +42,6 @@ def check_saving(model: nn.Module, tokenizer: Any, config: DPOConfig) -> None:
         ModelError: the model, its generation config or its tokenizer can't be saved, or not in a
             way that from_pretrained could load.
     """
-    if config.should_save:
-        with ReportGuard()("looking for room on the disk"):
-            warn_if_full(Path(config.output_dir), model, config)
     _refuse_pad_without_row(model, tokenizer)
     _check_names(model)
     with tempfile.TemporaryDirectory() as folder:
@@ -60,27 +53,6 @@ def check_saving(model: nn.Module, tokenizer: Any, config: DPOConfig) -> None:
                 save()
     with _refusing("The options (training_args.bin)", ConfigError):
         pickle.dumps(config)
-
-
-def warn_if_full(folder: Path, model: nn.Module, config: DPOConfig) -> None:
-    """Logs a warning if the disk has less room than one save of the run needs.
-
-    Args:
-        folder: output folder, which exists.
-        model: the policy.
-        config: options of the run, which say whether checkpoints hold the optimizer.
-    """
-    saved = [p for p in model.parameters() if p.requires_grad or not is_peft_model(model)]
-    needed = sum(map(num_bytes, saved))
-    if config.save_strategy != SaveStrategy.NO and not config.save_only_model:
-        needed += MOMENTS * sum(num_bytes(p) for p in model.parameters() if p.requires_grad)
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        logger.warning(
-            "output_dir: %s has %.1f GB free, and one save of this run takes about %.1f GB; make "
-            "room, or name a folder on another disk.",
-            *(folder, free / 1e9, needed / 1e9),
-        )
 
 
 def check_saved(folder: str | Path, model: nn.Module) -> None:

@@ -14,6 +14,8 @@ from safetensors import SafetensorError
 from dpofast.errors import CheckpointError, DPOFastError, RankError, one_line
 from dpofast.train.checkpoint.manifest import FileRecord, Manifest, hash_files
 from dpofast.train.checkpoint.reports import RankReports
+from dpofast.train.checkpoint.resume import step_folders, why_not_whole
+from dpofast.train.checkpoint.space import failed_write, release_files, room
 from dpofast.train.checkpoint.staging import (
     list_files,
     make_area,
@@ -46,10 +48,19 @@ class StagedSave:
         is_leader: whether this rank renames; one rank does, or one on each node if each node has a
             folder of its own.
         reports: what the ranks tell each other.
+        needed: bytes that the save takes, for messages; None if that isn't known.
     """
 
-    def __init__(self, run_dir: Path, step: int, is_leader: bool, reports: RankReports) -> None:
+    def __init__(
+        self,
+        run_dir: Path,
+        step: int,
+        is_leader: bool,
+        reports: RankReports,
+        needed: int | None = None,
+    ) -> None:
         self.run_dir, self.step, self.is_leader = run_dir, step, is_leader
+        self.needed = needed
         self.area = saving_area(run_dir, step)
         self.folder = staged_folder(run_dir, step)
         self.final = run_dir / self.folder.name
@@ -74,9 +85,13 @@ class StagedSave:
                 raise
             told: BaseException = error
             if isinstance(error, (OSError, RuntimeError, SafetensorError)):
+                reason = failed_write(error, self.run_dir) or one_line(error)
+                release_files(error)
+                self._clean()
                 told = CheckpointError(
                     f"The checkpoint of step {self.step} can't be written into "
-                    f"{str(self.run_dir)!r}: {one_line(error)}; older checkpoints are untouched."
+                    f"{str(self.run_dir)!r}: {reason} ({room(self.run_dir, self.needed)}); "
+                    f"{self._last_whole()}."
                 )
             is_plain = isinstance(told, DPOFastError)
             self._reports.fail(one_line(told) if is_plain else f"{type(told).__name__}: {told}")
@@ -85,8 +100,22 @@ class StagedSave:
                 raise
             raise told from error
 
+    def _last_whole(self) -> str:
+        """Where the run goes on once the disk can be written, as the end of a sentence."""
+        for path in step_folders(self.run_dir):
+            if why_not_whole(path, self._run_id, hashes=False) is None:
+                return (
+                    f"the last whole checkpoint is {path.name}: make room, and go on from it with "
+                    "resume_from_checkpoint: true"
+                )
+        return "no older checkpoint of the run is there: make room, and start it again"
+
     def _clean(self) -> None:
-        if self.is_leader and not self._is_sealed:
+        self._reports.stop()
+        if self._is_sealed or not self.is_leader:
+            return
+        # Without its folder, a rank that still writes would fail for another reason.
+        if self._reports.all_have_stopped():
             shutil.rmtree(self.area, ignore_errors=True)
 
     def begin(self, run_id: str) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -65,6 +67,8 @@ class StepZeroCheck:
         lengths = batch.bounds.diff()  # [2P]
         logratios = output.logps.cpu() - batch.ref_logps.cpu()  # [2P]
         per_token = self._per_token(logratios, batch)
+        if not math.isfinite(per_token):
+            return  # the vote of this step ends the run, and says where the NaN is
         if per_token <= self.tolerance or (self.wants_noise and self._is_random(batch)):
             return
         got, expected = (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -89,8 +90,11 @@ def write_summary(
     output: TrainOutput,
     state: TrainerState,
     *,
+    run_id: str | None,
+    resumed_at_end: bool,
     first_loss: float | None,
     pairs_trained: int,
+    pairs_before: int,
     throughput: dict[str, float],
     wall_seconds: float,
     run: dict[str, Any],
@@ -101,20 +105,26 @@ def write_summary(
         folder: the run's output folder.
         output: what transformers' `train` returned.
         state: the Trainer's state after training.
+        run_id: id of the run.
+        resumed_at_end: whether the run was resumed at its last step, so that this call of `train`
+            has no figures of steps.
         first_loss: mean loss over the pairs of the first step, in nats.
         pairs_trained: pairs in all steps; a pair counts once for each epoch that trained on it.
+        pairs_before: those of the steps before the checkpoint that the run was resumed from.
         throughput: pairs and tokens a second, and MFU where it is known.
         wall_seconds: duration of reference scoring and training together.
         run: facts from `run_summary`.
     """
     seconds = output.metrics["train_runtime"]
     summary = {
+        "run": run_id,
+        "resumed_at_end": resumed_at_end,
         "first_loss": first_loss,
-        "train_loss": output.training_loss,
+        "train_loss": None if resumed_at_end else output.training_loss,
         "global_step": output.global_step,
         "epochs": state.epoch,
         "pairs_trained": pairs_trained,
-        "pairs_per_second": pairs_trained / seconds,
+        "pairs_per_second": None if resumed_at_end else (pairs_trained - pairs_before) / seconds,
         "throughput": throughput,
         "train_seconds": seconds,
         "wall_seconds": wall_seconds,
@@ -123,3 +133,18 @@ def write_summary(
         **run,
     }
     write_json(Path(folder) / SUMMARY_FILE, summary)
+
+
+def is_summarised(folder: str | Path, run_id: str | None, step: int) -> bool:
+    """Whether a folder has the summary of a run with all its steps, written when it had ended.
+
+    Args:
+        folder: the run's output folder.
+        run_id: id of the run.
+        step: last step of the run.
+    """
+    try:
+        summary = json.loads((Path(folder) / SUMMARY_FILE).read_text(encoding="utf-8"))
+        return bool((summary["run"], summary["global_step"]) == (run_id, step))
+    except (OSError, ValueError, KeyError, TypeError):
+        return False

@@ -24,13 +24,15 @@ from dpofast.monitor.guard import guard_reporters
 from dpofast.monitor.throughput import Throughput
 from dpofast.monitor.vanishing import VanishingUpdates
 from dpofast.options.config import DPOConfig
-from dpofast.options.output_dir import make_output_dir
+from dpofast.options.output_dir import make_output_dir, refuse_inputs_folder
 from dpofast.options.trl import refuse, resolve_config, resolve_tokenizer
 from dpofast.ranks.watch import watch_ranks
 from dpofast.train.best_metric import check_best_metric
+from dpofast.train.checkpoint.same_run import read_allowed
 from dpofast.train.clipping import ClipsExactly
 from dpofast.train.dataset import PairPreparer, pairs_of
 from dpofast.train.evaluates import EvaluatesPairs
+from dpofast.train.finished import ResumesAtEnd
 from dpofast.train.first_step import ChecksFirstStep, FirstStep
 from dpofast.train.hooks import NamesHooks, check_overrides
 from dpofast.train.loaders import StepLoaders, whole_step
@@ -43,6 +45,7 @@ from dpofast.train.noise import check_noise
 from dpofast.train.own_loss import run_loss
 from dpofast.train.own_metrics import MetricsFunction, OwnMetrics
 from dpofast.train.policy import (
+    input_folders,
     model_name,
     pad_token_id,
     prepare_policy,
@@ -59,6 +62,7 @@ from dpofast.train.saves import SavesRun
 from dpofast.train.saving import check_saving
 from dpofast.train.schedule import check_schedule
 from dpofast.train.settings import ShowsSettings
+from dpofast.train.signals import StopsOnSignals, ends_at_signals
 from dpofast.train.step_vote import VotesOnSteps
 from dpofast.train.step_zero import StepZeroCheck
 from dpofast.train.training_set import TrainingSet, prepare_training_set, total_steps
@@ -68,8 +72,10 @@ logger = logging.getLogger(__name__)
 
 
 class DPOTrainer(
+    StopsOnSignals,
     EvaluatesPairs,
     SavesRun,
+    ResumesAtEnd,
     ResumesRun,
     ReadsCheckpoints,
     VotesOnSteps,
@@ -149,8 +155,10 @@ class DPOTrainer(
         check_compute_metrics(config, compute_metrics)
         self.pair_loss = run_loss(config, loss_fn)
         own_metrics = None if metrics_fn is None else OwnMetrics(metrics_fn, config.device)
-        if train_dataset is not None and config.should_save:
-            make_output_dir(config.output_dir)
+        if train_dataset is not None:
+            refuse_inputs_folder(config.output_dir, input_folders(model, ref_model, config))
+            if config.should_save:
+                make_output_dir(config.output_dir)
         check_shared_folders(config, trains=train_dataset is not None)
         ref_model = resolve_ref_model(ref_model, model, config)
         model, tokenizer = resolve_model(model, config, processing_class)
@@ -232,17 +240,31 @@ class DPOTrainer(
 
     # Training
 
+    @ends_at_signals
     def train(
         self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
     ) -> Any:
-        """Train as transformers' Trainer does; True resumes from the newest whole checkpoint.
+        """Train as transformers' Trainer does.
+
+        Args:
+            resume_from_checkpoint: a checkpoint's folder, or True for the newest whole one of the
+                run in output_dir, or "auto" for the same if there is one.
+            args, kwargs: further arguments of transformers' `train`.
 
         Raises:
             ReferenceStoreError: reference log-probs are missing and can't be made.
-            ConfigError: there is nothing to train, or no checkpoint to resume from.
+            ConfigError: there is nothing to train, or checkpoints of another run are in the way.
+            CheckpointError: there is no checkpoint to resume from, or another process writes to
+                output_dir.
+            StoppedBySignal: a signal of save_on_signal has come; a checkpoint was saved.
         """
+        with self.alone_in_output_dir():
+            return self._train(resume_from_checkpoint, *args, **kwargs)
+
+    def _train(self, resume_from_checkpoint: Any, *args: Any, **kwargs: Any) -> Any:
         started = time.monotonic()
         check_overrides(self)  # some may have been assigned since the trainer was made
+        read_allowed(self.args.allow_changed)
         self.start_counting()
         train_set = self.train_set()
         num_steps = total_steps(self.args, train_set)
@@ -252,6 +274,8 @@ class DPOTrainer(
         check_schedule(self, num_steps)
         check_noise(self)
         self.loaders.settle()
+        if checkpoint is None:
+            self.begin_afresh(train_set, num_steps)
         # Before the policy moves: it may be the reference.
         self.loaders.begin(train_set, first_step)
         for dataset in self.eval_sets().values():
@@ -290,6 +314,7 @@ class DPOTrainer(
                 f"get_train_dataloader: an item of the loader is a {type(inputs).__name__}, but "
                 "training runs whole steps; return what super().get_train_dataloader() returns."
             )
+        self.training_begins()
         model.train()
         if callable(getattr(self.optimizer, "train", None)):  # schedule-free optimizers
             self.optimizer.train()
@@ -300,6 +325,7 @@ class DPOTrainer(
         self.throughput.start_step()
         if self.first_step is not None:
             self.first_step.begin(self.optimizer.param_groups)
+        self.begin_vote(inputs)
         last = len(inputs.micro_batches) - 1
         for index, batch in enumerate(inputs.micro_batches):
             with gradient_exchange(self.accelerator, model, is_last=index == last):
@@ -307,7 +333,6 @@ class DPOTrainer(
             self.tokens_trained += batch.num_tokens
             self.throughput.add(batch)
         self.pairs_trained += inputs.num_pairs
-        self.step_loss = total
         if self.first_loss is None:
             self.first_loss = self.sum_over_ranks(total).item() / self.args.world_size
         return total
@@ -322,6 +347,7 @@ class DPOTrainer(
             self.check_loss(mean)
             self.count(self.metric_sums, mean, batch, "compute_loss")
             output = self._computed.output
+            self.note_pass(batch, mean, output)
             if self._step_zero is not None and output is not None and batch.num_pairs:
                 self._step_zero.check(output, batch)
                 self._step_zero = None

@@ -83,7 +83,7 @@ def test_command_alone_prints_the_help(capsys: pytest.CaptureFixture[str]) -> No
 def test_second_run_needs_no_reference_forward(
     tmp_path: Path, model_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(run_arguments(tmp_path, model_folder)) == 0
+    assert main(run_arguments(tmp_path, model_folder, "--save_strategy=no")) == 0
     first = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert first["ref_forward_passes"] > 0
     assert first["ref_rows_scored"] == 2 * len(PAIRS)
@@ -201,7 +201,7 @@ def test_a_reference_that_is_not_the_one_of_the_run_is_refused(
     resume = run_arguments(
         tmp_path,
         model_folder,
-        *saving,
+        "--save_strategy=no",
         f"--ref_model_name_or_path={other}",
         f"--resume_from_checkpoint={tmp_path / 'run' / 'checkpoint-1'}",
     )

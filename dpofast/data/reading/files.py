@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -12,6 +13,7 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet
 
+from dpofast.data.reading.arrow_files import AGAIN, arrow_batches, checked
 from dpofast.data.reading.arrow_rows import ArrowRows
 from dpofast.data.reading.records import BATCH_ROWS, Record, record_of
 from dpofast.data.reading.row_error import shown
@@ -42,10 +44,13 @@ def read_file(path: Path, split: str | None) -> Iterator[Record]:
             f"{path}, line {line} is not UTF-8 text (byte {error.start} of the file); save it as "
             "UTF-8 and try again"
         ) from None
-    except (pa.ArrowException, gzip.BadGzipFile, EOFError) as error:
-        raise DataError(f"{path} can't be read as {path.suffix[1:]}: {one_line(error)}") from None
-    except OSError as error:
-        raise DataError(f"{path} can't be read: {error.strerror or error}") from None
+    except (pa.ArrowException, OSError, zlib.error, EOFError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise DataError(f"{path} can't be read: {error.strerror or error}") from None
+        # Arrow raises an OSError without a number if a block can't be decompressed.
+        raise DataError(
+            f"{path} can't be read as {path.suffix[1:]} ({one_line(error)}): {AGAIN}"
+        ) from None
 
 
 def data_suffix(path: Path) -> str:
@@ -165,19 +170,13 @@ def _parse(text: str, path: Path) -> Any:
 
 
 def _read_parquet(path: Path, split: str | None) -> Iterator[Record]:
-    with pa.parquet.ParquetFile(path) as file:
-        yield from _from_batches(path, file.iter_batches(batch_size=BATCH_ROWS))
+    # Only some writers give pages a checksum.
+    with pa.parquet.ParquetFile(path, page_checksum_verification=True) as file:
+        yield from _from_batches(path, checked(file.iter_batches(batch_size=BATCH_ROWS)))
 
 
 def _read_arrow(path: Path, split: str | None) -> Iterator[Record]:
-    with pa.memory_map(str(path)) as source:
-        try:
-            file = pa.ipc.open_file(source)
-            batches = (file.get_batch(i) for i in range(file.num_record_batches))
-        except pa.ArrowInvalid:  # not the file format; `datasets` writes the streaming format
-            source.seek(0)
-            batches = iter(pa.ipc.open_stream(source))
-        yield from _from_batches(path, batches)
+    yield from _from_batches(path, arrow_batches(path))
 
 
 def _read_csv(path: Path, split: str | None) -> Iterator[Record]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -37,7 +38,7 @@ def stream_records(stream: Any, name: str, epoch: int = 0) -> Iterator[Record]:
     row = 0
     # A local name: a stream that isn't read to its end is closed when the process ends, and by then
     # the module's names may be gone.
-    broken = (OSError, DatasetsError, pa.ArrowException)
+    broken = (OSError, EOFError, zlib.error, DatasetsError, pa.ArrowException)
     try:
         if not isinstance(stream, datasets.IterableDataset):
             if callable(getattr(stream, "set_epoch", None)):

@@ -10,6 +10,7 @@ from typing import Any
 import datasets
 from datasets.exceptions import DatasetsError
 
+from dpofast.data.reading.arrow_files import check_dataset
 from dpofast.data.reading.arrow_rows import ArrowRows
 from dpofast.data.reading.files import READERS, data_suffix, read_file
 from dpofast.data.reading.records import BATCH_ROWS, Record, record_of
@@ -65,6 +66,7 @@ def _from_list(rows: Sequence[Any], name: str) -> Iterator[Record]:
 
 
 def _from_dataset(dataset: datasets.Dataset, name: str) -> Iterator[Record]:
+    check_dataset(dataset, name)
     columns = tuple(dataset.column_names)
     row, arrow = 0, ArrowRows()
     # Read as Arrow, a dataset gives the same values as a file of its rows would.
@@ -154,8 +156,11 @@ def _from_saved(folder: Path, split: str) -> Iterator[Record]:
     """Read a folder that `Dataset.save_to_disk` or `DatasetDict.save_to_disk` wrote."""
     try:
         loaded = datasets.load_from_disk(str(folder))
-    except (OSError, ValueError, KeyError, TypeError, DatasetsError) as error:
-        raise DataError(f"the saved dataset {folder} can't be read: {error}") from None
+    except Exception as error:  # on damaged files, `datasets` raises almost anything
+        raise DataError(
+            f"the saved dataset {folder} can't be read ({type(error).__name__}: "
+            f"{one_line(error)}): one of its files is damaged or missing; save or download it again"
+        ) from None
     if isinstance(loaded, datasets.DatasetDict):
         loaded = picked_split(loaded, split, str(folder))
     return _from_dataset(loaded, str(folder))

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
-from dpofast.errors import CheckpointError, ConfigError
+from dpofast.errors import CheckpointError
 from dpofast.train.checkpoint.manifest import Manifest, ManifestError, verify
 
 logger = logging.getLogger(__name__)
@@ -33,7 +33,7 @@ def step_folders(output_dir: str | Path) -> list[Path]:
 
 
 def why_not_whole(folder: str | Path, run_id: str | None = None, hashes: bool = True) -> str | None:
-    """Why a run can't resume from a checkpoint as it is on the disk; None if it can.
+    """Why a checkpoint isn't whole, as it is on the disk; None if it is.
 
     Args:
         folder: the checkpoint.
@@ -52,8 +52,6 @@ def why_not_whole(folder: str | Path, run_id: str | None = None, hashes: bool = 
         return f"it is the checkpoint of step {manifest.step}, under another name"
     if run_id is not None and manifest.run_id != run_id:
         return f"it belongs to another run, {manifest.run_id}"
-    if not manifest.has_training_state:
-        return "it has only a model, as save_only_model was set"
     faults = verify(folder, hashes)
     if not faults:
         return None
@@ -61,8 +59,21 @@ def why_not_whole(folder: str | Path, run_id: str | None = None, hashes: bool = 
     return f"{faults[0]}{more}"
 
 
+def why_not_resumed(
+    folder: str | Path, run_id: str | None = None, hashes: bool = True
+) -> str | None:
+    """Why a run can't resume from a checkpoint; None if it can. As `why_not_whole` otherwise."""
+    reason = why_not_whole(folder, run_id, hashes)
+    if reason is None and not Manifest.read(Path(folder)).has_training_state:
+        return "it has only a model, as save_only_model was set"
+    return reason
+
+
 def newest_whole(
-    output_dir: str | Path, run_id: str | None, verify: bool = True
+    output_dir: str | Path,
+    run_id: str | None,
+    verify: bool = True,
+    on_all_nodes: Collection[tuple[str, int]] | None = None,
 ) -> tuple[Path | None, PassedOver]:
     """The newest checkpoint of a run that is whole.
 
@@ -70,6 +81,8 @@ def newest_whole(
         output_dir: the run's output folder.
         run_id: the run; None for any.
         verify: compare the hashes of all files, not only their sizes.
+        on_all_nodes: run id and step of the checkpoints that all nodes have, if each node has a
+            folder of its own; None if they share one.
 
     Returns:
         The folder, None if there is none, and the newer folders with the reason why each was
@@ -77,7 +90,11 @@ def newest_whole(
     """
     passed_over: PassedOver = []
     for folder in step_folders(output_dir):
-        reason = why_not_whole(folder, run_id, verify)
+        reason = why_not_resumed(folder, run_id, verify)
+        if reason is None and on_all_nodes is not None:
+            manifest = Manifest.read(folder)
+            if (manifest.run_id, manifest.step) not in on_all_nodes:
+                reason = "another node has no such checkpoint that is whole"
         if reason is None:
             return folder, passed_over
         passed_over.append((folder, reason))
@@ -115,7 +132,7 @@ def check_named(folder: str | Path, output_dir: str | Path, verify: bool = True)
                 f"{TRAINER_STATE_FILE} that can be read; name another one."
             )
         return
-    reason = why_not_whole(folder)
+    reason = why_not_resumed(folder)
     if reason is None:
         return
     if reason == NO_MANIFEST:
@@ -126,65 +143,13 @@ def check_named(folder: str | Path, output_dir: str | Path, verify: bool = True)
         older = [
             path
             for path in step_folders(output_dir)
-            if path.resolve() != Path(folder).resolve() and why_not_whole(path) is None
+            if path.resolve() != Path(folder).resolve() and why_not_resumed(path) is None
         ]
         names = f"{str(older[0])!r}, which is whole" if older else "another one"
         remedy = f"name {names}"
     raise CheckpointError(
         f"resume_from_checkpoint: {str(folder)!r} is not a whole checkpoint: {reason}; {remedy}."
     )
-
-
-def resolve_checkpoint(
-    resume: str | bool | None, output_dir: str, run_id: str | None = None, verify: bool = True
-) -> str | None:
-    """The folder of the checkpoint to resume from.
-
-    Args:
-        resume: a checkpoint's folder; True for the newest whole checkpoint of `output_dir`; None or
-            False to start from the beginning.
-        output_dir: the run's output folder.
-        run_id: the run whose checkpoints are looked at if `resume` is True; None for any.
-        verify: compare the hashes of all files.
-
-    Returns:
-        The folder, or None to start from the beginning.
-
-    Raises:
-        CheckpointError: the folder isn't a whole checkpoint, or there is none to resume from.
-    """
-    if not resume:
-        return None
-    if isinstance(resume, (str, Path)):
-        check_named(resume, output_dir, verify)
-        return str(resume)
-    chosen, passed_over = newest_whole(output_dir, run_id, verify)
-    if chosen is None:
-        found = f" ({in_words(passed_over)})" if passed_over else ""
-        raise CheckpointError(
-            f"resume_from_checkpoint: there is no whole checkpoint in {output_dir!r}{found}; "
-            "leave the option out to start from the beginning."
-        )
-    report_passed_over(chosen, passed_over)
-    return str(chosen)
-
-
-def refuse_finished(checkpoint: str, max_steps: int) -> None:
-    """Refuses a checkpoint of a finished run: transformers would train one step too many.
-
-    Args:
-        checkpoint: folder of a whole checkpoint.
-        max_steps: optimizer steps of the whole run.
-
-    Raises:
-        ConfigError: the checkpoint has reached `max_steps`.
-    """
-    step = saved_step(checkpoint)
-    if step is not None and step >= max_steps:
-        raise ConfigError(
-            f"resume_from_checkpoint: {checkpoint!r} stands at step {step} of {max_steps}, so this "
-            "run is finished; raise num_train_epochs or max_steps to train on."
-        )
 
 
 def recorded_run_id(checkpoint: str | Path) -> str | None:

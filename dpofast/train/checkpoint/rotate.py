@@ -13,21 +13,26 @@ logger = logging.getLogger(__name__)
 
 
 def rotate(
-    run_dir: str | Path, run_id: str, limit: int | None, kept: Collection[str | Path | None] = ()
+    run_dir: str | Path,
+    run_id: str,
+    limit: int | None,
+    kept: Collection[str | Path | None] = (),
+    *,
+    keep_newest: bool = True,
 ) -> list[Path]:
     """Delete the oldest checkpoints of a run until `limit` whole ones are left.
 
-    The newest whole checkpoint stays, and so do damaged ones and those of other runs, which don't
-    count.
+    Damaged ones and those of other runs stay, and don't count.
 
     Args:
         run_dir: folder that has the `checkpoint-N`.
         run_id: the run.
         limit: save_total_limit; None or 0 keeps all.
         kept: checkpoints that stay in any case, such as the best one.
+        keep_newest: whether the newest whole checkpoint stays in any case, too.
 
     Returns:
-        The folders that were deleted.
+        The folders that were deleted, or can't be, which is logged.
     """
     if not limit or limit < 0:
         return []
@@ -36,7 +41,8 @@ def rotate(
         path for path in step_folders(run_dir) if why_not_whole(path, run_id, hashes=False) is None
     ]
     protected = {Path(path).resolve() for path in kept if path}
-    protected |= {path.resolve() for path in whole[:1]}
+    if keep_newest:
+        protected |= {path.resolve() for path in whole[:1]}
     deleted: list[Path] = []
     num_left = max(limit, sum(path.resolve() in protected for path in whole))
     for path in reversed(whole):

@@ -28,6 +28,8 @@ class RunState:
         reference_revision: its commit on the hub; None for a folder.
         stream: where a run over a stream goes on in it, from `RunStream.recorded`; None for other
             runs.
+        facts: what decides the numbers of the rest of the run, from `run_facts`.
+        sums: what each rank has added up for its logs, in rank order.
     """
 
     reference_digest: str
@@ -38,6 +40,8 @@ class RunState:
     reference_name: str | None = None
     reference_revision: str | None = None
     stream: dict[str, Any] | None = None
+    facts: dict[str, Any] | None = None
+    sums: list[dict[str, Any]] | None = None
 
     def save(self, checkpoint: str | Path) -> None:
         """Writes the state into a checkpoint's folder, which is made if it doesn't exist yet."""

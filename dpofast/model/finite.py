@@ -1,0 +1,49 @@
+"""Finds NaN and infinity in weights and other tensors, without a copy of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def own_part(tensor: Any) -> Tensor:
+    """What this rank holds of a tensor that ZeRO-3 may have sharded; without gradients."""
+    part: Tensor = getattr(tensor, "ds_tensor", tensor)
+    return part.detach()
+
+
+def non_finite_flags(tensors: Iterable[Tensor], device: torch.device) -> Tensor:
+    """Which tensors have a NaN or infinite element in this rank's part; the host doesn't wait.
+
+    Args:
+        tensors: n tensors of any shape, dtype and device.
+        device: device of the result.
+
+    Returns:
+        [n] bool.
+    """
+    flags = [_largest(own_part(tensor)).isfinite().logical_not().to(device) for tensor in tensors]
+    return torch.stack(flags) if flags else torch.zeros(0, dtype=torch.bool, device=device)
+
+
+def non_finite_names(tensors: Iterable[tuple[str, Tensor]]) -> list[str]:
+    """Names of the tensors that have a NaN or infinite element in this rank's part."""
+    named = list(tensors)
+    flags = non_finite_flags((tensor for _, tensor in named), torch.device("cpu"))
+    return [name for (name, _), is_bad in zip(named, flags.tolist(), strict=True) if is_bad]
+
+
+def trained_weights(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """The parameters that a run trains, by name."""
+    return [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+
+
+def _largest(tensor: Tensor) -> Tensor:
+    """[]: the largest magnitude; NaN if any element is."""
+    # Floats of one byte are the storage of quantised weights, which no reduction takes.
+    if not tensor.numel() or not tensor.is_floating_point() or tensor.element_size() == 1:
+        return torch.zeros((), device=tensor.device)
+    return torch.linalg.vector_norm(tensor, float("inf"))

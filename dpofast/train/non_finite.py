@@ -1,0 +1,193 @@
+"""What is known of a NaN or an infinity in a step, and the error that says it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dpofast.data.packing.batch import PackedPairs, StepBatch
+from dpofast.train.checkpoint.resume import newest_whole
+from dpofast_kernels import PairLoss
+
+# Pairs and tensors that a message names; it counts the others.
+NAMED_PAIRS, NAMED_TENSORS = 8, 3
+
+
+@dataclass(frozen=True)
+class Pass:
+    """What is kept of a micro-batch until its step is known to be finite, all on its device.
+
+    Attributes:
+        batch: the micro-batch.
+        loss: [], its mean loss.
+        logps: [2P] fp64, the log-probs of its answers; None if a subclass has another loss.
+    """
+
+    batch: PackedPairs
+    loss: Tensor
+    logps: Tensor | None
+
+
+@dataclass
+class StepPasses:
+    """The passes of a step on this rank.
+
+    Attributes:
+        step: the step; None before the first one.
+        passes: one for each micro-batch that has been run, in the order of the step.
+    """
+
+    step: StepBatch | None = None
+    passes: list[Pass] = field(default_factory=list)
+
+    def is_bad(self, device: torch.device) -> Tensor:
+        """[] bool: whether a loss is NaN or infinite."""
+        if not self.passes:
+            return torch.zeros((), dtype=torch.bool, device=device)
+        return torch.stack([each.loss for each in self.passes]).isfinite().all().logical_not()
+
+    def bad_pairs(self, loss: PairLoss) -> list[int]:
+        """The pairs whose loss is NaN or infinite, as the step counts them.
+
+        If each pair's own loss is finite, and their sum or a term beside it isn't, all pairs of the
+        micro-batch are returned.
+        """
+        if self.step is None:
+            return []
+        found: list[int] = []
+        for indices, each in zip(self.step.indices, self.passes, strict=False):
+            if not bool(each.loss.isfinite()) and len(indices) == each.batch.num_pairs:
+                flags = _bad_pairs(each, loss)
+                found += [index for index, is_bad in zip(indices, flags, strict=True) if is_bad]
+        return found
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What one rank knows of a step that isn't finite.
+
+    Attributes:
+        rank: the rank.
+        is_loss: whether its part of the loss isn't finite.
+        rows: rows of its pairs whose loss isn't finite, counted from 0.
+        source: what the rows are counted in.
+        weights: names of trained weights that aren't finite.
+        gradients: names of weights whose gradient isn't finite.
+    """
+
+    rank: int
+    is_loss: bool
+    rows: tuple[int, ...]
+    source: str
+    weights: tuple[str, ...]
+    gradients: tuple[str, ...]
+
+
+def step_message(step: int, norm: Any, facts: Sequence[Facts], output_dir: str) -> str:
+    """The message about a step whose loss or gradient norm isn't finite.
+
+    Args:
+        step: number of the step, from 1.
+        norm: gradient norm before clipping; None if it isn't known.
+        facts: what each rank knows.
+        output_dir: the run's output folder.
+    """
+    weights = _distinct(each.weights for each in facts)
+    gradients = _distinct(each.gradients for each in facts)
+    parts = [f"Step {step}: {_what(norm, facts, gradients)}."]
+    if weights:
+        parts.append(
+            f"{_names(weights)} {_have(weights)} NaN or infinite elements, so an update before "
+            "this step has broken the model: lower learning_rate, raise warmup_steps, or set "
+            "max_grad_norm."
+        )
+    elif any(each.rows for each in facts):
+        parts.append(
+            "The trained weights are finite, so look at these rows and at what computes their "
+            "loss; float16 overflows where bfloat16 doesn't (bf16: true)."
+        )
+    else:
+        parts.append(
+            "The trained weights are finite, so look at learning_rate and at the precision; "
+            "float16 overflows where bfloat16 doesn't (bf16: true)."
+        )
+    parts.append(f"The run ends here, and this step isn't saved. {last_checkpoint(output_dir)}")
+    return " ".join(parts)
+
+
+def saving_message(what: str, names: Sequence[str], output_dir: str, step: int) -> str:
+    """The message about tensors that are about to be saved and aren't finite.
+
+    Args:
+        what: what isn't written, as the subject of a sentence.
+        names: names of the tensors.
+        output_dir: the run's output folder.
+        step: steps that the run has done.
+    """
+    return (
+        f"{what} isn't saved, as {_names(names)} {_have(names)} NaN or infinite elements after "
+        f"step {step}: lower learning_rate, raise warmup_steps, or set max_grad_norm. "
+        f"{last_checkpoint(output_dir)}"
+    )
+
+
+def last_checkpoint(output_dir: str) -> str:
+    """A sentence about the checkpoint to go on from."""
+    found, _ = newest_whole(output_dir, run_id=None, verify=False)
+    if found is None:
+        return f"There is no checkpoint in {output_dir} to go on from."
+    return f"The last whole checkpoint is {found}: resume_from_checkpoint goes on from there."
+
+
+def _what(norm: Any, facts: Sequence[Facts], gradients: Sequence[str]) -> str:
+    """What isn't finite: pairs, else the loss as a whole, else gradients."""
+    on_ranks = [(each, f" on rank {each.rank}" if len(facts) > 1 else "") for each in facts]
+    rows = [f"{_rows(each.rows)} of {each.source}{where}" for each, where in on_ranks if each.rows]
+    if rows:
+        return f"the loss is NaN or infinite at {' and '.join(rows)}, counted from 0"
+    places = [where for each, where in on_ranks if each.is_loss]
+    if places:
+        return f"the loss is NaN or infinite{' and'.join(places)}"
+    if gradients:
+        return f"the loss is finite, but the gradient of {_names(gradients)} is NaN or infinite"
+    return f"the loss is finite, but the gradient norm is {float(norm)}"
+
+
+def _rows(rows: Sequence[int]) -> str:
+    numbers = _listed(list(map(str, sorted(rows))), NAMED_PAIRS)
+    return f"row {numbers}" if len(rows) == 1 else f"rows {numbers}"
+
+
+def _names(names: Sequence[str]) -> str:
+    return _listed(names, NAMED_TENSORS)
+
+
+def _have(names: Sequence[str]) -> str:
+    return "has" if len(names) == 1 else "have"
+
+
+def _listed(items: Sequence[str], limit: int) -> str:
+    shown = ", ".join(items[:limit])
+    return f"{shown} and {len(items) - limit} more" if len(items) > limit else shown
+
+
+def _distinct(lists: Iterable[Iterable[str]]) -> list[str]:
+    return list(dict.fromkeys(chain.from_iterable(lists)))
+
+
+def _bad_pairs(each: Pass, loss: PairLoss) -> list[bool]:
+    """Whether each pair of a micro-batch isn't finite; all of them if none can be told apart."""
+    everything = [True] * each.batch.num_pairs
+    if each.logps is None or each.batch.ref_logps is None:
+        return everything
+    bad = ~each.logps.isfinite()
+    logratios = each.logps - each.batch.ref_logps.to(each.logps.device)  # [2P]
+    lengths = each.batch.bounds.diff().view(-1, 2).to(each.logps.device)
+    losses, *_ = loss.pair_loss(logratios[0::2], logratios[1::2], lengths)
+    flags: list[bool] = (bad.view(-1, 2).any(1) | ~losses.isfinite()).tolist()
+    return flags if any(flags) else everything
