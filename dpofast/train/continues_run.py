@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from typing import Any
 
@@ -12,6 +13,7 @@ from transformers.trainer_callback import ExportableState
 from dpofast.options.config import DPOConfig
 from dpofast.train.checkpoint.run_state import RunState
 from dpofast.train.checkpoint.same_run import (
+    LIMITS,
     SCHEDULED,
     Change,
     Changes,
@@ -19,7 +21,7 @@ from dpofast.train.checkpoint.same_run import (
     read_allowed,
 )
 from dpofast.train.keeps_sums import KeepsSums
-from dpofast.train.reference import RunReference
+from dpofast.train.reference import AUTOCAST_DTYPES, RunReference
 from dpofast.train.run_facts import (
     data_facts,
     given_facts,
@@ -75,14 +77,20 @@ class ContinuesRun(KeepsSums, Trainer):
         identity = self.reference.settle()
         is_own = self.reference.ref_model is None and not self.reference.is_gone
         config = self.user_args
-        self.facts = {
+        autocast = None
+        if not self.is_deepspeed_enabled:
+            autocast = AUTOCAST_DTYPES.get(self.accelerator.mixed_precision)
+        facts = {
             **option_facts(config, num_steps),
             **given_facts(self, self._has_optimizer, self._has_schedule),
             **data_facts(train_set, is_first=config.process_index == 0),
-            **model_facts(self.model, config, identity.description if is_own else None),
+            **model_facts(self.model, config, identity.description if is_own else None, autocast),
             **version_facts(),
         }
-        return self.facts
+        # They are compared with facts that were written as JSON.
+        plain: dict[str, Any] = json.loads(json.dumps(facts, default=str))
+        self.facts = plain
+        return plain
 
     def begin_afresh(self, train_set: TrainingSet, num_steps: int) -> None:
         """Note the facts of a run that doesn't resume; the arguments are those of `note_facts`."""
@@ -109,7 +117,7 @@ class ContinuesRun(KeepsSums, Trainer):
         facts = self.note_facts(train_set, num_steps)
         self.restore_sums(recorded.sums, is_resumed=True)
         if self.args.ignore_data_skip:  # the user asks for other data than the next ones
-            allowed |= {"data"}
+            allowed |= {"data", *LIMITS}
         self.changes, plugin = Changes(), self.args.deepspeed_plugin
         if recorded.facts is None:
             if self.args.should_log:

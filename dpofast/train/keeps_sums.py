@@ -74,6 +74,8 @@ class KeepsSums(ReportsRun, Trainer):
 
     def _finalize_training(self, *args: Any, **options: Any) -> TrainOutput:
         output = super()._finalize_training(*args, **options)
+        if "train_loss" not in output.metrics:  # nothing was trained
+            return output
         return output._replace(training_loss=output.metrics["train_loss"])
 
     def _mean_loss(self) -> float:

@@ -10,6 +10,7 @@ from importlib import metadata
 from typing import Any
 
 import numpy as np
+import torch
 import xxhash
 from torch import Tensor
 
@@ -141,7 +142,12 @@ def data_facts(train_set: TrainingSet, is_first: bool) -> dict[str, Any]:
     return {"data": exchange(fingerprint)[0]}
 
 
-def model_facts(model: Any, config: DPOConfig, identity: dict[str, Any] | None) -> dict[str, Any]:
+def model_facts(
+    model: Any,
+    config: DPOConfig,
+    identity: dict[str, Any] | None,
+    autocast_dtype: torch.dtype | None,
+) -> dict[str, Any]:
     """The policy's config, dtypes, trained weights and adapter.
 
     All ranks must call this together, as ZeRO-3 may have sharded the weights.
@@ -151,6 +157,7 @@ def model_facts(model: Any, config: DPOConfig, identity: dict[str, Any] | None) 
         config: options of the run.
         identity: description of the reference's identity if that is the policy without an adapter
             that contributes; None otherwise.
+        autocast_dtype: dtype of the autocast context; None without autocast.
     """
     own = causal_lm(model)
     options = json.loads(json.dumps(own.config.to_dict(), default=str))
@@ -167,7 +174,7 @@ def model_facts(model: Any, config: DPOConfig, identity: dict[str, Any] | None) 
         **{f"config.{name}": value for name, value in sorted(kept.items())},
     }
     if is_peft_model(model):
-        facts["base_model"] = _base_digest(model, config, identity)
+        facts["base_model"] = _base_digest(model, config, identity, autocast_dtype)
         for name in model.active_adapters:
             for option, value in sorted(_adapter_options(model.peft_config[name]).items()):
                 facts[f"adapter.{option}"] = value
@@ -183,13 +190,18 @@ def version_facts() -> dict[str, Any]:
     return {"versions": ", ".join(found)}
 
 
-def _base_digest(model: Any, config: DPOConfig, identity: dict[str, Any] | None) -> str:
+def _base_digest(
+    model: Any,
+    config: DPOConfig,
+    identity: dict[str, Any] | None,
+    autocast_dtype: torch.dtype | None,
+) -> str:
     """A digest of the weights below an adapter."""
     if identity is not None and identity["adapter"] is None:
         return str(identity["weights"])
     gather = gathered if config.deepspeed_plugin is not None else None
     with model.disable_adapter():
-        return read_weights(model, None, gather).digest
+        return read_weights(model, None, gather, autocast_dtype).digest
 
 
 def _adapter_options(adapter: Any) -> dict[str, Any]:

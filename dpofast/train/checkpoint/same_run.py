@@ -192,8 +192,7 @@ def _changes(recorded: Facts, now: Facts) -> list[Change]:
     same_data = recorded.get("data") is not None and recorded.get("data") == now.get("data")
     found = []
     for name in names:
-        is_group = _why_fixed(name) is not None and "." in name
-        if name in DERIVED or (name not in recorded and not is_group):
+        if name in DERIVED or _is_unrecorded(name, recorded, now):
             continue
         if name in LIMITS and same_data:  # these limits cut nothing
             continue
@@ -201,6 +200,21 @@ def _changes(recorded: Facts, now: Facts) -> list[Change]:
         if before != value and not _is_same_in_effect(name, recorded, now):
             found.append(Change(name, before, value))
     return found
+
+
+def _is_unrecorded(name: str, recorded: Facts, now: Facts) -> bool:
+    """Whether a fact can't be compared, as one of the two versions doesn't know it."""
+    if name in recorded and name in now:
+        return False
+    group, point, _ = name.partition(".")
+    if not point:
+        return name not in recorded
+    # Another version of transformers or peft has other options. Without an adapter there is none.
+    is_other_version = recorded.get("versions") != now.get("versions")
+    has_group = all(
+        any(each.startswith(f"{group}.") for each in facts) for facts in (recorded, now)
+    )
+    return is_other_version and has_group
 
 
 def _is_same_in_effect(name: str, recorded: Facts, now: Facts) -> bool:

@@ -124,7 +124,7 @@ def settle_start(start: Start, folder: Folder, reports: Sequence[str]) -> None:
         owner = None
     moves = start.in_the_way if folder.overwrite and folder.saves else ()
     if moves and start.is_new:
-        move_reports(folder.path, owner, reports)
+        move_reports(folder.path, owner, reports, moves)
     elif moves:
         copy_reports(folder.path, start.run, reports)
     # A run that saves nothing leaves the folder to the one whose checkpoints are in it.

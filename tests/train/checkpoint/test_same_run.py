@@ -114,8 +114,8 @@ def test_schedules_that_follow_from_the_run_cannot_change():
     before = {**FACTS, "lr_scheduler_type": "reduce_lr_on_plateau"}
     with pytest.raises(CheckpointError, match="this can't change, as the schedule reduce_lr"):
         compare(before, {**before, "learning_rate": 1.0}, {"learning_rate"}, "c", None)
+    before = {**FACTS, "deepspeed_scheduler": {"type": "WarmupLR"}}
     with pytest.raises(CheckpointError, match="DeepSpeed makes the schedule"):
-        before = {**FACTS, "deepspeed_scheduler": {"type": "WarmupLR"}}
         compare(before, {**before, "learning_rate": 1.0}, {"learning_rate"}, "c", None)
 
 
@@ -134,3 +134,9 @@ def test_another_stage_is_named():
 def test_facts_of_a_group_that_only_one_side_has_are_differences():
     assert "config.softcap: none in the checkpoint, 30 now" in refused(config__softcap=30)
     assert compared(brand_new=1).unknown == ("brand_new",)
+    # A newer transformers knows more options, which an old checkpoint can't have.
+    assert compared(config__softcap=30, versions="transformers 6").unknown == (
+        "config.softcap",
+        "versions",
+    )
+    assert "adapter.r: none in the checkpoint" in refused(adapter__r=8, versions="peft 1")
