@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +83,11 @@ def assert_same(resumed: DPOTrainer, unbroken: DPOTrainer) -> None:
 
 @pytest.mark.parametrize(
     ("at", "step", "saved"),
-    [("on_step_begin", 1, 2), ("on_pre_optimizer_step", 0, 2), ("on_epoch_end", 3, 4)],
+    [
+        ("on_step_begin", 1, 2),
+        pytest.param("on_pre_optimizer_step", 0, 2, marks=pytest.mark.slow),
+        pytest.param("on_epoch_end", 3, 4, marks=pytest.mark.slow),
+    ],
 )
 def test_the_resumed_run_is_the_unbroken_one(tmp_path, at, step, saved):
     unbroken = trainer_of(tmp_path / "unbroken")
@@ -112,6 +115,7 @@ EVALUATING = {
 }
 
 
+@pytest.mark.slow  # each case trains three times
 @pytest.mark.parametrize(
     ("at", "step", "after", "saved"),
     [
@@ -161,6 +165,7 @@ def test_ctrl_c_saves_once_training_has_begun(tmp_path):
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+@pytest.mark.slow
 def test_a_whole_checkpoint_is_saved_whatever_the_options_say(tmp_path):
     options = {"save_only_model": True, "save_strategy": "steps", "save_steps": 5}
     trainer = trainer_of(tmp_path, Signals("on_step_begin", 2), **options)
@@ -179,25 +184,6 @@ def test_without_signals_none_is_caught(tmp_path):
 
     trainer_of(tmp_path, Looks(), save_on_signal=None, max_steps=1).train()
     assert seen == [STARTS]
-
-
-def test_a_handler_of_the_scripts_own_stays(tmp_path):
-    received = []
-    previous = signal.signal(signal.SIGUSR1, lambda *_: received.append("own"))
-    try:
-        trainer_of(tmp_path, Signals("on_step_begin", 0, signal.SIGUSR1), max_steps=1).train()
-    finally:
-        signal.signal(signal.SIGUSR1, previous)
-    assert received == ["own"]
-
-
-def test_training_in_a_thread_catches_nothing(tmp_path):
-    trainer = trainer_of(tmp_path, max_steps=1)
-    thread = threading.Thread(target=trainer.train)
-    thread.start()
-    thread.join()
-    assert trainer.state.global_step == 1
-    assert {each: signal.getsignal(each) for each in STARTS} == STARTS
 
 
 def test_handlers_are_back_after_an_error(tmp_path):
