@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import signal
 
 import numpy as np
 import pytest
@@ -123,13 +122,6 @@ def test_a_scorer_that_returns_more_than_0_is_refused(tmp_path):
     with pytest.raises(ReferenceStoreError, match=r"0.5 at the answer's token 2, which is above 0"):
         write(tmp_path, rows)
     write(tmp_path, {bytes(16): np.array([-1.0, 1e-5], np.float32)})  # rounding
-
-
-def test_the_vote_tells_all_ranks_of_a_signal(tmp_path):
-    trainer = make_trainer(tmp_path, options={"max_steps": 1})
-    trainer.received_signal = signal.SIGTERM
-    trainer.train()
-    assert trainer.stopping_signal is signal.SIGTERM
 
 
 def test_non_finite_names_sees_every_dtype_and_leaves_out_what_is_empty():
