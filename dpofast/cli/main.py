@@ -56,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return EXIT_PIPE
     except OSError as error:
         if error.errno not in MACHINE_ERRORS:
-            raise
+            return report_bug(error)
         return report(
             DPOFastError(f"{error.filename or 'a file'} can't be written: {error.strerror}.")
         )

@@ -70,7 +70,7 @@ def report_failure(text: str, error: BaseException, code: int) -> int | None:
         The exit code to end with, if the user has been told: that of the error, or RankError's if
         the error only follows from another rank's. None if nobody has told the user.
     """
-    ours = DPOFastError | KeyboardInterrupt | StoppedBySignal | OSError
+    ours = DPOFastError | KeyboardInterrupt | StoppedBySignal
     is_ours = isinstance(error, ours)
     detail = "" if is_ours else "".join(traceback.format_exception(error))
     return _report(Kind.ERROR if is_ours else Kind.BUG, text, detail, code)

@@ -13,31 +13,20 @@ import time
 from pathlib import Path
 
 import pytest
-import yaml
 
-from dpofast.demo.model import make_tokenizer
+from tests.distributed.inputs import write_inputs
 from tests.distributed.nodes import cut_cable, environment, kill_all, torchrun, two_nodes
-from tests.support import tiny_llama
 
 pytestmark = pytest.mark.distributed
 
 WITHIN = 300.0
-PAIRS = [
-    {"prompt": f"Say {word}.", "chosen": word, "rejected": f"{word}, I guess"}
-    for word in ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
-]
-OPTIONS = {
-    "max_steps": 4,
-    "per_device_train_batch_size": 1,
-    "gradient_accumulation_steps": 2,
-    "learning_rate": 1e-3,
-    "logging_steps": 1,
-    "save_strategy": "steps",
-    "save_steps": 2,
-    "report_to": "none",
-    "use_cpu": True,
-    "bf16": False,
-}
+PASSED_ON = (
+    "DS_ACCELERATOR",
+    "OMP_NUM_THREADS",
+    "CUDA_VISIBLE_DEVICES",
+    "GLOO_SOCKET_IFNAME",
+    "TORCH_EXTENSIONS_DIR",
+)
 
 
 @pytest.fixture(scope="module")
@@ -49,20 +38,7 @@ def nodes():
 @pytest.fixture
 def folder(tmp_path):
     """A folder with a model, pairs and a YAML file."""
-    tokenizer = make_tokenizer()
-    tiny_llama(vocab_size=len(tokenizer)).save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
-    (tmp_path / "pairs.json").write_text(json.dumps(PAIRS))
-    paths = {
-        "model_name_or_path": "model",
-        "dataset_name": "pairs.json",
-        "output_dir": "run",
-        "reference_store": "store",
-    }
-    named = {name: str(tmp_path / path) for name, path in paths.items()}
-    (tmp_path / "run.yaml").write_text(yaml.safe_dump(named | OPTIONS))
-    (tmp_path / "run").mkdir()
-    return tmp_path
+    return write_inputs(tmp_path)
 
 
 class Job:
@@ -106,8 +82,7 @@ def start_deepspeed(nodes, folder, *words):
         DPOFAST_NODES=json.dumps({node.name: node.namespace for node in nodes}),
         DS_ENV_FILE=str(folder / "deepspeed_env"),
     )
-    passed_on = ("DS_ACCELERATOR", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "GLOO_SOCKET_IFNAME")
-    lines = [f"{name}={variables[name]}\n" for name in passed_on]
+    lines = [f"{name}={variables[name]}\n" for name in PASSED_ON if name in variables]
     (folder / "deepspeed_env").write_text("".join(lines))
     (folder / "hostfile").write_text("".join(f"{node.name} slots=1\n" for node in nodes))
     launcher = [str(Path(sys.executable).parent / "deepspeed"), "--hostfile"]

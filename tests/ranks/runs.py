@@ -64,10 +64,11 @@ class Run:
             if rank in (0, each):
                 connection.shutdown(socket.SHUT_RDWR)
 
-    def join(self) -> None:
-        for watcher in self.watchers:
-            watcher.join(SOON)
-            assert not watcher.is_alive()
+    def join(self, without: int | None = None) -> None:
+        for rank, watcher in enumerate(self.watchers):
+            if rank != without:
+                watcher.join(SOON)
+                assert not watcher.is_alive()
 
 
 def wait_until(condition: Callable[[], bool]) -> None:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import socket
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -69,15 +70,30 @@ def test_an_error_on_all_ranks_is_decided_at_once_and_ends_nobody(monkeypatch):
     assert run.ended == {0: [], 1: [], 2: []}
 
 
-def test_an_exception_that_follows_from_a_lost_rank_is_not_reported():
+def test_an_exception_that_follows_from_a_lost_rank_is_not_reported(monkeypatch):
+    monkeypatch.setattr(watcher_module, "GRACE_SECONDS", 60.0)
     run = Run("a", "b", "c")
-    run.lose(2)
-    verdict = run.fail(1, Kind.BUG, "RuntimeError: Connection closed by peer", "Traceback")
+    with ThreadPoolExecutor() as pool:
+        failing = pool.submit(
+            run.fail, 1, Kind.BUG, "RuntimeError: Connection closed by peer", "Traceback"
+        )
+        time.sleep(0.1)
+        run.lose(2)
+        verdict = failing.result(SOON)
     run.join()
     assert not verdict.blames(1)
     assert "rank 2 on host c was lost" in verdict.lines[0]
     assert len(run.said[0]) == len(run.said[1]) == 1
     assert run.ended[1] == []  # its main thread ends it
+
+
+def test_a_death_is_reported_before_the_launcher_kills_the_other_ranks(monkeypatch):
+    monkeypatch.setattr(watcher_module, "GRACE_SECONDS", 60.0)
+    run = Run("a", "a", "a")
+    run.lose(1)
+    run.join()
+    assert len(run.said[0]) == 1
+    assert "rank 1 on host a was lost" in run.said[0][0]
 
 
 @pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1, 0, 2)])
@@ -91,12 +107,13 @@ def test_ranks_may_finish_in_any_order(order):
     assert run.ended == {0: [], 1: [], 2: []}
 
 
-def test_rank_0_finishing_tells_why_the_run_ends_if_it_knows():
+def test_rank_0_finishing_tells_why_the_run_ends_if_it_knows(monkeypatch):
     run = Run("a", "a", "b")
+    monkeypatch.setattr(watcher_module, "GRACE_SECONDS_AFTER_DEATH", 60.0)
     run.lose(2)
     wait_until(lambda: run.hub.num_connected == 1)
     run.hub.finish(SOON)
-    run.join()
+    run.join(without=2)
     assert run.ended[0] == []  # its work is done
     assert run.ended[1] == [CODE]
     assert "rank 2 on host b was lost" in run.said[0][0]
