@@ -117,22 +117,28 @@ EVALUATING = {
 
 @pytest.mark.slow  # each case trains three times
 @pytest.mark.parametrize(
-    ("at", "step", "after", "saved"),
+    ("strategy", "at", "step", "after", "saved"),
     [
-        ("on_step_begin", 1, 0, 2),  # before an evaluation that is due
-        ("on_prediction_step", 2, 1, 2),  # in the middle of it
-        ("on_evaluate", 2, 0, 2),
-        ("on_save", 2, 0, 2),
+        ("steps", "on_step_begin", 1, 0, 2),  # before an evaluation that is due
+        ("steps", "on_prediction_step", 2, 1, 2),  # in the middle of it
+        ("steps", "on_evaluate", 2, 0, 2),
+        ("steps", "on_save", 2, 0, 2),
+        ("steps", "on_step_begin", 2, 0, 3),  # with the third step ends an epoch
+        ("epoch", "on_step_begin", 2, 0, 3),
+        ("epoch", "on_prediction_step", 3, 1, 3),
+        ("epoch", "on_save", 3, 0, 3),
     ],
 )
-def test_an_evaluation_is_left_to_the_resumed_run(tmp_path, at, step, after, saved):
+def test_an_evaluation_is_left_to_the_resumed_run(tmp_path, strategy, at, step, after, saved):
     options = {**EVALUATING, "max_steps": 4}
+    options |= {"eval_strategy": strategy, "save_strategy": strategy, "logging_strategy": strategy}
     unbroken = trainer_of(tmp_path / "unbroken", EarlyStoppingCallback(3), **options)
     unbroken.train()
     checkpoint = stop(tmp_path, Signals(at, step, after=after), **options).checkpoint
     assert checkpoint == str(tmp_path / "run" / f"checkpoint-{saved}")
-    is_owed = not at.startswith(("on_evaluate", "on_save"))
-    assert sum("eval_loss" in logs for _, logs in lines_of(tmp_path)) == (not is_owed)
+    evaluations = [step for step, logs in lines_of(tmp_path) if "eval_loss" in logs]
+    earlier = [2] if strategy == "steps" and saved == 3 else []
+    assert evaluations == earlier + [saved] * (at in ("on_evaluate", "on_save"))
     resumed = trainer_of(tmp_path, EarlyStoppingCallback(3), **options)
     resumed.train(resume_from_checkpoint=True)
     assert_same(resumed, unbroken)
