@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from dpofast.cli.parser import build_parser, split_arguments
-from dpofast.cli.report import report, report_bug, report_interrupt
+from dpofast.cli.report import report, report_bug, report_interrupt, report_stop
 from dpofast.errors import DPOFastError, StoppedBySignal
 
 # Errors of the machine, not of the program: no space, no permission, or a read-only disk.
@@ -46,8 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             command(parsed, overrides)
     except DPOFastError as error:
         return report(error)
-    except StoppedBySignal as stopped:  # the trainer has said what is saved
-        return 128 + stopped.signum
+    except StoppedBySignal as stopped:
+        return report_stop(stopped)
     except KeyboardInterrupt as error:
         return report_interrupt(error)
     except BrokenPipeError:  # the reader of our output has closed it, as `head` does
@@ -56,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return EXIT_PIPE
     except OSError as error:
         if error.errno not in MACHINE_ERRORS:
-            raise
+            return report_bug(error)
         return report(
             DPOFastError(f"{error.filename or 'a file'} can't be written: {error.strerror}.")
         )

@@ -6,9 +6,16 @@ import os
 import sys
 import time
 
-from dpofast.errors import ConfigError, DataError, DPOFastError, SeveralOptionsError, one_line
+from dpofast.errors import (
+    ConfigError,
+    DataError,
+    DPOFastError,
+    SeveralOptionsError,
+    StoppedBySignal,
+    one_line,
+)
 from dpofast.ranks.member import num_ranks
-from dpofast.ranks.watch import report_failure
+from dpofast.ranks.watch import end_watch, report_failure
 
 EXIT_INTERRUPTED = 130  # the code that shells report for Ctrl-C
 # In this time, launchers end the other ranks of a machine when one has ended with an error.
@@ -49,6 +56,20 @@ def report_interrupt(error: KeyboardInterrupt) -> int:
     if report_failure("interrupted", error, EXIT_INTERRUPTED) is None:
         print("dpofast: interrupted", file=sys.stderr)
     return EXIT_INTERRUPTED
+
+
+def report_stop(stopped: StoppedBySignal) -> int:
+    """Tell the other ranks that a signal has ended this one; the trainer has told the user.
+
+    Returns:
+        The exit code.
+    """
+    code = 128 + stopped.signum
+    if stopped.checkpoint is not None:  # all ranks end together
+        end_watch()
+    else:
+        report_failure(f"ended by {stopped.signum.name}", stopped, code)
+    return code
 
 
 def _own_rank() -> str:

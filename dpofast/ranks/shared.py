@@ -20,7 +20,10 @@ STATE_FILE = "trainer_state.json"
 
 
 def check_shared(
-    folders: Mapping[str, tuple[Path, str]], exchange: Exchange, seconds: float = SECONDS
+    folders: Mapping[str, tuple[Path, str]],
+    exchange: Exchange,
+    member: Member | None = None,
+    seconds: float = SECONDS,
 ) -> None:
     """Check that each folder is one and the same on all nodes.
 
@@ -30,28 +33,28 @@ def check_shared(
     Args:
         folders: by the name of the option: a folder, and what else the user can do about it.
         exchange: takes an object of each rank and returns those of all ranks, in their order.
+        member: this rank; by default, what the launcher says.
         seconds: how long the file is looked for.
 
     Raises:
         ConfigError: on all ranks; names the folder and the hosts that have another one.
     """
-    firsts = _first_of_each_node(exchange)
-    if len(firsts) < 2:
+    member = member or _own()
+    firsts = _first_of_each_node(exchange, member)
+    if member is None or len(firsts) < 2:
         return
-    member = Member.of_environment()
-    file_name = f".dpofast-shared-{secrets.token_hex(8)}"
-    written = {}
+    own_name = f".dpofast-shared-{secrets.token_hex(8)}"
+    written = []
     if member.rank == 0:
-        written = {option: _write(folder / file_name) for option, (folder, _) in folders.items()}
-    paths: dict[str, Path | None] = exchange(written)[0]
+        written = [option for option, (folder, _) in folders.items() if _write(folder / own_name)]
+    name, options = exchange((own_name, written))[0]
     missing = []
     if member in firsts:
         end = time.monotonic() + seconds
-        missing = [option for option, path in paths.items() if path and not _appears(path, end)]
+        missing = [each for each in options if not _appears(folders[each][0] / name, end)]
     of_all = exchange(missing)
-    for path in written.values():
-        if path is not None:
-            path.unlink(missing_ok=True)
+    for option in written:
+        (folders[option][0] / name).unlink(missing_ok=True)
     for option, (folder, remedy) in folders.items():
         others = [first for first in firsts if option in of_all[first.rank]]
         if others:
@@ -62,7 +65,9 @@ def check_shared(
             )
 
 
-def check_on_all_nodes(checkpoint: str | Path, exchange: Exchange) -> None:
+def check_on_all_nodes(
+    checkpoint: str | Path, exchange: Exchange, member: Member | None = None
+) -> None:
     """Check that all nodes see the checkpoint that the run resumes from.
 
     With `save_on_each_node`, each node has a folder of its own, with a part of the checkpoint. So
@@ -70,12 +75,12 @@ def check_on_all_nodes(checkpoint: str | Path, exchange: Exchange) -> None:
 
     Args:
         checkpoint: folder of the checkpoint.
-        exchange: as in `check_shared`.
+        exchange, member: as in `check_shared`.
 
     Raises:
         CheckpointError: on all ranks; names the folder and the hosts that don't have it.
     """
-    firsts = _first_of_each_node(exchange)
+    firsts = _first_of_each_node(exchange, member or _own())
     if len(firsts) < 2:
         return
     digests = exchange(_digest(Path(checkpoint) / STATE_FILE))
@@ -88,24 +93,28 @@ def check_on_all_nodes(checkpoint: str | Path, exchange: Exchange) -> None:
         )
 
 
-def _first_of_each_node(exchange: Exchange) -> list[Member]:
+def _own() -> Member | None:
+    return Member.of_environment() if num_ranks() > 1 else None
+
+
+def _first_of_each_node(exchange: Exchange, member: Member | None) -> list[Member]:
     """The lowest rank of each node, rank 0 first; none in a run of one rank."""
-    if num_ranks() < 2:
+    if member is None:
         return []
     firsts: dict[str, Member] = {}
-    for member in exchange(Member.of_environment()):
-        firsts.setdefault(member.node, member)
+    for each in exchange(member):
+        firsts.setdefault(each.node, each)
     return list(firsts.values())
 
 
-def _write(path: Path) -> Path | None:
-    """Make a file; None if that isn't possible, which other checks report."""
+def _write(path: Path) -> bool:
+    """Make a file; False if that isn't possible, which other checks report."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
     except OSError:
-        return None
-    return path
+        return False
+    return True
 
 
 def _appears(path: Path, end: float) -> bool:

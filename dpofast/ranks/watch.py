@@ -17,13 +17,13 @@ import traceback
 from functools import partial
 from typing import Any
 
-from dpofast.errors import DPOFastError, RankError, one_line
+from dpofast.errors import DPOFastError, RankError, StoppedBySignal, one_line
 from dpofast.ranks.hub import Hub
 from dpofast.ranks.meeting import invite, meet, open_store
 from dpofast.ranks.member import Member, num_ranks
 from dpofast.ranks.spoke import Spoke
 from dpofast.ranks.verdict import Event, Kind
-from dpofast.ranks.watcher import Watcher
+from dpofast.ranks.watcher import Watcher, end_process
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +70,8 @@ def report_failure(text: str, error: BaseException, code: int) -> int | None:
         The exit code to end with, if the user has been told: that of the error, or RankError's if
         the error only follows from another rank's. None if nobody has told the user.
     """
-    is_ours = isinstance(error, DPOFastError | KeyboardInterrupt | OSError)
+    ours = DPOFastError | KeyboardInterrupt | StoppedBySignal
+    is_ours = isinstance(error, ours)
     detail = "" if is_ours else "".join(traceback.format_exception(error))
     return _report(Kind.ERROR if is_ours else Kind.BUG, text, detail, code)
 
@@ -135,11 +136,15 @@ def _at_exit(process: int) -> None:
     code = error.exit_code if isinstance(error, DPOFastError) else 1
     is_ours = isinstance(error, DPOFastError)
     text = one_line(error) if is_ours else f"{type(error).__name__}: {one_line(error)}"
-    _report(Kind.ERROR if is_ours else Kind.BUG, text, "", code)
+    final = _report(Kind.ERROR if is_ours else Kind.BUG, text, "", code)
+    if final == RankError.exit_code:
+        end_process(final)
 
 
 def _uncaught() -> BaseException | None:
     error = getattr(sys, "last_value", None) or sys.exc_info()[1]
     if isinstance(error, SystemExit) and error.code in (None, 0):
         return None
+    if isinstance(error, StoppedBySignal) and error.checkpoint is not None:
+        return None  # all ranks end together
     return error

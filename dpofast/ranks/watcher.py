@@ -14,10 +14,12 @@ from typing import NoReturn
 
 from dpofast.errors import RankError
 from dpofast.ranks.member import Member
-from dpofast.ranks.verdict import Event, Verdict
+from dpofast.ranks.verdict import Event, Kind, Verdict
 
-# What happens on several ranks at once, such as the same error on all, counts as one reason.
+# What happens on several ranks at once, such as the same error on all, counts as one reason. The
+# launcher soon kills the others of a machine where a process has ended, which is no reason.
 GRACE_SECONDS = 1.0
+GRACE_SECONDS_AFTER_DEATH = 0.05
 FLUSH_SECONDS = 5.0
 
 
@@ -133,8 +135,9 @@ class Watcher(threading.Thread):
 
     def _add(self, event: Event) -> None:
         self._events.append(event)
-        if self._deadline is None:
-            self._deadline = time.monotonic() + GRACE_SECONDS
+        grace = GRACE_SECONDS_AFTER_DEATH if event.kind is Kind.GONE else GRACE_SECONDS
+        deadline = time.monotonic() + grace
+        self._deadline = deadline if self._deadline is None else min(self._deadline, deadline)
 
     def _is_due(self) -> bool:
         """Whether it's time to say why the run ends."""

@@ -19,6 +19,7 @@ from dpofast.options.config import DPOConfig
 from dpofast.options.output_dir import make_output_dir
 from dpofast.ranks.shared import check_on_all_nodes
 from dpofast.train.checkpoint.lock import locked
+from dpofast.train.checkpoint.nodes import check_on_each_node, whole_on_all_nodes
 from dpofast.train.checkpoint.resume import saved_step, step_folders
 from dpofast.train.checkpoint.run_state import load_run_state
 from dpofast.train.checkpoint.staging import recover
@@ -103,13 +104,18 @@ class ResumesRun(ContinuesRun, Trainer):
         if self.args.should_save:  # one rank, or one on each node
             self._tidy_up()
         self.accelerator.wait_for_everyone()
-        start, self.save_size = decided_by_rank_0(lambda: self._choose_start(given, num_steps))
+        folder = self._folder()
+        start, self.save_size = decided_by_rank_0(
+            lambda: self._choose_start(given, folder, num_steps)
+        )
         self.run_id, self.resumed_at_end = start.run.run, False
         if start.checkpoint is None:
-            decided_by_rank_0(lambda: self._settle(start))
+            decided_by_rank_0(lambda: self._settle(start, folder))
             return None, 0
         checkpoint = str(start.checkpoint)
         check_on_all_nodes(checkpoint, exchange)
+        if self.args.save_on_each_node and self.args.verify_checkpoint:
+            check_on_each_node(checkpoint, self.args.should_save, exchange)
         step = saved_step(checkpoint)
         if step is not None and step > num_steps:
             raise ConfigError(
@@ -121,7 +127,7 @@ class ResumesRun(ContinuesRun, Trainer):
         self.check_same_run(recorded, checkpoint, train_set, num_steps)
         self.reference.restore(recorded, checkpoint)
         self.loaders.settle(recorded.row_tokens)
-        decided_by_rank_0(lambda: self._settle(start))
+        decided_by_rank_0(lambda: self._settle(start, folder))
         self.resumed_at_end = step == num_steps
         if self.resumed_at_end:
             logger.info("%s is the run's last step: there is nothing left to train.", checkpoint)
@@ -138,18 +144,17 @@ class ResumesRun(ContinuesRun, Trainer):
                 f"tidied up: {error.strerror}; delete it, or name another folder."
             ) from error
 
-    def _choose_start(self, given: Any, num_steps: int) -> tuple[Start, SaveSize]:
+    def _choose_start(self, given: Any, folder: Folder, num_steps: int) -> tuple[Start, SaveSize]:
         """Choose where the run begins, and see that its saves fit the disk; on rank 0."""
-        config, folder = self.args, self._folder()
+        config = self.args
         start = choose_start(given, folder)
         size = save_size(self.model, config, has_own_optimizer=self.optimizer is not None)
         have = 0 if start.is_new else len(step_folders(folder.path))
         check_room(folder.path, size, config, num_steps, have)
         return start, size
 
-    def _settle(self, start: Start) -> None:
+    def _settle(self, start: Start, folder: Folder) -> None:
         """Make the output folder ready; on rank 0."""
-        folder = self._folder()
         settle_start(start, folder, REPORTS)
         if start.is_new:
             for callback in self.callback_handler.callbacks:
@@ -157,12 +162,18 @@ class ResumesRun(ContinuesRun, Trainer):
                     callback.begin_new_run(folder.path)
 
     def _folder(self) -> Folder:
-        config = self.args
+        """The output folder, as all nodes have it; on all ranks."""
+        config, on_all_nodes = self.args, None
+        if config.save_on_each_node and config.world_size > 1:
+            on_all_nodes = whole_on_all_nodes(
+                config.output_dir, config.verify_checkpoint, config.should_save, exchange
+            )
         return Folder(
             Path(config.output_dir),
             saves=config.save_strategy != SaveStrategy.NO,
             overwrite=config.overwrite_output_dir,
             verify=config.verify_checkpoint,
+            on_all_nodes=on_all_nodes,
         )
 
     def _say_if_ignored(self, given: Any) -> None:

@@ -87,7 +87,7 @@ class SavesRun(WritesCards, ContinuesRun, Trainer):
             needed=None if self.save_size is None else self.save_size.likely,
         )
         with save.failing_together():
-            self.run_id = save.begin(self.known_run_id())
+            run_id = save.begin(self.run_id or uuid.uuid4().hex)
             self._staged = save
             try:
                 self._write_checkpoint(model, trial)
@@ -104,7 +104,7 @@ class SavesRun(WritesCards, ContinuesRun, Trainer):
             self._push_from_checkpoint(str(folder))
         if self.args.should_save:
             best = self.state.best_model_checkpoint
-            rotate(run_dir, self.run_id, self._most_checkpoints(), [folder, best])
+            rotate(run_dir, run_id, self._most_checkpoints(), [folder, best])
 
     def _most_checkpoints(self) -> int | None:
         """The user's save_total_limit, which `LoopArguments` hides."""
@@ -146,12 +146,6 @@ class SavesRun(WritesCards, ContinuesRun, Trainer):
             self.state.best_model_checkpoint = best
             if self.args.should_save:
                 self.state.save_to_json(str(staged / TRAINER_STATE_FILE))
-
-    def known_run_id(self) -> str:
-        """The id of this run, a new one if it has none yet."""
-        if self.run_id is None:
-            self.run_id = uuid.uuid4().hex
-        return self.run_id
 
     def _get_output_dir(self, trial: Any) -> str:
         # transformers writes the files of a save into the `checkpoint-N` of this folder, and

@@ -105,6 +105,14 @@ class StopsOnSignals(Trainer):
         if self.stopping_signal is not None:
             self._end_at_signal(self.stopping_signal, model, trial)
 
+    def _evaluate(self, *args: Any, **kwargs: Any) -> Any:
+        state = torch.get_rng_state()
+        try:
+            return super()._evaluate(*args, **kwargs)
+        except EvaluationStoppedError:
+            torch.set_rng_state(state)  # its loader has drawn a number, and will draw it again
+            raise
+
     def _evaluate_step(self, *args: Any) -> None:
         # A callback's own evaluation runs to its end, and so do further sets of pairs: the metrics
         # of the first one are in the logs already.

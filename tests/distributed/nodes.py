@@ -37,7 +37,7 @@ class Node:
     namespace: str
     address: str
 
-    def command(self, words: Sequence[str], own_folder: Path | None = None) -> list[str]:
+    def enter(self, words: Sequence[str], own_folder: Path | None = None) -> list[str]:
         """A command that runs `words` on this node, with a disk of its own at `own_folder`."""
         steps = [f"hostname {self.name}"]
         if own_folder is not None:
@@ -61,7 +61,7 @@ def two_nodes() -> Iterator[tuple[Node, Node]]:
             ip("-n", node.namespace, "addr", "add", f"{node.address}/24", "dev", INTERFACE)
             for device in ("lo", INTERFACE):
                 ip("-n", node.namespace, "link", "set", device, "up")
-        run = subprocess.run(nodes[0].command(["true"]), capture_output=True, text=True)
+        run = subprocess.run(nodes[0].enter(["true"]), capture_output=True, text=True)
         if run.returncode:
             raise RuntimeError(run.stderr)
     except (OSError, RuntimeError) as error:
@@ -90,9 +90,14 @@ def kill_all(node: Node) -> None:
             os.kill(int(process), 9)
 
 
-def cut_cable(node: Node) -> None:
-    """Drop all that is sent to and from a node, without a word to anybody."""
-    ip("-n", node.namespace, "link", "set", INTERFACE, "down")
+def cut_cable(nodes: Sequence[Node]) -> None:
+    """Let all that the nodes send to each other get lost, without a word to either of them.
+
+    Their interfaces stay up: each sends to a hardware address that nobody has.
+    """
+    for node, other in (nodes, nodes[::-1]):
+        where = ("to", other.address, "lladdr", "02:00:00:00:00:99", "nud", "permanent")
+        ip("-n", node.namespace, "neigh", "replace", *where, "dev", INTERFACE)
 
 
 def ip(*words: str) -> None:

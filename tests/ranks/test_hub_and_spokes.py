@@ -1,81 +1,148 @@
-"""Rank 0's watcher and those of other ranks, as threads of one process."""
-
 from __future__ import annotations
 
 import socket
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from dpofast.errors import RankError
 from dpofast.ranks import watcher as watcher_module
-from dpofast.ranks.hub import Hub
-from dpofast.ranks.member import Member
-from dpofast.ranks.spoke import Spoke
-from dpofast.ranks.verdict import Event, Kind
-from dpofast.ranks.wire import Wire
+from dpofast.ranks.verdict import Kind
+from tests.ranks.runs import SOON, Run, wait_until
 
-SOON = 5.0
-
-
-class Run:
-    """The watchers of a run; ranks are given as the names of their hosts."""
-
-    def __init__(self, *hosts: str) -> None:
-        self.said: dict[int, list[str]] = {rank: [] for rank in range(len(hosts))}
-        self.ended: dict[int, list[int]] = {rank: [] for rank in range(len(hosts))}
-        self.members = [Member(rank, host, host) for rank, host in enumerate(hosts)]
-        self.hub = Hub(*self._arguments(0))
-        self.hub.start()
-        self.spokes = [Spoke(self._meet, *self._arguments(rank)) for rank in range(1, len(hosts))]
-        self.wires: list[Wire] = []
-        for spoke in self.spokes:
-            spoke.start()
-            assert spoke.connected.wait(SOON)
-        self.watchers = [self.hub, *self.spokes]
-        wait_until(lambda: self.hub.num_connected == len(self.spokes))
-
-    def _arguments(self, rank):
-        return (
-            self.members[rank],
-            len(self.members),
-            20.0,
-            self.said[rank].append,
-            self.ended[rank].append,
-        )
-
-    def _meet(self, timeout):
-        connection = socket.create_connection(("127.0.0.1", self.hub.port), SOON)
-        self.wires.append(Wire(connection, timeout))
-        return self.wires[-1], self.hub.token
-
-    def fail(self, rank, kind, text="", detail=""):
-        return self.watchers[rank].fail(Event(self.members[rank], kind, text, detail), SOON)
-
-    def join(self):
-        for watcher in self.watchers:
-            watcher.join(SOON)
-            assert not watcher.is_alive()
-
-
-def wait_until(condition):
-    end = time.monotonic() + SOON
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.01)
+CODE = RankError.exit_code
 
 
 @pytest.fixture(autouse=True)
 def short_grace(monkeypatch):
-    monkeypatch.setattr(watcher_module, "GRACE_SECONDS", 0.2)
+    monkeypatch.setattr(watcher_module, "GRACE_SECONDS", 0.1)
 
 
-def test_an_error_of_a_rank_is_said_once_on_each_node_and_ends_the_others():
+@pytest.mark.parametrize("failing", [0, 1, 3])
+def test_an_error_is_said_once_on_each_node_and_ends_the_others(failing):
     run = Run("a", "a", "b", "b")
-    verdict = run.fail(3, Kind.ERROR, "the disk is full.")
+    verdict = run.fail(failing, Kind.ERROR, "the disk is full.")
     run.join()
-    line = "dpofast: error: rank 3 on host b: the disk is full."
+    host = run.members[failing].host
+    line = f"dpofast: error: rank {failing} on host {host}: the disk is full."
     assert run.said == {0: [line], 1: [], 2: [line], 3: []}
-    assert run.ended == {0: [RankError.exit_code], 1: [4], 2: [4], 3: []}
-    assert verdict.blames(3)
+    assert run.ended == {rank: [CODE] * (rank != failing) for rank in range(4)}
+    assert verdict.blames(failing)
     assert verdict.lines == (line,)
+
+
+@pytest.mark.parametrize("lost", [1, 3])
+def test_a_lost_rank_ends_the_others(lost):
+    run = Run("a", "a", "b", "b")
+    run.lose(lost)
+    run.join()
+    assert [len(run.said[rank]) for rank in (0, 2)] == [1, 1]
+    assert f"rank {lost} on host {run.members[lost].host} was lost" in run.said[0][0]
+    assert [run.ended[rank] for rank in range(4) if rank != lost] == [[CODE]] * 3
+
+
+def test_when_rank_0_is_lost_one_rank_of_each_node_says_so():
+    run = Run("a", "a", "a", "b", "b")
+    run.lose(0)
+    for watcher in run.watchers[1:]:
+        watcher.join(SOON)
+    assert [len(run.said[rank]) for rank in range(1, 5)] == [1, 0, 1, 0]
+    assert "rank 0 on host a was lost" in run.said[3][0]
+    assert [run.ended[rank] for rank in range(1, 5)] == [[CODE]] * 4
+
+
+def test_an_error_on_all_ranks_is_decided_at_once_and_ends_nobody(monkeypatch):
+    monkeypatch.setattr(watcher_module, "GRACE_SECONDS", 60.0)
+    run = Run("a", "a", "b")
+    failing = [
+        threading.Thread(target=run.fail, args=(rank, Kind.ERROR, "beta: no.")) for rank in range(3)
+    ]
+    for thread in failing:
+        thread.start()
+    for thread in failing:
+        thread.join(SOON)
+        assert not thread.is_alive()
+    run.join()
+    line = "dpofast: error: beta: no."
+    assert run.said == {0: [line], 1: [], 2: [line]}
+    assert run.ended == {0: [], 1: [], 2: []}
+
+
+def test_an_exception_that_follows_from_a_lost_rank_is_not_reported(monkeypatch):
+    monkeypatch.setattr(watcher_module, "GRACE_SECONDS", 60.0)
+    run = Run("a", "b", "c")
+    with ThreadPoolExecutor() as pool:
+        failing = pool.submit(
+            run.fail, 1, Kind.BUG, "RuntimeError: Connection closed by peer", "Traceback"
+        )
+        time.sleep(0.1)
+        run.lose(2)
+        verdict = failing.result(SOON)
+    run.join()
+    assert not verdict.blames(1)
+    assert "rank 2 on host c was lost" in verdict.lines[0]
+    assert len(run.said[0]) == len(run.said[1]) == 1
+    assert run.ended[1] == []  # its main thread ends it
+
+
+def test_a_death_is_reported_before_the_launcher_kills_the_other_ranks(monkeypatch):
+    monkeypatch.setattr(watcher_module, "GRACE_SECONDS", 60.0)
+    run = Run("a", "a", "a")
+    run.lose(1)
+    run.join()
+    assert len(run.said[0]) == 1
+    assert "rank 1 on host a was lost" in run.said[0][0]
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1, 0, 2)])
+def test_ranks_may_finish_in_any_order(order):
+    run = Run("a", "a", "b")
+    for rank in order:
+        run.watchers[rank].finish(SOON)
+        time.sleep(2 * watcher_module.GRACE_SECONDS)
+    run.join()
+    assert run.said == {0: [], 1: [], 2: []}
+    assert run.ended == {0: [], 1: [], 2: []}
+
+
+def test_rank_0_finishing_tells_why_the_run_ends_if_it_knows(monkeypatch):
+    run = Run("a", "a", "b")
+    monkeypatch.setattr(watcher_module, "GRACE_SECONDS_AFTER_DEATH", 60.0)
+    run.lose(2)
+    wait_until(lambda: run.hub.num_connected == 1)
+    run.hub.finish(SOON)
+    run.join(without=2)
+    assert run.ended[0] == []  # its work is done
+    assert run.ended[1] == [CODE]
+    assert "rank 2 on host b was lost" in run.said[0][0]
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        b"GET / HTTP/1.1\r\n\r\n",
+        b'{"kind": "hello", "token": "guessed", "member": {"rank": 1, "host": "x", "node": "x"}}\n',
+        b'{"kind": "failed", "what": "error", "text": "x", "detail": ""}\n',
+        b"[1]\n",
+        b"\xff\xfe\n",
+        b"x" * (2 << 20),
+        b"",
+    ],
+    ids=["http", "wrong token", "no token", "list", "no text", "endless", "nothing"],
+)
+def test_strangers_are_hung_up_on(sent):
+    run = Run("a", "a")
+    with socket.create_connection(("127.0.0.1", run.hub.port), SOON) as stranger:
+        try:
+            stranger.sendall(sent)
+            stranger.shutdown(socket.SHUT_WR)
+            assert stranger.recv(1) == b""
+        except ConnectionError:
+            pass
+    time.sleep(2 * watcher_module.GRACE_SECONDS)
+    assert (run.said, run.ended) == ({0: [], 1: []}, {0: [], 1: []})
+    run.watchers[1].finish(SOON)
+    run.hub.finish(SOON)
+    run.join()

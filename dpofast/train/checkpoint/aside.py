@@ -19,7 +19,9 @@ UNKNOWN_RUN = "unknown"
 logger = logging.getLogger(__name__)
 
 
-def move_reports(output_dir: Path, owner: Run | None, reports: Sequence[str]) -> None:
+def move_reports(
+    output_dir: Path, owner: Run | None, reports: Sequence[str], checkpoints: Sequence[Path]
+) -> None:
     """Move the reports of the run that an output folder belongs to into the folder of that run.
 
     The folder is made like an output folder, in which the older run can be resumed.
@@ -28,9 +30,11 @@ def move_reports(output_dir: Path, owner: Run | None, reports: Sequence[str]) ->
         output_dir: the output folder.
         owner: the run that it belongs to; None if that isn't known.
         reports: names of the files; some may not be there.
+        checkpoints: folders that will be moved, too.
     """
     found = [output_dir / name for name in reports if (output_dir / name).exists()]
-    if owner is None and not found:
+    has_saved = owner is not None and owner.run in map(recorded_run_id, checkpoints)
+    if not found and not has_saved:
         return
     folder = output_dir / OLDER_RUNS / (UNKNOWN_RUN if owner is None else owner.run)
     with _refusing(folder):
@@ -70,7 +74,7 @@ def move_checkpoints(output_dir: Path, checkpoints: Sequence[Path]) -> None:
         moved.add(folder)
     if moved:
         logger.warning(
-            "overwrite_output_dir: moved %s to %s.",
+            "Moved %s, which was in the way of this run, to %s.",
             *(names(checkpoints), " and ".join(map(str, sorted(moved)))),
         )
 

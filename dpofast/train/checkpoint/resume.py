@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from dpofast.errors import CheckpointError
@@ -70,7 +70,10 @@ def why_not_resumed(
 
 
 def newest_whole(
-    output_dir: str | Path, run_id: str | None, verify: bool = True
+    output_dir: str | Path,
+    run_id: str | None,
+    verify: bool = True,
+    on_all_nodes: Collection[tuple[str, int]] | None = None,
 ) -> tuple[Path | None, PassedOver]:
     """The newest checkpoint of a run that is whole.
 
@@ -78,6 +81,8 @@ def newest_whole(
         output_dir: the run's output folder.
         run_id: the run; None for any.
         verify: compare the hashes of all files, not only their sizes.
+        on_all_nodes: run id and step of the checkpoints that all nodes have, if each node has a
+            folder of its own; None if they share one.
 
     Returns:
         The folder, None if there is none, and the newer folders with the reason why each was
@@ -86,6 +91,10 @@ def newest_whole(
     passed_over: PassedOver = []
     for folder in step_folders(output_dir):
         reason = why_not_resumed(folder, run_id, verify)
+        if reason is None and on_all_nodes is not None:
+            manifest = Manifest.read(folder)
+            if (manifest.run_id, manifest.step) not in on_all_nodes:
+                reason = "another node has no such checkpoint that is whole"
         if reason is None:
             return folder, passed_over
         passed_over.append((folder, reason))

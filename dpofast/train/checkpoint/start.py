@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -40,12 +40,15 @@ class Folder:
         saves: whether the run will save checkpoints.
         overwrite: move checkpoints that are in the way aside, if the run saves its own.
         verify: compare the hashes of a checkpoint's files.
+        on_all_nodes: run id and step of the checkpoints that all nodes have, if each node has a
+            folder of its own; None if they share one.
     """
 
     path: Path
     saves: bool
     overwrite: bool
     verify: bool
+    on_all_nodes: Collection[tuple[str, int]] | None = None
 
 
 @dataclass(frozen=True)
@@ -121,7 +124,7 @@ def settle_start(start: Start, folder: Folder, reports: Sequence[str]) -> None:
         owner = None
     moves = start.in_the_way if folder.overwrite and folder.saves else ()
     if moves and start.is_new:
-        move_reports(folder.path, owner, reports)
+        move_reports(folder.path, owner, reports, moves)
     elif moves:
         copy_reports(folder.path, start.run, reports)
     # A run that saves nothing leaves the folder to the one whose checkpoints are in it.
@@ -143,7 +146,9 @@ def _at_newest(folder: Folder, is_needed: bool) -> Start:
     if owner is None:
         chosen, passed_over = None, newest_whole(folder.path, "", folder.verify)[1]
     else:
-        chosen, passed_over = newest_whole(folder.path, owner.run, folder.verify)
+        chosen, passed_over = newest_whole(
+            folder.path, owner.run, folder.verify, folder.on_all_nodes
+        )
     if chosen is not None:
         assert owner is not None
         report_passed_over(chosen, passed_over)

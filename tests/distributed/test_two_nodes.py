@@ -1,0 +1,199 @@
+"""Runs on two nodes, which are network namespaces: training, resuming, and losing a node.
+
+Each node has one rank. The commands are those of docs/distributed.md.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.distributed.inputs import write_inputs
+from tests.distributed.nodes import cut_cable, environment, kill_all, torchrun, two_nodes
+
+pytestmark = pytest.mark.distributed
+
+WITHIN = 300.0
+PASSED_ON = (
+    "DS_ACCELERATOR",
+    "OMP_NUM_THREADS",
+    "CUDA_VISIBLE_DEVICES",
+    "GLOO_SOCKET_IFNAME",
+    "TORCH_EXTENSIONS_DIR",
+)
+
+
+@pytest.fixture(scope="module")
+def nodes():
+    with two_nodes() as nodes:
+        yield nodes
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A folder with a model, pairs and a YAML file."""
+    return write_inputs(tmp_path)
+
+
+class Job:
+    """A run on the nodes.
+
+    Args:
+        commands: a command for each node, or one that starts all nodes.
+        variables: the environment.
+    """
+
+    def __init__(self, commands, variables) -> None:
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        self.processes = [subprocess.Popen(command, env=variables, **pipes) for command in commands]
+
+    def end(self, within=WITHIN):
+        """(exit code, output) of each command."""
+        end = time.monotonic() + within
+        try:
+            outputs = [
+                each.communicate(timeout=max(0.1, end - time.monotonic()))[0]
+                for each in self.processes
+            ]
+        finally:
+            for each in self.processes:
+                each.kill()
+        codes = [each.returncode for each in self.processes]
+        return list(zip(codes, outputs, strict=True))
+
+
+def start_torchrun(nodes, folder, *words, own_folder=None):
+    words = ["-m", "dpofast", "train", str(folder / "run.yaml"), *words]
+    commands = [
+        node.enter([*torchrun(nodes, number), *words], own_folder)
+        for number, node in enumerate(nodes)
+    ]
+    return Job(commands, environment())
+
+
+def start_deepspeed(nodes, folder, *words):
+    variables = environment(
+        DPOFAST_NODES=json.dumps({node.name: node.namespace for node in nodes}),
+        DS_ENV_FILE=str(folder / "deepspeed_env"),
+    )
+    lines = [f"{name}={variables[name]}\n" for name in PASSED_ON if name in variables]
+    (folder / "deepspeed_env").write_text("".join(lines))
+    (folder / "hostfile").write_text("".join(f"{node.name} slots=1\n" for node in nodes))
+    launcher = [str(Path(sys.executable).parent / "deepspeed"), "--hostfile"]
+    command = [*launcher, str(folder / "hostfile"), "--master_port", "29519", "--module"]
+    return Job([[*command, "dpofast", "train", str(folder / "run.yaml"), *words]], variables)
+
+
+def losses(folder):
+    lines = map(json.loads, (folder / "run" / "metrics.jsonl").read_text().splitlines())
+    return {line["step"]: line["loss"] for line in lines if "grad_norm" in line}
+
+
+def wait_for(path):
+    end = time.monotonic() + WITHIN
+    while not path.exists():
+        assert time.monotonic() < end, path
+        time.sleep(0.1)
+
+
+@pytest.mark.parametrize(
+    ("start", "words"),
+    [
+        (start_torchrun, []),
+        (start_deepspeed, ["--deepspeed", "zero3"]),
+        pytest.param(start_torchrun, ["--deepspeed", "zero3"], marks=pytest.mark.torture),
+        pytest.param(start_deepspeed, ["--deepspeed", "zero2"], marks=pytest.mark.torture),
+    ],
+    ids=["torchrun-ddp", "deepspeed-zero3", "torchrun-zero3", "deepspeed-zero2"],
+)
+def test_a_run_on_two_nodes_is_resumed(nodes, folder, start, words):
+    found = start(nodes, folder, *words).end()
+    assert all(code == 0 for code, _ in found), found
+    before = losses(folder)
+    assert sorted(before) == [1, 2, 3, 4]
+    shutil.rmtree(folder / "run" / "checkpoint-4")
+    (folder / "run" / "model.safetensors").unlink()
+    found = start(nodes, folder, *words, "--resume_from_checkpoint", "true").end()
+    assert all(code == 0 for code, _ in found), found
+    assert losses(folder) == before
+    assert (folder / "run" / "model.safetensors").exists()
+
+
+def test_a_folder_that_the_nodes_do_not_share_is_refused(nodes, folder):
+    """Node b has a disk of its own at output_dir, as a machine without the shared disk has."""
+    own = [None, folder / "run"]
+    words = ["-m", "dpofast", "train", str(folder / "run.yaml")]
+    commands = [
+        node.enter([*torchrun(nodes, number), *words], own[number])
+        for number, node in enumerate(nodes)
+    ]
+    started = time.monotonic()
+    found = Job(commands, environment()).end()
+    for code, output in found:
+        assert code == 1  # torchrun's own
+        assert output.count("dpofast: error: ") == 1
+        assert (
+            f"output_dir: {folder / 'run'} isn't one folder on all nodes: rank 1 on host node-b "
+            "can't see what rank 0 on host node-a writes there."
+        ) in output
+    assert time.monotonic() - started < WITHIN
+    assert not list((folder / "run").iterdir())
+
+
+@pytest.mark.torture
+def test_with_save_on_each_node_each_node_resumes_from_its_own_folder(nodes, folder):
+    disk = folder / "disk-of-b"
+    disk.mkdir()
+    words = ["-m", "dpofast", "train", str(folder / "run.yaml"), "--save_on_each_node", "true"]
+    bind = f'mount --bind {disk} {folder / "run"}; exec "$@"'
+
+    def run(*more):
+        commands = []
+        for number, node in enumerate(nodes):
+            command = [*torchrun(nodes, number), *words, *more]
+            if number == 1:
+                command = ["sh", "-ec", bind, "sh", *command]
+            commands.append(node.enter(command))
+        found = Job(commands, environment()).end()
+        assert all(code == 0 for code, _ in found), found
+
+    run()
+    before = losses(folder)
+    for place in (folder / "run", disk):
+        shutil.rmtree(place / "checkpoint-4")
+        assert (place / "checkpoint-2").is_dir()
+    run("--resume_from_checkpoint", str(folder / "run" / "checkpoint-2"))
+    assert losses(folder) == before
+
+
+@pytest.mark.torture
+@pytest.mark.parametrize(
+    "harm", [cut_cable, lambda nodes: kill_all(nodes[1])], ids=["cut", "power"]
+)
+@pytest.mark.parametrize(
+    ("start", "words"),
+    [
+        (start_torchrun, []),
+        (start_torchrun, ["--deepspeed", "zero3"]),
+        (start_deepspeed, ["--deepspeed", "zero3"]),
+    ],
+    ids=["torchrun-ddp", "torchrun-zero3", "deepspeed-zero3"],
+)
+def test_a_lost_node_ends_the_run_within_30_seconds(folder, start, words, harm):
+    with two_nodes() as nodes:  # the cable isn't mended
+        more = ["--max_steps", "100000", "--save_strategy", "no"]
+        job = start(nodes, folder, *words, *more)
+        wait_for(folder / "run" / "metrics.jsonl")
+        time.sleep(2.0)
+        cut_cable(nodes) if harm == "cut" else kill_all(nodes[1])
+        found = job.end(within=30.0)
+    assert all(code != 0 for code, _ in found)
+    assert "dpofast: error: rank 1 on host node-b was lost: " in found[0][1]
+    if harm == "cut":
+        assert "dpofast: error: rank 0 on host node-a was lost: no answer for 20 s" in found[-1][1]
