@@ -17,8 +17,8 @@ WAYS = ("dropout", "workers", "adapter", "epoch edge")
 # A tenth of all save points, modes and ways: each mode, each way, steps inside and at the end of an
 # epoch, and between two logs.
 ON_ONE_RANK = [("one", "dropout", (2, 7))]
+WITH_WORKERS = [("ddp", "workers", (4, 5))]
 ON_TWO_RANKS = [
-    ("ddp", "workers", (4, 5)),
     ("ddp", "dropout", (7,)),
     ("zero1", "adapter", (2,)),
     ("zero2", "epoch edge", (10, 11)),
@@ -54,7 +54,9 @@ def run_whole_and_resumed(root, sample, *, fresh):
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize(("sample", "fresh"), [(ON_ONE_RANK, True), (ON_TWO_RANKS, False)])
+@pytest.mark.parametrize(
+    ("sample", "fresh"), [(ON_ONE_RANK, True), (WITH_WORKERS, False), (ON_TWO_RANKS, False)]
+)
 def test_a_resumed_run_is_equal_bit_for_bit(tmp_path, sample, fresh):
     run_whole_and_resumed(tmp_path, sample, fresh=fresh)
 
