@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hmac
 import secrets
 import selectors
@@ -29,11 +30,7 @@ class Hub(Watcher):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        dual = socket.has_dualstack_ipv6()
-        family = socket.AF_INET6 if dual else socket.AF_INET
-        self._listener = socket.create_server(
-            ("", 0), family=family, dualstack_ipv6=dual, backlog=max(128, self.num_ranks)
-        )
+        self._listener = _listen(max(128, self.num_ranks))
         self.port: int = self._listener.getsockname()[1]
         self.token = secrets.token_hex(16)
         self._strangers: set[Wire] = set()
@@ -195,3 +192,14 @@ class Hub(Watcher):
         except (OSError, EOFError, ValueError):
             return False
         return True
+
+
+def _listen(backlog: int) -> socket.socket:
+    """A socket that listens on a free port, to IPv6 as well if the machine has it."""
+    where = ("", 0)
+    if socket.has_dualstack_ipv6():
+        with contextlib.suppress(OSError):  # IPv6 can be switched off
+            return socket.create_server(
+                where, family=socket.AF_INET6, dualstack_ipv6=True, backlog=backlog
+            )
+    return socket.create_server(where, backlog=backlog)

@@ -17,9 +17,9 @@ import pytest
 from tests.distributed.inputs import write_inputs
 from tests.distributed.nodes import cut_cable, environment, kill_all, torchrun, two_nodes
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, pytest.mark.timeout(1500)]
 
-WITHIN = 300.0
+WITHIN = 600.0  # DeepSpeed compiles its communication for gloo once
 PASSED_ON = (
     "DS_ACCELERATOR",
     "OMP_NUM_THREADS",
