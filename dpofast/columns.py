@@ -8,3 +8,5 @@ PAIR_COLUMNS = ("prompt", "chosen", "rejected")
 ID_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
 # Reference log-probs that a dataset can carry: float64, in nats. The names are TRL's.
 REF_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
+# No log-prob is above 0; one in float32 can be by as much as this, in nats, through rounding.
+LOGP_ROUNDING = 0.01

@@ -7,10 +7,13 @@ import os
 import pickle
 import tarfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from dpofast.train.checkpoint.manifest import MANIFEST_FILE, FileRecord, Manifest, hash_files
 
 
 class Payload:
@@ -33,6 +36,16 @@ def plant(file: Path, item: Any) -> None:
     """Add an object to a file of `torch.save` that holds a dict."""
     content = torch.load(file, weights_only=False)
     torch.save({**content, "planted": item}, file)
+
+
+def rewrite_manifest(checkpoint: Path) -> None:
+    """Make the manifest match the files, as somebody who plants a payload would."""
+    files = [path for path in checkpoint.rglob("*") if path.is_file()]
+    names = [
+        path.relative_to(checkpoint).as_posix() for path in files if path.name != MANIFEST_FILE
+    ]
+    records = {n: r for n, r in hash_files(checkpoint, names).items() if isinstance(r, FileRecord)}
+    replace(Manifest.read(checkpoint), files=records).write(checkpoint)
 
 
 def write_legacy(file: Path, item: Any) -> None:

@@ -17,6 +17,7 @@ def train(parsed: argparse.Namespace, overrides: list[str]) -> None:
     options = read_options(parsed.config, overrides)
     options.require("model_name_or_path", "dataset_name")
     trainer = make_trainer(options)
+    trainer.exports_model = True
     with trainer.alone_in_output_dir():
         trainer.train(resume_from_checkpoint=options.config.resume_from_checkpoint)
         trainer.save_model()

@@ -97,6 +97,8 @@ class ContinuesRun(KeepsSums, Trainer):
         self.note_facts(train_set, num_steps)
         self.changes = Changes()
         self.restore_sums(None, is_resumed=False)
+        if self.args.deepspeed_plugin is not None:
+            load_universal(self.args.deepspeed_plugin.deepspeed_config, is_on=False)
 
     def check_same_run(
         self, recorded: RunState, checkpoint: str, train_set: TrainingSet, num_steps: int

@@ -16,6 +16,11 @@ from dpofast.monitor.metrics import MetricSums
 from dpofast.options.config import DPOConfig
 from dpofast.train.computes_loss import ComputesLoss
 from dpofast.train.dataset import RunDataset, pairs_of
+from dpofast.train.finite_evaluation import (
+    ChoosesFiniteBest,
+    EvaluatedLosses,
+    check_evaluation,
+)
 from dpofast.train.hooks import check_overrides
 from dpofast.train.loaders import StepLoader
 from dpofast.train.predictions import (
@@ -27,7 +32,7 @@ from dpofast.train.predictions import (
 from dpofast.zero.blocks import runnable
 
 
-class EvaluatesPairs(ComputesLoss, Trainer):
+class EvaluatesPairs(ChoosesFiniteBest, ComputesLoss, Trainer):
     """Makes a transformers Trainer evaluate held-out pairs as DPOTrainer trains them."""
 
     args: DPOConfig
@@ -109,14 +114,16 @@ class EvaluatesPairs(ComputesLoss, Trainer):
             prediction_loss_only = self.args.prediction_loss_only
         num_pairs = len(dataloader.dataset)  # type: ignore[arg-type]
         found = None if prediction_loss_only else PredictedPairs(num_pairs, self.args.device)
-        sums = MetricSums()
+        sums, losses = MetricSums(), EvaluatedLosses()
         with runnable(self), evaluating(self.model):
             for step in dataloader:
-                self._evaluate_step(step, sums, found, ignore_keys)
+                self._evaluate_step(step, sums, found, losses, ignore_keys)
                 self.control = self.callback_handler.on_prediction_step(
                     self.args, self.state, self.control
                 )
         means = sums.means(self.sum_over_ranks, self.args.device)
+        dataset = getattr(dataloader, "run_dataset", None)
+        check_evaluation(self.model, losses, dataset, means)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in means.items()}
         predictions = None
         if found is not None:
@@ -135,6 +142,7 @@ class EvaluatesPairs(ComputesLoss, Trainer):
         step: Any,
         sums: MetricSums,
         found: PredictedPairs | None,
+        losses: EvaluatedLosses,
         ignore_keys: list[str] | None,
     ) -> None:
         """Count the metrics of a step's pairs, and collect what is predicted of them."""
@@ -149,6 +157,9 @@ class EvaluatesPairs(ComputesLoss, Trainer):
                     self.model, batch, found is None, ignore_keys=ignore_keys
                 )
                 self.count(sums, loss, batch, "compute_loss", "prediction_step")
+                output = self._computed.output
+                logps_found = None if output is None else output.logps
+                losses.add(step.indices[index], loss, logps_found)
             if found is not None:
                 found.add(step.indices[index], logps, batch)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ from dpofast.errors import NonFiniteError
 from dpofast.model.finite import non_finite_flags, non_finite_names, trained_weights
 from dpofast.options.config import DPOConfig
 from dpofast.train.exchange import exchange
-from dpofast.train.non_finite import saving_message
+from dpofast.train.non_finite import last_checkpoint, saving_message
 from dpofast.zero.weights import spread
 
 
@@ -24,6 +24,7 @@ class SavesOnlyFinite(Trainer):
     """
 
     args: DPOConfig
+    run_id: str | None
 
     def check_finite(self, what: str) -> None:
         """Look at the trained weights of all ranks, which must call this together.
@@ -56,7 +57,7 @@ class SavesOnlyFinite(Trainer):
         super()._save_checkpoint(model, trial)
 
     def _refuse_non_finite(
-        self, what: str, tensors: list[tuple[str, Tensor]], *, is_shared: bool
+        self, what: str, tensors: Sequence[tuple[str, Tensor]], *, is_shared: bool
     ) -> None:
         """Raise NonFiniteError if one of these tensors, on any of the ranks, isn't finite.
 
@@ -74,8 +75,8 @@ class SavesOnlyFinite(Trainer):
         own = non_finite_names(tensors)
         found = exchange(own) if is_shared else [own]
         names = list(dict.fromkeys(name for names in found for name in names))
-        step, folder = self.state.global_step, str(self.args.output_dir)
-        raise NonFiniteError(saving_message(what, names, folder, step))
+        last = last_checkpoint(str(self.args.output_dir), self.run_id)
+        raise NonFiniteError(saving_message(what, names, last, self.state.global_step))
 
 
 def optimizer_tensors(model: nn.Module, optimizer: Any) -> list[tuple[str, Tensor]]:

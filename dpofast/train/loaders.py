@@ -31,7 +31,13 @@ CPU_ROW_TOKENS = 2048  # longer rows are no faster on a CPU, and take more memor
 
 
 class StepLoader(DataLoader[StepBatch]):
-    """Passes the Trainer's epoch on to the plan, which plain DataLoaders don't."""
+    """Passes the Trainer's epoch on to the plan, which plain DataLoaders don't.
+
+    Attributes:
+        run_dataset: the dataset whose steps it gives.
+    """
+
+    run_dataset: RunDataset | None = None
 
     def set_epoch(self, epoch: int) -> None:
         sampler = self.batch_sampler
@@ -183,7 +189,7 @@ class StepLoaders:
     def _loader(self, dataset: RunDataset, plan: StepSampler) -> StepLoader:
         config = self.config
         workers = config.dataloader_num_workers
-        return StepLoader(
+        loader = StepLoader(
             dataset.step_dataset(self.layout),
             batch_sampler=plan,
             collate_fn=whole_step,
@@ -193,6 +199,8 @@ class StepLoaders:
             prefetch_factor=config.dataloader_prefetch_factor if workers else None,
             worker_init_fn=partial(ignore_signals, watched_signals(config.save_on_signal)),
         )
+        loader.run_dataset = dataset
+        return loader
 
 
 def packing_summary(plan: StepSampler | None) -> dict[str, Any] | None:

@@ -78,6 +78,7 @@ class Facts:
         source: what the rows are counted in.
         weights: names of trained weights that aren't finite.
         gradients: names of weights whose gradient isn't finite.
+        last: a sentence about the checkpoint to go on from; that of rank 0 counts.
     """
 
     rank: int
@@ -86,59 +87,60 @@ class Facts:
     source: str
     weights: tuple[str, ...]
     gradients: tuple[str, ...]
+    last: str
 
 
-def step_message(step: int, norm: Any, facts: Sequence[Facts], output_dir: str) -> str:
+def step_message(step: int, norm: Any, facts: Sequence[Facts]) -> str:
     """The message about a step whose loss or gradient norm isn't finite.
 
     Args:
         step: number of the step, from 1.
         norm: gradient norm before clipping; None if it isn't known.
         facts: what each rank knows.
-        output_dir: the run's output folder.
     """
-    weights = _distinct(each.weights for each in facts)
-    gradients = _distinct(each.gradients for each in facts)
+    weights = distinct(each.weights for each in facts)
+    gradients = distinct(each.gradients for each in facts)
     parts = [f"Step {step}: {_what(norm, facts, gradients)}."]
     if weights:
         parts.append(
-            f"{_names(weights)} {_have(weights)} NaN or infinite elements, so an update before "
-            "this step has broken the model: lower learning_rate, raise warmup_steps, or set "
-            "max_grad_norm."
+            f"{names_in_words(weights)} {have(weights)} NaN or infinite elements, so an update "
+            "before this step has broken the model: lower learning_rate, raise warmup_steps, or "
+            "set max_grad_norm."
         )
     elif any(each.rows for each in facts):
         parts.append(
             "The trained weights are finite, so look at these rows and at what computes their "
-            "loss; float16 overflows where bfloat16 doesn't (bf16: true)."
+            "loss. If all rows of the step are there, the weights may have grown too large: lower "
+            "learning_rate. float16 overflows where bfloat16 doesn't (bf16: true)."
         )
     else:
         parts.append(
             "The trained weights are finite, so look at learning_rate and at the precision; "
             "float16 overflows where bfloat16 doesn't (bf16: true)."
         )
-    parts.append(f"The run ends here, and this step isn't saved. {last_checkpoint(output_dir)}")
+    parts.append(f"The run ends here, and this step isn't saved. {facts[0].last}")
     return " ".join(parts)
 
 
-def saving_message(what: str, names: Sequence[str], output_dir: str, step: int) -> str:
+def saving_message(what: str, names: Sequence[str], last: str, step: int) -> str:
     """The message about tensors that are about to be saved and aren't finite.
 
     Args:
         what: what isn't written, as the subject of a sentence.
         names: names of the tensors.
-        output_dir: the run's output folder.
+        last: a sentence about the checkpoint to go on from.
         step: steps that the run has done.
     """
     return (
-        f"{what} isn't saved, as {_names(names)} {_have(names)} NaN or infinite elements after "
-        f"step {step}: lower learning_rate, raise warmup_steps, or set max_grad_norm. "
-        f"{last_checkpoint(output_dir)}"
+        f"{what} isn't saved, as {names_in_words(names)} {have(names)} NaN or infinite elements "
+        f"after step {step}: lower learning_rate, raise warmup_steps, or set max_grad_norm. "
+        f"{last}"
     )
 
 
-def last_checkpoint(output_dir: str) -> str:
-    """A sentence about the checkpoint to go on from."""
-    found, _ = newest_whole(output_dir, run_id=None, verify=False)
+def last_checkpoint(output_dir: str, run_id: str | None) -> str:
+    """A sentence about the run's checkpoint to go on from, which isn't read for it."""
+    found, _ = newest_whole(output_dir, run_id, verify=False)
     if found is None:
         return f"There is no checkpoint in {output_dir} to go on from."
     return f"The last whole checkpoint is {found}: resume_from_checkpoint goes on from there."
@@ -147,27 +149,35 @@ def last_checkpoint(output_dir: str) -> str:
 def _what(norm: Any, facts: Sequence[Facts], gradients: Sequence[str]) -> str:
     """What isn't finite: pairs, else the loss as a whole, else gradients."""
     on_ranks = [(each, f" on rank {each.rank}" if len(facts) > 1 else "") for each in facts]
-    rows = [f"{_rows(each.rows)} of {each.source}{where}" for each, where in on_ranks if each.rows]
+    rows = [
+        f"{rows_in_words(each.rows)} of {each.source}{where}"
+        for each, where in on_ranks
+        if each.rows
+    ]
     if rows:
         return f"the loss is NaN or infinite at {' and '.join(rows)}, counted from 0"
     places = [where for each, where in on_ranks if each.is_loss]
     if places:
         return f"the loss is NaN or infinite{' and'.join(places)}"
     if gradients:
-        return f"the loss is finite, but the gradient of {_names(gradients)} is NaN or infinite"
+        named = names_in_words(gradients)
+        return f"the loss is finite, but the gradient of {named} is NaN or infinite"
     return f"the loss is finite, but the gradient norm is {float(norm)}"
 
 
-def _rows(rows: Sequence[int]) -> str:
+def rows_in_words(rows: Sequence[int]) -> str:
+    """The first numbers of rows, and the number of the others."""
     numbers = _listed(list(map(str, sorted(rows))), NAMED_PAIRS)
     return f"row {numbers}" if len(rows) == 1 else f"rows {numbers}"
 
 
-def _names(names: Sequence[str]) -> str:
+def names_in_words(names: Sequence[str]) -> str:
+    """The first names of tensors, and the number of the others."""
     return _listed(names, NAMED_TENSORS)
 
 
-def _have(names: Sequence[str]) -> str:
+def have(names: Sequence[str]) -> str:
+    """The verb for these names."""
     return "has" if len(names) == 1 else "have"
 
 
@@ -176,7 +186,8 @@ def _listed(items: Sequence[str], limit: int) -> str:
     return f"{shown} and {len(items) - limit} more" if len(items) > limit else shown
 
 
-def _distinct(lists: Iterable[Iterable[str]]) -> list[str]:
+def distinct(lists: Iterable[Iterable[str]]) -> list[str]:
+    """The items of all lists, each once, in the order in which they first occur."""
     return list(dict.fromkeys(chain.from_iterable(lists)))
 
 

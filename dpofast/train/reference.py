@@ -36,6 +36,7 @@ from dpofast.reference.store.row_detail import RowDetail
 from dpofast.train.checkpoint.run_state import RunState
 from dpofast.train.dataset import RunDataset
 from dpofast.train.exchange import exchange
+from dpofast.train.finite_start import check_own_logps, check_weights
 from dpofast.train.former_policy import FormerPolicy
 from dpofast.train.origin import Origin
 from dpofast.train.run_store import RunStore, Scoring
@@ -108,6 +109,7 @@ class RunReference:
 
         Raises:
             ModelError, ConfigError: a model can't be trained or scored exactly.
+            NonFiniteError: a weight of a model is NaN or infinite.
             ReferenceStoreError: the store can't be opened.
         """
         if self._identity is None:
@@ -266,6 +268,7 @@ class RunReference:
     def _check(self, model: nn.Module) -> str | None:
         """Run the start-up checks of a model; returns the attention that they chose."""
         device, autocast_dtype = self.accelerator.device, self._autocast_dtype
+        check_weights(model, "The policy" if model is self.policy else "The reference")
         with in_blocks(model):
             return check_model(model, self._layout_of(model), device, autocast_dtype)
 
@@ -315,18 +318,12 @@ class RunReference:
         """The reference log-probs in the dataset's own columns: [n, 2] fp64.
 
         Raises:
-            DataError: a log-prob isn't finite, or the run also has a ref_model, or datasets without
-                such columns.
+            DataError: a log-prob isn't finite or is above 0, or the run also has a ref_model, or
+                datasets without such columns.
         """
         columns = [np.asarray(dataset.pairs[column], dtype=float) for column in REF_COLUMNS]
         values = np.stack(columns, 1)
-        bad = np.flatnonzero(~np.isfinite(values).all(1))
-        if bad.size:
-            row = dataset.pairs["row"][int(bad[0])]
-            raise DataError(
-                f"{dataset.name}: {' or '.join(REF_COLUMNS)} of row {row} is not a finite number; "
-                "leave both columns out to have them computed."
-            )
+        check_own_logps(dataset, values)
         if self.ref_model is not None or self._scored:
             other = "a ref_model" if self.ref_model is not None else ", ".join(self._scored)
             raise DataError(

@@ -49,6 +49,7 @@ class ResumesRun(ContinuesRun, Trainer):
         run_id: id of the run, the same on all ranks; None until `train` has begun.
         resumed_at_end: whether this call of `train` goes on from the run's last step, so that
             there is nothing left to train.
+        exports_model: whether the model is sure to be saved after `train`; set by commands.
         save_size: what a save of the run takes; None until `train` has begun.
     """
 
@@ -57,6 +58,7 @@ class ResumesRun(ContinuesRun, Trainer):
     loaders: StepLoaders
     run_id: str | None = None
     resumed_at_end: bool = False
+    exports_model: bool = False
     save_size: SaveSize | None = None
     _has_output_dir: bool = False
 
@@ -150,7 +152,8 @@ class ResumesRun(ContinuesRun, Trainer):
         start = choose_start(given, folder)
         size = save_size(self.model, config, has_own_optimizer=self.optimizer is not None)
         have = 0 if start.is_new else len(step_folders(folder.path))
-        check_room(folder.path, size, config, num_steps, have)
+        exports = self.exports_model
+        check_room(folder.path, size, config, num_steps, have=have, exports=exports)
         return start, size
 
     def _settle(self, start: Start, folder: Folder) -> None:

@@ -61,7 +61,15 @@ def save_size(model: nn.Module, config: DPOConfig, has_own_optimizer: bool = Fal
     return SaveSize(weights, size, size)
 
 
-def check_room(folder: Path, size: SaveSize, config: DPOConfig, num_steps: int, have: int) -> None:
+def check_room(
+    folder: Path,
+    size: SaveSize,
+    config: DPOConfig,
+    num_steps: int,
+    *,
+    have: int = 0,
+    exports: bool = False,
+) -> None:
     """Compare the free space of the output folder's disk with what the run's saves need.
 
     Args:
@@ -70,9 +78,10 @@ def check_room(folder: Path, size: SaveSize, config: DPOConfig, num_steps: int, 
         config: options of the run.
         num_steps: optimizer steps of the whole run.
         have: checkpoints of the run that are there already.
+        exports: whether the model is sure to be saved at the end, as a command does.
 
     Raises:
-        ConfigError: a checkpoint doesn't fit.
+        ConfigError: a checkpoint doesn't fit, or a model that is sure to be saved.
     """
     try:
         free = free_bytes(folder)
@@ -85,6 +94,11 @@ def check_room(folder: Path, size: SaveSize, config: DPOConfig, num_steps: int, 
             f"output_dir: a checkpoint of this run takes {size.least:,} bytes or more, and "
             f"{free:,} bytes are free at {str(folder)!r}; make room, name a folder on another "
             "disk, or set save_strategy: no."
+        )
+    if exports and free < size.model:
+        raise ConfigError(
+            f"output_dir: the model takes {size.model:,} bytes, and {free:,} bytes are free at "
+            f"{str(folder)!r}; make room, or name a folder on another disk."
         )
     most = most_checkpoints(config, num_steps) if saves else 0
     needed = max(0, most - have) * size.likely + size.model

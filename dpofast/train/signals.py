@@ -45,13 +45,14 @@ class StopsOnSignals(Trainer):
     received_signal: signal.Signals | None
     stopping_signal: signal.Signals | None
     signals: SignalWatch | None = None  # only while `train` runs
-    _whole_step: int | None = None  # the step of the last whole checkpoint of this call
+    _whole: tuple[int, int] | None = None  # the place of the last whole checkpoint of this call
+    _passed_step: int | None = None  # the last step whose end has been handled
     _evaluation_steps = 0
 
     @contextmanager
     def watching_signals(self) -> Iterator[None]:
         """Inside the `with` block, the signals of the options end the run as described above."""
-        self.received_signal = self.stopping_signal = self._whole_step = None
+        self.received_signal = self.stopping_signal = self._whole = self._passed_step = None
         watched = watched_signals(self.args.save_on_signal)
         self.signals = SignalWatch(watched, self._note_signal, self._say_signal)
         try:
@@ -102,7 +103,12 @@ class StopsOnSignals(Trainer):
                 self.control.should_evaluate = is_owed
             elif is_long:  # a signal may have come meanwhile; the next vote is a step away
                 self._vote_on_signal()
-        if self.stopping_signal is not None:
+        # What is due at the end of an epoch comes in a second call for its last step. A resumed run
+        # begins with the next epoch, and so would never do it.
+        step, epoch = self.state.global_step, self.state.epoch
+        is_called_again = step != self._passed_step and epoch is not None and epoch == int(epoch)
+        self._passed_step = step
+        if self.stopping_signal is not None and not is_called_again:
             self._end_at_signal(self.stopping_signal, model, trial)
 
     def _evaluate(self, *args: Any, **kwargs: Any) -> Any:
@@ -135,12 +141,16 @@ class StopsOnSignals(Trainer):
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
         if not self.args.save_only_model:
-            self._whole_step = self.state.global_step
+            self._whole = self._place()
+
+    def _place(self) -> tuple[int, int]:
+        """Changes with all that a checkpoint would hold anew."""
+        return self.state.global_step, len(self.state.log_history)
 
     def _end_at_signal(self, received: signal.Signals, model: Any, trial: Any) -> None:
-        """Save a whole checkpoint, unless this step has one, and end the run."""
+        """Save a whole checkpoint, unless there is one that knows all, and end the run."""
         step = self.state.global_step
-        if self._whole_step != step:
+        if self._whole != self._place() or self.control.should_evaluate:
             self.control.should_save = True
             with self._saving_all():
                 self._save_checkpoint(model, trial)

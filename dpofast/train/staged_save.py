@@ -87,18 +87,18 @@ class StagedSave:
             if isinstance(error, (OSError, RuntimeError, SafetensorError)):
                 reason = failed_write(error, self.run_dir) or one_line(error)
                 release_files(error)
-                self._clean()
                 told = CheckpointError(
                     f"The checkpoint of step {self.step} can't be written into "
-                    f"{str(self.run_dir)!r}: {reason} ({room(self.run_dir, self.needed)}); "
-                    f"{self._last_whole()}."
+                    f"{str(self.run_dir)!r}: {reason}"
                 )
             is_plain = isinstance(told, DPOFastError)
+            # First, as the others go on writing until they hear of it.
             self._reports.fail(one_line(told) if is_plain else f"{type(told).__name__}: {told}")
             self._clean()
             if told is error:
                 raise
-            raise told from error
+            free = room(self.run_dir, self.needed)  # after the unfinished files are gone
+            raise CheckpointError(f"{told} ({free}); {self._last_whole()}.") from error
 
     def _last_whole(self) -> str:
         """Where the run goes on once the disk can be written, as the end of a sentence."""

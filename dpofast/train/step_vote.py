@@ -21,14 +21,26 @@ from torch import Tensor, nn
 from transformers import Trainer
 
 from dpofast.data.packing.batch import PackedPairs, StepBatch
-from dpofast.errors import NonFiniteError
+from dpofast.errors import NonFiniteError, one_line
 from dpofast.model.finite import non_finite_names, trained_weights
 from dpofast.options.config import DPOConfig
 from dpofast.train.dataset import PairPreparer, RunDataset
 from dpofast.train.exchange import exchange
-from dpofast.train.non_finite import Facts, Pass, StepPasses, step_message
+from dpofast.train.non_finite import (
+    NAMED_TENSORS,
+    Facts,
+    Pass,
+    StepPasses,
+    last_checkpoint,
+    step_message,
+)
 from dpofast.train.stream import RunStream
+from dpofast.zero.overflow import discarded_gradients, watch_overflows
 from dpofast_kernels import PairLoss, PairLossOutput
+
+# Steps in a row that a loss scaler may leave out. Each halves the scale: from 65536 to 1/256, at
+# which only a gradient that is useless in float16 still overflows.
+MOST_SKIPPED = 24
 
 
 class VotesOnSteps(Trainer):
@@ -43,13 +55,41 @@ class VotesOnSteps(Trainer):
     args: DPOConfig
     data: PairPreparer
     pair_loss: PairLoss
+    run_id: str | None
     received_signal: signal.Signals | None = None
     stopping_signal: signal.Signals | None = None
     _passes = StepPasses()
+    _skipped = 0  # steps in a row that a loss scaler has left out
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train as before.
+
+        Raises:
+            NonFiniteError: a loss, a gradient or a weight isn't finite; the same on all ranks.
+        """
+        self._skipped = 0
+        try:
+            return super().train(*args, **kwargs)
+        except Exception as error:
+            # PyTorch's optimizers compute the size of a step on the host, and convert it there.
+            is_step = isinstance(error, RuntimeError) and "without overflow" in str(error)
+            # DeepSpeed's loss scaler gives up at its smallest scale.
+            if not is_step and "loss scale already at minimum" not in str(error):
+                raise
+            remedy = (
+                f"lower learning_rate, which is {self.args.learning_rate:g}"
+                if is_step
+                else "set bf16: true, or load the model in float32"
+            )
+            last = last_checkpoint(str(self.args.output_dir), self.run_id)
+            raise NonFiniteError(
+                f"Step {self.state.global_step + 1}: {one_line(error)}: {remedy}. {last}"
+            ) from error
 
     def begin_vote(self, step: StepBatch) -> None:
         """Note the step whose micro-batches are run next."""
         self._passes = StepPasses(step)
+        watch_overflows(self.model_wrapped, NAMED_TENSORS + 1)
 
     def note_pass(self, batch: PackedPairs, loss: Tensor, output: PairLossOutput | None) -> None:
         """Keep what the vote needs of a micro-batch.
@@ -71,14 +111,21 @@ class VotesOnSteps(Trainer):
         device = self.args.device
         # A subclass may have a training_step of its own, which notes nothing.
         passes, self._passes = self._passes, StepPasses()
-        is_bad = passes.is_bad(device)
-        if norm is not None and not self.args.fp16:  # its scaler skips steps without a norm
-            is_bad = is_bad | _is_bad_norm(norm, device)
+        is_bad, is_bad_norm = passes.is_bad(device), _is_bad_norm(norm, device)
+        is_skipped = torch.zeros((), dtype=torch.bool, device=device)
+        if self.args.fp16:  # its loss scaler skips such a step, and tries a smaller scale
+            is_skipped = is_bad_norm
+        else:
+            is_bad = is_bad | is_bad_norm
         own = 0 if self.received_signal is None else int(self.received_signal)
-        votes = torch.stack([is_bad.to(device).double(), torch.tensor(float(own)).to(device)])
-        bad, signals = self.accelerator.gather(votes.unsqueeze(0)).T.tolist()  # [R, 2]
+        flags = torch.stack([is_bad.to(device), is_skipped]).double()
+        votes = torch.cat([flags, torch.tensor([float(own)], dtype=flags.dtype, device=device)])
+        bad, skipped, signals = self.accelerator.gather(votes.unsqueeze(0)).T.tolist()  # [R, 3]
         if any(bad):
             self._refuse(norm, passes)
+        self._skipped = self._skipped + 1 if any(skipped) else 0
+        if self._skipped >= MOST_SKIPPED:
+            self._refuse_scaler()
         if any(signals):
             self.stopping_signal = signal.Signals(int(max(signals)))
 
@@ -90,6 +137,7 @@ class VotesOnSteps(Trainer):
         """
         weights = trained_weights(self.model)
         gradients = [(name, p.grad) for name, p in weights if p.grad is not None]
+        discarded = discarded_gradients(self.model_wrapped)
         source, rows = self._rows_of(passes.bad_pairs(self.pair_loss))
         facts = Facts(
             rank=self.args.process_index,
@@ -97,10 +145,19 @@ class VotesOnSteps(Trainer):
             rows=rows,
             source=source,
             weights=tuple(non_finite_names(weights)),
-            gradients=tuple(non_finite_names(gradients)),
+            gradients=(*discarded, *non_finite_names(gradients)),
+            last=last_checkpoint(str(self.args.output_dir), self.run_id),
         )
-        step = self.state.global_step + 1
-        raise NonFiniteError(step_message(step, norm, exchange(facts), str(self.args.output_dir)))
+        raise NonFiniteError(step_message(self.state.global_step + 1, norm, exchange(facts)))
+
+    def _refuse_scaler(self) -> None:
+        last = last_checkpoint(str(self.args.output_dir), self.run_id)
+        raise NonFiniteError(
+            f"Step {self.state.global_step + 1}: the loss scaler of fp16 has left out "
+            f"{self._skipped} steps in a row, as the gradient overflows at every scale that it "
+            "tried, so the run trains nothing: set bf16: true, or load the model in float32. "
+            f"{last}"
+        )
 
     def _rows_of(self, pairs: list[int]) -> tuple[str, tuple[int, ...]]:
         """The rows that pairs of the training set were read from, and what they are counted in."""
@@ -115,6 +172,8 @@ class VotesOnSteps(Trainer):
 
 def _is_bad_norm(norm: Any, device: torch.device) -> Any:
     """Whether a gradient norm is none: NaN, infinite, or DeepSpeed's -1 for both."""
+    if norm is None:
+        return torch.zeros((), dtype=torch.bool, device=device)
     if isinstance(norm, Tensor):
         return (norm.isfinite() & (norm >= 0)).logical_not().to(device)
     return torch.tensor(not math.isfinite(norm) or norm < 0, device=device)

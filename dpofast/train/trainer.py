@@ -33,6 +33,7 @@ from dpofast.train.clipping import ClipsExactly
 from dpofast.train.dataset import PairPreparer, pairs_of
 from dpofast.train.evaluates import EvaluatesPairs
 from dpofast.train.finished import ResumesAtEnd
+from dpofast.train.finite_saves import SavesOnlyFinite
 from dpofast.train.first_step import ChecksFirstStep, FirstStep
 from dpofast.train.hooks import NamesHooks, check_overrides
 from dpofast.train.loaders import StepLoaders, whole_step
@@ -74,6 +75,7 @@ logger = logging.getLogger(__name__)
 class DPOTrainer(
     StopsOnSignals,
     EvaluatesPairs,
+    SavesOnlyFinite,
     SavesRun,
     ResumesAtEnd,
     ResumesRun,
@@ -292,6 +294,7 @@ class DPOTrainer(
                 output = super().train(checkpoint, *args, **kwargs)
             finally:
                 self.args = given
+        self.check_finite("The trained model")  # the last step's update, which no loss has shown
         if self.is_world_process_zero():
             self.write_results(output, time.monotonic() - started)
         return output

@@ -42,10 +42,12 @@ def test_a_finished_run_is_exported_and_a_folder_in_use_is_refused_on_all_ranks(
 def test_a_disk_that_fills_up_stops_all_ranks(tmp_path):
     with small_disk(tmp_path / "full" / "run", 4 << 20) as disk:
         launch(SCRIPT, 2, str(tmp_path), "full")
-        own, others = reports(tmp_path, "full")
-        assert own["kind"] == "CheckpointError"
-        assert "No space left on device (a save takes about " in own["error"]
-        assert "the last whole checkpoint is checkpoint-2: make room" in own["error"]
-        assert others["kind"] == "RankError"
-        assert own["error"] in others["error"]
+        # A rank that has met the full disk itself says so; another one quotes it.
+        kinds = set()
+        for report in reports(tmp_path, "full"):
+            kinds.add(report["kind"])
+            assert "The checkpoint of step 4 can't be written into " in report["error"]
+            assert "No space left on device (a save takes about " in report["error"]
+            assert "the last whole checkpoint is checkpoint-2: make room" in report["error"]
+        assert "CheckpointError" in kinds <= {"CheckpointError", "RankError"}
         assert newest_whole(disk, None)[0] == disk / "checkpoint-2"

@@ -13,83 +13,111 @@ from tests.distributed.launch import run_ranks
 from tests.distributed.same_jobs import checkpoint, job, run_jobs
 
 MODES = {"one": ("ddp", 1), "ddp": ("ddp", 2), **{f"zero{n}": (f"zero{n}", 2) for n in (1, 2, 3)}}
+WAYS = ("dropout", "workers", "adapter", "epoch edge")
 # A tenth of all save points, modes and ways: each mode, each way, steps inside and at the end of an
 # epoch, and between two logs.
-SAMPLE = [
-    ("one", "dropout", 7),
-    ("ddp", "workers", 5),
-    ("zero1", "adapter", 2),
-    ("zero2", "epoch edge", 10),
-    ("zero3", "dropout", 4),
+ON_ONE_RANK = [("one", "dropout", (2, 7))]
+WITH_WORKERS = [("ddp", "workers", (4, 5))]
+ON_TWO_RANKS = [
+    ("ddp", "dropout", (7,)),
+    ("zero1", "adapter", (2,)),
+    ("zero2", "epoch edge", (10, 11)),
+    ("zero3", "dropout", (4,)),
 ]
-ALL = [(mode, way) for mode in MODES for way in ("dropout", "workers", "adapter", "epoch edge")]
 
 
-def check_resumes(root, mode, way, steps):
-    """Compare runs that resume after some steps with the one that was never stopped."""
-    kind, ranks = MODES[mode]
-    whole = job(root, "whole", kind, way, None, save_only_model=False)
-    (expected,) = run_jobs(root, ranks, [whole])
-    names = [
-        job(root, f"from-{step}", kind, way, checkpoint(root, "whole", step), save_strategy="no")
-        for step in steps
-    ]
-    for step, found in zip(steps, run_jobs(root, ranks, names), strict=True):
-        assert found == expected, (mode, way, step)
-    assert expected["logs"][0]["step"] > 1, "a resume between two logs has sums to go on with"
+def run_whole_and_resumed(root, sample, *, fresh):
+    """Compare runs that resume after some steps with those that were never stopped.
 
-
-@pytest.mark.distributed
-@pytest.mark.parametrize(("mode", "way", "step"), SAMPLE)
-def test_a_resumed_run_is_equal_bit_for_bit(tmp_path, mode, way, step):
-    check_resumes(tmp_path, mode, way, [step])
-
-
-@pytest.mark.torture
-@pytest.mark.timeout(3000)
-@pytest.mark.parametrize(("mode", "way"), ALL)
-def test_all_save_points_of_all_modes(tmp_path, mode, way):
-    check_resumes(tmp_path, mode, way, range(1, 13))
-
-
-def losses(found):
-    return np.array([(log["loss"], log["grad_norm"]) for log in found["logs"] if "loss" in log])
-
-
-def converted(folder, error):
-    """Run the command that an error names."""
-    command = re.search(r"python (-m deepspeed\.checkpoint\.ds_to_universal [^\n]*)", error)
-    assert command is not None, error
-    run_ranks([sys.executable, *shlex.split(command[1])])
-    return folder
+    Args:
+        root: folder of all runs, which have one number of ranks.
+        sample: mode, way and steps of each.
+        fresh: whether the resumed runs have processes of their own.
+    """
+    wholes, resumed = {}, {}
+    for mode, way, steps in sample:
+        kind, ranks = MODES[mode]
+        whole = wholes[mode, way] = job(root, f"{mode}-{way}", kind, way, None)
+        for step in steps:
+            saved = checkpoint(root, whole, step)
+            resumed[mode, way, step] = job(
+                root, f"{mode}-{way}-{step}", kind, way, saved, save_strategy="no"
+            )
+    first, then = [*wholes.values()], [*resumed.values()]
+    found = {}
+    for names in [first, then] if fresh else [[*first, *then]]:
+        found |= dict(zip(names, run_jobs(root, ranks, names, 3000.0), strict=True))
+    for (mode, way, step), name in resumed.items():
+        expected = found[wholes[mode, way]]
+        assert expected["logs"][0]["step"] > 1, "a resume between two logs has sums to go on with"
+        assert found[name] == expected, (mode, way, step)
 
 
 @pytest.mark.distributed
 @pytest.mark.parametrize(
-    ("mode", "bf16", "rtol"), [("ddp", False, 1e-6), ("zero2", False, 1e-6), ("zero3", True, 1e-4)]
+    ("sample", "fresh"), [(ON_ONE_RANK, True), (WITH_WORKERS, False), (ON_TWO_RANKS, False)]
 )
-def test_two_ranks_to_one_and_back_to_two(tmp_path, mode, bf16, rtol):
-    options = {"bf16": bf16, "logging_steps": 1, "max_steps": 6, "save_steps": 2}
-    if bf16:  # ZeRO-3 rounds gradients to bfloat16, and on each rank by itself
-        options["layout"] = "padded"
-    (expected,) = run_jobs(tmp_path, 2, [job(tmp_path, "whole", mode, "plain", None, **options)])
-    one, two = checkpoint(tmp_path, "whole", 2), checkpoint(tmp_path, "one", 4)
-    back = job(tmp_path, "back", mode, "plain", two, **options)
-    alone = job(tmp_path, "one", mode, "plain", one, **options)
-    wrong = job(tmp_path, "wrong", mode, "plain", one, gradient_accumulation_steps=2, **options)
-    refused, found = run_jobs(tmp_path, 1, [wrong, alone])
+def test_a_resumed_run_is_equal_bit_for_bit(tmp_path, sample, fresh):
+    run_whole_and_resumed(tmp_path, sample, fresh=fresh)
+
+
+@pytest.mark.torture
+@pytest.mark.timeout(3000)
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("mode", MODES)
+def test_all_twelve_save_points(tmp_path, mode, way):
+    run_whole_and_resumed(tmp_path, [(mode, way, range(1, 13))], fresh=True)
+
+
+def losses(found):
+    assert "logs" in found, found["error"]
+    return np.array([(log["loss"], log["grad_norm"]) for log in found["logs"] if "loss" in log])
+
+
+def convert(error):
+    """Run the command that an error names."""
+    command = re.search(r"python (-m deepspeed\.checkpoint\.ds_to_universal [^\n]*)", error)
+    assert command is not None, error
+    run_ranks([sys.executable, *shlex.split(command[1])])
+
+
+def run_converted(root, ranks, names):
+    """Run jobs, of which those under ZeRO are refused until their checkpoints are converted."""
+    found = dict(zip(names, run_jobs(root, ranks, names), strict=True))
+    again = [name for name in names if "error" in found[name]]
+    assert again == [name for name in names if "zero" in name]
+    for name in again:
+        convert(found[name]["error"])
+    return found | dict(zip(again, run_jobs(root, ranks, again), strict=True))
+
+
+@pytest.mark.distributed
+def test_two_ranks_to_one_and_back_to_two(tmp_path):
+    """In float32 within 1e-6; ZeRO rounds gradients to bfloat16, and on each rank by itself."""
+    tolerances = {"ddp": 1e-6, "zero2": 1e-6, "zero3": 1e-4}
+    jobs = {}
+    for mode in tolerances:
+        options = {"bf16": mode == "zero3", "logging_steps": 1, "max_steps": 6, "save_steps": 2}
+        two, four = checkpoint(tmp_path, f"{mode}-whole", 2), checkpoint(tmp_path, f"{mode}-one", 4)
+        smaller = {**options, "gradient_accumulation_steps": 2}
+        jobs[mode] = (
+            job(tmp_path, f"{mode}-whole", mode, "plain", None, **options),
+            job(tmp_path, f"{mode}-one", mode, "plain", two, **options),
+            job(tmp_path, f"{mode}-back", mode, "plain", four, **options),
+        )
+    wrong = job(tmp_path, "wrong", "ddp", "plain", checkpoint(tmp_path, "ddp-whole", 2), **smaller)
+    whole, one, back = (list(names) for names in zip(*jobs.values(), strict=True))
+    found = dict(zip(whole, run_jobs(tmp_path, 2, whole), strict=True))
+    found |= run_converted(tmp_path, 1, one)
+    found |= run_converted(tmp_path, 2, back)
+    for mode, (name, *others) in jobs.items():
+        for other in others:
+            np.testing.assert_allclose(
+                losses(found[other]), losses(found[name]), rtol=tolerances[mode], err_msg=other
+            )
+            assert found[other]["weight_decay"] == [0.1, 0.0], other
+    (refused,) = run_jobs(tmp_path, 1, [wrong])
     assert "pairs_per_step: 4 in the checkpoint, 2 now" in refused["error"]
-    if mode != "ddp":
-        converted(one, found["error"])
-        (found,) = run_jobs(tmp_path, 1, [alone])
-    np.testing.assert_allclose(losses(found), losses(expected), rtol=rtol)
-    assert found["weight_decay"] == [0.1, 0.0]
-    (found,) = run_jobs(tmp_path, 2, [back])
-    if mode != "ddp":
-        converted(two, found["error"])
-        (found,) = run_jobs(tmp_path, 2, [back])
-    np.testing.assert_allclose(losses(found), losses(expected), rtol=rtol)
-    assert found["weight_decay"] == [0.1, 0.0]
 
 
 @pytest.mark.distributed

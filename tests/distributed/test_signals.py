@@ -1,4 +1,4 @@
-"""Signals under launchers: every way ends with a checkpoint, and the same command goes on from it."""
+"""Signals end runs under launchers with a checkpoint, from which the same command goes on."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from tests.support import tiny_llama
 pytestmark = pytest.mark.distributed
 
 SCRIPT = Path(__file__).with_name("signal_ranks.py")
-# What the recipe of docs/checkpoints.md does: srun starts a process for each rank, and its exit code
-# is the highest of theirs. SLURM sends signals to each of the processes.
+# What the recipe of docs/checkpoints.md does: srun starts a process for each rank, and its exit
+# code is the highest of theirs. SLURM sends signals to each of the processes.
 SRUN = """
 for rank in 0 1; do
   SLURM_PROCID=$rank SLURM_LOCALID=$rank SLURM_NTASKS=2 SLURM_NTASKS_PER_NODE=2 bash -c '

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from dpofast import DPOTrainer
 from dpofast.cli.process_end import run_to_end
 from dpofast.errors import CheckpointError
-from tests.payloads import Honest, Payload, plant
+from tests.payloads import Honest, Payload, plant, rewrite_manifest
 from tests.support import make_trainer
 
 # All files of a kind are read, so that no rank waits for another one that was stopped.
@@ -42,7 +42,6 @@ def trainer_of(way: str, folder: Path, **options: Any) -> DPOTrainer:
         "logging_strategy": "no",
         "per_device_train_batch_size": 1,
         "gradient_accumulation_steps": 2,
-        "verify_checkpoint": False,  # who plants a payload can write its checksum, too
     }
     return make_trainer(folder, options={**fixed, **options})
 
@@ -65,6 +64,7 @@ def resume(way: str, folder: Path, whole: Path, kind: str, item: Any, **options:
     if dist.get_rank() == 0:
         shutil.copytree(whole, checkpoint)
         plant_all(checkpoint, kind, item)
+        rewrite_manifest(checkpoint)
     dist.barrier()
     trainer = trainer_of(way, folder, **options)
     try:

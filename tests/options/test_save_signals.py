@@ -71,7 +71,7 @@ def test_a_file_takes_a_list_or_null(tmp_path):
         file.write_text(f"use_cpu: true\nsave_on_signal: {text}\n")
         assert read_options(str(file), []).config.save_on_signal == names
     file.write_text("use_cpu: true\nsave_on_signal: [TERM, KILL]\n")
-    with pytest.raises(ConfigError, match="run.yaml.*save_on_signal: the signal 'SIGKILL'"):
+    with pytest.raises(ConfigError, match=r"run\.yaml.*save_on_signal: the signal 'SIGKILL'"):
         read_options(str(file), [])
 
 

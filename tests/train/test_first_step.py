@@ -81,7 +81,7 @@ def test_after_a_warm_up_the_weights_must_move(tmp_path):
 
 def test_hinge_beyond_its_margin_has_no_gradient_and_is_no_error(tmp_path):
     pairs = token_pairs(10)
-    far = [{**row, "ref_chosen_logps": -1e4, "ref_rejected_logps": 1e4} for row in pairs]
+    far = [{**row, "ref_chosen_logps": -1e4, "ref_rejected_logps": -1.0} for row in pairs]
     options = {"loss_type": "hinge"}
     steps = train(make_trainer(tmp_path, pairs=type(pairs).from_list(far), options=options))
     assert {norm for _, norm in steps} == {0.0}

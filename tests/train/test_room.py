@@ -76,10 +76,10 @@ def test_what_does_not_fit_is_refused_or_said(tmp_path, monkeypatch, caplog):
     size = save_size(model, config)
     needed = 2 * size.likely + size.model
 
-    def check(free, have=0, config=config):
+    def check(free, have=0, config=config, exports=False):
         caplog.clear()
         monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(10, 9, free))
-        check_room(tmp_path, size, config, 10, have)
+        check_room(tmp_path, size, config, 10, have=have, exports=exports)
         return caplog.text
 
     assert check(needed) == ""
@@ -94,9 +94,12 @@ def test_what_does_not_fit_is_refused_or_said(tmp_path, monkeypatch, caplog):
     nothing_saved = config_of(save_strategy="no")
     assert check(size.model, config=nothing_saved) == ""
     assert f"the model {size.model:,}" in check(size.model - 1, config=nothing_saved)
+    assert check(size.model, config=nothing_saved, exports=True) == ""
+    with pytest.raises(ConfigError, match=r"^output_dir: the model takes "):
+        check(size.model - 1, config=nothing_saved, exports=True)
 
     def fail(_):
         raise OSError(5, "no answer")
 
     monkeypatch.setattr(shutil, "disk_usage", fail)
-    check_room(tmp_path, size, config, 10, 0)
+    check_room(tmp_path, size, config, 10)

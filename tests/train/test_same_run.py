@@ -244,7 +244,8 @@ def test_a_checkpoint_without_facts_is_resumed_with_a_warning(tmp_path, caplog):
     state = json.loads(path.read_text())
     del state["facts"], state["sums"]
     path.write_text(json.dumps(state))
-    assert history(resume(tmp_path)) == expected
+    (path.parent / "dpofast_manifest.json").unlink()  # nor had early versions a manifest
+    assert history(resume(tmp_path, verify_checkpoint=False)) == expected
     assert "doesn't record its data and options" in caplog.text
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +83,11 @@ def assert_same(resumed: DPOTrainer, unbroken: DPOTrainer) -> None:
 
 @pytest.mark.parametrize(
     ("at", "step", "saved"),
-    [("on_step_begin", 1, 2), ("on_pre_optimizer_step", 0, 2), ("on_epoch_end", 3, 4)],
+    [
+        ("on_step_begin", 1, 2),
+        pytest.param("on_pre_optimizer_step", 0, 2, marks=pytest.mark.slow),
+        pytest.param("on_epoch_end", 3, 4, marks=pytest.mark.slow),
+    ],
 )
 def test_the_resumed_run_is_the_unbroken_one(tmp_path, at, step, saved):
     unbroken = trainer_of(tmp_path / "unbroken")
@@ -112,23 +115,30 @@ EVALUATING = {
 }
 
 
+@pytest.mark.slow  # each case trains three times
 @pytest.mark.parametrize(
-    ("at", "step", "after", "saved"),
+    ("strategy", "at", "step", "after", "saved"),
     [
-        ("on_step_begin", 1, 0, 2),  # before an evaluation that is due
-        ("on_prediction_step", 2, 1, 2),  # in the middle of it
-        ("on_evaluate", 2, 0, 2),
-        ("on_save", 2, 0, 2),
+        ("steps", "on_step_begin", 1, 0, 2),  # before an evaluation that is due
+        ("steps", "on_prediction_step", 2, 1, 2),  # in the middle of it
+        ("steps", "on_evaluate", 2, 0, 2),
+        ("steps", "on_save", 2, 0, 2),
+        ("steps", "on_step_begin", 2, 0, 3),  # with the third step ends an epoch
+        ("epoch", "on_step_begin", 2, 0, 3),
+        ("epoch", "on_prediction_step", 3, 1, 3),
+        ("epoch", "on_save", 3, 0, 3),
     ],
 )
-def test_an_evaluation_is_left_to_the_resumed_run(tmp_path, at, step, after, saved):
+def test_an_evaluation_is_left_to_the_resumed_run(tmp_path, strategy, at, step, after, saved):
     options = {**EVALUATING, "max_steps": 4}
+    options |= {"eval_strategy": strategy, "save_strategy": strategy, "logging_strategy": strategy}
     unbroken = trainer_of(tmp_path / "unbroken", EarlyStoppingCallback(3), **options)
     unbroken.train()
     checkpoint = stop(tmp_path, Signals(at, step, after=after), **options).checkpoint
     assert checkpoint == str(tmp_path / "run" / f"checkpoint-{saved}")
-    is_owed = not at.startswith(("on_evaluate", "on_save"))
-    assert sum("eval_loss" in logs for _, logs in lines_of(tmp_path)) == (not is_owed)
+    evaluations = [step for step, logs in lines_of(tmp_path) if "eval_loss" in logs]
+    earlier = [2] if strategy == "steps" and saved == 3 else []
+    assert evaluations == earlier + [saved] * (at in ("on_evaluate", "on_save"))
     resumed = trainer_of(tmp_path, EarlyStoppingCallback(3), **options)
     resumed.train(resume_from_checkpoint=True)
     assert_same(resumed, unbroken)
@@ -161,6 +171,7 @@ def test_ctrl_c_saves_once_training_has_begun(tmp_path):
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+@pytest.mark.slow
 def test_a_whole_checkpoint_is_saved_whatever_the_options_say(tmp_path):
     options = {"save_only_model": True, "save_strategy": "steps", "save_steps": 5}
     trainer = trainer_of(tmp_path, Signals("on_step_begin", 2), **options)
@@ -179,25 +190,6 @@ def test_without_signals_none_is_caught(tmp_path):
 
     trainer_of(tmp_path, Looks(), save_on_signal=None, max_steps=1).train()
     assert seen == [STARTS]
-
-
-def test_a_handler_of_the_scripts_own_stays(tmp_path):
-    received = []
-    previous = signal.signal(signal.SIGUSR1, lambda *_: received.append("own"))
-    try:
-        trainer_of(tmp_path, Signals("on_step_begin", 0, signal.SIGUSR1), max_steps=1).train()
-    finally:
-        signal.signal(signal.SIGUSR1, previous)
-    assert received == ["own"]
-
-
-def test_training_in_a_thread_catches_nothing(tmp_path):
-    trainer = trainer_of(tmp_path, max_steps=1)
-    thread = threading.Thread(target=trainer.train)
-    thread.start()
-    thread.join()
-    assert trainer.state.global_step == 1
-    assert {each: signal.getsignal(each) for each in STARTS} == STARTS
 
 
 def test_handlers_are_back_after_an_error(tmp_path):

@@ -169,3 +169,16 @@ def test_a_failed_rename_leaves_what_is_written_for_the_next_start(tmp_path, mon
     assert newest_whole(tmp_path, None) == (None, [])
     recover(tmp_path)
     assert newest_whole(tmp_path, None) == (tmp_path / "checkpoint-6", [])
+
+
+def test_no_node_names_its_checkpoint_before_all_have_their_manifests(tmp_path):
+    run_dirs = [tmp_path / "first", tmp_path / "second"]
+
+    def work(folder: Path, rank: int) -> None:
+        write(folder, rank)
+        if rank == 1:
+            (folder / MANIFEST_FILE).mkdir()  # its manifest can't be written
+
+    results = save_on_ranks(run_dirs, work, leaders=(0, 1))
+    assert [type(error) for error in results] == [RankError, CheckpointError]
+    assert not [path for run_dir in run_dirs for path in run_dir.glob("checkpoint-*")]

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,12 +11,13 @@ from peft import LoraConfig
 from safetensors.torch import load_file
 
 from dpofast.errors import CheckpointError
-from tests.payloads import Payload, plant
+from dpofast.train.checkpoint.manifest import Manifest
+from tests.payloads import Payload, plant, rewrite_manifest
 from tests.support import make_trainer, token_pairs
 
 pytestmark = pytest.mark.slow
 
-OPTIONS = {"max_steps": 2, "verify_checkpoint": False}  # who plants a payload rewrites checksums
+OPTIONS = {"max_steps": 2}
 
 
 def saved(folder: Path, **arguments: object) -> Path:
@@ -26,6 +28,7 @@ def saved(folder: Path, **arguments: object) -> Path:
 
 def refused(folder: Path, checkpoint: Path, file: Path, **arguments: object) -> None:
     """Resume, and look at the error about a file that makes the folder `marker`."""
+    rewrite_manifest(checkpoint)
     trainer = make_trainer(folder, options=OPTIONS, **arguments)
     with pytest.raises(CheckpointError, match=r"posix\.mkdir.*add_safe_globals") as caught:
         trainer.train(str(checkpoint))
@@ -59,6 +62,7 @@ def test_files_that_nothing_needs_are_not_read(tmp_path: Path) -> None:
         torch.save({"planted": Payload(tmp_path / "marker")}, whole / name)
     (whole / "global_step1").mkdir()
     torch.save(Payload(tmp_path / "marker"), whole / "global_step1" / "mp_rank_00_model_states.pt")
+    rewrite_manifest(whole)
     make_trainer(tmp_path, options=OPTIONS).train(str(whole))
     assert not (tmp_path / "marker").exists()
 
@@ -80,7 +84,6 @@ def test_the_best_model_runs_no_code(tmp_path: Path) -> None:
         "eval_strategy": "steps",
         "save_steps": 1,
         "eval_steps": 1,
-        "verify_checkpoint": False,
     }
     make_trainer(tmp_path, options=best, eval_dataset=token_pairs(2)).train()
     whole = tmp_path / "run" / "checkpoint-1"
@@ -91,7 +94,18 @@ def test_the_best_model_runs_no_code(tmp_path: Path) -> None:
     state |= {"best_metric": -1e9, "best_global_step": None}
     state["best_model_checkpoint"] = str(other)
     (whole / "trainer_state.json").write_text(json.dumps(state))
+    rewrite_manifest(whole)
     trainer = make_trainer(tmp_path, options=best, eval_dataset=token_pairs(2))
     with pytest.raises(CheckpointError, match=r"other/pytorch_model\.bin holds"):
         trainer.train(str(whole))
     assert not (tmp_path / "marker").exists()
+
+
+def test_a_manifest_names_no_file_outside_of_its_checkpoint(tmp_path: Path) -> None:
+    whole = saved(tmp_path)
+    manifest = Manifest.read(whole)
+    record = manifest.files["optimizer.pt"]
+    for name in ("../../optimizer.pt", "/etc/passwd", "a/../../b"):
+        replace(manifest, files={**manifest.files, name: record}).write(whole)
+        with pytest.raises(CheckpointError, match="names a file outside of the checkpoint"):
+            make_trainer(tmp_path, options=OPTIONS).train(str(whole))

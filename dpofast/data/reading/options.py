@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from dpofast.columns import REF_COLUMNS
+from dpofast.columns import LOGP_ROUNDING, REF_COLUMNS
 from dpofast.data.reading.messages import Message
 from dpofast.data.reading.row_error import RowError, shown, text_of
 
@@ -63,7 +63,7 @@ def reference_logps(row: Mapping[str, Any]) -> dict[str, float]:
     """Reference log-probs by column, if the row has them; otherwise an empty dict.
 
     Raises:
-        RowError: one of the two is missing, or isn't a finite number.
+        RowError: one of the two is missing, isn't a finite number, or is above 0.
     """
     given = [column for column in REF_COLUMNS if row.get(column) is not None]
     if len(given) == 1:
@@ -78,6 +78,8 @@ def reference_logps(row: Mapping[str, Any]) -> dict[str, float]:
             logps[column] = math.nan  # refused below, like every value that isn't finite
         if not math.isfinite(logps[column]):
             raise RowError(f"{column} is {shown(value)}, expected a finite number")
+        if logps[column] > LOGP_ROUNDING:
+            raise RowError(f"{column} is {shown(value)}, but a log-prob is never above 0")
     return logps
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -17,6 +18,7 @@ from dpofast.data.reading.pair_stream import PairStream
 from dpofast.data.reading.records import Record
 from dpofast.data.reading.table import TableBuilder
 from dpofast.data.tokens.outcome import OUTCOME_FEATURES, OutcomeSums, is_kept
+from dpofast.data.tokens.render_process import PairRenderer
 from dpofast.data.tokens.report import PreparationReport
 from dpofast.data.tokens.tokenize import TOKENISED_ROWS, PairTokenizer, refuse_bad_rows
 from dpofast.data.tokens.truncate import LengthLimits
@@ -63,12 +65,13 @@ class TokenStream:
         name: str = "train",
     ) -> None:
         check_strictness(strict, skip_bad_rows)
-        self.stream, self.tokenizer, self.name = stream, tokenizer, name
+        self.stream, self.name = stream, name
         self.limits, self.skip_bad_rows = limits, skip_bad_rows
         self._builder = TableBuilder(
             strict, skip_bad_rows, stream.columns, stream.roles, again=False
         )
-        self._tokenize = PairTokenizer(tokenizer, limits, strict, name)
+        self._renderer = PairRenderer(tokenizer)
+        self._tokenize = PairTokenizer(self._renderer, limits, strict, name)
         self._sums = OutcomeSums()
         self._counted = 0  # rows of the first pass that are in the sums
         self._unused: dict[str, None] = {}  # what the template doesn't use, in the order of finding
@@ -98,13 +101,14 @@ class TokenStream:
         if table is None or not len(table):
             return TokenisedRows(first, datasets.Dataset(_no_pairs()))
         rows = normal_form(table, replace(self._builder.notes(), unused_columns=()))
-        outcomes = self._outcomes(rows)
-        if not self.skip_bad_rows:
-            refuse_bad_rows(self.name, outcomes)
-        if self.epoch == 0 and first >= self._counted:
-            self._counted = self.row
-            self._sums.add(outcomes)
-            self._look_at(rows)
+        with contextlib.closing(self._renderer):
+            outcomes = self._outcomes(rows)
+            if not self.skip_bad_rows:
+                refuse_bad_rows(self.name, outcomes)
+            if self.epoch == 0 and first >= self._counted:
+                self._counted = self.row
+                self._sums.add(outcomes)
+                self._look_at(rows)
         passed_on = ["row", *(c for c in REF_COLUMNS if c in table.column_names)]
         kept = outcomes.filter(is_kept(outcomes)).select([*ID_COLUMNS, *passed_on])
         is_text = rows.features.get("prompt") == datasets.Value("string")
@@ -135,7 +139,7 @@ class TokenStream:
     def _look_at(self, rows: datasets.Dataset) -> None:
         """Find what the template doesn't use, and warn of text that it leaves out."""
         if self._looks_for_text:
-            warned = warn_of_missing_text(rows, self.tokenizer, self.name)
+            warned = warn_of_missing_text(rows, self._renderer, self.name)
             self._looks_for_text = not warned and self.row < SHAPED_ROWS
         notes = self._builder.notes()
         new = tuple(name for name in notes.message_fields if name not in self._fields)
@@ -143,7 +147,7 @@ class TokenStream:
         seen = normal_form(
             rows.with_format("arrow")[:], replace(notes, unused_columns=(), message_fields=new)
         )
-        self._unused |= dict.fromkeys(unused_parts(seen, self.tokenizer))
+        self._unused |= dict.fromkeys(unused_parts(seen, self._renderer))
 
 
 def _no_pairs() -> pa.Table:

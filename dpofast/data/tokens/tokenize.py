@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -27,7 +28,8 @@ from dpofast.data.tokens.outcome import (
     is_kept,
     problems,
 )
-from dpofast.data.tokens.render import TokenizerError, render_pair_texts
+from dpofast.data.tokens.render import TokenizerError
+from dpofast.data.tokens.render_process import PairRenderer
 from dpofast.data.tokens.report import PreparationReport
 from dpofast.data.tokens.truncate import Cut, LengthLimits
 from dpofast.data.tokens.unused import unused_parts, warn_of_missing_text
@@ -84,14 +86,33 @@ def tokenize_preferences(
         dataset = load_preferences(dataset, strict=strict, skip_bad_rows=skip_bad_rows, name=name)
     if not len(dataset):
         raise DataError(f"{name} holds no pairs; give it at least one")
-    warn_of_missing_text(dataset, tokenizer, name)
+    with contextlib.closing(PairRenderer(tokenizer)) as renderer:
+        warn_of_missing_text(dataset, renderer, name)
+        outcomes = _outcomes_of(dataset, PairTokenizer(renderer, limits, strict, name), num_proc)
+        unused = unused_parts(dataset, renderer)
+    table = outcomes.with_format("arrow")[:]
+    nulls = source_notes(dataset).nulls_left_out
+    report = OutcomeSums(table).report(name, limits, unused, nulls)
+    if not skip_bad_rows:
+        refuse_bad_rows(report.name, table)
+    refuse_nothing_kept(report)
+    warn_of_rerendered_prompts(report)
+    passed_on = [name for name in outcomes.column_names if name not in OUTCOME_FEATURES]
+    table = table.filter(is_kept(table)).select([*ID_COLUMNS, *passed_on])
+    return datasets.Dataset(table), report
+
+
+def _outcomes_of(
+    dataset: datasets.Dataset, tokenize: PairTokenizer, num_proc: int | None
+) -> datasets.Dataset:
+    """The outcomes of all rows, and the columns that are passed on."""
     passed_on = {
         column: dataset.features[column]
         for column in ("row", "source", *REF_COLUMNS)
         if column in dataset.column_names
     }
-    outcomes = dataset.map(
-        PairTokenizer(tokenizer, limits, strict, name),
+    return dataset.map(
+        tokenize,
         batched=True,
         batch_size=TOKENISED_ROWS,
         remove_columns=[c for c in dataset.column_names if c not in passed_on],
@@ -100,17 +121,8 @@ def tokenize_preferences(
         # Nothing is written to disk, so a file of an earlier run can't be taken for this result.
         keep_in_memory=True,
         load_from_cache_file=False,
-        desc=f"Tokenising {name}",
+        desc=f"Tokenising {tokenize.name}",
     )
-    table = outcomes.with_format("arrow")[:]
-    unused, nulls = unused_parts(dataset, tokenizer), source_notes(dataset).nulls_left_out
-    report = OutcomeSums(table).report(name, limits, unused, nulls)
-    if not skip_bad_rows:
-        refuse_bad_rows(report.name, table)
-    refuse_nothing_kept(report)
-    warn_of_rerendered_prompts(report)
-    table = table.filter(is_kept(table)).select([*ID_COLUMNS, *passed_on])
-    return datasets.Dataset(table), report
 
 
 def split_row(row: Mapping[str, Any], tokenizer: Any) -> SplitPair:
@@ -119,17 +131,21 @@ def split_row(row: Mapping[str, Any], tokenizer: Any) -> SplitPair:
     Raises:
         DataError: the row has no pair, or can't be tokenised.
     """
-    return PairTokenizer(tokenizer, LengthLimits(), strict=False, name="pair").split(row)
+    with contextlib.closing(PairRenderer(tokenizer)) as renderer:
+        return PairTokenizer(renderer, LengthLimits(), strict=False, name="pair").split(row)
 
 
 class PairTokenizer:
     """Tokenises and cuts batches of rows; `Dataset.map` calls it with columns.
 
-    It takes the arguments of `tokenize_preferences`, those about lengths as LengthLimits.
+    It takes the arguments of `tokenize_preferences`, those about lengths as LengthLimits, and the
+    tokenizer as a PairRenderer.
     """
 
-    def __init__(self, tokenizer: Any, limits: LengthLimits, strict: bool, name: str) -> None:
-        self.tokenizer, self.limits = tokenizer, limits
+    def __init__(
+        self, renderer: PairRenderer, limits: LengthLimits, strict: bool, name: str
+    ) -> None:
+        self.renderer, self.tokenizer, self.limits = renderer, renderer.tokenizer, limits
         self.strict, self.name = strict, name
 
     def __call__(self, batch: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
@@ -176,7 +192,7 @@ class PairTokenizer:
         if is_tokenised:
             splits = [SplitPair(*(row[column] for column in ID_COLUMNS)) for row in rows]
             return [self._checked(split, is_tokenised) for split in splits]
-        texts = [self._render(row) for row in rows]
+        texts = self._rendered(rows)
         good = [text for text in texts if isinstance(text, PairTexts)]
         split_texts = iter(BoundaryTokenizer(self.tokenizer).split(good) if good else ())
         return [
@@ -184,16 +200,16 @@ class PairTokenizer:
             for text in texts
         ]
 
-    def _render(self, row: Mapping[str, Any]) -> PairTexts | RowError:
-        """The texts of a row, or what is wrong with it."""
+    def _rendered(self, rows: Sequence[Mapping[str, Any]]) -> list[PairTexts | RowError]:
+        """The texts of each row, or what is wrong with the row."""
+        if not rows:
+            return []
         if self.tokenizer is None:
             raise DataError(f"{self.name} is not tokenised yet and there is no tokenizer; give one")
-        try:
-            return render_pair_texts(row, self.tokenizer)
-        except TokenizerError as error:
-            raise self._at_row(row, error) from None
-        except RowError as error:
-            return error
+        texts = self.renderer.all_texts(rows)
+        if isinstance(texts[-1], TokenizerError):
+            raise self._at_row(rows[len(texts) - 1], texts[-1])
+        return texts
 
     def _checked(self, split: SplitPair, is_tokenised: bool) -> SplitPair | RowError:
         """The token ids of a row, or what is wrong with them."""

@@ -23,7 +23,8 @@ from dpofast.data.reading.messages import (
 from dpofast.data.reading.normal_form import source_notes
 from dpofast.data.reading.records import place_of_row
 from dpofast.data.reading.row_error import RowError, shown
-from dpofast.data.tokens.render import render_pair_texts, texts_missing
+from dpofast.data.tokens.render import texts_missing
+from dpofast.data.tokens.render_process import PairRenderer
 
 logger = logging.getLogger(__name__)
 
@@ -34,16 +35,16 @@ SHAPED_ROWS = 5_000  # rows among which one of each further shape is looked at, 
 _TRIED_ROWS = 3  # rows in which a field is left out on trial
 
 
-def unused_parts(dataset: datasets.Dataset, tokenizer: Any) -> tuple[str, ...]:
+def unused_parts(dataset: datasets.Dataset, renderer: PairRenderer) -> tuple[str, ...]:
     """What is in the source of a dataset but not in the texts that are tokenised.
 
     Args:
         dataset: pairs in the normal form.
-        tokenizer: the tokenizer; None if the pairs are tokenised already.
+        renderer: renders with the tokenizer, which is None if the pairs are tokenised already.
     Returns:
         Names of columns, and of fields of messages such as "name in messages".
     """
-    notes = source_notes(dataset)
+    notes, tokenizer = source_notes(dataset), renderer.tokenizer
     unused = list(notes.unused_columns)
     filled = [c for c in ("tools", "chat_template_kwargs") if _is_filled(dataset, c)]
     if not _is_rendered(dataset, tokenizer):
@@ -55,11 +56,11 @@ def unused_parts(dataset: datasets.Dataset, tokenizer: Any) -> tuple[str, ...]:
         given = [json.loads(text) for text in dataset.unique("chat_template_kwargs") if text]
         names = dict.fromkeys(itertools.chain.from_iterable(given))
         unused += [f"{n} in chat_template_kwargs" for n in names if not _names(template, n)]
-    fields = [n for n in notes.message_fields if not _changes_texts(dataset, tokenizer, n)]
+    fields = [n for n in notes.message_fields if not _changes_texts(dataset, renderer, n)]
     return (*unused, *(f"{name} in messages" for name in fields))
 
 
-def warn_of_missing_text(dataset: datasets.Dataset, tokenizer: Any, name: str) -> bool:
+def warn_of_missing_text(dataset: datasets.Dataset, renderer: PairRenderer, name: str) -> bool:
     """Warn once if the template leaves out the text of a message.
 
     It looks at the first rows, and at the first one of each further shape. Some templates leave
@@ -67,16 +68,16 @@ def warn_of_missing_text(dataset: datasets.Dataset, tokenizer: Any, name: str) -
 
     Args:
         dataset: pairs in the normal form.
-        tokenizer: the tokenizer.
+        renderer: renders with the tokenizer.
         name: dataset name.
     Returns:
         Whether it has warned.
     """
-    if not _is_rendered(dataset, tokenizer):
+    if not _is_rendered(dataset, renderer.tokenizer):
         return False
     for row in _telling_rows(dataset):
         try:
-            texts = render_pair_texts(row, tokenizer)
+            texts = renderer.texts(row)
         except RowError:  # tokenising the row raises it again, and reports it
             continue
         if missing := texts_missing(_parts(row), texts):
@@ -105,7 +106,7 @@ def _telling_rows(dataset: datasets.Dataset) -> Iterator[Row]:
         seen.add(shape)
 
 
-def _changes_texts(dataset: datasets.Dataset, tokenizer: Any, field: str) -> bool:
+def _changes_texts(dataset: datasets.Dataset, renderer: PairRenderer, field: str) -> bool:
     """Whether the texts of a row change if a field is left out of its messages."""
     for row in _rows_with(dataset, field):
         bare = dict(row)
@@ -113,7 +114,7 @@ def _changes_texts(dataset: datasets.Dataset, tokenizer: Any, field: str) -> boo
             without = [{k: v for k, v in m.items() if k != field} for m in messages]
             bare[column] = encode_messages(without, column)
         try:
-            if render_pair_texts(row, tokenizer) != render_pair_texts(bare, tokenizer):
+            if renderer.texts(row) != renderer.texts(bare):
                 return True
         except RowError:  # the template needs the field, or refuses the row in any case
             return True

@@ -12,6 +12,7 @@ from typing import Protocol
 
 import numpy as np
 
+from dpofast.columns import LOGP_ROUNDING
 from dpofast.errors import MissingRowsError, ReferenceStoreError
 from dpofast.progress import progress_bar
 from dpofast.reference.build.answers import PairAnswers
@@ -167,7 +168,7 @@ def reference_logps(namespace: Namespace, answers: PairAnswers) -> np.ndarray:
 
     Raises:
         MissingRowsError: rows are missing.
-        ReferenceStoreError: rows are damaged.
+        ReferenceStoreError: rows are damaged, or a log-prob isn't finite or is above 0.
     """
     namespace.refresh()
     logps, found = namespace.lookup(answers.keys)
@@ -177,6 +178,13 @@ def reference_logps(namespace: Namespace, answers: PairAnswers) -> np.ndarray:
             f"The reference store {namespace.store_folder} lacks {len(lost)} of {len(found)} "
             f"reference log-probs, the first of {answers.name(int(lost[0]))}: "
             f"{why_missing(namespace, int(found.sum()))}."
+        )
+    wrong = np.flatnonzero(~(np.isfinite(logps) & (logps <= LOGP_ROUNDING)))
+    if wrong.size:
+        raise ReferenceStoreError(
+            f"The reference store {namespace.store_folder} has {logps[wrong[0]]} as the log-prob "
+            f"of {answers.name(int(wrong[0]))}, which no reference gives, so something else wrote "
+            "it: make a new store (reference_store)."
         )
     return logps.reshape(-1, 2)
 

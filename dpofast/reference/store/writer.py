@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from dpofast.columns import LOGP_ROUNDING
 from dpofast.errors import ReferenceStoreError
 from dpofast.reference.store.keys import as_keys
 from dpofast.reference.store.row_detail import RowDetail
@@ -53,7 +54,8 @@ class Writer:
             name: name of the row, used in errors; by default its key.
 
         Raises:
-            ReferenceStoreError: a value is NaN or infinite, or the log-sum-exps that the detail
+            ReferenceStoreError: a value is NaN or infinite, a log-prob is above 0 by more than
+                rounding explains, or the log-sum-exps that the detail
                 asks for are missing.
         """
         scores = np.atleast_2d(scores)
@@ -72,6 +74,13 @@ class Writer:
                 f"The reference's {_KINDS[kind]} of {name or key.hex()} is {floats[kind, bad]} at "
                 f"the answer's token {bad}, and is not stored: check the model's weights and its "
                 "dtype (float16 overflows where bfloat16 doesn't), or leave that row out."
+            )
+        if floats.size and floats[0].max() > LOGP_ROUNDING:
+            bad = int(floats[0].argmax())
+            raise ReferenceStoreError(
+                f"The reference's log-prob of {name or key.hex()} is {floats[0, bad]} at the "
+                f"answer's token {bad}, which is above 0, and is not stored: the scorer must "
+                "return log-probs, in nats."
             )
         self._keys.append(key)
         self._logps.append(float(np.sum(scores[0], dtype=np.float64)))

@@ -74,7 +74,7 @@ def move_checkpoints(output_dir: Path, checkpoints: Sequence[Path]) -> None:
         moved.add(folder)
     if moved:
         logger.warning(
-            "overwrite_output_dir: moved %s to %s.",
+            "Moved %s, which was in the way of this run, to %s.",
             *(names(checkpoints), " and ".join(map(str, sorted(moved)))),
         )
 

@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import xxhash
@@ -119,6 +119,8 @@ class Manifest:
             if is_intact and content["format"] > FORMAT_VERSION:
                 raise ManifestError("was written by a newer version of dpofast")
             files = {name: FileRecord(**record) for name, record in content["files"].items()}
+            if any(_is_outside(name) for name in files):
+                raise ManifestError("names a file outside of the checkpoint")
             manifest = cls(content["run_id"], content["step"], content["ranks"], files)
             # Also notices what the digest doesn't cover, such as the spaces between values.
             is_own = manifest.text().encode() == written
@@ -129,6 +131,11 @@ class Manifest:
         if not is_own:
             raise ManifestError("is damaged, as it doesn't match its own digest")
         return manifest
+
+
+def _is_outside(name: str) -> bool:
+    path = PurePosixPath(name)
+    return path.is_absolute() or ".." in path.parts
 
 
 def _digest(content: dict[str, Any]) -> str:

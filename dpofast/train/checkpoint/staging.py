@@ -15,7 +15,14 @@ import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
-from dpofast.train.checkpoint.manifest import MANIFEST_FILE, sync, verify
+from dpofast.train.checkpoint.aside import move_checkpoints
+from dpofast.train.checkpoint.manifest import (
+    MANIFEST_FILE,
+    Manifest,
+    ManifestError,
+    sync,
+    verify,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -80,6 +87,8 @@ def missing_of_ranks(
 def publish(run_dir: Path, step: int) -> Path:
     """Give a checkpoint that has its manifest its name, in place of an older one of that name.
 
+    An older one of another run isn't deleted but moved aside.
+
     Returns:
         The folder `checkpoint-N`.
 
@@ -91,6 +100,8 @@ def publish(run_dir: Path, step: int) -> Path:
         sync(folder)
     sync(staged)
     replaced = run_dir / f"{REPLACED}{final.name}"
+    if final.exists() and _is_of_another_run(final, staged):
+        move_checkpoints(run_dir, [final])
     if final.exists():
         if replaced.exists():
             shutil.rmtree(replaced)
@@ -100,6 +111,14 @@ def publish(run_dir: Path, step: int) -> Path:
     shutil.rmtree(saving_area(run_dir, step), ignore_errors=True)
     shutil.rmtree(replaced, ignore_errors=True)
     return final
+
+
+def _is_of_another_run(final: Path, staged: Path) -> bool:
+    """Whether a checkpoint isn't known to be of the run that has written another one."""
+    try:
+        return Manifest.read(final).run_id != Manifest.read(staged).run_id
+    except ManifestError as error:
+        return error.is_missing  # an older version may have written it; a damaged one is no loss
 
 
 def delete(checkpoint: Path) -> None:
