@@ -53,6 +53,16 @@ def test_save_model_leaves_an_earlier_export_as_it_was(tmp_path):
     assert {path: path.read_bytes() for path in (tmp_path / "out").iterdir()} == files
 
 
+def test_a_poisoned_model_is_not_uploaded(tmp_path):
+    trainer = make_trainer(tmp_path)
+    with torch.no_grad():
+        trainer.model.lm_head.weight[3, 3] = math.inf
+    trainer.init_hf_repo = lambda *_, **__: None
+    with pytest.raises(NonFiniteError, match=r"lm_head.weight has NaN or infinite"):
+        trainer.push_to_hub()
+    assert not (tmp_path / "run" / "model.safetensors").exists()
+
+
 def test_a_poisoned_optimizer_is_not_saved(tmp_path):
     options = {"save_strategy": "steps", "save_steps": 2}
     trainer = make_trainer(tmp_path, options=options)
@@ -133,3 +143,12 @@ def test_non_finite_names_sees_every_dtype_and_leaves_out_what_is_empty():
             assert non_finite_names([("good", good), ("bad", bad)]) == ["bad"]
     others = [("empty", torch.empty(0)), ("integers", torch.ones(2, dtype=torch.int64))]
     assert non_finite_names(others) == []
+
+
+def test_the_bits_of_quantised_weights_are_no_numbers():
+    class Params4bit(torch.nn.Parameter):
+        """As bitsandbytes stores them with bnb_4bit_quant_storage: bfloat16."""
+
+    bits = torch.full((3,), -1, dtype=torch.int16).view(torch.bfloat16)
+    assert bits.isnan().all()
+    assert non_finite_names([("bits", Params4bit(bits, requires_grad=False))]) == []
