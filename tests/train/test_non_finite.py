@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from transformers import TrainerCallback
 from dpofast.errors import DataError, NonFiniteError, ReferenceStoreError
 from dpofast.model.finite import non_finite_names
 from tests.nan_ways import WAYS, assert_clean, run_way
-from tests.support import make_trainer, token_pairs
+from tests.support import make_trainer, tiny_llama, token_pairs
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -51,6 +52,36 @@ def test_save_model_leaves_an_earlier_export_as_it_was(tmp_path):
     with pytest.raises(NonFiniteError, match=r"lm_head.weight has NaN or infinite"):
         trainer.save_model(str(tmp_path / "out"))
     assert {path: path.read_bytes() for path in (tmp_path / "out").iterdir()} == files
+
+
+class ScaledSGD(torch.optim.SGD):
+    """Leaves out steps whose gradients overflow, as the loss scaler of fp16 does."""
+
+    def step(self, closure=None):
+        grads = [p.grad for group in self.param_groups for p in group["params"]]
+        if all(grad.isfinite().all() for grad in grads):
+            super().step(closure)
+
+
+@pytest.mark.parametrize(
+    ("overflowing", "message"),
+    [({*range(23), *range(24, 47)}, None), ({*range(2, 26)}, r"Step 26: .*left out 24 steps in a")],
+)
+def test_a_loss_scaler_may_leave_out_steps_but_not_all(tmp_path, overflowing, message):
+    model = tiny_llama()
+    schedule = torch.optim.lr_scheduler.ConstantLR
+    optimizer = ScaledSGD(model.parameters(), lr=0.0)
+    trainer = make_trainer(
+        tmp_path, model, options={"max_steps": 48}, optimizers=(optimizer, schedule(optimizer))
+    )
+
+    def overflow(grad):
+        trainer.args.fp16 = True  # there is no loss scaler on a CPU
+        return grad * math.inf if trainer.state.global_step in overflowing else grad
+
+    model.lm_head.weight.register_hook(overflow)
+    with nullcontext() if message is None else pytest.raises(NonFiniteError, match=message):
+        trainer.train()
 
 
 def test_a_poisoned_model_is_not_uploaded(tmp_path):
