@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dpofast.reference.identity.quantised import is_quantised
+
 
 def own_part(tensor: Any) -> Tensor:
     """What this rank holds of a tensor that ZeRO-3 may have sharded; without gradients."""
@@ -30,8 +32,11 @@ def non_finite_flags(tensors: Iterable[Tensor], device: torch.device) -> Tensor:
 
 
 def non_finite_names(tensors: Iterable[tuple[str, Tensor]]) -> list[str]:
-    """Names of the tensors that have a NaN or infinite element in this rank's part."""
-    named = list(tensors)
+    """Names of the tensors that have a NaN or infinite element in this rank's part.
+
+    Quantised weights are passed over: any bits are stored in them, whatever their dtype says.
+    """
+    named = [(name, tensor) for name, tensor in tensors if not is_quantised(tensor)]
     flags = non_finite_flags((tensor for _, tensor in named), torch.device("cpu"))
     return [name for (name, _), is_bad in zip(named, flags.tolist(), strict=True) if is_bad]
 
@@ -43,7 +48,7 @@ def trained_weights(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
 
 def _largest(tensor: Tensor) -> Tensor:
     """[]: the largest magnitude; NaN if any element is."""
-    # Floats of one byte are the storage of quantised weights, which no reduction takes.
+    # No reduction takes floats of one byte, which store quantised weights.
     if not tensor.numel() or not tensor.is_floating_point() or tensor.element_size() == 1:
         return torch.zeros((), device=tensor.device)
     return torch.linalg.vector_norm(tensor, float("inf"))
