@@ -152,8 +152,9 @@ class ResumesRun(ContinuesRun, Trainer):
         start = choose_start(given, folder)
         size = save_size(self.model, config, has_own_optimizer=self.optimizer is not None)
         have = 0 if start.is_new else len(step_folders(folder.path))
-        exports = self.exports_model
-        check_room(folder.path, size, config, num_steps, have=have, exports=exports)
+        is_done = start.checkpoint is not None and saved_step(start.checkpoint) == num_steps
+        steps, exports = 0 if is_done else num_steps, self.exports_model
+        check_room(folder.path, size, config, steps, have=have, exports=exports)
         return start, size
 
     def _settle(self, start: Start, folder: Folder) -> None:
