@@ -152,6 +152,21 @@ def check_named(folder: str | Path, output_dir: str | Path, verify: bool = True)
     )
 
 
+def check_best(folder: str | Path) -> None:
+    """Check the checkpoint whose weights load_best_model_at_end takes.
+
+    Raises:
+        CheckpointError: it isn't whole; names the file.
+    """
+    reason = why_not_whole(folder)
+    if reason is not None:
+        raise CheckpointError(
+            f"load_best_model_at_end: the best checkpoint, {str(folder)!r}, is not whole: {reason}"
+            "; set load_best_model_at_end: false and resume_from_checkpoint: true to keep the "
+            "model of the last step instead."
+        )
+
+
 def recorded_run_id(checkpoint: str | Path) -> str | None:
     """The id of the run that saved a checkpoint; None if it has no manifest that can be read."""
     try:
