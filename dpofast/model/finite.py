@@ -27,16 +27,13 @@ def non_finite_flags(tensors: Iterable[Tensor], device: torch.device) -> Tensor:
     Returns:
         [n] bool.
     """
-    flags = [_largest(own_part(tensor)).isfinite().logical_not().to(device) for tensor in tensors]
+    flags = [_largest(tensor).isfinite().logical_not().to(device) for tensor in tensors]
     return torch.stack(flags) if flags else torch.zeros(0, dtype=torch.bool, device=device)
 
 
 def non_finite_names(tensors: Iterable[tuple[str, Tensor]]) -> list[str]:
-    """Names of the tensors that have a NaN or infinite element in this rank's part.
-
-    Quantised weights are passed over: any bits are stored in them, whatever their dtype says.
-    """
-    named = [(name, tensor) for name, tensor in tensors if not is_quantised(tensor)]
+    """Names of the tensors that have a NaN or infinite element in this rank's part."""
+    named = list(tensors)
     flags = non_finite_flags((tensor for _, tensor in named), torch.device("cpu"))
     return [name for (name, _), is_bad in zip(named, flags.tolist(), strict=True) if is_bad]
 
@@ -48,7 +45,10 @@ def trained_weights(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
 
 def _largest(tensor: Tensor) -> Tensor:
     """[]: the largest magnitude; NaN if any element is."""
-    # No reduction takes floats of one byte, which store quantised weights.
-    if not tensor.numel() or not tensor.is_floating_point() or tensor.element_size() == 1:
-        return torch.zeros((), device=tensor.device)
-    return torch.linalg.vector_norm(tensor, float("inf"))
+    part = own_part(tensor)
+    # The bits of a quantised weight aren't those of numbers, whatever dtype it is stored in. Floats
+    # of one byte are such storage, too; no reduction takes them.
+    is_number = part.is_floating_point() and part.element_size() > 1 and not is_quantised(tensor)
+    if not part.numel() or not is_number:
+        return torch.zeros((), device=part.device)
+    return torch.linalg.vector_norm(part, float("inf"))
