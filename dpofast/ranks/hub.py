@@ -99,6 +99,8 @@ class Hub(Watcher):
         wire.close()
 
     def _listen(self, member: Member, wire: Wire) -> None:
+        if self._wires.get(member.rank) is not wire:
+            return  # what happened at the same moment has closed it
         try:
             for message in wire.read():
                 self._take(member, message)

@@ -60,7 +60,8 @@ class Spoke(Watcher):
             self._wire.close()
 
     def _listen(self) -> None:
-        assert self._wire is not None
+        if self._wire is None:
+            return  # what happened at the same moment has closed it
         try:
             for message in self._wire.read():
                 self._take(message)

@@ -9,7 +9,6 @@ answering.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import socket
@@ -29,6 +28,7 @@ class Wire:
 
     def __init__(self, connection: socket.socket, timeout: float) -> None:
         self._connection, self._buffer = connection, b""
+        self._silence: OSError | None = None
         connection.settimeout(SEND_SECONDS)
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.keep_alive(timeout)
@@ -55,8 +55,12 @@ class Wire:
 
     def send(self, **message: Any) -> None:
         """Send a message. A broken connection is no error here: `read` finds it."""
-        with contextlib.suppress(OSError):
+        try:
             self._connection.sendall(json.dumps(message).encode() + b"\n")
+        except ConnectionError:
+            pass
+        except OSError as error:
+            self._silence = error  # the system says it only once; `read` would get an end of file
 
     def read(self) -> list[dict[str, Any]]:
         """The messages that have arrived; called when the socket is readable.
@@ -71,7 +75,7 @@ class Wire:
         except ConnectionResetError:
             data = b""
         if not data:
-            raise EOFError
+            raise self._silence or EOFError
         *lines, self._buffer = (self._buffer + data).split(b"\n")
         if len(self._buffer) > LONGEST_MESSAGE:
             raise ValueError("the message is too long")

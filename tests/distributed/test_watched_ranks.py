@@ -105,7 +105,7 @@ def test_a_node_that_is_lost_ends_the_other(tmp_path, harm):
     dead = [-signal.SIGKILL] * 2 if harm == "power" else [4, 4]
     assert [code for code, _ in found] == [4, 4, *dead]
     texts = ["".join(text for _, text in found[:2]), "".join(text for _, text in found[2:])]
-    assert [text.count("dpofast: error: ") for text in texts] == [1, int(harm == "cut")]
+    assert [text.count("dpofast: error: ") for text in texts] == [1, int(harm == "cut")], texts
     assert "on host node-b w" in texts[0]
     if harm == "cut":
         assert f"no answer for {TIMEOUT:g} s" in texts[0]

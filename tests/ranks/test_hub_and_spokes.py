@@ -107,6 +107,16 @@ def test_ranks_may_finish_in_any_order(order):
     assert run.ended == {0: [], 1: [], 2: []}
 
 
+def test_all_ranks_may_finish_at_the_same_moment():
+    for _ in range(10):
+        run = Run(*["a"] * 6)
+        with ThreadPoolExecutor() as pool:
+            list(pool.map(lambda watcher: watcher.finish(SOON), run.watchers))
+        run.join()
+        assert not any(run.said.values())
+        assert not any(run.ended.values())
+
+
 def test_rank_0_finishing_tells_why_the_run_ends_if_it_knows(monkeypatch):
     run = Run("a", "a", "b")
     monkeypatch.setattr(watcher_module, "GRACE_SECONDS_AFTER_DEATH", 60.0)
