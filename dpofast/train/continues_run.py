@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from transformers import Trainer, TrainerControl
 from transformers.trainer_callback import ExportableState
 
 from dpofast.options.config import DPOConfig
+from dpofast.train.checkpoint.resume import recorded_run_id
 from dpofast.train.checkpoint.run_state import RunState
 from dpofast.train.checkpoint.same_run import (
     LIMITS,
@@ -147,12 +149,33 @@ class ContinuesRun(KeepsSums, Trainer):
 
     # What transformers loads from the checkpoint, though it isn't what the options say
 
-    def _init_training_state(self, max_steps: int, *args: Any, **options: Any) -> Any:
-        places = super()._init_training_state(max_steps, *args, **options)
+    def _init_training_state(
+        self,
+        max_steps: int,
+        steps_of_epoch: int,
+        epochs: int,
+        checkpoint: str | None,
+        *args: Any,
+        **options: Any,
+    ) -> Any:
+        given = (max_steps, steps_of_epoch, epochs, checkpoint)
+        places = super()._init_training_state(*given, *args, **options)
+        if checkpoint is not None:
+            self._find_best(checkpoint)
         # Steps between logs, evaluations and saves are those of the options now.
         self.state.compute_steps(self.args, max_steps)
         self._restore_callbacks()
         return places
+
+    def _find_best(self, checkpoint: str) -> None:
+        """Take the best checkpoint from beside this one: the whole folder may have moved."""
+        best = Path(checkpoint).parent / f"checkpoint-{self.state.best_global_step}"
+        run_id = recorded_run_id(checkpoint)
+        if run_id is None or recorded_run_id(best) != run_id:
+            return
+        if self.args.should_log and self.state.best_model_checkpoint != str(best):
+            logger.info("The best checkpoint is %s.", best)
+        self.state.best_model_checkpoint = str(best)
 
     def _restore_callbacks(self) -> None:
         """Give the callbacks the counts that they had, such as the patience of early stopping."""

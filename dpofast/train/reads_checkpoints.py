@@ -8,6 +8,8 @@ from typing import Any
 from transformers import Trainer
 
 from dpofast.options.config import DPOConfig
+from dpofast.train.checkpoint.resume import check_best
+from dpofast.train.exchange import decided_by_rank_0
 from dpofast.zero.unpickling import reading_checkpoint
 
 
@@ -43,5 +45,8 @@ class ReadsCheckpoints(Trainer):
                 super()._load_rng_state(checkpoint)
 
     def _load_best_model(self) -> None:
-        with self._reading(self.state.best_model_checkpoint):
+        best = self.state.best_model_checkpoint
+        if self.args.verify_checkpoint:
+            decided_by_rank_0(lambda: check_best(best))
+        with self._reading(best):
             super()._load_best_model()

@@ -38,6 +38,8 @@ from dpofast.train.room import SaveSize, check_room, save_size
 from dpofast.train.training_set import TrainingSet
 
 REPORTS = (METRICS_FILE, SUMMARY_FILE, PLOT_FILE)
+# Methods by which a subclass makes an optimizer of its own.
+MAKERS = ("create_optimizer", "get_optimizer_cls_and_kwargs")
 
 logger = logging.getLogger(__name__)
 
@@ -150,10 +152,13 @@ class ResumesRun(ContinuesRun, Trainer):
         """Choose where the run begins, and see that its saves fit the disk; on rank 0."""
         config = self.args
         start = choose_start(given, folder)
-        size = save_size(self.model, config, has_own_optimizer=self.optimizer is not None)
+        makes_own = any(getattr(type(self), name) is not getattr(Trainer, name) for name in MAKERS)
+        is_own = self.optimizer is not None or makes_own
+        size = save_size(self.model, config, has_own_optimizer=is_own)
         have = 0 if start.is_new else len(step_folders(folder.path))
-        exports = self.exports_model
-        check_room(folder.path, size, config, num_steps, have=have, exports=exports)
+        is_done = start.checkpoint is not None and saved_step(start.checkpoint) == num_steps
+        steps, exports = 0 if is_done else num_steps, self.exports_model
+        check_room(folder.path, size, config, steps, have=have, exports=exports)
         return start, size
 
     def _settle(self, start: Start, folder: Folder) -> None:

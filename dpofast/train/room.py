@@ -19,8 +19,9 @@ from dpofast.train.checkpoint.space import free_bytes
 
 # States of the optimizers whose states are as large as the weights, for each trained one.
 MOMENTS = {"adamw_torch": 2, "adamw_torch_fused": 2, "adamw_hf": 2, "adamw_apex_fused": 2}
-# DeepSpeed's states of a trained weight: a copy and two moments, all in float32.
-ZERO_BYTES = 12
+# DeepSpeed's states are a copy of each trained weight and the optimizer's, all in float32.
+FLOAT32_BYTES = 4
+DEEPSPEED_ADAM = ("adam", "adamw")
 
 logger = logging.getLogger(__name__)
 
@@ -53,10 +54,15 @@ def save_size(model: nn.Module, config: DPOConfig, has_own_optimizer: bool = Fal
     weights = _total(saved)
     if config.save_only_model:
         return SaveSize(weights, weights, weights)
-    if config.deepspeed_plugin is not None:
-        states = ZERO_BYTES * sum(map(numel, trained))
-        return SaveSize(weights, weights + states, 2 * weights + states)
     moments = 0 if has_own_optimizer else MOMENTS.get(str(getattr(config.optim, "value", "")), 0)
+    if config.deepspeed_plugin is not None:
+        optimizer = config.deepspeed_plugin.deepspeed_config.get("optimizer")
+        if optimizer is not None:
+            moments = 2 if str(optimizer.get("type", "")).lower() in DEEPSPEED_ADAM else 0
+        states = (1 + moments) * FLOAT32_BYTES * sum(map(numel, trained))
+        # A node that saves for itself has the states of its own ranks, of which there may be one.
+        own = states // config.world_size if config.save_on_each_node else states
+        return SaveSize(weights, weights + own, 2 * weights + states)
     size = weights + moments * _total(trained)
     return SaveSize(weights, size, size)
 
@@ -76,7 +82,8 @@ def check_room(
         folder: output folder, which exists.
         size: what a save takes.
         config: options of the run.
-        num_steps: optimizer steps of the whole run.
+        num_steps: optimizer steps of the whole run; 0 if all are done, so that no checkpoint will
+            be saved.
         have: checkpoints of the run that are there already.
         exports: whether the model is sure to be saved at the end, as a command does.
 
@@ -88,7 +95,7 @@ def check_room(
     except OSError as error:
         logger.info("It isn't known how much room there is at %s: %s.", folder, error.strerror)
         return
-    saves = config.save_strategy != SaveStrategy.NO
+    saves = config.save_strategy != SaveStrategy.NO and num_steps > 0
     if saves and free < size.least:
         raise ConfigError(
             f"output_dir: a checkpoint of this run takes {size.least:,} bytes or more, and "

@@ -19,6 +19,7 @@ from dpofast.train.cards import WritesCards
 from dpofast.train.checkpoint.reports import RankReports
 from dpofast.train.checkpoint.resume import TRAINER_STATE_FILE, why_not_whole
 from dpofast.train.checkpoint.rotate import rotate
+from dpofast.train.checkpoint.run_id import take_over
 from dpofast.train.checkpoint.space import exporting
 from dpofast.train.continues_run import ContinuesRun
 from dpofast.train.reference import RunReference
@@ -100,6 +101,8 @@ class SavesRun(WritesCards, ContinuesRun, Trainer):
                 is_sharded=self.is_deepspeed_enabled and zero is not None and bool(zero()),
             )
             folder = save.finish(expected)
+            if self.args.should_save:
+                take_over(run_dir, run_id)
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(folder))
         if self.args.should_save:

@@ -270,11 +270,12 @@ class DPOTrainer(
         self.start_counting()
         train_set = self.train_set()
         num_steps = total_steps(self.args, train_set)
-        checkpoint, first_step = self.resume(resume_from_checkpoint, train_set, num_steps)
+        # Before an older run is moved out of the way.
         check_saving(self.model, self.processing_class, self.args)
         check_best_metric(self, self._pair_loss_pass)
         check_schedule(self, num_steps)
         check_noise(self)
+        checkpoint, first_step = self.resume(resume_from_checkpoint, train_set, num_steps)
         self.loaders.settle()
         if checkpoint is None:
             self.begin_afresh(train_set, num_steps)

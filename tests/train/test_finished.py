@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import random
 
 import pytest
 import torch
 from peft import LoraConfig
 from safetensors.torch import load_file
 
+from dpofast.errors import CheckpointError
 from tests.support import make_trainer, token_pairs
+from tests.train.checkpoint.folders import flip_a_bit
 
 # An epoch has three steps, so the run ends within one.
 SAVING = {"save_strategy": "steps", "save_steps": 2, "max_steps": 5}
@@ -95,3 +98,23 @@ def test_the_summary_of_the_run_that_trained_is_kept(tmp_path):
     make_trainer(tmp_path, options=SAVING).train(resume_from_checkpoint=True)
     assert (tmp_path / "run" / "summary.json").read_text() == before
     assert json.loads(before)["resumed_at_end"] is False
+
+
+@pytest.mark.slow  # four runs
+def test_the_best_model_is_found_in_a_folder_that_has_moved_and_must_be_whole(tmp_path):
+    arguments = {"eval_dataset": token_pairs(4, seed=4)}
+    make_trainer(tmp_path, options=BEST, **arguments).train()
+    moved = tmp_path / "moved"
+    (tmp_path / "run").rename(moved)
+    options = {**BEST, "output_dir": str(moved)}
+    trainer = make_trainer(tmp_path, options=options, **arguments)
+    trainer.train(resume_from_checkpoint=True)
+    trainer.save_model()
+    best = moved / "checkpoint-2" / "model.safetensors"
+    assert trainer.state.best_model_checkpoint == str(best.parent)
+    assert same_tensors(moved / "model.safetensors", best)
+    flip_a_bit(best, random.Random(0))
+    with pytest.raises(CheckpointError, match=r"best checkpoint, .*model\.safetensors has changed"):
+        make_trainer(tmp_path, options=options, **arguments).train(resume_from_checkpoint=True)
+    options["load_best_model_at_end"] = False
+    make_trainer(tmp_path, options=options, **arguments).train(resume_from_checkpoint=True)

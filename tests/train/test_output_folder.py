@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+from types import SimpleNamespace
 
 import pytest
+import torch
 from transformers import TrainerCallback
 
+from dpofast import DPOTrainer
 from dpofast.errors import CheckpointError, ConfigError
+from dpofast.model.parts import num_bytes
 from dpofast.train.checkpoint.aside import OLDER_RUNS
 from dpofast.train.checkpoint.lock import locked
 from dpofast.train.checkpoint.resume import newest_whole
@@ -118,6 +123,38 @@ def test_the_folder_of_the_model_is_refused(tmp_path):
 def test_an_option_that_train_is_not_given_is_said(tmp_path, caplog):
     make_trainer(tmp_path, options={**SAVING, "resume_from_checkpoint": "auto"}).train()
     assert "has no effect on its own: call train(resume_from_checkpoint=" in caplog.text
+
+
+def test_a_start_that_is_refused_leaves_the_older_run_in_its_place(tmp_path):
+    make_trainer(tmp_path, options={**SAVING, "max_steps": 2}).train()
+    owner = read_run(tmp_path / "run")
+    options = {**SAVING, "overwrite_output_dir": True, "lr_scheduler_kwargs": {"no_such": 1}}
+    with pytest.raises(ConfigError, match="no_such"):
+        make_trainer(tmp_path, options=options).train()
+    assert read_run(tmp_path / "run") == owner
+    assert (tmp_path / "run" / "checkpoint-2").is_dir()
+
+
+class PlainSteps(DPOTrainer):
+    """Trains with SGD, whose states take no room."""
+
+    def create_optimizer(self, *args, **options):
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=1e-3)
+        return self.optimizer
+
+
+def test_an_optimizer_of_a_subclass_counts_as_nothing(tmp_path, monkeypatch):
+    def start():
+        trainer = make_trainer(tmp_path, options={**SAVING, "max_steps": 1}, trainer_class=kind)
+        weights = sum(map(num_bytes, trainer.model.parameters()))
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=2 * weights))
+        trainer.train()
+
+    kind = DPOTrainer
+    with pytest.raises(ConfigError, match="a checkpoint of this run takes"):
+        start()
+    kind = PlainSteps
+    start()
 
 
 class FillsDisk(TrainerCallback):

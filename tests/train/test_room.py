@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections import namedtuple
+from types import SimpleNamespace
 
 import pytest
 
@@ -45,6 +46,32 @@ def test_the_size_is_that_of_the_files(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("given", "options", "moments"),
+    [
+        ({}, {}, 2),
+        ({}, {"optim": "adafactor"}, 0),
+        ({"optimizer": {"type": "AdamW"}}, {"optim": "sgd"}, 2),
+        ({"optimizer": {"type": "Lion"}}, {}, 0),
+    ],
+)
+def test_deepspeeds_states_are_float32(given, options, moments):
+    model = tiny_llama()
+    weights = sum(map(num_bytes, model.parameters()))  # float32, too
+    config = config_of(**options)
+    config.deepspeed_plugin = SimpleNamespace(deepspeed_config=given)
+    assert save_size(model, config).least == (2 + moments) * weights
+
+
+def test_a_node_that_saves_for_itself_may_have_few_of_the_states(monkeypatch):
+    model = tiny_llama()
+    weights = sum(map(num_bytes, model.parameters()))
+    monkeypatch.setattr(DPOConfig, "world_size", 4)
+    config = config_of(save_on_each_node=True)
+    config.deepspeed_plugin = SimpleNamespace(deepspeed_config={})
+    assert save_size(model, config).least == weights + 3 * weights // 4
+
+
+@pytest.mark.parametrize(
     ("options", "most"),
     [
         ({"save_steps": 2}, 5),
@@ -76,10 +103,10 @@ def test_what_does_not_fit_is_refused_or_said(tmp_path, monkeypatch, caplog):
     size = save_size(model, config)
     needed = 2 * size.likely + size.model
 
-    def check(free, have=0, config=config, exports=False):
+    def check(free, have=0, config=config, exports=False, num_steps=10):
         caplog.clear()
         monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(10, 9, free))
-        check_room(tmp_path, size, config, 10, have=have, exports=exports)
+        check_room(tmp_path, size, config, num_steps, have=have, exports=exports)
         return caplog.text
 
     assert check(needed) == ""
@@ -91,6 +118,8 @@ def test_what_does_not_fit_is_refused_or_said(tmp_path, monkeypatch, caplog):
         check(size.least - 1)
     for part in (f"{size.least:,}", f"{size.least - 1:,} bytes are free", str(tmp_path)):
         assert part in str(error.value)
+    # A run that is done saves its model, and no checkpoint.
+    assert check(size.model, exports=True, num_steps=0) == ""
     nothing_saved = config_of(save_strategy="no")
     assert check(size.model, config=nothing_saved) == ""
     assert f"the model {size.model:,}" in check(size.model - 1, config=nothing_saved)

@@ -181,6 +181,19 @@ def test_a_whole_checkpoint_is_saved_whatever_the_options_say(tmp_path):
     assert (tmp_path / "run" / "checkpoint-3" / "optimizer.pt").is_file()
 
 
+@pytest.mark.slow  # three runs
+def test_a_guest_of_an_older_run_that_has_to_save_goes_on(tmp_path):
+    saving = {"save_strategy": "steps", "save_steps": 2, "max_steps": 2}
+    trainer_of(tmp_path, **saving).train()
+    # With save_strategy: no, it leaves the folder to the older run, until the signal comes.
+    stop(tmp_path, Signals("on_step_begin", 3), seed=4)
+    again = trainer_of(tmp_path, seed=4)
+    again.train(resume_from_checkpoint="auto")
+    unbroken = trainer_of(tmp_path / "unbroken", seed=4)
+    unbroken.train()
+    assert_same(again, unbroken)
+
+
 def test_without_signals_none_is_caught(tmp_path):
     seen = []
 

@@ -125,6 +125,11 @@ def check_named(folder: str | Path, output_dir: str | Path, verify: bool = True)
     Raises:
         CheckpointError: the checkpoint isn't whole; names the file.
     """
+    if not Path(folder).is_dir():
+        raise CheckpointError(
+            f"resume_from_checkpoint: there is no folder {str(folder)!r}; give the folder of a "
+            "checkpoint, or true or auto for the newest one in output_dir."
+        )
     if not verify:
         if saved_step(folder) is None:
             raise CheckpointError(
@@ -150,6 +155,21 @@ def check_named(folder: str | Path, output_dir: str | Path, verify: bool = True)
     raise CheckpointError(
         f"resume_from_checkpoint: {str(folder)!r} is not a whole checkpoint: {reason}; {remedy}."
     )
+
+
+def check_best(folder: str | Path) -> None:
+    """Check the checkpoint whose weights load_best_model_at_end takes.
+
+    Raises:
+        CheckpointError: it isn't whole; names the file.
+    """
+    reason = why_not_whole(folder)
+    if reason is not None:
+        raise CheckpointError(
+            f"load_best_model_at_end: the best checkpoint, {str(folder)!r}, is not whole: {reason}"
+            "; set load_best_model_at_end: false and resume_from_checkpoint: true to keep the "
+            "model of the last step instead."
+        )
 
 
 def recorded_run_id(checkpoint: str | Path) -> str | None:

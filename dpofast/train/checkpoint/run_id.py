@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import uuid
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -62,6 +62,19 @@ def read_run(folder: str | Path) -> Run | None:
             "name a checkpoint's folder in resume_from_checkpoint, or delete the file."
         ) from error
     return run
+
+
+def take_over(folder: str | Path, run_id: str) -> None:
+    """Let an output folder belong to a run that has saved a checkpoint there as its guest.
+
+    A run with save_strategy: no leaves the folder to an older run, until a signal makes it save.
+    """
+    try:
+        owner = read_run(folder)
+    except CheckpointError:  # nobody can say whose it was
+        owner = new_run()
+    if owner is not None and owner.run != run_id:
+        write_run(folder, replace(new_run(), run=run_id))
 
 
 def write_run(folder: str | Path, run: Run) -> None:

@@ -73,6 +73,7 @@ FIXED = {
 ROUNDING = frozenset(
     {
         "activation_checkpointing",
+        "activation_checkpointing_kwargs",
         "attention",
         "ddp_bucket_cap_mb",
         "ddp_static_graph",
@@ -80,11 +81,13 @@ ROUNDING = frozenset(
         "full_determinism",
         "gradient_accumulation_steps",
         "gradient_checkpointing",
+        "gradient_checkpointing_kwargs",
         "layout",
         "max_tokens_per_microbatch",
         "per_device_train_batch_size",
         "ranks",
         "tf32",
+        "use_cpu",
         "versions",
     }
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from dpofast.train.checkpoint.aside import (
 )
 from dpofast.train.checkpoint.manifest import Manifest, ManifestError
 from dpofast.train.checkpoint.resume import (
+    PassedOver,
     check_named,
     in_words,
     newest_whole,
@@ -62,6 +63,8 @@ class Start:
         is_newest: whether the checkpoint is the newest whole one of its run.
         in_the_way: checkpoints in the output folder that the run would overwrite or be mixed with,
             the newest first.
+        passed_over: for a fresh run that auto begins, the checkpoints that it can't go on from,
+            each with the reason.
     """
 
     checkpoint: Path | None
@@ -69,6 +72,7 @@ class Start:
     is_new: bool
     is_newest: bool = False
     in_the_way: Sequence[Path] = ()
+    passed_over: PassedOver = field(default_factory=list)
 
 
 def resume_point(given: Any) -> Any:
@@ -154,7 +158,7 @@ def _at_newest(folder: Folder, is_needed: bool) -> Start:
         report_passed_over(chosen, passed_over)
         return Start(chosen, owner, is_new=False, is_newest=True)
     if not is_needed:
-        return Start(None, new_run(), is_new=True)
+        return Start(None, new_run(), is_new=True, passed_over=passed_over)
     found = f" ({in_words(passed_over)})" if passed_over else ""
     raise CheckpointError(
         f"resume_from_checkpoint: there is no whole checkpoint of this run in {str(folder.path)!r}"
@@ -228,6 +232,12 @@ def _is_damaged(checkpoint: Path, run_id: str, is_known: bool) -> bool:
 def _refusal(start: Start, output_dir: Path) -> str:
     found, folder = names(start.in_the_way), str(output_dir)
     aside = f"set overwrite_output_dir: true to move them to {str(output_dir / OLDER_RUNS)!r}"
+    if start.passed_over:
+        return (
+            f"resume_from_checkpoint: auto can't go on from the checkpoints in {folder!r} "
+            f"({in_words(start.passed_over)}), and a run from the beginning would overwrite or be "
+            f"mixed with them: name another output_dir, or {aside}."
+        )
     if start.checkpoint is None:
         return (
             f"output_dir: {folder!r} holds {found} of an earlier run, which this one would "

@@ -11,6 +11,7 @@ import pytest
 from dpofast.errors import CheckpointError
 from dpofast.train.checkpoint.manifest import MANIFEST_FILE
 from dpofast.train.checkpoint.resume import (
+    check_best,
     check_named,
     newest_whole,
     recorded_run_id,
@@ -68,6 +69,12 @@ def test_every_flipped_bit_is_noticed(tmp_path, flips):
         assert path.relative_to(folder).as_posix() in reason
         path.write_bytes(whole)
     assert newest_whole(tmp_path, RUN) == (folder, [])
+
+
+@pytest.mark.parametrize("verify", [True, False])
+def test_a_mistyped_word_is_no_damaged_checkpoint(tmp_path, verify):
+    with pytest.raises(CheckpointError, match=r"there is no folder 'atuo'; .* true or auto"):
+        check_named("atuo", tmp_path, verify)
 
 
 def test_a_flipped_bit_is_not_looked_for_without_verification(tmp_path):
@@ -137,3 +144,13 @@ def test_a_named_checkpoint_without_a_manifest_is_taken_unchecked(tmp_path):
     for verify in (True, False):
         with pytest.raises(CheckpointError, match="name another one"):
             check_named(folder, tmp_path, verify=verify)
+
+
+def test_the_best_checkpoint_must_be_whole(tmp_path):
+    best = make_checkpoint(tmp_path, 2)
+    check_best(best)
+    flip_a_bit(best / "model.safetensors", random.Random(0))
+    with pytest.raises(CheckpointError) as error:
+        check_best(best)
+    for part in (str(best), "model.safetensors has changed", "load_best_model_at_end: false"):
+        assert part in str(error.value)

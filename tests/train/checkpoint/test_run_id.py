@@ -7,7 +7,7 @@ import json
 import pytest
 
 from dpofast.errors import CheckpointError
-from dpofast.train.checkpoint.run_id import RUN_FILE, new_run, read_run, write_run
+from dpofast.train.checkpoint.run_id import RUN_FILE, new_run, read_run, take_over, write_run
 
 
 def test_what_is_written_is_read_and_nothing_else_is_left(tmp_path):
@@ -23,6 +23,19 @@ def test_what_is_written_is_read_and_nothing_else_is_left(tmp_path):
         "started": second.started,
         "format": 1,
     }
+
+
+def test_a_folder_is_taken_over_from_another_run_only(tmp_path):
+    take_over(tmp_path, "a" * 32)  # the folder of no run
+    assert read_run(tmp_path) is None
+    own = new_run()
+    write_run(tmp_path, own)
+    take_over(tmp_path, own.run)
+    assert read_run(tmp_path) == own
+    for _ in range(2):
+        take_over(tmp_path, "b" * 32)
+        assert read_run(tmp_path).run == "b" * 32
+        (tmp_path / RUN_FILE).write_text("damaged")
 
 
 @pytest.mark.parametrize(

@@ -108,9 +108,13 @@ def test_a_fresh_start_is_refused_only_if_it_would_save(tmp_path):
 
 def test_checkpoints_without_a_manifest_are_never_overwritten(tmp_path):
     (make_checkpoint(tmp_path, 4) / MANIFEST_FILE).unlink()
-    for given in (None, "auto"):
-        with pytest.raises(ConfigError, match="holds checkpoint-4 of an earlier run"):
-            begin(given, tmp_path)
+    with pytest.raises(ConfigError, match="holds checkpoint-4 of an earlier run"):
+        begin(None, tmp_path)
+    with pytest.raises(ConfigError) as error:
+        begin("auto", tmp_path)
+    for part in ("auto can't go on", "checkpoint-4: it has no manifest", "overwrite_output_dir"):
+        assert part in str(error.value)
+    assert "resume_from_checkpoint: true" not in str(error.value)  # which would fail as well
     with pytest.raises(CheckpointError, match="checkpoint-4: it has no manifest"):
         begin(True, tmp_path)
     begin("auto", tmp_path, overwrite=True)
