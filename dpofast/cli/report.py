@@ -15,7 +15,7 @@ from dpofast.errors import (
     one_line,
 )
 from dpofast.ranks.member import num_ranks
-from dpofast.ranks.watch import end_watch, report_failure
+from dpofast.ranks.watch import INTERRUPTED, end_watch, report_failure, stop_text
 
 EXIT_INTERRUPTED = 130  # the code that shells report for Ctrl-C
 # In this time, launchers end the other ranks of a machine when one has ended with an error.
@@ -53,8 +53,8 @@ def report_bug(error: Exception) -> int:
 
 def report_interrupt(error: KeyboardInterrupt) -> int:
     """Print that Ctrl-C has ended the command."""
-    if report_failure("interrupted", error, EXIT_INTERRUPTED) is None:
-        print("dpofast: interrupted", file=sys.stderr)
+    if report_failure(INTERRUPTED, error, EXIT_INTERRUPTED) is None:
+        print(f"dpofast: {INTERRUPTED}", file=sys.stderr)
     return EXIT_INTERRUPTED
 
 
@@ -68,7 +68,7 @@ def report_stop(stopped: StoppedBySignal) -> int:
     if stopped.checkpoint is not None:  # all ranks end together
         end_watch()
     else:
-        report_failure(f"ended by {stopped.signum.name}", stopped, code)
+        report_failure(stop_text(stopped), stopped, code)
     return code
 
 

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dpofast.reference.identity.quantised import is_quantised
+
 
 def own_part(tensor: Any) -> Tensor:
     """What this rank holds of a tensor that ZeRO-3 may have sharded; without gradients."""
@@ -25,7 +27,7 @@ def non_finite_flags(tensors: Iterable[Tensor], device: torch.device) -> Tensor:
     Returns:
         [n] bool.
     """
-    flags = [_largest(own_part(tensor)).isfinite().logical_not().to(device) for tensor in tensors]
+    flags = [_largest(tensor).isfinite().logical_not().to(device) for tensor in tensors]
     return torch.stack(flags) if flags else torch.zeros(0, dtype=torch.bool, device=device)
 
 
@@ -43,7 +45,10 @@ def trained_weights(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
 
 def _largest(tensor: Tensor) -> Tensor:
     """[]: the largest magnitude; NaN if any element is."""
-    # Floats of one byte are the storage of quantised weights, which no reduction takes.
-    if not tensor.numel() or not tensor.is_floating_point() or tensor.element_size() == 1:
-        return torch.zeros((), device=tensor.device)
-    return torch.linalg.vector_norm(tensor, float("inf"))
+    part = own_part(tensor)
+    # The bits of a quantised weight aren't those of numbers, whatever dtype it is stored in. Floats
+    # of one byte are such storage, too; no reduction takes them.
+    is_number = part.is_floating_point() and part.element_size() > 1 and not is_quantised(tensor)
+    if not part.numel() or not is_number:
+        return torch.zeros((), device=part.device)
+    return torch.linalg.vector_norm(part, float("inf"))

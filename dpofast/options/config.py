@@ -357,6 +357,9 @@ class DPOConfig(RunFields):
         ):
             self._check_whole(name, minimum=1)
         self._check_whole("seed", minimum=0)
+        for name in ("overwrite_output_dir", "verify_checkpoint", "trust_checkpoint"):
+            if not isinstance(value := getattr(self, name), bool):  # "no" would count as true
+                raise ConfigError(f"{name}: got {value!r}, expected true or false.")
 
     def _check_number(
         self,
@@ -371,6 +374,7 @@ class DPOConfig(RunFields):
         """
         value = getattr(self, name)
         is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        is_number = is_number and math.isfinite(value)
         too_small = is_number and minimum is not None and value < minimum
         too_large = is_number and maximum is not None and value > maximum
         if not is_number or too_small or too_large:

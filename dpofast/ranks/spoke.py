@@ -43,6 +43,8 @@ class Spoke(Watcher):
                 self.member,
                 error,
             )
+            self.connected.set()  # nobody should wait for that any more
+            self._settled.set()
             return
         self._wire = wire
         wire.send(kind="hello", token=token, member=asdict(self.member))

@@ -32,8 +32,11 @@ CONNECT_SECONDS = 30.0  # for a rank that fails while another still starts
 VERDICT_SECONDS = 10.0
 GOODBYE_SECONDS = 5.0
 
+INTERRUPTED = "interrupted"  # what the user is told about Ctrl-C
+
 _watchers: list[Watcher] = []  # the watcher of this process; empty before and after the run
 _stores: list[Any] = []
+_stops: list[StoppedBySignal] = []  # what ends this process; Python doesn't keep a SystemExit
 
 
 def watch_ranks(timeout: float = DEFAULT_TIMEOUT) -> None:
@@ -56,6 +59,22 @@ def end_watch() -> None:
     """Say goodbye to the other ranks: this one has done its work."""
     while _watchers:
         _watchers.pop().finish(GOODBYE_SECONDS)
+
+
+def note_stop(stopped: StoppedBySignal) -> None:
+    """Note that a signal ends this rank; at its end, the others hear of it.
+
+    Args:
+        stopped: what the training has raised. With a checkpoint, all ranks end together, and none
+            has to hear of it.
+    """
+    if stopped.checkpoint is None:
+        _stops.append(stopped)
+
+
+def stop_text(stopped: StoppedBySignal) -> str:
+    """What the user is told about a rank that a signal has ended before the first step."""
+    return f"ended by {stopped.signum.name}"
 
 
 def report_failure(text: str, error: BaseException, code: int) -> int | None:
@@ -133,16 +152,24 @@ def _at_exit(process: int) -> None:
         end_watch()
         return
     # Python has printed the traceback, or is about to.
-    code = error.exit_code if isinstance(error, DPOFastError) else 1
-    is_ours = isinstance(error, DPOFastError)
-    text = one_line(error) if is_ours else f"{type(error).__name__}: {one_line(error)}"
-    final = _report(Kind.ERROR if is_ours else Kind.BUG, text, "", code)
+    match error:
+        case DPOFastError():
+            kind, text, code = Kind.ERROR, one_line(error), error.exit_code
+        case StoppedBySignal():
+            kind, text, code = Kind.ERROR, stop_text(error), 128 + error.signum
+        case KeyboardInterrupt():
+            kind, text, code = Kind.ERROR, INTERRUPTED, 130
+        case _:
+            kind, text, code = Kind.BUG, f"{type(error).__name__}: {one_line(error)}", 1
+    final = _report(kind, text, "", code)
     if final == RankError.exit_code:
         end_process(final)
 
 
 def _uncaught() -> BaseException | None:
     error = getattr(sys, "last_value", None) or sys.exc_info()[1]
+    if error is None and _stops:
+        return _stops[-1]
     if isinstance(error, SystemExit) and error.code in (None, 0):
         return None
     if isinstance(error, StoppedBySignal) and error.checkpoint is not None:

@@ -56,7 +56,7 @@ class Watcher(threading.Thread):
         member: this rank.
         num_ranks: ranks of the run.
         timeout: seconds of silence after which a rank counts as lost.
-        connected: set when this rank can tell others what happens to it.
+        connected: set when this rank can tell others what happens to it, or never can.
     """
 
     def __init__(

@@ -44,11 +44,22 @@ class SavesOnlyFinite(Trainer):
             NonFiniteError: they aren't. No file is touched.
         """
         if not _internal_call:
-            # A script may call this on rank 0 only, unless ZeRO-3 has sharded the weights.
-            is_shared = bool(spread(self.model.parameters()))
-            weights = trained_weights(self.model)
-            self._refuse_non_finite("The model", weights, is_shared=is_shared)
+            self._check_export()
         super().save_model(output_dir, _internal_call)
+
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
+        """Save and upload as before, if the trained weights are finite.
+
+        Raises:
+            NonFiniteError: they aren't. No file is touched.
+        """
+        self._check_export()  # before transformers saves, which calls this internal
+        return super().push_to_hub(*args, **kwargs)
+
+    def _check_export(self) -> None:
+        # A script may export on rank 0 only, unless ZeRO-3 has sharded the weights.
+        is_shared = bool(spread(self.model.parameters()))
+        self._refuse_non_finite("The model", trained_weights(self.model), is_shared=is_shared)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         what = f"checkpoint-{self.state.global_step}"

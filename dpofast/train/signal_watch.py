@@ -23,7 +23,8 @@ logger = logging.getLogger(__name__)
 
 # Launchers pass on what their ranks may have got already, as from a terminal or from SLURM. Within
 # this many seconds of the first signal, another one is taken for the same.
-SAME_SECONDS = 3.0
+SAME_SECONDS = 1.0
+READING_SECONDS = 0.2  # for the thread to read a signal that the main thread handles already
 _END = b"\0"  # no signal has this number
 
 
@@ -53,7 +54,7 @@ class SignalWatch:
         self.received: signal.Signals | None = None
         self.only_notes = False
         self._signals, self._note, self._say = signals, note, say
-        self._received_at = 0.0
+        self._has_second = False  # set by the thread
         self._previous: dict[signal.Signals, Any] = {}
         self._thread: threading.Thread | None = None
         self._pipe = (-1, -1)
@@ -105,14 +106,23 @@ class SignalWatch:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         received = signal.Signals(number)
         if self.received is not None:
-            is_again = time.monotonic() - self._received_at > SAME_SECONDS
-            if received is signal.SIGINT and is_again:
+            if received is signal.SIGINT and self._is_second():
                 raise KeyboardInterrupt
             return
-        self.received, self._received_at = received, time.monotonic()
+        self.received = received
         self._note(received)
         if not self.only_notes:
             raise KeyboardInterrupt if received is signal.SIGINT else StoppedBySignal(received)
+
+    def _is_second(self) -> bool:
+        """Whether a second signal has arrived, and not the first one again.
+
+        The thread knows when each arrived; the handler runs after a long call in C.
+        """
+        end = time.monotonic() + READING_SECONDS
+        while not self._has_second and time.monotonic() < end:
+            time.sleep(0.01)
+        return self._has_second
 
     def _read(self) -> None:
         """The thread: speaks at the first signal, and ends the process at the second."""
@@ -128,9 +138,11 @@ class SignalWatch:
             if first is None:
                 first = now
                 self._say(signal.Signals(number))
-            elif now - first > SAME_SECONDS and number != signal.SIGINT:
+            elif now - first > SAME_SECONDS:
+                self._has_second = True
                 # Ctrl-C again raises KeyboardInterrupt: a notebook's process goes on living.
-                os._exit(128 + number)
+                if number != signal.SIGINT:
+                    os._exit(128 + number)
 
 
 _active: list[SignalWatch] = []

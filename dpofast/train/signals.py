@@ -17,6 +17,7 @@ from transformers import Trainer, TrainerControl
 from dpofast.errors import StoppedBySignal
 from dpofast.options.config import DPOConfig
 from dpofast.options.save_signals import watched_signals
+from dpofast.ranks.watch import note_stop
 from dpofast.train.signal_watch import SAME_SECONDS, SignalWatch
 
 logger = logging.getLogger(__name__)
@@ -62,6 +63,9 @@ class StopsOnSignals(Trainer):
                 logger.warning(
                     "%s came after the last step, which ends the run.", watch.received.name
                 )
+        except StoppedBySignal as stopped:
+            note_stop(stopped)
+            raise
         finally:
             self.signals = None
 
@@ -73,8 +77,8 @@ class StopsOnSignals(Trainer):
             return
         if self.signals is not None and self.signals.only_notes:
             logger.warning(
-                "%s: the run saves a checkpoint after this step and ends. The same signal again, "
-                "at least %g seconds later, ends it at once.",
+                "%s: the run saves a checkpoint after this step and ends. A second signal, at "
+                "least %g s later, ends it at once.",
                 received.name,
                 SAME_SECONDS,
             )

@@ -15,7 +15,7 @@ def is_converted(checkpoint: str | Path) -> bool:
     latest = Path(checkpoint) / LATEST
     try:
         folder = latest.parent / latest.read_text(encoding="utf-8").strip()
-    except OSError:
+    except (OSError, UnicodeDecodeError):
         return False
     return (folder / "zero").is_dir()
 
@@ -28,7 +28,9 @@ def conversion(checkpoint: str | Path) -> str:
     """
     folder = Path(checkpoint)
     latest = folder / "latest"
-    tag = latest.read_text(encoding="utf-8").strip() if latest.is_file() else "global_step*"
+    tag = "global_step*"
+    if latest.is_file():
+        tag = latest.read_text(encoding="utf-8", errors="replace").strip()
     source, target = (shlex.quote(str(folder / name)) for name in (tag, tag + SUFFIX))
     return (
         "python -m deepspeed.checkpoint.ds_to_universal --inject_missing_state "

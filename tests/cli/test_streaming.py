@@ -34,7 +34,7 @@ def test_a_streamed_file_trains_as_a_file_that_is_read_first(tmp_path, model_fol
     columns = '--dataset_columns={"prompt": "question"}'
     assert main(["ref", "build", *arguments[1:], columns]) == 0
     assert "12 answers: 12 found, 0 scored" in capsys.readouterr().out
-    assert main([*arguments, columns]) == 0
+    assert main([*arguments, columns, "--overwrite_output_dir=true"]) == 0
     assert losses(tmp_path) == expected
     capsys.readouterr()
     assert main(["inspect", *arguments[1:], columns, "--step=4", "--rank=1/2"]) == 0

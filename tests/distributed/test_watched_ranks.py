@@ -60,6 +60,8 @@ def wait_for(paths):
     [
         ("error", 1, 1, "dpofast: error: rank 1 on host {host}: pairs.json, row 7: no."),
         ("bug", 0, 1, "dpofast: error: rank 0 on host {host}: KeyError: 'x'"),
+        ("interrupted", 1, -2, "dpofast: error: rank 1 on host {host}: interrupted\n"),
+        ("signalled", 1, 143, "dpofast: error: rank 1 on host {host}: ended by SIGTERM\n"),
         ("killed", 1, -9, "dpofast: error: rank 1 on host {host} was lost: its process has ended."),
         ("killed", 0, -9, "dpofast: error: rank 0 on host {host} was lost: its process has ended."),
     ],

@@ -2,7 +2,8 @@
 
 LAUNCHER watched_ranks.py TIMEOUT RANK WAY FOLDER
 
-RANK comes to harm after a while, in one way: "error" and "bug" raise; "killed" is what the system
+RANK comes to harm after a while, in one way: "error" and "bug" raise; "interrupted" and "signalled"
+raise what a signal before the first step does; "killed" is what the system
 does when memory runs out; "stopped" is stopped for longer than TIMEOUT and continued; "early" ends
 in peace while the others go on; "none" leaves it to others. Each rank writes FOLDER/N.started when
 it has met the others, and FOLDER/N.done when it has done all.
@@ -22,8 +23,8 @@ import torch
 import torch.distributed as dist
 
 from dpofast.cli.process_end import run_to_end
-from dpofast.errors import DataError
-from dpofast.ranks.watch import watch_ranks
+from dpofast.errors import DataError, StoppedBySignal
+from dpofast.ranks.watch import note_stop, watch_ranks
 
 ROUNDS, HARM = 60, 10
 
@@ -53,6 +54,12 @@ def harm(way: str, timeout: float) -> None:
             raise DataError("pairs.json, row 7: no.")
         case "bug":
             raise KeyError("x")
+        case "interrupted":
+            raise KeyboardInterrupt
+        case "signalled":
+            stopped = StoppedBySignal(signal.SIGTERM)
+            note_stop(stopped)
+            raise stopped
         case "killed":
             os.kill(os.getpid(), signal.SIGKILL)
         case "stopped":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import fields
 
 import pytest
@@ -51,6 +52,11 @@ def test_defaults_are_trls(tmp_path):
         ({"num_train_epochs": 0}, "num_train_epochs: got 0, with max_steps -1"),
         ({"max_steps": 0}, "nothing would be trained"),
         ({"warmup_ratio": 1.5}, "warmup_ratio: got 1.5, expected a number from 0 to 1"),
+        ({"rank_timeout": -1}, "rank_timeout: got -1, expected a number of seconds"),
+        ({"rank_timeout": math.inf}, "rank_timeout: got inf, expected a number of seconds"),
+        ({"learning_rate": math.nan}, "learning_rate: got nan, expected a number at least 0"),
+        ({"trust_checkpoint": "false"}, "trust_checkpoint: got 'false', expected true or false"),
+        ({"overwrite_output_dir": "no"}, "overwrite_output_dir: got 'no', expected true or false"),
         ({"warmup_ratio": 0.1, "optim": "schedule_free_adamw"}, "set warmup_steps"),
         ({"label_smoothing_factor": 0.3}, "set label_smoothing"),
         ({"neftune_noise_alpha": 5.0}, "neftune_noise_alpha"),

@@ -9,7 +9,9 @@ import pytest
 
 from dpofast.errors import RankError
 from dpofast.ranks import watcher as watcher_module
-from dpofast.ranks.verdict import Kind
+from dpofast.ranks.member import Member
+from dpofast.ranks.spoke import Spoke
+from dpofast.ranks.verdict import Event, Kind
 from tests.ranks.runs import SOON, Run, wait_until
 
 CODE = RankError.exit_code
@@ -156,3 +158,17 @@ def test_strangers_are_hung_up_on(sent):
     run.watchers[1].finish(SOON)
     run.hub.finish(SOON)
     run.join()
+
+
+def test_a_rank_that_cannot_reach_rank_0_does_not_wait_for_it():
+    def meet(timeout):
+        raise OSError("a firewall")
+
+    said, ended = [], []
+    spoke = Spoke(meet, Member(1, "b", "b"), 2, 20.0, said.append, ended.append)
+    spoke.start()
+    started = time.monotonic()
+    assert spoke.connected.wait(SOON)
+    assert spoke.fail(Event(spoke.member, Kind.ERROR, "no."), SOON) is None  # so nobody has said it
+    assert time.monotonic() - started < SOON
+    assert said == ended == []

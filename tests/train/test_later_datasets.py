@@ -271,10 +271,9 @@ def test_without_a_name_or_the_same_folder_the_reason_is_given(folder):
     trainer.train()
     with pytest.raises(ReferenceStoreError, match=r"wasn't loaded by a name.*ref_model"):
         trainer.evaluate(LATER)
-    options = {"output_dir": str(folder / "model")}
-    trainer = make_trainer(folder, str(folder / "model"), options=options)
+    trainer = make_trainer(folder, str(folder / "model"))
     trainer.train()
-    trainer.save_model()  # over the model that it began with
+    trainer.save_model(str(folder / "model"))  # over the model that it began with
     with pytest.raises(ReferenceStoreError, match=r"is another model now.*weights"):
         trainer.evaluate(LATER)
     shutil.rmtree(folder / "model")

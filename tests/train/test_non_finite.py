@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -12,8 +13,9 @@ from transformers import TrainerCallback
 
 from dpofast.errors import DataError, NonFiniteError, ReferenceStoreError
 from dpofast.model.finite import non_finite_names
+from dpofast.train import step_vote
 from tests.nan_ways import WAYS, assert_clean, run_way
-from tests.support import make_trainer, token_pairs
+from tests.support import make_trainer, tiny_llama, token_pairs
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -51,6 +53,46 @@ def test_save_model_leaves_an_earlier_export_as_it_was(tmp_path):
     with pytest.raises(NonFiniteError, match=r"lm_head.weight has NaN or infinite"):
         trainer.save_model(str(tmp_path / "out"))
     assert {path: path.read_bytes() for path in (tmp_path / "out").iterdir()} == files
+
+
+class ScaledSGD(torch.optim.SGD):
+    """Leaves out steps whose gradients overflow, as the loss scaler of fp16 does."""
+
+    def step(self, closure=None):
+        grads = [p.grad for group in self.param_groups for p in group["params"]]
+        if all(grad.isfinite().all() for grad in grads):
+            super().step(closure)
+
+
+@pytest.mark.parametrize(
+    ("overflowing", "message"),
+    [({0, 1, 3, 4}, None), ({1, 2, 3}, r"Step 4: .*left out 3 steps in a row")],
+)
+def test_a_loss_scaler_may_leave_out_some_steps(tmp_path, monkeypatch, overflowing, message):
+    monkeypatch.setattr(step_vote, "MOST_SKIPPED", 3)
+    model = tiny_llama()
+    optimizer = ScaledSGD(model.parameters(), lr=0.0)
+    trainer = make_trainer(
+        tmp_path, model, optimizers=(optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer))
+    )
+
+    def overflow(grad):
+        trainer.args.fp16 = True  # there is no loss scaler on a CPU
+        return grad * math.inf if trainer.state.global_step in overflowing else grad
+
+    model.lm_head.weight.register_hook(overflow)
+    with nullcontext() if message is None else pytest.raises(NonFiniteError, match=message):
+        trainer.train()
+
+
+def test_a_poisoned_model_is_not_uploaded(tmp_path):
+    trainer = make_trainer(tmp_path)
+    with torch.no_grad():
+        trainer.model.lm_head.weight[3, 3] = math.inf
+    trainer.init_hf_repo = lambda *_, **__: None
+    with pytest.raises(NonFiniteError, match=r"lm_head.weight has NaN or infinite"):
+        trainer.push_to_hub()
+    assert not (tmp_path / "run" / "model.safetensors").exists()
 
 
 def test_a_poisoned_optimizer_is_not_saved(tmp_path):
@@ -133,3 +175,12 @@ def test_non_finite_names_sees_every_dtype_and_leaves_out_what_is_empty():
             assert non_finite_names([("good", good), ("bad", bad)]) == ["bad"]
     others = [("empty", torch.empty(0)), ("integers", torch.ones(2, dtype=torch.int64))]
     assert non_finite_names(others) == []
+
+
+def test_the_bits_of_quantised_weights_are_no_numbers():
+    class Params4bit(torch.nn.Parameter):
+        """As bitsandbytes stores them with bnb_4bit_quant_storage: bfloat16."""
+
+    bits = torch.full((3,), -1, dtype=torch.int16).view(torch.bfloat16)
+    assert bits.isnan().all()
+    assert non_finite_names([("bits", Params4bit(bits, requires_grad=False))]) == []

@@ -44,7 +44,7 @@ class InStep:
         self.compute = trainer.compute_pair_loss
 
     def compute_pair_loss(self, model, batch, sums):
-        assert (batch.ref_logps == 1.0).all()  # the placeholder of `scored_in_each_step`
+        assert (batch.ref_logps == -1.0).all()  # the placeholder of `scored_in_each_step`
         return self.compute(model, replace(batch, ref_logps=self.logps(batch)), sums)
 
     def logps(self, batch):
@@ -60,7 +60,7 @@ class InStep:
 def scored_in_each_step(make, pairs):
     """Train without a store: (loss, gradient norm) of every step."""
     for column in OWN_COLUMNS:
-        pairs = pairs.add_column(column, [1.0] * len(pairs))
+        pairs = pairs.add_column(column, [-1.0] * len(pairs))
     trainer = make("in-step", pairs)
     trainer.compute_pair_loss = InStep(trainer).compute_pair_loss
     return train(trainer)

@@ -76,9 +76,9 @@ def test_a_second_signal_ends_a_run_that_waits_for_another_rank(tmp_path):
     with started(tmp_path, "blocked") as process:
         time.sleep(0.5)
         process.terminate()
-        time.sleep(1.0)
+        time.sleep(0.4)
         process.terminate()  # soon enough to be the same signal, passed on by a launcher
-        time.sleep(3.0)
+        time.sleep(1.2)
         assert process.poll() is None
         process.terminate()
         assert process.wait(timeout=10) == 143

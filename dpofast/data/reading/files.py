@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import json
+import sys
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -187,16 +189,25 @@ def _read_csv(path: Path, split: str | None) -> Iterator[Record]:
     # Open the file once for the names of its columns, so that all can be declared as bytes. Arrow
     # would otherwise read an answer such as "42" or "true" as a number or a bool, and stop at a
     # cell that isn't UTF-8.
-    with pa.csv.open_csv(path, read_options=read, parse_options=_csv_options({})) as reader:
+    with _without_tracebacks():
+        reader = pa.csv.open_csv(path, read_options=read, parse_options=_csv_options({}))
+    with reader:
         names = reader.schema.names
     convert = pa.csv.ConvertOptions(
         column_types={name: pa.binary() for name in names}, strings_can_be_null=False
     )
     row = 0
-    with pa.csv.open_csv(
-        path, read_options=read, parse_options=_csv_options(problems), convert_options=convert
-    ) as reader:
-        for batch in reader:
+    parse = _csv_options(problems)
+    with _without_tracebacks():
+        reader = pa.csv.open_csv(
+            path, read_options=read, parse_options=parse, convert_options=convert
+        )
+    with reader:
+        while True:
+            with _without_tracebacks():
+                batch = next(reader, None)
+            if batch is None:
+                break
             for start in range(0, batch.num_rows, BATCH_ROWS):
                 columns = [column.to_pylist() for column in batch.slice(start, BATCH_ROWS).columns]
                 for cells in zip(*columns, strict=True):
@@ -207,6 +218,19 @@ def _read_csv(path: Path, split: str | None) -> Iterator[Record]:
                     row += 1
     for row, problem in sorted(problems.items()):
         yield Record(str(path), row, None, {}, (), problem)
+
+
+@contextlib.contextmanager
+def _without_tracebacks() -> Iterator[None]:
+    """Inside the `with` block, Arrow prints no traceback about a row that it can't show to `note`.
+
+    That is one with a wrong number of cells that isn't UTF-8; an error that names it follows.
+    """
+    hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
+    try:
+        yield
+    finally:
+        sys.unraisablehook = hook
 
 
 def _csv_options(problems: dict[int, str]) -> pa.csv.ParseOptions:

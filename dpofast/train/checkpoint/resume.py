@@ -125,6 +125,11 @@ def check_named(folder: str | Path, output_dir: str | Path, verify: bool = True)
     Raises:
         CheckpointError: the checkpoint isn't whole; names the file.
     """
+    if not Path(folder).is_dir():
+        raise CheckpointError(
+            f"resume_from_checkpoint: there is no folder {str(folder)!r}; give the folder of a "
+            "checkpoint, or true or auto for the newest one in output_dir."
+        )
     if not verify:
         if saved_step(folder) is None:
             raise CheckpointError(

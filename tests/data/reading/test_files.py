@@ -144,6 +144,16 @@ def test_a_line_that_is_no_text_is_one_bad_row(tmp_path, ending):
     assert pairs["left_out"] == [None, "bad row", None]
 
 
+def test_a_row_of_csv_that_cannot_be_shown_is_an_error_without_a_traceback(tmp_path, capfd):
+    path = tmp_path / "a.csv"
+    path.write_bytes(b"prompt,chosen,rejected\na,b,c\nx\xee,y\n")
+    with pytest.raises(
+        DataError, match=r"a\.csv can't be read .*Row #3: Expected 3 columns, got 2"
+    ):
+        load_preferences(path)
+    assert capfd.readouterr().err == ""
+
+
 def test_a_byte_that_is_no_text_in_an_array_is_named_by_its_line(tmp_path):
     path = tmp_path / "a.json"
     path.write_bytes(b'[\n{"prompt": "\xff"}]')

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ import pytest
 
 from dpofast.data import load_preferences, tokenize_preferences
 from dpofast.data.reading.row_error import RowError
+from dpofast.data.tokens.boundary import PairTexts
 from dpofast.data.tokens.render import TokenizerError, render_pair_texts
 from dpofast.data.tokens.render_process import PairRenderer, TemplateLimits
 from dpofast.errors import DataError
@@ -168,6 +170,48 @@ def test_a_killed_process_is_an_error() -> None:
         with pytest.raises(TokenizerError, match=r"ended by signal 9, perhaps .* no memory"):
             renderer.texts(rows[0])
         assert renderer.texts(rows[0]).prompt  # a new one was started
+
+
+def test_long_texts_come_in_several_messages() -> None:
+    """The process keeps few of them, so that they don't count as memory of a template."""
+    template = WITH_FAULT.replace("FAULT", "{{ 'a' * 2000000 }}") + "{{ 'b' * 999000 }}"
+    limits = TemplateLimits(seconds=20.0, memory=60_000_000)
+    with renderer_of(template, limits) as renderer:
+        found = renderer.all_texts(list(pairs(*"abcdefghijklmnop")))
+        assert [text.prompt[5] for text in found] == list("abcdefghijklmnop")
+        *good, fault = renderer.all_texts(list(pairs(*"abc", "BAD", "e")))
+        assert len(good) == 3
+        assert isinstance(fault, TokenizerError)
+        assert renderer.texts(pairs("x")[0]).prompt  # nothing unread is left
+
+
+def test_a_signal_to_the_whole_job_leaves_the_process_alone() -> None:
+    """The parent saves a checkpoint then, and may need further rows for its step."""
+    rows, before = list(pairs("a")), children()
+    with renderer_of(PLAIN) as renderer:
+        first = renderer.texts(rows[0])
+        (child,) = children() - before
+        for number in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2", "SIGHUP", "SIGQUIT", "SIGXCPU"):
+            os.kill(child, signal.Signals[number])
+        assert renderer.texts(rows[0]) == first
+        assert children() - before == {child}
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == set()
+
+
+def test_time_in_which_the_process_is_stopped_does_not_count() -> None:
+    slow = WITH_FAULT.replace("FAULT", "{% for i in range(9999) %}{% endfor %}" * 20)
+    rows, before, found = list(pairs(*["BAD"] * 12)), children(), []
+    with renderer_of(slow) as renderer:
+        renderer.texts(rows[0])
+        (child,) = children() - before
+        thread = threading.Thread(target=lambda: found.extend(renderer.all_texts(rows)))
+        thread.start()
+        time.sleep(0.03)  # it is within a row then
+        os.kill(child, signal.SIGSTOP)
+        time.sleep(0.4)  # more than the limit
+        os.kill(child, signal.SIGCONT)
+        thread.join()
+    assert [type(text) for text in found] == [PairTexts] * 12
 
 
 def test_other_errors_of_a_tokenizer_pass() -> None:

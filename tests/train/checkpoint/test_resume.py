@@ -71,6 +71,12 @@ def test_every_flipped_bit_is_noticed(tmp_path, flips):
     assert newest_whole(tmp_path, RUN) == (folder, [])
 
 
+@pytest.mark.parametrize("verify", [True, False])
+def test_a_mistyped_word_is_no_damaged_checkpoint(tmp_path, verify):
+    with pytest.raises(CheckpointError, match=r"there is no folder 'atuo'; .* true or auto"):
+        check_named("atuo", tmp_path, verify)
+
+
 def test_a_flipped_bit_is_not_looked_for_without_verification(tmp_path):
     folder = make_checkpoint(tmp_path, 4)
     flip_a_bit(folder / "optimizer.pt", random.Random(0))
