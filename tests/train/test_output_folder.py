@@ -128,7 +128,8 @@ def test_an_option_that_train_is_not_given_is_said(tmp_path, caplog):
 def test_a_start_that_is_refused_leaves_the_older_run_in_its_place(tmp_path):
     make_trainer(tmp_path, options={**SAVING, "max_steps": 2}).train()
     owner = read_run(tmp_path / "run")
-    options = {**SAVING, "overwrite_output_dir": True, "lr_scheduler_kwargs": {"no_such": 1}}
+    wrong = {"lr_scheduler_type": "linear", "lr_scheduler_kwargs": {"no_such": 1}}
+    options = {**SAVING, "overwrite_output_dir": True, **wrong}
     with pytest.raises(ConfigError, match="no_such"):
         make_trainer(tmp_path, options=options).train()
     assert read_run(tmp_path / "run") == owner
