@@ -2,9 +2,9 @@
 
 A kill between any two operations leaves the old state or the new one; `recover` tidies up:
 
-    .saving-checkpoint-N/checkpoint-N   being written; whole once it has a manifest
-    .replaced-checkpoint-N              makes way for a newer checkpoint-N
-    .deleting-checkpoint-N              being deleted
+    _saving-checkpoint-N/checkpoint-N   being written; whole once it has a manifest
+    _replaced-checkpoint-N              makes way for a newer checkpoint-N
+    _deleting-checkpoint-N              being deleted
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ from dpofast.train.checkpoint.manifest import (
 logger = logging.getLogger(__name__)
 
 PREFIX = "checkpoint-"
-SAVING, REPLACED, DELETING = ".saving-", ".replaced-", ".deleting-"
+# Uploads to the hub leave out names that begin so.
+SAVING, REPLACED, DELETING = "_saving-", "_replaced-", "_deleting-"
 
 
 def saving_area(run_dir: Path, step: int) -> Path:

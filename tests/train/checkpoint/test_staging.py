@@ -69,7 +69,7 @@ def killed_at(number: int, work) -> bool:
 
 
 def hidden(run_dir: Path) -> list[str]:
-    return [path.name for path in run_dir.iterdir() if path.name.startswith(".")]
+    return [path.name for path in run_dir.iterdir() if path.name.startswith("_")]
 
 
 def torn(run_dir: Path) -> list[Path]:
@@ -146,18 +146,18 @@ def test_what_an_interrupted_save_leaves_is_deleted(tmp_path, damage):
 def test_leftovers_do_not_disturb_the_next_save(tmp_path):
     make_area(tmp_path, 4)
     (staged_folder(tmp_path, 4) / "rng_state_7.pth").write_text("of a run on more ranks")
-    make_checkpoint(tmp_path, 4).rename(tmp_path / ".replaced-checkpoint-4")
+    make_checkpoint(tmp_path, 4).rename(tmp_path / "_replaced-checkpoint-4")
     make_checkpoint(tmp_path, 4)
     save(tmp_path, 4, b"new")
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-4"]
     assert "rng_state_7.pth" not in list_files(tmp_path / "checkpoint-4")
-    make_checkpoint(tmp_path, 2).rename(tmp_path / ".deleting-checkpoint-2")
+    make_checkpoint(tmp_path, 2).rename(tmp_path / "_deleting-checkpoint-2")
     delete(make_checkpoint(tmp_path, 2))
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-4"]
 
 
 def test_a_checkpoint_whose_successor_is_gone_gets_its_name_back(tmp_path):
-    make_checkpoint(tmp_path, 4).rename(tmp_path / ".replaced-checkpoint-4")
+    make_checkpoint(tmp_path, 4).rename(tmp_path / "_replaced-checkpoint-4")
     recover(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-4"]
 
