@@ -18,6 +18,10 @@ if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+with torch.device("meta"):
+    # PyTorch lists the functions that make tensors when it first needs them. A list that is made
+    # while something is compiled is wrong, and is kept.
+    torch.empty(0)
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # A shell starts its background jobs with Ctrl-C ignored, which the tests of it would inherit.
     signal.signal(signal.SIGINT, signal.default_int_handler)
