@@ -50,6 +50,7 @@ def saved(root: Path, way: str) -> DPOTrainer:
     )
     trainer.train()
     trainer.save_model(str(root / way / "saved"))
+    trainer.accelerator.wait_for_everyone()  # rank 0 writes the files that all ranks look at
     return trainer
 
 
