@@ -22,7 +22,8 @@ from dpofast.options.save_signals import settle_save_signals
 from dpofast.options.unsupported import check_unsupported, unused_options
 from dpofast.reference.store.location import default_folder
 from dpofast.reference.store.row_detail import DETAILS, RowDetail
-from dpofast.zero.batch import settle_deepspeed
+from dpofast.zero.batch import asked_by_launcher, settle_deepspeed
+from dpofast.zero.compiled import settle_operations
 from dpofast.zero.config import read_deepspeed
 from dpofast_kernels import PairLoss, make_loss
 
@@ -239,6 +240,8 @@ class DPOConfig(RunFields):
         given: Any = self.deepspeed  # type: ignore[has-type]
         if given:
             self.deepspeed = read_deepspeed(given)
+        if given or asked_by_launcher():
+            settle_operations()
         try:
             super().__post_init__()
         finally:

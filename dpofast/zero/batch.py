@@ -57,6 +57,11 @@ def settle_deepspeed(args: Any) -> None:
             comm.init_distributed(dist_backend=torch.distributed.get_backend())
 
 
+def asked_by_launcher() -> bool:
+    """Whether `accelerate launch` asks for DeepSpeed, which it does by the environment."""
+    return os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true"
+
+
 def refuse_missing_launcher(args: Any) -> None:
     """Raise ConfigError if DeepSpeed is asked for in a process that no launcher has started."""
     if args.deepspeed_plugin is not None and not torch.distributed.is_initialized():

@@ -19,7 +19,7 @@ from tests.distributed.nodes import cut_cable, environment, kill_all, torchrun, 
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(1500)]
 
-WITHIN = 600.0  # DeepSpeed compiles its communication for gloo once
+WITHIN = 600.0  # seconds
 PASSED_ON = (
     "DS_ACCELERATOR",
     "OMP_NUM_THREADS",
