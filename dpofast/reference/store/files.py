@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dpofast.errors import ReferenceStoreError
+from dpofast.sync import sync
 
 # Prefix of the names of unfinished files. Readers ignore them; a killed writer leaves one behind.
 TEMPORARY_PREFIX = ".tmp-"
@@ -70,7 +71,7 @@ def write_durably(path: Path, content: Any) -> None:
                 file.flush()
                 os.fsync(file.fileno())
             temporary.rename(path)
-            sync_folder(path.parent)
+            sync(path.parent)
         except BaseException:  # a KeyboardInterrupt too must leave no temporary file
             with contextlib.suppress(OSError):
                 temporary.unlink()
@@ -87,20 +88,11 @@ def make_folder(folder: Path) -> None:
     with naming_errors("make", folder):
         for path in reversed(missing):
             path.mkdir(exist_ok=True)
-            sync_folder(path.parent)
+            sync(path.parent)
         if not missing:  # another process may have made it a moment ago, and not flushed it yet
-            sync_folder(folder.parent)
+            sync(folder.parent)
         if not folder.is_dir():
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder))
-
-
-def sync_folder(folder: Path) -> None:
-    """Flush a folder's list of names to the disk; flushing the files doesn't include it."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def list_names(folder: Path) -> list[str]:

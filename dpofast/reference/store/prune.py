@@ -16,11 +16,12 @@ from pathlib import Path
 import numpy as np
 
 from dpofast.errors import ReferenceStoreError
-from dpofast.reference.store.files import TEMPORARY_PREFIX, list_names, naming_errors, sync_folder
+from dpofast.reference.store.files import TEMPORARY_PREFIX, list_names, naming_errors
 from dpofast.reference.store.keys import KEY_BYTES, KeyIndex
 from dpofast.reference.store.segments import Columns, Segment, segment_names, write_segment
 from dpofast.reference.store.store import ReferenceStore
 from dpofast.reference.store.text import human_bytes
+from dpofast.sync import sync
 
 MERGED_BYTES = 1 << 28  # target size of a merged segment
 ABANDONED_SECONDS = 86_400.0  # age of a temporary file that no writer can still be working on
@@ -130,7 +131,7 @@ def _compact(folder: Path, identity: bytes, report: PruneReport) -> None:
             segment.path.unlink(missing_ok=True)  # another `prune` may have been faster
     if merged:
         with naming_errors("write", folder):
-            sync_folder(folder)
+            sync(folder)
     report.segments_after += kept + num_new
 
 

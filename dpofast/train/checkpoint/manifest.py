@@ -12,6 +12,8 @@ from typing import Any
 
 import xxhash
 
+from dpofast.sync import sync
+
 MANIFEST_FILE = "dpofast_manifest.json"
 FORMAT_VERSION = 1
 
@@ -222,12 +224,3 @@ def hash_file(path: Path) -> FileRecord:
             state.update(block[:count])
             size += count
     return FileRecord(size, state.hexdigest())
-
-
-def sync(path: Path) -> None:
-    """Wait until a file, or the entries of a folder, have reached the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

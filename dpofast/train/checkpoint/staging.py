@@ -15,12 +15,12 @@ import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
+from dpofast.sync import sync
 from dpofast.train.checkpoint.aside import move_checkpoints
 from dpofast.train.checkpoint.manifest import (
     MANIFEST_FILE,
     Manifest,
     ManifestError,
-    sync,
     verify,
 )
 

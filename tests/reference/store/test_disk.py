@@ -97,7 +97,7 @@ def test_thousands_of_power_losses(tmp_path, monkeypatch):
 def test_the_model_finds_a_writer_that_does_not_flush(tmp_path, monkeypatch):
     from dpofast.reference.store import files
 
-    monkeypatch.setattr(files, "sync_folder", lambda folder: None)
+    monkeypatch.setattr(files, "sync", lambda folder: None)
     with pytest.raises((AssertionError, ReferenceStoreError)):
         lose_power(tmp_path, monkeypatch, range(1))
 

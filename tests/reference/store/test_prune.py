@@ -160,7 +160,7 @@ def test_a_damaged_row_stops_it_before_anything_changes(tmp_path, monkeypatch, p
 
 
 @pytest.mark.parametrize(
-    ("function", "calls"), [("write_segment", 0), ("write_segment", 1), ("sync_folder", 0)]
+    ("function", "calls"), [("write_segment", 0), ("write_segment", 1), ("sync", 0)]
 )
 def test_an_end_at_any_moment_loses_no_row(tmp_path, monkeypatch, function, calls):
     write(tmp_path, commits=4)
