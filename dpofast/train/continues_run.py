@@ -32,7 +32,13 @@ from dpofast.train.run_facts import (
     version_facts,
 )
 from dpofast.train.training_set import TrainingSet
-from dpofast.zero.universal import conversion, end_universal, is_converted, load_universal
+from dpofast.zero.universal import (
+    conversion,
+    end_universal,
+    is_converted,
+    load_universal,
+    own_steps,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -222,6 +228,7 @@ class ContinuesRun(KeepsSums, Trainer):
             if hasattr(engine.optimizer, "clip_grad"):
                 engine.optimizer.clip_grad = float(self.args.max_grad_norm or 0.0)
             if self._reads_universal:
+                own_steps(_innermost(self.optimizer))
                 end_universal(engine)
                 self._reads_universal = False
 

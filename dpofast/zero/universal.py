@@ -6,6 +6,8 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 LATEST = "latest_universal"  # the converter writes it last, with the name of its folder in it
 SUFFIX = "_universal"
 
@@ -46,6 +48,20 @@ def load_universal(config: dict[str, Any], is_on: bool) -> None:
         is_on: whether it reads the universal form.
     """
     config.setdefault("checkpoint", {})["load_universal"] = is_on
+
+
+def own_steps(optimizer: Any) -> None:
+    """Give each state of an optimizer that has read the universal form a step count of its own.
+
+    ZeRO-3 reads one tensor and hands it to all states. Each of them adds 1 to it in place, so the
+    count of steps, by which Adam corrects its averages, would grow several times too fast.
+
+    Args:
+        optimizer: PyTorch's optimizer inside DeepSpeed's.
+    """
+    for state in optimizer.state.values():
+        if isinstance(state.get("step"), Tensor):
+            state["step"] = state["step"].clone()
 
 
 def end_universal(engine: Any) -> None:

@@ -94,31 +94,29 @@ def run_converted(root, ranks, names):
 @pytest.mark.distributed
 def test_two_ranks_to_one_and_back_to_two(tmp_path):
     """In float32 all losses agree within 1e-6. In bfloat16 each number of ranks rounds gradients
-    in its own way, so only the first step after a resume can agree."""
+    in its own way, so they agree as closely as those of two runs that were never broken off."""
     jobs = {}
-    for mode in ("ddp", "zero2", "zero3"):
-        options = {"bf16": mode == "zero3", "logging_steps": 1, "max_steps": 6, "save_steps": 2}
-        two, four = checkpoint(tmp_path, f"{mode}-whole", 2), checkpoint(tmp_path, f"{mode}-one", 4)
+    for name in ("ddp", "zero2", "zero3", "zero3 in bf16"):
+        options = {"bf16": "bf16" in name, "logging_steps": 1, "max_steps": 6, "save_steps": 2}
+        two, four = checkpoint(tmp_path, f"{name}-whole", 2), checkpoint(tmp_path, f"{name}-one", 4)
         smaller = {**options, "gradient_accumulation_steps": 2}
-        jobs[mode] = (
-            job(tmp_path, f"{mode}-whole", mode, "plain", None, **options),
-            job(tmp_path, f"{mode}-one", mode, "plain", two, **options),
-            job(tmp_path, f"{mode}-back", mode, "plain", four, **options),
+        mode = name.partition(" ")[0]
+        jobs[name] = (
+            job(tmp_path, f"{name}-whole", mode, "plain", None, **options),
+            job(tmp_path, f"{name}-one", mode, "plain", two, **options),
+            job(tmp_path, f"{name}-back", mode, "plain", four, **options),
         )
     wrong = job(tmp_path, "wrong", "ddp", "plain", checkpoint(tmp_path, "ddp-whole", 2), **smaller)
     whole, one, back = (list(names) for names in zip(*jobs.values(), strict=True))
     found = dict(zip(whole, run_jobs(tmp_path, 2, whole), strict=True))
     found |= run_converted(tmp_path, 1, one)
     found |= run_converted(tmp_path, 2, back)
-    for mode, names in jobs.items():
-        first, *others = (losses(found[name]) for name in names)
-        if mode == "zero3":
-            np.testing.assert_allclose(others[0][:3], first[:3], rtol=1e-4)
-            np.testing.assert_allclose(others[1][:5], others[0][:5], rtol=1e-4)
-        else:
-            for other in others:
-                np.testing.assert_allclose(other, first, rtol=1e-6, err_msg=mode)
-        assert [found[name]["weight_decay"] for name in names] == [[0.1, 0.0]] * 3
+    for name, parts in jobs.items():
+        first, *others = (losses(found[part]) for part in parts)
+        for other in others:
+            rtol = 3e-3 if "bf16" in name else 1e-6
+            np.testing.assert_allclose(other, first, rtol=rtol, err_msg=name)
+        assert [found[part]["weight_decay"] for part in parts] == [[0.1, 0.0]] * 3
     (refused,) = run_jobs(tmp_path, 1, [wrong])
     assert "pairs_per_step: 4 in the checkpoint, 2 now" in refused["error"]
 
