@@ -35,15 +35,17 @@ def settle_operations() -> None:
 
 
 def _warn_of_locks() -> None:
-    """Name each lock that no process of this machine holds."""
+    """Name each lock that no process of this user on this machine holds."""
     locks = _locks()
-    abandoned = locks - _open_files() if locks else locks
-    for lock in sorted(abandoned):
-        logger.warning(
-            "%s: left by a process that was killed. DeepSpeed waits as long as it is there. "
-            "Delete it, unless another machine that shares this folder is compiling.",
-            lock,
-        )
+    if not locks:
+        return
+    for lock in sorted(locks - _open_files()):
+        if lock.exists():  # its process may have just deleted it
+            logger.warning(
+                "%s: left by a process that was killed. DeepSpeed waits as long as it is there. "
+                "Delete it, unless another user or machine that shares this folder is compiling.",
+                lock,
+            )
 
 
 def _locks() -> set[Path]:

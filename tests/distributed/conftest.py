@@ -20,5 +20,5 @@ def _operation_of_deepspeed() -> None:
     later runs would wait.
     """
     environment = {**os.environ, "DS_ACCELERATOR": "cpu"}
-    command = [sys.executable, "-c", BUILD]
-    subprocess.run(command, env=environment, capture_output=True, timeout=600, check=True)
+    # Without a compiler, only the tests that use the operation fail, and say so.
+    subprocess.run([sys.executable, "-c", BUILD], env=environment, capture_output=True, timeout=600)
