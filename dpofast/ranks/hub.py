@@ -56,6 +56,11 @@ class Hub(Watcher):
         """Ranks that have come and not left yet, without rank 0."""
         return len(self._wires)
 
+    @property
+    def speakers(self) -> dict[str, int]:
+        """By node: the rank that prints if rank 0 is lost; each of them has been told."""
+        return dict(self._speakers)
+
     def close(self) -> None:
         """Close this process's ends of all connections, without a word; for forked children."""
         super().close()

@@ -41,7 +41,9 @@ class Run:
             self.watchers.insert(1, spoke)
             spoke.start()
             assert spoke.connected.wait(SOON)
-        wait_until(lambda: self.hub.num_connected == len(hosts) - 1)
+        # The hub counts a rank before it has told all who prints, so wait for the latter.
+        lowest = {host: hosts.index(host, 1) for host in hosts[1:]}
+        wait_until(lambda: self.hub.speakers == lowest)
 
     def _arguments(self, rank: int) -> tuple:
         said, ended = self.said[rank], self.ended[rank]
