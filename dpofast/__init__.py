@@ -2,28 +2,32 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from dpofast.no_download import keep_from_downloading
 
 if TYPE_CHECKING:
     from dpofast.options.config import DPOConfig
+    from dpofast.train.hooks.predictions import PairPredictions
+    from dpofast.train.own.metrics import PairOutputs
     from dpofast.train.trainer import DPOTrainer
 
 __version__ = "0.1.0"
-__all__ = ["DPOConfig", "DPOTrainer", "__version__"]
+__all__ = ["DPOConfig", "DPOTrainer", "PairOutputs", "PairPredictions", "__version__"]
+
+HOMES = {
+    "DPOConfig": "dpofast.options.config",
+    "DPOTrainer": "dpofast.train.trainer",
+    "PairOutputs": "dpofast.train.own.metrics",
+    "PairPredictions": "dpofast.train.hooks.predictions",
+}
 
 keep_from_downloading()
 
 
 def __getattr__(name: str) -> Any:
-    """Import the trainer when it is first used, so that the command line's help needs no torch."""
-    if name == "DPOConfig":
-        from dpofast.options.config import DPOConfig
-
-        return DPOConfig
-    if name == "DPOTrainer":
-        from dpofast.train.trainer import DPOTrainer
-
-        return DPOTrainer
+    """Import what is public when it is first used: the command line's help needs no torch."""
+    if name in HOMES:
+        return getattr(import_module(HOMES[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -46,8 +46,9 @@ def real_plots() -> None:
 @pytest.fixture(autouse=True)
 def _no_plots(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Switch off the plot of a run: it takes longer than the training. See `real_plots`."""
-    if "dpofast.train.reports" in sys.modules and "real_plots" not in request.fixturenames:
-        monkeypatch.setattr("dpofast.train.reports.plot_run", lambda *_: None)
+    reports = "dpofast.train.reports.reports_run"
+    if reports in sys.modules and "real_plots" not in request.fixturenames:
+        monkeypatch.setattr(f"{reports}.plot_run", lambda *_: None)
 
 
 @pytest.fixture(scope="session")

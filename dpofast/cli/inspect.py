@@ -60,11 +60,11 @@ def _show_pair(options: RunOptions, row: int) -> None:
 
 def _show_step(options: RunOptions, step: int, rank: tuple[int, int]) -> None:
     from dpofast.model.packable import attention_window
-    from dpofast.train.dataset import PairPreparer
-    from dpofast.train.loaders import max_row_tokens
-    from dpofast.train.sampler import planned_steps, train_sampler
-    from dpofast.train.stream import RunStream
-    from dpofast.train.training_set import prepare_training_set
+    from dpofast.train.data.dataset import PairPreparer
+    from dpofast.train.data.sampler import planned_steps, train_sampler
+    from dpofast.train.data.stream import RunStream
+    from dpofast.train.data.training_set import prepare_training_set
+    from dpofast.train.steps.loaders import max_row_tokens
 
     config = options.config
     options.require("model_name_or_path")

@@ -31,7 +31,7 @@ def reference(parsed: argparse.Namespace, overrides: list[str]) -> None:
 def _build(yaml_file: str | None, overrides: list[str]) -> None:
     """Score the answers of the training and held-out pairs that are missing from the store."""
     from dpofast.cli.train import make_trainer
-    from dpofast.train.summary import reference_summary
+    from dpofast.train.reports.summary import reference_summary
 
     options = read_options(yaml_file, overrides)
     options.require("model_name_or_path", "dataset_name")

@@ -24,7 +24,7 @@ from dpofast.demo.screen import ProgressCallback, Sample, Samples, Screen
 from dpofast.demo.warmup import warm_up
 from dpofast.monitor.plots import PLOT_FILE, plot_run
 from dpofast.monitor.summary import SUMMARY_FILE, hardware, versions, write_json
-from dpofast.train.summary import reference_summary
+from dpofast.train.reports.summary import reference_summary
 
 BETA = 1.0  # ten times the usual, because a tiny model drifts away from its reference easily
 EPOCHS = 6

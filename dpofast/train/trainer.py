@@ -27,24 +27,23 @@ from dpofast.options.config import DPOConfig
 from dpofast.options.output_dir import make_output_dir, refuse_inputs_folder
 from dpofast.options.trl import refuse, resolve_config, resolve_tokenizer
 from dpofast.ranks.watch import watch_ranks
-from dpofast.train.best_metric import check_best_metric
 from dpofast.train.checkpoint.same_run import read_allowed
-from dpofast.train.clipping import ClipsExactly
-from dpofast.train.dataset import PairPreparer, pairs_of
-from dpofast.train.evaluates import EvaluatesPairs
-from dpofast.train.finished import ResumesAtEnd
-from dpofast.train.finite_saves import SavesOnlyFinite
-from dpofast.train.first_step import ChecksFirstStep, FirstStep
-from dpofast.train.hooks import NamesHooks, check_overrides
-from dpofast.train.loaders import StepLoaders, whole_step
-from dpofast.train.logs_progress import LogsProgress
-from dpofast.train.loop_arguments import one_item_per_step
-from dpofast.train.memory import row_tokens_on_all_ranks
-from dpofast.train.micro_batches import PairLossPass, gradient_exchange
-from dpofast.train.nodes import check_shared_folders
-from dpofast.train.noise import check_noise
-from dpofast.train.own_loss import run_loss
-from dpofast.train.own_metrics import MetricsFunction, OwnMetrics
+from dpofast.train.checks.best_metric import check_best_metric
+from dpofast.train.checks.first_step import ChecksFirstStep, FirstStep
+from dpofast.train.checks.nodes import check_shared_folders
+from dpofast.train.checks.noise import check_noise
+from dpofast.train.checks.schedule import check_schedule
+from dpofast.train.checks.step_zero import StepZeroCheck
+from dpofast.train.data.dataset import PairPreparer, pairs_of
+from dpofast.train.data.training_set import TrainingSet, prepare_training_set, total_steps
+from dpofast.train.finite.saves import SavesOnlyFinite
+from dpofast.train.finite.step_vote import VotesOnSteps
+from dpofast.train.hooks.evaluates import EvaluatesPairs
+from dpofast.train.hooks.overrides import NamesHooks, check_overrides
+from dpofast.train.hooks.predictions import check_compute_metrics
+from dpofast.train.hooks.settings import ShowsSettings
+from dpofast.train.own.loss import run_loss
+from dpofast.train.own.metrics import MetricsFunction, OwnMetrics
 from dpofast.train.policy import (
     input_folders,
     model_name,
@@ -54,19 +53,20 @@ from dpofast.train.policy import (
     resolve_ref_model,
     with_quantisation,
 )
-from dpofast.train.predictions import check_compute_metrics
-from dpofast.train.reads_checkpoints import ReadsCheckpoints
-from dpofast.train.reference import RunReference
-from dpofast.train.resumes import ResumesRun
-from dpofast.train.run_store import RunStore
-from dpofast.train.saves import SavesRun
-from dpofast.train.saving import check_saving
-from dpofast.train.schedule import check_schedule
-from dpofast.train.settings import ShowsSettings
-from dpofast.train.signals import StopsOnSignals, ends_at_signals
-from dpofast.train.step_vote import VotesOnSteps
-from dpofast.train.step_zero import StepZeroCheck
-from dpofast.train.training_set import TrainingSet, prepare_training_set, total_steps
+from dpofast.train.reference.run_reference import RunReference
+from dpofast.train.reference.run_store import RunStore
+from dpofast.train.reports.logs_progress import LogsProgress
+from dpofast.train.resuming.finished import ResumesAtEnd
+from dpofast.train.resuming.reads_checkpoints import ReadsCheckpoints
+from dpofast.train.resuming.resumes import ResumesRun
+from dpofast.train.saving.checks import check_saving
+from dpofast.train.saving.saves import SavesRun
+from dpofast.train.signals.stops import StopsOnSignals, ends_at_signals
+from dpofast.train.steps.clipping import ClipsExactly
+from dpofast.train.steps.loaders import StepLoaders, whole_step
+from dpofast.train.steps.loop_arguments import one_item_per_step
+from dpofast.train.steps.memory import row_tokens_on_all_ranks
+from dpofast.train.steps.micro_batches import PairLossPass, gradient_exchange
 from dpofast_kernels import PairFunction
 
 logger = logging.getLogger(__name__)

@@ -29,9 +29,9 @@ import deepspeed  # noqa: F401 - before the fork
 import torch
 from transformers import TrainerCallback
 
-from dpofast.train import reports
 from dpofast.train.checkpoint.resume import newest_whole
 from dpofast.train.checkpoint.staging import SAVING
+from dpofast.train.reports import reports_run
 from tests.distributed.launch import free_port
 from tests.support import make_trainer
 
@@ -241,7 +241,7 @@ def deaths(root: Path, zero: str, patterns: list[str]) -> dict[str, Any]:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)  # forked processes don't inherit PyTorch's threads
-    reports.plot_run = lambda *_: None  # a plot takes longer than the run
+    reports_run.plot_run = lambda *_: None  # a plot takes longer than the run
     target, way, *words = sys.argv[1:]
     if words[0].isdecimal():
         rng = random.Random(int(words[1]))

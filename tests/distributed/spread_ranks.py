@@ -33,7 +33,7 @@ from dpofast.reference.build.answers import read_answers
 from dpofast.reference.build.builder import BuildOptions, build_reference
 from dpofast.reference.build.ranks import Ranks
 from dpofast.reference.store.store import ReferenceStore
-from dpofast.train.memory import row_tokens_on_all_ranks
+from dpofast.train.steps.memory import row_tokens_on_all_ranks
 from dpofast.zero.blocks import in_blocks
 from dpofast.zero.weights import spread
 from tests.distributed.identity_ranks import CONFIG
@@ -147,7 +147,7 @@ def in_trainer(root: Path) -> dict[str, Any]:
     with most_whole(spread(made.model.parameters()), made.model) as most:
         made.score_datasets()
         loss = made.evaluate()["eval_loss"]
-        with mock.patch("dpofast.train.memory.free_device_bytes", return_value=10**9):
+        with mock.patch("dpofast.train.steps.memory.free_device_bytes", return_value=10**9):
             assert row_tokens_on_all_ranks(made) > 0
     return {"most": most[0], "loss": loss}
 

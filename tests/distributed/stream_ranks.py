@@ -25,7 +25,7 @@ from accelerate.utils import gather_object
 from dpofast.cli.process_end import run_to_end
 from dpofast.errors import DPOFastError
 from dpofast.options.config import DPOConfig
-from dpofast.train import stream
+from dpofast.train.data import stream
 from dpofast.train.trainer import DPOTrainer
 from tests.support import byte_tokenizer, token_pairs
 

@@ -46,11 +46,11 @@ COMPARED = {
         "the_same"
     ),
     "precompute_ref_batch_size": (
-        "tests/train/test_loaders.py::"
+        "tests/train/steps/test_loaders.py::"
         "test_references_are_scored_in_rows_as_long_as_training_takes_them"
     ),
     "dataset_num_proc": "tests/data/tokens/test_tokenize.py::test_processes_change_nothing",
-    "pad_token": "tests/train/test_saving.py::test_both_remedies_work",
+    "pad_token": "tests/train/saving/test_checks.py::test_both_remedies_work",
     "model_init_kwargs": "tests/options/test_config.py::test_the_old_name_of_dtype_is_taken",
     "trust_remote_code": "tests/options/test_config.py::test_the_old_name_of_dtype_is_taken",
 }

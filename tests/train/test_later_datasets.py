@@ -166,7 +166,7 @@ def test_after_full_training_the_reference_is_loaded_again(folder, monkeypatch, 
     expected = logps_before(folder, policy(), options=options, **arguments)
     checked = []
     monkeypatch.setattr(
-        "dpofast.train.reference.check_model",
+        "dpofast.train.reference.run_reference.check_model",
         lambda model, *rest: checked.append(weakref.ref(model)) or check_model(model, *rest),
     )
     trainer = make_trainer(folder, policy(), options=options, **arguments)

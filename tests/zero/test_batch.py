@@ -10,7 +10,7 @@ import pytest
 
 from dpofast import DPOConfig
 from dpofast.errors import ConfigError
-from dpofast.train.loop_arguments import one_item_per_step
+from dpofast.train.steps.loop_arguments import one_item_per_step
 from dpofast.zero.config import BATCH_FIELDS
 
 

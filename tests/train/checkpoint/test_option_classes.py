@@ -10,7 +10,7 @@ from dpofast.options.trl_fields import RULES
 from dpofast.train.checkpoint.option_classes import CLASSES, COMPARED, ROUNDING
 from dpofast.train.checkpoint.same_run import ALLOWABLE, FIXED
 from dpofast.train.checkpoint.same_run import ROUNDING as ROUNDING_FACTS
-from dpofast.train.run_facts import REPLACED, option_facts
+from dpofast.train.resuming.run_facts import REPLACED, option_facts
 
 
 def test_every_option_is_in_exactly_one_class():

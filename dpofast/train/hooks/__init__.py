@@ -1,0 +1,1 @@
+"""The methods that scripts override or read: the loss, the evaluation and the settings."""

@@ -1,0 +1,1 @@
+"""Where a run begins in its output_dir, and how a resumed run stays the same run."""

@@ -1,0 +1,1 @@
+"""Saves a checkpoint and ends the run when a signal asks for it."""
