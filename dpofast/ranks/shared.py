@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
+import json
 import secrets
 import time
 from collections.abc import Callable, Mapping
@@ -43,20 +43,9 @@ def check_shared(
     firsts = _first_of_each_node(exchange, member)
     if member is None or len(firsts) < 2:
         return
-    own_name = f".dpofast-shared-{secrets.token_hex(8)}"
-    written = []
-    if member.rank == 0:
-        written = [option for option, (folder, _) in folders.items() if _write(folder / own_name)]
-    name, options = exchange((own_name, written))[0]
-    missing = []
-    if member in firsts:
-        end = time.monotonic() + seconds
-        missing = [each for each in options if not _appears(folders[each][0] / name, end)]
-    of_all = exchange(missing)
-    for option in written:
-        (folders[option][0] / name).unlink(missing_ok=True)
-    for option, (folder, remedy) in folders.items():
-        others = [first for first in firsts if option in of_all[first.rank]]
+    paths = {option: folder for option, (folder, _) in folders.items()}
+    for option, others in _who_is_blind(paths, exchange, member, firsts, seconds).items():
+        folder, remedy = folders[option]
         if others:
             raise ConfigError(
                 f"{option}: {folder} isn't one folder on all nodes: {names(others)} can't see what "
@@ -65,13 +54,38 @@ def check_shared(
             )
 
 
+def check_separate(folder: Path, exchange: Exchange, member: Member | None = None) -> None:
+    """Check that each node has an output folder of its own, as `save_on_each_node` needs.
+
+    Args:
+        folder: the output folder, under the same name on all nodes.
+        exchange, member: as in `check_shared`.
+
+    Raises:
+        ConfigError: on all ranks; names the folder and the hosts that share it with rank 0.
+    """
+    member = member or _own()
+    firsts = _first_of_each_node(exchange, member)
+    if member is None or len(firsts) < 2:
+        return
+    blind = _who_is_blind({"output_dir": folder}, exchange, member, firsts, seconds=0.0)
+    sharing = [first for first in firsts if first not in blind.get("output_dir", firsts)]
+    if len(sharing) > 1:
+        raise ConfigError(
+            f"save_on_each_node: output_dir {folder} is one folder on {names(sharing)}, whose "
+            "checkpoints would overwrite each other there. Leave save_on_each_node out: a shared "
+            "folder needs one checkpoint only."
+        )
+
+
 def check_on_all_nodes(
     checkpoint: str | Path, exchange: Exchange, member: Member | None = None
 ) -> None:
     """Check that all nodes see the checkpoint that the run resumes from.
 
     With `save_on_each_node`, each node has a folder of its own, with a part of the checkpoint. So
-    the folders are compared by the state of the trainer, which is in all of them.
+    the folders are compared by the state of the trainer, which is in all of them. Parts of it
+    differ between the nodes of a run, such as its speed.
 
     Args:
         checkpoint: folder of the checkpoint.
@@ -83,8 +97,8 @@ def check_on_all_nodes(
     firsts = _first_of_each_node(exchange, member or _own())
     if len(firsts) < 2:
         return
-    digests = exchange(_digest(Path(checkpoint) / STATE_FILE))
-    others = [first for first in firsts if digests[first.rank] != digests[0]]
+    found = exchange(_progress(Path(checkpoint) / STATE_FILE))
+    others = [first for first in firsts if found[first.rank] != found[0]]
     if others:
         raise CheckpointError(
             f"{checkpoint}: {names(others)} has no such checkpoint, or another one than "
@@ -105,6 +119,34 @@ def _first_of_each_node(exchange: Exchange, member: Member | None) -> list[Membe
     for each in exchange(member):
         firsts.setdefault(each.node, each)
     return list(firsts.values())
+
+
+def _who_is_blind(
+    folders: Mapping[str, Path],
+    exchange: Exchange,
+    member: Member,
+    firsts: list[Member],
+    seconds: float,
+) -> dict[str, list[Member]]:
+    """The first ranks of nodes that can't see what rank 0 writes into each folder, by its option.
+
+    Folders into which rank 0 can't write are left out.
+    """
+    own_name = f".dpofast-shared-{secrets.token_hex(8)}"
+    written = []
+    if member.rank == 0:
+        written = [option for option, folder in folders.items() if _write(folder / own_name)]
+    name, options = exchange((own_name, written))[0]
+    missing = []
+    if member in firsts:
+        end = time.monotonic() + seconds
+        missing = [each for each in options if not _appears(folders[each] / name, end)]
+    of_all = exchange(missing)
+    for option in written:
+        (folders[option] / name).unlink(missing_ok=True)
+    return {
+        option: [first for first in firsts if option in of_all[first.rank]] for option in options
+    }
 
 
 def _write(path: Path) -> bool:
@@ -128,8 +170,11 @@ def _appears(path: Path, end: float) -> bool:
         time.sleep(0.2)
 
 
-def _digest(path: Path) -> str | None:
+def _progress(path: Path) -> Any:
+    """The step and the losses that a trainer's state records; None if it can't be read."""
     try:
-        return hashlib.sha256(path.read_bytes()).hexdigest()
-    except OSError:
+        state = json.loads(path.read_bytes())
+        losses = [entry.get("loss") for entry in state["log_history"]]
+        return [state["global_step"], losses]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None

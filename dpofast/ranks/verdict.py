@@ -14,6 +14,7 @@ class Kind(enum.StrEnum):
 
     ERROR = "error"  # one of dpofast's errors, which says what to do
     BUG = "bug"  # any other exception
+    BROKEN = "broken"  # an error that says that the connection to another rank has broken
     GONE = "gone"  # its process has ended without a word
     SILENT = "silent"  # its machine or the network is down
 
@@ -66,7 +67,9 @@ def judge(events: Sequence[Event], num_ranks: int) -> Verdict:
         events: all that happened within a second or so, at least one event.
         num_ranks: number of ranks of the run.
     """
-    causes = [event for event in events if event.kind is not Kind.BUG] or list(events)
+    by_weight = ((Kind.ERROR, Kind.GONE, Kind.SILENT), (Kind.BUG,), (Kind.BROKEN,))
+    found = ([event for event in events if event.kind in kinds] for kinds in by_weight)
+    causes = next(filter(None, found))
     groups: dict[tuple[Kind, str], list[Event]] = {}
     for event in causes:
         groups.setdefault((event.kind, event.text), []).append(event)
@@ -85,7 +88,7 @@ def _sentence(kind: Kind, text: str, who: Sequence[Member], is_everybody: bool) 
     match kind:
         case Kind.ERROR:
             return text if is_everybody else f"{names(who)}: {text}"
-        case Kind.BUG:
+        case Kind.BUG | Kind.BROKEN:
             return f"{'all ranks' if is_everybody else names(who)}: {text}"
         case Kind.GONE:
             return (

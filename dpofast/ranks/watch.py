@@ -18,6 +18,7 @@ from functools import partial
 from typing import Any
 
 from dpofast.errors import DPOFastError, RankError, StoppedBySignal, one_line
+from dpofast.ranks.broken import follows_from_another_rank
 from dpofast.ranks.hub import Hub
 from dpofast.ranks.meeting import invite, meet, open_store
 from dpofast.ranks.member import Member, num_ranks
@@ -92,7 +93,13 @@ def report_failure(text: str, error: BaseException, code: int) -> int | None:
     ours = DPOFastError | KeyboardInterrupt | StoppedBySignal
     is_ours = isinstance(error, ours)
     detail = "" if is_ours else "".join(traceback.format_exception(error))
-    return _report(Kind.ERROR if is_ours else Kind.BUG, text, detail, code)
+    return _report(_kind(error, is_ours), text, detail, code)
+
+
+def _kind(error: BaseException, is_ours: bool) -> Kind:
+    if follows_from_another_rank(error):
+        return Kind.BROKEN
+    return Kind.ERROR if is_ours else Kind.BUG
 
 
 def _report(kind: Kind, text: str, detail: str, code: int) -> int | None:
@@ -154,13 +161,14 @@ def _at_exit(process: int) -> None:
     # Python has printed the traceback, or is about to.
     match error:
         case DPOFastError():
-            kind, text, code = Kind.ERROR, one_line(error), error.exit_code
+            kind, text, code = _kind(error, True), one_line(error), error.exit_code
         case StoppedBySignal():
             kind, text, code = Kind.ERROR, stop_text(error), 128 + error.signum
         case KeyboardInterrupt():
             kind, text, code = Kind.ERROR, INTERRUPTED, 130
         case _:
-            kind, text, code = Kind.BUG, f"{type(error).__name__}: {one_line(error)}", 1
+            kind, code = _kind(error, False), 1
+            text = f"{type(error).__name__}: {one_line(error)}"
     final = _report(kind, text, "", code)
     if final == RankError.exit_code:
         end_process(final)

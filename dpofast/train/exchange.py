@@ -36,11 +36,40 @@ def decided_by_rank_0(decide: Callable[[], Result]) -> Result:
             result = decide()
         except Exception as raised:
             error = raised
-    told = error
-    if error is not None and not isinstance(error, DPOFastError):
-        told = RankError(f"Rank 0 has failed: {type(error).__name__}: {one_line(error)}")
-    outcome = [result, told]
+    outcome = [result, _told(error, rank=0)]
     broadcast_object_list(outcome)
     if error is not None or outcome[1] is not None:
         raise error or outcome[1]
     return outcome[0]
+
+
+def done_on(is_doer: bool, do: Callable[[], object]) -> None:
+    """Call a function on some ranks, such as the first one of each node; all ranks call this.
+
+    Args:
+        is_doer: whether this rank calls the function.
+        do: the function. It must not talk to other ranks.
+
+    Raises:
+        Exception: what `do` raised on this rank.
+        DPOFastError: on all ranks, if it is an error of ours and `do` raised it on any of them.
+        RankError: on the other ranks, if it is another one.
+    """
+    error: Exception | None = None
+    if is_doer:
+        try:
+            do()
+        except Exception as raised:
+            error = raised
+    errors = exchange(_told(error, PartialState().process_index))
+    if error is not None:
+        raise error
+    for told in filter(None, errors):
+        raise told
+
+
+def _told(error: Exception | None, rank: int) -> Exception | None:
+    """What the other ranks are told about an error; theirs is the same, if it is one of ours."""
+    if error is None or isinstance(error, DPOFastError):
+        return error
+    return RankError(f"Rank {rank} has failed: {type(error).__name__}: {one_line(error)}")

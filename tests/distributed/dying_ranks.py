@@ -26,8 +26,10 @@ def live(seconds: float, file: Path) -> None:
         dist = getattr(sys.modules.get("torch"), "distributed", None)
         dist = dist if hasattr(dist, "is_initialized") else None
     began = time.monotonic()
+    unfinished = file.with_suffix(".new")
     while seconds < 0 or time.monotonic() - began < seconds:
-        file.write_text(str(time.monotonic() - began))
+        unfinished.write_text(str(time.monotonic() - began))
+        unfinished.replace(file)  # the process may end at any moment
         time.sleep(0.02)
     os.kill(os.getpid(), signal.SIGKILL)
 

@@ -7,6 +7,7 @@ otherwise. It takes root.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import shlex
 import subprocess
@@ -20,6 +21,7 @@ import pytest
 from tests.distributed.launch import ROOT
 
 INTERFACE = "cable0"
+COUNT = itertools.count()
 STAND_INS = Path(__file__).with_name("stand_ins")
 
 
@@ -50,7 +52,7 @@ class Node:
 @contextlib.contextmanager
 def two_nodes() -> Iterator[tuple[Node, Node]]:
     """Two nodes; skips the test where namespaces can't be made."""
-    tag = f"dpo{os.getpid()}"
+    tag = f"dpo{os.getpid()}{next(COUNT)}"  # names of interfaces have at most 15 letters
     nodes = Node("node-a", f"{tag}a", "10.83.0.1"), Node("node-b", f"{tag}b", "10.83.0.2")
     try:
         for node in nodes:

@@ -78,8 +78,8 @@ def test_the_other_rank_ends_within_30_seconds(tmp_path, lifetime, point):
         return
     assert dead.returncode == -signal.SIGKILL
     if other.returncode != 0:  # a rank that is killed after its work is done harms nobody
-        assert other.returncode == 4
-        assert output.count("dpofast: error: ") == 1
+        assert other.returncode == 4, output
+        assert output.count("dpofast: error: ") == 1, output
         assert f"dpofast: error: rank {victim} on host {os.uname().nodename} was lost: " in output
     else:
         assert (tmp_path / "run" / "summary.json").exists()

@@ -146,36 +146,67 @@ def test_a_folder_that_the_nodes_do_not_share_is_refused(nodes, folder):
     assert not list((folder / "run").iterdir())
 
 
-@pytest.mark.torture
-def test_with_save_on_each_node_each_node_resumes_from_its_own_folder(nodes, folder):
+@pytest.mark.parametrize(
+    "more",
+    [
+        pytest.param([], id="ddp"),
+        pytest.param(["--deepspeed", "zero2"], marks=pytest.mark.torture, id="zero2"),
+        pytest.param(["--deepspeed", "zero3"], marks=pytest.mark.torture, id="zero3"),
+    ],
+)
+def test_with_save_on_each_node_each_node_resumes_from_its_own_folder(nodes, folder, more):
+    """Node b has a disk of its own at output_dir, which keeps what is written there."""
     disk = folder / "disk-of-b"
     disk.mkdir()
-    words = ["-m", "dpofast", "train", str(folder / "run.yaml"), "--save_on_each_node", "true"]
     bind = f'mount --bind {disk} {folder / "run"}; exec "$@"'
 
-    def run(*more):
+    def run(*options, binds=True):
+        words = ["-m", "dpofast", "train", str(folder / "run.yaml"), "--save_on_each_node", "true"]
         commands = []
         for number, node in enumerate(nodes):
-            command = [*torchrun(nodes, number), *words, *more]
-            if number == 1:
+            command = [*torchrun(nodes, number), *words, *more, *options]
+            if number == 1 and binds:
                 command = ["sh", "-ec", bind, "sh", *command]
             commands.append(node.enter(command))
-        found = Job(commands, environment()).end()
-        assert all(code == 0 for code, _ in found), found
+        return Job(commands, environment()).end()
 
-    run()
+    found = run()
+    assert all(code == 0 for code, _ in found), found
     before = losses(folder)
+    assert sorted(before) == [1, 2, 3, 4]
     for place in (folder / "run", disk):
+        assert (place / "checkpoint-2" / "dpofast_manifest.json").is_file()
+        assert (place / "checkpoint-2" / "model.safetensors").is_file() or more
         shutil.rmtree(place / "checkpoint-4")
-        assert (place / "checkpoint-2").is_dir()
-    run("--resume_from_checkpoint", str(folder / "run" / "checkpoint-2"))
+    # Node b has lost its newest checkpoint, so the one before is taken on both.
+    found = run("--resume_from_checkpoint", "true")
+    assert all(code == 0 for code, _ in found), found
     assert losses(folder) == before
+    if more:
+        return
+
+    shutil.rmtree(disk / "checkpoint-4")
+    found = run("--resume_from_checkpoint", "true")
+    assert all(code == 0 for code, _ in found), found
+    assert losses(folder) == before
+
+    for path in (folder / "run").glob("checkpoint-*"):
+        shutil.rmtree(path)
+    found = run()
+    assert all("holds checkpoint-2 and checkpoint-4 of an earlier run" in out for _, out in found)
+    found = run("--overwrite_output_dir", "true")
+    assert all(code == 0 for code, _ in found), found
+    assert losses(folder) == before
+    assert len(list((disk / "_older-runs").glob("*/checkpoint-*"))) == 2
+
+    found = run("--overwrite_output_dir", "true", binds=False)
+    for code, output in found:
+        assert code == 1  # torchrun's own
+        assert output.count("dpofast: error: save_on_each_node: output_dir ") == 1
 
 
 @pytest.mark.torture
-@pytest.mark.parametrize(
-    "harm", [cut_cable, lambda nodes: kill_all(nodes[1])], ids=["cut", "power"]
-)
+@pytest.mark.parametrize("harm", ["cut", "power"])
 @pytest.mark.parametrize(
     ("start", "words"),
     [
@@ -186,7 +217,7 @@ def test_with_save_on_each_node_each_node_resumes_from_its_own_folder(nodes, fol
     ids=["torchrun-ddp", "torchrun-zero3", "deepspeed-zero3"],
 )
 def test_a_lost_node_ends_the_run_within_30_seconds(folder, start, words, harm):
-    with two_nodes() as nodes:  # the cable isn't mended
+    with two_nodes() as nodes:  # the module's own nodes keep their cable
         more = ["--max_steps", "100000", "--save_strategy", "no"]
         job = start(nodes, folder, *words, *more)
         wait_for(folder / "run" / "metrics.jsonl")

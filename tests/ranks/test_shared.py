@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -9,7 +10,7 @@ import pytest
 
 from dpofast.errors import CheckpointError, ConfigError
 from dpofast.ranks.member import Member
-from dpofast.ranks.shared import check_on_all_nodes, check_shared
+from dpofast.ranks.shared import check_on_all_nodes, check_separate, check_shared
 
 HOSTS = ("a", "a", "b", "b")
 REMEDY = ", or else"
@@ -104,13 +105,49 @@ def test_one_node_is_not_checked(tmp_path):
     check_shared({"store": (tmp_path, REMEDY)}, lambda item: pytest.fail("one rank"))
 
 
-@pytest.mark.parametrize("other", ["missing", "another step", "the same"])
+@pytest.mark.parametrize("seeing", [("a", "b"), ("a", "c"), ()])
+def test_nodes_must_not_share_what_each_must_have_for_itself(tmp_path, seeing):
+    hosts = ("a", "a", "b", "b", "c")
+
+    def check(member, exchange):
+        own = "shared" if member.host in seeing else member.host
+        check_separate(tmp_path / own, exchange, member)
+
+    raised = Ranks(hosts).call(check)
+    if not seeing:
+        assert raised == [None] * 5
+    else:
+        other = hosts.index(seeing[1])
+        for error in raised:
+            assert str(error).startswith("save_on_each_node: output_dir ")
+            assert (
+                f"is one folder on rank 0 on host a, rank {other} on host {seeing[1]}, whose "
+                "checkpoints would overwrite each other there."
+            ) in str(error)
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+
+
+def state(step, **more):
+    """A trainer's state, as two nodes of a run write it at the same step."""
+    logs = [{"loss": 0.5, "pairs_per_second": more.get("speed", 1.0), "step": step}]
+    return json.dumps({"global_step": step, "log_history": logs, **more})
+
+
+STATES = {
+    "missing": None,
+    "another step": state(4),
+    "another run": state(2).replace("0.5", "0.25"),
+    "damaged": state(2)[:-5],
+    "the same": state(2, is_world_process_zero=False, speed=2.0),
+}
+
+
+@pytest.mark.parametrize("other", STATES)
 def test_a_checkpoint_must_be_on_all_nodes(tmp_path, other):
-    states = {"a": "step 2", "b": {"another step": "step 4", "the same": "step 2"}.get(other)}
-    for host, state in states.items():
-        if state:
+    for host, text in {"a": state(2, is_world_process_zero=True), "b": STATES[other]}.items():
+        if text is not None:
             (tmp_path / host).mkdir()
-            (tmp_path / host / "trainer_state.json").write_text(state)
+            (tmp_path / host / "trainer_state.json").write_text(text)
 
     raised = Ranks(HOSTS).call(
         lambda member, exchange: check_on_all_nodes(tmp_path / member.host, exchange, member)

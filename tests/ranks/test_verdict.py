@@ -30,16 +30,28 @@ def test_different_errors_have_a_line_each():
     )
 
 
-@pytest.mark.parametrize("kind", [Kind.ERROR, Kind.GONE, Kind.SILENT])
-def test_exceptions_that_follow_from_a_cause_are_not_reported(kind):
+@pytest.mark.parametrize(
+    ("follows", "kind"),
+    [
+        *[(Kind.BUG, kind) for kind in (Kind.ERROR, Kind.GONE, Kind.SILENT)],
+        *[(Kind.BROKEN, kind) for kind in (Kind.ERROR, Kind.GONE, Kind.SILENT, Kind.BUG)],
+    ],
+)
+def test_exceptions_that_follow_from_a_cause_are_not_reported(follows, kind):
     found = events(
-        (0, Kind.BUG, "RuntimeError: Connection closed by peer", "Traceback"), (3, kind, "x", "")
+        (0, follows, "RuntimeError: Connection closed by peer", "Traceback"), (3, kind, "x", "")
     )
     verdict = judge(found, 4)
     assert len(verdict.lines) == 1
     assert "rank 3 on host b" in verdict.lines[0]
     assert [verdict.blames(rank) for rank in range(4)] == [False, False, False, True]
     assert verdict.details == {"b": ""}
+
+
+def test_a_broken_connection_is_reported_if_nothing_else_is_known():
+    verdict = judge(events((1, Kind.BROKEN, "ranks 2 have not finished.", "")), 4)
+    assert verdict.lines == ("dpofast: error: rank 1 on host a: ranks 2 have not finished.",)
+    assert verdict.blames(1)
 
 
 def test_a_traceback_is_printed_only_on_its_node():

@@ -105,6 +105,19 @@ def choose_start(given: Any, folder: Folder) -> Start:
         start = _at_newest(folder, is_needed=point is True)
     else:
         start = _at_named(Path(point), folder)
+    return on_this_node(start, folder)
+
+
+def on_this_node(start: Start, folder: Folder) -> Start:
+    """The same start on another node, which has an output folder of its own.
+
+    Args:
+        start: what `choose_start` returned on another node.
+        folder: the output folder of this node.
+
+    Raises:
+        ConfigError: checkpoints are in the way, and may not be moved.
+    """
     start = replace(start, in_the_way=_in_the_way(start, folder.path))
     if start.in_the_way and folder.saves and not folder.overwrite:
         raise ConfigError(_refusal(start, folder.path))

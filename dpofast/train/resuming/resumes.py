@@ -27,11 +27,12 @@ from dpofast.train.checkpoint.start import (
     Folder,
     Start,
     choose_start,
+    on_this_node,
     resume_point,
     settle_start,
 )
 from dpofast.train.data.training_set import TrainingSet
-from dpofast.train.exchange import decided_by_rank_0, exchange
+from dpofast.train.exchange import decided_by_rank_0, done_on, exchange
 from dpofast.train.reference.run_reference import RunReference
 from dpofast.train.resuming.continues_run import ContinuesRun
 from dpofast.train.resuming.room import SaveSize, check_room, save_size
@@ -112,9 +113,11 @@ class ResumesRun(ContinuesRun, Trainer):
         start, self.save_size = decided_by_rank_0(
             lambda: self._choose_start(given, folder, num_steps)
         )
+        # With save_on_each_node, other checkpoints can be in the way on each node.
+        done_on(self.args.should_save, lambda: on_this_node(start, folder))
         self.run_id, self.resumed_at_end = start.run.run, False
         if start.checkpoint is None:
-            decided_by_rank_0(lambda: self._settle(start, folder))
+            done_on(self.args.should_save, lambda: self._settle(start, folder))
             return None, 0
         checkpoint = str(start.checkpoint)
         check_on_all_nodes(checkpoint, exchange)
@@ -131,7 +134,7 @@ class ResumesRun(ContinuesRun, Trainer):
         self.check_same_run(recorded, checkpoint, train_set, num_steps)
         self.reference.restore(recorded, checkpoint)
         self.loaders.settle(recorded.row_tokens)
-        decided_by_rank_0(lambda: self._settle(start, folder))
+        done_on(self.args.should_save, lambda: self._settle(start, folder))
         self.resumed_at_end = step == num_steps
         if self.resumed_at_end:
             logger.info("%s is the run's last step: there is nothing left to train.", checkpoint)
@@ -162,8 +165,8 @@ class ResumesRun(ContinuesRun, Trainer):
         return start, size
 
     def _settle(self, start: Start, folder: Folder) -> None:
-        """Make the output folder ready; on rank 0."""
-        settle_start(start, folder, REPORTS)
+        """Make the output folder ready; on one rank, or on one of each node."""
+        settle_start(on_this_node(start, folder), folder, REPORTS)
         if start.is_new:
             for callback in self.callback_handler.callbacks:
                 if isinstance(callback, MetricsFile):

@@ -26,6 +26,7 @@ from dpofast.train.reports.cards import WritesCards
 from dpofast.train.resuming.continues_run import ContinuesRun
 from dpofast.train.resuming.room import SaveSize
 from dpofast.train.saving.checks import check_saved
+from dpofast.train.saving.each_node import saved_by_this_rank
 from dpofast.train.saving.staged_save import RankFiles, StagedSave
 
 logger = logging.getLogger(__name__)
@@ -57,6 +58,7 @@ class SavesRun(WritesCards, ContinuesRun, Trainer):
         with (
             nullcontext() if _internal_call else exporting(folder, size),
             self.own_card(folder) if self.args.should_save else nullcontext(),
+            saved_by_this_rank(self.model) if self._has_own_node() else nullcontext(),
         ):
             super().save_model(output_dir, _internal_call)
         if not self.args.should_save:
@@ -68,6 +70,15 @@ class SavesRun(WritesCards, ContinuesRun, Trainer):
                 raise
             # In a checkpoint, whose folder has no name yet; the optimizer is still to be saved.
             logger.error("%s", str(error).replace(folder, self._final_name(folder)))
+
+    def _has_own_node(self) -> bool:
+        """Whether this rank saves the model for a node without rank 0.
+
+        Under DeepSpeed, only rank 0 gathers the weights. A resumed run takes them from DeepSpeed's
+        own files.
+        """
+        is_first = self.args.should_save and not self.is_world_process_zero()
+        return is_first and not self.is_deepspeed_enabled
 
     def _final_name(self, folder: str) -> str:
         return folder if self._staged is None else str(self._staged.final)
