@@ -26,7 +26,7 @@ from dpofast.train.reports.cards import WritesCards
 from dpofast.train.resuming.continues_run import ContinuesRun
 from dpofast.train.resuming.room import SaveSize
 from dpofast.train.saving.checks import check_saved
-from dpofast.train.saving.each_node import saved_by_this_rank
+from dpofast.train.saving.each_node import saved_by_this_rank, write_latest
 from dpofast.train.saving.staged_save import RankFiles, StagedSave
 
 logger = logging.getLogger(__name__)
@@ -58,7 +58,10 @@ class SavesRun(WritesCards, ContinuesRun, Trainer):
         with (
             nullcontext() if _internal_call else exporting(folder, size),
             self.own_card(folder) if self.args.should_save else nullcontext(),
-            saved_by_this_rank(self.model) if self._has_own_node() else nullcontext(),
+            # Under DeepSpeed, only rank 0 gathers the weights.
+            saved_by_this_rank(self.model)
+            if self._leads_another_node() and not self.is_deepspeed_enabled
+            else nullcontext(),
         ):
             super().save_model(output_dir, _internal_call)
         if not self.args.should_save:
@@ -71,14 +74,9 @@ class SavesRun(WritesCards, ContinuesRun, Trainer):
             # In a checkpoint, whose folder has no name yet; the optimizer is still to be saved.
             logger.error("%s", str(error).replace(folder, self._final_name(folder)))
 
-    def _has_own_node(self) -> bool:
-        """Whether this rank saves the model for a node without rank 0.
-
-        Under DeepSpeed, only rank 0 gathers the weights. A resumed run takes them from DeepSpeed's
-        own files.
-        """
-        is_first = self.args.should_save and not self.is_world_process_zero()
-        return is_first and not self.is_deepspeed_enabled
+    def _leads_another_node(self) -> bool:
+        """Whether this rank saves for a node without rank 0."""
+        return self.args.should_save and not self.is_world_process_zero()
 
     def _final_name(self, folder: str) -> str:
         return folder if self._staged is None else str(self._staged.final)
@@ -151,6 +149,12 @@ class SavesRun(WritesCards, ContinuesRun, Trainer):
             state.save(self._staged.folder)
             self.write_card(self.args.output_dir)  # which hub_strategy may upload at once
         super()._save_checkpoint(model, trial)
+        if (
+            self._leads_another_node()
+            and self.is_deepspeed_enabled
+            and not self.args.save_only_model
+        ):
+            write_latest(self._staged.folder)
 
     def _name_best(self, run_dir: str, staged: Path) -> None:
         """Record the best checkpoint under its final name, which transformers hasn't seen."""
