@@ -15,6 +15,7 @@ from dpofast.data.packing.collate import LAYOUTS
 from dpofast.data.reading.bad_rows import check_strictness
 from dpofast.data.tokens.truncate import TRUNCATION_MODES, LengthLimits
 from dpofast.errors import ConfigError
+from dpofast.options.allowed_changes import read_allowed
 from dpofast.options.foreign import refuse_unknown_options
 from dpofast.options.init_kwargs import read_init_kwargs
 from dpofast.options.run_fields import RunFields
@@ -217,6 +218,7 @@ class DPOConfig(RunFields):
         for name in ("model_init_kwargs", "ref_model_init_kwargs"):
             setattr(self, name, read_init_kwargs(name, getattr(self, name)))
         self._check_values()
+        read_allowed(self.allow_changed)
         settle_save_signals(self)
         self.max_completion_length = self.length_limits().max_completion_length
         self.max_target_length = None  # so a copy may change the value

@@ -23,11 +23,11 @@ from dpofast.monitor.callbacks import MetricsFile
 from dpofast.monitor.guard import guard_reporters
 from dpofast.monitor.throughput import Throughput
 from dpofast.monitor.vanishing import VanishingUpdates
+from dpofast.options.allowed_changes import read_allowed
 from dpofast.options.config import DPOConfig
 from dpofast.options.output_dir import make_output_dir, refuse_inputs_folder
 from dpofast.options.trl import refuse, resolve_config, resolve_tokenizer
 from dpofast.ranks.watch import watch_ranks
-from dpofast.train.checkpoint.same_run import read_allowed
 from dpofast.train.checks.best_metric import check_best_metric
 from dpofast.train.checks.first_step import ChecksFirstStep, FirstStep
 from dpofast.train.checks.nodes import check_shared_folders

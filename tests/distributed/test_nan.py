@@ -16,7 +16,7 @@ pytestmark = pytest.mark.distributed
 SCRIPT = Path(__file__).with_name("nan_ranks.py")
 
 
-@pytest.mark.parametrize("deepspeed", ["", "zero2"])
+@pytest.mark.parametrize("deepspeed", ["", "zero2", "zero3"])
 def test_a_nan_is_caught_within_its_step_on_all_ranks(tmp_path, deepspeed):
     tiny_llama().save_pretrained(tmp_path / "model")
     launch(SCRIPT, 2, str(tmp_path), *filter(None, [deepspeed]))

@@ -11,17 +11,11 @@ import torch
 from transformers import Trainer, TrainerControl
 from transformers.trainer_callback import ExportableState
 
+from dpofast.options.allowed_changes import LIMITS, SCHEDULED, read_allowed
 from dpofast.options.config import DPOConfig
 from dpofast.train.checkpoint.resume import recorded_run_id
 from dpofast.train.checkpoint.run_state import RunState
-from dpofast.train.checkpoint.same_run import (
-    LIMITS,
-    SCHEDULED,
-    Change,
-    Changes,
-    compare,
-    read_allowed,
-)
+from dpofast.train.checkpoint.same_run import Change, Changes, compare
 from dpofast.train.data.training_set import TrainingSet
 from dpofast.train.reference.run_reference import AUTOCAST_DTYPES, RunReference
 from dpofast.train.reports.keeps_sums import KeepsSums

@@ -69,6 +69,7 @@ def assert_is_split(whole, parts, fraction=None):
 
 
 few = settings(deadline=None, max_examples=20)
+more = settings(deadline=None, max_examples=300)
 many = settings(deadline=None, max_examples=1500)
 letters = st.lists(st.sampled_from("abcdefghijklmnop"), min_size=2, max_size=60)
 numbers = st.integers(2, 60)
@@ -139,10 +140,16 @@ def test_what_every_split_promises(promise):
     few(given(*PROMISES[promise])(promise))()
 
 
-@pytest.mark.slow  # 6,000 splits
+@pytest.mark.parametrize(
+    "count",
+    [
+        pytest.param(more, marks=pytest.mark.slow, id="1,200 splits"),
+        pytest.param(many, marks=pytest.mark.torture, id="6,000 splits"),
+    ],
+)
 @pytest.mark.parametrize("promise", PROMISES)
-def test_what_many_splits_promise(promise):
-    many(given(*PROMISES[promise])(promise))()
+def test_what_many_splits_promise(promise, count):
+    count(given(*PROMISES[promise])(promise))()
 
 
 @pytest.mark.slow  # 50,000 pairs

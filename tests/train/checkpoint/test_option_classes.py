@@ -6,10 +6,10 @@ from collections import Counter
 from dataclasses import fields
 
 from dpofast import DPOConfig
+from dpofast.options.allowed_changes import ALLOWABLE, FIXED
+from dpofast.options.allowed_changes import ROUNDING as ROUNDING_FACTS
 from dpofast.options.trl_fields import RULES
 from dpofast.train.checkpoint.option_classes import CLASSES, COMPARED, ROUNDING
-from dpofast.train.checkpoint.same_run import ALLOWABLE, FIXED
-from dpofast.train.checkpoint.same_run import ROUNDING as ROUNDING_FACTS
 from dpofast.train.resuming.run_facts import REPLACED, option_facts
 
 

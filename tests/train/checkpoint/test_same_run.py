@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from dpofast.errors import CheckpointError, ConfigError
-from dpofast.train.checkpoint.same_run import ALLOWABLE, compare, read_allowed
+from dpofast.errors import CheckpointError
+from dpofast.options.allowed_changes import read_allowed
+from dpofast.train.checkpoint.same_run import compare
 
 FACTS = {
     "beta": 0.1,
@@ -61,24 +62,6 @@ def test_allowed_changes_are_reported_and_the_others_refused():
     message = refused(["beta"], beta=0.2, pairs_per_step=8)
     assert "pairs_per_step: 4" in message
     assert "beta" not in message
-
-
-@pytest.mark.parametrize(
-    "name", ["bf16", "deepspeed", "pairs_per_step", "config.rope_theta", "adapter.r", "dtype"]
-)
-def test_what_cannot_be_applied_cannot_be_allowed(name):
-    with pytest.raises(ConfigError, match=rf"{name} can't change in a resumed run, as "):
-        read_allowed([name])
-
-
-def test_unknown_names_are_refused_with_those_that_exist():
-    with pytest.raises(ConfigError, match="'learning_rat' is unknown; choose among adam_beta1, "):
-        read_allowed("learning_rat")
-    with pytest.raises(ConfigError, match="ranks needs no permission"):
-        read_allowed(["ranks"])
-    assert read_allowed("beta, seed") == {"beta", "seed"}
-    assert read_allowed(sorted(ALLOWABLE)) == ALLOWABLE
-    assert read_allowed(None) == set()
 
 
 def test_limits_of_length_only_count_if_they_change_the_data():
