@@ -39,10 +39,10 @@ test: setup  ## the tests to run at every change (4 minutes on 2 cores)
 	$(TWO_WORKERS) -m 'not slow and not distributed and not torture and not gpu' $(ARGS)
 
 test-ranks: setup  ## the tests that train on several ranks or try the launchers
-	CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest -q -m 'distributed and not torture and not gpu' $(ARGS)
+	CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest -q --durations=25 -m 'distributed and not torture and not gpu' $(ARGS)
 
 test-slow: setup  ## the slow tests, among them the step by step comparison with TRL
-	$(TWO_WORKERS) --dist loadfile -m 'slow and not distributed and not torture and not gpu' $(ARGS)
+	$(TWO_WORKERS) --durations=25 --dist loadfile -m 'slow and not distributed and not torture and not gpu' $(ARGS)
 
 test-gpu: setup  ## the tests that need a GPU, with compiled kernels
 	$(BIN)/python -m pytest -q -m gpu $(ARGS)
