@@ -187,15 +187,15 @@ def texts_missing(parts: list[list[Message]], texts: PairTexts) -> list[Message]
     missing = []
     for answer, whole in zip(answers, texts.wholes, strict=True):
         rest = _plain_letters(html.unescape(whole))
+        texts_of_all = [(text, each) for each in (*prompt, *answer) for text in _texts(each)]
         # Each text takes its place, so that a short one isn't found within a longer one.
-        for message in sorted((*prompt, *answer), key=_text_length, reverse=True):
-            for text in _texts(message):
-                forms = (text, *(json.dumps(text, ensure_ascii=a)[1:-1] for a in (False, True)))
-                found = [form for form in map(_plain_letters, forms) if form in rest]
-                if not found:
-                    missing.append(message)
-                    break
+        for text, message in sorted(texts_of_all, key=lambda pair: len(pair[0]), reverse=True):
+            forms = (text, *(json.dumps(text, ensure_ascii=a)[1:-1] for a in (False, True)))
+            found = [form for form in map(_plain_letters, forms) if form in rest]
+            if found:
                 rest = rest.replace(found[0], "\0", 1) if found[0] else rest
+            elif message not in missing:
+                missing.append(message)
     return missing
 
 
@@ -203,10 +203,6 @@ def _texts(message: Message) -> list[str]:
     """The text of a message, or those of its blocks."""
     content = message.get("content")
     return [b["text"] for b in content] if isinstance(content, list) else [content or ""]
-
-
-def _text_length(message: Message) -> int:
-    return len(content_text(message.get("content")))
 
 
 def _plain_letters(text: str) -> str:

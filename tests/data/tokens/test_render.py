@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import logging
 
 import pytest
 
 from dpofast.data import load_preferences, tokenize_preferences
 from dpofast.data.reading.row_error import RowError
-from dpofast.data.tokens.render import render_pair_texts
+from dpofast.data.tokens.boundary import PairTexts
+from dpofast.data.tokens.render import render_pair_texts, texts_missing
 from dpofast.errors import DataError
 from tests.data.builders import CHAT_TEMPLATE, assistant, byte_bpe, system, user
 
@@ -74,6 +76,16 @@ def test_blocks_stay_blocks_where_a_template_takes_them(content):
     ((prompt, chosen, _),) = tokenise([row], content)[0]
     messages = row["prompt"] + row["chosen"]
     assert prompt + chosen == tokenizer.apply_chat_template(messages, tokenize=False)
+
+
+def test_a_short_block_is_not_found_within_a_longer_text():
+    prompt = [system(blocks("income tax")), user(blocks("a question that is long: ", "tax"))]
+    answers = [[assistant(blocks("yo"))], [assistant(blocks("hm"))]]
+    wholes = [json.dumps(prompt + answer) for answer in answers]
+    texts = PairTexts("", *wholes)
+    assert texts_missing([prompt, *answers], texts) == []
+    texts = PairTexts("", *(whole.replace("income", "") for whole in wholes))
+    assert texts_missing([prompt, *answers], texts) == [prompt[0]]
 
 
 def test_a_text_that_looks_like_a_block_is_only_text():
