@@ -41,6 +41,7 @@ main()
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("module", "arguments", "shown"),
     [

@@ -213,6 +213,7 @@ def test_a_measured_table_is_written_kernel_by_kernel(monkeypatch, tmp_path, cap
     assert file.read_text() in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_dry_run_needs_no_setting_and_writes_nothing():
     committed = launch.TABLE_FILE.read_text()
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}

@@ -42,7 +42,7 @@ TEXT = (
 )
 ROLES = ["user", "assistant", "tool", "observation", "ipython", "Human", "model", " user "]
 # The long count takes minutes, as every row goes through ten sources.
-COUNTS = [30, pytest.param(300, marks=pytest.mark.slow)]
+COUNTS = [8, pytest.param(300, marks=pytest.mark.slow)]
 TEMPLATES = {"whole": WHOLE, "blocks": BLOCKS, "text": TEXT}
 
 
@@ -237,7 +237,8 @@ def test_blocks_become_text_for_a_template_that_takes_only_text(tmp_path, count)
     check(all_sources(rows, tmp_path), TEXT, flat)
 
 
-@settings(max_examples=4, suppress_health_check=list(HealthCheck), deadline=None)
+@pytest.mark.slow
+@settings(max_examples=40, suppress_health_check=list(HealthCheck), deadline=None)
 @given(seed=st.integers(0, 2**32), blocks=st.booleans())
 def test_any_rows(tmp_path_factory, seed, blocks):
     rows = random_rows(4, seed, nulls=False, blocks=blocks)

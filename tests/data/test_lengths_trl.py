@@ -103,6 +103,7 @@ def assert_same_ids(rows, theirs, tokenizer, limits):
     assert found == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FILES)
 def test_ids_of_text(name):
     rows, tokenizer, source = text_rows(name)
@@ -111,6 +112,7 @@ def test_ids_of_text(name):
     assert_same_ids(rows, theirs, tokenizer, LIMITS[name])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FILES[:2])
 def test_ids_of_messages(name):
     path, source = find_data(name)

@@ -29,6 +29,7 @@ def tokenised_by_trl(dataset, tokenizer, max_length):
     return DPOTrainer._prepare_dataset(trainer, dataset, tokenizer, args, "train")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["dpo_en_demo", "instruction_preference"])
 @pytest.mark.parametrize("form", ["messages", "text", "implicit"])
 def test_ids_of_real_pairs(name, form):
@@ -69,6 +70,7 @@ def as_whole(row):
     return {c: row["prompt"] + row[c] for c in ("chosen", "rejected")}
 
 
+@pytest.mark.slow
 def test_what_is_kept_under_a_limit_is_what_trl_keeps():
     path = find_data("dpo_en_demo")[0]
     tokenizer = copy.deepcopy(race_tokenizer(path))

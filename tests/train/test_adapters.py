@@ -53,10 +53,10 @@ def lora(**options):
         {},
         {"target_modules": ["q_proj", "lm_head"]},
         {"modules_to_save": ["lm_head"]},
-        {"lora_dropout": 0.3},
+        pytest.param({"lora_dropout": 0.3}, marks=pytest.mark.slow),
         {"init_lora_weights": False},
-        {"use_dora": True},
-        {"use_rslora": True},
+        pytest.param({"use_dora": True}, marks=pytest.mark.slow),
+        pytest.param({"use_rslora": True}, marks=pytest.mark.slow),
     ],
     ids=["attention", "on the head", "head saved whole", "dropout", "not fresh", "dora", "rslora"],
 )

@@ -152,8 +152,15 @@ def test_a_merged_adapter_is_refused_with_the_reason(tmp_path):
         trainer.evaluate(LATER)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("given", ["name", "model"])
+@pytest.mark.parametrize(
+    ("given", "dtype"),
+    [
+        ("name", "bfloat16"),
+        ("model", "float32"),
+        pytest.param("name", "float32", marks=pytest.mark.slow),
+        pytest.param("model", "bfloat16", marks=pytest.mark.slow),
+    ],
+)
 def test_after_full_training_the_reference_is_loaded_again(folder, monkeypatch, given, dtype):
     name = str(folder / "model")
     arguments = {"processing_class": None} if given == "name" else {}
@@ -204,8 +211,15 @@ def test_a_model_of_the_hub_is_loaded_again_at_the_same_commit(tmp_path):
     np.testing.assert_array_equal(later_logps(resumed), expected)
 
 
-@pytest.mark.parametrize("loaded", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("cast", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("loaded", "cast"),
+    [
+        (torch.bfloat16, torch.float32),
+        pytest.param(torch.float32, torch.bfloat16, marks=pytest.mark.slow),
+        pytest.param(torch.float32, torch.float32, marks=pytest.mark.slow),
+        pytest.param(torch.bfloat16, torch.bfloat16, marks=pytest.mark.slow),
+    ],
+)
 def test_a_model_that_was_cast_after_loading_is_loaded_and_cast_again(folder, loaded, cast):
     def policy():
         return AutoModelForCausalLM.from_pretrained(folder / "model", dtype=loaded).to(cast)

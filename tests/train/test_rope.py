@@ -79,7 +79,10 @@ def assert_close(found, expected):
         assert [step[column] for step in found] == pytest.approx(wanted, rel=1e-5), name
 
 
-@pytest.mark.parametrize(("order", "checkpointing"), [("random", True), ("sequential", False)])
+@pytest.mark.parametrize(
+    ("order", "checkpointing"),
+    [("random", True), pytest.param("sequential", False, marks=pytest.mark.slow)],
+)
 @pytest.mark.parametrize("kind", KINDS)
 def test_twenty_steps_equal_plain_dpo(tmp_path, kind, order, checkpointing):
     model, pairs = stretched_llama(kind), mixed_pairs()

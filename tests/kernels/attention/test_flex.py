@@ -102,6 +102,7 @@ def test_calls_leave_nothing_behind():
     assert sizes[1] == sizes[2]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("uncompiled")
 def test_rows_of_all_lengths_share_what_is_compiled(monkeypatch: pytest.MonkeyPatch):
     """Few programs serve many rows, yet more than PyTorch's own limit of 8."""

@@ -17,7 +17,10 @@ SHORT_LENGTHS = (2, 1, 1, 3)  # two pairs of 3 and 4 rows: the interpreter takes
 BACKENDS = ("torch", "triton", "triton_fused")
 # (backend, dtype, full). The interpreter is slow: without options, it runs bf16 only.
 PRECISION_CASES = [
-    (backend, dtype, full)
+    pytest.param(
+        *(backend, dtype, full),
+        marks=[] if backend == "torch" or dtype == torch.bfloat16 else pytest.mark.slow,
+    )
     for backend in BACKENDS
     for dtype in (torch.float32, torch.bfloat16, torch.float16)
     for full in (False, True)
