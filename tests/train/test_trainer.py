@@ -308,11 +308,17 @@ def test_a_model_changed_behind_the_trainers_back_is_found_on_the_first_batch(tm
         trainer.train()
 
 
-@pytest.mark.parametrize("loss_type", ["sigmoid", "hinge", ["ipo"]])
+@pytest.mark.parametrize("loss_type", ["sigmoid", "hinge", ["ipo"], "apo_zero", "dpop"])
 def test_every_loss_trains(tmp_path, loss_type):
     losses = train(make_trainer(tmp_path, options={"loss_type": loss_type, "beta": 0.1}))
     assert all(math.isfinite(loss) for loss, _ in losses)
-    first = {"sigmoid": math.log(2), "hinge": 1.0, "ipo": 25.0}
+    first = {
+        "sigmoid": math.log(2),
+        "hinge": 1.0,
+        "ipo": 25.0,
+        "apo_zero": 1.0,
+        "dpop": math.log(2),
+    }
     name = loss_type if isinstance(loss_type, str) else loss_type[0]
     assert losses[0][0] == pytest.approx(first[name], rel=1e-4)
 
