@@ -62,9 +62,10 @@ def _sigmoid_formula(chosen, rejected, chosen_length, rejected_length, beta, smo
 def _sigmoid_norm_formula(
     chosen, rejected, chosen_length, rejected_length, beta, smoothing, option
 ):
-    margin = beta * (chosen / chosen_length - rejected / rejected_length)
-    loss, slope = _logistic(margin, smoothing)
-    return loss, beta * slope / chosen_length, -beta * slope / rejected_length
+    # Two quotients rather than four: each is a call in fp64, and registers around it would spill.
+    chosen_weight, rejected_weight = beta / chosen_length, beta / rejected_length
+    loss, slope = _logistic(chosen * chosen_weight - rejected * rejected_weight, smoothing)
+    return loss, slope * chosen_weight, -slope * rejected_weight
 
 
 @triton.jit
