@@ -35,6 +35,8 @@ ALLOWABLE = (
         "data_seed",
         "dataloader_drop_last",
         "disable_dropout",
+        "discopop_tau",
+        "dpop_lambda",
         "label_smoothing",
         "loss_fn",
         "loss_type",

@@ -18,7 +18,7 @@ from dpofast.errors import ConfigError
 from dpofast.options.allowed_changes import read_allowed
 from dpofast.options.foreign import refuse_unknown_options
 from dpofast.options.init_kwargs import read_init_kwargs
-from dpofast.options.run_fields import RunFields
+from dpofast.options.loss_fields import LossFields, named_loss, unused_loss_options
 from dpofast.options.save_signals import settle_save_signals
 from dpofast.options.unsupported import check_unsupported, unused_options
 from dpofast.reference.store.location import default_folder
@@ -26,7 +26,7 @@ from dpofast.reference.store.row_detail import DETAILS, RowDetail
 from dpofast.zero.batch import asked_by_launcher, settle_deepspeed
 from dpofast.zero.compiled import settle_operations
 from dpofast.zero.config import read_deepspeed
-from dpofast_kernels import PairLoss, make_loss
+from dpofast_kernels import LOSSES, PairLoss
 
 DEFAULT_MAX_LENGTH = 1024
 
@@ -34,12 +34,12 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass
-class DPOConfig(RunFields):
+class DPOConfig(LossFields):
     """transformers' TrainingArguments and the options of DPO; names and defaults as in TRL.
 
-    How a run is saved, resumed and stopped is in `RunFields`. TRL's other options are fields, too
-    (`TRLFields`). Those that can't change what is trained are
-    accepted with one line in the log, and the others are refused.
+    How a run is saved, resumed and stopped is in `RunFields`, and what only single losses have in
+    `LossFields`. TRL's other options are fields, too (`TRLFields`). Those that can't change what is
+    trained are accepted with one line in the log, and the others are refused.
 
     Attributes:
         warmup_ratio: share of all steps in which the learning rate rises; ignored if warmup_steps
@@ -50,9 +50,9 @@ class DPOConfig(RunFields):
             place of model_init_kwargs.
         trust_remote_code: run code that comes with a model's repository.
         beta: strength of the KL penalty, above 0; for ipo the regularisation tau.
-        loss_type: sigmoid, hinge or ipo; a list of one name is accepted as well.
-        label_smoothing: probability that a pair's labels are swapped, in [0, 0.5). It needs the
-            sigmoid loss (conservative DPO).
+        loss_type: name of a loss (docs/losses.md); a list of one name is accepted as well.
+        label_smoothing: probability that a pair's labels are swapped, in [0, 0.5), for the losses
+            sigmoid (conservative DPO), sigmoid_norm, robust and exo_pair.
         max_length: most tokens of a prompt and one answer; None for no limit.
         max_prompt_length: most tokens of a prompt; None for no limit.
         max_completion_length: most tokens of an answer; None for no limit.
@@ -123,10 +123,11 @@ class DPOConfig(RunFields):
     )
     beta: float = field(default=0.1, metadata={"help": "Strength of the KL penalty."})
     loss_type: list[str] | str = field(
-        default_factory=lambda: ["sigmoid"], metadata={"help": "sigmoid, hinge or ipo."}
+        default_factory=lambda: ["sigmoid"],
+        metadata={"help": f"The loss: {', '.join(sorted(LOSSES))}."},
     )
     label_smoothing: float = field(
-        default=0.0, metadata={"help": "Probability of swapped labels (cDPO), below 0.5."}
+        default=0.0, metadata={"help": "Probability of swapped labels, below 0.5."}
     )
     max_length: int | None = field(
         default=DEFAULT_MAX_LENGTH,
@@ -212,9 +213,9 @@ class DPOConfig(RunFields):
 
     def _settle(self) -> list[str]:
         """Check the options and give each its usual form; one remark for each without effect."""
-        remarks = self.settle_trl_fields() + unused_options(self)
         if isinstance(self.loss_type, str):
             self.loss_type = [self.loss_type]
+        remarks = self.settle_trl_fields() + unused_options(self)
         for name in ("model_init_kwargs", "ref_model_init_kwargs"):
             setattr(self, name, read_init_kwargs(name, getattr(self, name)))
         self._check_values()
@@ -224,7 +225,7 @@ class DPOConfig(RunFields):
         self.max_target_length = None  # so a copy may change the value
         self.make_loss()
         check_unsupported(self)
-        return remarks
+        return remarks + unused_loss_options(self)
 
     def _say(self, remarks: list[str]) -> None:
         said: list[str] = getattr(self, "_said", [])
@@ -265,17 +266,9 @@ class DPOConfig(RunFields):
         """The pair loss that these options name.
 
         Raises:
-            ConfigError: an unknown name, more than one, or a parameter out of range.
+            ConfigError: an unknown name, more than one, or an option out of range.
         """
-        if not isinstance(self.loss_type, (list, tuple)) or len(self.loss_type) != 1:
-            raise ConfigError(
-                f"loss_type: got {self.loss_type}, but one loss is trained at a time; name one."
-            )
-        try:
-            return make_loss(self.loss_type[0], self.beta, self.label_smoothing)
-        except (TypeError, ValueError) as error:
-            named = "loss_type: " if str(error).startswith("Unknown loss") else ""
-            raise ConfigError(f"{named}{error}") from error
+        return named_loss(self)
 
     def loading_options(self) -> dict[str, Any]:
         """The arguments of `from_pretrained`, the same for policy and reference."""

@@ -204,6 +204,7 @@ OTHER_KEYS = {
     ),
     **dict.fromkeys(("simpo_gamma", "cpo_alpha", "orpo_alpha", "kto_desirable_weight"), _LOSS),
     "ipo": "set loss_type: ipo",
+    "dpo_norm_loss": "set loss_type: sigmoid_norm",
     "dpo_use_weighting": "leave it out; WPO weights aren't supported",
     "dpo_use_logits_to_keep": "leave it out; only answers ever reach the head",
     # training

@@ -78,7 +78,6 @@ class TRLFields(TrainingArguments):
         0.5
     )
     use_weighting: Annotated[bool, Refused("leave it out; WPO weights aren't supported")] = False
-    discopop_tau: Annotated[float, NoEffect("only the loss discopop has it")] = 0.05
     activation_offloading: Annotated[bool, NoEffect("activations stay on the device")] = False
     sync_ref_model: Annotated[
         bool, Refused("leave it out; the reference stays fixed during a run")

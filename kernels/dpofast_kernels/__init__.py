@@ -28,6 +28,8 @@ from dpofast_kernels.head import (
     sum_per_sequence,
 )
 from dpofast_kernels.preference import (
+    LOSS_OPTIONS,
+    LOSSES,
     METRIC_NAMES,
     CustomLoss,
     NotAPairLossError,
@@ -40,6 +42,8 @@ from dpofast_kernels.preference import (
 
 __all__ = [
     "HEAD_VERSION",
+    "LOSSES",
+    "LOSS_OPTIONS",
     "METRIC_NAMES",
     "CustomLoss",
     "HeadOptions",

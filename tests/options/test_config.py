@@ -12,6 +12,7 @@ from transformers import HfArgumentParser, TrainingArguments
 from dpofast import DPOConfig
 from dpofast.errors import ConfigError
 from dpofast.options.trl import resolve_config, resolve_tokenizer
+from dpofast_kernels import LOSS_OPTIONS, LOSSES, make_loss
 
 
 def config(tmp_path, **options):
@@ -25,6 +26,7 @@ def test_defaults_are_trls(tmp_path):
         "beta",
         "loss_type",
         "label_smoothing",
+        "discopop_tau",
         "max_length",
         "truncation_mode",
         "learning_rate",
@@ -66,6 +68,11 @@ def test_defaults_are_trls(tmp_path):
         ({"loss_type": ["sigmoid", "hinge"]}, "one loss"),
         ({"label_smoothing": 0.5}, "label_smoothing"),
         ({"label_smoothing": 0.1, "loss_type": "hinge"}, "label_smoothing"),
+        ({"loss_type": "dpo"}, "loss_type: Unknown loss 'dpo'. Did you mean 'sigmoid'"),
+        ({"loss_type": "exo_pair"}, "label_smoothing is 0.0, .* set it to 1e-3"),
+        ({"discopop_tau": 2.0, "loss_type": "discopop"}, "discopop_tau is 2.0, .* at most 1"),
+        ({"discopop_tau": "x", "loss_type": "discopop"}, "discopop_tau is 'x', expected a number"),
+        ({"dpop_lambda": -1.0, "loss_type": "dpop"}, "dpop_lambda is -1.0, expected"),
         ({"max_length": 1}, "max_length"),
         ({"truncation_mode": "keep_middle"}, "keep_start"),
         ({"per_device_train_batch_size": 0}, "per_device_train_batch_size"),
@@ -161,3 +168,23 @@ def test_the_tokenizers_old_name_is_taken_unless_the_new_one_says_something_else
     assert resolve_tokenizer("same", {"tokenizer": "same"}) == "same"
     with pytest.raises(ConfigError, match="only one of them"):
         resolve_tokenizer("new", {"tokenizer": "old"})
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_every_loss_is_made_with_its_options(tmp_path, name):
+    options = {"exo_pair": {"label_smoothing": 0.2}, "discopop": {"discopop_tau": 0.1}}
+    options |= {"dpop": {"dpop_lambda": 7}}
+    given = {"beta": 0.3, **options.get(name, {})}
+    assert config(tmp_path, loss_type=name, **given).make_loss() == make_loss(name, **given)
+
+
+def test_options_of_another_loss_have_no_effect_and_are_said(tmp_path, caplog):
+    config(tmp_path, discopop_tau=0.1, dpop_lambda=5.0, loss_type="dpop")
+    assert "discopop_tau=0.1 (only the loss discopop has it)" in caplog.text
+    assert "dpop_lambda" not in caplog.text
+
+
+def test_options_of_single_losses_have_the_losses_own_defaults(tmp_path):
+    ours = config(tmp_path)
+    for option, name in LOSS_OPTIONS.items():
+        assert getattr(ours, option) == make_loss(name).option

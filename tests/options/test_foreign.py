@@ -13,10 +13,11 @@ from dpofast.errors import ConfigError
 from dpofast.options.foreign import about_unknown, refuse_unknown_options
 from dpofast.options.foreign_keys import IN_PYTHON, OTHER_KEYS, OTHER_NAMES
 from dpofast.options.trl_fields import RULES
+from dpofast_kernels import LOSSES
 
 # Words in the remedies that are values, or parts of a value.
 VALUES = {"zero2_offload", "zero3_offload", "flash_attention_2", "keep_end"}
-VALUES |= {"tokens_per_second", "quantization_config", "requires_grad"}
+VALUES |= {"tokens_per_second", "quantization_config", "requires_grad", *LOSSES}
 OURS = {item.name for item in fields(DPOConfig)} | {item.name for item in fields(ScriptOptions)}
 
 

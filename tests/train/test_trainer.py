@@ -299,20 +299,31 @@ def test_the_output_folder_loads_and_gives_the_trainers_log_probs(tmp_path):
     assert metrics["eval_logps/chosen"] == pytest.approx(np.mean(logps), rel=1e-5)
 
 
-def test_a_model_changed_behind_the_trainers_back_is_found_on_the_first_batch(tmp_path):
-    trainer = make_trainer(tmp_path)
+@pytest.mark.parametrize(
+    ("loss_type", "first"), [("sigmoid", "0.693147"), ("ipo", "1.000000"), ("nca_pair", "1.386294")]
+)
+def test_a_model_changed_behind_the_trainers_back_is_found_on_the_first_batch(
+    tmp_path, loss_type, first
+):
+    trainer = make_trainer(tmp_path, options={"loss_type": loss_type})
     trainer.evaluate(trainer.train_dataset)  # fixes the run's reference
     with torch.no_grad():
         trainer.model.lm_head.weight.add_(torch.randn_like(trainer.model.lm_head.weight))
-    with pytest.raises(ModelError, match="first batch"):
+    with pytest.raises(ModelError, match=f"The first batch's loss is .*, which gives {first} "):
         trainer.train()
 
 
-@pytest.mark.parametrize("loss_type", ["sigmoid", "hinge", ["ipo"]])
+@pytest.mark.parametrize("loss_type", ["sigmoid", "hinge", ["ipo"], "apo_zero", "dpop"])
 def test_every_loss_trains(tmp_path, loss_type):
     losses = train(make_trainer(tmp_path, options={"loss_type": loss_type, "beta": 0.1}))
     assert all(math.isfinite(loss) for loss, _ in losses)
-    first = {"sigmoid": math.log(2), "hinge": 1.0, "ipo": 25.0}
+    first = {
+        "sigmoid": math.log(2),
+        "hinge": 1.0,
+        "ipo": 25.0,
+        "apo_zero": 1.0,
+        "dpop": math.log(2),
+    }
     name = loss_type if isinstance(loss_type, str) else loss_type[0]
     assert losses[0][0] == pytest.approx(first[name], rel=1e-4)
 

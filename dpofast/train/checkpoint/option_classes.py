@@ -18,6 +18,8 @@ COMPARED = frozenset(
         "dataloader_drop_last",
         "deepspeed",
         "disable_dropout",
+        "discopop_tau",
+        "dpop_lambda",
         "fp16",
         "gradient_accumulation_steps",
         "label_smoothing",

@@ -29,7 +29,7 @@ TOLERANCE = {
 
 
 class StepZeroCheck:
-    """Checks that the first batch has zero log-ratios, where the loss is known (sigmoid: ln 2).
+    """Checks that the first batch has zero log-ratios, where the loss is known.
 
     This holds for a policy with the identity of its reference, without dropout, before step 1. The
     check bounds the log-ratios rather than the loss, whose slope depends on beta.
@@ -71,9 +71,8 @@ class StepZeroCheck:
             return  # the vote of this step ends the run, and says where the NaN is
         if per_token <= self.tolerance or (self.wants_noise and self._is_random(batch)):
             return
-        got, expected = (
-            self._mean_loss(each, lengths) for each in (logratios, torch.zeros_like(logratios))
-        )
+        got = self._mean_loss(logratios, lengths)
+        expected = self.loss.first_value(lengths.view(-1, 2).to(self._device())).mean().item()
         raise ModelError(
             f"The first batch's loss is {got:.6f}, but the policy is its own reference before "
             f"step 1, which gives {expected:.6f} (log-ratios of {per_token:.3g} nats per token, "
@@ -82,10 +81,13 @@ class StepZeroCheck:
 
     def _mean_loss(self, logratios: Tensor, lengths: Tensor) -> float:
         """Mean loss over pairs with these log-ratios [2P], on the device of the policy."""
-        # A user's own loss may hold tensors on that device.
-        device = next(self.policy.parameters()).device
+        device = self._device()
         logratios, lengths = logratios.to(device), lengths.view(-1, 2).to(device)
         return self.loss.pair_loss(logratios[0::2], logratios[1::2], lengths)[0].mean().item()
+
+    def _device(self) -> torch.device:
+        """Where losses are computed: a user's own loss may hold tensors on the policy's device."""
+        return next(self.policy.parameters()).device
 
     def _per_token(self, difference: Tensor, batch: PackedPairs) -> float:
         """Mean difference of log-probs per token; `difference` [2P] is that of whole answers."""

@@ -29,8 +29,8 @@ def run_loss(config: DPOConfig, loss_fn: PairFunction | None) -> PairLoss:
         )
     if config.label_smoothing:
         raise ConfigError(
-            f"loss_fn: label_smoothing is {config.label_smoothing}, which only loss_type sigmoid "
-            "has; leave it out, and let the function smooth its labels."
+            f"loss_fn: label_smoothing is {config.label_smoothing}, which only losses of loss_type "
+            "have; leave it out, and let the function smooth its labels."
         )
     try:
         return make_custom_loss(loss_fn, config.beta, config.device)

@@ -110,6 +110,7 @@ def card_options(trainer: Any) -> dict[str, Any]:
         "loss_fn": None if function is None else _function_name(function),
         "beta": getattr(loss, "beta", None),
         "label_smoothing": getattr(loss, "label_smoothing", None) or None,
+        **_own_option(loss),
         "learning_rate": config.learning_rate if optimizer is None else None,
         "lr_scheduler_type": _value(config.lr_scheduler_type),
         "warmup_steps": config.warmup_steps or None,
@@ -130,6 +131,12 @@ def card_options(trainer: Any) -> dict[str, Any]:
     if stage := zero_stage(config)[0]:
         options["DeepSpeed"] = f"ZeRO stage {stage}"
     return options
+
+
+def _own_option(loss: Any) -> dict[str, Any]:
+    """The option that only this loss has, by name."""
+    name = getattr(loss, "option_name", None)
+    return {} if name is None else {name: loss.option}
 
 
 def _logs(trainer: Any) -> dict[str, Any]:

@@ -41,7 +41,7 @@ def _sum_rows(p_logps, start, end, BN: tl.constexpr):
 
 
 @triton.jit
-def no_formula(chosen, rejected, chosen_length, rejected_length, beta, smoothing):
+def no_formula(chosen, rejected, chosen_length, rejected_length, beta, smoothing, option):
     """The formula of a loss that is computed outside the kernel."""
     return chosen * 0.0, chosen * 0.0, chosen * 0.0
 
@@ -52,7 +52,7 @@ def pair_loss_kernel(
     p_per_token_logps,  # [n]
     p_bounds,  # [2P+1] int64
     p_ref_logps,  # [2P] fp64
-    p_settings,  # [2] fp64: beta and label_smoothing. Triton would round float arguments to fp32.
+    p_settings,  # [3] fp64: see `_settings`. Triton would round float arguments to fp32.
     p_losses,  # [P] fp64
     p_logps,  # [2P] fp64
     p_d_logps,  # [2P] fp64
@@ -79,6 +79,7 @@ def pair_loss_kernel(
         rejected_length,
         beta,
         tl.load(p_settings + 1),
+        tl.load(p_settings + 2),
     )
     tl.store(p_losses + i_pair, loss)
     tl.store(p_logps + 2 * i_pair, chosen)
@@ -120,7 +121,7 @@ def pair_loss_fwd(
             per_token_logps,
             bounds.contiguous(),
             ref_logps.contiguous(),
-            _settings(loss.beta, loss.label_smoothing, ref_logps.device),
+            _settings(loss.beta, loss.label_smoothing, loss.option, ref_logps.device),
             losses,
             logps,
             d_logps,
@@ -136,9 +137,12 @@ def pair_loss_fwd(
 
 
 @lru_cache(maxsize=64)
-def _settings(beta: float, label_smoothing: float, device: torch.device) -> Tensor:
-    """[2] fp64 on the device. It is cached, because each copy to the device makes the host wait."""
-    return torch.tensor([beta, label_smoothing], dtype=torch.float64, device=device)
+def _settings(beta: float, label_smoothing: float, option: float, device: torch.device) -> Tensor:
+    """[3] fp64 on the device: beta, label_smoothing and the loss's own option.
+
+    It is cached, because each copy to the device makes the host wait.
+    """
+    return torch.tensor([beta, label_smoothing, option], dtype=torch.float64, device=device)
 
 
 def formula_of(loss: PairLoss) -> Any:

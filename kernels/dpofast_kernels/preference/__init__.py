@@ -15,10 +15,11 @@ from dpofast_kernels.preference.custom import (
 from dpofast_kernels.preference.loss import PairLoss
 from dpofast_kernels.preference.metrics import METRIC_NAMES, pair_metrics
 from dpofast_kernels.preference.probe import make_custom_loss
-from dpofast_kernels.preference.registry import LOSSES, make_loss
+from dpofast_kernels.preference.registry import LOSS_OPTIONS, LOSSES, make_loss
 
 __all__ = [
     "LOSSES",
+    "LOSS_OPTIONS",
     "METRIC_NAMES",
     "CustomLoss",
     "NotAPairLossError",

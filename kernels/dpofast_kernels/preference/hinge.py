@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from dpofast_kernels.preference.loss import PairLoss
+from dpofast_kernels.preference.loss import PairLoss, along_difference, same_for_all
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,8 @@ class HingeLoss(PairLoss):
         slope = -self.beta * (loss > 0).to(loss.dtype)
         return loss, slope, -slope
 
+    def first_value(self, lengths: Tensor) -> Tensor:
+        return same_for_all(1.0, lengths)
+
     def direction(self, lengths: Tensor) -> Tensor:
-        signs = torch.tensor([1.0, -1.0], dtype=torch.float64, device=lengths.device)
-        return signs.expand(len(lengths), 2)
+        return along_difference(lengths)

@@ -5,10 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
-from dpofast_kernels.preference.loss import PairLoss
+from dpofast_kernels.preference.loss import PairLoss, along_mean_difference, same_for_all
 
 
 @dataclass(frozen=True)
@@ -30,6 +29,8 @@ class IPOLoss(PairLoss):
         distance = mean_margins - 0.5 / self.beta
         return distance.square(), 2.0 * distance / tokens[:, 0], -2.0 * distance / tokens[:, 1]
 
+    def first_value(self, lengths: Tensor) -> Tensor:
+        return same_for_all(0.25 / self.beta**2, lengths)
+
     def direction(self, lengths: Tensor) -> Tensor:
-        signs = torch.tensor([1.0, -1.0], dtype=torch.float64, device=lengths.device)
-        return signs / lengths  # [P, 2]
+        return along_mean_difference(lengths)

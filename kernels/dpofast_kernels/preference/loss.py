@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 
@@ -13,25 +14,29 @@ from torch import Tensor
 class PairLoss:
     """A loss that is a sum over pairs. Each term depends only on the pair's two log-ratios.
 
+    A loss may have one more number as an option of its own, which is a field of its class.
+
     Attributes:
         name: name in the registry.
         takes_label_smoothing: whether the loss has label smoothing.
+        option_name: name of the loss's own option; None if it has none.
         beta: strength of the pull towards the reference, above 0.
         label_smoothing: probability that a pair's labels are swapped, in [0, 0.5).
 
     Raises:
-        TypeError: beta or label_smoothing is not a number.
-        ValueError: beta or label_smoothing is out of range, or the loss has no label smoothing.
+        TypeError: an option is not a number.
+        ValueError: an option is out of range, or the loss has no label smoothing.
     """
 
     name: ClassVar[str]
     takes_label_smoothing: ClassVar[bool] = False
+    option_name: ClassVar[str | None] = None
 
     beta: float = 0.1
     label_smoothing: float = 0.0
 
     def __post_init__(self) -> None:
-        for name in ("beta", "label_smoothing"):
+        for name in filter(None, ("beta", "label_smoothing", self.option_name)):
             value = getattr(self, name)
             if not isinstance(value, (int, float)) or isinstance(value, bool):
                 raise TypeError(f"{name} is {value!r}, expected a number.")
@@ -44,8 +49,13 @@ class PairLoss:
         if self.label_smoothing and not self.takes_label_smoothing:
             raise ValueError(
                 f"label_smoothing is {self.label_smoothing}, but the {self.name} loss has none: "
-                "set it to 0 or choose the sigmoid loss."
+                "set it to 0 or choose a loss that has it, such as sigmoid."
             )
+
+    @property
+    def option(self) -> float:
+        """The value of the loss's own option; 0 if it has none."""
+        return 0.0 if self.option_name is None else float(getattr(self, self.option_name))
 
     def pair_loss(
         self,
@@ -66,6 +76,21 @@ class PairLoss:
         """
         raise NotImplementedError
 
+    def first_value(
+        self,
+        lengths: Tensor,  # [P, 2]
+    ) -> Tensor:
+        """Loss of each pair when policy and reference are the same: all log-ratios are 0.
+
+        Args:
+            lengths: [P, 2] int64, scored tokens of chosen and rejected.
+
+        Returns:
+            [P] fp64.
+        """
+        zeros = torch.zeros(len(lengths), dtype=torch.float64, device=lengths.device)
+        return self.pair_loss(zeros, zeros, lengths)[0]
+
     def direction(
         self,
         lengths: Tensor,  # [P, 2]
@@ -82,3 +107,19 @@ class PairLoss:
             [P, 2] fp64, or None if the two derivatives have no fixed ratio.
         """
         return None
+
+
+def same_for_all(value: float, lengths: Tensor) -> Tensor:
+    """[P] fp64: a first value that doesn't depend on the pair's lengths [P, 2]."""
+    return torch.full((len(lengths),), value, dtype=torch.float64, device=lengths.device)
+
+
+def along_difference(lengths: Tensor) -> Tensor:
+    """[P, 2] fp64: direction of a loss of the difference of the two log-ratios."""
+    signs = torch.tensor([1.0, -1.0], dtype=torch.float64, device=lengths.device)
+    return signs.expand(len(lengths), 2)
+
+
+def along_mean_difference(lengths: Tensor) -> Tensor:
+    """[P, 2] fp64: direction of a loss of the difference of the mean log-ratios per token."""
+    return along_difference(lengths) / lengths

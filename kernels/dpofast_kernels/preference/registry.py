@@ -4,26 +4,51 @@ from __future__ import annotations
 
 import difflib
 
+from dpofast_kernels.preference.apo import APODownLoss, APOZeroLoss
+from dpofast_kernels.preference.bco_pair import BCOPairLoss
+from dpofast_kernels.preference.discopop import DiscoPOPLoss
+from dpofast_kernels.preference.dpop import DPOPLoss
+from dpofast_kernels.preference.exo_pair import EXOPairLoss
 from dpofast_kernels.preference.hinge import HingeLoss
 from dpofast_kernels.preference.ipo import IPOLoss
 from dpofast_kernels.preference.loss import PairLoss
-from dpofast_kernels.preference.sigmoid import SigmoidLoss
+from dpofast_kernels.preference.nca_pair import NCAPairLoss
+from dpofast_kernels.preference.robust import RobustLoss
+from dpofast_kernels.preference.sigmoid import SigmoidLoss, SigmoidNormLoss
+from dpofast_kernels.preference.sppo_hard import SPPOHardLoss
 
-LOSSES: dict[str, type[PairLoss]] = {loss.name: loss for loss in (SigmoidLoss, HingeLoss, IPOLoss)}
+LOSSES: dict[str, type[PairLoss]] = {
+    loss.name: loss
+    for loss in (
+        *(SigmoidLoss, SigmoidNormLoss, HingeLoss, IPOLoss, RobustLoss, EXOPairLoss),
+        *(APOZeroLoss, APODownLoss, NCAPairLoss, BCOPairLoss, SPPOHardLoss),
+        *(DiscoPOPLoss, DPOPLoss),
+    )
+}
+# The options that a single loss has: the name of the loss by that of the option.
+LOSS_OPTIONS = {loss.option_name: loss.name for loss in LOSSES.values() if loss.option_name}
+# Names of losses in papers and in other tools.
+_OTHER_NAMES = {"dpo": "sigmoid", "dpo_norm": "sigmoid_norm"}
 
 
-def make_loss(name: str, beta: float = 0.1, label_smoothing: float = 0.0) -> PairLoss:
-    """Make a loss by its name.
+def make_loss(
+    name: str, beta: float = 0.1, label_smoothing: float = 0.0, **options: float
+) -> PairLoss:
+    """Make a loss by its name; docs/losses.md has the formulas.
 
     Args:
-        name: "sigmoid" (DPO; cDPO with label_smoothing above 0), "hinge" or "ipo".
+        name: "sigmoid" (DPO; cDPO with label_smoothing above 0), "sigmoid_norm", "hinge", "ipo",
+            "robust", "exo_pair", "apo_zero", "apo_down", "nca_pair", "bco_pair", "sppo_hard",
+            "discopop" or "dpop".
         beta: strength of the pull towards the reference, above 0.
-        label_smoothing: probability that a pair's labels are swapped, in [0, 0.5); only "sigmoid"
-            takes it.
+        label_smoothing: probability that a pair's labels are swapped, in [0, 0.5); only "sigmoid",
+            "sigmoid_norm", "robust" and "exo_pair" take it, and "exo_pair" needs one above 0.
+        options: the loss's own option. `discopop_tau` of "discopop" is in (0, 1], by default 0.05;
+            `dpop_lambda` of "dpop" is at least 0, by default 50.
 
     Raises:
-        TypeError: beta or label_smoothing is not a number.
-        ValueError: the name is unknown, or an option is out of range.
+        TypeError: an option is not a number, or no loss has an option of that name.
+        ValueError: the name is unknown, or an option is out of range or belongs to another loss.
 
     Example:
         >>> import torch
@@ -35,10 +60,24 @@ def make_loss(name: str, beta: float = 0.1, label_smoothing: float = 0.0) -> Pai
         (0.6931, -0.05, 0.05)
     """
     if not isinstance(name, str) or name not in LOSSES:
-        # Only a typo is near enough: sigmoid_norm, a loss of its own, isn't a misspelt sigmoid.
-        near = difflib.get_close_matches(str(name), LOSSES, n=1, cutoff=0.8)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
         raise ValueError(
-            f"Unknown loss {name!r}.{hint} The losses are: {', '.join(sorted(LOSSES))}."
+            f"Unknown loss {name!r}.{_hint(str(name))} The losses are: {', '.join(sorted(LOSSES))}."
         )
-    return LOSSES[name](beta=beta, label_smoothing=label_smoothing)
+    for option, value in options.items():
+        if option not in LOSS_OPTIONS:
+            raise TypeError(
+                f"No loss has an option {option!r}; there are {', '.join(sorted(LOSS_OPTIONS))}."
+            )
+        if LOSS_OPTIONS[option] != name:
+            raise ValueError(
+                f"{option} is {value!r}, but the {name} loss has none: leave it out or choose the "
+                f"{LOSS_OPTIONS[option]} loss."
+            )
+    return LOSSES[name](beta=beta, label_smoothing=label_smoothing, **options)
+
+
+def _hint(name: str) -> str:
+    """What an unknown name may mean; only a typo is near enough to a name."""
+    near = difflib.get_close_matches(name, LOSSES, n=1, cutoff=0.8)
+    meant = _OTHER_NAMES.get(name) or (near[0] if near else None)
+    return f" Did you mean {meant!r}?" if meant else ""

@@ -1,7 +1,8 @@
-"""The loss of DPO. With label smoothing it is that of conservative DPO (cDPO)."""
+"""The losses of DPO and of length-normalised DPO. With label smoothing, DPO is conservative."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -9,7 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dpofast_kernels.preference.loss import PairLoss
+from dpofast_kernels.preference.loss import (
+    PairLoss,
+    along_difference,
+    along_mean_difference,
+    same_for_all,
+)
 
 
 @dataclass(frozen=True)
@@ -27,14 +33,46 @@ class SigmoidLoss(PairLoss):
         self, chosen_logratios: Tensor, rejected_logratios: Tensor, lengths: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         margins = self.beta * (chosen_logratios - rejected_logratios)  # [P]
-        smoothing = self.label_smoothing
-        loss = -(1.0 - smoothing) * F.logsigmoid(margins)
-        slope = -(1.0 - smoothing) * torch.sigmoid(-margins)
-        if smoothing:
-            loss = loss - smoothing * F.logsigmoid(-margins)
-            slope = slope + smoothing * torch.sigmoid(margins)
+        loss, slope = _logistic(margins, self.label_smoothing)
         return loss, self.beta * slope, -self.beta * slope
 
+    def first_value(self, lengths: Tensor) -> Tensor:
+        return same_for_all(math.log(2.0), lengths)
+
     def direction(self, lengths: Tensor) -> Tensor:
-        signs = torch.tensor([1.0, -1.0], dtype=torch.float64, device=lengths.device)
-        return signs.expand(len(lengths), 2)
+        return along_difference(lengths)
+
+
+@dataclass(frozen=True)
+class SigmoidNormLoss(PairLoss):
+    """The sigmoid loss of z = beta (chosen - rejected mean log-ratio per token).
+
+    Source: length-normalised DPO of Tulu 3, arXiv:2411.15124.
+    """
+
+    name: ClassVar[str] = "sigmoid_norm"
+    takes_label_smoothing: ClassVar[bool] = True
+
+    def pair_loss(
+        self, chosen_logratios: Tensor, rejected_logratios: Tensor, lengths: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        tokens = lengths.to(chosen_logratios)  # [P, 2]
+        mean_margins = chosen_logratios / tokens[:, 0] - rejected_logratios / tokens[:, 1]  # [P]
+        loss, slope = _logistic(self.beta * mean_margins, self.label_smoothing)
+        return loss, self.beta * slope / tokens[:, 0], -self.beta * slope / tokens[:, 1]
+
+    def first_value(self, lengths: Tensor) -> Tensor:
+        return same_for_all(math.log(2.0), lengths)
+
+    def direction(self, lengths: Tensor) -> Tensor:
+        return along_mean_difference(lengths)
+
+
+def _logistic(margins: Tensor, smoothing: float) -> tuple[Tensor, Tensor]:
+    """[P] each: the loss of margins z, with smoothed labels, and d loss / d z."""
+    loss = -(1.0 - smoothing) * F.logsigmoid(margins)
+    slope = -(1.0 - smoothing) * torch.sigmoid(-margins)
+    if smoothing:
+        loss = loss - smoothing * F.logsigmoid(-margins)
+        slope = slope + smoothing * torch.sigmoid(margins)
+    return loss, slope

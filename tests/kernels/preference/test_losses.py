@@ -9,16 +9,66 @@ import torch
 
 from dpofast_kernels import make_loss
 from dpofast_kernels.head.pairs_triton import pair_loss_fwd
-from dpofast_kernels.preference import LOSSES
+from dpofast_kernels.preference import LOSS_OPTIONS, LOSSES
 from dpofast_kernels.preference.formulas_triton import FORMULAS
 
+SMOOTHINGS = {
+    **dict.fromkeys(("sigmoid", "sigmoid_norm", "robust"), (0.0, 0.1, 0.49)),
+    "exo_pair": (1e-3, 0.1, 0.49),
+}
+OPTIONS = {
+    "discopop": [{}, {"discopop_tau": 1e-3}, {"discopop_tau": 1.0}],
+    "dpop": [{}, {"dpop_lambda": 0.0}, {"dpop_lambda": 3.0}],
+}
 CASES = [
-    make_loss(name, beta=beta, label_smoothing=smoothing)
-    for name, loss in LOSSES.items()
+    make_loss(name, beta=beta, label_smoothing=smoothing, **options)
+    for name in LOSSES
     for beta in (0.02, 0.1, 2.0)
-    for smoothing in ((0.0, 0.1, 0.49) if loss.takes_label_smoothing else (0.0,))
+    for smoothing in SMOOTHINGS.get(name, (0.0,))
+    for options in OPTIONS.get(name, [{}])
 ]
-CASE_NAMES = [f"{loss.name}-{loss.beta}-{loss.label_smoothing}" for loss in CASES]
+CASE_NAMES = [f"{loss.name}-{loss.beta}-{loss.label_smoothing}-{loss.option}" for loss in CASES]
+# Triton's interpreter is slow: one beta is enough for it.
+TRITON_CASES = [loss for loss in CASES if loss.beta == 0.1]
+TRITON_NAMES = [CASE_NAMES[CASES.index(loss)] for loss in TRITON_CASES]
+ONE_OF_EACH = list({loss.name: loss for loss in TRITON_CASES}.values())
+ALONG_DIFFERENCE = {"sigmoid", "hinge", "robust", "exo_pair", "discopop"}
+ALONG_MEAN_DIFFERENCE = {"sigmoid_norm", "ipo"}
+
+
+def softplus(x):
+    return torch.logaddexp(x, torch.zeros_like(x))
+
+
+def sigmoid(x):
+    return torch.exp(-softplus(-x))
+
+
+def plain_formula(loss, a, b, lengths):
+    """[P]: the losses as the table of docs/losses.md has them, with log-ratios a and b [P]."""
+    beta, e, z = loss.beta, loss.label_smoothing, loss.beta * (a - b)
+    mean_difference = a / lengths[:, 0] - b / lengths[:, 1]
+    norm = beta * mean_difference
+    if loss.name == "exo_pair":
+        q, p = sigmoid(z), sigmoid(-z)
+        return q * (-softplus(-z) - math.log1p(-e)) + p * (-softplus(z) - math.log(e))
+    if loss.name == "discopop":
+        m = z / loss.discopop_tau
+        return softplus(-z) * sigmoid(-m) + torch.exp(-z - softplus(-m))
+    if loss.name == "dpop":
+        return softplus(-beta * (a - b - loss.dpop_lambda * torch.relu(-a)))
+    return {
+        "sigmoid": lambda: (1 - e) * softplus(-z) + e * softplus(z),
+        "sigmoid_norm": lambda: (1 - e) * softplus(-norm) + e * softplus(norm),
+        "hinge": lambda: torch.relu(1 - z),
+        "ipo": lambda: (mean_difference - 1 / (2 * beta)) ** 2,
+        "robust": lambda: ((1 - e) * softplus(-z) - e * softplus(z)) / (1 - 2 * e),
+        "apo_zero": lambda: sigmoid(-beta * a) + sigmoid(beta * b),
+        "apo_down": lambda: sigmoid(beta * a) + sigmoid(-z),
+        "nca_pair": lambda: softplus(-beta * a) + softplus(beta * a) / 2 + softplus(beta * b) / 2,
+        "bco_pair": lambda: softplus(-beta * a) + softplus(beta * b),
+        "sppo_hard": lambda: (a - 1 / (2 * beta)) ** 2 + (b + 1 / (2 * beta)) ** 2,
+    }[loss.name]()
 
 
 def log_ratios():
@@ -36,31 +86,45 @@ def values(name, chosen, rejected, lengths=((1, 1),), **options):
 
 
 @pytest.mark.parametrize("loss", CASES, ids=CASE_NAMES)
-def test_derivatives_are_those_of_autograd(loss):
+def test_values_and_derivatives_are_those_of_the_plain_formula(loss):
     chosen, rejected, lengths = log_ratios()
     chosen.requires_grad_()
     rejected.requires_grad_()
-    value, d_chosen, d_rejected = loss.pair_loss(chosen, rejected, lengths)
+    expected = plain_formula(loss, chosen, rejected, lengths)
+    slopes = torch.autograd.grad(expected.sum(), (chosen, rejected))
+    value, *found = loss.pair_loss(chosen, rejected, lengths)
     assert value.isfinite().all()
-    value.sum().backward()
-    torch.testing.assert_close(d_chosen, chosen.grad, rtol=1e-12, atol=1e-16)
-    torch.testing.assert_close(d_rejected, rejected.grad, rtol=1e-12, atol=1e-16)
+    torch.testing.assert_close(value, expected, rtol=1e-12, atol=1e-15)
+    torch.testing.assert_close(found, list(slopes), rtol=1e-12, atol=1e-16)
+    # The loss itself can be differentiated, too.
+    own = torch.autograd.grad(value.sum(), (chosen, rejected))
+    torch.testing.assert_close(found, list(own), rtol=1e-12, atol=1e-16)
 
 
 @pytest.mark.parametrize("loss", CASES, ids=CASE_NAMES)
+def test_first_value_is_the_loss_of_a_policy_that_equals_its_reference(loss):
+    zeros, lengths = torch.zeros(3).double(), torch.tensor([[1, 9], [7, 7], [300, 2]])
+    first = loss.first_value(lengths)
+    torch.testing.assert_close(
+        first, loss.pair_loss(zeros, zeros, lengths)[0], rtol=1e-14, atol=1e-16
+    )
+
+
+@pytest.mark.parametrize("loss", TRITON_CASES, ids=TRITON_NAMES)
 def test_triton_formula_is_the_same(loss):
-    # The interpreter is slow. Every third pair still has each value on both sides.
-    chosen, rejected, lengths = (tensor[::3] for tensor in log_ratios())
+    # The interpreter is slow. Every seventh pair still has each value on both sides.
+    chosen, rejected, lengths = (tensor[::7] for tensor in log_ratios())
     # Sequences of one token: their log-probs are the log-ratios. Lengths have a test of their own.
     expected = loss.pair_loss(chosen, rejected, torch.ones_like(lengths))
     logps = torch.stack([chosen, rejected], 1).flatten()
     terms = pair_loss_fwd(logps, torch.arange(len(logps) + 1), torch.zeros_like(logps), loss)
     assert torch.equal(terms.logps, logps)
-    torch.testing.assert_close(terms.losses, expected[0], rtol=1e-13, atol=1e-300)
+    # These losses subtract numbers of the size of 1 or of beta from each other.
+    subtracts = loss.label_smoothing or loss.name in ("apo_down", "nca_pair", "discopop")
+    rtol, atol = (1e-12, 1e-15) if subtracts else (1e-13, 1e-300)
+    torch.testing.assert_close(terms.losses, expected[0], rtol=rtol, atol=atol)
     d_logps = torch.stack(expected[1:], 1).flatten()
-    # With smoothed labels, two numbers of the size of beta are subtracted.
-    atol = 1e-15 if loss.label_smoothing else 1e-300
-    torch.testing.assert_close(terms.d_logps, d_logps, rtol=1e-13, atol=atol)
+    torch.testing.assert_close(terms.d_logps, d_logps, rtol=rtol, atol=atol)
 
 
 def test_triton_formula_of_the_hinge_is_the_same_at_its_kink():
@@ -72,7 +136,7 @@ def test_triton_formula_of_the_hinge_is_the_same_at_its_kink():
     assert [value.item() for value in expected] == [0.0, 0.0, 0.0]
 
 
-@pytest.mark.parametrize("loss", CASES, ids=CASE_NAMES)
+@pytest.mark.parametrize("loss", ONE_OF_EACH, ids=lambda loss: loss.name)
 def test_triton_sums_and_lengths(loss):
     generator = torch.Generator().manual_seed(0)
     bounds = torch.tensor([0, 3, 2051, 2052, 3076])
@@ -93,6 +157,9 @@ def test_derivatives_lie_along_the_direction(loss):
     chosen, rejected, lengths = log_ratios()
     _, d_chosen, d_rejected = loss.pair_loss(chosen, rejected, lengths)
     direction = loss.direction(lengths)
+    if loss.name not in ALONG_DIFFERENCE | ALONG_MEAN_DIFFERENCE:
+        assert direction is None
+        return
     assert direction.shape == (len(chosen), 2)
     factor = d_chosen / direction[:, 0]
     torch.testing.assert_close(factor * direction[:, 1], d_rejected, rtol=1e-12, atol=0.0)
@@ -135,6 +202,74 @@ class TestWorkedFigures:
         found = values("ipo", 3.0, -2.0, ((2, 4),), beta=0.1)
         assert found == pytest.approx([9.0, -3.0, 1.5])
 
+    def test_sigmoid_norm_divides_by_the_tokens(self):
+        """z = 2 (3/2 - (-2)/4) = 4; the slope of -log sigmoid there is -sigmoid(-4)."""
+        found = values("sigmoid_norm", 3.0, -2.0, ((2, 4),), beta=2.0)
+        assert found == pytest.approx([0.0181499279, -0.0179862100, 0.0089931050], rel=1e-8)
+
+    def test_robust(self):
+        """At z = 0.5, e = 0.1: (0.9 log(1 + e^-0.5) - 0.1 log(1 + e^0.5)) / 0.8."""
+        loss, d_chosen, _ = values("robust", 3.0, -2.0, beta=0.1, label_smoothing=0.1)
+        assert loss == pytest.approx((0.9 * 0.4740769841 - 0.1 * 0.9740769841) / 0.8, rel=1e-9)
+        assert d_chosen == pytest.approx(-0.1 * (0.9 * 0.3775406688 + 0.0622459331) / 0.8, rel=1e-9)
+
+    def test_robust_has_no_lower_bound(self):
+        assert values("robust", 1e4, 0.0, beta=0.1, label_smoothing=0.1)[0] == -125.0
+
+    def test_exo_pair_is_least_where_the_labels_are_believed(self):
+        """There q = 1 - e, so the divergence of the two distributions is 0."""
+        margin = math.log(0.9 / 0.1)
+        found = values("exo_pair", margin / 0.1, 0.0, beta=0.1, label_smoothing=0.1)
+        assert found == pytest.approx([0.0, 0.0, 0.0], abs=1e-16)
+
+    def test_exo_pair(self):
+        """At z = 0, q = 1/2: half of log(0.5 / 0.9) + log(0.5 / 0.1); slope -log(9) / 4."""
+        loss, d_chosen, _ = values("exo_pair", 0.0, 0.0, beta=1.0, label_smoothing=0.1)
+        assert loss == pytest.approx(0.5 * (math.log(0.5 / 0.9) + math.log(5.0)), rel=1e-14)
+        assert d_chosen == pytest.approx(-math.log(9.0) / 4.0, rel=1e-14)
+
+    def test_apo(self):
+        """With sigmoid(log 3) = 3/4, and 3/16 as the slope there and at -log 3."""
+        three = math.log(3.0)
+        found = values("apo_zero", three, -three, beta=1.0)
+        assert found == pytest.approx([0.5, -0.1875, 0.1875], rel=1e-14)
+        found = values("apo_down", 0.0, -three, beta=1.0)
+        assert found == pytest.approx([0.75, 0.25 - 0.1875, 0.1875], rel=1e-14)
+
+    def test_nca_pair_and_bco_pair(self):
+        """With sigmoid(log 3) = 3/4: -log is log(4/3), and log(4) for the opposite sign."""
+        three, small, large = math.log(3.0), math.log(4.0 / 3.0), math.log(4.0)
+        found = values("nca_pair", three, -three, beta=1.0)
+        assert found == pytest.approx([1.5 * small + 0.5 * large, 0.125, 0.125], rel=1e-14)
+        found = values("bco_pair", three, three, beta=1.0)
+        assert found == pytest.approx([small + large, -0.25, 0.75], rel=1e-14)
+
+    def test_sppo_hard(self):
+        """(3 - 5)^2 + (-2 + 5)^2."""
+        assert values("sppo_hard", 3.0, -2.0, beta=0.1) == pytest.approx([13.0, -4.0, 6.0])
+
+    def test_discopop(self):
+        """At z = log 3 and tau = 1, m = 3/4: log(4/3) / 4 + (1/3) (3/4)."""
+        loss, d_chosen, _ = values("discopop", math.log(3.0), 0.0, beta=1.0, discopop_tau=1.0)
+        small = math.log(4.0 / 3.0)
+        assert loss == pytest.approx(0.25 * small + 0.25, rel=1e-14)
+        # -sigmoid(-z) (1 - m) - L m', plus the derivative of exp(-z) m = sigmoid(-z).
+        assert d_chosen == pytest.approx(-0.0625 - 0.1875 * small - 0.1875, rel=1e-14)
+
+    @pytest.mark.parametrize("tau", [1e-3, 0.05, 1.0])
+    def test_discopop_is_finite_where_its_exponential_alone_overflows(self, tau):
+        found = values("discopop", -1e4, 0.0, beta=1.0, discopop_tau=tau)
+        assert found == [1e4 + (tau == 1.0), -1.0, 1.0]
+
+    def test_dpop_takes_from_the_margin_what_the_chosen_answer_has_lost(self):
+        """z = 0.5 (-0.1 - (-2) - 3 x 0.1) = 0.8; the chosen slope is 1 + 3 times the other."""
+        loss, d_chosen, d_rejected = values("dpop", -0.1, -2.0, beta=0.5, dpop_lambda=3.0)
+        assert loss == pytest.approx(math.log1p(math.exp(-0.8)), rel=1e-14)
+        assert d_rejected == pytest.approx(0.5 / (1.0 + math.exp(0.8)), rel=1e-14)
+        assert d_chosen == pytest.approx(-4.0 * d_rejected, rel=1e-14)
+        assert values("dpop", 0.1, -2.0, beta=0.5) == values("sigmoid", 0.1, -2.0, beta=0.5)
+        assert values("dpop", 0.0, -2.0, beta=0.5) == values("sigmoid", 0.0, -2.0, beta=0.5)
+
     @pytest.mark.parametrize("margin", [1e5, -1e5, 1e300, -1e300])
     def test_extreme_margins_stay_finite(self, margin):
         loss, d_chosen, d_rejected = values("sigmoid", margin, 0.0, beta=0.1)
@@ -159,27 +294,58 @@ class TestMakeLoss:
         with pytest.raises(ValueError, match=f"label_smoothing is {smoothing}"):
             make_loss("sigmoid", label_smoothing=smoothing)
 
-    @pytest.mark.parametrize("name", ["hinge", "ipo"])
-    def test_only_sigmoid_takes_label_smoothing(self, name):
+    @pytest.mark.parametrize("name", sorted(set(LOSSES) - set(SMOOTHINGS)))
+    def test_other_losses_have_no_label_smoothing(self, name):
         with pytest.raises(ValueError, match=f"the {name} loss has none"):
             make_loss(name, label_smoothing=0.1)
+
+    def test_exo_pair_needs_label_smoothing(self):
+        with pytest.raises(ValueError, match="exo_pair loss needs one above 0: set it to 1e-3"):
+            make_loss("exo_pair")
+
+    @pytest.mark.parametrize(
+        ("option", "loss", "wrong"),
+        [
+            ("discopop_tau", "discopop", (0.0, -0.1, 1.5, math.nan)),
+            ("dpop_lambda", "dpop", (-1.0, math.inf, math.nan)),
+        ],
+    )
+    def test_an_option_of_one_loss(self, option, loss, wrong):
+        assert make_loss(loss, **{option: 0.5}).option == 0.5
+        for value in wrong:
+            with pytest.raises(ValueError, match=f"{option} is {value}, expected"):
+                make_loss(loss, **{option: value})
+        with pytest.raises(TypeError, match=f"{option} is '1', expected a number"):
+            make_loss(loss, **{option: "1"})
+        with pytest.raises(
+            ValueError, match=f"{option} is 0.5, but the ipo loss has none: .*{loss}"
+        ):
+            make_loss("ipo", **{option: 0.5})
+        assert LOSS_OPTIONS[option] == loss
+
+    def test_an_option_of_no_loss(self):
+        with pytest.raises(TypeError, match="No loss has an option 'gamma'"):
+            make_loss("sigmoid", gamma=0.5)
 
     @pytest.mark.parametrize(
         ("name", "hint"),
         [
             ("sigmod", "Did you mean 'sigmoid'?"),
             ("hnige", "Did you mean 'hinge'?"),
-            ("sigmoid_norm", ""),  # a loss of its own in TRL
-            ("dpo", ""),
+            ("apo-zero", "Did you mean 'apo_zero'?"),
+            ("dpo", "Did you mean 'sigmoid'?"),  # not dpop
+            ("dpo_norm", "Did you mean 'sigmoid_norm'?"),
+            ("aot", ""),  # losses of their own
             ("simpo", ""),
+            ("kto_pair", ""),
         ],
     )
     def test_only_a_typo_is_taken_for_a_loss(self, name, hint):
         with pytest.raises(ValueError, match=f"Unknown loss '{name}'") as caught:
             make_loss(name)
-        assert str(caught.value) == " ".join(
-            filter(None, [f"Unknown loss '{name}'.", hint, "The losses are: hinge, ipo, sigmoid."])
-        )
+        listed = f"The losses are: {', '.join(sorted(LOSSES))}."
+        expected = " ".join(filter(None, [f"Unknown loss '{name}'.", hint, listed]))
+        assert str(caught.value) == expected
 
     @pytest.mark.parametrize("value", ["0.1", None, True, torch.tensor(0.1)], ids=str)
     @pytest.mark.parametrize("name", ["beta", "label_smoothing"])
@@ -190,13 +356,13 @@ class TestMakeLoss:
     def test_unknown_name(self):
         with pytest.raises(ValueError, match="Did you mean 'sigmoid'"):
             make_loss("sigmod")
-        with pytest.raises(ValueError, match="The losses are: hinge, ipo, sigmoid"):
+        with pytest.raises(ValueError, match=r"The losses are: apo_down, apo_zero, .*, sppo_hard"):
             make_loss("xyz")
         with pytest.raises(ValueError, match=r"Unknown loss \['sigmoid'\]"):
             make_loss(["sigmoid"])
 
 
-@pytest.mark.parametrize("loss", CASES, ids=CASE_NAMES)
+@pytest.mark.parametrize("loss", ONE_OF_EACH, ids=lambda loss: loss.name)
 def test_a_run_gone_wrong_shows_in_the_loss(loss):
     nan = torch.tensor([float("nan")]).double()
     one = torch.ones(1).double()
