@@ -100,6 +100,8 @@ def read_allowed(option: Collection[str] | str | None) -> frozenset[str]:
     Raises:
         ConfigError: there is no such fact, or it can't change.
     """
+    if not isinstance(option, str | Collection | None):
+        raise ConfigError(f"allow_changed: got {option!r}, expected a list of names.")
     given = option.replace(",", " ").split() if isinstance(option, str) else option or ()
     names = frozenset(str(name) for name in given)
     for name in sorted(names - ALLOWABLE):

@@ -33,6 +33,11 @@ class Member:
         return cls(int(environment["RANK"]), host, f"{host}/{number}")
 
 
+def own_node(environment: Mapping[str, str] = os.environ) -> str:
+    """What tells this process's node from others; empty if it can't meet any other rank."""
+    return Member.of_environment(environment).node if num_ranks(environment) > 1 else ""
+
+
 def num_ranks(environment: Mapping[str, str] = os.environ) -> int:
     """Ranks of the run, as the launcher says; 1 if this process can't meet any others."""
     needed = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")

@@ -62,20 +62,31 @@ def check_separate(folder: Path, exchange: Exchange, member: Member | None = Non
         exchange, member: as in `check_shared`.
 
     Raises:
-        ConfigError: on all ranks; names the folder and the hosts that share it with rank 0.
+        ConfigError: on all ranks; names the folder and hosts that share it.
     """
     member = member or _own()
     firsts = _first_of_each_node(exchange, member)
     if member is None or len(firsts) < 2:
         return
-    blind = _who_is_blind({"output_dir": folder}, exchange, member, firsts, seconds=0.0)
-    sharing = [first for first in firsts if first not in blind.get("output_dir", firsts)]
-    if len(sharing) > 1:
-        raise ConfigError(
-            f"save_on_each_node: output_dir {folder} is one folder on {names(sharing)}, whose "
-            "checkpoints would overwrite each other there. Leave save_on_each_node out: a shared "
-            "folder needs one checkpoint only."
-        )
+    own = folder / f".dpofast-own-{secrets.token_hex(8)}"
+    has_written = member in firsts and _write(own)
+    files = exchange(own.name if has_written else None)
+    seen = []
+    if member in firsts:
+        with contextlib.suppress(OSError):
+            there = {entry.name for entry in folder.iterdir()}
+            seen = [first for first in firsts if first != member and files[first.rank] in there]
+    seen_by = exchange(seen)
+    if has_written:
+        own.unlink(missing_ok=True)
+    for first in firsts:
+        if seen_by[first.rank]:
+            raise ConfigError(
+                f"save_on_each_node: output_dir {folder} is one folder on "
+                f"{names([first, *seen_by[first.rank]])}, whose checkpoints would overwrite each "
+                "other there. Leave save_on_each_node out if all nodes share the folder; "
+                "otherwise name one that each has for itself."
+            )
 
 
 def check_on_all_nodes(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -9,6 +10,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 
 from dpofast.errors import DPOFastError, RankError, one_line
+from dpofast.ranks.member import own_node
 
 Result = TypeVar("Result")
 
@@ -52,7 +54,8 @@ def done_on(is_doer: bool, do: Callable[[], object]) -> None:
 
     Raises:
         Exception: what `do` raised on this rank.
-        DPOFastError: on all ranks, if it is an error of ours and `do` raised it on any of them.
+        DPOFastError: on all ranks, if it is an error of ours and `do` raised it on any of them. It
+            names the rank and its host, unless all doers raised one.
         RankError: on the other ranks, if it is another one.
     """
     error: Exception | None = None
@@ -61,11 +64,24 @@ def done_on(is_doer: bool, do: Callable[[], object]) -> None:
             do()
         except Exception as raised:
             error = raised
-    errors = exchange(_told(error, PartialState().process_index))
-    if error is not None:
+    rank = PartialState().process_index
+    told = exchange((is_doer, _told(error, rank), socket.gethostname()))
+    if error is not None and not isinstance(error, DPOFastError):
         raise error
-    for told in filter(None, errors):
-        raise told
+    failed = [(rank, raised, host) for rank, (_, raised, host) in enumerate(told) if raised]
+    if not failed:
+        return
+    rank, first, host = failed[0]
+    if len(failed) < sum(doer for doer, _, _ in told):
+        first.args = (f"rank {rank} on host {host}: {first}",)
+    raise first
+
+
+def ranks_of_this_node() -> list[int]:
+    """The ranks that run on the node of this rank; all ranks must call this."""
+    nodes = exchange(own_node())
+    own = nodes[PartialState().process_index]
+    return [rank for rank, node in enumerate(nodes) if node == own]
 
 
 def _told(error: Exception | None, rank: int) -> Exception | None:

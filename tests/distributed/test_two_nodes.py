@@ -6,6 +6,7 @@ Each node has one rank. The commands are those of docs/distributed.md.
 from __future__ import annotations
 
 import json
+import random
 import shutil
 import subprocess
 import sys
@@ -14,8 +15,10 @@ from pathlib import Path
 
 import pytest
 
+from dpofast.train.checkpoint.lock import locked
 from tests.distributed.inputs import write_inputs
 from tests.distributed.nodes import cut_cable, environment, kill_all, torchrun, two_nodes
+from tests.train.checkpoint.folders import flip_a_bit
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(1500)]
 
@@ -95,6 +98,14 @@ def assert_success(found):
     assert not failed, "\n\n".join(failed)
 
 
+def assert_refused(found, *texts):
+    for code, output in found:
+        assert code == 1  # torchrun's own
+        assert output.count("dpofast: error: ") == 1, output
+        (line,) = [line for line in output.splitlines() if line.startswith("dpofast: error: ")]
+        assert all(text in line for text in texts), line
+
+
 def losses(folder):
     lines = map(json.loads, (folder / "run" / "metrics.jsonl").read_text().splitlines())
     return {line["step"]: line["loss"] for line in lines if "grad_norm" in line}
@@ -151,63 +162,111 @@ def test_a_folder_that_the_nodes_do_not_share_is_refused(nodes, folder):
     assert not list((folder / "run").iterdir())
 
 
+class OwnDisks:
+    """Runs with save_on_each_node, in which a node has a disk of its own at output_dir.
+
+    Args:
+        nodes: the nodes.
+        folder: has the inputs; node a's output_dir is a part of it.
+        more: options of all runs.
+
+    Attributes:
+        places: the output_dir of node a and of node b, as this process sees them.
+    """
+
+    def __init__(self, nodes, folder, *more):
+        self.nodes, self.folder, self.more = nodes, folder, more
+        self.places = folder / "run", folder / "disk-of-b"
+        self.places[1].mkdir()
+
+    def run(self, *options, of_disk=1):
+        """(exit code, output) on each node; the node with number `of_disk` has node b's disk."""
+        words = ["train", str(self.folder / "run.yaml"), "--save_on_each_node", "true"]
+        bind = f'mount --bind {self.places[1]} {self.places[0]}; exec "$@"'
+        commands = []
+        for number, node in enumerate(self.nodes):
+            command = [*torchrun(self.nodes, number), "-m", "dpofast", *words, *self.more, *options]
+            own = ["sh", "-ec", bind, "sh", *command] if number == of_disk else command
+            commands.append(node.enter(own))
+        return Job(commands, environment()).end()
+
+    def succeed(self, *options):
+        assert_success(self.run(*options))
+        return losses(self.folder)
+
+
+LORA = ["--use_peft", "true", "--lora_target_modules", "all-linear"]
+
+
 @pytest.mark.parametrize(
     "more",
     [
         pytest.param([], id="ddp"),
         pytest.param(["--deepspeed", "zero2"], marks=pytest.mark.torture, id="zero2"),
         pytest.param(["--deepspeed", "zero3"], marks=pytest.mark.torture, id="zero3"),
+        pytest.param(
+            ["--deepspeed", "zero3", *LORA], marks=pytest.mark.torture, id="zero3-adapter"
+        ),
     ],
 )
 def test_with_save_on_each_node_each_node_resumes_from_its_own_folder(nodes, folder, more):
-    """Node b has a disk of its own at output_dir, which keeps what is written there."""
-    disk = folder / "disk-of-b"
-    disk.mkdir()
-    bind = f'mount --bind {disk} {folder / "run"}; exec "$@"'
-
-    def run(*options, binds=True):
-        words = ["-m", "dpofast", "train", str(folder / "run.yaml"), "--save_on_each_node", "true"]
-        commands = []
-        for number, node in enumerate(nodes):
-            command = [*torchrun(nodes, number), *words, *more, *options]
-            if number == 1 and binds:
-                command = ["sh", "-ec", bind, "sh", *command]
-            commands.append(node.enter(command))
-        return Job(commands, environment()).end()
-
-    found = run()
-    assert_success(found)
-    before = losses(folder)
+    disks = OwnDisks(nodes, folder, *more)
+    before = disks.succeed()
     assert sorted(before) == [1, 2, 3, 4]
-    for place in (folder / "run", disk):
+    weights = "adapter_model.safetensors" if LORA[0] in more else "model.safetensors"
+    for place in disks.places:
         assert (place / "checkpoint-2" / "dpofast_manifest.json").is_file()
-        assert (place / "checkpoint-2" / "model.safetensors").is_file() or more
-        shutil.rmtree(place / "checkpoint-4")
+        gathers = "zero3" in more and place == disks.places[1]
+        assert (place / "checkpoint-2" / weights).is_file() != gathers
+        assert (place / weights).is_file() != gathers
+    shutil.rmtree(disks.places[1] / "checkpoint-4")
     # Node b has lost its newest checkpoint, so the one before is taken on both.
-    found = run("--resume_from_checkpoint", "true")
-    assert_success(found)
-    assert losses(folder) == before
-    if more:
-        return
+    assert disks.succeed("--resume_from_checkpoint", "true") == before
 
-    shutil.rmtree(disk / "checkpoint-4")
-    found = run("--resume_from_checkpoint", "true")
-    assert_success(found)
-    assert losses(folder) == before
 
-    for path in (folder / "run").glob("checkpoint-*"):
+@pytest.mark.torture
+def test_what_is_on_one_node_only_is_noticed_on_both(nodes, folder):
+    disks = OwnDisks(nodes, folder)
+    before = disks.succeed()
+    with locked(disks.places[1]):
+        found = disks.run("--resume_from_checkpoint", "true")
+    assert_refused(found, "rank 1 on host node-b: output_dir: ", "is in use by ")
+    found = disks.run("--resume_from_checkpoint", "true", of_disk=0)
+    assert_refused(found, "has no rng_state_0.pth, as another machine saved it")
+
+    for path in disks.places[0].glob("checkpoint-*"):
         shutil.rmtree(path)
-    found = run()
-    assert all("holds checkpoint-2 and checkpoint-4 of an earlier run" in out for _, out in found)
-    found = run("--overwrite_output_dir", "true")
-    assert_success(found)
-    assert losses(folder) == before
-    assert len(list((disk / "_older-runs").glob("*/checkpoint-*"))) == 2
+    refused = "holds checkpoint-2 and checkpoint-4 of an earlier run"
+    assert_refused(disks.run(), "rank 1 on host node-b: output_dir: ", refused)
+    found = disks.run("--resume_from_checkpoint", "auto")
+    assert_refused(found, "rank 1 on host node-b", "but another node has none of them whole")
 
-    found = run("--overwrite_output_dir", "true", binds=False)
-    for code, output in found:
-        assert code == 1  # torchrun's own
-        assert output.count("dpofast: error: save_on_each_node: output_dir ") == 1
+    assert disks.succeed("--overwrite_output_dir", "true") == before
+    older = disks.places[1] / "_older-runs"
+    assert len(list(older.glob("*/checkpoint-*"))) == 2
+
+    found = disks.run("--overwrite_output_dir", "true", of_disk=None)
+    assert_refused(found, "save_on_each_node: output_dir ")
+
+
+@pytest.mark.torture
+@pytest.mark.parametrize("harm", ["damaged", "missing"])
+def test_the_best_checkpoint_of_each_node_counts(nodes, folder, harm):
+    best = ["--load_best_model_at_end", "true", "--metric_for_best_model", "loss"]
+    data = ["--eval_dataset_name", str(folder / "pairs.json"), "--eval_strategy", "steps"]
+    largest = ["--greater_is_better", "true"]  # of checkpoint-2
+    disks = OwnDisks(nodes, folder, *data, "--eval_steps", "2", *best, *largest)
+    disks.succeed()
+    lost = disks.places[1] / "checkpoint-2"
+    if harm == "damaged":
+        flip_a_bit(lost / "model.safetensors", random.Random(0))
+        found = disks.run("--resume_from_checkpoint", "true")
+        assert_refused(found, "rank 1 on host node-b: load_best_model_at_end: the best checkpoint")
+    else:
+        shutil.rmtree(lost)
+        found = disks.run("--resume_from_checkpoint", "true")
+        assert_success(found)
+        assert "The best checkpoint isn't on the node of rank 1" in found[0][1]
 
 
 @pytest.mark.torture

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Collection, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from dpofast.errors import CheckpointError
@@ -73,7 +73,7 @@ def newest_whole(
     output_dir: str | Path,
     run_id: str | None,
     verify: bool = True,
-    on_all_nodes: Collection[tuple[str, int]] | None = None,
+    on_all_nodes: Mapping[int, str | None] | None = None,
 ) -> tuple[Path | None, PassedOver]:
     """The newest checkpoint of a run that is whole.
 
@@ -81,8 +81,8 @@ def newest_whole(
         output_dir: the run's output folder.
         run_id: the run; None for any.
         verify: compare the hashes of all files, not only their sizes.
-        on_all_nodes: run id and step of the checkpoints that all nodes have, if each node has a
-            folder of its own; None if they share one.
+        on_all_nodes: if each node has a folder of its own, what `whole_on_all_nodes` returned; it
+            has verified the parts of all nodes. None if they share one.
 
     Returns:
         The folder, None if there is none, and the newer folders with the reason why each was
@@ -90,11 +90,10 @@ def newest_whole(
     """
     passed_over: PassedOver = []
     for folder in step_folders(output_dir):
-        reason = why_not_resumed(folder, run_id, verify)
+        reason = why_not_resumed(folder, run_id, verify and on_all_nodes is None)
         if reason is None and on_all_nodes is not None:
-            manifest = Manifest.read(folder)
-            if (manifest.run_id, manifest.step) not in on_all_nodes:
-                reason = "another node has no such checkpoint that is whole"
+            step = Manifest.read(folder).step
+            reason = on_all_nodes.get(step, "another node has no such checkpoint that is whole")
         if reason is None:
             return folder, passed_over
         passed_over.append((folder, reason))

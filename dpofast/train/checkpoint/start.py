@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -41,15 +41,15 @@ class Folder:
         saves: whether the run will save checkpoints.
         overwrite: move checkpoints that are in the way aside, if the run saves its own.
         verify: compare the hashes of a checkpoint's files.
-        on_all_nodes: run id and step of the checkpoints that all nodes have, if each node has a
-            folder of its own; None if they share one.
+        on_all_nodes: if each node has a folder of its own and the newest checkpoint is looked for,
+            those that all nodes have, by step; see `whole_on_all_nodes`. None otherwise.
     """
 
     path: Path
     saves: bool
     overwrite: bool
     verify: bool
-    on_all_nodes: Collection[tuple[str, int]] | None = None
+    on_all_nodes: Mapping[int, str | None] | None = None
 
 
 @dataclass(frozen=True)
@@ -120,8 +120,17 @@ def on_this_node(start: Start, folder: Folder) -> Start:
     """
     start = replace(start, in_the_way=_in_the_way(start, folder.path))
     if start.in_the_way and folder.saves and not folder.overwrite:
-        raise ConfigError(_refusal(start, folder.path))
+        raise ConfigError(_refusal(start, folder))
     return start
+
+
+def owner_of(output_dir: Path) -> Run | None:
+    """The run that goes on in an output folder; None if there is none.
+
+    Raises:
+        CheckpointError: it can't be told.
+    """
+    return read_run(output_dir) or _only_run(output_dir)
 
 
 def settle_start(start: Start, folder: Folder, reports: Sequence[str]) -> None:
@@ -159,7 +168,7 @@ def settle_start(start: Start, folder: Folder, reports: Sequence[str]) -> None:
 
 def _at_newest(folder: Folder, is_needed: bool) -> Start:
     """The newest whole checkpoint of the folder's run; a fresh run if it isn't needed."""
-    owner = read_run(folder.path) or _only_run(folder.path)
+    owner = owner_of(folder.path)
     if owner is None:
         chosen, passed_over = None, newest_whole(folder.path, "", folder.verify)[1]
     else:
@@ -242,14 +251,20 @@ def _is_damaged(checkpoint: Path, run_id: str, is_known: bool) -> bool:
     return is_known or why_not_whole(checkpoint, hashes=False) is not None
 
 
-def _refusal(start: Start, output_dir: Path) -> str:
-    found, folder = names(start.in_the_way), str(output_dir)
+def _refusal(start: Start, output: Folder) -> str:
+    output_dir, found, folder = output.path, names(start.in_the_way), str(output.path)
     aside = f"set overwrite_output_dir: true to move them to {str(output_dir / OLDER_RUNS)!r}"
     if start.passed_over:
         return (
             f"resume_from_checkpoint: auto can't go on from the checkpoints in {folder!r} "
             f"({in_words(start.passed_over)}), and a run from the beginning would overwrite or be "
             f"mixed with them: name another output_dir, or {aside}."
+        )
+    if start.checkpoint is None and output.on_all_nodes is not None:
+        return (
+            f"resume_from_checkpoint: {folder!r} holds {found}, but another node has none of them "
+            "whole, and a run from the beginning would overwrite or be mixed with them: copy a "
+            f"checkpoint's files to that node, name another output_dir, or {aside}."
         )
     if start.checkpoint is None:
         return (

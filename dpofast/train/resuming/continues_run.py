@@ -16,7 +16,9 @@ from dpofast.options.config import DPOConfig
 from dpofast.train.checkpoint.resume import recorded_run_id
 from dpofast.train.checkpoint.run_state import RunState
 from dpofast.train.checkpoint.same_run import Change, Changes, compare
+from dpofast.train.checkpoint.staging import list_files, missing_of_ranks
 from dpofast.train.data.training_set import TrainingSet
+from dpofast.train.exchange import exchange
 from dpofast.train.reference.run_reference import AUTOCAST_DTYPES, RunReference
 from dpofast.train.reports.keeps_sums import KeepsSums
 from dpofast.train.resuming.run_facts import (
@@ -139,13 +141,24 @@ class ContinuesRun(KeepsSums, Trainer):
             facts,
             allowed,
             checkpoint,
-            conversion(checkpoint) if needs_conversion and other_ranks else None,
+            self._conversion(checkpoint, recorded) if needs_conversion and other_ranks else None,
         )
         if plugin is not None:
             self._reads_universal = converted and other_ranks
             load_universal(plugin.deepspeed_config, self._reads_universal)
         if self.args.should_log:
             _say(self.changes, checkpoint)
+
+    def _conversion(self, checkpoint: str, recorded: RunState) -> str:
+        """How to convert the states of the optimizer for another number of ranks."""
+        ranks = int((recorded.facts or {})["ranks"])
+        files = list_files(Path(checkpoint))
+        if missing_of_ranks(files, range(ranks), ranks, is_sharded=True):
+            return (
+                "copy the files of this checkpoint from all machines into one folder, as each has "
+                f"only its own part here, and run there: {conversion(checkpoint)}"
+            )
+        return conversion(checkpoint)
 
     # What transformers loads from the checkpoint, though it isn't what the options say
 
@@ -171,11 +184,20 @@ class ContinuesRun(KeepsSums, Trainer):
         """Take the best checkpoint from beside this one: the whole folder may have moved."""
         best = Path(checkpoint).parent / f"checkpoint-{self.state.best_global_step}"
         run_id = recorded_run_id(checkpoint)
-        if run_id is None or recorded_run_id(best) != run_id:
-            return
-        if self.args.should_log and self.state.best_model_checkpoint != str(best):
-            logger.info("The best checkpoint is %s.", best)
-        self.state.best_model_checkpoint = str(best)
+        if run_id is not None and recorded_run_id(best) == run_id:
+            if self.args.should_log and self.state.best_model_checkpoint != str(best):
+                logger.info("The best checkpoint is %s.", best)
+            self.state.best_model_checkpoint = str(best)
+        # All ranks load it together at the end, each from the folder of its node.
+        found = exchange(self.state.best_model_checkpoint)
+        if None in found and any(found):
+            if self.args.should_log:
+                logger.warning(
+                    "The best checkpoint isn't on the node of rank %d, so the run goes on without "
+                    "one: copy it there and resume again to keep it.",
+                    found.index(None),
+                )
+            self.state.best_model_checkpoint = None
 
     def _restore_callbacks(self) -> None:
         """Give the callbacks the counts that they had, such as the patience of early stopping."""

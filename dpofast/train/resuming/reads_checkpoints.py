@@ -9,7 +9,7 @@ from transformers import Trainer
 
 from dpofast.options.config import DPOConfig
 from dpofast.train.checkpoint.resume import check_best
-from dpofast.train.exchange import decided_by_rank_0
+from dpofast.train.exchange import done_on
 from dpofast.zero.unpickling import reading_checkpoint
 
 
@@ -47,6 +47,6 @@ class ReadsCheckpoints(Trainer):
     def _load_best_model(self) -> None:
         best = self.state.best_model_checkpoint
         if self.args.verify_checkpoint:
-            decided_by_rank_0(lambda: check_best(best))
+            done_on(self.args.should_save, lambda: check_best(best))
         with self._reading(best):
             super()._load_best_model()

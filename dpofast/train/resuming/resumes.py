@@ -19,20 +19,26 @@ from dpofast.options.config import DPOConfig
 from dpofast.options.output_dir import make_output_dir
 from dpofast.ranks.shared import check_on_all_nodes
 from dpofast.train.checkpoint.lock import locked
-from dpofast.train.checkpoint.nodes import check_on_each_node, whole_on_all_nodes
+from dpofast.train.checkpoint.nodes import (
+    check_files_of_ranks,
+    check_on_each_node,
+    whole_on_all_nodes,
+)
 from dpofast.train.checkpoint.resume import saved_step, step_folders
 from dpofast.train.checkpoint.run_state import load_run_state
 from dpofast.train.checkpoint.staging import recover
 from dpofast.train.checkpoint.start import (
+    AUTO,
     Folder,
     Start,
     choose_start,
     on_this_node,
+    owner_of,
     resume_point,
     settle_start,
 )
 from dpofast.train.data.training_set import TrainingSet
-from dpofast.train.exchange import decided_by_rank_0, done_on, exchange
+from dpofast.train.exchange import decided_by_rank_0, done_on, exchange, ranks_of_this_node
 from dpofast.train.reference.run_reference import RunReference
 from dpofast.train.resuming.continues_run import ContinuesRun
 from dpofast.train.resuming.room import SaveSize, check_room, save_size
@@ -76,7 +82,7 @@ class ResumesRun(ContinuesRun, Trainer):
             yield
             return
         with ExitStack() as stack:
-            decided_by_rank_0(lambda: self._lock(stack))
+            done_on(self.args.should_save, lambda: self._lock(stack))
             self._has_output_dir = True
             try:
                 yield
@@ -109,19 +115,17 @@ class ResumesRun(ContinuesRun, Trainer):
         if self.args.should_save:  # one rank, or one on each node
             self._tidy_up()
         self.accelerator.wait_for_everyone()
-        folder = self._folder()
-        start, self.save_size = decided_by_rank_0(
-            lambda: self._choose_start(given, folder, num_steps)
-        )
-        # With save_on_each_node, other checkpoints can be in the way on each node.
-        done_on(self.args.should_save, lambda: on_this_node(start, folder))
+        folder = self._folder(given)
+        start, self.save_size = decided_by_rank_0(lambda: self._choose_start(given, folder))
+        done_on(self.args.should_save, lambda: self._check_folder(start, folder, num_steps))
         self.run_id, self.resumed_at_end = start.run.run, False
         if start.checkpoint is None:
             done_on(self.args.should_save, lambda: self._settle(start, folder))
             return None, 0
         checkpoint = str(start.checkpoint)
         check_on_all_nodes(checkpoint, exchange)
-        if self.args.save_on_each_node and self.args.verify_checkpoint:
+        is_verified = folder.on_all_nodes is not None
+        if self.args.save_on_each_node and self.args.verify_checkpoint and not is_verified:
             check_on_each_node(checkpoint, self.args.should_save, exchange)
         step = saved_step(checkpoint)
         if step is not None and step > num_steps:
@@ -132,6 +136,7 @@ class ResumesRun(ContinuesRun, Trainer):
             )
         recorded = load_run_state(checkpoint)
         self.check_same_run(recorded, checkpoint, train_set, num_steps)
+        self._check_files(checkpoint)
         self.reference.restore(recorded, checkpoint)
         self.loaders.settle(recorded.row_tokens)
         done_on(self.args.should_save, lambda: self._settle(start, folder))
@@ -151,18 +156,31 @@ class ResumesRun(ContinuesRun, Trainer):
                 f"tidied up: {error.strerror}; delete it, or name another folder."
             ) from error
 
-    def _choose_start(self, given: Any, folder: Folder, num_steps: int) -> tuple[Start, SaveSize]:
-        """Choose where the run begins, and see that its saves fit the disk; on rank 0."""
-        config = self.args
-        start = choose_start(given, folder)
+    def _choose_start(self, given: Any, folder: Folder) -> tuple[Start, SaveSize]:
+        """Choose where the run begins, and compute the size of its saves; on rank 0."""
         makes_own = any(getattr(type(self), name) is not getattr(Trainer, name) for name in MAKERS)
         is_own = self.optimizer is not None or makes_own
-        size = save_size(self.model, config, has_own_optimizer=is_own)
+        size = save_size(self.model, self.args, has_own_optimizer=is_own)
+        return choose_start(given, folder), size
+
+    def _check_folder(self, start: Start, folder: Folder, num_steps: int) -> None:
+        """Check that an output folder is free, and the run's saves fit; on one rank of it."""
+        assert self.save_size is not None
+        start = on_this_node(start, folder)
         have = 0 if start.is_new else len(step_folders(folder.path))
         is_done = start.checkpoint is not None and saved_step(start.checkpoint) == num_steps
         steps, exports = 0 if is_done else num_steps, self.exports_model
-        check_room(folder.path, size, config, steps, have=have, exports=exports)
-        return start, size
+        check_room(folder.path, self.save_size, self.args, steps, have=have, exports=exports)
+
+    def _check_files(self, checkpoint: str) -> None:
+        """Check that the files of all ranks are there, of which each node may have its own."""
+        config, plugin = self.args, self.args.deepspeed_plugin
+        ranks = ranks_of_this_node() if config.save_on_each_node else range(config.world_size)
+        is_sharded = plugin is not None and plugin.zero_stage > 0
+        done_on(
+            config.should_save,
+            lambda: check_files_of_ranks(checkpoint, ranks, config.world_size, is_sharded),
+        )
 
     def _settle(self, start: Start, folder: Folder) -> None:
         """Make the output folder ready; on one rank, or on one of each node."""
@@ -172,15 +190,22 @@ class ResumesRun(ContinuesRun, Trainer):
                 if isinstance(callback, MetricsFile):
                     callback.begin_new_run(folder.path)
 
-    def _folder(self) -> Folder:
+    def _folder(self, given: Any) -> Folder:
         """The output folder, as all nodes have it; on all ranks."""
         config, on_all_nodes = self.args, None
-        if config.save_on_each_node and config.world_size > 1:
+        path = Path(config.output_dir)
+        looks_for_newest = resume_point(given) in (True, AUTO)
+        if config.save_on_each_node and config.world_size > 1 and looks_for_newest:
+            owner = decided_by_rank_0(lambda: owner_of(path))
             on_all_nodes = whole_on_all_nodes(
-                config.output_dir, config.verify_checkpoint, config.should_save, exchange
+                path,
+                None if owner is None else owner.run,
+                config.verify_checkpoint,
+                config.should_save,
+                exchange,
             )
         return Folder(
-            Path(config.output_dir),
+            path,
             saves=config.save_strategy != SaveStrategy.NO,
             overwrite=config.overwrite_output_dir,
             verify=config.verify_checkpoint,

@@ -15,6 +15,7 @@ from transformers import Trainer
 
 from dpofast.errors import ModelError
 from dpofast.options.config import DPOConfig
+from dpofast.ranks.member import own_node
 from dpofast.train.checkpoint.reports import RankReports
 from dpofast.train.checkpoint.resume import TRAINER_STATE_FILE, why_not_whole
 from dpofast.train.checkpoint.rotate import rotate
@@ -58,13 +59,10 @@ class SavesRun(WritesCards, ContinuesRun, Trainer):
         with (
             nullcontext() if _internal_call else exporting(folder, size),
             self.own_card(folder) if self.args.should_save else nullcontext(),
-            # Under DeepSpeed, only rank 0 gathers the weights.
-            saved_by_this_rank(self.model)
-            if self._leads_another_node() and not self.is_deepspeed_enabled
-            else nullcontext(),
+            saved_by_this_rank(self.model) if self._leads_another_node() else nullcontext(),
         ):
             super().save_model(output_dir, _internal_call)
-        if not self.args.should_save:
+        if not self.args.should_save or not self._has_weights():
             return
         try:
             check_saved(folder, self.model)
@@ -77,6 +75,16 @@ class SavesRun(WritesCards, ContinuesRun, Trainer):
     def _leads_another_node(self) -> bool:
         """Whether this rank saves for a node without rank 0."""
         return self.args.should_save and not self.is_world_process_zero()
+
+    def _has_weights(self) -> bool:
+        """Whether this rank gets all weights to save them; under ZeRO-3, only rank 0 does."""
+        plugin = self.args.deepspeed_plugin
+        return self.is_world_process_zero() or plugin is None or plugin.zero_stage < 3
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        # What transformers and peft write without the weights looks like a model and isn't one.
+        if self._has_weights() or not self.args.should_save:
+            super()._save(output_dir, state_dict)
 
     def _final_name(self, folder: str) -> str:
         return folder if self._staged is None else str(self._staged.final)
@@ -94,6 +102,7 @@ class SavesRun(WritesCards, ContinuesRun, Trainer):
             self.state.global_step,
             self.args.should_save,
             RankReports.of_process_group(self.args.ddp_timeout),
+            own_node(),
             needed=None if self.save_size is None else self.save_size.likely,
         )
         with save.failing_together():

@@ -48,6 +48,7 @@ class StagedSave:
         is_leader: whether this rank renames; one rank does, or one on each node if each node has a
             folder of its own.
         reports: what the ranks tell each other.
+        node: what tells this rank's node from others; used if several ranks rename.
         needed: bytes that the save takes, for messages; None if that isn't known.
     """
 
@@ -57,10 +58,11 @@ class StagedSave:
         step: int,
         is_leader: bool,
         reports: RankReports,
+        node: str = "",
         needed: int | None = None,
     ) -> None:
         self.run_dir, self.step, self.is_leader = run_dir, step, is_leader
-        self.needed = needed
+        self.node, self.needed = node, needed
         self.area = saving_area(run_dir, step)
         self.folder = staged_folder(run_dir, step)
         self.final = run_dir / self.folder.name
@@ -68,6 +70,7 @@ class StagedSave:
         self._run_id = ""
         self._is_sealed = False
         self._group = [reports.rank]  # the ranks that write into this folder
+        self._leader = reports.rank  # the one of them that renames
 
     @contextmanager
     def failing_together(self) -> Iterator[None]:
@@ -129,11 +132,11 @@ class StagedSave:
         """
         if self.is_leader:
             make_area(self.run_dir, self.step)
-        told = self._reports.share([self.is_leader, run_id])
-        leaders = [rank for rank, (is_leader, _) in enumerate(told) if is_leader]
-        own = max((rank for rank in leaders if rank <= self._reports.rank), default=leaders[0])
-        end = min((rank for rank in leaders if rank > own), default=self._reports.world_size)
-        self._group = list(range(own, end))
+        told = self._reports.share([self.is_leader, run_id, self.node])
+        leaders = [rank for rank, (is_leader, *_) in enumerate(told) if is_leader]
+        is_shared = len(leaders) == 1
+        self._group = [r for r, (*_, node) in enumerate(told) if is_shared or node == self.node]
+        (self._leader,) = set(leaders).intersection(self._group)
         self._run_id = told[0][1]
         return self._run_id
 
@@ -178,7 +181,7 @@ class StagedSave:
                     f"{str(self.run_dir)!r}, though all ranks have written their files: if the "
                     "nodes don't share that folder, set save_on_each_node: true."
                 )
-        found: dict[str, int] = self._reports.share(sizes)[self._group[0]]
+        found: dict[str, int] = self._reports.share(sizes)[self._leader]
         return found
 
     def _hash_share(self, sizes: dict[str, int]) -> dict[str, FileRecord]:

@@ -45,7 +45,7 @@ def save_on_ranks(
 
     def save(rank: int) -> object:
         reports = RankReports(rank, len(run_dirs), store, timeout)
-        saving = StagedSave(run_dirs[rank], 6, rank in leaders, reports)
+        saving = StagedSave(run_dirs[rank], 6, rank in leaders, reports, str(run_dirs[rank]))
         try:
             run_dirs[rank].mkdir(exist_ok=True)
             with saving.failing_together():
@@ -148,10 +148,13 @@ def test_missing_shards_are_noticed(tmp_path):
     )
 
 
-def test_each_node_gets_a_checkpoint_of_its_own(tmp_path):
-    run_dirs = [tmp_path / "first"] * 2 + [tmp_path / "second"] * 3
-    assert save_on_ranks(run_dirs, leaders=(0, 2)) == [path / "checkpoint-6" for path in run_dirs]
-    for name, ranks in (("first", [0, 1]), ("second", [2, 3, 4])):
+@pytest.mark.parametrize("second", [[2, 3, 4], [1, 3]], ids=["in blocks", "in turn"])
+def test_each_node_gets_a_checkpoint_of_its_own(tmp_path, second):
+    first = [rank for rank in range(5) if rank not in second]
+    run_dirs = [tmp_path / ("second" if rank in second else "first") for rank in range(5)]
+    saved = save_on_ranks(run_dirs, leaders=(0, second[0]))
+    assert saved == [path / "checkpoint-6" for path in run_dirs]
+    for name, ranks in (("first", first), ("second", second)):
         folder = tmp_path / name / "checkpoint-6"
         files = Manifest.read(folder).files
         assert [file for file in files if "rng" in file] == [f"rng_state_{r}.pth" for r in ranks]
