@@ -18,7 +18,12 @@ from dpofast.errors import ConfigError
 from dpofast.options.allowed_changes import read_allowed
 from dpofast.options.foreign import refuse_unknown_options
 from dpofast.options.init_kwargs import read_init_kwargs
-from dpofast.options.loss_fields import LossFields, named_loss, unused_loss_options
+from dpofast.options.loss_fields import (
+    LossFields,
+    named_loss,
+    settle_loss_fields,
+    unused_loss_options,
+)
 from dpofast.options.save_signals import settle_save_signals
 from dpofast.options.unsupported import check_unsupported, unused_options
 from dpofast.reference.store.location import default_folder
@@ -50,7 +55,7 @@ class DPOConfig(LossFields):
             place of model_init_kwargs.
         trust_remote_code: run code that comes with a model's repository.
         beta: strength of the KL penalty, above 0; for ipo the regularisation tau.
-        loss_type: name of a loss (docs/losses.md); a list of one name is accepted as well.
+        loss_type: name of a loss (docs/losses.md), or a list of names for a weighted sum.
         label_smoothing: probability that a pair's labels are swapped, in [0, 0.5), for the losses
             sigmoid (conservative DPO), sigmoid_norm, robust and exo_pair.
         max_length: most tokens of a prompt and one answer; None for no limit.
@@ -213,8 +218,7 @@ class DPOConfig(LossFields):
 
     def _settle(self) -> list[str]:
         """Check the options and give each its usual form; one remark for each without effect."""
-        if isinstance(self.loss_type, str):
-            self.loss_type = [self.loss_type]
+        settle_loss_fields(self)
         remarks = self.settle_trl_fields() + unused_options(self)
         for name in ("model_init_kwargs", "ref_model_init_kwargs"):
             setattr(self, name, read_init_kwargs(name, getattr(self, name)))
@@ -266,7 +270,7 @@ class DPOConfig(LossFields):
         """The pair loss that these options name.
 
         Raises:
-            ConfigError: an unknown name, more than one, or an option out of range.
+            ConfigError: an unknown name, or an option out of range.
         """
         return named_loss(self)
 

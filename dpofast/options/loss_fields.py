@@ -1,4 +1,4 @@
-"""Options that single losses have, and the loss that a run's options name."""
+"""Options that decide the loss beside `loss_type`, and the loss that a run's options name."""
 
 from __future__ import annotations
 
@@ -7,7 +7,11 @@ from typing import Any
 
 from dpofast.errors import ConfigError
 from dpofast.options.run_fields import RunFields
-from dpofast_kernels import LOSS_OPTIONS, PairLoss, make_loss
+from dpofast_kernels import DIVERGENCES, LOSS_OPTIONS, DivergenceLoss, PairLoss, make_mixture
+
+REVERSE_KL = "reverse_kl"
+# Defaults of this version and of older ones of TRL.
+USUAL_COEFFICIENTS = (0.5, 1.0)
 
 
 # kw_only keeps the positional order of TrainingArguments and of DPOConfig's own options.
@@ -16,10 +20,23 @@ class LossFields(RunFields):
     """The fields; docs/losses.md has the formulas.
 
     Attributes:
+        loss_weights: a weight for each loss of loss_type, at least 0; None for 1 each.
+        f_divergence_type: reverse_kl, forward_kl, js_divergence or alpha_divergence.
+        f_alpha_divergence_coef: coefficient of alpha_divergence.
         discopop_tau: tau of the discopop loss, above 0 and at most 1.
         dpop_lambda: lambda of the dpop loss, at least 0.
     """
 
+    loss_weights: list[float] | None = field(
+        default=None, metadata={"help": "A weight for each loss of loss_type; 1 by default."}
+    )
+    f_divergence_type: str = field(
+        default=REVERSE_KL,
+        metadata={"help": f"What keeps the policy near the reference: {', '.join(DIVERGENCES)}."},
+    )
+    f_alpha_divergence_coef: float = field(
+        default=0.5, metadata={"help": "Coefficient of alpha_divergence."}
+    )
     discopop_tau: float = field(default=0.05, metadata={"help": "Tau of the discopop loss."})
     dpop_lambda: float = field(default=50.0, metadata={"help": "Lambda of the dpop loss."})
 
@@ -27,31 +44,71 @@ class LossFields(RunFields):
 _DEFAULTS = {item.name: item.default for item in fields(LossFields)}
 
 
+def settle_loss_fields(config: Any) -> None:
+    """Give the options their usual form: loss_type as a list, TRL's enum as its value."""
+    if isinstance(config.loss_type, str):
+        config.loss_type = [config.loss_type]
+    config.f_divergence_type = getattr(config.f_divergence_type, "value", config.f_divergence_type)
+
+
 def unused_loss_options(config: Any) -> list[str]:
-    """Looks for options that are given, but that belong to another loss than the run's.
+    """Looks for options that are given, but that the run's loss doesn't have.
 
     Returns:
         One remark for each.
     """
-    return [
+    remarks = [
         f"{option}={getattr(config, option)!r} (only the loss {loss} has it)"
         for option, loss in LOSS_OPTIONS.items()
         if loss not in config.loss_type and getattr(config, option) != _DEFAULTS[option]
     ]
+    coefficient = config.f_alpha_divergence_coef
+    is_alpha = config.f_divergence_type == "alpha_divergence"
+    if not is_alpha and coefficient not in USUAL_COEFFICIENTS:
+        remarks.append(f"f_alpha_divergence_coef={coefficient!r} (only alpha_divergence has it)")
+    return remarks
 
 
 def named_loss(config: Any) -> PairLoss:
     """The pair loss that the options of a DPOConfig name.
 
     Raises:
-        ConfigError: an unknown name, more than one, or an option out of range.
+        ConfigError: an unknown name, an option out of range, or options that don't go together.
     """
-    names = config.loss_type
-    if not isinstance(names, (list, tuple)) or len(names) != 1:
-        raise ConfigError(f"loss_type: got {names}, but one loss is trained at a time; name one.")
-    own = {name: getattr(config, name) for name, loss in LOSS_OPTIONS.items() if loss == names[0]}
+    names, weights = config.loss_type, config.loss_weights
+    if not isinstance(names, (list, tuple)) or not names:
+        raise ConfigError(f"loss_type: got {names!r}, expected a name or a list of names.")
+    if weights is not None:
+        _check_weights(weights, names)
+    options = [option for option, loss in LOSS_OPTIONS.items() if loss in names]
+    own = {option: getattr(config, option) for option in options}
     try:
-        return make_loss(names[0], config.beta, config.label_smoothing, **own)
+        loss = make_mixture(names, weights, config.beta, config.label_smoothing, **own)
     except (TypeError, ValueError) as error:
         named = "loss_type: " if str(error).startswith("Unknown loss") else ""
         raise ConfigError(f"{named}{error}") from error
+    return loss if config.f_divergence_type == REVERSE_KL else _with_divergence(loss, config)
+
+
+def _check_weights(weights: Any, names: Any) -> None:
+    is_list = isinstance(weights, list | tuple)
+    if not is_list or any(isinstance(w, bool) or not isinstance(w, int | float) for w in weights):
+        raise ConfigError(f"loss_weights: got {weights!r}, expected a list of numbers.")
+    if len(weights) != len(names):
+        raise ConfigError(
+            f"loss_weights: got {len(weights)} weights for the {len(names)} losses of loss_type, "
+            f"{', '.join(map(str, names))}; give one for each."
+        )
+
+
+def _with_divergence(loss: PairLoss, config: Any) -> PairLoss:
+    try:
+        return DivergenceLoss(
+            beta=loss.beta,
+            label_smoothing=loss.label_smoothing,
+            loss=loss,
+            divergence=config.f_divergence_type,
+            coefficient=config.f_alpha_divergence_coef,
+        )
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"f_divergence_type: {error}") from error

@@ -64,19 +64,9 @@ class TRLFields(TrainingArguments):
     pad_to_multiple_of: Annotated[
         int | str | None, NoEffect("rows are as long as they need to be", None)
     ] = "auto"
-    loss_weights: Annotated[
-        list[float] | None,
-        Refused("leave it out; one loss_type is trained, with a weight of 1", [1.0], (1.0,)),
-    ] = None
     ld_alpha: Annotated[
         float | None, Refused("leave it out; length desensitisation isn't supported", 1.0)
     ] = None
-    f_divergence_type: Annotated[str, Refused("leave it out; only reverse_kl is supported")] = (
-        "reverse_kl"
-    )
-    f_alpha_divergence_coef: Annotated[float, NoEffect("f_divergence_type is reverse_kl", 1.0)] = (
-        0.5
-    )
     use_weighting: Annotated[bool, Refused("leave it out; WPO weights aren't supported")] = False
     activation_offloading: Annotated[bool, NoEffect("activations stay on the device")] = False
     sync_ref_model: Annotated[

@@ -207,12 +207,13 @@ def prepare_policy(model: Any, config: DPOConfig, peft_config: Any) -> nn.Module
     lm = causal_lm(model)
     body_of(lm)
     head_forwards(lm.get_output_embeddings())
-    if config.label_smoothing and config.loss_type[0] in ("sigmoid", "sigmoid_norm"):
-        logger.warning(
-            "label_smoothing=%g with the %s loss is conservative DPO (TRL ignores it there).",
-            config.label_smoothing,
-            config.loss_type[0],
-        )
+    for name in config.loss_type:
+        if config.label_smoothing and name in ("sigmoid", "sigmoid_norm"):
+            logger.warning(
+                "label_smoothing=%g with the %s loss is conservative DPO (TRL ignores it there).",
+                config.label_smoothing,
+                name,
+            )
     return model
 
 

@@ -28,24 +28,29 @@ from dpofast_kernels.head import (
     sum_per_sequence,
 )
 from dpofast_kernels.preference import (
+    DIVERGENCES,
     LOSS_OPTIONS,
     LOSSES,
     METRIC_NAMES,
     CustomLoss,
+    DivergenceLoss,
     NotAPairLossError,
     PairFunction,
     PairLoss,
     make_custom_loss,
     make_loss,
+    make_mixture,
     pair_metrics,
 )
 
 __all__ = [
+    "DIVERGENCES",
     "HEAD_VERSION",
     "LOSSES",
     "LOSS_OPTIONS",
     "METRIC_NAMES",
     "CustomLoss",
+    "DivergenceLoss",
     "HeadOptions",
     "NotAPairLossError",
     "PairFunction",
@@ -57,6 +62,7 @@ __all__ = [
     "linear_scores",
     "make_custom_loss",
     "make_loss",
+    "make_mixture",
     "pair_metrics",
     "sum_per_sequence",
 ]

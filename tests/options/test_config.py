@@ -12,7 +12,7 @@ from transformers import HfArgumentParser, TrainingArguments
 from dpofast import DPOConfig
 from dpofast.errors import ConfigError
 from dpofast.options.trl import resolve_config, resolve_tokenizer
-from dpofast_kernels import LOSS_OPTIONS, LOSSES, make_loss
+from dpofast_kernels import LOSS_OPTIONS, LOSSES, make_loss, make_mixture
 
 
 def config(tmp_path, **options):
@@ -65,7 +65,24 @@ def test_defaults_are_trls(tmp_path):
         ({"model_init_kwargs": "{"}, "model_init_kwargs"),
         ({"beta": float("nan")}, "beta"),
         ({"loss_type": "sigmod"}, "sigmoid"),
-        ({"loss_type": ["sigmoid", "hinge"]}, "one loss"),
+        ({"loss_type": []}, "loss_type: got \\[\\], expected a name or a list of names"),
+        (
+            {"loss_type": ["sigmoid", "hing"]},
+            "Unknown loss 'hing'. Did you mean 'hinge'",
+        ),
+        (
+            {"loss_type": ["sigmoid", "hinge"], "loss_weights": [1.0]},
+            "loss_weights: got 1 weights for the 2 losses of loss_type, sigmoid, hinge; give one",
+        ),
+        ({"loss_weights": [-1.0]}, "at least 0"),
+        ({"loss_weights": 0.5}, "loss_weights: got 0.5, expected a list of numbers"),
+        ({"loss_weights": ["half"]}, "loss_weights: got \\['half'\\], expected a list of numbers"),
+        ({"loss_type": ["hinge", "ipo"], "label_smoothing": 0.1}, "label_smoothing"),
+        ({"f_divergence_type": "kl"}, "f_divergence_type: Unknown divergence 'kl'; there are"),
+        (
+            {"f_divergence_type": "forward_kl", "loss_type": ["sigmoid", "apo_zero"]},
+            "f_divergence_type: The apo_zero loss has no other divergence",
+        ),
         ({"label_smoothing": 0.5}, "label_smoothing"),
         ({"label_smoothing": 0.1, "loss_type": "hinge"}, "label_smoothing"),
         ({"loss_type": "dpo"}, "loss_type: Unknown loss 'dpo'. Did you mean 'sigmoid'"),
@@ -89,7 +106,6 @@ def test_defaults_are_trls(tmp_path):
         ({"torch_compile_mode": "max-autotune"}, "torch_compile_mode isn't supported"),
         ({"fsdp": "full_shard"}, "zero2 or zero3"),
         ({"deepspeed": "zero_3"}, "did you mean 'zero3'"),
-        ({"f_divergence_type": "js_divergence"}, "reverse_kl"),
     ],
 )
 def test_a_wrong_value_or_name_is_refused_with_the_option(tmp_path, options, message):
@@ -178,10 +194,25 @@ def test_every_loss_is_made_with_its_options(tmp_path, name):
     assert config(tmp_path, loss_type=name, **given).make_loss() == make_loss(name, **given)
 
 
+def test_losses_are_mixed_and_scored_as_the_options_say(tmp_path):
+    given = {"beta": 0.3, "label_smoothing": 0.1, "dpop_lambda": 3.0}
+    names, weights = ["sigmoid", "dpop"], [0.8, 0.2]
+    options = {"loss_type": names, "loss_weights": weights, **given}
+    mixture = make_mixture(names, weights, **given)
+    assert config(tmp_path, **options).make_loss() == mixture
+    assert config(tmp_path, loss_type=["ipo"], loss_weights=[1]).make_loss() == make_loss("ipo")
+    options |= {"loss_type": ["sigmoid", "hinge"], "f_divergence_type": "alpha_divergence"}
+    made = config(tmp_path, **options, f_alpha_divergence_coef=0.3).make_loss()
+    assert (made.divergence, made.coefficient, made.beta) == ("alpha_divergence", 0.3, 0.3)
+    assert made.loss == make_mixture(["sigmoid", "hinge"], weights, 0.3, 0.1)
+
+
 def test_options_of_another_loss_have_no_effect_and_are_said(tmp_path, caplog):
     config(tmp_path, discopop_tau=0.1, dpop_lambda=5.0, loss_type="dpop")
     assert "discopop_tau=0.1 (only the loss discopop has it)" in caplog.text
     assert "dpop_lambda" not in caplog.text
+    config(tmp_path, f_alpha_divergence_coef=0.9)
+    assert "f_alpha_divergence_coef=0.9 (only alpha_divergence has it)" in caplog.text
 
 
 def test_options_of_single_losses_have_the_losses_own_defaults(tmp_path):

@@ -96,11 +96,11 @@ Way = Callable[[Path, dict[str, Any]], DPOConfig]
 @every_way
 def test_what_would_change_the_training_is_refused_all_at_once(tmp_path: Path, give: Way) -> None:
     with pytest.raises(ConfigError) as caught:
-        give(tmp_path, {"ld_alpha": 0.5, "f_divergence_type": "js_divergence", "beta": 0.2})
+        give(tmp_path, {"ld_alpha": 0.5, "use_weighting": True, "beta": 0.2})
     text = str(caught.value)
     assert "2 options can't be used" in text
     assert "ld_alpha=0.5 isn't supported: leave it out" in text
-    assert "f_divergence_type='js_divergence' isn't supported" in text
+    assert "use_weighting=True isn't supported" in text
 
 
 @every_way
@@ -141,8 +141,6 @@ def test_both_names_with_two_values_are_refused(tmp_path: Path) -> None:
 )
 def test_every_refusal_says_what_to_do(tmp_path: Path, name: str) -> None:
     values = {
-        "loss_weights": [0.5],
-        "f_divergence_type": "forward_kl",
         "tools": [{}],
         "save_safetensors": False,
         "ld_alpha": 0.0,

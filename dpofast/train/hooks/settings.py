@@ -61,13 +61,24 @@ class ShowsSettings:
 
     @_setting(_LOSS)
     def loss_types(self) -> list[str]:
-        """The name of the loss, as a list; "custom" for a loss_fn."""
-        return [self.pair_loss.name]
+        """The names of the losses that are summed; "custom" for a loss_fn."""
+        return list(self.pair_loss.names)
 
     @_setting(_LOSS)
     def loss_type(self) -> list[str]:
         """The same, under TRL's older name."""
-        return [self.pair_loss.name]
+        return list(self.pair_loss.names)
+
+    @_setting(_LOSS)
+    def loss_weights(self) -> list[float]:
+        """The weights of the losses that are summed."""
+        loss = getattr(self.pair_loss, "loss", self.pair_loss)
+        return list(getattr(loss, "weights", [1.0]))
+
+    @_setting(_LOSS)
+    def f_divergence_type(self) -> str:
+        """What keeps the policy near the reference."""
+        return str(getattr(self.pair_loss, "divergence", "reverse_kl"))
 
     @_setting(_ARGUMENT)
     def loss_fn(self) -> PairFunction | None:

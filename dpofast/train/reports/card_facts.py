@@ -106,11 +106,11 @@ def card_options(trainer: Any) -> dict[str, Any]:
     optimizer, scheduler = trainer.given_optimizers
     function = getattr(loss, "function", None)  # of a loss of the user's own
     options = {
-        "loss_type": getattr(loss, "name", type(loss).__name__),
+        "loss_type": ", ".join(getattr(loss, "names", [type(loss).__name__])),
         "loss_fn": None if function is None else _function_name(function),
         "beta": getattr(loss, "beta", None),
         "label_smoothing": getattr(loss, "label_smoothing", None) or None,
-        **_own_option(loss),
+        **_own_options(loss),
         "learning_rate": config.learning_rate if optimizer is None else None,
         "lr_scheduler_type": _value(config.lr_scheduler_type),
         "warmup_steps": config.warmup_steps or None,
@@ -133,10 +133,17 @@ def card_options(trainer: Any) -> dict[str, Any]:
     return options
 
 
-def _own_option(loss: Any) -> dict[str, Any]:
-    """The option that only this loss has, by name."""
-    name = getattr(loss, "option_name", None)
-    return {} if name is None else {name: loss.option}
+def _own_options(loss: Any) -> dict[str, Any]:
+    """What only some losses have, by the name of the option."""
+    divergence = getattr(loss, "divergence", None)
+    loss = getattr(loss, "loss", loss)
+    parts = getattr(loss, "parts", (loss,))
+    names = [(part, getattr(part, "option_name", None)) for part in parts]
+    return {
+        "loss_weights": list(loss.weights) if hasattr(loss, "weights") else None,
+        "f_divergence_type": divergence,
+        **{name: part.option for part, name in names if name is not None},
+    }
 
 
 def _logs(trainer: Any) -> dict[str, Any]:

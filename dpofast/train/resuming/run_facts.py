@@ -62,7 +62,8 @@ def option_facts(config: DPOConfig, num_steps: int) -> dict[str, Any]:
     facts = {name: shown.get(name) for name in names if hasattr(config, name)}
     # One option has two names, of which the older versions of transformers know the older one.
     facts["activation_checkpointing"] = config.gradient_checkpointing
-    facts["loss_type"] = config.loss_type[0]
+    # Checkpoints of early versions record a single name.
+    facts["loss_type"] = config.loss_type if len(config.loss_type) > 1 else config.loss_type[0]
     facts["data_seed"] = config.seed if config.data_seed is None else config.data_seed
     facts["max_steps"] = config.max_steps if config.max_steps > 0 else None
     facts["num_train_epochs"] = None if config.max_steps > 0 else config.num_train_epochs

@@ -1,7 +1,8 @@
 """Losses of preference pairs, their derivatives and metrics.
 
-Each formula is written twice, in PyTorch and for Triton. Both versions are in this folder. A user's
-own loss is a function in PyTorch only, which autograd derives.
+Each formula is written twice, in PyTorch and for Triton. Both versions are in this folder. Sums of
+losses and other divergences are computed from their results, in PyTorch. A user's own loss is a
+function in PyTorch only, which autograd derives.
 """
 
 from __future__ import annotations
@@ -12,21 +13,25 @@ from dpofast_kernels.preference.custom import (
     PairFunction,
     function_name,
 )
+from dpofast_kernels.preference.divergence import DIVERGENCES, DivergenceLoss
 from dpofast_kernels.preference.loss import PairLoss
 from dpofast_kernels.preference.metrics import METRIC_NAMES, pair_metrics
 from dpofast_kernels.preference.probe import make_custom_loss
-from dpofast_kernels.preference.registry import LOSS_OPTIONS, LOSSES, make_loss
+from dpofast_kernels.preference.registry import LOSS_OPTIONS, LOSSES, make_loss, make_mixture
 
 __all__ = [
+    "DIVERGENCES",
     "LOSSES",
     "LOSS_OPTIONS",
     "METRIC_NAMES",
     "CustomLoss",
+    "DivergenceLoss",
     "NotAPairLossError",
     "PairFunction",
     "PairLoss",
     "function_name",
     "make_custom_loss",
     "make_loss",
+    "make_mixture",
     "pair_metrics",
 ]

@@ -26,6 +26,7 @@ class EXOPairLoss(PairLoss):
     """
 
     name: ClassVar[str] = "exo_pair"
+    takes_divergence: ClassVar[bool] = True
     takes_label_smoothing: ClassVar[bool] = True
 
     def __post_init__(self) -> None:

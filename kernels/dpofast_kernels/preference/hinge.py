@@ -19,6 +19,7 @@ class HingeLoss(PairLoss):
     """
 
     name: ClassVar[str] = "hinge"
+    takes_divergence: ClassVar[bool] = True
 
     def pair_loss(
         self, chosen_logratios: Tensor, rejected_logratios: Tensor, lengths: Tensor

@@ -20,6 +20,7 @@ class IPOLoss(PairLoss):
     """
 
     name: ClassVar[str] = "ipo"
+    takes_divergence: ClassVar[bool] = True
 
     def pair_loss(
         self, chosen_logratios: Tensor, rejected_logratios: Tensor, lengths: Tensor

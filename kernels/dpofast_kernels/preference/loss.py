@@ -19,6 +19,8 @@ class PairLoss:
     Attributes:
         name: name in the registry.
         takes_label_smoothing: whether the loss has label smoothing.
+        takes_divergence: whether other divergences than the reverse KL make sense, because the loss
+            depends on the difference of the two log-ratios (`DivergenceLoss`).
         option_name: name of the loss's own option; None if it has none.
         beta: strength of the pull towards the reference, above 0.
         label_smoothing: probability that a pair's labels are swapped, in [0, 0.5).
@@ -30,6 +32,7 @@ class PairLoss:
 
     name: ClassVar[str]
     takes_label_smoothing: ClassVar[bool] = False
+    takes_divergence: ClassVar[bool] = False
     option_name: ClassVar[str | None] = None
 
     beta: float = 0.1
@@ -51,6 +54,11 @@ class PairLoss:
                 f"label_smoothing is {self.label_smoothing}, but the {self.name} loss has none: "
                 "set it to 0 or choose a loss that has it, such as sigmoid."
             )
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of the losses of which this one consists."""
+        return (self.name,)
 
     @property
     def option(self) -> float:

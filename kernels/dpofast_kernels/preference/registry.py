@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Sequence
 
 from dpofast_kernels.preference.apo import APODownLoss, APOZeroLoss
 from dpofast_kernels.preference.bco_pair import BCOPairLoss
@@ -12,6 +13,7 @@ from dpofast_kernels.preference.exo_pair import EXOPairLoss
 from dpofast_kernels.preference.hinge import HingeLoss
 from dpofast_kernels.preference.ipo import IPOLoss
 from dpofast_kernels.preference.loss import PairLoss
+from dpofast_kernels.preference.mixture import MixtureLoss
 from dpofast_kernels.preference.nca_pair import NCAPairLoss
 from dpofast_kernels.preference.robust import RobustLoss
 from dpofast_kernels.preference.sigmoid import SigmoidLoss, SigmoidNormLoss
@@ -74,6 +76,54 @@ def make_loss(
                 f"{LOSS_OPTIONS[option]} loss."
             )
     return LOSSES[name](beta=beta, label_smoothing=label_smoothing, **options)
+
+
+def make_mixture(
+    names: Sequence[str],
+    weights: Sequence[float] | None = None,
+    beta: float = 0.1,
+    label_smoothing: float = 0.0,
+    **options: float,
+) -> PairLoss:
+    """Make the weighted sum of several losses, or a loss alone if there is one of weight 1.
+
+    Args:
+        names: names of losses, as in `make_loss`.
+        weights: a weight of at least 0 for each; None for 1 each.
+        beta: beta of all losses.
+        label_smoothing: that of the losses that have it.
+        options: own options of the losses, as in `make_loss`.
+
+    Raises:
+        TypeError: an option is not a number, or no loss has an option of that name.
+        ValueError: a name is unknown, an option or a weight is out of range, or none of the losses
+            has an option.
+
+    Example:
+        >>> from dpofast_kernels import make_mixture
+        >>> loss = make_mixture(["sigmoid", "bco_pair"], [0.8, 0.2], beta=0.1)
+        >>> loss.names
+        ('sigmoid', 'bco_pair')
+    """
+    if not names:
+        raise ValueError("There is no loss; name at least one.")
+    smoothed = [name for name in names if name in LOSSES and LOSSES[name].takes_label_smoothing]
+    parts = []
+    for name in names:
+        # What no loss of the mixture has goes to the first one, which says so.
+        own = {
+            option: value
+            for option, value in options.items()
+            if LOSS_OPTIONS.get(option) == name or LOSS_OPTIONS.get(option) not in names
+        }
+        smoothing = label_smoothing if name in smoothed or not smoothed else 0.0
+        parts.append(make_loss(name, beta, smoothing, **own))
+    given = [1.0] * len(parts) if weights is None else list(weights)
+    if len(parts) == 1 and given == [1.0]:
+        return parts[0]
+    return MixtureLoss(
+        beta=beta, label_smoothing=label_smoothing, parts=tuple(parts), weights=tuple(given)
+    )
 
 
 def _hint(name: str) -> str:

@@ -24,6 +24,7 @@ class RobustLoss(PairLoss):
     """
 
     name: ClassVar[str] = "robust"
+    takes_divergence: ClassVar[bool] = True
     takes_label_smoothing: ClassVar[bool] = True
 
     def pair_loss(

@@ -28,6 +28,7 @@ class SigmoidLoss(PairLoss):
 
     name: ClassVar[str] = "sigmoid"
     takes_label_smoothing: ClassVar[bool] = True
+    takes_divergence: ClassVar[bool] = True
 
     def pair_loss(
         self, chosen_logratios: Tensor, rejected_logratios: Tensor, lengths: Tensor
@@ -52,6 +53,7 @@ class SigmoidNormLoss(PairLoss):
 
     name: ClassVar[str] = "sigmoid_norm"
     takes_label_smoothing: ClassVar[bool] = True
+    takes_divergence: ClassVar[bool] = True
 
     def pair_loss(
         self, chosen_logratios: Tensor, rejected_logratios: Tensor, lengths: Tensor

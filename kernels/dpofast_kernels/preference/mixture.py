@@ -1,0 +1,78 @@
+"""Weighted sums of losses."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from dpofast_kernels.preference.loss import PairLoss
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixtureLoss(PairLoss):
+    """The sum of weight x loss over several losses of the same beta, as in MPO, arXiv:2411.10442.
+
+    Attributes:
+        parts: the losses. label_smoothing is that of the parts that have it.
+        weights: their weights, finite and at least 0; one of them is above 0.
+
+    Raises:
+        ValueError: the numbers of losses and weights differ, a weight is out of range, or the
+            losses differ in beta.
+    """
+
+    name: ClassVar[str] = "mixture"
+    takes_label_smoothing: ClassVar[bool] = True
+
+    parts: tuple[PairLoss, ...]
+    weights: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if len(self.weights) != len(self.parts):
+            raise ValueError(
+                f"There are {len(self.weights)} weights for {len(self.parts)} losses; give one for "
+                "each."
+            )
+        if not all(math.isfinite(weight) and weight >= 0.0 for weight in self.weights):
+            raise ValueError(
+                f"The weights are {list(self.weights)}, expected finite numbers of at least 0."
+            )
+        if not any(self.weights):
+            raise ValueError("All weights are 0, so nothing would be trained.")
+        if any(part.beta != self.beta for part in self.parts):
+            raise ValueError("The losses of a mixture differ in beta, expected the same.")
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of the parts."""
+        return tuple(name for part in self.parts for name in part.names)
+
+    def pair_loss(
+        self, chosen_logratios: Tensor, rejected_logratios: Tensor, lengths: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        terms = [
+            torch.stack(part.pair_loss(chosen_logratios, rejected_logratios, lengths)) * weight
+            for part, weight in self._weighted()
+        ]
+        loss, d_chosen, d_rejected = torch.stack(terms).sum(0)  # [3, P]
+        return loss, d_chosen, d_rejected
+
+    def first_value(self, lengths: Tensor) -> Tensor:
+        values = [part.first_value(lengths) * weight for part, weight in self._weighted()]
+        return torch.stack(values).sum(0)
+
+    def direction(self, lengths: Tensor) -> Tensor | None:
+        found = [part.direction(lengths) for part, _ in self._weighted()]
+        first = found[0]
+        if first is None or any(each is None or not torch.equal(each, first) for each in found):
+            return None
+        return first
+
+    def _weighted(self) -> list[tuple[PairLoss, float]]:
+        """The parts with their weights, without those of weight 0: 0 times infinity is NaN."""
+        return [each for each in zip(self.parts, self.weights, strict=True) if each[1]]
