@@ -115,13 +115,16 @@ class PlainDPO:
         trained = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(trained, lr=learning_rate, weight_decay=0.0)
 
+    def loss(self, pair: dict[str, list[int]]) -> torch.Tensor:
+        """[] fp64: the loss of a pair."""
+        return -F.logsigmoid(self.beta * naive_margin(self.model, self.reference, pair))
+
     def step(self, pairs: list[dict[str, list[int]]]) -> tuple[float, float]:
         """Take an optimizer step over these pairs: (loss, gradient norm before clipping)."""
         self.model.train()
         total = 0.0
         for pair in pairs:
-            margin = naive_margin(self.model, self.reference, pair)
-            loss = -F.logsigmoid(self.beta * margin) / len(pairs)
+            loss = self.loss(pair) / len(pairs)
             loss.backward()
             total += loss.item()
         norm = clip_exactly(self.model.parameters(), self.max_norm).item()

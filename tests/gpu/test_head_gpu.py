@@ -8,12 +8,15 @@ from dataclasses import replace
 import pytest
 import torch
 
+from dpofast_kernels import LOSSES as REGISTRY
 from dpofast_kernels import (
+    DivergenceLoss,
     HeadOptions,
     backend_for,
     linear_logps,
     linear_pair_loss,
     make_loss,
+    make_mixture,
 )
 from dpofast_kernels.head import chunked, workspace
 
@@ -31,6 +34,15 @@ LOSSES = {
     "cdpo": make_loss("sigmoid", 0.01, label_smoothing=0.2),
     "hinge": make_loss("hinge", 0.01),
     "ipo": make_loss("ipo", 0.01),
+}
+SMOOTHINGS = {"exo_pair": 1e-3, "robust": 0.1}
+ALL_LOSSES = {
+    **{name: make_loss(name, 0.01, SMOOTHINGS.get(name, 0.0)) for name in REGISTRY},
+    **LOSSES,
+    "mixture": make_mixture(["sigmoid", "bco_pair"], [0.8, 0.2], 0.01),
+    "divergence": DivergenceLoss(
+        beta=0.01, loss=make_loss("sigmoid", 0.01), divergence="js_divergence"
+    ),
 }
 # Largest error relative to a gradient's norm. In bf16 a pair's coefficient is rounded by up to
 # 2^-8, and so is the result; with few pairs, how much is chance. In fp16 only the result is.
@@ -89,7 +101,7 @@ def run(
 ) -> dict[str, torch.Tensor]:
     """Loss, log-probs and both gradients of `linear_pair_loss`, in float64."""
     leaves, options = leaves_of(tensors, dtype), options_for(backend, dtype, full)
-    output = linear_pair_loss(**{**tensors, **leaves}, loss=LOSSES[loss], options=options)
+    output = linear_pair_loss(**{**tensors, **leaves}, loss=ALL_LOSSES[loss], options=options)
     (output.loss * LOSS_SCALE).backward()
     return in_float64({"loss": output.loss, "logps": output.logps}, leaves)
 
@@ -204,6 +216,15 @@ def test_long_pairs_and_chunks(loss, rows, backend, chunk_rows, scored_rows):
     assert max(scored_rows) <= rows
 
 
+@pytest.mark.parametrize("rows", [50, 10_000])
+@pytest.mark.parametrize("loss", sorted(ALL_LOSSES.keys() - LOSSES.keys()))
+def test_every_loss_is_the_float64_truth(loss, rows, chunk_rows):
+    tensors = inputs(torch.bfloat16)
+    truth = run(tensors, "naive", torch.float64, loss=loss)
+    chunk_rows(rows)
+    assert_close(run(tensors, "auto", torch.bfloat16, loss=loss), truth, TOLERANCES[torch.bfloat16])
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("full", [False, True], ids=["plain", "full"])
 def test_chunks_of_per_token_logps(full, backend, chunk_rows, scored_rows):
@@ -298,7 +319,7 @@ def test_two_runs_are_equal_bit_for_bit(backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("rows", [50, 10_000])
-@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("loss", ALL_LOSSES)
 def test_the_device_is_never_waited_for(loss, rows, backend, chunk_rows):
     """With bounds on the CPU, neither the forward nor the backward waits, even for long pairs."""
     tensors = inputs(torch.bfloat16)
@@ -306,7 +327,7 @@ def test_the_device_is_never_waited_for(loss, rows, backend, chunk_rows):
     chunk_rows(rows)
 
     def step() -> None:
-        output = linear_pair_loss(**{**tensors, **leaves}, loss=LOSSES[loss], options=options)
+        output = linear_pair_loss(**{**tensors, **leaves}, loss=ALL_LOSSES[loss], options=options)
         torch.autograd.grad(output.loss, list(leaves.values()))
 
     step()  # compiles, and finds out what the device can do

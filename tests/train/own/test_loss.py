@@ -91,6 +91,13 @@ class TestRefused:
         with pytest.raises(ConfigError, match=r"^loss_fn: loss_type is \['ipo'\], too"):
             make_trainer(tmp_path, options={"loss_type": "ipo"}, loss_fn=sigmoid_by_hand)
 
+    @pytest.mark.parametrize(
+        ("name", "value"), [("loss_weights", [0.5]), ("f_divergence_type", "forward_kl")]
+    )
+    def test_what_only_losses_of_loss_type_have(self, tmp_path, name, value):
+        with pytest.raises(ConfigError, match=rf"^loss_fn: {name} is .*; leave it out"):
+            make_trainer(tmp_path, options={name: value}, loss_fn=sigmoid_by_hand)
+
     def test_label_smoothing_as_well(self, tmp_path):
         with pytest.raises(ConfigError, match=r"^loss_fn: label_smoothing is 0\.1"):
             make_trainer(tmp_path, options={"label_smoothing": 0.1}, loss_fn=sigmoid_by_hand)
