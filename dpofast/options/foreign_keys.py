@@ -199,9 +199,10 @@ OTHER_KEYS = {
     **dict.fromkeys(("pad_to_sequence_len", "packing_samples"), _PACKED),
     # losses
     **dict.fromkeys(
-        ("pref_ftx", "pref_bco_weight", "sft_alpha", "nll_loss_coef"),
-        "leave it out; an extra term of the loss isn't supported",
+        ("pref_ftx", "sft_alpha", "nll_loss_coef"),
+        "leave it out; a likelihood term of the loss isn't supported",
     ),
+    "pref_bco_weight": "set loss_type: [sigmoid, bco_pair] and loss_weights",
     **dict.fromkeys(("simpo_gamma", "cpo_alpha", "orpo_alpha", "kto_desirable_weight"), _LOSS),
     "ipo": "set loss_type: ipo",
     "dpo_norm_loss": "set loss_type: sigmoid_norm",

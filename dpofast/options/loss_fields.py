@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -46,8 +47,9 @@ _DEFAULTS = {item.name: item.default for item in fields(LossFields)}
 
 def settle_loss_fields(config: Any) -> None:
     """Give the options their usual form: loss_type as a list, TRL's enum as its value."""
-    if isinstance(config.loss_type, str):
-        config.loss_type = [config.loss_type]
+    names = config.loss_type
+    if isinstance(names, str | tuple):
+        config.loss_type = [names] if isinstance(names, str) else list(names)
     config.f_divergence_type = getattr(config.f_divergence_type, "value", config.f_divergence_type)
 
 
@@ -66,7 +68,28 @@ def unused_loss_options(config: Any) -> list[str]:
     is_alpha = config.f_divergence_type == "alpha_divergence"
     if not is_alpha and coefficient not in USUAL_COEFFICIENTS:
         remarks.append(f"f_alpha_divergence_coef={coefficient!r} (only alpha_divergence has it)")
+    if is_alpha and coefficient == 1.0:
+        # In older versions of TRL it was one minus this number, and 1.0 the default.
+        remarks.append(
+            "f_divergence_type='alpha_divergence' (with f_alpha_divergence_coef=1.0 it is "
+            "reverse_kl; in older versions of TRL it was forward_kl)"
+        )
     return remarks
+
+
+def loss_facts(config: Any) -> dict[str, Any]:
+    """The options of the loss as far as they have an effect; None for those without."""
+    weights, divergence = config.loss_weights, config.f_divergence_type
+    is_alpha = divergence == "alpha_divergence"
+    return {
+        "loss_weights": None if weights is None or set(weights) == {1.0} else list(weights),
+        "f_divergence_type": divergence,
+        "f_alpha_divergence_coef": config.f_alpha_divergence_coef if is_alpha else None,
+        **{
+            option: getattr(config, option) if loss in config.loss_type else None
+            for option, loss in LOSS_OPTIONS.items()
+        },
+    }
 
 
 def named_loss(config: Any) -> PairLoss:
@@ -80,6 +103,7 @@ def named_loss(config: Any) -> PairLoss:
         raise ConfigError(f"loss_type: got {names!r}, expected a name or a list of names.")
     if weights is not None:
         _check_weights(weights, names)
+    _check_coefficient(config.f_alpha_divergence_coef)
     options = [option for option, loss in LOSS_OPTIONS.items() if loss in names]
     own = {option: getattr(config, option) for option in options}
     try:
@@ -99,6 +123,15 @@ def _check_weights(weights: Any, names: Any) -> None:
             f"loss_weights: got {len(weights)} weights for the {len(names)} losses of loss_type, "
             f"{', '.join(map(str, names))}; give one for each."
         )
+    if not all(math.isfinite(weight) and weight >= 0.0 for weight in weights) or not any(weights):
+        raise ConfigError(
+            f"loss_weights: got {list(weights)}, expected finite numbers of at least 0, not all 0."
+        )
+
+
+def _check_coefficient(value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise ConfigError(f"f_alpha_divergence_coef: got {value!r}, expected a finite number.")
 
 
 def _with_divergence(loss: PairLoss, config: Any) -> PairLoss:

@@ -74,7 +74,11 @@ def test_defaults_are_trls(tmp_path):
             {"loss_type": ["sigmoid", "hinge"], "loss_weights": [1.0]},
             "loss_weights: got 1 weights for the 2 losses of loss_type, sigmoid, hinge; give one",
         ),
-        ({"loss_weights": [-1.0]}, "at least 0"),
+        ({"loss_weights": [-1.0]}, "loss_weights: got .* finite numbers of at least 0, not all 0"),
+        ({"loss_weights": [0.0]}, "loss_weights: got .* finite numbers of at least 0, not all 0"),
+        ({"loss_type": [["sigmoid"]]}, "loss_type: Unknown loss"),
+        ({"f_alpha_divergence_coef": "x"}, "f_alpha_divergence_coef: got 'x', expected a finite"),
+        ({"f_alpha_divergence_coef": math.inf}, "f_alpha_divergence_coef: got inf, expected"),
         ({"loss_weights": 0.5}, "loss_weights: got 0.5, expected a list of numbers"),
         ({"loss_weights": ["half"]}, "loss_weights: got \\['half'\\], expected a list of numbers"),
         ({"loss_type": ["hinge", "ipo"], "label_smoothing": 0.1}, "label_smoothing"),
@@ -211,6 +215,8 @@ def test_options_of_another_loss_have_no_effect_and_are_said(tmp_path, caplog):
     config(tmp_path, discopop_tau=0.1, dpop_lambda=5.0, loss_type="dpop")
     assert "discopop_tau=0.1 (only the loss discopop has it)" in caplog.text
     assert "dpop_lambda" not in caplog.text
+    config(tmp_path, f_divergence_type="alpha_divergence", f_alpha_divergence_coef=1.0)
+    assert "it is reverse_kl; in older versions of TRL it was forward_kl" in caplog.text
     config(tmp_path, f_alpha_divergence_coef=0.9)
     assert "f_alpha_divergence_coef=0.9 (only alpha_divergence has it)" in caplog.text
 

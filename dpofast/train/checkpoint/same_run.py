@@ -11,6 +11,14 @@ from dpofast.options.allowed_changes import FIXED, LIMITS, ROUNDING, SCHEDULED, 
 
 Facts = Mapping[str, Any]
 
+# What versions did that don't record these facts, because there was nothing else.
+FIRST_LOSSES: Facts = {
+    "discopop_tau": None,
+    "dpop_lambda": None,
+    "f_alpha_divergence_coef": None,
+    "f_divergence_type": "reverse_kl",
+    "loss_weights": None,
+}
 # Facts by which others are judged; they aren't compared themselves.
 DERIVED = frozenset({"num_steps", "warmup"})
 # Schedules that know more of the run than the number of the step.
@@ -67,6 +75,8 @@ def compare(
     Raises:
         CheckpointError: facts differ that may not; names each of them, and what to do.
     """
+    if "loss_type" in recorded:
+        recorded = {**FIRST_LOSSES, **recorded}
     harmless, allows, refused = [], [], []
     for change in _changes(recorded, now):
         if change.name in ROUNDING or _is_only_length(change.name, recorded, now):

@@ -41,9 +41,10 @@ class EvaluatedLosses:
         """The pairs whose log-probs aren't finite; all of a micro-batch if none can be told."""
         pairs: list[int] = []
         for indices, loss, logps in self._found:
-            if not bool(loss.isfinite().all()):
+            is_known = logps is not None and not bool(logps.isfinite().all())
+            if is_known or not bool(loss.isfinite().all()):
                 flags = [True] * len(indices)
-                if logps is not None and not bool(logps.isfinite().all()):
+                if logps is not None and is_known:
                     flags = logps.view(-1, 2).isfinite().logical_not().any(1).tolist()
                 pairs += [index for index, is_bad in zip(indices, flags, strict=True) if is_bad]
         return pairs

@@ -32,6 +32,11 @@ class Pass:
     loss: Tensor
     logps: Tensor | None
 
+    @property
+    def total(self) -> Tensor:
+        """[]: NaN or infinite if the loss or a log-prob is; a bounded loss hides the latter."""
+        return self.loss if self.logps is None else self.loss + self.logps.sum().to(self.loss)
+
 
 @dataclass
 class StepPasses:
@@ -46,10 +51,10 @@ class StepPasses:
     passes: list[Pass] = field(default_factory=list)
 
     def is_bad(self, device: torch.device) -> Tensor:
-        """[] bool: whether a loss is NaN or infinite."""
+        """[] bool: whether a loss or a log-prob is NaN or infinite."""
         if not self.passes:
             return torch.zeros((), dtype=torch.bool, device=device)
-        return torch.stack([each.loss for each in self.passes]).isfinite().all().logical_not()
+        return torch.stack([each.total for each in self.passes]).isfinite().all().logical_not()
 
     def bad_pairs(self, loss: PairLoss) -> list[int]:
         """The pairs whose loss is NaN or infinite, as the step counts them.
@@ -61,7 +66,7 @@ class StepPasses:
             return []
         found: list[int] = []
         for indices, each in zip(self.step.indices, self.passes, strict=False):
-            if not bool(each.loss.isfinite()) and len(indices) == each.batch.num_pairs:
+            if not bool(each.total.isfinite()) and len(indices) == each.batch.num_pairs:
                 flags = _bad_pairs(each, loss)
                 found += [index for index, is_bad in zip(indices, flags, strict=True) if is_bad]
         return found

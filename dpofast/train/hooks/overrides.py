@@ -171,8 +171,8 @@ def check_overrides(trainer: Any) -> None:
     loss = vars(trainer).get("pair_loss")
     if loss is not None and not isinstance(loss, PairLoss):
         raise ConfigError(
-            f"DPOTrainer.pair_loss: got a {type(loss).__name__}, expected what make_loss or "
-            "make_custom_loss of dpofast_kernels returns."
+            f"DPOTrainer.pair_loss: got a {type(loss).__name__}, expected what make_loss, "
+            "make_mixture or make_custom_loss of dpofast_kernels returns."
         )
     _check_settings(trainer)
     _check_samples_hook(trainer)

@@ -23,7 +23,9 @@ class Setting(property):
         self.__doc__, self.name, self.remedy = read.__doc__, read.__name__, remedy
 
     def _refuse(self, trainer: Any, value: Any) -> None:
-        if getattr(trainer, self.name, self) is value:  # as of `trainer.beta = trainer.args.beta`
+        own = getattr(trainer, self.name, self)
+        # As of `trainer.beta = trainer.args.beta`; some lists are made anew at each reading.
+        if own is value or (isinstance(own, list) and own == value):
             return
         raise ConfigError(
             f"{type(trainer).__qualname__}.{self.name} can't be assigned, as it would change "
@@ -35,7 +37,10 @@ def _setting(remedy: str) -> Callable[[Callable[[Any], Any]], Setting]:
     return lambda read: Setting(read, remedy)
 
 
-_LOSS = "set it in DPOConfig, or assign trainer.pair_loss = dpofast_kernels.make_loss(...)"
+_LOSS = (
+    "set it in DPOConfig, or assign trainer.pair_loss = dpofast_kernels.make_loss(...), or what "
+    "make_mixture(...) or DivergenceLoss(...) returns"
+)
 _CONFIG = "set it in DPOConfig"
 _ARGUMENT = "pass it to DPOTrainer"
 
@@ -79,6 +84,11 @@ class ShowsSettings:
     def f_divergence_type(self) -> str:
         """What keeps the policy near the reference."""
         return str(getattr(self.pair_loss, "divergence", "reverse_kl"))
+
+    @_setting(_LOSS)
+    def f_alpha_divergence_coef(self) -> float:
+        """The coefficient of alpha_divergence."""
+        return float(getattr(self.pair_loss, "coefficient", 0.5))
 
     @_setting(_ARGUMENT)
     def loss_fn(self) -> PairFunction | None:

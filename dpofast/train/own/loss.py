@@ -27,9 +27,9 @@ def run_loss(config: DPOConfig, loss_fn: PairFunction | None) -> PairLoss:
             f"loss_fn: loss_type is {config.loss_type}, too, but one loss is trained; leave one of "
             "them out."
         )
-    for name in ("loss_weights", "f_divergence_type"):
-        usual = next(item.default for item in fields(DPOConfig) if item.name == name)
-        if getattr(config, name) != usual:
+    neutral = {"loss_weights": (None, [1.0]), "f_divergence_type": ("reverse_kl",)}
+    for name, values in neutral.items():
+        if getattr(config, name) not in values:
             raise ConfigError(
                 f"loss_fn: {name} is {getattr(config, name)!r}, which only losses of loss_type "
                 "have; leave it out."

@@ -135,13 +135,14 @@ def card_options(trainer: Any) -> dict[str, Any]:
 
 def _own_options(loss: Any) -> dict[str, Any]:
     """What only some losses have, by the name of the option."""
-    divergence = getattr(loss, "divergence", None)
+    divergence, coefficient = getattr(loss, "divergence", None), getattr(loss, "coefficient", None)
     loss = getattr(loss, "loss", loss)
     parts = getattr(loss, "parts", (loss,))
     names = [(part, getattr(part, "option_name", None)) for part in parts]
     return {
         "loss_weights": list(loss.weights) if hasattr(loss, "weights") else None,
         "f_divergence_type": divergence,
+        "f_alpha_divergence_coef": coefficient if divergence == "alpha_divergence" else None,
         **{name: part.option for part, name in names if name is not None},
     }
 

@@ -18,6 +18,7 @@ from dpofast.columns import REF_COLUMNS
 from dpofast.data import data_fingerprint
 from dpofast.model.parts import causal_lm, is_peft_model
 from dpofast.options.config import DPOConfig
+from dpofast.options.loss_fields import loss_facts
 from dpofast.reference.identity.options import scoring_options
 from dpofast.reference.identity.weights import read_weights
 from dpofast.train.checkpoint.option_classes import COMPARED, ROUNDING
@@ -64,6 +65,7 @@ def option_facts(config: DPOConfig, num_steps: int) -> dict[str, Any]:
     facts["activation_checkpointing"] = config.gradient_checkpointing
     # Checkpoints of early versions record a single name.
     facts["loss_type"] = config.loss_type if len(config.loss_type) > 1 else config.loss_type[0]
+    facts |= loss_facts(config)
     facts["data_seed"] = config.seed if config.data_seed is None else config.data_seed
     facts["max_steps"] = config.max_steps if config.max_steps > 0 else None
     facts["num_train_epochs"] = None if config.max_steps > 0 else config.num_train_epochs

@@ -17,7 +17,7 @@ from dpofast_kernels.preference.loss import PairLoss
 Scores = tuple[Tensor, Tensor]
 
 # TRL clamps the exponent of alpha_divergence here, so that float32 holds the score. It doesn't
-# clamp that of forward_kl, which becomes infinite there.
+# clamp that of forward_kl, which becomes infinite there. Gradients overflow float32 earlier.
 LARGEST_EXPONENT = 80.0
 
 
@@ -73,7 +73,8 @@ class DivergenceLoss(PairLoss):
 
     Raises:
         ValueError: the divergence is unknown, the loss isn't defined by differences of log-ratios,
-            or the coefficient isn't finite.
+            the coefficient isn't finite, or beta or label_smoothing differ from the loss's.
+        TypeError: the coefficient isn't a number.
     """
 
     name: ClassVar[str] = "divergence"
@@ -89,12 +90,20 @@ class DivergenceLoss(PairLoss):
             raise ValueError(
                 f"Unknown divergence {self.divergence!r}; there are {', '.join(DIVERGENCES)}."
             )
+        for name in ("beta", "label_smoothing"):
+            if getattr(self, name) != getattr(self.loss, name):
+                raise ValueError(
+                    f"{name} is {getattr(self, name)}, but that of the loss is "
+                    f"{getattr(self.loss, name)}; expected the same."
+                )
         for part in getattr(self.loss, "parts", (self.loss,)):
             if not part.takes_divergence:
                 raise ValueError(
                     f"The {part.name} loss has no other divergence than reverse_kl, because it "
                     "isn't a loss of the difference of two log-ratios."
                 )
+        if not isinstance(self.coefficient, (int, float)) or isinstance(self.coefficient, bool):
+            raise TypeError(f"The coefficient is {self.coefficient!r}, expected a number.")
         if not math.isfinite(self.coefficient):
             raise ValueError(f"The coefficient is {self.coefficient}, expected a finite number.")
 

@@ -105,9 +105,10 @@ def make_mixture(
         >>> loss.names
         ('sigmoid', 'bco_pair')
     """
-    if not names:
-        raise ValueError("There is no loss; name at least one.")
-    smoothed = [name for name in names if name in LOSSES and LOSSES[name].takes_label_smoothing]
+    if isinstance(names, str) or not names:
+        raise ValueError(f"names is {names!r}, expected a list of at least one name.")
+    classes = {name: LOSSES.get(name) for name in names if isinstance(name, str)}
+    smoothed = [name for name, loss in classes.items() if loss and loss.takes_label_smoothing]
     parts = []
     for name in names:
         # What no loss of the mixture has goes to the first one, which says so.

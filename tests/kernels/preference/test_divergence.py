@@ -102,5 +102,9 @@ def test_only_losses_of_differences_take_one():
         divergence_loss("apo_zero", "forward_kl")
     with pytest.raises(ValueError, match="Unknown divergence 'kl'; there are reverse_kl, "):
         divergence_loss("sigmoid", "kl")
+    with pytest.raises(ValueError, match=r"beta is 0\.1, but that of the loss is 0\.5"):
+        DivergenceLoss(loss=make_loss("sigmoid", 0.5), divergence="js_divergence")
+    with pytest.raises(TypeError, match="coefficient is 'x', expected a number"):
+        divergence_loss("sigmoid", "alpha_divergence", "x")
     with pytest.raises(ValueError, match="coefficient is nan"):
         divergence_loss("sigmoid", "alpha_divergence", math.nan)

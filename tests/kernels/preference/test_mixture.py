@@ -95,7 +95,9 @@ def test_one_loss_of_weight_1_is_that_loss():
 @pytest.mark.parametrize(
     ("names", "options", "text"),
     [
-        ([], {}, "no loss"),
+        ([], {}, "names is \\[\\], expected a list"),
+        ("sigmoid", {}, "names is 'sigmoid', expected a list"),
+        ([["sigmoid"]], {}, "Unknown loss"),
         (["sigmoid", "sigmod"], {}, "Unknown loss 'sigmod'. Did you mean 'sigmoid'"),
         (["sigmoid", "ipo"], {"weights": [1.0]}, "1 weights for 2 losses"),
         (["sigmoid", "ipo"], {"weights": [1.0, -1.0]}, "at least 0"),

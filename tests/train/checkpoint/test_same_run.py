@@ -64,6 +64,16 @@ def test_allowed_changes_are_reported_and_the_others_refused():
     assert "beta" not in message
 
 
+def test_checkpoints_from_before_there_were_other_losses_are_compared_with_what_these_did():
+    before = {**FACTS, "loss_type": "sigmoid"}
+    own = {"f_divergence_type": "reverse_kl", "loss_weights": None, "dpop_lambda": None}
+    unchanged = compare(before, {**before, **own}, frozenset(), "run/checkpoint-4", None)
+    assert (unchanged.allowed, unchanged.harmless) == ((), ())
+    now = {**before, **own, "f_divergence_type": "js_divergence", "loss_weights": [3.0]}
+    with pytest.raises(CheckpointError, match=r"f_divergence_type: reverse_kl in the .*\n.*3\.0"):
+        compare(before, now, frozenset(), "run/checkpoint-4", None)
+
+
 def test_limits_of_length_only_count_if_they_change_the_data():
     assert compared(max_length=1024).allowed == ()
     message = refused(max_length=256, data="b2")

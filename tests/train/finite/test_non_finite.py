@@ -14,6 +14,7 @@ from transformers import TrainerCallback
 from dpofast.errors import DataError, NonFiniteError, ReferenceStoreError
 from dpofast.model.finite import non_finite_names
 from dpofast.train.finite import step_vote
+from dpofast.train.finite.non_finite import Pass, StepPasses
 from tests.nan_ways import WAYS, assert_clean, run_way
 from tests.support import make_trainer, tiny_llama, token_pairs
 
@@ -184,3 +185,13 @@ def test_the_bits_of_quantised_weights_are_no_numbers():
     bits = torch.full((3,), -1, dtype=torch.int16).view(torch.bfloat16)
     assert bits.isnan().all()
     assert non_finite_names([("bits", Params4bit(bits, requires_grad=False))]) == []
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_bounded_loss_hides_no_log_prob_that_is_not_finite(value):
+    """apo_zero is 1 and has no slope where a log-prob is minus infinity."""
+    logps = torch.tensor([-3.0, -2.0]).double()
+    assert not StepPasses(passes=[Pass(None, torch.ones(()), logps)]).is_bad(torch.device("cpu"))
+    logps[0] = value
+    assert StepPasses(passes=[Pass(None, torch.ones(()), logps)]).is_bad(torch.device("cpu"))
+    assert StepPasses(passes=[Pass(None, logps[0], None)]).is_bad(torch.device("cpu"))

@@ -28,6 +28,23 @@ def test_settings_show_what_the_trainer_uses(tmp_path):
     assert trainer.loss_fn is trainer.metrics_fn is None
 
 
+def test_settings_of_a_mixture_of_losses(tmp_path):
+    names, weights = ["sigmoid", "ipo"], [0.8, 0.2]
+    options = {"loss_type": names, "loss_weights": weights, "label_smoothing": 0.1}
+    trainer = make_trainer(tmp_path, options=options)
+    assert trainer.loss_types == trainer.loss_type == names
+    assert trainer.loss_weights == weights
+    assert (trainer.beta, trainer.label_smoothing) == (BETA, 0.1)
+    assert (trainer.f_divergence_type, trainer.f_alpha_divergence_coef) == ("reverse_kl", 0.5)
+    trainer.loss_weights = trainer.args.loss_weights  # as scripts for TRL do
+    options |= {"f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": 0.3}
+    trainer = make_trainer(tmp_path, options=options)
+    assert (trainer.loss_types, trainer.loss_weights) == (names, weights)
+    assert (trainer.beta, trainer.label_smoothing) == (BETA, 0.1)
+    assert trainer.f_divergence_type == "alpha_divergence"
+    assert trainer.f_alpha_divergence_coef == 0.3
+
+
 def test_settings_of_a_mixture_and_of_an_adapter(tmp_path):
     mixture = make_trainer(tmp_path, tiny_mixtral(), options={"router_aux_loss_coef": 0.3})
     assert mixture.aux_loss_enabled
@@ -45,6 +62,9 @@ def test_settings_of_a_mixture_and_of_an_adapter(tmp_path):
         ("loss_fn", "pass it to DPOTrainer"),
         ("metrics_fn", "pass it to DPOTrainer"),
         ("loss_type", "DPOConfig"),
+        ("loss_weights", "make_mixture"),
+        ("f_divergence_type", "DivergenceLoss"),
+        ("f_alpha_divergence_coef", "DivergenceLoss"),
     ],
 )
 def test_an_assignment_that_would_change_nothing_is_refused(tmp_path, name, remedy):

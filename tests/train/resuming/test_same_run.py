@@ -82,6 +82,8 @@ def test_sums_between_two_logs_are_part_of_the_checkpoint(tmp_path):
         ("data_seed", {"data_seed": 4}),
         ("beta", {"beta": 0.1}),
         ("loss_type", {"loss_type": "ipo"}),
+        ("loss_weights", {"loss_weights": [3.0]}),
+        ("f_divergence_type", {"f_divergence_type": "js_divergence"}),
         ("loss_fn", {"loss_fn": lambda chosen, rejected, lengths: softplus(rejected - chosen)}),
         ("max_grad_norm", {"max_grad_norm": 0.3}),
         ("max_steps", {"max_steps": 8}),
@@ -105,6 +107,12 @@ def test_what_changes_the_numbers_is_refused_by_name(run, name, options):
     message = refusal(folder, **given)
     assert f"\n  {name}" in message
     assert "checkpoint-4" in message
+
+
+def test_options_that_the_loss_does_not_have_may_change(run):
+    folder, expected = run
+    none = {"discopop_tau": 0.3, "loss_weights": [1.0], "f_alpha_divergence_coef": 0.9}
+    assert history(resume(folder, **SCHEDULE, **none)) == expected
 
 
 def test_what_changes_only_rounding_goes_on(run, caplog):
