@@ -16,6 +16,7 @@ import torch
 from benchmarks.harness import positive
 from benchmarks.head_cases import MODELS, Case, Inputs, make_inputs
 from benchmarks.head_contenders import ENTRIES, OURS, contender
+from benchmarks.head_losses import ALL, NAMES, race_losses
 from benchmarks.head_truth import MULTIPLE, Judge
 from benchmarks.memory import peak_beyond_baseline
 from benchmarks.suite import Benchmark, CaseRun, add_options, judge_all, settle, time_all
@@ -120,6 +121,13 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     add("--hidden", type=positive, help="hidden size in place of the first shape's")
     add("--vocab", type=positive, help="vocabulary in place of the first shape's")
+    add(
+        "--losses",
+        nargs="+",
+        choices=(ALL, *NAMES),
+        metavar="LOSS",
+        help=f"race these losses against sigmoid instead: {', '.join(NAMES)}, or all",
+    )
     add("--pairs", type=positive, help="default: 8 on a CPU, a pair per 512 tokens on a GPU")
     options = settle(parser, arguments)
     is_gpu = options.device == "cuda"
@@ -142,7 +150,9 @@ compiles long with `--skip compile liger_dpo`, and what starts processes with --
 
 def main() -> None:
     options = parse()
-    if options.memory_of:
+    if options.losses:
+        sys.exit(race_losses(cases_of(options), options))
+    elif options.memory_of:
         BENCHMARK.child(options)
     else:
         sys.exit(benchmark(options))
