@@ -238,7 +238,7 @@ def test_blocks_become_text_for_a_template_that_takes_only_text(tmp_path, count)
 
 
 @pytest.mark.slow
-@settings(max_examples=40, suppress_health_check=list(HealthCheck), deadline=None)
+@settings(max_examples=10, suppress_health_check=list(HealthCheck), deadline=None)
 @given(seed=st.integers(0, 2**32), blocks=st.booleans())
 def test_any_rows(tmp_path_factory, seed, blocks):
     rows = random_rows(4, seed, nulls=False, blocks=blocks)
