@@ -189,24 +189,6 @@ def test_what_is_known_of_the_run_is_in_its_card(tmp_path, drawn):
         assert text in card.text
 
 
-def test_the_option_of_a_single_loss_is_in_the_card_of_its_runs_only(tmp_path):
-    for loss_type in ("sigmoid", "dpop"):
-        make_trainer(tmp_path, options={"loss_type": loss_type}).create_model_card()
-        text = card_in(tmp_path / "run").text
-        assert f"| loss_type | {loss_type} |" in text
-        assert ("| dpop_lambda | 50.0 |" in text) == (loss_type == "dpop")
-
-
-def test_the_options_of_a_mixture_are_in_the_card_of_its_runs(tmp_path):
-    options = {"loss_type": ["sigmoid", "discopop"], "loss_weights": [0.8, 0.2]}
-    options |= {"f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": 0.3}
-    make_trainer(tmp_path, options=options).create_model_card()
-    text = card_in(tmp_path / "run").text
-    shown = {**options, "loss_type": "sigmoid, discopop", "discopop_tau": 0.05}
-    for name, value in shown.items():
-        assert f"| {name} | {value} |" in text
-
-
 def test_an_optimizer_of_the_user_is_the_one_that_is_named(tmp_path):
     model = tiny_llama()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
