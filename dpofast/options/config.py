@@ -42,7 +42,7 @@ logger = logging.getLogger(__name__)
 class DPOConfig(LossFields):
     """transformers' TrainingArguments and the options of DPO; names and defaults as in TRL.
 
-    How a run is saved, resumed and stopped is in `RunFields`, and what only single losses have in
+    How a run is saved, resumed and stopped is in `RunFields`, and what else decides the loss in
     `LossFields`. TRL's other options are fields, too (`TRLFields`). Those that can't change what is
     trained are accepted with one line in the log, and the others are refused.
 
