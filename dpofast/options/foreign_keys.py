@@ -263,7 +263,9 @@ IN_PYTHON = {
     **dict.fromkeys(("dataset_name", "dataset_config", "dataset_train_split"), _PAIRS),
     **dict.fromkeys(("dataset_columns", "columns"), "pass columns to DPOTrainer"),
     **dict.fromkeys(("dataset_roles", "roles"), "pass roles to DPOTrainer"),
-    "dataset_shares": "mix the datasets with dpofast.data.mix_preferences",
+    **dict.fromkeys(
+        ("dataset_shares", "dataset_weights"), "mix the datasets with dpofast.data.mix_preferences"
+    ),
     "eval_split": "hold pairs out with dpofast.data.hold_out",
     **dict.fromkeys(("eval_dataset_name", "dataset_test_split"), "pass eval_dataset to DPOTrainer"),
     **dict.fromkeys(("use_peft", "lora_r", "lora_alpha", "lora_dropout", "use_rslora"), _LORA),

@@ -37,6 +37,11 @@ class PackedPairs(NoDict):
         num_tokens: tokens in all sequences, padding excluded.
         uses: [B, L] int64, number of sequences that contain the position; 0 for padding.
         shared_layout: attention layout of a packed row [1, L]; None for padded rows.
+        weights: [P] fp64, factors of the pairs' losses; None if all are 1.
+        label_confidence: [P] fp64, probability that the chosen answer is the better one; None if
+            the options say it for all pairs.
+        sets: [P] int64, number of each pair's dataset in `set_names`; None if there is only one.
+        set_names: names of the datasets in a mixture, the same on all ranks.
     """
 
     WHAT: ClassVar[str] = (
@@ -54,6 +59,10 @@ class PackedPairs(NoDict):
     num_tokens: int
     uses: Tensor
     shared_layout: SharedLayout | None = None
+    weights: Tensor | None = None
+    label_confidence: Tensor | None = None
+    sets: Tensor | None = None
+    set_names: tuple[str, ...] = ()
 
     @classmethod
     def from_sequences(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ from torch.utils.data import Dataset
 from dpofast.columns import ID_COLUMNS
 from dpofast.data.packing.batch import PackedPairs, PromptAnswer, StepBatch, TokenIds
 from dpofast.data.packing.collate import Layout
+from dpofast.data.packing.pair_columns import PairColumns
 from dpofast.data.packing.plan import MicroBatch, PlannedStep, TokenLimit
 
 
@@ -20,9 +22,17 @@ class StepDataset(Dataset[StepBatch]):
         pairs: datasets.Dataset with int lists prompt_ids, chosen_ids, rejected_ids.
         ref_logps: [n, 2] fp64, summed log-probs of chosen and rejected of each pair, in nats.
         layout: layout of the micro-batches.
+        usual_confidence: label_confidence of pairs that have none, if others have one.
     """
 
-    def __init__(self, pairs: Any, ref_logps: np.ndarray, layout: Layout) -> None:
+    def __init__(
+        self,
+        pairs: Any,
+        ref_logps: np.ndarray,
+        layout: Layout,
+        usual_confidence: float = 1.0,
+    ) -> None:
+        self._columns = PairColumns.of(pairs, usual_confidence)
         # Reading a pair decodes all its columns, so the columns that aren't needed are dropped.
         self.pairs = pairs.select_columns(list(ID_COLUMNS))
         self.ref_logps, self.layout = ref_logps, layout
@@ -40,7 +50,8 @@ class StepDataset(Dataset[StepBatch]):
 
     def _lay_out(self, batch: MicroBatch) -> PackedPairs:
         sequences = [sequence for pair in _pairs_of(self.pairs[batch]) for sequence in pair]
-        return self.layout.collate(sequences, self.ref_logps[batch].reshape(-1).tolist())
+        laid_out = self.layout.collate(sequences, self.ref_logps[batch].reshape(-1).tolist())
+        return replace(laid_out, **self._columns.of_batch(batch))
 
 
 def token_limit(pairs: Any, layout: Layout, max_tokens: int) -> TokenLimit | None:
