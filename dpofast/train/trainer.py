@@ -166,7 +166,8 @@ class DPOTrainer(
         model, tokenizer = resolve_model(model, config, processing_class)
         set_seed(config.seed)  # a fresh adapter's weights are random; loading may draw numbers, too
         model = prepare_policy(model, config, peft_config)
-        self.data = PairPreparer(config, tokenizer, (model, ref_model), columns, roles)
+        models = (model, ref_model)
+        self.data = PairPreparer(config, tokenizer, models, columns, roles, self.pair_loss)
         self.start_counting()
         train_set = None
         if train_dataset is not None:

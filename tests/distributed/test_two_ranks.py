@@ -14,6 +14,7 @@ pytestmark = pytest.mark.distributed
 
 SCRIPT = Path(__file__).with_name("two_ranks.py")
 HOOK_WAYS = ["ddp.hooks", "zero1.hooks", "zero2.hooks"]
+SET_WAYS = ["ddp.sets", "zero2.sets"]
 WAYS = ["ddp", "zero1", "zero2", "zero3", "own"]
 BF16_WAYS = ["zero1.bf16", "zero2.bf16", "zero3.bf16"]
 # Slow: DeepSpeed may have to compile its Adam first.
@@ -24,13 +25,14 @@ MIXTURE_WAYS = ["ddp.mixtral", "zero3.mixtral"]
 @pytest.fixture(scope="module")
 def one(tmp_path_factory):
     folder = tmp_path_factory.mktemp("one")
-    launch(SCRIPT, 1, str(folder), "4", "1", "ddp", "ddp.hooks")
-    return {way: json.loads((folder / f"{way}.json").read_text()) for way in ("ddp", "ddp.hooks")}
+    ways = ("ddp", "ddp.hooks", "ddp.sets")
+    launch(SCRIPT, 1, str(folder), "4", "1", *ways)
+    return {way: json.loads((folder / f"{way}.json").read_text()) for way in ways}
 
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
-    return run_on_two(tmp_path_factory, WAYS + BF16_WAYS + HOOK_WAYS)
+    return run_on_two(tmp_path_factory, WAYS + BF16_WAYS + HOOK_WAYS + SET_WAYS)
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +60,14 @@ def test_losses_metrics_and_penalties_of_ones_own_are_those_of_one_rank(one, two
     penalty = expected["logs"][0]["loss"] - one["ddp"]["logs"][0]["loss"]
     assert penalty > 0.01
     assert expected["logs"][0]["rewards/chosen"] == one["ddp"]["logs"][0]["rewards/chosen"]
+
+
+@pytest.mark.parametrize("way", SET_WAYS)
+def test_weighted_sets_of_pairs_have_the_losses_and_metrics_of_one_rank(one, two, way):
+    expected, found = (without_first_accuracies(each) for each in (one["ddp.sets"], two[way]))
+    assert_same(expected, found)
+    assert {"eval_loss/soft", "eval_rewards/margins/hard"} <= set(found["evaluation"])
+    assert any("loss/soft" not in log for log in found["logs"]), "a step without pairs of a set"
 
 
 @pytest.mark.parametrize("way", BF16_WAYS)
@@ -91,10 +101,16 @@ def test_dynamic_rope_follows_each_sequence_on_any_number_of_ranks(tmp_path):
     launch(SCRIPT, 1, str(tmp_path), "4", "1", "ddp.stretched")
     launch(SCRIPT, 2, str(tmp_path / "two"), "1", "2", "ddp.stretched", "zero3.stretched")
     one = json.loads((tmp_path / "ddp.stretched.json").read_text())
-    # Before step 1 the margins are 0, and rounding decides which of them count as positive.
-    del one["logs"][0]["rewards/accuracies"]
     for way in ("ddp.stretched", "zero3.stretched"):
-        assert_same(one, json.loads((tmp_path / "two" / f"{way}.json").read_text()))
+        two = json.loads((tmp_path / "two" / f"{way}.json").read_text())
+        assert_same(*(without_first_accuracies(each) for each in (one, two)))
+
+
+def without_first_accuracies(result):
+    """Before step 1 the margins are 0, and rounding decides which of them count as positive."""
+    first, *logs = result["logs"]
+    kept = {name: value for name, value in first.items() if "accuracies" not in name}
+    return {**result, "logs": [kept, *logs]}
 
 
 def assert_nearly_same(one, two):
@@ -108,16 +124,16 @@ def assert_nearly_same(one, two):
 
 def assert_same(one, two):
     assert len(one["logs"]) == len(two["logs"]) == 6
+    # Only steps with pairs of a dataset have its metrics.
     names = [
         name
-        for name in one["logs"][0]
+        for name in {name: None for log in one["logs"] for name in log}
         if name in ("loss", "aux_loss", "grad_norm", "num_tokens")
         or ("/" in name and name != "lengths/row")  # packed rows depend on the number of ranks
     ]
     assert len(names) >= 10
     for name in names:
-        expected = [log[name] for log in one["logs"]]
-        got = [log[name] for log in two["logs"]]
+        expected, got = ([log.get(name, np.nan) for log in each["logs"]] for each in (one, two))
         np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-6, err_msg=name)
     for name, expected in one["evaluation"].items():
         if "runtime" not in name and "per_second" not in name:

@@ -21,3 +21,27 @@ def test_ranks_are_added_up_and_a_rank_without_pairs_counts_nothing():
     sums, other = MetricSums(), torch.tensor([20.0, 2.0], dtype=torch.float64)
     sums.add({"a": torch.empty(0)}, num_pairs=0)
     assert sums.means(lambda vector: vector + other, torch.device("cpu")) == {"a": 10.0}
+
+
+def test_metrics_that_not_all_pairs_have_are_means_over_those_that_have_them():
+    sums, cpu = MetricSums(), torch.device("cpu")
+    one, none = torch.tensor(1.0), torch.tensor(0.0)
+    other = MetricSums()
+    other.add({"a": torch.tensor([1.0, 5.0])}, 2)
+    other.add_some({"b": torch.tensor(5.0)}, {"b": one})
+    sums.add_all(other, 2)
+    sums.add({"a": torch.tensor([3.0])}, 1)
+    sums.add_some({"b": torch.tensor(0.0)}, {"b": none})
+    restored = MetricSums()
+    restored.restore(sums.recorded())
+    assert sums.means(lambda vector: vector, cpu) == {"a": 3.0, "b": 5.0}
+    assert restored.means(lambda vector: vector + vector, cpu) == {"a": 3.0, "b": 5.0}
+    sums.add({"a": torch.tensor([1.0])}, 1)
+    sums.add_some({"b": torch.tensor(0.0)}, {"b": none})
+    assert sums.means(lambda vector: vector, cpu) == {"a": 1.0}, "no pair has b"
+
+
+def test_sums_of_early_versions_have_no_counts():
+    sums = MetricSums()
+    sums.restore({"sums": {"a": 6.0}, "num_pairs": 3})
+    assert sums.means(lambda vector: vector, torch.device("cpu")) == {"a": 2.0}

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from dpofast.data.packing.batch import PackedPairs
 from dpofast.errors import ModelError
+from dpofast.model.pair_losses import batch_losses
 from dpofast_kernels import PairLoss, PairLossOutput
 
 # Parameters up to this size are copied to see whether they move. Of larger ones a sum is kept.
@@ -70,11 +71,8 @@ class FirstStep:
         if output is None:
             self.is_unknown = True
             return
-        assert batch.ref_logps is not None
-        logps = output.logps.detach()  # where the model is, as a user's own loss may hold tensors
-        logratios = logps - batch.ref_logps.to(logps.device)  # [2P]
-        lengths = batch.bounds.diff().view(-1, 2).to(logps.device)
-        _, *slopes = self.loss.pair_loss(logratios[0::2], logratios[1::2], lengths)
+        # Where the model is, as a user's own loss may hold tensors.
+        _, *slopes = batch_losses(self.loss, output.logps, batch)
         self.has_slope = any(bool((slope.abs() > NO_SLOPE).any()) for slope in slopes)
 
     def finish(

@@ -12,6 +12,7 @@ from dpofast.errors import ModelError
 from dpofast.model.dropout import dropouts
 from dpofast.model.forward import evaluating, run_batch
 from dpofast.model.head import ScoreTask, head_options
+from dpofast.model.pair_losses import batch_losses
 from dpofast.model.parts import causal_lm
 from dpofast.model.randomness import training_mode_for_a_look
 from dpofast.train.reference.run_reference import RunReference
@@ -64,26 +65,32 @@ class StepZeroCheck:
             ModelError: the log-ratios are larger than rounding explains.
         """
         assert batch.ref_logps is not None
-        lengths = batch.bounds.diff()  # [2P]
         logratios = output.logps.cpu() - batch.ref_logps.cpu()  # [2P]
         per_token = self._per_token(logratios, batch)
         if not math.isfinite(per_token):
             return  # the vote of this step ends the run, and says where the NaN is
         if per_token <= self.tolerance or (self.wants_noise and self._is_random(batch)):
             return
-        got = self._mean_loss(logratios, lengths)
-        expected = self.loss.first_value(lengths.view(-1, 2).to(self._device())).mean().item()
+        got = self._mean_loss(logratios, batch)
+        expected = self._first_loss(batch)
         raise ModelError(
             f"The first batch's loss is {got:.6f}, but the policy is its own reference before "
             f"step 1, which gives {expected:.6f} (log-ratios of {per_token:.3g} nats per token, "
             f"where rounding explains {self.tolerance:g}): {self._reason(batch)}"
         )
 
-    def _mean_loss(self, logratios: Tensor, lengths: Tensor) -> float:
-        """Mean loss over pairs with these log-ratios [2P], on the device of the policy."""
-        device = self._device()
-        logratios, lengths = logratios.to(device), lengths.view(-1, 2).to(device)
-        return self.loss.pair_loss(logratios[0::2], logratios[1::2], lengths)[0].mean().item()
+    def _mean_loss(self, logratios: Tensor, batch: PackedPairs) -> float:
+        """Mean loss over a batch's pairs with these log-ratios [2P], on the policy's device."""
+        assert batch.ref_logps is not None
+        logps = (batch.ref_logps.cpu() + logratios).to(self._device())
+        return batch_losses(self.loss, logps, batch)[0].mean().item()
+
+    def _first_loss(self, batch: PackedPairs) -> float:
+        """Mean loss over a batch's pairs while the policy is its own reference."""
+        lengths = batch.bounds.diff()  # [2P]
+        if batch.weights is None and batch.label_confidence is None:
+            return self.loss.first_value(lengths.view(-1, 2).to(self._device())).mean().item()
+        return self._mean_loss(torch.zeros(len(lengths), dtype=torch.float64), batch)
 
     def _device(self) -> torch.device:
         """Where losses are computed: a user's own loss may hold tensors on the policy's device."""

@@ -25,6 +25,8 @@ from dpofast.model.context import Context, context_of, refuse_longer
 from dpofast.model.vocabulary import refuse_unknown_ids, vocabulary_of
 from dpofast.options.config import DPOConfig
 from dpofast.progress import bars_as_lines
+from dpofast.train.data.pair_weights import check_pair_weights, describe_pair_weights
+from dpofast_kernels import PairLoss
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +53,7 @@ class RunDataset:
         token_limit: lengths of the pairs in a packed row, and the row's token limit; None until
             they are measured, and where rows are padded.
         plan: this rank's training steps; None until they are planned.
+        usual_confidence: label_confidence of pairs that have none, if others have one.
         is_window: whether the pairs are a part of a stream, of which there are more.
     """
 
@@ -63,6 +66,7 @@ class RunDataset:
     scored_by: str | None = None
     token_limit: TokenLimit | None = None
     plan: StepSampler | None = None
+    usual_confidence: float = 1.0
     is_window: bool = False
 
     def __len__(self) -> int:
@@ -98,7 +102,7 @@ class RunDataset:
     def step_dataset(self, layout: Layout) -> StepDataset:
         """The scored pairs, indexed by planned steps."""
         assert self.ref_logps is not None, "the dataset is scored first"
-        return StepDataset(self.pairs, self.ref_logps, layout)
+        return StepDataset(self.pairs, self.ref_logps, layout, self.usual_confidence)
 
 
 class HasGiven(Protocol):
@@ -116,6 +120,7 @@ class PairPreparer:
         tokenizer: tokenizer of the policy.
         models: models that will run the pairs; None entries are ignored.
         columns, roles: arguments of `load_preferences`, the same for all datasets.
+        loss: the loss of the run; by default that of its options.
 
     Attributes:
         datasets: all datasets prepared so far, in the order of their preparation: RunDataset, and
@@ -129,8 +134,10 @@ class PairPreparer:
         models: Iterable[Any] = (),
         columns: Mapping[str, str] | None = None,
         roles: Mapping[str, str] | None = None,
+        loss: PairLoss | None = None,
     ) -> None:
         self.config, self.tokenizer = config, tokenizer
+        self.loss = config.make_loss() if loss is None else loss
         self.columns, self.roles = columns, roles
         given = [model for model in models if model is not None]
         self._vocabularies = dict.fromkeys(map(vocabulary_of, given))
@@ -181,19 +188,23 @@ class PairPreparer:
                 name=name,
             )
         prepared = RunDataset(name, dataset, pairs, report, sources)
+        prepared.usual_confidence = 1.0 - self.loss.label_smoothing
         self.check(prepared)
         self.datasets.append(prepared)
         if config.should_log:
             log_report(report)
+            self.say_weights(pairs, name)
         return prepared
 
     def check(self, dataset: RunDataset) -> None:
-        """Refuse pairs that a model of the run can't run.
+        """Refuse pairs that a model of the run can't run, or the loss can't use.
 
         Raises:
             DataError: there is such a pair; names its row.
         """
         _refuse_cut_scores(dataset)
+        is_whole = not dataset.is_window
+        check_pair_weights(dataset.pairs, dataset.name, self.loss, is_whole=is_whole)
         refuse_unknown_ids(dataset.pairs, dataset.name, self._vocabularies)
         contexts = self._contexts.keys() - (self._warned if dataset.is_window else set())
         warned = refuse_longer(dataset.pairs, dataset.name, contexts)
@@ -229,6 +240,12 @@ class PairPreparer:
                 "chosen and rejected as lists of messages.",
                 name,
             )
+
+    def say_weights(self, pairs: Any, name: str) -> None:
+        """Log which weights the pairs have, as a column may have been meant otherwise."""
+        line = describe_pair_weights(pairs, name)
+        if line is not None and self.config.should_log:
+            logger.info("%s", line)
 
     def free_name(self, name: str) -> str:
         """The name, with a number if another dataset of the run has it already."""

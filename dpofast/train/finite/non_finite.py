@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dpofast.data.packing.batch import PackedPairs, StepBatch
+from dpofast.model.pair_losses import batch_losses
 from dpofast.train.checkpoint.resume import newest_whole
 from dpofast_kernels import PairLoss
 
@@ -202,8 +203,6 @@ def _bad_pairs(each: Pass, loss: PairLoss) -> list[bool]:
     if each.logps is None or each.batch.ref_logps is None:
         return everything
     bad = ~each.logps.isfinite()
-    logratios = each.logps - each.batch.ref_logps.to(each.logps.device)  # [2P]
-    lengths = each.batch.bounds.diff().view(-1, 2).to(each.logps.device)
-    losses, *_ = loss.pair_loss(logratios[0::2], logratios[1::2], lengths)
+    losses, *_ = batch_losses(loss, each.logps, each.batch)
     flags: list[bool] = (bad.view(-1, 2).any(1) | ~losses.isfinite()).tolist()
     return flags if any(flags) else everything

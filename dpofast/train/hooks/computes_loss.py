@@ -147,7 +147,7 @@ class ComputesLoss(ReportsRun, Trainer):
         self._computed = Computed(replace(output, logps=logps, metrics=metrics), sums)
         # An overridden training_step may call this by itself.
         if not is_counted and self.is_in_train and model.training:
-            self.metric_sums.add(sums.totals, batch.num_pairs)
+            self.metric_sums.add_all(sums, batch.num_pairs)
         return output.loss / max(batch.num_pairs, 1), output
 
     def _loss_of_step(self, model: nn.Module, step: StepBatch) -> tuple[Tensor, PairLossOutput]:
@@ -229,6 +229,7 @@ class ComputesLoss(ReportsRun, Trainer):
                 )
             totals["loss"] = loss.detach().double().sum() * batch.num_pairs
         sums.add(totals, batch.num_pairs)
+        sums.add_some({}, self._computed.sums.counts)
 
     def check_loss(self, loss: Any) -> None:
         """Check what an overridden `compute_loss` returned in training.

@@ -89,12 +89,14 @@ class KeepsSums(ReportsRun, Trainer):
 def _shared(recorded: list[dict[str, Any]], rank: int) -> dict[str, Any]:
     """What a rank gets of the sums of another number of ranks, so that sums over ranks are kept."""
     first = recorded[0]
-    names = first["metrics"]["sums"]
     share = 1.0 if rank == 0 else 0.0
-    sums = {
-        name: share * sum(each["metrics"]["sums"].get(name, 0.0) for each in recorded)
-        for name in names
-    }
+    sums, counted = (
+        {
+            name: share * sum(each["metrics"][kind].get(name, 0.0) for each in recorded)
+            for name in first["metrics"].get(kind, {})
+        }
+        for kind in ("sums", "counts")
+    )
     num_pairs = int(share) * sum(each["metrics"]["num_pairs"] for each in recorded)
     counts = {
         name: share * sum(each["counts"][name] for each in recorded) for name in first["counts"]
@@ -102,6 +104,6 @@ def _shared(recorded: list[dict[str, Any]], rank: int) -> dict[str, Any]:
     return {
         **first,
         "loss": sum(each["loss"] for each in recorded) / len(recorded),  # logs take the mean
-        "metrics": {"sums": sums, "num_pairs": num_pairs},
+        "metrics": {"sums": sums, "counts": counted, "num_pairs": num_pairs},
         "counts": counts,
     }

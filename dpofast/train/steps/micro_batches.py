@@ -9,16 +9,19 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
-from torch import nn
+from torch import Tensor, nn
 
 from dpofast.data.packing.batch import PackedPairs
+from dpofast.errors import ConfigError
 from dpofast.model.forward import run_batch
 from dpofast.model.head import PairLossTask, head_options
+from dpofast.model.pair_losses import batch_losses
 from dpofast.model.parts import causal_lm
 from dpofast.model.router import RouterLoss, add_router_loss
 from dpofast.monitor.metrics import MetricSums
+from dpofast.monitor.set_metrics import set_metrics
 from dpofast.train.own.metrics import OwnMetrics
-from dpofast_kernels import METRIC_NAMES, PairLoss, PairLossOutput
+from dpofast_kernels import METRIC_NAMES, PairExtras, PairLoss, PairLossOutput
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,7 +60,8 @@ class PairLossPass:
         batch = batch.to(self.device)
         assert batch.ref_logps is not None
         options = head_options(causal_lm(self.model).config)
-        task = PairLossTask(batch.labels, batch.bounds, batch.ref_logps, loss, options)
+        extras = PairExtras(weights=batch.weights, label_confidence=batch.label_confidence)
+        task = PairLossTask(batch.labels, batch.bounds, batch.ref_logps, loss, options, extras)
         with self.autocast():
             results = run_batch(wrapped, batch, task, self.router_loss)
         output, more = add_router_loss(results, self.router_loss, batch.num_pairs)
@@ -65,7 +69,28 @@ class PairLossPass:
         if self.own_metrics is not None:
             metrics |= self.own_metrics(output, batch)
         sums.add({**metrics, **more, "loss": output.loss}, batch.num_pairs)
+        if batch.sets is not None:
+            self._add_sets(batch, loss, output, metrics, sums)
         return output
+
+    def _add_sets(
+        self,
+        batch: PackedPairs,
+        loss: PairLoss,
+        output: PairLossOutput,
+        metrics: dict[str, Tensor],
+        sums: MetricSums,
+    ) -> None:
+        """Count the metrics of each dataset of a mixture."""
+        # A user's own loss is never called without pairs.
+        losses = batch_losses(loss, output.logps, batch)[0] if batch.num_pairs else output.logps
+        values, counts = set_metrics(batch, metrics | {"loss": losses})
+        if taken := sorted(values.keys() & metrics.keys()):
+            raise ConfigError(
+                f"metrics_fn: the names {', '.join(taken)} are those of a dataset's metrics; "
+                "choose others."
+            )
+        sums.add_some(values, counts)
 
 
 def gradient_exchange(
