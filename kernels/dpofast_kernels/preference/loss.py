@@ -14,7 +14,7 @@ from torch import Tensor
 class PairLoss:
     """A loss that is a sum over pairs. Each term depends only on the pair's two log-ratios.
 
-    A loss may have one more number as an option of its own, which is a field of its class.
+    A loss may have up to two more numbers as options of its own, which are fields of its class.
 
     Attributes:
         name: name in the registry.
@@ -23,7 +23,10 @@ class PairLoss:
             depends on the difference of the two log-ratios (`DivergenceLoss`).
         by_answer: whether the derivative by an answer's log-ratio depends on this answer only.
         is_zero: whether the loss is always 0.
-        option_name: name of the loss's own option; None if it has none.
+        reference_free: whether the loss compares log-probs of the policy, without a reference. All
+            "log-ratios" are log-probs of the policy then.
+        rewards_per_token: whether the rewards in the metrics are beta times means per token.
+        option_names: names of the loss's own options, at most two.
         beta: strength of the pull towards the reference, above 0.
         label_smoothing: probability that a pair's labels are swapped, in [0, 0.5).
 
@@ -37,13 +40,15 @@ class PairLoss:
     takes_divergence: ClassVar[bool] = False
     by_answer: ClassVar[bool] = False
     is_zero: ClassVar[bool] = False
-    option_name: ClassVar[str | None] = None
+    reference_free: ClassVar[bool] = False
+    rewards_per_token: ClassVar[bool] = False
+    option_names: ClassVar[tuple[str, ...]] = ()
 
     beta: float = 0.1
     label_smoothing: float = 0.0
 
     def __post_init__(self) -> None:
-        for name in filter(None, ("beta", "label_smoothing", self.option_name)):
+        for name in ("beta", "label_smoothing", *self.option_names):
             value = getattr(self, name)
             if not isinstance(value, (int, float)) or isinstance(value, bool):
                 raise TypeError(f"{name} is {value!r}, expected a number.")
@@ -65,9 +70,15 @@ class PairLoss:
         return (self.name,)
 
     @property
-    def option(self) -> float:
-        """The value of the loss's own option; 0 if it has none."""
-        return 0.0 if self.option_name is None else float(getattr(self, self.option_name))
+    def options(self) -> tuple[float, float]:
+        """The values of the loss's own options; 0 for those that it doesn't have."""
+        first, second = (*(float(getattr(self, name)) for name in self.option_names), 0.0, 0.0)[:2]
+        return first, second
+
+    @property
+    def is_reference_free(self) -> bool:
+        """Whether the loss compares log-probs of the policy, without a reference."""
+        return self.reference_free
 
     @property
     def is_by_answer(self) -> bool:

@@ -23,7 +23,7 @@ class MixtureLoss(PairLoss):
 
     Raises:
         ValueError: the numbers of losses and weights differ, a weight is out of range, or the
-            losses differ in beta.
+            losses differ in beta, or only some of them need a reference.
     """
 
     name: ClassVar[str] = "mixture"
@@ -47,11 +47,22 @@ class MixtureLoss(PairLoss):
             raise ValueError("All weights are 0, so nothing would be trained.")
         if any(part.beta != self.beta for part in self.parts):
             raise ValueError("The losses of a mixture differ in beta, expected the same.")
+        free = [part.name for part in self.parts if part.is_reference_free]
+        if free and len(free) < len(self.parts):
+            other = next(part.name for part in self.parts if not part.is_reference_free)
+            raise ValueError(
+                f"The {free[0]} loss has no reference, but the {other} loss needs one, so they "
+                "can't be mixed; choose losses of one kind."
+            )
 
     @property
     def names(self) -> tuple[str, ...]:
         """The names of the parts."""
         return tuple(name for part in self.parts for name in part.names)
+
+    @property
+    def is_reference_free(self) -> bool:
+        return self.parts[0].is_reference_free
 
     @property
     def is_by_answer(self) -> bool:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from dpofast_kernels.preference.apo import APODownLoss, APOZeroLoss
 from dpofast_kernels.preference.bco_pair import BCOPairLoss
+from dpofast_kernels.preference.cpo import CPOHingeLoss, CPOIPOLoss, CPOLoss
 from dpofast_kernels.preference.discopop import DiscoPOPLoss
 from dpofast_kernels.preference.dpop import DPOPLoss
 from dpofast_kernels.preference.exo_pair import EXOPairLoss
@@ -15,8 +16,10 @@ from dpofast_kernels.preference.ipo import IPOLoss
 from dpofast_kernels.preference.loss import PairLoss
 from dpofast_kernels.preference.mixture import MixtureLoss
 from dpofast_kernels.preference.nca_pair import NCAPairLoss
+from dpofast_kernels.preference.orpo import ORPOLoss
 from dpofast_kernels.preference.robust import RobustLoss
 from dpofast_kernels.preference.sigmoid import SigmoidLoss, SigmoidNormLoss
+from dpofast_kernels.preference.simpo import AlphaPOLoss, SimPOLoss
 from dpofast_kernels.preference.sppo_hard import SPPOHardLoss
 
 LOSSES: dict[str, type[PairLoss]] = {
@@ -24,11 +27,15 @@ LOSSES: dict[str, type[PairLoss]] = {
     for loss in (
         *(SigmoidLoss, SigmoidNormLoss, HingeLoss, IPOLoss, RobustLoss, EXOPairLoss),
         *(APOZeroLoss, APODownLoss, NCAPairLoss, BCOPairLoss, SPPOHardLoss),
-        *(DiscoPOPLoss, DPOPLoss),
+        *(DiscoPOPLoss, DPOPLoss, CPOLoss, CPOHingeLoss, CPOIPOLoss, SimPOLoss, AlphaPOLoss),
+        ORPOLoss,
     )
 }
-# The options that a single loss has: the name of the loss by that of the option.
-LOSS_OPTIONS = {loss.option_name: loss.name for loss in LOSSES.values() if loss.option_name}
+# The options that only some losses have: the names of these losses by that of the option.
+LOSS_OPTIONS = {
+    option: tuple(loss.name for loss in LOSSES.values() if option in loss.option_names)
+    for option in dict.fromkeys(name for loss in LOSSES.values() for name in loss.option_names)
+}
 # Names of losses in papers and in other tools.
 _OTHER_NAMES = {"dpo": "sigmoid", "dpo_norm": "sigmoid_norm"}
 
@@ -41,12 +48,15 @@ def make_loss(
     Args:
         name: "sigmoid" (DPO; cDPO with label_smoothing above 0), "sigmoid_norm", "hinge", "ipo",
             "robust", "exo_pair", "apo_zero", "apo_down", "nca_pair", "bco_pair", "sppo_hard",
-            "discopop" or "dpop".
+            "discopop" or "dpop"; or without a reference "cpo", "cpo_hinge", "cpo_ipo", "simpo",
+            "alphapo" or the odds ratio part of "orpo".
         beta: strength of the pull towards the reference, above 0.
         label_smoothing: probability that a pair's labels are swapped, in [0, 0.5); only "sigmoid",
-            "sigmoid_norm", "robust" and "exo_pair" take it, and "exo_pair" needs one above 0.
-        options: the loss's own option. `discopop_tau` of "discopop" is in (0, 1], by default 0.05;
-            `dpop_lambda` of "dpop" is at least 0, by default 50.
+            "sigmoid_norm", "robust", "cpo", "simpo", "alphapo" and "exo_pair" take it, and
+            "exo_pair" needs one above 0.
+        options: the loss's own options. `discopop_tau` of "discopop" is in (0, 1], by default 0.05;
+            `dpop_lambda` of "dpop" is at least 0, by default 50; `simpo_gamma` of "simpo" and
+            "alphapo" is 0.5 by default, `alpha` of "alphapo" 0.
 
     Raises:
         TypeError: an option is not a number, or no loss has an option of that name.
@@ -70,10 +80,10 @@ def make_loss(
             raise TypeError(
                 f"No loss has an option {option!r}; there are {', '.join(sorted(LOSS_OPTIONS))}."
             )
-        if LOSS_OPTIONS[option] != name:
+        if name not in LOSS_OPTIONS[option]:
             raise ValueError(
                 f"{option} is {value!r}, but the {name} loss has none: leave it out or choose the "
-                f"{LOSS_OPTIONS[option]} loss."
+                f"{' or the '.join(LOSS_OPTIONS[option])} loss."
             )
     return LOSSES[name](beta=beta, label_smoothing=label_smoothing, **options)
 
@@ -115,7 +125,7 @@ def make_mixture(
         own = {
             option: value
             for option, value in options.items()
-            if LOSS_OPTIONS.get(option) == name or LOSS_OPTIONS.get(option) not in names
+            if name in LOSS_OPTIONS.get(option, ()) or not _any_has(option, names)
         }
         smoothing = label_smoothing if name in smoothed or not smoothed else 0.0
         parts.append(make_loss(name, beta, smoothing, **own))
@@ -125,6 +135,10 @@ def make_mixture(
     return MixtureLoss(
         beta=beta, label_smoothing=label_smoothing, parts=tuple(parts), weights=tuple(given)
     )
+
+
+def _any_has(option: str, names: Sequence[str]) -> bool:
+    return any(name in names for name in LOSS_OPTIONS.get(option, ()))
 
 
 def _hint(name: str) -> str:
