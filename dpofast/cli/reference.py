@@ -103,6 +103,11 @@ def _export(yaml_file: str | None, overrides: list[str]) -> None:
 
 def _refuse_unkept(options: RunOptions, consequence: str) -> None:
     """Raise ConfigError if the options don't keep log-probs: the command would have no effect."""
+    if options.config.make_loss().is_reference_free:
+        raise ConfigError(
+            f"{options.source}: the loss {' + '.join(options.config.loss_type)} has no reference, "
+            f"so {consequence}."
+        )
     if not options.config.precompute_ref_log_probs:
         raise ConfigError(
             f"{options.source}: precompute_ref_log_probs is false, so no log-probs are kept, and "

@@ -50,5 +50,5 @@ def batch_losses(
         for each in (batch.weights, batch.label_confidence)
     )
     logratios = logps.detach().double() - batch.ref_logps.to(device)
-    lengths = batch.bounds.diff().view(-1, 2).to(device)
+    lengths = batch.lengths.to(device)
     return pair_losses(loss, logratios, lengths, weights, confidence)

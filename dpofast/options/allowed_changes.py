@@ -30,7 +30,9 @@ ALLOWABLE = (
         "adam_beta1",
         "adam_beta2",
         "adam_epsilon",
+        "alpha",
         "beta",
+        "cpo_alpha",
         "data",
         "data_seed",
         "dataloader_drop_last",
@@ -47,6 +49,7 @@ ALLOWABLE = (
         "optim_args",
         "router_aux_loss_coef",
         "seed",
+        "simpo_gamma",
         "train_sampling_strategy",
         "weight_decay",
     }

@@ -12,6 +12,7 @@ from typing import Any, Self
 from transformers.utils import is_torch_bf16_gpu_available
 
 from dpofast.data.packing.collate import LAYOUTS
+from dpofast.data.packing.likelihood import Likelihood
 from dpofast.data.reading.bad_rows import check_strictness
 from dpofast.data.tokens.truncate import TRUNCATION_MODES, LengthLimits
 from dpofast.errors import ConfigError
@@ -19,7 +20,9 @@ from dpofast.options.allowed_changes import read_allowed
 from dpofast.options.foreign import refuse_unknown_options
 from dpofast.options.init_kwargs import read_init_kwargs
 from dpofast.options.loss_fields import (
+    LOSS_NAMES,
     LossFields,
+    named_likelihood,
     named_loss,
     settle_loss_fields,
     unused_loss_options,
@@ -31,7 +34,7 @@ from dpofast.reference.store.row_detail import DETAILS, RowDetail
 from dpofast.zero.batch import asked_by_launcher, settle_deepspeed
 from dpofast.zero.compiled import settle_operations
 from dpofast.zero.config import read_deepspeed
-from dpofast_kernels import LOSSES, PairLoss
+from dpofast_kernels import PairLoss
 
 DEFAULT_MAX_LENGTH = 1024
 
@@ -129,7 +132,7 @@ class DPOConfig(LossFields):
     beta: float = field(default=0.1, metadata={"help": "Strength of the KL penalty."})
     loss_type: list[str] | str = field(
         default_factory=lambda: ["sigmoid"],
-        metadata={"help": f"The loss: {', '.join(sorted(LOSSES))}."},
+        metadata={"help": f"The loss: {', '.join(sorted(LOSS_NAMES))}."},
     )
     label_smoothing: float = field(
         default=0.0, metadata={"help": "Probability of swapped labels, below 0.5."}
@@ -273,6 +276,10 @@ class DPOConfig(LossFields):
             ConfigError: an unknown name, or an option out of range.
         """
         return named_loss(self)
+
+    def likelihood(self) -> Likelihood:
+        """The likelihood terms that these options add to the pair loss."""
+        return named_likelihood(self)
 
     def loading_options(self) -> dict[str, Any]:
         """The arguments of `from_pretrained`, the same for policy and reference."""

@@ -6,9 +6,19 @@ import math
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from dpofast.data.packing.likelihood import Likelihood
 from dpofast.errors import ConfigError
 from dpofast.options.run_fields import RunFields
-from dpofast_kernels import DIVERGENCES, LOSS_OPTIONS, DivergenceLoss, PairLoss, make_mixture
+from dpofast_kernels import (
+    DIVERGENCES,
+    LOSS_OPTIONS,
+    LOSSES,
+    DivergenceLoss,
+    PairLoss,
+    ZeroLoss,
+    make_mixture,
+)
+from dpofast_kernels.preference import unknown_loss
 
 REVERSE_KL = "reverse_kl"
 # Defaults of this version and of older ones of TRL.
@@ -26,6 +36,12 @@ class LossFields(RunFields):
         f_alpha_divergence_coef: coefficient of alpha_divergence.
         discopop_tau: tau of the discopop loss, above 0 and at most 1.
         dpop_lambda: lambda of the dpop loss, at least 0.
+        simpo_gamma: margin of the losses simpo and alphapo, in units of the margin that the sigmoid
+            gets.
+        alpha: alpha of the alphapo loss.
+        cpo_alpha: weight of the likelihood of chosen answers in the losses without a reference that
+            TRL's CPOTrainer has: cpo, cpo_hinge, cpo_ipo, simpo and alphapo. None for 1 in the
+            first three, as in CPO's paper, and for 0 in the others, as in theirs.
     """
 
     loss_weights: list[float] | None = field(
@@ -40,8 +56,21 @@ class LossFields(RunFields):
     )
     discopop_tau: float = field(default=0.05, metadata={"help": "Tau of the discopop loss."})
     dpop_lambda: float = field(default=50.0, metadata={"help": "Lambda of the dpop loss."})
+    simpo_gamma: float = field(
+        default=0.5, metadata={"help": "Margin of the losses simpo and alphapo."}
+    )
+    alpha: float = field(default=0.0, metadata={"help": "Alpha of the alphapo loss."})
+    cpo_alpha: float | None = field(
+        default=None,
+        metadata={"help": "Weight of the likelihood in cpo (1 by default), simpo and alphapo (0)."},
+    )
 
 
+# Names of losses that have a likelihood term. Of sft it is the only one.
+SFT, ORPO = "sft", "orpo"
+CPO_ALPHAS = {"cpo": 1.0, "cpo_hinge": 1.0, "cpo_ipo": 1.0, "simpo": 0.0, "alphapo": 0.0}
+LOSS_NAMES = (*LOSSES, SFT)
+OPTIONS_OF_LOSSES = {**LOSS_OPTIONS, "cpo_alpha": tuple(CPO_ALPHAS)}
 _DEFAULTS = {item.name: item.default for item in fields(LossFields)}
 
 
@@ -60,9 +89,9 @@ def unused_loss_options(config: Any) -> list[str]:
         One remark for each.
     """
     remarks = [
-        f"{option}={getattr(config, option)!r} (only the loss {loss} has it)"
-        for option, loss in LOSS_OPTIONS.items()
-        if loss not in config.loss_type and getattr(config, option) != _DEFAULTS[option]
+        f"{option}={getattr(config, option)!r} (only the loss {' or '.join(losses)} has it)"
+        for option, losses in OPTIONS_OF_LOSSES.items()
+        if not set(losses) & set(config.loss_type) and getattr(config, option) != _DEFAULTS[option]
     ]
     coefficient = config.f_alpha_divergence_coef
     is_alpha = config.f_divergence_type == "alpha_divergence"
@@ -86,9 +115,10 @@ def loss_facts(config: Any) -> dict[str, Any]:
         "f_divergence_type": divergence,
         "f_alpha_divergence_coef": config.f_alpha_divergence_coef if is_alpha else None,
         **{
-            option: getattr(config, option) if loss in config.loss_type else None
-            for option, loss in LOSS_OPTIONS.items()
+            option: getattr(config, option) if set(losses) & set(config.loss_type) else None
+            for option, losses in LOSS_OPTIONS.items()
         },
+        "cpo_alpha": _effective_cpo_alpha(config),
     }
 
 
@@ -103,15 +133,84 @@ def named_loss(config: Any) -> PairLoss:
         raise ConfigError(f"loss_type: got {names!r}, expected a name or a list of names.")
     if weights is not None:
         _check_weights(weights, names)
+    for name in names:
+        if name not in LOSS_NAMES:
+            raise ConfigError(f"loss_type: {unknown_loss(name, LOSS_NAMES)}")
     _check_coefficient(config.f_alpha_divergence_coef)
-    options = [option for option, loss in LOSS_OPTIONS.items() if loss in names]
+    _check_cpo_alpha(config.cpo_alpha)
+    of_pairs = {name: weight for name, weight in _weights(config).items() if name != SFT}
+    if not of_pairs:
+        _refuse_smoothing(config)
+        return ZeroLoss(config.beta)
+    given = None if weights is None else list(of_pairs.values())
+    options = [option for option, losses in LOSS_OPTIONS.items() if set(losses) & set(of_pairs)]
     own = {option: getattr(config, option) for option in options}
     try:
-        loss = make_mixture(names, weights, config.beta, config.label_smoothing, **own)
+        loss = make_mixture(list(of_pairs), given, config.beta, config.label_smoothing, **own)
     except (TypeError, ValueError) as error:
-        named = "loss_type: " if str(error).startswith("Unknown loss") else ""
-        raise ConfigError(f"{named}{error}") from error
+        raise ConfigError(str(error)) from error
     return loss if config.f_divergence_type == REVERSE_KL else _with_divergence(loss, config)
+
+
+def named_likelihood(config: Any) -> Likelihood:
+    """The likelihood terms of the losses that the options of a DPOConfig name."""
+    weights = _weights(config)
+    answers = weights.get(SFT, 0.0)
+    for name, usual in CPO_ALPHAS.items():
+        alpha = usual if config.cpo_alpha is None else config.cpo_alpha
+        answers += weights.get(name, 0.0) * alpha
+    return Likelihood(answers, weights.get(ORPO, 0.0))
+
+
+def _effective_cpo_alpha(config: Any) -> float | None:
+    """The weight of the likelihood in the run's losses; None if they have no such term."""
+    if config.cpo_alpha is not None:
+        return float(config.cpo_alpha) if set(CPO_ALPHAS) & set(config.loss_type) else None
+    usual = {CPO_ALPHAS[name] for name in config.loss_type if name in CPO_ALPHAS}
+    return max(usual) if usual else None
+
+
+def loss_names(config: Any, loss: PairLoss) -> list[str]:
+    """The names of the losses that a run sums, as in the option loss_type.
+
+    Args:
+        config: the options.
+        loss: the pair loss of the run, which a user may have replaced.
+    """
+    return list(config.loss_type) if loss == named_loss(config) else list(loss.names)
+
+
+def _weights(config: Any) -> dict[str, float]:
+    """The weight of each loss by its name.
+
+    Raises:
+        ConfigError: a name occurs twice.
+    """
+    names = config.loss_type
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise ConfigError(f"loss_type: {twice} occurs twice; name it once, with a weight.")
+    weights = [1.0] * len(names) if config.loss_weights is None else config.loss_weights
+    return dict(zip(names, map(float, weights), strict=True))
+
+
+def _refuse_smoothing(config: Any) -> None:
+    if config.label_smoothing:
+        raise ConfigError(
+            f"label_smoothing is {config.label_smoothing}, but the {SFT} loss has none: set it to "
+            "0 or choose a loss that has it, such as sigmoid."
+        )
+    if config.f_divergence_type != REVERSE_KL:
+        raise ConfigError(
+            f"f_divergence_type is {config.f_divergence_type}, but the {SFT} loss compares "
+            "nothing with the reference; leave it out."
+        )
+
+
+def _check_cpo_alpha(value: Any) -> None:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if value is not None and not (is_number and math.isfinite(value) and value >= 0.0):
+        raise ConfigError(f"cpo_alpha: got {value!r}, expected a finite number of at least 0.")
 
 
 def _check_weights(weights: Any, names: Any) -> None:

@@ -11,6 +11,7 @@ from torch.utils.data import Dataset
 from dpofast.columns import ID_COLUMNS
 from dpofast.data.packing.batch import PackedPairs, PromptAnswer, StepBatch, TokenIds
 from dpofast.data.packing.collate import Layout
+from dpofast.data.packing.likelihood import NO_LIKELIHOOD, ChosenTokens, Likelihood
 from dpofast.data.packing.pair_columns import PairColumns
 from dpofast.data.packing.plan import MicroBatch, PlannedStep, TokenLimit
 
@@ -23,6 +24,7 @@ class StepDataset(Dataset[StepBatch]):
         ref_logps: [n, 2] fp64, summed log-probs of chosen and rejected of each pair, in nats.
         layout: layout of the micro-batches.
         usual_confidence: label_confidence of pairs that have none, if others have one.
+        likelihood: likelihood terms of the loss.
     """
 
     def __init__(
@@ -31,7 +33,9 @@ class StepDataset(Dataset[StepBatch]):
         ref_logps: np.ndarray,
         layout: Layout,
         usual_confidence: float = 1.0,
+        likelihood: Likelihood = NO_LIKELIHOOD,
     ) -> None:
+        self.likelihood = likelihood
         self._columns = PairColumns.of(pairs, usual_confidence)
         # Reading a pair decodes all its columns, so the columns that aren't needed are dropped.
         self.pairs = pairs.select_columns(list(ID_COLUMNS))
@@ -41,17 +45,28 @@ class StepDataset(Dataset[StepBatch]):
         return len(self.pairs)
 
     def __getitem__(self, index: int) -> StepBatch:
-        return self.__getitems__(PlannedStep(([index],), 1))
+        per_token = None
+        if self.likelihood:
+            per_token = ChosenTokens.of(self.pairs.select([index])).pairs_per_token(slice(None))
+        return self.__getitems__(PlannedStep(([index],), 1, per_token))
 
     def __getitems__(self, step: PlannedStep) -> StepBatch:
         """Lay out one step; PyTorch's fetcher passes what the batch sampler yields."""
-        laid_out = [self._lay_out(batch) for batch in step.micro_batches]
+        laid_out = [self._lay_out(batch, step) for batch in step.micro_batches]
         return StepBatch(laid_out, step.num_pairs, step.micro_batches)
 
-    def _lay_out(self, batch: MicroBatch) -> PackedPairs:
+    def _lay_out(self, batch: MicroBatch, step: PlannedStep) -> PackedPairs:
         sequences = [sequence for pair in _pairs_of(self.pairs[batch]) for sequence in pair]
-        laid_out = self.layout.collate(sequences, self.ref_logps[batch].reshape(-1).tolist())
-        return replace(laid_out, **self._columns.of_batch(batch))
+        laid_out = self.layout.collate(
+            sequences,
+            self.ref_logps[batch].reshape(-1).tolist(),
+            scores_prompts=self.likelihood.scores_prompts,
+        )
+        laid_out = replace(laid_out, **self._columns.of_batch(batch))
+        if not self.likelihood:
+            return laid_out
+        assert step.pairs_per_token is not None, "the plan counts tokens"
+        return laid_out.with_likelihood(*step.pairs_per_token.coefficients(self.likelihood))
 
 
 def token_limit(pairs: Any, layout: Layout, max_tokens: int) -> TokenLimit | None:

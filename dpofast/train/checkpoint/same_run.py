@@ -13,11 +13,14 @@ Facts = Mapping[str, Any]
 
 # What versions did that don't record these facts, because there was nothing else.
 FIRST_LOSSES: Facts = {
+    "alpha": None,
+    "cpo_alpha": None,
     "discopop_tau": None,
     "dpop_lambda": None,
     "f_alpha_divergence_coef": None,
     "f_divergence_type": "reverse_kl",
     "loss_weights": None,
+    "simpo_gamma": None,
 }
 # Facts by which others are judged; they aren't compared themselves.
 DERIVED = frozenset({"num_steps", "warmup"})

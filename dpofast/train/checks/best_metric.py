@@ -13,7 +13,7 @@ from dpofast.model.router import METRIC
 from dpofast.monitor.set_metrics import set_metric_names
 from dpofast.options.config import DPOConfig
 from dpofast.train.hooks.overrides import override_of
-from dpofast.train.own.metrics import MEASURED, SPEEDS
+from dpofast.train.own.metrics import MEASURED, NLL, SPEEDS
 from dpofast.train.steps.micro_batches import PairLossPass
 
 # Methods whose overrides may add metrics to an evaluation.
@@ -38,6 +38,7 @@ def check_best_metric(trainer: Any, measured: PairLossPass) -> None:
     is_named = isinstance(trainer.eval_dataset, dict)
     sets = {f"eval_{key}_" if is_named else "eval_": s for key, s in trainer.eval_sets().items()}
     names = [*MEASURED, *([METRIC] if measured.router_loss is not None else [])]
+    names += [NLL] if measured.likelihood else []
     names += [] if measured.own_metrics is None else measured.own_metrics.names
     full = wanted if wanted.startswith("eval_") else f"eval_{wanted}"
     measured_by = {

@@ -71,6 +71,9 @@ class FirstStep:
         if output is None:
             self.is_unknown = True
             return
+        if batch.coefficients is not None and bool(batch.coefficients.any()):
+            self.has_slope = True
+            return
         # Where the model is, as a user's own loss may hold tensors.
         _, *slopes = batch_losses(self.loss, output.logps, batch)
         self.has_slope = any(bool((slope.abs() > NO_SLOPE).any()) for slope in slopes)

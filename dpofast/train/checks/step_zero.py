@@ -87,10 +87,9 @@ class StepZeroCheck:
 
     def _first_loss(self, batch: PackedPairs) -> float:
         """Mean loss over a batch's pairs while the policy is its own reference."""
-        lengths = batch.bounds.diff()  # [2P]
         if batch.weights is None and batch.label_confidence is None:
-            return self.loss.first_value(lengths.view(-1, 2).to(self._device())).mean().item()
-        return self._mean_loss(torch.zeros(len(lengths), dtype=torch.float64), batch)
+            return self.loss.first_value(batch.lengths.to(self._device())).mean().item()
+        return self._mean_loss(torch.zeros(2 * batch.num_pairs, dtype=torch.float64), batch)
 
     def _device(self) -> torch.device:
         """Where losses are computed: a user's own loss may hold tensors on the policy's device."""
@@ -98,7 +97,7 @@ class StepZeroCheck:
 
     def _per_token(self, difference: Tensor, batch: PackedPairs) -> float:
         """Mean difference of log-probs per token; `difference` [2P] is that of whole answers."""
-        return (difference.abs() / batch.bounds.diff()).mean().item()
+        return (difference.abs() / batch.lengths.flatten()).mean().item()
 
     def _reason(self, batch: PackedPairs) -> str:
         """Finds out whether the policy itself explains log-ratios that aren't zero."""

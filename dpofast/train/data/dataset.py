@@ -18,6 +18,7 @@ from dpofast.data import (
     tokenize_preferences,
 )
 from dpofast.data.packing.collate import Layout
+from dpofast.data.packing.likelihood import NO_LIKELIHOOD, Likelihood
 from dpofast.data.packing.plan import StepSampler, TokenLimit
 from dpofast.data.packing.step_dataset import StepDataset, token_limit
 from dpofast.errors import DataError
@@ -54,6 +55,7 @@ class RunDataset:
             they are measured, and where rows are padded.
         plan: this rank's training steps; None until they are planned.
         usual_confidence: label_confidence of pairs that have none, if others have one.
+        likelihood: likelihood terms of the loss.
         is_window: whether the pairs are a part of a stream, of which there are more.
     """
 
@@ -67,6 +69,7 @@ class RunDataset:
     token_limit: TokenLimit | None = None
     plan: StepSampler | None = None
     usual_confidence: float = 1.0
+    likelihood: Likelihood = NO_LIKELIHOOD
     is_window: bool = False
 
     def __len__(self) -> int:
@@ -102,7 +105,9 @@ class RunDataset:
     def step_dataset(self, layout: Layout) -> StepDataset:
         """The scored pairs, indexed by planned steps."""
         assert self.ref_logps is not None, "the dataset is scored first"
-        return StepDataset(self.pairs, self.ref_logps, layout, self.usual_confidence)
+        return StepDataset(
+            self.pairs, self.ref_logps, layout, self.usual_confidence, self.likelihood
+        )
 
 
 class HasGiven(Protocol):
@@ -120,7 +125,7 @@ class PairPreparer:
         tokenizer: tokenizer of the policy.
         models: models that will run the pairs; None entries are ignored.
         columns, roles: arguments of `load_preferences`, the same for all datasets.
-        loss: the loss of the run; by default that of its options.
+        loss: the loss of the run; by default that of its options, with their likelihood terms.
 
     Attributes:
         datasets: all datasets prepared so far, in the order of their preparation: RunDataset, and
@@ -138,6 +143,7 @@ class PairPreparer:
     ) -> None:
         self.config, self.tokenizer = config, tokenizer
         self.loss = config.make_loss() if loss is None else loss
+        self.likelihood = config.likelihood()
         self.columns, self.roles = columns, roles
         given = [model for model in models if model is not None]
         self._vocabularies = dict.fromkeys(map(vocabulary_of, given))
@@ -188,7 +194,6 @@ class PairPreparer:
                 name=name,
             )
         prepared = RunDataset(name, dataset, pairs, report, sources)
-        prepared.usual_confidence = 1.0 - self.loss.label_smoothing
         self.check(prepared)
         self.datasets.append(prepared)
         if config.should_log:
@@ -199,10 +204,15 @@ class PairPreparer:
     def check(self, dataset: RunDataset) -> None:
         """Refuse pairs that a model of the run can't run, or the loss can't use.
 
+        The dataset learns what the loss asks of its pairs.
+
         Raises:
             DataError: there is such a pair; names its row.
         """
-        _refuse_cut_scores(dataset)
+        dataset.usual_confidence = 1.0 - self.loss.label_smoothing
+        dataset.likelihood = self.likelihood
+        if not self.loss.is_reference_free:
+            _refuse_cut_scores(dataset)
         is_whole = not dataset.is_window
         check_pair_weights(dataset.pairs, dataset.name, self.loss, is_whole=is_whole)
         refuse_unknown_ids(dataset.pairs, dataset.name, self._vocabularies)

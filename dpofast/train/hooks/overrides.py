@@ -174,6 +174,12 @@ def check_overrides(trainer: Any) -> None:
             f"DPOTrainer.pair_loss: got a {type(loss).__name__}, expected what make_loss, "
             "make_mixture or make_custom_loss of dpofast_kernels returns."
         )
+    reference = vars(trainer).get("reference")
+    if loss and reference and loss.is_reference_free != reference.is_none:
+        raise ConfigError(
+            "DPOTrainer.pair_loss: only one of this loss and that of the options has a reference; "
+            "choose it by loss_type instead."
+        )
     _check_settings(trainer)
     _check_samples_hook(trainer)
 

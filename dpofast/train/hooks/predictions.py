@@ -77,7 +77,7 @@ class PredictedPairs:
                 f"[{batch.num_pairs}, 2] as the second result; return what "
                 "super().prediction_step returns, and call super().compute_loss in compute_loss."
             )
-        parts = (logps, batch.ref_logps.view(-1, 2), batch.bounds.diff().view(-1, 2))
+        parts = (logps, batch.ref_logps.view(-1, 2), batch.lengths)
         row = torch.cat([part.detach().to(self._table) for part in parts], 1)  # [P, 6]
         ones = row.new_ones(len(row))
         weights, confidence = (

@@ -31,7 +31,7 @@ def reference_summary(reference: RunReference) -> dict[str, Any]:
         "ref_rows_scored": total.rows_scored if total else 0,
         "ref_forward_passes": total.forward_passes if total else 0,
         "ref_seconds": total.seconds if total else 0.0,
-        "reference_store": str(store.folder),
+        "reference_store": None if reference.is_none else str(store.folder),
         "reference_identity": reference.identity.digest if reference.is_settled else None,
     }
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from accelerate.utils import DistributedType
 from torch import Tensor, nn
 
 from dpofast.data.packing.batch import PackedPairs
+from dpofast.data.packing.likelihood import NO_LIKELIHOOD, Likelihood
 from dpofast.errors import ConfigError
 from dpofast.model.forward import run_batch
 from dpofast.model.head import PairLossTask, head_options
@@ -20,7 +21,7 @@ from dpofast.model.parts import causal_lm
 from dpofast.model.router import RouterLoss, add_router_loss
 from dpofast.monitor.metrics import MetricSums
 from dpofast.monitor.set_metrics import set_metrics
-from dpofast.train.own.metrics import OwnMetrics
+from dpofast.train.own.metrics import NLL, OwnMetrics
 from dpofast_kernels import METRIC_NAMES, PairExtras, PairLoss, PairLossOutput
 
 
@@ -34,6 +35,7 @@ class PairLossPass:
         autocast: makes the context of a forward pass.
         device: device of the policy.
         own_metrics: the user's metrics, if there are any.
+        likelihood: likelihood terms of the loss.
     """
 
     model: nn.Module
@@ -41,6 +43,7 @@ class PairLossPass:
     autocast: Any
     device: torch.device
     own_metrics: OwnMetrics | None = None
+    likelihood: Likelihood = NO_LIKELIHOOD
 
     def __call__(
         self, wrapped: nn.Module, batch: PackedPairs, loss: PairLoss, sums: MetricSums
@@ -58,13 +61,12 @@ class PairLossPass:
             PairLossOutput.
         """
         batch = batch.to(self.device)
-        assert batch.ref_logps is not None
-        options = head_options(causal_lm(self.model).config)
-        extras = PairExtras(weights=batch.weights, label_confidence=batch.label_confidence)
-        task = PairLossTask(batch.labels, batch.bounds, batch.ref_logps, loss, options, extras)
         with self.autocast():
-            results = run_batch(wrapped, batch, task, self.router_loss)
+            results = run_batch(wrapped, batch, self._task(batch, loss), self.router_loss)
         output, more = add_router_loss(results, self.router_loss, batch.num_pairs)
+        if batch.coefficients is not None:
+            more |= {NLL: self._mean_nll(output, batch)}
+            output = replace(output, logps=output.logps[: 2 * batch.num_pairs])
         metrics = dict(zip(METRIC_NAMES, output.metrics, strict=True))
         if self.own_metrics is not None:
             metrics |= self.own_metrics(output, batch)
@@ -72,6 +74,22 @@ class PairLossPass:
         if batch.sets is not None:
             self._add_sets(batch, loss, output, metrics, sums)
         return output
+
+    def _task(self, batch: PackedPairs, loss: PairLoss) -> PairLossTask:
+        ref_logps, pairs = batch.ref_logps, None
+        assert ref_logps is not None
+        if batch.prompts is not None:
+            # The prompts are sequences after those of the pairs, and in none of the pairs.
+            pairs = torch.arange(2 * batch.num_pairs).view(-1, 2)
+            ref_logps = torch.cat([ref_logps, ref_logps.new_zeros(len(batch.prompts))])
+        extras = PairExtras(pairs, batch.weights, batch.label_confidence, batch.coefficients)
+        options = head_options(causal_lm(self.model).config)
+        return PairLossTask(batch.labels, batch.bounds, ref_logps, loss, options, extras)
+
+    def _mean_nll(self, output: PairLossOutput, batch: PackedPairs) -> Tensor:
+        """The likelihood terms without their weight, summed over the pairs: []."""
+        assert batch.coefficients is not None
+        return (batch.coefficients * output.logps).sum() / self.likelihood.weight
 
     def _add_sets(
         self,

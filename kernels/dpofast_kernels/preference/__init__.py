@@ -17,7 +17,13 @@ from dpofast_kernels.preference.divergence import DIVERGENCES, DivergenceLoss
 from dpofast_kernels.preference.loss import PairLoss, ZeroLoss
 from dpofast_kernels.preference.metrics import METRIC_NAMES, pair_metrics
 from dpofast_kernels.preference.probe import make_custom_loss
-from dpofast_kernels.preference.registry import LOSS_OPTIONS, LOSSES, make_loss, make_mixture
+from dpofast_kernels.preference.registry import (
+    LOSS_OPTIONS,
+    LOSSES,
+    make_loss,
+    make_mixture,
+    unknown_loss,
+)
 
 __all__ = [
     "DIVERGENCES",
@@ -35,4 +41,5 @@ __all__ = [
     "make_loss",
     "make_mixture",
     "pair_metrics",
+    "unknown_loss",
 ]

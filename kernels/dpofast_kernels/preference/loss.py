@@ -164,6 +164,7 @@ class ZeroLoss(PairLoss):
 
     name: ClassVar[str] = "zero"
     by_answer: ClassVar[bool] = True
+    reference_free: ClassVar[bool] = True
     is_zero: ClassVar[bool] = True
 
     def pair_loss(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from dpofast_kernels.preference.apo import APODownLoss, APOZeroLoss
 from dpofast_kernels.preference.bco_pair import BCOPairLoss
@@ -72,9 +72,7 @@ def make_loss(
         (0.6931, -0.05, 0.05)
     """
     if not isinstance(name, str) or name not in LOSSES:
-        raise ValueError(
-            f"Unknown loss {name!r}.{_hint(str(name))} The losses are: {', '.join(sorted(LOSSES))}."
-        )
+        raise ValueError(unknown_loss(name))
     for option, value in options.items():
         if option not in LOSS_OPTIONS:
             raise TypeError(
@@ -141,8 +139,9 @@ def _any_has(option: str, names: Sequence[str]) -> bool:
     return any(name in names for name in LOSS_OPTIONS.get(option, ()))
 
 
-def _hint(name: str) -> str:
-    """What an unknown name may mean; only a typo is near enough to a name."""
-    near = difflib.get_close_matches(name, LOSSES, n=1, cutoff=0.8)
-    meant = _OTHER_NAMES.get(name) or (near[0] if near else None)
-    return f" Did you mean {meant!r}?" if meant else ""
+def unknown_loss(name: object, known: Collection[str] = LOSSES.keys()) -> str:
+    """The message for a name that is no loss; only a typo is near enough to a name for a hint."""
+    near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.8)
+    meant = _OTHER_NAMES.get(str(name)) or (near[0] if near else None)
+    hint = f" Did you mean {meant!r}?" if meant else ""
+    return f"Unknown loss {name!r}.{hint} The losses are: {', '.join(sorted(known))}."
