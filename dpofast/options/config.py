@@ -42,9 +42,10 @@ logger = logging.getLogger(__name__)
 class DPOConfig(LossFields):
     """transformers' TrainingArguments and the options of DPO; names and defaults as in TRL.
 
-    How a run is saved, resumed and stopped is in `RunFields`, and what else decides the loss in
-    `LossFields`. TRL's other options are fields, too (`TRLFields`). Those that can't change what is
-    trained are accepted with one line in the log, and the others are refused.
+    How a run is saved, resumed and stopped is in `RunFields`, how beta moves in `BetaFields`, and
+    what else decides the loss in `LossFields`. TRL's other options are fields, too (`TRLFields`).
+    Those that can't change what is trained are accepted with one line in the log, and the others
+    are refused.
 
     Attributes:
         warmup_ratio: share of all steps in which the learning rate rises; ignored if warmup_steps

@@ -7,7 +7,12 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from dpofast.errors import ConfigError
-from dpofast.options.run_fields import RunFields
+from dpofast.options.beta_fields import (
+    BetaFields,
+    beta_facts,
+    check_beta_fields,
+    unused_beta_options,
+)
 from dpofast_kernels import DIVERGENCES, LOSS_OPTIONS, DivergenceLoss, PairLoss, make_mixture
 
 REVERSE_KL = "reverse_kl"
@@ -17,7 +22,7 @@ USUAL_COEFFICIENTS = (0.5, 1.0)
 
 # kw_only keeps the positional order of TrainingArguments and of DPOConfig's own options.
 @dataclass(kw_only=True)
-class LossFields(RunFields):
+class LossFields(BetaFields):
     """The fields; docs/losses.md has the formulas.
 
     Attributes:
@@ -74,7 +79,7 @@ def unused_loss_options(config: Any) -> list[str]:
             "f_divergence_type='alpha_divergence' (with f_alpha_divergence_coef=1.0 it is "
             "reverse_kl; in older versions of TRL it was forward_kl)"
         )
-    return remarks
+    return remarks + unused_beta_options(config)
 
 
 def loss_facts(config: Any) -> dict[str, Any]:
@@ -82,6 +87,7 @@ def loss_facts(config: Any) -> dict[str, Any]:
     weights, divergence = config.loss_weights, config.f_divergence_type
     is_alpha = divergence == "alpha_divergence"
     return {
+        **beta_facts(config),
         "loss_weights": None if weights is None or set(weights) == {1.0} else list(weights),
         "f_divergence_type": divergence,
         "f_alpha_divergence_coef": config.f_alpha_divergence_coef if is_alpha else None,
@@ -103,6 +109,7 @@ def named_loss(config: Any) -> PairLoss:
         raise ConfigError(f"loss_type: got {names!r}, expected a name or a list of names.")
     if weights is not None:
         _check_weights(weights, names)
+    check_beta_fields(config)
     _check_coefficient(config.f_alpha_divergence_coef)
     options = [option for option, loss in LOSS_OPTIONS.items() if loss in names]
     own = {option: getattr(config, option) for option in options}

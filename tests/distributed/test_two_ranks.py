@@ -14,6 +14,7 @@ pytestmark = pytest.mark.distributed
 
 SCRIPT = Path(__file__).with_name("two_ranks.py")
 HOOK_WAYS = ["ddp.hooks", "zero1.hooks", "zero2.hooks"]
+KL_WAYS = ["ddp.kl", "zero2.kl"]
 WAYS = ["ddp", "zero1", "zero2", "zero3", "own"]
 BF16_WAYS = ["zero1.bf16", "zero2.bf16", "zero3.bf16"]
 # Slow: DeepSpeed may have to compile its Adam first.
@@ -24,13 +25,14 @@ MIXTURE_WAYS = ["ddp.mixtral", "zero3.mixtral"]
 @pytest.fixture(scope="module")
 def one(tmp_path_factory):
     folder = tmp_path_factory.mktemp("one")
-    launch(SCRIPT, 1, str(folder), "4", "1", "ddp", "ddp.hooks")
-    return {way: json.loads((folder / f"{way}.json").read_text()) for way in ("ddp", "ddp.hooks")}
+    ways = ("ddp", "ddp.hooks", "ddp.kl")
+    launch(SCRIPT, 1, str(folder), "4", "1", *ways)
+    return {way: json.loads((folder / f"{way}.json").read_text()) for way in ways}
 
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
-    return run_on_two(tmp_path_factory, WAYS + BF16_WAYS + HOOK_WAYS)
+    return run_on_two(tmp_path_factory, WAYS + BF16_WAYS + HOOK_WAYS + KL_WAYS)
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +43,11 @@ def offloaded(tmp_path_factory):
 def run_on_two(tmp_path_factory, ways):
     folder = tmp_path_factory.mktemp("two")
     launch(SCRIPT, 2, str(folder), "1", "2", *ways, timeout=900.0)
-    return {way: json.loads((folder / f"{way}.json").read_text()) for way in ways}
+    found = {way: json.loads((folder / f"{way}.json").read_text()) for way in ways}
+    for way in set(ways) & set(KL_WAYS):
+        betas = [json.loads((folder / f"{way}.rank{rank}.json").read_text()) for rank in (0, 1)]
+        found[way]["betas"] = betas
+    return found
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -58,6 +64,16 @@ def test_losses_metrics_and_penalties_of_ones_own_are_those_of_one_rank(one, two
     penalty = expected["logs"][0]["loss"] - one["ddp"]["logs"][0]["loss"]
     assert penalty > 0.01
     assert expected["logs"][0]["rewards/chosen"] == one["ddp"]["logs"][0]["rewards/chosen"]
+
+
+@pytest.mark.parametrize("way", KL_WAYS)
+def test_the_drift_over_all_ranks_moves_the_same_beta_on_each(one, two, way):
+    assert_same(one["ddp.kl"], two[way])
+    mine, theirs = two[way]["betas"]
+    assert mine == theirs  # bit for bit
+    expected = [log["beta"] for log in one["ddp.kl"]["logs"]]
+    np.testing.assert_allclose(mine, expected, rtol=1e-4)
+    assert min(expected) < expected[0] < max(expected)  # it moves both ways
 
 
 @pytest.mark.parametrize("way", BF16_WAYS)

@@ -7,8 +7,9 @@ own batch fields. With the suffix ".bf16" it trains in that precision. With ".mi
 mixture of experts with the routers' auxiliary loss and gradient checkpointing. That runs padded,
 because then the micro-batches are the same on any number of ranks. With ".stretched" it trains a
 model with dynamic RoPE on sequences beyond its original length. With ".hooks" it trains the sigmoid
-loss written by hand and a penalty that a subclass adds, and measures metrics of its own. The main
-rank writes its logs to FOLDER/WAY.json.
+loss written by hand and a penalty that a subclass adds, and measures metrics of its own. With ".kl"
+the drift moves beta, of which each rank's betas are written, too. The main rank writes its logs to
+FOLDER/WAY.json.
 """
 
 from __future__ import annotations
@@ -106,6 +107,7 @@ def train(way: str, folder: Path, pairs_per_device: int, accumulation: int) -> N
         disable_tqdm=True,
         seed=3,
         deepspeed=deepspeed_option(kind, pairs_per_device, accumulation),
+        **({"target_kl": 0.04, "target_kl_gain": 1.0} if variant == "kl" else {}),
     )
     has_hooks = variant == "hooks"
     trainer = (Penalised if has_hooks else DPOTrainer)(
@@ -123,6 +125,9 @@ def train(way: str, folder: Path, pairs_per_device: int, accumulation: int) -> N
     dtype = "bfloat16" if variant == "bf16" and kind != "ddp" else "float32"
     assert (reference["autocast_dtype"], list(reference["tensors"])) == (None, [dtype])
     evaluation = trainer.evaluate()
+    if variant == "kl":
+        betas = [log["beta"] for log in trainer.state.log_history if "beta" in log]
+        (folder / f"{way}.rank{config.process_index}.json").write_text(json.dumps(betas))
     if trainer.is_world_process_zero():
         logs = [log for log in trainer.state.log_history if "grad_norm" in log]
         report = {"logs": logs, "evaluation": evaluation}

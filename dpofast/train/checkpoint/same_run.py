@@ -13,11 +13,17 @@ Facts = Mapping[str, Any]
 
 # What versions did that don't record these facts, because there was nothing else.
 FIRST_LOSSES: Facts = {
+    "beta_end": None,
+    "beta_max": None,
+    "beta_min": None,
+    "beta_schedule": None,
     "discopop_tau": None,
     "dpop_lambda": None,
     "f_alpha_divergence_coef": None,
     "f_divergence_type": "reverse_kl",
     "loss_weights": None,
+    "target_kl": None,
+    "target_kl_gain": None,
 }
 # Facts by which others are judged; they aren't compared themselves.
 DERIVED = frozenset({"num_steps", "warmup"})

@@ -16,6 +16,7 @@ from dpofast.model.forward import run_batch
 from dpofast.model.head import PairLossTask, head_options
 from dpofast.model.parts import causal_lm
 from dpofast.model.router import RouterLoss, add_router_loss
+from dpofast.monitor.kl import kl_sums
 from dpofast.monitor.metrics import MetricSums
 from dpofast.train.own.metrics import OwnMetrics
 from dpofast_kernels import METRIC_NAMES, PairLoss, PairLossOutput
@@ -64,7 +65,9 @@ class PairLossPass:
         metrics = dict(zip(METRIC_NAMES, output.metrics, strict=True))
         if self.own_metrics is not None:
             metrics |= self.own_metrics(output, batch)
-        sums.add({**metrics, **more, "loss": output.loss}, batch.num_pairs)
+        kl, tokens = kl_sums(output.logps, batch.ref_logps, batch.bounds)
+        values = {**metrics, **kl, **more, "loss": output.loss}
+        sums.add(values, batch.num_pairs, dict.fromkeys(kl, tokens))
         return output
 
 

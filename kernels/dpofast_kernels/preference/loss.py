@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, replace
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -64,6 +64,10 @@ class PairLoss:
     def option(self) -> float:
         """The value of the loss's own option; 0 if it has none."""
         return 0.0 if self.option_name is None else float(getattr(self, self.option_name))
+
+    def with_beta(self, beta: float) -> Self:
+        """The same loss with another beta, also in the losses of which it consists."""
+        return replace(self, beta=beta)
 
     def pair_loss(
         self,

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, replace
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -51,6 +51,9 @@ class MixtureLoss(PairLoss):
     def names(self) -> tuple[str, ...]:
         """The names of the parts."""
         return tuple(name for part in self.parts for name in part.names)
+
+    def with_beta(self, beta: float) -> Self:
+        return replace(self, beta=beta, parts=tuple(part.with_beta(beta) for part in self.parts))
 
     def pair_loss(
         self, chosen_logratios: Tensor, rejected_logratios: Tensor, lengths: Tensor
