@@ -107,7 +107,7 @@ def train(way: str, folder: Path, pairs_per_device: int, accumulation: int) -> N
         disable_tqdm=True,
         seed=3,
         deepspeed=deepspeed_option(kind, pairs_per_device, accumulation),
-        **({"target_kl": 0.04, "target_kl_gain": 1.0} if variant == "kl" else {}),
+        **({"target_kl": 0.3, "target_kl_gain": 1.0} if variant == "kl" else {}),
     )
     has_hooks = variant == "hooks"
     trainer = (Penalised if has_hooks else DPOTrainer)(
