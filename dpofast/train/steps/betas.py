@@ -67,17 +67,17 @@ class KLController:
         """Beta of a step, counted from 0; the last one that was measured, or the next one."""
         return self._last if index < self._num_steps else self._next
 
-    def update(self, index: int, drift: float | None) -> None:
+    def update(self, index: int, drift: float) -> None:
         """Choose beta for the next step.
 
         Args:
             index: the step that was measured, counted from 0.
-            drift: nats per token over all its pairs; None or NaN if it isn't known, which leaves
-                beta as it is.
+            drift: nats per token over all its pairs. NaN, at which a loss scaler may leave a step
+                out, leaves beta as it is.
         """
         self._last, self._num_steps = self.of_step(index), index + 1
         self._next = self._last
-        if drift is None or math.isnan(drift):
+        if math.isnan(drift):
             return
         error = (drift - self.target) / self.target
         error = min(max(error, -LARGEST_ERROR), LARGEST_ERROR)

@@ -78,7 +78,7 @@ class MovesBeta:
         Args:
             sums: the metrics of the micro-batch.
         """
-        if isinstance(self._betas, KLController):
+        if isinstance(self._betas, KLController) and DRIFT in sums.totals:
             both = torch.stack([sums.totals[DRIFT], sums.counts[DRIFT]])  # [2]
             self._drift = both if self._drift is None else self._drift + both
 
@@ -95,7 +95,17 @@ class MovesBeta:
 
         Args:
             totals: [k], `step_sums` over all ranks.
+
+        Raises:
+            ConfigError: nothing has measured the drift that target_kl needs.
         """
-        if isinstance(self._betas, KLController):
-            drift, tokens = totals
-            self._betas.update(self.state.global_step, drift / tokens if tokens else None)
+        if not isinstance(self._betas, KLController):
+            return
+        drift, tokens = totals
+        if not tokens:  # every step has pairs, and every pair has tokens
+            raise ConfigError(
+                f"target_kl: no pass of step {self.state.global_step + 1} has measured the drift: "
+                "let the overridden compute_loss, compute_pair_loss or training_step call that of "
+                "super(), or leave target_kl out."
+            )
+        self._betas.update(self.state.global_step, drift / tokens)

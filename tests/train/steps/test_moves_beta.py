@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from dpofast import DPOTrainer
 from dpofast.errors import CheckpointError, ConfigError
 from dpofast_kernels import make_loss
 from tests.support import (
@@ -157,6 +158,19 @@ def test_a_loss_with_a_beta_of_its_own_is_refused(tmp_path, kind, option):
     trainer.pair_loss = make_loss("ipo", beta=BETA)
     trainer.train()
     assert len({log["beta"] for log in trainer.state.log_history if "beta" in log}) > 2
+
+
+class OwnLoss(DPOTrainer):
+    """Trains something that no pass of ours computes."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        return 1e-3 * sum(p.square().sum() for p in model.parameters())
+
+
+def test_a_target_that_nothing_measures_is_refused(tmp_path):
+    trainer = make_trainer(tmp_path, options=CONTROL, trainer_class=OwnLoss)
+    with pytest.raises(ConfigError, match=r"^target_kl: no pass of step 1 has measured the drift"):
+        trainer.train()
 
 
 @pytest.mark.parametrize("kind", MOVES)
