@@ -12,7 +12,6 @@ from typing import Any, Self
 from transformers.utils import is_torch_bf16_gpu_available
 
 from dpofast.data.packing.collate import LAYOUTS
-from dpofast.data.packing.likelihood import Likelihood
 from dpofast.data.reading.bad_rows import check_strictness
 from dpofast.data.tokens.truncate import TRUNCATION_MODES, LengthLimits
 from dpofast.errors import ConfigError
@@ -22,8 +21,6 @@ from dpofast.options.init_kwargs import read_init_kwargs
 from dpofast.options.loss_fields import (
     LOSS_NAMES,
     LossFields,
-    named_likelihood,
-    named_loss,
     settle_loss_fields,
     unused_loss_options,
 )
@@ -34,7 +31,6 @@ from dpofast.reference.store.row_detail import DETAILS, RowDetail
 from dpofast.zero.batch import asked_by_launcher, settle_deepspeed
 from dpofast.zero.compiled import settle_operations
 from dpofast.zero.config import read_deepspeed
-from dpofast_kernels import PairLoss
 
 DEFAULT_MAX_LENGTH = 1024
 
@@ -45,9 +41,10 @@ logger = logging.getLogger(__name__)
 class DPOConfig(LossFields):
     """transformers' TrainingArguments and the options of DPO; names and defaults as in TRL.
 
-    How a run is saved, resumed and stopped is in `RunFields`, and what else decides the loss in
-    `LossFields`. TRL's other options are fields, too (`TRLFields`). Those that can't change what is
-    trained are accepted with one line in the log, and the others are refused.
+    How a run is saved, resumed and stopped is in `RunFields`, how beta moves in `BetaFields`, and
+    what else decides the loss in `LossFields`. TRL's other options are fields, too (`TRLFields`).
+    Those that can't change what is trained are accepted with one line in the log, and the others
+    are refused.
 
     Attributes:
         warmup_ratio: share of all steps in which the learning rate rises; ignored if warmup_steps
@@ -268,18 +265,6 @@ class DPOConfig(LossFields):
         for suffix in ("checkpointing", "checkpointing_kwargs"):
             if getattr(self, f"activation_{suffix}", ...) is None:
                 setattr(self, f"activation_{suffix}", getattr(self, f"gradient_{suffix}"))
-
-    def make_loss(self) -> PairLoss:
-        """The pair loss that these options name.
-
-        Raises:
-            ConfigError: an unknown name, or an option out of range.
-        """
-        return named_loss(self)
-
-    def likelihood(self) -> Likelihood:
-        """The likelihood terms that these options add to the pair loss."""
-        return named_likelihood(self)
 
     def loading_options(self) -> dict[str, Any]:
         """The arguments of `from_pretrained`, the same for policy and reference."""

@@ -8,7 +8,12 @@ from typing import Any
 
 from dpofast.data.packing.likelihood import Likelihood
 from dpofast.errors import ConfigError
-from dpofast.options.run_fields import RunFields
+from dpofast.options.beta_fields import (
+    BetaFields,
+    beta_facts,
+    check_beta_fields,
+    unused_beta_options,
+)
 from dpofast_kernels import (
     DIVERGENCES,
     LOSS_OPTIONS,
@@ -17,8 +22,8 @@ from dpofast_kernels import (
     PairLoss,
     ZeroLoss,
     make_mixture,
+    unknown_loss,
 )
-from dpofast_kernels.preference import unknown_loss
 
 REVERSE_KL = "reverse_kl"
 # Defaults of this version and of older ones of TRL.
@@ -27,7 +32,7 @@ USUAL_COEFFICIENTS = (0.5, 1.0)
 
 # kw_only keeps the positional order of TrainingArguments and of DPOConfig's own options.
 @dataclass(kw_only=True)
-class LossFields(RunFields):
+class LossFields(BetaFields):
     """The fields; docs/losses.md has the formulas.
 
     Attributes:
@@ -64,6 +69,18 @@ class LossFields(RunFields):
         default=None,
         metadata={"help": "Weight of the likelihood in cpo (1 by default), simpo and alphapo (0)."},
     )
+
+    def make_loss(self) -> PairLoss:
+        """The pair loss that these options name.
+
+        Raises:
+            ConfigError: an unknown name, or an option out of range.
+        """
+        return named_loss(self)
+
+    def likelihood(self) -> Likelihood:
+        """The likelihood terms that these options add to the pair loss."""
+        return named_likelihood(self)
 
 
 # Names of losses that have a likelihood term. Of sft it is the only one.
@@ -103,7 +120,7 @@ def unused_loss_options(config: Any) -> list[str]:
             "f_divergence_type='alpha_divergence' (with f_alpha_divergence_coef=1.0 it is "
             "reverse_kl; in older versions of TRL it was forward_kl)"
         )
-    return remarks
+    return remarks + unused_beta_options(config)
 
 
 def loss_facts(config: Any) -> dict[str, Any]:
@@ -111,6 +128,7 @@ def loss_facts(config: Any) -> dict[str, Any]:
     weights, divergence = config.loss_weights, config.f_divergence_type
     is_alpha = divergence == "alpha_divergence"
     return {
+        **beta_facts(config),
         "loss_weights": None if weights is None or set(weights) == {1.0} else list(weights),
         "f_divergence_type": divergence,
         "f_alpha_divergence_coef": config.f_alpha_divergence_coef if is_alpha else None,
@@ -136,12 +154,13 @@ def named_loss(config: Any) -> PairLoss:
     for name in names:
         if name not in LOSS_NAMES:
             raise ConfigError(f"loss_type: {unknown_loss(name, LOSS_NAMES)}")
+    check_beta_fields(config)
     _check_coefficient(config.f_alpha_divergence_coef)
     _check_cpo_alpha(config.cpo_alpha)
     of_pairs = {name: weight for name, weight in _weights(config).items() if name != SFT}
     if not of_pairs:
         _refuse_smoothing(config)
-        return ZeroLoss(config.beta)
+        return _without_kl(ZeroLoss(config.beta), config)
     given = None if weights is None else list(of_pairs.values())
     options = [option for option, losses in LOSS_OPTIONS.items() if set(losses) & set(of_pairs)]
     own = {option: getattr(config, option) for option in options}
@@ -149,7 +168,19 @@ def named_loss(config: Any) -> PairLoss:
         loss = make_mixture(list(of_pairs), given, config.beta, config.label_smoothing, **own)
     except (TypeError, ValueError) as error:
         raise ConfigError(str(error)) from error
-    return loss if config.f_divergence_type == REVERSE_KL else _with_divergence(loss, config)
+    if config.f_divergence_type != REVERSE_KL:
+        loss = _with_divergence(loss, config)
+    return _without_kl(loss, config)
+
+
+def _without_kl(loss: PairLoss, config: Any) -> PairLoss:
+    """The loss, unless it has no reference and beta is to follow the distance from one."""
+    if loss.is_reference_free and config.target_kl is not None:
+        raise ConfigError(
+            f"target_kl is {config.target_kl}, but the loss {' + '.join(config.loss_type)} has no "
+            "reference to be near; leave it out."
+        )
+    return loss
 
 
 def named_likelihood(config: Any) -> Likelihood:

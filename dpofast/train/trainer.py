@@ -333,6 +333,7 @@ class DPOTrainer(
         total = torch.zeros((), dtype=torch.float64, device=self.args.device)
         self.throughput.start_step()
         if self.first_step is not None:
+            self.first_step.loss = self.step_loss()
             self.first_step.begin(self.optimizer.param_groups)
         self.begin_vote(inputs)
         last = len(inputs.micro_batches) - 1

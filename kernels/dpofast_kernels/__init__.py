@@ -43,6 +43,7 @@ from dpofast_kernels.preference import (
     make_loss,
     make_mixture,
     pair_metrics,
+    unknown_loss,
 )
 
 __all__ = [
@@ -69,4 +70,5 @@ __all__ = [
     "make_mixture",
     "pair_metrics",
     "sum_per_sequence",
+    "unknown_loss",
 ]

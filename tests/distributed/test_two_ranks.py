@@ -15,6 +15,7 @@ pytestmark = pytest.mark.distributed
 SCRIPT = Path(__file__).with_name("two_ranks.py")
 HOOK_WAYS = ["ddp.hooks", "zero1.hooks", "zero2.hooks"]
 SET_WAYS = ["ddp.sets", "zero2.sets"]
+KL_WAYS = ["ddp.kl", "zero2.kl"]
 WAYS = ["ddp", "zero1", "zero2", "zero3", "own"]
 BF16_WAYS = ["zero1.bf16", "zero2.bf16", "zero3.bf16"]
 # Slow: DeepSpeed may have to compile its Adam first.
@@ -25,14 +26,14 @@ MIXTURE_WAYS = ["ddp.mixtral", "zero3.mixtral"]
 @pytest.fixture(scope="module")
 def one(tmp_path_factory):
     folder = tmp_path_factory.mktemp("one")
-    ways = ("ddp", "ddp.hooks", "ddp.sets")
+    ways = ("ddp", "ddp.hooks", "ddp.sets", "ddp.kl")
     launch(SCRIPT, 1, str(folder), "4", "1", *ways)
     return {way: json.loads((folder / f"{way}.json").read_text()) for way in ways}
 
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
-    return run_on_two(tmp_path_factory, WAYS + BF16_WAYS + HOOK_WAYS + SET_WAYS)
+    return run_on_two(tmp_path_factory, WAYS + BF16_WAYS + HOOK_WAYS + SET_WAYS + KL_WAYS)
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +44,11 @@ def offloaded(tmp_path_factory):
 def run_on_two(tmp_path_factory, ways):
     folder = tmp_path_factory.mktemp("two")
     launch(SCRIPT, 2, str(folder), "1", "2", *ways, timeout=900.0)
-    return {way: json.loads((folder / f"{way}.json").read_text()) for way in ways}
+    found = {way: json.loads((folder / f"{way}.json").read_text()) for way in ways}
+    for way in set(ways) & set(KL_WAYS):
+        betas = [json.loads((folder / f"{way}.rank{rank}.json").read_text()) for rank in (0, 1)]
+        found[way]["betas"] = betas
+    return found
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -68,6 +73,19 @@ def test_weighted_sets_of_pairs_have_the_losses_and_metrics_of_one_rank(one, two
     assert_same(expected, found)
     assert {"eval_loss/soft", "eval_rewards/margins/hard"} <= set(found["evaluation"])
     assert any("loss/soft" not in log for log in found["logs"]), "a step without pairs of a set"
+
+
+@pytest.mark.parametrize("way", KL_WAYS)
+def test_the_drift_over_all_ranks_moves_the_same_beta_on_each(one, two, way):
+    assert_same(one["ddp.kl"], two[way])
+    mine, theirs = two[way]["betas"]
+    assert mine == theirs  # bit for bit
+    expected = [log["beta"] for log in one["ddp.kl"]["logs"]]
+    np.testing.assert_allclose(mine, expected, rtol=1e-4)
+    assert expected[0] > expected[-1] > min(expected)  # it moves both ways
+    factors = np.divide(expected[1:], expected[:-1])
+    assert 0.81 < factors[-1] < 1.19  # the error isn't clipped, so beta shows the drift itself
+    assert factors[-1] != pytest.approx(1.0, abs=1e-2)
 
 
 @pytest.mark.parametrize("way", BF16_WAYS)

@@ -8,8 +8,9 @@ mixture of experts with the routers' auxiliary loss and gradient checkpointing. 
 because then the micro-batches are the same on any number of ranks. With ".stretched" it trains a
 model with dynamic RoPE on sequences beyond its original length. With ".hooks" it trains the sigmoid
 loss written by hand and a penalty that a subclass adds, and measures metrics of its own. With
-".sets" it trains two datasets with weights and soft labels, and evaluates both. The main rank
-writes its logs to FOLDER/WAY.json.
+".sets" it trains two datasets with weights and soft labels, and evaluates both. With ".kl" the
+drift moves beta, of which each rank's betas are written, too. The main rank writes its logs to
+FOLDER/WAY.json.
 """
 
 from __future__ import annotations
@@ -121,6 +122,7 @@ def train(way: str, folder: Path, pairs_per_device: int, accumulation: int) -> N
         disable_tqdm=True,
         seed=3,
         deepspeed=deepspeed_option(kind, pairs_per_device, accumulation),
+        **({"target_kl": 0.3, "target_kl_gain": 1.0} if variant == "kl" else {}),
     )
     has_hooks = variant == "hooks"
     pairs, held_out = pairs_of(variant)
@@ -139,6 +141,9 @@ def train(way: str, folder: Path, pairs_per_device: int, accumulation: int) -> N
     dtype = "bfloat16" if variant == "bf16" and kind != "ddp" else "float32"
     assert (reference["autocast_dtype"], list(reference["tensors"])) == (None, [dtype])
     evaluation = trainer.evaluate()
+    if variant == "kl":
+        betas = [log["beta"] for log in trainer.state.log_history if "beta" in log]
+        (folder / f"{way}.rank{config.process_index}.json").write_text(json.dumps(betas))
     if trainer.is_world_process_zero():
         logs = [log for log in trainer.state.log_history if "grad_norm" in log]
         report = {"logs": logs, "evaluation": evaluation}

@@ -15,12 +15,18 @@ Facts = Mapping[str, Any]
 FIRST_LOSSES: Facts = {
     "alpha": None,
     "cpo_alpha": None,
+    "beta_end": None,
+    "beta_max": None,
+    "beta_min": None,
+    "beta_schedule": None,
     "discopop_tau": None,
     "dpop_lambda": None,
     "f_alpha_divergence_coef": None,
     "f_divergence_type": "reverse_kl",
     "loss_weights": None,
     "simpo_gamma": None,
+    "target_kl": None,
+    "target_kl_gain": None,
 }
 # Facts by which others are judged; they aren't compared themselves.
 DERIVED = frozenset({"num_steps", "warmup"})

@@ -10,6 +10,7 @@ from transformers.trainer_utils import IntervalStrategy
 from dpofast.data.packing.pair_columns import set_names
 from dpofast.errors import ConfigError
 from dpofast.model.router import METRIC
+from dpofast.monitor.kl import DRIFT, KL
 from dpofast.monitor.set_metrics import set_metric_names
 from dpofast.options.config import DPOConfig
 from dpofast.train.hooks.overrides import override_of
@@ -39,6 +40,8 @@ def check_best_metric(trainer: Any, measured: PairLossPass) -> None:
     sets = {f"eval_{key}_" if is_named else "eval_": s for key, s in trainer.eval_sets().items()}
     names = [*MEASURED, *([METRIC] if measured.router_loss is not None else [])]
     names += [NLL] if measured.likelihood else []
+    if trainer.pair_loss.is_reference_free:
+        names = [name for name in names if name not in (KL, DRIFT)]
     names += [] if measured.own_metrics is None else measured.own_metrics.names
     full = wanted if wanted.startswith("eval_") else f"eval_{wanted}"
     measured_by = {

@@ -57,7 +57,8 @@ class ComputesLoss(ReportsRun, Trainer):
             ConfigError: a loss_fn returned no loss for each pair.
         """
         try:
-            return untrained(self._pair_loss_pass(model, batch, self.pair_loss, sums))
+            loss = self.step_loss() if self._trains(model) else self.pair_loss
+            return untrained(self._pair_loss_pass(model, batch, loss, sums))
         except NotAPairLossError as error:
             raise ConfigError(f"loss_fn: {error}") from error
 
@@ -145,10 +146,15 @@ class ComputesLoss(ReportsRun, Trainer):
             output = self.compute_pair_loss(model, batch, sums)
         logps, metrics = output.logps.detach(), output.metrics.detach()
         self._computed = Computed(replace(output, logps=logps, metrics=metrics), sums)
-        # An overridden training_step may call this by itself.
-        if not is_counted and self.is_in_train and model.training:
-            self.metric_sums.add_all(sums, batch.num_pairs)
+        if self._trains(model):
+            self.note_drift(sums)
+            if not is_counted:  # an overridden training_step may call this by itself
+                self.metric_sums.add(sums.totals, batch.num_pairs, sums.counts)
         return output.loss / max(batch.num_pairs, 1), output
+
+    def _trains(self, model: nn.Module) -> bool:
+        """Whether a pass of the model belongs to a training step, not to an evaluation."""
+        return bool(self.is_in_train and model.training)
 
     def _loss_of_step(self, model: nn.Module, step: StepBatch) -> tuple[Tensor, PairLossOutput]:
         outputs = [self._loss_of_pairs(model, batch)[1] for batch in step.micro_batches]
@@ -217,7 +223,7 @@ class ComputesLoss(ReportsRun, Trainer):
         Raises:
             ConfigError: an override returned no single number.
         """
-        totals = self._computed.sums.totals
+        totals, counts = self._computed.sums.totals, self._computed.sums.counts
         overrides = [where for hook in hooks if (where := override_of(self, hook))]
         # Without an override the totals have the exact sum, which was never divided by the pairs.
         if loss is not None and overrides:
@@ -228,8 +234,7 @@ class ComputesLoss(ReportsRun, Trainer):
                     "over the micro-batch's pairs, a tensor []."
                 )
             totals["loss"] = loss.detach().double().sum() * batch.num_pairs
-        sums.add(totals, batch.num_pairs)
-        sums.add_some({}, self._computed.sums.counts)
+        sums.add(totals, batch.num_pairs, counts)
 
     def check_loss(self, loss: Any) -> None:
         """Check what an overridden `compute_loss` returned in training.

@@ -11,13 +11,15 @@ from torch import Tensor
 from dpofast.data.packing.batch import PackedPairs
 from dpofast.errors import ConfigError, one_line
 from dpofast.model.router import METRIC
+from dpofast.monitor.kl import DRIFT, KL
 from dpofast_kernels import METRIC_NAMES, PairLossOutput
 
-MEASURED = ("loss", *METRIC_NAMES)
+MEASURED = ("loss", *METRIC_NAMES, KL, DRIFT)
 SPEEDS = ("runtime", "samples_per_second", "steps_per_second")
 # What else a log of training or evaluation contains.
 LOGGED = (
-    *("epoch", "step", "learning_rate", "grad_norm", "num_tokens", "total_flos", "train_loss"),
+    *("epoch", "step", "learning_rate", "beta", "grad_norm", "num_tokens"),
+    *("total_flos", "train_loss"),
     *("pairs_per_second", "tokens_per_second", "mfu", "num_input_tokens_seen"),
     *("lengths/pair", "lengths/scored", "lengths/row", "model_preparation_time"),
 )

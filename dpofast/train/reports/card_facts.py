@@ -18,6 +18,7 @@ from dpofast.monitor.card import CARD_FILE, CardData, CardFacts
 from dpofast.monitor.guard import ReportGuard
 from dpofast.monitor.public_names import hub_id, is_personal, public_name
 from dpofast.monitor.summary import hardware, versions
+from dpofast.options.beta_fields import beta_in_words
 from dpofast.options.loss_fields import loss_names
 from dpofast.train.data.dataset import RunDataset
 from dpofast.train.data.stream import RunStream
@@ -110,6 +111,7 @@ def card_options(trainer: Any) -> dict[str, Any]:
         "loss_type": ", ".join(loss_names(config, loss)),
         "loss_fn": None if function is None else _function_name(function),
         "beta": getattr(loss, "beta", None),
+        "beta_schedule": beta_in_words(config),
         "label_smoothing": getattr(loss, "label_smoothing", None) or None,
         **_own_options(loss),
         "likelihood": trainer.data.likelihood.weight or None,

@@ -19,6 +19,7 @@ from dpofast.model.head import PairLossTask, head_options
 from dpofast.model.pair_losses import batch_losses
 from dpofast.model.parts import causal_lm
 from dpofast.model.router import RouterLoss, add_router_loss
+from dpofast.monitor.kl import kl_sums
 from dpofast.monitor.metrics import MetricSums
 from dpofast.monitor.set_metrics import set_metrics
 from dpofast.train.own.metrics import NLL, OwnMetrics
@@ -70,7 +71,12 @@ class PairLossPass:
         metrics = dict(zip(METRIC_NAMES, output.metrics, strict=True))
         if self.own_metrics is not None:
             metrics |= self.own_metrics(output, batch)
-        sums.add({**metrics, **more, "loss": output.loss}, batch.num_pairs)
+        counts: dict[str, Tensor] = {}
+        if not loss.is_reference_free:
+            assert batch.ref_logps is not None
+            kl, tokens = kl_sums(output.logps, batch.ref_logps, batch.bounds)
+            more, counts = more | kl, dict.fromkeys(kl, tokens)
+        sums.add({**metrics, **more, "loss": output.loss}, batch.num_pairs, counts)
         if batch.sets is not None:
             self._add_sets(batch, loss, output, metrics, sums)
         return output
@@ -108,7 +114,7 @@ class PairLossPass:
                 f"metrics_fn: the names {', '.join(taken)} are those of a dataset's metrics; "
                 "choose others."
             )
-        sums.add_some(values, counts)
+        sums.add(values, 0, counts)
 
 
 def gradient_exchange(

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, replace
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -84,6 +84,10 @@ class PairLoss:
     def is_by_answer(self) -> bool:
         """Whether the derivative by an answer's log-ratio depends on this answer only."""
         return self.by_answer
+
+    def with_beta(self, beta: float) -> Self:
+        """The same loss with another beta, also in the losses of which it consists."""
+        return replace(self, beta=beta)
 
     def pair_loss(
         self,

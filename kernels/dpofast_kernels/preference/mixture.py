@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, replace
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -67,6 +67,9 @@ class MixtureLoss(PairLoss):
     @property
     def is_by_answer(self) -> bool:
         return all(part.is_by_answer for part, _ in self._weighted())
+
+    def with_beta(self, beta: float) -> Self:
+        return replace(self, beta=beta, parts=tuple(part.with_beta(beta) for part in self.parts))
 
     def pair_loss(
         self, chosen_logratios: Tensor, rejected_logratios: Tensor, lengths: Tensor

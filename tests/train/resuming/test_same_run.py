@@ -112,6 +112,7 @@ def test_what_changes_the_numbers_is_refused_by_name(run, name, options):
 def test_options_that_the_loss_does_not_have_may_change(run):
     folder, expected = run
     none = {"discopop_tau": 0.3, "loss_weights": [1.0], "f_alpha_divergence_coef": 0.9}
+    none |= {"beta_end": 0.3, "beta_max": 7.0, "target_kl_gain": 0.5}
     assert history(resume(folder, **SCHEDULE, **none)) == expected
 
 
