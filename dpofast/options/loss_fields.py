@@ -24,6 +24,8 @@ class LossFields(RunFields):
         loss_weights: a weight for each loss of loss_type, at least 0; None for 1 each.
         f_divergence_type: reverse_kl, forward_kl, js_divergence or alpha_divergence.
         f_alpha_divergence_coef: coefficient of alpha_divergence.
+        ld_alpha: LD-DPO's alpha, in [0, 1]: how much the log-probs count of the tokens by which an
+            answer is longer than the other one of its pair; None for as much as the others.
         discopop_tau: tau of the discopop loss, above 0 and at most 1.
         dpop_lambda: lambda of the dpop loss, at least 0.
     """
@@ -38,8 +40,16 @@ class LossFields(RunFields):
     f_alpha_divergence_coef: float = field(
         default=0.5, metadata={"help": "Coefficient of alpha_divergence."}
     )
+    ld_alpha: float | None = field(
+        default=None,
+        metadata={"help": "Weight of the tokens by which an answer is the longer one; 0 to 1."},
+    )
     discopop_tau: float = field(default=0.05, metadata={"help": "Tau of the discopop loss."})
     dpop_lambda: float = field(default=50.0, metadata={"help": "Lambda of the dpop loss."})
+
+    def length_discount(self) -> float | None:
+        """`ld_alpha`; None where it changes nothing."""
+        return None if self.ld_alpha == 1.0 else self.ld_alpha
 
 
 _DEFAULTS = {item.name: item.default for item in fields(LossFields)}
@@ -85,6 +95,7 @@ def loss_facts(config: Any) -> dict[str, Any]:
         "loss_weights": None if weights is None or set(weights) == {1.0} else list(weights),
         "f_divergence_type": divergence,
         "f_alpha_divergence_coef": config.f_alpha_divergence_coef if is_alpha else None,
+        "ld_alpha": config.length_discount(),
         **{
             option: getattr(config, option) if loss in config.loss_type else None
             for option, loss in LOSS_OPTIONS.items()
@@ -104,6 +115,7 @@ def named_loss(config: Any) -> PairLoss:
     if weights is not None:
         _check_weights(weights, names)
     _check_coefficient(config.f_alpha_divergence_coef)
+    _check_ld_alpha(config)
     options = [option for option, loss in LOSS_OPTIONS.items() if loss in names]
     own = {option: getattr(config, option) for option in options}
     try:
@@ -132,6 +144,18 @@ def _check_weights(weights: Any, names: Any) -> None:
 def _check_coefficient(value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise ConfigError(f"f_alpha_divergence_coef: got {value!r}, expected a finite number.")
+
+
+def _check_ld_alpha(config: Any) -> None:
+    alpha = config.ld_alpha
+    is_number = isinstance(alpha, int | float) and not isinstance(alpha, bool)
+    if alpha is not None and not (is_number and 0.0 <= alpha <= 1.0):
+        raise ConfigError(f"ld_alpha: got {alpha!r}, expected a number from 0 to 1.")
+    if config.length_discount() is not None and config.reference_store_detail == "sums":
+        raise ConfigError(
+            f"reference_store_detail: got 'sums', but ld_alpha={alpha:g} needs the reference's "
+            "log-prob of each token; set it to 'logps', or leave ld_alpha out."
+        )
 
 
 def _with_divergence(loss: PairLoss, config: Any) -> PairLoss:

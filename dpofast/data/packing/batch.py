@@ -37,6 +37,8 @@ class PackedPairs(NoDict):
         num_tokens: tokens in all sequences, padding excluded.
         uses: [B, L] int64, number of sequences that contain the position; 0 for padding.
         shared_layout: attention layout of a packed row [1, L]; None for padded rows.
+        token_weights: [N] fp64, factor of each token's log-prob in the sum of its sequence;
+            `ref_logps` are weighted in the same way. None if all are 1.
     """
 
     WHAT: ClassVar[str] = (
@@ -54,6 +56,7 @@ class PackedPairs(NoDict):
     num_tokens: int
     uses: Tensor
     shared_layout: SharedLayout | None = None
+    token_weights: Tensor | None = None
 
     @classmethod
     def from_sequences(

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import torch
 from torch.utils.data import Dataset
 
 from dpofast.columns import ID_COLUMNS
 from dpofast.data.packing.batch import PackedPairs, PromptAnswer, StepBatch, TokenIds
 from dpofast.data.packing.collate import Layout
+from dpofast.data.packing.ld_weights import ld_weights
 from dpofast.data.packing.plan import MicroBatch, PlannedStep, TokenLimit
 
 
@@ -20,12 +23,21 @@ class StepDataset(Dataset[StepBatch]):
         pairs: datasets.Dataset with int lists prompt_ids, chosen_ids, rejected_ids.
         ref_logps: [n, 2] fp64, summed log-probs of chosen and rejected of each pair, in nats.
         layout: layout of the micro-batches.
+        ld_alpha: weight of the tokens by which an answer is longer than the other one, in
+            `ref_logps` already; None for 1.
     """
 
-    def __init__(self, pairs: Any, ref_logps: np.ndarray, layout: Layout) -> None:
+    def __init__(
+        self,
+        pairs: Any,
+        ref_logps: np.ndarray,
+        layout: Layout,
+        *,
+        ld_alpha: float | None = None,
+    ) -> None:
         # Reading a pair decodes all its columns, so the columns that aren't needed are dropped.
         self.pairs = pairs.select_columns(list(ID_COLUMNS))
-        self.ref_logps, self.layout = ref_logps, layout
+        self.ref_logps, self.layout, self.ld_alpha = ref_logps, layout, ld_alpha
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -40,7 +52,12 @@ class StepDataset(Dataset[StepBatch]):
 
     def _lay_out(self, batch: MicroBatch) -> PackedPairs:
         sequences = [sequence for pair in _pairs_of(self.pairs[batch]) for sequence in pair]
-        return self.layout.collate(sequences, self.ref_logps[batch].reshape(-1).tolist())
+        laid_out = self.layout.collate(sequences, self.ref_logps[batch].reshape(-1).tolist())
+        if self.ld_alpha is None:
+            return laid_out
+        lengths = laid_out.bounds.diff().view(-1, 2).numpy()
+        weights = torch.from_numpy(ld_weights(lengths, self.ld_alpha))
+        return replace(laid_out, token_weights=weights)
 
 
 def token_limit(pairs: Any, layout: Layout, max_tokens: int) -> TokenLimit | None:

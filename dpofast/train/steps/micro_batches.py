@@ -18,7 +18,7 @@ from dpofast.model.parts import causal_lm
 from dpofast.model.router import RouterLoss, add_router_loss
 from dpofast.monitor.metrics import MetricSums
 from dpofast.train.own.metrics import OwnMetrics
-from dpofast_kernels import METRIC_NAMES, PairLoss, PairLossOutput
+from dpofast_kernels import METRIC_NAMES, PairExtras, PairLoss, PairLossOutput
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,7 +57,8 @@ class PairLossPass:
         batch = batch.to(self.device)
         assert batch.ref_logps is not None
         options = head_options(causal_lm(self.model).config)
-        task = PairLossTask(batch.labels, batch.bounds, batch.ref_logps, loss, options)
+        extras = PairExtras(token_weights=batch.token_weights)
+        task = PairLossTask(batch.labels, batch.bounds, batch.ref_logps, loss, options, extras)
         with self.autocast():
             results = run_batch(wrapped, batch, task, self.router_loss)
         output, more = add_router_loss(results, self.router_loss, batch.num_pairs)
