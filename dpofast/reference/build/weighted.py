@@ -6,13 +6,14 @@ from collections.abc import Callable
 
 import numpy as np
 
-from dpofast.reference.build.answers import READ_PAIRS, PairAnswers
+from dpofast.reference.build.answers import PairAnswers
 from dpofast.reference.build.builder import refuse_missing, refuse_wrong
 from dpofast.reference.store.namespace import Namespace
 from dpofast.reference.store.row_detail import RowDetail
 
 # Token counts [m, 2] of the answers of m pairs -> weights [N] of their tokens, in the same order.
 TokenWeights = Callable[[np.ndarray], np.ndarray]
+PART_ANSWERS = 2_000  # answers whose tokens are in memory at a time; an even number
 
 
 def weighted_logps(namespace: Namespace, answers: PairAnswers, weights: TokenWeights) -> np.ndarray:
@@ -35,13 +36,10 @@ def weighted_logps(namespace: Namespace, answers: PairAnswers, weights: TokenWei
     namespace.refresh()
     detail = RowDetail.LOGPS
     refuse_missing(namespace, answers, namespace.contains(answers.keys, detail), detail)
-    # A part at a time, as each answer's log-probs are an array of their own.
-    starts = range(0, len(answers.keys), 2 * READ_PAIRS)
-    parts = [
-        _weighted_sums(namespace, answers.keys[start : start + 2 * READ_PAIRS], weights)
-        for start in starts
-    ]
-    logps = np.concatenate([np.empty(0), *parts])
+    keys = answers.keys
+    parts = [keys[start : start + PART_ANSWERS] for start in range(0, len(keys), PART_ANSWERS)]
+    sums = [_weighted_sums(namespace, part, weights) for part in parts]
+    logps = np.concatenate([np.empty(0), *sums])
     refuse_wrong(namespace, answers, logps)
     return logps.reshape(-1, 2)
 

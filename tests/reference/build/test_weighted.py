@@ -46,7 +46,7 @@ def expected(dataset):
 
 
 def test_weighted_sums_are_those_of_a_loop_over_tokens(tmp_path, monkeypatch):
-    monkeypatch.setattr(weighted, "READ_PAIRS", 4)  # three parts
+    monkeypatch.setattr(weighted, "PART_ANSWERS", 8)  # three parts
     dataset = pairs(10)
     rows, _ = build(tmp_path, dataset)
     found = weighted_logps(rows, read_answers(dataset), halves)
