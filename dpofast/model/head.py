@@ -53,7 +53,7 @@ class PairLossTask:
     Attributes:
         labels, bounds, ref_logps, loss: arguments of `linear_pair_loss` with these names.
         options: cap and scale of the family's logits; the bias comes from the head itself.
-        extras: weights and confidences of the pairs.
+        extras: weights and confidences of the pairs, coefficients of sequences, weights of tokens.
     """
 
     labels: Tensor  # [N]

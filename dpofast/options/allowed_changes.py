@@ -46,6 +46,7 @@ ALLOWABLE = (
         "f_alpha_divergence_coef",
         "f_divergence_type",
         "label_smoothing",
+        "ld_alpha",
         "loss_fn",
         "loss_type",
         "loss_weights",

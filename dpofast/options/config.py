@@ -75,9 +75,10 @@ class DPOConfig(LossFields):
         reference_store: folder of the reference log-probs. The default is `dpofast/reference` in
             Hugging Face's cache (HF_HOME).
         reference_store_detail: what is stored of each answer: "sums" (its summed log-prob, which
-            is all that training needs), "logps" (also the log-prob of each token) or "logsumexps"
-            (also the log-sum-exp of the logits at each token). Training reads answers stored in any
-            detail. `dpofast ref build` scores answers again if they are stored with less detail.
+            is all that training needs without ld_alpha), "logps" (also the log-prob of each token)
+            or "logsumexps" (also the log-sum-exp of the logits at each token). Training reads
+            answers stored in any detail that it needs. `dpofast ref build` scores answers again if
+            they are stored with less detail.
         layout: how sequences become micro-batches. "shared" packs them into one row without
             padding, in which the common beginning of a pair's two sequences occurs once.
             "unshared" packs them without sharing. "padded" gives each sequence a row of its own.

@@ -39,6 +39,8 @@ class LossFields(BetaFields):
         loss_weights: a weight for each loss of loss_type, at least 0; None for 1 each.
         f_divergence_type: reverse_kl, forward_kl, js_divergence or alpha_divergence.
         f_alpha_divergence_coef: coefficient of alpha_divergence.
+        ld_alpha: LD-DPO's alpha, in [0, 1]: how much the log-probs count of the tokens by which an
+            answer is longer than the other one of its pair; None for as much as the others.
         discopop_tau: tau of the discopop loss, above 0 and at most 1.
         dpop_lambda: lambda of the dpop loss, at least 0.
         simpo_gamma: margin of the losses simpo and alphapo, in units of the margin that the sigmoid
@@ -58,6 +60,10 @@ class LossFields(BetaFields):
     )
     f_alpha_divergence_coef: float = field(
         default=0.5, metadata={"help": "Coefficient of alpha_divergence."}
+    )
+    ld_alpha: float | None = field(
+        default=None,
+        metadata={"help": "Weight of the tokens by which an answer is the longer one; 0 to 1."},
     )
     discopop_tau: float = field(default=0.05, metadata={"help": "Tau of the discopop loss."})
     dpop_lambda: float = field(default=50.0, metadata={"help": "Lambda of the dpop loss."})
@@ -81,6 +87,10 @@ class LossFields(BetaFields):
     def likelihood(self) -> Likelihood:
         """The likelihood terms that these options add to the pair loss."""
         return named_likelihood(self)
+
+    def length_discount(self) -> float | None:
+        """`ld_alpha`; None where it changes nothing."""
+        return None if self.ld_alpha == 1.0 else self.ld_alpha
 
 
 # Names of losses that have a likelihood term. Of sft it is the only one.
@@ -132,6 +142,7 @@ def loss_facts(config: Any) -> dict[str, Any]:
         "loss_weights": None if weights is None or set(weights) == {1.0} else list(weights),
         "f_divergence_type": divergence,
         "f_alpha_divergence_coef": config.f_alpha_divergence_coef if is_alpha else None,
+        "ld_alpha": config.length_discount(),
         **{
             option: getattr(config, option) if set(losses) & set(config.loss_type) else None
             for option, losses in LOSS_OPTIONS.items()
@@ -157,10 +168,11 @@ def named_loss(config: Any) -> PairLoss:
     check_beta_fields(config)
     _check_coefficient(config.f_alpha_divergence_coef)
     _check_cpo_alpha(config.cpo_alpha)
+    _check_ld_alpha(config)
     of_pairs = {name: weight for name, weight in _weights(config).items() if name != SFT}
     if not of_pairs:
         _refuse_smoothing(config)
-        return _without_kl(ZeroLoss(config.beta), config)
+        return _checked(ZeroLoss(config.beta), config)
     given = None if weights is None else list(of_pairs.values())
     options = [option for option, losses in LOSS_OPTIONS.items() if set(losses) & set(of_pairs)]
     own = {option: getattr(config, option) for option in options}
@@ -170,11 +182,19 @@ def named_loss(config: Any) -> PairLoss:
         raise ConfigError(str(error)) from error
     if config.f_divergence_type != REVERSE_KL:
         loss = _with_divergence(loss, config)
-    return _without_kl(loss, config)
+    return _checked(loss, config)
 
 
-def _without_kl(loss: PairLoss, config: Any) -> PairLoss:
-    """The loss, unless it has no reference and beta is to follow the distance from one."""
+def _checked(loss: PairLoss, config: Any) -> PairLoss:
+    """The loss, unless an option needs a reference or log-probs that it doesn't have."""
+    if config.length_discount() is not None and (
+        loss.is_reference_free or named_likelihood(config)
+    ):
+        raise ConfigError(
+            f"ld_alpha is {config.ld_alpha}, but it discounts log-ratios only: leave it out with "
+            f"{' + '.join(config.loss_type)}, which has no reference or counts the likelihood of "
+            "whole answers."
+        )
     if loss.is_reference_free and config.target_kl is not None:
         raise ConfigError(
             f"target_kl is {config.target_kl}, but the loss {' + '.join(config.loss_type)} has no "
@@ -262,6 +282,18 @@ def _check_weights(weights: Any, names: Any) -> None:
 def _check_coefficient(value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise ConfigError(f"f_alpha_divergence_coef: got {value!r}, expected a finite number.")
+
+
+def _check_ld_alpha(config: Any) -> None:
+    alpha = config.ld_alpha
+    is_number = isinstance(alpha, int | float) and not isinstance(alpha, bool)
+    if alpha is not None and not (is_number and 0.0 <= alpha <= 1.0):
+        raise ConfigError(f"ld_alpha: got {alpha!r}, expected a number from 0 to 1.")
+    if config.length_discount() is not None and config.reference_store_detail == "sums":
+        raise ConfigError(
+            f"reference_store_detail: got 'sums', but ld_alpha={alpha:g} needs the reference's "
+            "log-prob of each token; set it to 'logps', or leave ld_alpha out."
+        )
 
 
 def _with_divergence(loss: PairLoss, config: Any) -> PairLoss:

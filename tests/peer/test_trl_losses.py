@@ -63,6 +63,9 @@ CASES = [
         "f_divergence_type": "alpha_divergence",
         "f_alpha_divergence_coef": 0.2,
     },
+    {"loss_type": "sigmoid", "ld_alpha": 0.5},
+    {"loss_type": "ipo", "ld_alpha": 0.0},
+    {"loss_type": ["sigmoid_norm", "apo_zero"], "beta": 5.0, "ld_alpha": 0.3},
 ]
 
 
@@ -113,7 +116,10 @@ def test_losses_gradient_norms_and_rewards_are_trls(tmp_path, options):
         np.testing.assert_allclose(column(ours, name), expected, rtol=1e-4, err_msg=name)
     if options["loss_type"] == "sft":
         return  # ours has no reference, and TRL's rewards have one
-    for name in ("rewards/chosen", "rewards/rejected", "rewards/margins"):
+    for name in (
+        *("rewards/chosen", "rewards/rejected", "rewards/margins"),
+        *("logps/chosen", "logps/rejected"),
+    ):
         expected = column(theirs, name)
         np.testing.assert_allclose(column(ours, name), expected, atol=1e-3, rtol=0, err_msg=name)
 

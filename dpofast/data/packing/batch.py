@@ -47,6 +47,8 @@ class PackedPairs(NoDict):
             scored.
         coefficients: [S] fp64, what each nat of a sequence's log-prob adds to the summed loss; None
             if the loss has no likelihood term.
+        token_weights: [N] fp64, factor of each token's log-prob in the sum of its sequence;
+            `ref_logps` are weighted in the same way. None if all are 1.
     """
 
     WHAT: ClassVar[str] = (
@@ -70,6 +72,7 @@ class PackedPairs(NoDict):
     set_names: tuple[str, ...] = ()
     prompts: Tensor | None = None
     coefficients: Tensor | None = None
+    token_weights: Tensor | None = None
 
     @classmethod
     def from_sequences(

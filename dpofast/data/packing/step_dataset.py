@@ -6,11 +6,13 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import torch
 from torch.utils.data import Dataset
 
 from dpofast.columns import ID_COLUMNS
 from dpofast.data.packing.batch import PackedPairs, PromptAnswer, StepBatch, TokenIds
 from dpofast.data.packing.collate import Layout
+from dpofast.data.packing.ld_weights import ld_weights
 from dpofast.data.packing.likelihood import NO_LIKELIHOOD, ChosenTokens, Likelihood
 from dpofast.data.packing.pair_columns import PairColumns
 from dpofast.data.packing.plan import MicroBatch, PlannedStep, TokenLimit
@@ -25,6 +27,8 @@ class StepDataset(Dataset[StepBatch]):
         layout: layout of the micro-batches.
         usual_confidence: label_confidence of pairs that have none, if others have one.
         likelihood: likelihood terms of the loss.
+        ld_alpha: weight of the tokens by which an answer is longer than the other one, in
+            `ref_logps` already; None for 1.
     """
 
     def __init__(
@@ -34,12 +38,14 @@ class StepDataset(Dataset[StepBatch]):
         layout: Layout,
         usual_confidence: float = 1.0,
         likelihood: Likelihood = NO_LIKELIHOOD,
+        *,
+        ld_alpha: float | None = None,
     ) -> None:
         self.likelihood = likelihood
         self._columns = PairColumns.of(pairs, usual_confidence)
         # Reading a pair decodes all its columns, so the columns that aren't needed are dropped.
         self.pairs = pairs.select_columns(list(ID_COLUMNS))
-        self.ref_logps, self.layout = ref_logps, layout
+        self.ref_logps, self.layout, self.ld_alpha = ref_logps, layout, ld_alpha
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -63,6 +69,9 @@ class StepDataset(Dataset[StepBatch]):
             scores_prompts=self.likelihood.scores_prompts,
         )
         laid_out = replace(laid_out, **self._columns.of_batch(batch))
+        if self.ld_alpha is not None:
+            weights = torch.from_numpy(ld_weights(laid_out.lengths.numpy(), self.ld_alpha))
+            laid_out = replace(laid_out, token_weights=weights)
         if not self.likelihood:
             return laid_out
         assert step.pairs_per_token is not None, "the plan counts tokens"

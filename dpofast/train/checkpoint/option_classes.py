@@ -31,6 +31,7 @@ COMPARED = frozenset(
         "fp16",
         "gradient_accumulation_steps",
         "label_smoothing",
+        "ld_alpha",
         "learning_rate",
         "loss_type",
         "loss_weights",

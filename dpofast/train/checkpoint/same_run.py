@@ -23,6 +23,7 @@ FIRST_LOSSES: Facts = {
     "dpop_lambda": None,
     "f_alpha_divergence_coef": None,
     "f_divergence_type": "reverse_kl",
+    "ld_alpha": None,
     "loss_weights": None,
     "simpo_gamma": None,
     "target_kl": None,

@@ -47,8 +47,8 @@ class RunDataset:
         pairs: tokenised pairs, with the columns prompt_ids, chosen_ids, rejected_ids and row.
         report: what the preparation kept, cut and left out.
         sources: name of each dataset in a mixture -> pairs read from it; empty for one dataset.
-        ref_logps: [n, 2] fp64, summed reference log-probs of chosen and rejected, in nats; None
-            until the dataset is scored.
+        ref_logps: [n, 2] fp64, summed reference log-probs of chosen and rejected, in nats; with
+            `ld_alpha`, weighted sums. None until the dataset is scored.
         scored_by: digest of the reference that `ref_logps` come from; None until the dataset is
             scored, and for a dataset that comes with its own log-probs.
         token_limit: lengths of the pairs in a packed row, and the row's token limit; None until
@@ -102,11 +102,12 @@ class RunDataset:
         """Whether answers are left to be scored while the run trains."""
         return False
 
-    def step_dataset(self, layout: Layout) -> StepDataset:
-        """The scored pairs, indexed by planned steps."""
+    def step_dataset(self, layout: Layout, ld_alpha: float | None = None) -> StepDataset:
+        """The scored pairs, indexed by planned steps; arguments as in StepDataset."""
         assert self.ref_logps is not None, "the dataset is scored first"
         return StepDataset(
-            self.pairs, self.ref_logps, layout, self.usual_confidence, self.likelihood
+            *(self.pairs, self.ref_logps, layout, self.usual_confidence, self.likelihood),
+            ld_alpha=ld_alpha,
         )
 
 
@@ -213,6 +214,7 @@ class PairPreparer:
         dataset.likelihood = self.likelihood
         if not self.loss.is_reference_free:
             _refuse_cut_scores(dataset)
+            _refuse_own_sums(dataset, self.config.length_discount())
         is_whole = not dataset.is_window
         check_pair_weights(dataset.pairs, dataset.name, self.loss, is_whole=is_whole)
         refuse_unknown_ids(dataset.pairs, dataset.name, self._vocabularies)
@@ -286,4 +288,14 @@ def _refuse_cut_scores(dataset: RunDataset) -> None:
             f"were cut to {report.limits}, so {' and '.join(REF_COLUMNS)} don't belong to them "
             f"any more: raise {report.limits.names}, or leave these columns out to have them "
             "computed."
+        )
+
+
+def _refuse_own_sums(dataset: RunDataset, ld_alpha: float | None) -> None:
+    """Raise DataError if the dataset brings sums of log-probs, whose parts ld_alpha needs."""
+    if dataset.brings_ref_logps and ld_alpha is not None:
+        raise DataError(
+            f"{dataset.name} brings {' and '.join(REF_COLUMNS)}, sums over whole answers, but "
+            f"ld_alpha={ld_alpha:g} needs the reference's log-prob of each token: leave these "
+            "columns out to have them computed, or leave ld_alpha out."
         )

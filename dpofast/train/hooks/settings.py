@@ -93,6 +93,11 @@ class ShowsSettings:
         """The coefficient of alpha_divergence."""
         return float(getattr(self.pair_loss, "coefficient", 0.5))
 
+    @_setting(_CONFIG)
+    def ld_alpha(self) -> float | None:
+        """Weight of the tokens by which an answer is the longer one; None for 1."""
+        return self._config.ld_alpha
+
     @_setting(_ARGUMENT)
     def loss_fn(self) -> PairFunction | None:
         """The user's own loss; None for a loss of the options."""

@@ -115,6 +115,7 @@ def card_options(trainer: Any) -> dict[str, Any]:
         "label_smoothing": getattr(loss, "label_smoothing", None) or None,
         **_own_options(loss),
         "likelihood": trainer.data.likelihood.weight or None,
+        "ld_alpha": config.length_discount(),
         "learning_rate": config.learning_rate if optimizer is None else None,
         "lr_scheduler_type": _value(config.lr_scheduler_type),
         "warmup_steps": config.warmup_steps or None,

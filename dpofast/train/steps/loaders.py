@@ -160,7 +160,8 @@ class StepLoaders:
         The windows of a stream are scored and planned when their first step is asked for.
         """
         if isinstance(dataset, RunStream):
-            steps = StreamSteps(dataset, partial(self._make_ready, dataset), self.layout)
+            ready, ld_alpha = partial(self._make_ready, dataset), self.reference.store.ld_alpha
+            steps = StreamSteps(dataset, ready, self.layout, ld_alpha)
             numbers = StepNumbers(dataset.num_steps)
             # Worker processes would each read the stream, and can't score.
             return DataLoader(
@@ -207,7 +208,7 @@ class StepLoaders:
         config = self.config
         workers = config.dataloader_num_workers
         loader = StepLoader(
-            dataset.step_dataset(self.layout),
+            dataset.step_dataset(self.layout, self.reference.store.ld_alpha),
             batch_sampler=plan,
             collate_fn=whole_step,
             num_workers=workers,

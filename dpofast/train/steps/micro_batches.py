@@ -88,7 +88,10 @@ class PairLossPass:
             # The prompts are sequences after those of the pairs, and in none of the pairs.
             pairs = torch.arange(2 * batch.num_pairs).view(-1, 2)
             ref_logps = torch.cat([ref_logps, ref_logps.new_zeros(len(batch.prompts))])
-        extras = PairExtras(pairs, batch.weights, batch.label_confidence, batch.coefficients)
+        extras = PairExtras(
+            *(pairs, batch.weights, batch.label_confidence),
+            *(batch.coefficients, batch.token_weights),
+        )
         options = head_options(causal_lm(self.model).config)
         return PairLossTask(batch.labels, batch.bounds, ref_logps, loss, options, extras)
 
