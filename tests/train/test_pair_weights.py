@@ -246,7 +246,8 @@ def test_a_stream_trains_as_a_dataset_and_notices_other_weights(tmp_path):
             {"loss_type": "hinge"},
             CONFIDENCES,
             "^train: label_confidence: the hinge loss has no smoothed form; remove the column, or "
-            r"choose a loss_type that has one \(sigmoid, sigmoid_norm, robust, exo_pair\)",
+            r"choose a loss_type that has one \(sigmoid, sigmoid_norm, robust, exo_pair, cpo, "
+            r"simpo, alphapo\)",
         ),
         ({"loss_type": ["sigmoid", "ipo"]}, CONFIDENCES, "the ipo loss has no smoothed form"),
         (
