@@ -16,6 +16,8 @@ SCRIPT = Path(__file__).with_name("two_ranks.py")
 HOOK_WAYS = ["ddp.hooks", "zero1.hooks", "zero2.hooks"]
 SET_WAYS = ["ddp.sets", "zero2.sets"]
 KL_WAYS = ["ddp.kl", "zero2.kl"]
+# Losses without a reference, with means over the tokens of a step; and of means per token.
+LOSS_WAYS = [f"{kind}.{loss}" for loss in ("free", "norm") for kind in ("ddp", "zero2")]
 WAYS = ["ddp", "zero1", "zero2", "zero3", "own"]
 BF16_WAYS = ["zero1.bf16", "zero2.bf16", "zero3.bf16"]
 # Slow: DeepSpeed may have to compile its Adam first.
@@ -26,14 +28,16 @@ MIXTURE_WAYS = ["ddp.mixtral", "zero3.mixtral"]
 @pytest.fixture(scope="module")
 def one(tmp_path_factory):
     folder = tmp_path_factory.mktemp("one")
-    ways = ("ddp", "ddp.hooks", "ddp.sets", "ddp.kl")
+    ways = ("ddp", "ddp.hooks", "ddp.sets", "ddp.kl", "ddp.free", "ddp.norm")
     launch(SCRIPT, 1, str(folder), "4", "1", *ways)
     return {way: json.loads((folder / f"{way}.json").read_text()) for way in ways}
 
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
-    return run_on_two(tmp_path_factory, WAYS + BF16_WAYS + HOOK_WAYS + SET_WAYS + KL_WAYS)
+    return run_on_two(
+        tmp_path_factory, WAYS + BF16_WAYS + HOOK_WAYS + SET_WAYS + KL_WAYS + LOSS_WAYS
+    )
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +77,13 @@ def test_weighted_sets_of_pairs_have_the_losses_and_metrics_of_one_rank(one, two
     assert_same(expected, found)
     assert {"eval_loss/soft", "eval_rewards/margins/hard"} <= set(found["evaluation"])
     assert any("loss/soft" not in log for log in found["logs"]), "a step without pairs of a set"
+
+
+@pytest.mark.parametrize("way", LOSS_WAYS)
+def test_other_losses_train_and_evaluate_as_on_one_rank(one, two, way):
+    expected = one[f"ddp.{way.partition('.')[2]}"]
+    assert_same(expected, two[way])
+    assert expected["logs"][-1]["loss"] < expected["logs"][0]["loss"]
 
 
 @pytest.mark.parametrize("way", KL_WAYS)
