@@ -51,7 +51,7 @@ def compare(folder: Path, seed: int, recipes: Sequence[Recipe]) -> dict[str, Any
     screen = Screen()
     screen.title(
         f"dpofast demo: the same small model, trained in {len(recipes)} ways",
-        "On two CPU cores the warm-up takes about a minute, and each run less than that.",
+        "On two CPU cores the warm-up takes about two minutes, and each run half a minute.",
     )
     start = prepare(folder, seed, screen)
 
@@ -74,7 +74,7 @@ def compare(folder: Path, seed: int, recipes: Sequence[Recipe]) -> dict[str, Any
 
 
 def run_recipe(recipe: Recipe, folder: Path, start: Start, train_one: TrainFunction) -> Run:
-    """Train a recipe in a folder of its own. A run that diverges becomes a row that says so."""
+    """Train a recipe in a folder of its own. A run that diverges becomes a row without figures."""
     started = time.monotonic()
     measured, error = None, None
     try:
@@ -92,7 +92,7 @@ def measurements(start: Start, after: Measured) -> dict[str, float]:
     Log-ratios are those to the warmed-up model, in nats and summed over an answer's tokens, also
     for losses that have no reference, and without beta.
     """
-    change = (after.policy.logps - start.measured.policy.logps).mean(axis=0)
+    change = start.logps_change(after)
     return {
         "eval_accuracy": after.reward_accuracy,
         "policy_accuracy_equal_length": after.policy.equal_length_accuracy,

@@ -10,18 +10,19 @@ COMPARISON_FILE = "comparison.json"
 TABLE_FILE = "comparison.md"
 PICTURE_FILE = "comparison.png"
 
-# Title and format of each figure of a row, by its name in comparison.json.
+# Title and format of each figure of a row, by its name in comparison.json. The titles wrap at
+# their words, so that the table fits into a terminal of 80 columns. With z, no figure is -0.0.
 COLUMNS: dict[str, tuple[str, str]] = {
     "eval_accuracy": ("chosen gained more", ".1%"),
-    "policy_accuracy_equal_length": ("more probable, equal length", ".1%"),
+    "policy_accuracy_equal_length": ("ranked right, equal length", ".1%"),
     "exact_answers": ("answers right", ".1%"),
-    "margin": ("margin", "+.1f"),
-    "chosen_logps_change": ("chosen log-prob", "+.1f"),
-    "rejected_logps_change": ("rejected log-prob", "+.1f"),
+    "margin": ("margin", "+z.1f"),
+    "chosen_logps_change": ("chosen log-prob", "+z.1f"),
+    "rejected_logps_change": ("rejected log-prob", "+z.1f"),
 }
 LEGEND = (
     "On {held_out_pairs} held-out pairs. Chosen gained more: share of pairs whose chosen answer "
-    "has gained more log-prob by the training than the rejected one. More probable, equal length: "
+    "has gained more log-prob by the training than the rejected one. Ranked right, equal length: "
     "share of the pairs of equally long answers whose chosen answer is more probable. Answers "
     "right: share of greedy answers that are right to the letter. Margin and log-probs: mean "
     "changes by the training, in nats, summed over an answer, without beta."
@@ -42,7 +43,7 @@ PANELS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
 def table_rows(content: dict[str, Any]) -> Iterator[list[str]]:
     """Yield the cells of the table's rows: loss, beta and the figures.
 
-    The first row is the model before training. A run that has failed has `diverged` for a figure.
+    The first row is the model before training. A run that has failed has `failed` for a figure.
 
     Args:
         content: content of comparison.json.
@@ -127,5 +128,5 @@ def _plot_loss(
 
 def _figures(measured: dict[str, float] | None) -> list[str]:
     if measured is None:
-        return ["diverged", *[""] * (len(COLUMNS) - 1)]
+        return ["failed", *[""] * (len(COLUMNS) - 1)]
     return [format(measured[name], form) for name, (_, form) in COLUMNS.items()]

@@ -33,7 +33,7 @@ def run_demo(folder: Path, seed: int = 0, recipe: Recipe | None = None) -> dict[
     screen = Screen()
     screen.title(
         "dpofast demo: a small language model learns which answers people prefer",
-        "It takes about two minutes on two CPU cores.",
+        "It takes about three minutes on two CPU cores.",
     )
     start = prepare(folder, seed, screen)
     trainer, after = train(start, recipe, folder / "dpo", screen)
@@ -54,7 +54,7 @@ def run_demo(folder: Path, seed: int = 0, recipe: Recipe | None = None) -> dict[
 
 def _summary(trainer: Any, start: Start, after: Measured) -> dict[str, Any]:
     read, stored, before = reference_summary(trainer.reference), start.stored, start.measured
-    change = after.policy.logps.mean(axis=0) - before.policy.logps.mean(axis=0)
+    change = start.logps_change(after)
     training = json.loads((Path(trainer.args.output_dir) / SUMMARY_FILE).read_text("utf-8"))
     return {
         "first_loss": trainer.first_loss,

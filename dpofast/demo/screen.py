@@ -164,7 +164,7 @@ class Screen:
         """
         measured = run["measured"]
         if measured is None:
-            result = f"Diverged: {run['error']}"
+            result = f"Failed: {run['error']}"
         else:
             result = (
                 f"Chosen gained more in {measured['eval_accuracy']:.1%} of the held-out pairs, "
@@ -178,9 +178,11 @@ class Screen:
     def comparison(self, content: dict[str, Any], folder: Path) -> None:
         """Print the table of a comparison; `content` is that of comparison.json."""
         self._heading("Losses and betas compared")
-        table = Table(*headings(), box=None, padding=(0, 2, 0, 2))
+        table = Table(*headings(), box=None)
         for column in table.columns[1:]:
             column.justify = "right"
+        for column in table.columns[:2]:
+            column.no_wrap = True
         for cells in table_rows(content):
             table.add_row(*cells)
         self.console.print(table)
@@ -207,7 +209,7 @@ class Screen:
         self.console.print(f"\n[bold]{self.section}. {text}[/bold]")
 
     def _note(self, text: str) -> None:
-        self.console.print(f"   {text}", style="dim")
+        self.console.print(f"   {text}", style="dim", markup=False)  # errors may have brackets
 
 
 _WHEN = ("before", "after")

@@ -88,6 +88,11 @@ class Start:
     ref_logps: np.ndarray
     measured: Measured
 
+    def logps_change(self, after: Measured) -> np.ndarray:
+        """[2] fp64: mean change of the held-out log-probs of chosen and rejected, in nats."""
+        change = after.policy.logps.mean(axis=0) - self.measured.policy.logps.mean(axis=0)
+        return np.asarray(change)
+
 
 def make_recipes(losses: Sequence[str], betas: Sequence[float]) -> list[Recipe]:
     """Combine every loss with every beta, loss by loss.
@@ -163,9 +168,8 @@ def make_config(output_dir: Path, folder: Path, recipe: Recipe, seed: int) -> An
     """
     from dpofast import DPOConfig
 
-    return DPOConfig(
+    config = DPOConfig(
         output_dir=str(output_dir),
-        reference_store=str(folder / "reference"),
         loss_type=recipe.loss_type,
         beta=recipe.beta,
         label_smoothing=LABEL_SMOOTHING.get(recipe.loss_type, 0.0),
@@ -185,6 +189,9 @@ def make_config(output_dir: Path, folder: Path, recipe: Recipe, seed: int) -> An
         disable_tqdm=True,
         use_cpu=True,
     )
+    if not config.make_loss().is_reference_free:  # a loss without a reference warns of a store
+        config.reference_store = str(folder / "reference")
+    return config
 
 
 def make_trainer(folder: Path, data: DemoData, config: Any) -> Any:
