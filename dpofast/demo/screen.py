@@ -141,7 +141,7 @@ class Screen:
             table.add_row(title, *(f"{summary[f'{name}_{when}']:.1%}" for when in _WHEN))
         self.console.print(table)
         expected = summary["first_loss_expected"]
-        meaning = "" if expected is None else f" ({expected:.6f}: policy and reference are one)"
+        meaning = "" if expected is None else f" ({expected:.6f} if policy and reference are one)"
         self._note(
             f"Log-prob of chosen answers {summary['chosen_logps_change']:+.2f} nats, of rejected "
             f"ones {summary['rejected_logps_change']:+.2f}. The first loss was "
