@@ -47,7 +47,7 @@ class SigmoidLoss(PairLoss):
     def _loss(
         self, chosen: Tensor, rejected: Tensor, smoothing: float | Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        loss, slope = _logistic(self.beta * (chosen - rejected), smoothing)
+        loss, slope = logistic(self.beta * (chosen - rejected), smoothing)
         return loss, self.beta * slope, -self.beta * slope
 
     def first_value(self, lengths: Tensor) -> Tensor:
@@ -87,7 +87,7 @@ class SigmoidNormLoss(PairLoss):
     ) -> tuple[Tensor, Tensor, Tensor]:
         tokens = lengths.to(chosen)  # [P, 2]
         mean_margins = chosen / tokens[:, 0] - rejected / tokens[:, 1]  # [P]
-        loss, slope = _logistic(self.beta * mean_margins, smoothing)
+        loss, slope = logistic(self.beta * mean_margins, smoothing)
         return loss, self.beta * slope / tokens[:, 0], -self.beta * slope / tokens[:, 1]
 
     def first_value(self, lengths: Tensor) -> Tensor:
@@ -97,7 +97,7 @@ class SigmoidNormLoss(PairLoss):
         return along_mean_difference(lengths)
 
 
-def _logistic(margins: Tensor, smoothing: float | Tensor) -> tuple[Tensor, Tensor]:
+def logistic(margins: Tensor, smoothing: float | Tensor) -> tuple[Tensor, Tensor]:
     """[P] each: the loss of margins z, with smoothed labels, and d loss / d z."""
     loss = -(1.0 - smoothing) * F.logsigmoid(margins)
     slope = -(1.0 - smoothing) * torch.sigmoid(-margins)
