@@ -12,11 +12,20 @@ if TYPE_CHECKING:
     from dpofast.train.hooks.predictions import PairPredictions
     from dpofast.train.own.metrics import PairOutputs
     from dpofast.train.trainer import DPOTrainer
+    from dpofast_kernels import CoupledFunction
 
 __version__ = "0.1.0"
-__all__ = ["DPOConfig", "DPOTrainer", "PairOutputs", "PairPredictions", "__version__"]
+__all__ = [
+    "CoupledFunction",
+    "DPOConfig",
+    "DPOTrainer",
+    "PairOutputs",
+    "PairPredictions",
+    "__version__",
+]
 
 HOMES = {
+    "CoupledFunction": "dpofast_kernels.preference.coupled",
     "DPOConfig": "dpofast.options.config",
     "DPOTrainer": "dpofast.train.trainer",
     "PairOutputs": "dpofast.train.own.metrics",

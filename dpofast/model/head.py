@@ -20,7 +20,15 @@ from dpofast.reference.identity.options import (
     LOGIT_MULTIPLIERS,
     SOFTCAP_OPTIONS,
 )
-from dpofast_kernels import HeadOptions, linear_logps, linear_pair_loss, linear_scores
+from dpofast_kernels import (
+    HeadOptions,
+    PairExtras,
+    linear_logps,
+    linear_pair_loss,
+    linear_scores,
+)
+
+NO_EXTRAS = PairExtras()
 
 
 class HeadTask(Protocol):
@@ -45,6 +53,7 @@ class PairLossTask:
     Attributes:
         labels, bounds, ref_logps, loss: arguments of `linear_pair_loss` with these names.
         options: cap and scale of the family's logits; the bias comes from the head itself.
+        extras: argument of `linear_pair_loss` with this name.
     """
 
     labels: Tensor  # [N]
@@ -52,15 +61,15 @@ class PairLossTask:
     ref_logps: Tensor  # [2P]
     loss: Any
     options: HeadOptions
+    extras: PairExtras = NO_EXTRAS
 
     def __call__(
         self, hidden_states: Tensor, weight: Tensor, bias: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Returns the fields of a PairLossOutput: summed loss [], logps [2P], metrics [8, P]."""
         options = replace(self.options, bias=bias)
-        output = linear_pair_loss(
-            hidden_states, weight, self.labels, self.bounds, self.ref_logps, self.loss, options
-        )
+        given = (self.labels, self.bounds, self.ref_logps, self.loss, options, self.extras)
+        output = linear_pair_loss(hidden_states, weight, *given)
         return output.loss, output.logps, output.metrics
 
 

@@ -31,7 +31,7 @@ from dpofast.reference.store.row_detail import DETAILS, RowDetail
 from dpofast.zero.batch import asked_by_launcher, settle_deepspeed
 from dpofast.zero.compiled import settle_operations
 from dpofast.zero.config import read_deepspeed
-from dpofast_kernels import LOSSES, PairLoss
+from dpofast_kernels import COUPLED_LOSSES, LOSSES, PreferenceLoss
 
 DEFAULT_MAX_LENGTH = 1024
 
@@ -129,7 +129,7 @@ class DPOConfig(LossFields):
     beta: float = field(default=0.1, metadata={"help": "Strength of the KL penalty."})
     loss_type: list[str] | str = field(
         default_factory=lambda: ["sigmoid"],
-        metadata={"help": f"The loss: {', '.join(sorted(LOSSES))}."},
+        metadata={"help": f"The loss: {', '.join(sorted([*LOSSES, *COUPLED_LOSSES]))}."},
     )
     label_smoothing: float = field(
         default=0.0, metadata={"help": "Probability of swapped labels, below 0.5."}
@@ -266,8 +266,8 @@ class DPOConfig(LossFields):
             if getattr(self, f"activation_{suffix}", ...) is None:
                 setattr(self, f"activation_{suffix}", getattr(self, f"gradient_{suffix}"))
 
-    def make_loss(self) -> PairLoss:
-        """The pair loss that these options name.
+    def make_loss(self) -> PreferenceLoss:
+        """The loss that these options name.
 
         Raises:
             ConfigError: an unknown name, or an option out of range.

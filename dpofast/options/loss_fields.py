@@ -8,7 +8,15 @@ from typing import Any
 
 from dpofast.errors import ConfigError
 from dpofast.options.run_fields import RunFields
-from dpofast_kernels import DIVERGENCES, LOSS_OPTIONS, DivergenceLoss, PairLoss, make_mixture
+from dpofast_kernels import (
+    COUPLED_LOSSES,
+    DIVERGENCES,
+    LOSS_OPTIONS,
+    DivergenceLoss,
+    PreferenceLoss,
+    make_coupled_loss,
+    make_mixture,
+)
 
 REVERSE_KL = "reverse_kl"
 # Defaults of this version and of older ones of TRL.
@@ -92,8 +100,8 @@ def loss_facts(config: Any) -> dict[str, Any]:
     }
 
 
-def named_loss(config: Any) -> PairLoss:
-    """The pair loss that the options of a DPOConfig name.
+def named_loss(config: Any) -> PreferenceLoss:
+    """The loss that the options of a DPOConfig name.
 
     Raises:
         ConfigError: an unknown name, an option out of range, or options that don't go together.
@@ -107,7 +115,10 @@ def named_loss(config: Any) -> PairLoss:
     options = [option for option, loss in LOSS_OPTIONS.items() if loss in names]
     own = {option: getattr(config, option) for option in options}
     try:
-        loss = make_mixture(names, weights, config.beta, config.label_smoothing, **own)
+        # What is no name is left to them to refuse.
+        couples = any(isinstance(name, str) and name in COUPLED_LOSSES for name in names)
+        make = make_coupled_loss if couples else make_mixture
+        loss = make(names, weights, config.beta, config.label_smoothing, **own)
     except (TypeError, ValueError) as error:
         named = "loss_type: " if str(error).startswith("Unknown loss") else ""
         raise ConfigError(f"{named}{error}") from error
@@ -134,7 +145,7 @@ def _check_coefficient(value: Any) -> None:
         raise ConfigError(f"f_alpha_divergence_coef: got {value!r}, expected a finite number.")
 
 
-def _with_divergence(loss: PairLoss, config: Any) -> PairLoss:
+def _with_divergence(loss: Any, config: Any) -> DivergenceLoss:
     try:
         return DivergenceLoss(
             beta=loss.beta,

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from dpofast.data.packing.batch import PackedPairs
 from dpofast.errors import ModelError
-from dpofast_kernels import PairLoss, PairLossOutput
+from dpofast_kernels import PairLossOutput, PreferenceLoss
 
 # Parameters up to this size are copied to see whether they move. Of larger ones a sum is kept.
 COPIED_ELEMENTS = 1 << 16
@@ -38,7 +38,7 @@ class FirstStep:
             learning rate may be almost 0 already.
     """
 
-    def __init__(self, model: nn.Module, loss: PairLoss, is_fresh: bool = True) -> None:
+    def __init__(self, model: nn.Module, loss: PreferenceLoss, is_fresh: bool = True) -> None:
         self.model, self.loss, self.is_fresh = model, loss, is_fresh
         self.has_slope = False
         self.is_unknown = False  # whether the slope of some pair isn't known
@@ -58,24 +58,32 @@ class FirstStep:
         self._peak = max(float(group.get("initial_lr", group["lr"])) for group in groups)
         self._before = _fingerprints(self.model) if self.is_fresh and self._rate else []
 
-    def add(self, output: PairLossOutput | None, batch: PackedPairs) -> None:
+    def add(
+        self, output: PairLossOutput | None, batch: PackedPairs, slopes: Tensor | None = None
+    ) -> None:
         """Note whether the loss has a slope at any pair of a micro-batch.
 
         Args:
             output: output of the batch's forward pass; None if a subclass has another loss.
             batch: the batch, with its reference log-probs.
+            slopes: the loss's derivatives by the log-probs, if a coupled loss has given them.
         """
         if self.has_slope or not batch.num_pairs:
             return
         if output is None:
             self.is_unknown = True
             return
+        if slopes is None:
+            slopes = self._slopes(output.logps.detach(), batch)
+        self.has_slope = bool((slopes.abs() > NO_SLOPE).any())
+
+    def _slopes(self, logps: Tensor, batch: PackedPairs) -> Tensor:
+        """[2, P]: derivatives, computed where the model is: a user's loss may hold tensors."""
         assert batch.ref_logps is not None
-        logps = output.logps.detach()  # where the model is, as a user's own loss may hold tensors
-        logratios = logps - batch.ref_logps.to(logps.device)  # [2P]
+        ref_logps = batch.ref_logps.to(logps.device)
         lengths = batch.bounds.diff().view(-1, 2).to(logps.device)
-        _, *slopes = self.loss.pair_loss(logratios[0::2], logratios[1::2], lengths)
-        self.has_slope = any(bool((slope.abs() > NO_SLOPE).any()) for slope in slopes)
+        sides = (logps[0::2], logps[1::2], ref_logps[0::2], ref_logps[1::2])
+        return torch.stack(self.loss.losses_and_slopes(*sides, lengths)[1:])
 
     def finish(
         self, norm: Any, was_skipped: bool, sum_over_ranks: Callable[[Tensor], Tensor]

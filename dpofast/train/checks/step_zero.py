@@ -16,7 +16,7 @@ from dpofast.model.parts import causal_lm
 from dpofast.model.randomness import training_mode_for_a_look
 from dpofast.train.reference.run_reference import RunReference
 from dpofast.zero.weights import spread
-from dpofast_kernels import PairLoss, PairLossOutput
+from dpofast_kernels import PairLossOutput, PreferenceLoss
 
 # The largest mean log-ratio per token, in nats, that rounding explains: the reference was scored in
 # batches of other shapes. A wrong reference is off by tenths of nats or more.
@@ -40,14 +40,16 @@ class StepZeroCheck:
         loss: the loss that is trained; its value goes into the message.
     """
 
-    def __init__(self, policy: nn.Module, reference: RunReference, loss: PairLoss) -> None:
+    def __init__(self, policy: nn.Module, reference: RunReference, loss: PreferenceLoss) -> None:
         self.policy, self.loss = policy, loss
         self.autocast = reference.accelerator.autocast
         self.tolerance = TOLERANCE[reference.dtype()]
         self.wants_noise = not reference.disables_dropout
 
     @classmethod
-    def of(cls, policy: nn.Module, reference: RunReference, loss: PairLoss) -> StepZeroCheck | None:
+    def of(
+        cls, policy: nn.Module, reference: RunReference, loss: PreferenceLoss
+    ) -> StepZeroCheck | None:
         """The check of a fresh run; None where the policy needn't begin with zero log-ratios."""
         if next(dropouts(policy), None) or not reference.policy_starts_as_reference():
             return None
@@ -83,7 +85,9 @@ class StepZeroCheck:
         """Mean loss over pairs with these log-ratios [2P], on the device of the policy."""
         device = self._device()
         logratios, lengths = logratios.to(device), lengths.view(-1, 2).to(device)
-        return self.loss.pair_loss(logratios[0::2], logratios[1::2], lengths)[0].mean().item()
+        zeros = torch.zeros_like(logratios[0::2])
+        given = (logratios[0::2], logratios[1::2], zeros, zeros, lengths)
+        return self.loss.losses(*given).mean().item()
 
     def _device(self) -> torch.device:
         """Where losses are computed: a user's own loss may hold tensors on the policy's device."""

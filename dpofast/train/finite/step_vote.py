@@ -36,7 +36,7 @@ from dpofast.train.finite.non_finite import (
     step_message,
 )
 from dpofast.zero.overflow import discarded_gradients, watch_overflows
-from dpofast_kernels import PairLoss, PairLossOutput
+from dpofast_kernels import PairLossOutput, PreferenceLoss
 
 # Steps in a row that a loss scaler may leave out. Each halves the scale: from 65536 to 1/256, at
 # which only a gradient that is useless in float16 still overflows.
@@ -54,7 +54,7 @@ class VotesOnSteps(Trainer):
 
     args: DPOConfig
     data: PairPreparer
-    pair_loss: PairLoss
+    pair_loss: PreferenceLoss
     run_id: str | None
     received_signal: signal.Signals | None = None
     stopping_signal: signal.Signals | None = None

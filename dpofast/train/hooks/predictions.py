@@ -17,7 +17,8 @@ from dpofast.errors import ConfigError
 from dpofast.monitor.metrics import SumOverRanks
 from dpofast.options.config import DPOConfig
 from dpofast.train.own.metrics import SPEEDS
-from dpofast_kernels import PairLoss, pair_metrics
+from dpofast.train.steps.coupled import NUM_COLUMNS, losses_of_table
+from dpofast_kernels import PreferenceLoss, pair_metrics
 
 
 class PairPredictions(NamedTuple):
@@ -54,7 +55,7 @@ class PredictedPairs:
 
     def __init__(self, num_pairs: int, device: torch.device) -> None:
         # logps, ref_logps and lengths of both answers, and how often the pair was evaluated
-        self._table = torch.zeros(num_pairs, 7, dtype=torch.float64, device=device)
+        self._table = torch.zeros(num_pairs, NUM_COLUMNS + 1, dtype=torch.float64, device=device)
 
     def add(self, indices: list[int], logps: Any, batch: PackedPairs) -> None:
         """Add the pairs of a micro-batch.
@@ -87,13 +88,14 @@ class PredictedPairs:
             ConfigError: the loader didn't bring every pair of the dataset once.
         """
         self._table = sum_over_ranks(self._table).cpu()
-        wrong = (self._table[:, 6] != 1).nonzero()
+        wrong = (self._table[:, NUM_COLUMNS] != 1).nonzero()
         if len(wrong):
             pair = int(wrong[0])
+            times = int(self._table[pair, NUM_COLUMNS])
             raise ConfigError(
-                f"get_eval_dataloader: pair {pair} was evaluated {self._table[pair, 6]:.0f} times; "
-                "compute_metrics and predict need a loader that brings every pair once, such as "
-                "super().get_eval_dataloader(dataset)."
+                f"get_eval_dataloader: pair {pair} was evaluated {times} times; "
+                "compute_metrics, predict and a loss that couples pairs need a loader that brings "
+                "every pair once, such as super().get_eval_dataloader(dataset)."
             )
 
     def predictions(self, beta: float) -> PairPredictions:
@@ -104,13 +106,9 @@ class PredictedPairs:
         rewards = [metrics[f"rewards/{side}"].numpy() for side in ("chosen", "rejected")]
         return PairPredictions(*columns[:4], *rewards, *columns[4:6])
 
-    def losses(self, loss: PairLoss, device: torch.device) -> np.ndarray:
+    def losses(self, loss: PreferenceLoss, device: torch.device) -> np.ndarray:
         """[n] fp64: the loss of each pair."""
-        logps, ref_logps, bounds = (column.to(device) for column in self._columns())
-        logratios = logps - ref_logps
-        with torch.no_grad():
-            values = loss.pair_loss(logratios[0::2], logratios[1::2], bounds.diff().view(-1, 2))[0]
-        return values.cpu().numpy()
+        return losses_of_table(loss, self._table[:, :NUM_COLUMNS].to(device)).cpu().numpy()
 
     def _columns(self) -> tuple[Tensor, Tensor, Tensor]:
         """logps [2n], ref_logps [2n] and bounds [2n+1]."""

@@ -23,7 +23,7 @@ from dpofast.train.data.training_set import prepare_training_set
 from dpofast.train.reports.summary import is_summarised, run_summary, write_summary
 from dpofast.train.steps.loaders import StepLoaders
 from dpofast.train.steps.whole_steps import TakesWholeSteps
-from dpofast_kernels import PairLoss
+from dpofast_kernels import PreferenceLoss
 
 
 class ReportsRun(TakesWholeSteps, Trainer):
@@ -41,7 +41,7 @@ class ReportsRun(TakesWholeSteps, Trainer):
     train_dataset: Any
     data: PairPreparer
     loaders: StepLoaders
-    pair_loss: PairLoss
+    pair_loss: PreferenceLoss
     throughput: Throughput
     first_loss: float | None
     pairs_trained: int

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,7 +18,8 @@ from dpofast.model.parts import causal_lm
 from dpofast.model.router import RouterLoss, add_router_loss
 from dpofast.monitor.metrics import MetricSums
 from dpofast.train.own.metrics import OwnMetrics
-from dpofast_kernels import METRIC_NAMES, PairLoss, PairLossOutput
+from dpofast.train.steps.coupled import CoupledPairs, same_dropout
+from dpofast_kernels import METRIC_NAMES, PairExtras, PairLoss, PairLossOutput
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,7 +41,12 @@ class PairLossPass:
     own_metrics: OwnMetrics | None = None
 
     def __call__(
-        self, wrapped: nn.Module, batch: PackedPairs, loss: PairLoss, sums: MetricSums
+        self,
+        wrapped: nn.Module,
+        batch: PackedPairs,
+        loss: PairLoss,
+        sums: MetricSums,
+        coupled: CoupledPairs | None = None,
     ) -> PairLossOutput:
         """One forward pass inside `micro_batch`; gradients are recorded.
 
@@ -49,6 +55,7 @@ class PairLossPass:
             batch: scored pairs, on any device.
             loss: the loss of each pair.
             sums: gets the batch's metrics.
+            coupled: what a coupled loss asks of the pairs in addition.
 
         Returns:
             The loss summed over the batch's pairs, auxiliary loss included, and the other fields of
@@ -58,8 +65,14 @@ class PairLossPass:
         assert batch.ref_logps is not None
         options = head_options(causal_lm(self.model).config)
         task = PairLossTask(batch.labels, batch.bounds, batch.ref_logps, loss, options)
-        with self.autocast():
+        if coupled is not None:
+            task = replace(task, extras=PairExtras(coefficients=coupled.coefficients))
+        with same_dropout(coupled), self.autocast():
             results = run_batch(wrapped, batch, task, self.router_loss)
+        if coupled is not None:
+            # The coefficients' sum has the gradients, but another value.
+            linear, *rest = results
+            results = (coupled.loss + (linear - linear.detach()), *rest)
         output, more = add_router_loss(results, self.router_loss, batch.num_pairs)
         metrics = dict(zip(METRIC_NAMES, output.metrics, strict=True))
         if self.own_metrics is not None:

@@ -8,7 +8,7 @@ computed for all pairs of an optimizer step at once.
 
 from __future__ import annotations
 
-from dpofast_kernels.preference.coupled import CoupledFunction, CoupledLoss
+from dpofast_kernels.preference.coupled import CoupledCustomLoss, CoupledFunction, CoupledLoss
 from dpofast_kernels.preference.custom import (
     CustomLoss,
     NotAPairLossError,
@@ -34,6 +34,7 @@ __all__ = [
     "LOSSES",
     "LOSS_OPTIONS",
     "METRIC_NAMES",
+    "CoupledCustomLoss",
     "CoupledFunction",
     "CoupledLoss",
     "CustomLoss",

@@ -1,0 +1,460 @@
+"""Losses that couple pairs train in two phases, as a textbook loop with all pairs at once does."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import TrainerCallback
+
+from dpofast import CoupledFunction, DPOTrainer
+from dpofast.errors import ConfigError, ModelError, NonFiniteError
+from dpofast.train.steps.coupled import RandomState
+from dpofast_kernels import make_coupled_loss, make_loss
+from tests.support import (
+    BETA,
+    LEARNING_RATE,
+    PlainDPO,
+    answer_logps,
+    clip_exactly,
+    float64_throughout,
+    history,
+    make_trainer,
+    tiny_llama,
+    tiny_mixtral,
+    token_pairs,
+    train,
+)
+from tests.train.data.stream_runs import ROWS, stream_of
+
+
+def logistic(margins, smoothing=0.0):
+    return -(1 - smoothing) * F.logsigmoid(margins) - smoothing * F.logsigmoid(-margins)
+
+
+def aot(chosen, rejected, ref_chosen, ref_rejected, lengths):
+    better, worse = (chosen - rejected).sort()[0], (ref_chosen - ref_rejected).sort()[0]
+    return logistic(BETA * (better - worse), 0.1)
+
+
+def aot_unpaired(chosen, rejected, ref_chosen, ref_rejected, lengths):
+    better, worse = (chosen - ref_chosen).sort()[0], (rejected - ref_rejected).sort()[0]
+    return logistic(BETA * (better - worse))
+
+
+def mixed(*columns):
+    chosen, rejected, ref_chosen, ref_rejected, lengths = columns
+    margins = (chosen - ref_chosen) / lengths[:, 0] - (rejected - ref_rejected) / lengths[:, 1]
+    return 0.5 * aot_unpaired(*columns) + 0.25 * (margins - 0.5 / BETA).square()
+
+
+def neighbours(chosen, rejected, lengths):
+    """Depends on the order of the pairs."""
+    margins = chosen / lengths[:, 0] - rejected / lengths[:, 1]
+    return logistic(3 * margins - margins.roll(1).tanh())
+
+
+def of_neighbours(chosen, rejected, ref_chosen, ref_rejected, lengths):
+    return neighbours(chosen - ref_chosen, rejected - ref_rejected, lengths)
+
+
+# Options of a run, and the formula of all pairs of its steps.
+CASES = {
+    "aot": ({"loss_type": "aot", "label_smoothing": 0.1}, {}, aot),
+    "aot_unpaired": ({"loss_type": "aot_unpaired"}, {}, aot_unpaired),
+    "mixture": ({"loss_type": ["ipo", "aot_unpaired"], "loss_weights": [0.25, 0.5]}, {}, mixed),
+    "function": ({}, {"loss_fn": CoupledFunction(neighbours)}, of_neighbours),
+}
+SPREADS = {
+    "shared": {"layout": "shared"},
+    "padded": {"layout": "padded"},
+    "several rows": {"layout": "shared", "max_tokens_per_microbatch": 40},
+}
+
+
+class PlainCoupled(PlainDPO):
+    """The textbook loop: all pairs of a step in one graph, in the order of the dataset."""
+
+    def __init__(self, formula, *args):
+        super().__init__(*args)
+        self.formula = formula
+
+    def total(self, pairs):
+        columns = []
+        for model in (self.model, self.reference):
+            for side in ("chosen_ids", "rejected_ids"):
+                logps = [answer_logps(model, pair["prompt_ids"], pair[side]) for pair in pairs]
+                columns.append(torch.stack(logps))
+        columns[2:] = [each.detach() for each in columns[2:]]
+        lengths = [[len(pair["chosen_ids"]), len(pair["rejected_ids"])] for pair in pairs]
+        return self.formula(*columns, torch.tensor(lengths)).mean()
+
+    def step(self, pairs):
+        self.model.train()
+        loss = self.total(pairs)
+        loss.backward()
+        norm = clip_exactly(self.model.parameters(), self.max_norm).item()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return loss.item(), norm
+
+
+class Gradients(TrainerCallback):
+    """Keeps the gradients of the last step."""
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        self.grads = [p.grad.clone() for p in model.parameters()]
+
+
+def first_gradients(folder, options, given, model=None, **more):
+    """The gradients of a run's second step, in which policy and reference differ, and the run."""
+    kept = Gradients()
+    options = {"max_grad_norm": 0.0, "max_steps": 2, "optim": "sgd", **options}
+    with float64_throughout():
+        model = (tiny_llama() if model is None else model).double()
+        trainer = make_trainer(folder, model, options=options, callbacks=[kept], **given, **more)
+        trainer.train()
+    return kept.grads, trainer
+
+
+def in_dataset_order(pairs, seed, step, size):
+    order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(seed)).tolist()
+    return [pairs[index] for index in sorted(order[step * size : (step + 1) * size])]
+
+
+@pytest.mark.parametrize("spread", SPREADS)
+@pytest.mark.parametrize("case", CASES)
+def test_all_gradients_are_those_of_a_textbook_loop(tmp_path, case, spread):
+    options, given, formula = CASES[case]
+    found, trainer = first_gradients(tmp_path, options | SPREADS[spread], given)
+    is_spread = len(trainer.train_set().plan.step(0).micro_batches) > 1
+    assert is_spread is (spread != "shared")
+    pairs = token_pairs(10)
+    with float64_throughout():
+        plain = PlainCoupled(formula, tiny_llama().double(), BETA, LEARNING_RATE)
+        first = plain.total(in_dataset_order(pairs, 3, 0, 4))
+        first.backward()
+        with torch.no_grad():
+            for parameter in plain.model.parameters():
+                parameter -= LEARNING_RATE * parameter.grad
+                parameter.grad = None
+        second = plain.total(in_dataset_order(pairs, 3, 1, 4))
+        second.backward()
+    assert history(trainer)[0][0] == pytest.approx(first.item(), abs=1e-12)
+    assert history(trainer)[1][0] == pytest.approx(second.item(), abs=1e-10)
+    for grad, parameter in zip(found, plain.model.parameters(), strict=True):
+        torch.testing.assert_close(grad, parameter.grad, rtol=0, atol=1e-10)
+    assert max(grad.abs().max() for grad in found) > 1e-3
+
+
+@pytest.mark.parametrize("case", ["aot", "function"])
+def test_runs_are_those_of_a_textbook_loop(tmp_path, case):
+    options, given, formula = CASES[case]
+    options = {**options, "max_tokens_per_microbatch": 60}
+    with float64_throughout():
+        trainer = make_trainer(tmp_path, tiny_llama().double(), options=options, **given)
+        found = train(trainer)
+        plain = PlainCoupled(formula, tiny_llama().double(), BETA, LEARNING_RATE)
+        pairs, expected = token_pairs(10), []
+        for epoch in range(2):
+            expected += [plain.step(in_dataset_order(pairs, 3 + epoch, i, 4)) for i in range(3)]
+    np.testing.assert_allclose(found, expected, rtol=1e-9)
+    assert abs(found[-1][0] / found[0][0] - 1) > 1e-3
+    log = trainer.state.log_history[-2]
+    assert log["rewards/margins"] == pytest.approx(log["rewards/chosen"] - log["rewards/rejected"])
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_second_phase_has_the_dropouts_of_the_first(tmp_path, checkpointing):
+    """One pair in a step has the sigmoid loss: if the phases differ, so do the gradients."""
+    options = {
+        "disable_dropout": False,
+        "per_device_train_batch_size": 1,
+        "gradient_accumulation_steps": 1,
+        "gradient_checkpointing": checkpointing,
+        "max_steps": 3,
+    }
+    model = tiny_llama(attention_dropout=0.3)
+    expected, _ = first_gradients(tmp_path / "1", options, {}, model)
+    runs = []
+    for name in ("2", "3"):
+        model = tiny_llama(attention_dropout=0.3)
+        seen = Masks()
+        grads, trainer = first_gradients(
+            tmp_path / name, options | {"loss_type": "aot"}, {}, model, trainer_class=seen.trainer
+        )
+        assert len(seen.first) == len(seen.second) == 3
+        for first, second in zip(seen.first, seen.second, strict=True):
+            assert torch.equal(first, second)
+        runs.append((grads, history(trainer)))
+    assert all(map(torch.equal, runs[0][0], runs[1][0]))
+    assert runs[0][1] == runs[1][1]
+    assert len(expected) == len(runs[0][0])
+
+
+class Masks:
+    """Keeps the log-probs of both phases of each step."""
+
+    def __init__(self):
+        self.first, self.second = first, second = [], []
+
+        class Watched(DPOTrainer):
+            def coupled_pass(self):
+                found = super().coupled_pass()
+
+                class Kept(type(found)):
+                    def table(self, batch):
+                        table = super().table(batch)
+                        first.append(table[:, :2].flatten())
+                        return table
+
+                return Kept(found.model, found.autocast, found.device, found.gather, found.rank)
+
+            def compute_pair_loss(self, model, batch, sums):
+                output = super().compute_pair_loss(model, batch, sums)
+                second.append(output.logps.detach().clone())
+                return output
+
+        self.trainer = Watched
+
+
+def test_numbers_drawn_again_leave_the_later_ones_alone():
+    torch.manual_seed(0)
+    state = RandomState.now(torch.device("cpu"))
+    first = torch.rand(3)
+    expected = torch.rand(3)
+    torch.manual_seed(0)
+    torch.rand(3)
+    with state.again():
+        assert torch.equal(torch.rand(3), first)
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_the_packing_changes_nothing(tmp_path):
+    runs = [
+        train(make_trainer(tmp_path / str(tokens), options=options))
+        for tokens in (40, 10_000)
+        for options in [{"loss_type": "aot_unpaired", "max_tokens_per_microbatch": tokens}]
+    ]
+    np.testing.assert_allclose(runs[0], runs[1], rtol=2e-4)
+
+
+def test_the_order_of_the_micro_batches_changes_nothing(tmp_path):
+    class Reversed(DPOTrainer):
+        def training_step(self, model, inputs, num_items_in_batch=None):
+            batches, indices = inputs.micro_batches[::-1], inputs.indices[::-1]
+            inputs = replace(inputs, micro_batches=batches, indices=indices)
+            return super().training_step(model, inputs, num_items_in_batch)
+
+    options = {"max_tokens_per_microbatch": 40}
+    given = {"loss_fn": CoupledFunction(neighbours)}
+    runs = []
+    with float64_throughout():
+        for kind in (DPOTrainer, Reversed):
+            trainer = make_trainer(
+                *(tmp_path / kind.__name__, tiny_llama().double()),
+                **{"options": options, "trainer_class": kind, **given},
+            )
+            runs.append(train(trainer))
+    np.testing.assert_allclose(runs[0], runs[1], rtol=1e-9)
+
+
+def test_a_resumed_run_goes_on_as_it_was(tmp_path):
+    options = {"loss_type": "aot", "save_strategy": "steps", "save_steps": 3}
+    whole = make_trainer(tmp_path, options=options)
+    expected = train(whole)
+    resumed = make_trainer(tmp_path, options=options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-3"))
+    assert history(resumed) == expected
+
+
+def test_a_stream_trains_as_its_rows_do(tmp_path):
+    runs = []
+    for name, pairs in (("rows", token_pairs(10)), ("stream", stream_of(ROWS))):
+        options = {
+            "loss_type": "aot",
+            "train_sampling_strategy": "sequential",
+            "max_tokens_per_microbatch": 60,
+        }
+        runs.append(train(make_trainer(tmp_path / name, pairs=pairs, options=options)))
+    np.testing.assert_allclose(runs[0], runs[1], rtol=1e-6)
+
+
+def test_the_routers_auxiliary_loss_counts_once(tmp_path):
+    logs = []
+    # One pair in a step has the sigmoid loss.
+    single = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 1}
+    for name in ("sigmoid", "aot"):
+        options = {**single, "loss_type": name, "router_aux_loss_coef": 0.5}
+        trainer = make_trainer(tmp_path / name, tiny_mixtral(), options=options)
+        logs.append(train(trainer))
+        assert "aux_loss" in trainer.state.log_history[0]
+    np.testing.assert_allclose(logs[1], logs[0], rtol=1e-5)
+
+
+class Doubled(DPOTrainer):
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True)
+        return (2 * loss, outputs) if return_outputs else 2 * loss
+
+
+def test_an_override_gets_its_part_of_the_coupled_loss(tmp_path):
+    options = {"loss_type": "aot", "max_tokens_per_microbatch": 40}
+    plain, trainer = first_gradients(tmp_path / "1", {**options, "max_steps": 1}, {})
+    found, doubled = first_gradients(
+        tmp_path / "2", {**options, "max_steps": 1}, {}, trainer_class=Doubled
+    )
+    for grad, expected in zip(found, plain, strict=True):
+        torch.testing.assert_close(grad, 2 * expected, rtol=1e-12, atol=0)
+    assert history(doubled)[0][0] == pytest.approx(2 * history(trainer)[0][0], rel=1e-12)
+
+
+def test_a_step_can_be_computed_by_hand_but_not_a_part_of_one(tmp_path):
+    trainer = make_trainer(tmp_path, options={"loss_type": "aot", "max_tokens_per_microbatch": 40})
+    step = next(iter(trainer.get_train_dataloader()))
+    assert len(step.micro_batches) > 1
+    loss = trainer.compute_loss(trainer.model, step)
+    assert loss.item() == pytest.approx(np.log(2), rel=1e-5)
+    loss.backward()
+    trainer.uncouple()
+    with pytest.raises(ConfigError, match="^compute_loss: the aot loss couples all pairs"):
+        trainer.compute_loss(trainer.model, step.micro_batches[0])
+    with pytest.raises(ConfigError, match="the indices of its StepBatch don't say which pairs"):
+        trainer.compute_loss(trainer.model, replace(step, indices=()))
+
+
+class TestEvaluation:
+    @pytest.mark.parametrize("batch_size", [1, 3])
+    @pytest.mark.parametrize("is_whole", [True, False])
+    def test_the_loss_is_that_of_the_whole_set(self, tmp_path, batch_size, is_whole):
+        held_out = token_pairs(7, seed=4)
+        options = {
+            "loss_type": ["aot", "sigmoid"],
+            "per_device_eval_batch_size": batch_size,
+            "max_tokens_per_microbatch": 30,
+            "prediction_loss_only": is_whole,
+        }
+        given = {"options": options, "eval_dataset": held_out, "ref_model": tiny_llama(seed=1)}
+        trainer = make_trainer(tmp_path, **given)
+        found = trainer.evaluate()
+        predicted = make_trainer(
+            tmp_path, **{**given, "options": {**options, "prediction_loss_only": False}}
+        ).predict(held_out)
+        values = predicted.predictions
+        logps = [torch.from_numpy(np.array(values[index])) for index in range(4)]
+        lengths = torch.from_numpy(np.stack(values[6:8], 1)).long()
+        loss = make_coupled_loss(["aot", "sigmoid"], beta=BETA).losses(*logps, lengths)
+        assert found["eval_loss"] == pytest.approx(loss.mean().item(), rel=1e-6)
+        assert predicted.metrics["test_loss"] == pytest.approx(loss.mean().item(), rel=1e-6)
+        by_pair = make_loss("sigmoid", beta=BETA).losses(*logps, lengths).mean().item()
+        assert abs(loss.mean().item() / (2 * by_pair) - 1) > 1e-3
+        doubled = make_trainer(tmp_path, trainer_class=Doubled, **given).evaluate()
+        assert doubled["eval_loss"] == pytest.approx(2 * found["eval_loss"], rel=1e-6)
+        assert doubled["eval_logps/chosen"] == pytest.approx(found["eval_logps/chosen"])
+
+    def test_it_runs_between_steps_and_for_compute_metrics(self, tmp_path):
+        seen = []
+
+        def measure(prediction):
+            seen.append(prediction.losses.mean())
+            return {}
+
+        options = {
+            "loss_type": "aot_unpaired",
+            "eval_strategy": "steps",
+            "eval_steps": 3,
+            "include_for_metrics": ["loss"],
+            "metric_for_best_model": "loss",
+        }
+        trainer = make_trainer(
+            *(tmp_path,),
+            options=options,
+            eval_dataset=token_pairs(5, seed=4),
+            compute_metrics=measure,
+        )
+        plain = make_trainer(tmp_path / "plain", options={"loss_type": "aot_unpaired"})
+        assert train(trainer) == train(plain)
+        logged = [log["eval_loss"] for log in trainer.state.log_history if "eval_loss" in log]
+        assert logged == pytest.approx(seen, rel=1e-12)
+        assert len(logged) == 2
+
+
+class TestChecks:
+    def test_what_the_first_phase_costs_is_logged(self, tmp_path, caplog):
+        for name in ("sigmoid", "aot"):
+            caplog.clear()
+            with caplog.at_level(logging.INFO):
+                make_trainer(tmp_path, options={"loss_type": name, "max_steps": 1}).train()
+            found = [record for record in caplog.records if "couples the pairs" in record.message]
+            assert len(found) == (name == "aot")
+
+    def test_tokens_count_once(self, tmp_path):
+        counts = []
+        for name in ("sigmoid", "aot"):
+            trainer = make_trainer(tmp_path / name, options={"loss_type": name, "max_steps": 2})
+            trainer.train()
+            log = trainer.state.log_history[1]
+            counts.append([log[key] for key in ("num_tokens", "lengths/pair", "lengths/row")])
+        assert counts[0] == counts[1]
+
+    def test_a_wrong_reference_is_found_at_step_0(self, tmp_path):
+        trainer = make_trainer(tmp_path, options={"loss_type": "aot"})
+        trainer.score_datasets()
+        with torch.no_grad():
+            next(trainer.model.parameters()).mul_(1.5)
+        with pytest.raises(ModelError, match=r"which gives 0\.693147"):
+            trainer.train()
+
+    def test_a_nan_ends_the_run_within_the_step(self, tmp_path):
+        class Broken(TrainerCallback):
+            def on_step_begin(self, args, state, control, model=None, **kwargs):
+                if state.global_step == 1:
+                    with torch.no_grad():
+                        model.model.norm.weight[0] = torch.nan
+
+        trainer = make_trainer(tmp_path, options={"loss_type": "aot"}, callbacks=[Broken()])
+        with pytest.raises(NonFiniteError, match="^Step 2: .*norm"):
+            trainer.train()
+
+    def test_a_function_that_has_no_derivative_ends_the_run(self, tmp_path):
+        steps = []
+
+        def steep(chosen, rejected, lengths):
+            losses = neighbours(chosen, rejected, lengths)
+            # The square root of 0 has an infinite derivative.
+            return losses + (chosen - chosen.detach()).abs().sqrt() if steps else losses
+
+        trainer = make_trainer(tmp_path, loss_fn=CoupledFunction(steep))
+        steps.append(1)
+        with pytest.raises(NonFiniteError, match="^Step 1: "):
+            trainer.train()
+
+    def test_what_a_function_returns_later_is_checked_too(self, tmp_path):
+        later = []
+
+        def changing(chosen, rejected, lengths):
+            losses = neighbours(chosen, rejected, lengths)
+            return losses.mean() if later else losses
+
+        trainer = make_trainer(tmp_path, loss_fn=CoupledFunction(changing))
+        assert trainer.loss_fn == CoupledFunction(changing)
+        assert trainer.loss_types == ["custom"]
+        later.append(1)
+        with pytest.raises(ConfigError, match=r"^loss_fn: it returned \[\] torch.float64 for 4"):
+            trainer.train()
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"f_divergence_type": "forward_kl"}, "^f_divergence_type: The aot loss has no other"),
+            ({"label_smoothing": 0.6}, "^label_smoothing is 0.6"),
+            ({"use_weighting": True}, "^use_weighting"),
+        ],
+    )
+    def test_options_that_it_has_not_are_refused(self, tmp_path, options, message):
+        with pytest.raises(ConfigError, match=message):
+            make_trainer(tmp_path, options={"loss_type": "aot", **options})
