@@ -14,6 +14,7 @@ pytestmark = pytest.mark.distributed
 
 SCRIPT = Path(__file__).with_name("two_ranks.py")
 HOOK_WAYS = ["ddp.hooks", "zero1.hooks", "zero2.hooks"]
+COUPLED_WAYS = ["ddp.coupled", "zero2.coupled", "zero3.coupled"]
 WAYS = ["ddp", "zero1", "zero2", "zero3", "own"]
 BF16_WAYS = ["zero1.bf16", "zero2.bf16", "zero3.bf16"]
 # Slow: DeepSpeed may have to compile its Adam first.
@@ -24,13 +25,14 @@ MIXTURE_WAYS = ["ddp.mixtral", "zero3.mixtral"]
 @pytest.fixture(scope="module")
 def one(tmp_path_factory):
     folder = tmp_path_factory.mktemp("one")
-    launch(SCRIPT, 1, str(folder), "4", "1", "ddp", "ddp.hooks")
-    return {way: json.loads((folder / f"{way}.json").read_text()) for way in ("ddp", "ddp.hooks")}
+    ways = ("ddp", "ddp.hooks", "ddp.coupled")
+    launch(SCRIPT, 1, str(folder), "4", "1", *ways)
+    return {way: json.loads((folder / f"{way}.json").read_text()) for way in ways}
 
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
-    return run_on_two(tmp_path_factory, WAYS + BF16_WAYS + HOOK_WAYS)
+    return run_on_two(tmp_path_factory, WAYS + BF16_WAYS + HOOK_WAYS + COUPLED_WAYS)
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +60,14 @@ def test_losses_metrics_and_penalties_of_ones_own_are_those_of_one_rank(one, two
     penalty = expected["logs"][0]["loss"] - one["ddp"]["logs"][0]["loss"]
     assert penalty > 0.01
     assert expected["logs"][0]["rewards/chosen"] == one["ddp"]["logs"][0]["rewards/chosen"]
+
+
+@pytest.mark.parametrize("way", COUPLED_WAYS)
+def test_a_loss_that_couples_pairs_is_that_of_one_rank(one, two, way):
+    """It depends on the order of a step's pairs, which the ranks restore."""
+    assert_same(one["ddp.coupled"], two[way])
+    losses = [log["loss"] for log in one["ddp.coupled"]["logs"]]
+    assert max(losses) - min(losses) > 0.01
 
 
 @pytest.mark.parametrize("way", BF16_WAYS)

@@ -7,8 +7,9 @@ own batch fields. With the suffix ".bf16" it trains in that precision. With ".mi
 mixture of experts with the routers' auxiliary loss and gradient checkpointing. That runs padded,
 because then the micro-batches are the same on any number of ranks. With ".stretched" it trains a
 model with dynamic RoPE on sequences beyond its original length. With ".hooks" it trains the sigmoid
-loss written by hand and a penalty that a subclass adds, and measures metrics of its own. The main
-rank writes its logs to FOLDER/WAY.json.
+loss written by hand and a penalty that a subclass adds, and measures metrics of its own. With
+".coupled" it trains a loss that depends on all pairs of a step and on their order. The main rank
+writes its logs to FOLDER/WAY.json.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from typing import Any
 import torch
 from torch.nn.functional import softplus
 
-from dpofast import DPOConfig, DPOTrainer
+from dpofast import CoupledFunction, DPOConfig, DPOTrainer
 from dpofast.cli.process_end import run_to_end
 from tests.rope import ORIGINAL_LENGTH, rope_parameters
 from tests.support import byte_tokenizer, tiny_llama, tiny_mixtral, token_pairs
@@ -59,6 +60,11 @@ class Penalised(DPOTrainer):
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True)
         loss = loss + 1e-3 * sum(p.square().sum() for p in model.parameters())
         return (loss, outputs) if return_outputs else loss
+
+
+def coupled(chosen: torch.Tensor, rejected: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+    ranked = chosen.sort()[0] - rejected.sort()[0]
+    return softplus(-0.5 * ranked) + softplus(rejected.roll(1) - chosen)
 
 
 def own_hooks() -> dict[str, Any]:
@@ -115,6 +121,7 @@ def train(way: str, folder: Path, pairs_per_device: int, accumulation: int) -> N
         eval_dataset=token_pairs(5, seed=4),
         processing_class=byte_tokenizer(),
         **(own_hooks() if has_hooks else {}),
+        **({"loss_fn": CoupledFunction(coupled)} if variant == "coupled" else {}),
     )
     trainer.train()
     assert trainer.is_deepspeed_enabled is (kind != "ddp")

@@ -321,7 +321,7 @@ def test_a_step_can_be_computed_by_hand_but_not_a_part_of_one(tmp_path):
     assert loss.item() == pytest.approx(np.log(2), rel=1e-5)
     loss.backward()
     trainer.uncouple()
-    with pytest.raises(ConfigError, match="^compute_loss: the aot loss couples all pairs"):
+    with pytest.raises(ConfigError, match=r"^compute_loss: the aot loss couples all pairs"):
         trainer.compute_loss(trainer.model, step.micro_batches[0])
     with pytest.raises(ConfigError, match="the indices of its StepBatch don't say which pairs"):
         trainer.compute_loss(trainer.model, replace(step, indices=()))
@@ -333,7 +333,7 @@ class TestEvaluation:
     def test_the_loss_is_that_of_the_whole_set(self, tmp_path, batch_size, is_whole):
         held_out = token_pairs(7, seed=4)
         options = {
-            "loss_type": ["aot", "sigmoid"],
+            "loss_type": ["aot_unpaired", "sigmoid"],
             "per_device_eval_batch_size": batch_size,
             "max_tokens_per_microbatch": 30,
             "prediction_loss_only": is_whole,
@@ -347,7 +347,7 @@ class TestEvaluation:
         values = predicted.predictions
         logps = [torch.from_numpy(np.array(values[index])) for index in range(4)]
         lengths = torch.from_numpy(np.stack(values[6:8], 1)).long()
-        loss = make_coupled_loss(["aot", "sigmoid"], beta=BETA).losses(*logps, lengths)
+        loss = make_coupled_loss(["aot_unpaired", "sigmoid"], beta=BETA).losses(*logps, lengths)
         assert found["eval_loss"] == pytest.approx(loss.mean().item(), rel=1e-6)
         assert predicted.metrics["test_loss"] == pytest.approx(loss.mean().item(), rel=1e-6)
         by_pair = make_loss("sigmoid", beta=BETA).losses(*logps, lengths).mean().item()
@@ -417,7 +417,7 @@ class TestChecks:
                         model.model.norm.weight[0] = torch.nan
 
         trainer = make_trainer(tmp_path, options={"loss_type": "aot"}, callbacks=[Broken()])
-        with pytest.raises(NonFiniteError, match="^Step 2: .*norm"):
+        with pytest.raises(NonFiniteError, match=r"^Step 2: .*norm"):
             trainer.train()
 
     def test_a_function_that_has_no_derivative_ends_the_run(self, tmp_path):
@@ -430,7 +430,7 @@ class TestChecks:
 
         trainer = make_trainer(tmp_path, loss_fn=CoupledFunction(steep))
         steps.append(1)
-        with pytest.raises(NonFiniteError, match="^Step 1: "):
+        with pytest.raises(NonFiniteError, match=r"^Step 1: "):
             trainer.train()
 
     def test_what_a_function_returns_later_is_checked_too(self, tmp_path):
