@@ -191,7 +191,9 @@ class EvaluatesPairs(ChoosesFiniteBest, ComputesLoss, Trainer):
         for step in dataloader:
             self._expect(step, None)
             for indices, batch in zip(step.indices, step.micro_batches, strict=True):
-                pairs.add(indices, self.coupled_pass().table(batch)[:, :2], batch)
+                with self.compute_loss_context_manager():
+                    table = self.coupled_pass().table(batch)
+                pairs.add(indices, table[:, :2], batch)
         pairs.gather(self.sum_over_ranks)
         return torch.from_numpy(pairs.losses(self.pair_loss, device)).to(device)
 

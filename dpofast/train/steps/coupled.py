@@ -194,23 +194,36 @@ def losses_of_table(loss: PreferenceLoss, table: Tensor) -> Tensor:
     Raises:
         ConfigError: a user's function returned no loss for each pair.
     """
-    with torch.no_grad():
-        return _losses_and_slopes(loss, table)[0]
+    with torch.no_grad(), _named_loss_fn():
+        return loss.losses(*_columns(table))
 
 
 def _losses_and_slopes(
-    loss: PreferenceLoss,
+    loss: CoupledLoss,
     table: Tensor,  # [P, NUM_COLUMNS]
 ) -> tuple[Tensor, Tensor]:
     """Losses [P], and the derivatives [P, 2] of their sum by the log-probs of both answers."""
-    chosen, rejected, ref_chosen, ref_rejected, *lengths = table.unbind(1)
-    inputs = (chosen, rejected, ref_chosen, ref_rejected, torch.stack(lengths, 1).long())
-    try:
-        losses, *slopes = loss.losses_and_slopes(*inputs)
-    except NotAPairLossError as error:
-        raise ConfigError(f"loss_fn: {error}") from error
+    with _named_loss_fn():
+        losses, *slopes = loss.losses_and_slopes(*_columns(table))
     found = torch.stack(slopes, 1)
     is_finite = found.isfinite()
     # The head takes finite coefficients only. The loss shows that there were others.
     losses = torch.where(is_finite.all(1), losses, torch.nan)
     return losses, torch.where(is_finite, found, 0.0)
+
+
+def _columns(
+    table: Tensor,  # [P, NUM_COLUMNS]
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The arguments of `PreferenceLoss.losses`."""
+    chosen, rejected, ref_chosen, ref_rejected, *lengths = table.unbind(1)
+    return chosen, rejected, ref_chosen, ref_rejected, torch.stack(lengths, 1).long()
+
+
+@contextlib.contextmanager
+def _named_loss_fn() -> Iterator[None]:
+    """Say whose fault it is if a user's function returns no loss for each pair."""
+    try:
+        yield
+    except NotAPairLossError as error:
+        raise ConfigError(f"loss_fn: {error}") from error

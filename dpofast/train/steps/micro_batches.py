@@ -19,7 +19,7 @@ from dpofast.model.router import RouterLoss, add_router_loss
 from dpofast.monitor.metrics import MetricSums
 from dpofast.train.own.metrics import OwnMetrics
 from dpofast.train.steps.coupled import CoupledPairs, same_dropout
-from dpofast_kernels import METRIC_NAMES, PairExtras, PairLoss, PairLossOutput
+from dpofast_kernels import METRIC_NAMES, PairLoss, PairLossOutput
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,7 +66,8 @@ class PairLossPass:
         options = head_options(causal_lm(self.model).config)
         task = PairLossTask(batch.labels, batch.bounds, batch.ref_logps, loss, options)
         if coupled is not None:
-            task = replace(task, extras=PairExtras(coefficients=coupled.coefficients))
+            extras = replace(task.extras, coefficients=coupled.coefficients)
+            task = replace(task, extras=extras)
         with same_dropout(coupled), self.autocast():
             results = run_batch(wrapped, batch, task, self.router_loss)
         if coupled is not None:
