@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from dataclasses import replace
 
@@ -323,6 +324,34 @@ def test_a_step_can_be_computed_by_hand_but_not_a_part_of_one(tmp_path):
         trainer.compute_loss(trainer.model, replace(step, indices=()))
 
 
+def test_weights_that_autocast_has_cast_in_the_first_phase_are_trained(tmp_path):
+    """Autocast keeps its casts, which have no gradient if they were made in the first phase."""
+    grads = []
+    for context in (contextlib.nullcontext(), torch.autocast("cpu", torch.bfloat16)):
+        trainer = make_trainer(tmp_path, options={"loss_type": "aot", "bf16": True})
+        step = next(iter(trainer.get_train_dataloader()))
+        with context:
+            loss = trainer.compute_loss(trainer.model, step)
+        loss.backward()
+        grads.append([p.grad for p in trainer.model.parameters()])
+    assert all(map(torch.equal, *grads))
+
+
+def test_a_coupled_loss_can_be_assigned_and_taken_back(tmp_path):
+    class Assigned(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            name = "sigmoid" if state.global_step % 2 else "aot_unpaired"
+            make = make_loss if name == "sigmoid" else make_coupled_loss
+            trainer.pair_loss = make(name, beta=BETA)
+
+    trainer = make_trainer(tmp_path / "both", callbacks=[Assigned()], options={"max_steps": 2})
+    found = train(trainer)
+    assert trainer.loss_types == ["sigmoid"]
+    plain = train(make_trainer(tmp_path / "1", options={"loss_type": "aot_unpaired"}))
+    assert found[0] == plain[0]
+    assert found[1] != plain[1]
+
+
 class TestEvaluation:
     @pytest.mark.parametrize("batch_size", [1, 3])
     @pytest.mark.parametrize("is_whole", [True, False])
@@ -351,6 +380,17 @@ class TestEvaluation:
         doubled = make_trainer(tmp_path, trainer_class=Doubled, **given).evaluate()
         assert doubled["eval_loss"] == pytest.approx(2 * found["eval_loss"], rel=1e-6)
         assert doubled["eval_logps/chosen"] == pytest.approx(found["eval_logps/chosen"])
+
+    def test_what_a_function_returns_for_the_set_is_checked(self, tmp_path):
+        def of_few(chosen, rejected, lengths):
+            losses = neighbours(chosen, rejected, lengths)
+            return losses if len(chosen) in (33, 8, 2) else losses.mean()
+
+        given = {"loss_fn": CoupledFunction(of_few), "eval_dataset": token_pairs(5, seed=4)}
+        for kind in (DPOTrainer, Doubled):
+            trainer = make_trainer(tmp_path, trainer_class=kind, **given)
+            with pytest.raises(ConfigError, match=r"^loss_fn: it returned \[\] .* for 5 pairs"):
+                trainer.evaluate()
 
     def test_it_runs_between_steps_and_for_compute_metrics(self, tmp_path):
         seen = []
