@@ -9,25 +9,35 @@ from dpofast.no_download import keep_from_downloading
 
 if TYPE_CHECKING:
     from dpofast.options.config import DPOConfig
+    from dpofast.options.reference_free import CPOConfig, ORPOConfig
     from dpofast.train.hooks.predictions import PairPredictions
     from dpofast.train.own.metrics import PairOutputs
+    from dpofast.train.reference_free import CPOTrainer, ORPOTrainer
     from dpofast.train.trainer import DPOTrainer
     from dpofast_kernels import CoupledFunction
 
 __version__ = "0.1.0"
 __all__ = [
+    "CPOConfig",
+    "CPOTrainer",
     "CoupledFunction",
     "DPOConfig",
     "DPOTrainer",
+    "ORPOConfig",
+    "ORPOTrainer",
     "PairOutputs",
     "PairPredictions",
     "__version__",
 ]
 
 HOMES = {
+    "CPOConfig": "dpofast.options.reference_free",
+    "CPOTrainer": "dpofast.train.reference_free",
     "CoupledFunction": "dpofast_kernels.preference.coupled",
     "DPOConfig": "dpofast.options.config",
     "DPOTrainer": "dpofast.train.trainer",
+    "ORPOConfig": "dpofast.options.reference_free",
+    "ORPOTrainer": "dpofast.train.reference_free",
     "PairOutputs": "dpofast.train.own.metrics",
     "PairPredictions": "dpofast.train.hooks.predictions",
 }

@@ -8,5 +8,10 @@ PAIR_COLUMNS = ("prompt", "chosen", "rejected")
 ID_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
 # Reference log-probs that a dataset can carry: float64, in nats. The names are TRL's.
 REF_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
+# How much a pair counts in the loss, and the probability that its chosen answer is the better one:
+# float64. A pair without a weight counts once.
+WEIGHT_COLUMNS = ("weight", "label_confidence")
+# The dataset of a mixture that a pair comes from.
+SOURCE_COLUMN = "source"
 # No log-prob is above 0; one in float32 can be by as much as this, in nats, through rounding.
 LOGP_ROUNDING = 0.01

@@ -24,6 +24,7 @@ def check_data_options(script: ScriptOptions, given: Mapping[str, GivenOption]) 
     checks = {
         "dataset_name": _check_names,
         "dataset_shares": _check_shares,
+        "dataset_weights": _check_weights,
         "eval_split": _check_split,
     }
     for name, check in checks.items():
@@ -43,6 +44,7 @@ def _check_streaming(script: ScriptOptions, given: Mapping[str, GivenOption]) ->
         "eval_split": "can't hold pairs out of a stream; set eval_dataset_name or "
         "dataset_test_split",
         "dataset_shares": "can't be taken of streams; leave it out",
+        "dataset_weights": "weighs several datasets, and a stream is a single one; leave it out",
     }
     for name, problem in problems.items():
         if getattr(script, name) is not None:
@@ -81,13 +83,24 @@ def _place(name: str) -> str:
 def _check_shares(script: ScriptOptions) -> None:
     from dpofast.data import check_shares
 
-    names, shares = script.dataset_names, script.dataset_shares or []
-    if len(shares) != len(names):
+    check_shares(_by_name(script, script.dataset_shares, "share"), script.dataset_names)
+
+
+def _check_weights(script: ScriptOptions) -> None:
+    from dpofast.data import check_weights
+
+    check_weights(_by_name(script, script.dataset_weights, "weight"), script.dataset_names)
+
+
+def _by_name(script: ScriptOptions, given: list[float] | None, what: str) -> dict[str, float]:
+    """The number of each dataset by its name."""
+    names, numbers = script.dataset_names, given or []
+    if len(numbers) != len(names):
         raise ConfigError(
-            f"got {len(shares)} for {len(names)} datasets; give one share for each name in "
+            f"got {len(numbers)} for {len(names)} datasets; give one {what} for each name in "
             "dataset_name, in the same order."
         )
-    check_shares(dict(zip(names, shares, strict=True)), names)
+    return dict(zip(names, numbers, strict=True))
 
 
 def _check_split(script: ScriptOptions) -> None:

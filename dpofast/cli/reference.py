@@ -59,10 +59,11 @@ def _export(yaml_file: str | None, overrides: list[str]) -> None:
     options.require("model_name_or_path", "dataset_name")
     script = options.script
     if len(script.dataset_names) > 1:
+        without = "" if script.dataset_weights is None else " --dataset_weights null"
         raise ConfigError(
             f"{options.source}: dataset_name names {len(script.dataset_names)} datasets, whose "
             "rows can have different columns; export one at a time, as `--dataset_name "
-            f"{script.dataset_names[0]} --dataset_shares null`."
+            f"{script.dataset_names[0]} --dataset_shares null{without}`."
         )
     (dataset_name,) = script.dataset_names
     if script.dataset_streaming:
@@ -102,6 +103,11 @@ def _export(yaml_file: str | None, overrides: list[str]) -> None:
 
 def _refuse_unkept(options: RunOptions, consequence: str) -> None:
     """Raise ConfigError if the options don't keep log-probs: the command would have no effect."""
+    if options.config.make_loss().is_reference_free:
+        raise ConfigError(
+            f"{options.source}: the loss {' + '.join(options.config.loss_type)} has no reference, "
+            f"so {consequence}."
+        )
     if not options.config.precompute_ref_log_probs:
         raise ConfigError(
             f"{options.source}: precompute_ref_log_probs is false, so no log-probs are kept, and "

@@ -102,9 +102,11 @@ def _load_sets(options: RunOptions, split: str, shares: dict[str, float] | None 
     from dpofast.data import mix_preferences
 
     sets = {name: _load_pairs(options, name, split) for name in options.script.dataset_names}
-    if len(sets) == 1:
+    given = options.script.dataset_weights
+    weights = None if given is None else dict(zip(sets, given, strict=True))
+    if len(sets) == 1 and weights is None:
         return next(iter(sets.values()))
-    return mix_preferences(sets, shares, seed=options.config.seed)
+    return mix_preferences(sets, shares, weights=weights, seed=options.config.seed)
 
 
 def _open_stream(options: RunOptions, name: str, split: str) -> Any:

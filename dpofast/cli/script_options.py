@@ -52,6 +52,9 @@ class ScriptOptions:
     dataset_shares: Annotated[
         list[float] | None, "Share of each of several datasets; by default all pairs are taken."
     ] = None
+    dataset_weights: Annotated[
+        list[float] | None, "Weight of each dataset's pairs in the loss; 1 by default."
+    ] = None
     dataset_streaming: Annotated[
         bool, "Read the training pairs while the run trains; needs max_steps."
     ] = False

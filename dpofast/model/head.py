@@ -53,7 +53,7 @@ class PairLossTask:
     Attributes:
         labels, bounds, ref_logps, loss: arguments of `linear_pair_loss` with these names.
         options: cap and scale of the family's logits; the bias comes from the head itself.
-        extras: argument of `linear_pair_loss` with this name.
+        extras: weights and confidences of the pairs, coefficients of sequences, weights of tokens.
     """
 
     labels: Tensor  # [N]
@@ -68,8 +68,10 @@ class PairLossTask:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Returns the fields of a PairLossOutput: summed loss [], logps [2P], metrics [8, P]."""
         options = replace(self.options, bias=bias)
-        given = (self.labels, self.bounds, self.ref_logps, self.loss, options, self.extras)
-        output = linear_pair_loss(hidden_states, weight, *given)
+        output = linear_pair_loss(
+            *(hidden_states, weight, self.labels, self.bounds, self.ref_logps, self.loss, options),
+            extras=self.extras,
+        )
         return output.loss, output.logps, output.metrics
 
 

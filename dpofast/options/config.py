@@ -19,8 +19,8 @@ from dpofast.options.allowed_changes import read_allowed
 from dpofast.options.foreign import refuse_unknown_options
 from dpofast.options.init_kwargs import read_init_kwargs
 from dpofast.options.loss_fields import (
+    LOSS_NAMES,
     LossFields,
-    named_loss,
     settle_loss_fields,
     unused_loss_options,
 )
@@ -31,7 +31,6 @@ from dpofast.reference.store.row_detail import DETAILS, RowDetail
 from dpofast.zero.batch import asked_by_launcher, settle_deepspeed
 from dpofast.zero.compiled import settle_operations
 from dpofast.zero.config import read_deepspeed
-from dpofast_kernels import COUPLED_LOSSES, LOSSES, PreferenceLoss
 
 DEFAULT_MAX_LENGTH = 1024
 
@@ -42,9 +41,10 @@ logger = logging.getLogger(__name__)
 class DPOConfig(LossFields):
     """transformers' TrainingArguments and the options of DPO; names and defaults as in TRL.
 
-    How a run is saved, resumed and stopped is in `RunFields`, and what else decides the loss in
-    `LossFields`. TRL's other options are fields, too (`TRLFields`). Those that can't change what is
-    trained are accepted with one line in the log, and the others are refused.
+    How a run is saved, resumed and stopped is in `RunFields`, how beta moves in `BetaFields`, and
+    what else decides the loss in `LossFields`. TRL's other options are fields, too (`TRLFields`).
+    Those that can't change what is trained are accepted with one line in the log, and the others
+    are refused.
 
     Attributes:
         warmup_ratio: share of all steps in which the learning rate rises; ignored if warmup_steps
@@ -75,9 +75,10 @@ class DPOConfig(LossFields):
         reference_store: folder of the reference log-probs. The default is `dpofast/reference` in
             Hugging Face's cache (HF_HOME).
         reference_store_detail: what is stored of each answer: "sums" (its summed log-prob, which
-            is all that training needs), "logps" (also the log-prob of each token) or "logsumexps"
-            (also the log-sum-exp of the logits at each token). Training reads answers stored in any
-            detail. `dpofast ref build` scores answers again if they are stored with less detail.
+            is all that training needs without ld_alpha), "logps" (also the log-prob of each token)
+            or "logsumexps" (also the log-sum-exp of the logits at each token). Training reads
+            answers stored in any detail that it needs. `dpofast ref build` scores answers again if
+            they are stored with less detail.
         layout: how sequences become micro-batches. "shared" packs them into one row without
             padding, in which the common beginning of a pair's two sequences occurs once.
             "unshared" packs them without sharing. "padded" gives each sequence a row of its own.
@@ -129,7 +130,7 @@ class DPOConfig(LossFields):
     beta: float = field(default=0.1, metadata={"help": "Strength of the KL penalty."})
     loss_type: list[str] | str = field(
         default_factory=lambda: ["sigmoid"],
-        metadata={"help": f"The loss: {', '.join(sorted([*LOSSES, *COUPLED_LOSSES]))}."},
+        metadata={"help": f"The loss: {', '.join(sorted(LOSS_NAMES))}."},
     )
     label_smoothing: float = field(
         default=0.0, metadata={"help": "Probability of swapped labels, below 0.5."}
@@ -265,14 +266,6 @@ class DPOConfig(LossFields):
         for suffix in ("checkpointing", "checkpointing_kwargs"):
             if getattr(self, f"activation_{suffix}", ...) is None:
                 setattr(self, f"activation_{suffix}", getattr(self, f"gradient_{suffix}"))
-
-    def make_loss(self) -> PreferenceLoss:
-        """The loss that these options name.
-
-        Raises:
-            ConfigError: an unknown name, or an option out of range.
-        """
-        return named_loss(self)
 
     def loading_options(self) -> dict[str, Any]:
         """The arguments of `from_pretrained`, the same for policy and reference."""

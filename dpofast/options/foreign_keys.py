@@ -200,10 +200,11 @@ OTHER_KEYS = {
     # losses
     **dict.fromkeys(
         ("pref_ftx", "sft_alpha", "nll_loss_coef"),
-        "leave it out; a likelihood term of the loss isn't supported",
+        "set loss_type: [sigmoid, sft] and loss_weights: [1.0, the number]",
     ),
     "pref_bco_weight": "set loss_type: [sigmoid, bco_pair] and loss_weights",
-    **dict.fromkeys(("simpo_gamma", "cpo_alpha", "orpo_alpha", "kto_desirable_weight"), _LOSS),
+    **dict.fromkeys(("kto_desirable_weight", "kto_undesirable_weight"), _LOSS),
+    "orpo_alpha": "set loss_type: orpo, whose weight is beta",
     "ipo": "set loss_type: ipo",
     "dpo_norm_loss": "set loss_type: sigmoid_norm",
     "dpo_use_weighting": "leave it out; WPO weights aren't supported",
@@ -263,7 +264,9 @@ IN_PYTHON = {
     **dict.fromkeys(("dataset_name", "dataset_config", "dataset_train_split"), _PAIRS),
     **dict.fromkeys(("dataset_columns", "columns"), "pass columns to DPOTrainer"),
     **dict.fromkeys(("dataset_roles", "roles"), "pass roles to DPOTrainer"),
-    "dataset_shares": "mix the datasets with dpofast.data.mix_preferences",
+    **dict.fromkeys(
+        ("dataset_shares", "dataset_weights"), "mix the datasets with dpofast.data.mix_preferences"
+    ),
     "eval_split": "hold pairs out with dpofast.data.hold_out",
     **dict.fromkeys(("eval_dataset_name", "dataset_test_split"), "pass eval_dataset to DPOTrainer"),
     **dict.fromkeys(("use_peft", "lora_r", "lora_alpha", "lora_dropout", "use_rslora"), _LORA),

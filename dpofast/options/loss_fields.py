@@ -6,16 +6,25 @@ import math
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from dpofast.data.packing.likelihood import Likelihood
 from dpofast.errors import ConfigError
-from dpofast.options.run_fields import RunFields
+from dpofast.options.beta_fields import (
+    BetaFields,
+    beta_facts,
+    check_beta_fields,
+    unused_beta_options,
+)
 from dpofast_kernels import (
     COUPLED_LOSSES,
     DIVERGENCES,
     LOSS_OPTIONS,
+    LOSSES,
     DivergenceLoss,
     PreferenceLoss,
+    ZeroLoss,
     make_coupled_loss,
     make_mixture,
+    unknown_loss,
 )
 
 REVERSE_KL = "reverse_kl"
@@ -25,15 +34,23 @@ USUAL_COEFFICIENTS = (0.5, 1.0)
 
 # kw_only keeps the positional order of TrainingArguments and of DPOConfig's own options.
 @dataclass(kw_only=True)
-class LossFields(RunFields):
+class LossFields(BetaFields):
     """The fields; docs/losses.md has the formulas.
 
     Attributes:
         loss_weights: a weight for each loss of loss_type, at least 0; None for 1 each.
         f_divergence_type: reverse_kl, forward_kl, js_divergence or alpha_divergence.
         f_alpha_divergence_coef: coefficient of alpha_divergence.
+        ld_alpha: LD-DPO's alpha, in [0, 1]: how much the log-probs count of the tokens by which an
+            answer is longer than the other one of its pair; None for as much as the others.
         discopop_tau: tau of the discopop loss, above 0 and at most 1.
         dpop_lambda: lambda of the dpop loss, at least 0.
+        simpo_gamma: margin of the losses simpo and alphapo, in units of the margin that the sigmoid
+            gets.
+        alpha: alpha of the alphapo loss.
+        cpo_alpha: weight of the likelihood of chosen answers in the losses without a reference that
+            TRL's CPOTrainer has: cpo, cpo_hinge, cpo_ipo, simpo and alphapo. None for 1 in the
+            first three, as in CPO's paper, and for 0 in the others, as in theirs.
     """
 
     loss_weights: list[float] | None = field(
@@ -46,10 +63,43 @@ class LossFields(RunFields):
     f_alpha_divergence_coef: float = field(
         default=0.5, metadata={"help": "Coefficient of alpha_divergence."}
     )
+    ld_alpha: float | None = field(
+        default=None,
+        metadata={"help": "Weight of the tokens by which an answer is the longer one; 0 to 1."},
+    )
     discopop_tau: float = field(default=0.05, metadata={"help": "Tau of the discopop loss."})
     dpop_lambda: float = field(default=50.0, metadata={"help": "Lambda of the dpop loss."})
+    simpo_gamma: float = field(
+        default=0.5, metadata={"help": "Margin of the losses simpo and alphapo."}
+    )
+    alpha: float = field(default=0.0, metadata={"help": "Alpha of the alphapo loss."})
+    cpo_alpha: float | None = field(
+        default=None,
+        metadata={"help": "Weight of the likelihood in cpo (1 by default), simpo and alphapo (0)."},
+    )
+
+    def make_loss(self) -> PreferenceLoss:
+        """The pair loss that these options name.
+
+        Raises:
+            ConfigError: an unknown name, or an option out of range.
+        """
+        return named_loss(self)
+
+    def likelihood(self) -> Likelihood:
+        """The likelihood terms that these options add to the pair loss."""
+        return named_likelihood(self)
+
+    def length_discount(self) -> float | None:
+        """`ld_alpha`; None where it changes nothing."""
+        return None if self.ld_alpha == 1.0 else self.ld_alpha
 
 
+# Names of losses that have a likelihood term. Of sft it is the only one.
+SFT, ORPO = "sft", "orpo"
+CPO_ALPHAS = {"cpo": 1.0, "cpo_hinge": 1.0, "cpo_ipo": 1.0, "simpo": 0.0, "alphapo": 0.0}
+LOSS_NAMES = (*LOSSES, *COUPLED_LOSSES, SFT)
+OPTIONS_OF_LOSSES = {**LOSS_OPTIONS, "cpo_alpha": tuple(CPO_ALPHAS)}
 _DEFAULTS = {item.name: item.default for item in fields(LossFields)}
 
 
@@ -68,9 +118,9 @@ def unused_loss_options(config: Any) -> list[str]:
         One remark for each.
     """
     remarks = [
-        f"{option}={getattr(config, option)!r} (only the loss {loss} has it)"
-        for option, loss in LOSS_OPTIONS.items()
-        if loss not in config.loss_type and getattr(config, option) != _DEFAULTS[option]
+        f"{option}={getattr(config, option)!r} (only the loss {' or '.join(losses)} has it)"
+        for option, losses in OPTIONS_OF_LOSSES.items()
+        if not set(losses) & set(config.loss_type) and getattr(config, option) != _DEFAULTS[option]
     ]
     coefficient = config.f_alpha_divergence_coef
     is_alpha = config.f_divergence_type == "alpha_divergence"
@@ -82,7 +132,7 @@ def unused_loss_options(config: Any) -> list[str]:
             "f_divergence_type='alpha_divergence' (with f_alpha_divergence_coef=1.0 it is "
             "reverse_kl; in older versions of TRL it was forward_kl)"
         )
-    return remarks
+    return remarks + unused_beta_options(config)
 
 
 def loss_facts(config: Any) -> dict[str, Any]:
@@ -90,13 +140,16 @@ def loss_facts(config: Any) -> dict[str, Any]:
     weights, divergence = config.loss_weights, config.f_divergence_type
     is_alpha = divergence == "alpha_divergence"
     return {
+        **beta_facts(config),
         "loss_weights": None if weights is None or set(weights) == {1.0} else list(weights),
         "f_divergence_type": divergence,
         "f_alpha_divergence_coef": config.f_alpha_divergence_coef if is_alpha else None,
+        "ld_alpha": config.length_discount(),
         **{
-            option: getattr(config, option) if loss in config.loss_type else None
-            for option, loss in LOSS_OPTIONS.items()
+            option: getattr(config, option) if set(losses) & set(config.loss_type) else None
+            for option, losses in LOSS_OPTIONS.items()
         },
+        "cpo_alpha": _effective_cpo_alpha(config),
     }
 
 
@@ -111,18 +164,109 @@ def named_loss(config: Any) -> PreferenceLoss:
         raise ConfigError(f"loss_type: got {names!r}, expected a name or a list of names.")
     if weights is not None:
         _check_weights(weights, names)
+    for name in names:
+        if name not in LOSS_NAMES:
+            raise ConfigError(f"loss_type: {unknown_loss(name, LOSS_NAMES)}")
+    check_beta_fields(config)
     _check_coefficient(config.f_alpha_divergence_coef)
-    options = [option for option, loss in LOSS_OPTIONS.items() if loss in names]
+    _check_cpo_alpha(config.cpo_alpha)
+    _check_ld_alpha(config)
+    of_pairs = {name: weight for name, weight in _weights(config).items() if name != SFT}
+    if not of_pairs:
+        _refuse_smoothing(config)
+        return _checked(ZeroLoss(config.beta), config)
+    given = None if weights is None else list(of_pairs.values())
+    options = [option for option, losses in LOSS_OPTIONS.items() if set(losses) & set(of_pairs)]
     own = {option: getattr(config, option) for option in options}
     try:
-        # What is no name is left to them to refuse.
-        couples = any(isinstance(name, str) and name in COUPLED_LOSSES for name in names)
-        make = make_coupled_loss if couples else make_mixture
-        loss = make(names, weights, config.beta, config.label_smoothing, **own)
+        make = make_coupled_loss if set(of_pairs) & set(COUPLED_LOSSES) else make_mixture
+        loss: PreferenceLoss = make(
+            *(list(of_pairs), given, config.beta, config.label_smoothing), **own
+        )
     except (TypeError, ValueError) as error:
-        named = "loss_type: " if str(error).startswith("Unknown loss") else ""
-        raise ConfigError(f"{named}{error}") from error
-    return loss if config.f_divergence_type == REVERSE_KL else _with_divergence(loss, config)
+        raise ConfigError(str(error)) from error
+    if config.f_divergence_type != REVERSE_KL:
+        loss = _with_divergence(loss, config)
+    return _checked(loss, config)
+
+
+def _checked(loss: PreferenceLoss, config: Any) -> PreferenceLoss:
+    """The loss, unless an option needs a reference or log-probs that it doesn't have."""
+    if config.length_discount() is not None and (
+        loss.is_reference_free or named_likelihood(config)
+    ):
+        raise ConfigError(
+            f"ld_alpha is {config.ld_alpha}, but it discounts log-ratios only: leave it out with "
+            f"{' + '.join(config.loss_type)}, which has no reference or counts the likelihood of "
+            "whole answers."
+        )
+    if loss.is_reference_free and config.target_kl is not None:
+        raise ConfigError(
+            f"target_kl is {config.target_kl}, but the loss {' + '.join(config.loss_type)} has no "
+            "reference to be near; leave it out."
+        )
+    return loss
+
+
+def named_likelihood(config: Any) -> Likelihood:
+    """The likelihood terms of the losses that the options of a DPOConfig name."""
+    weights = _weights(config)
+    answers = weights.get(SFT, 0.0)
+    for name, usual in CPO_ALPHAS.items():
+        alpha = usual if config.cpo_alpha is None else config.cpo_alpha
+        answers += weights.get(name, 0.0) * alpha
+    return Likelihood(answers, weights.get(ORPO, 0.0))
+
+
+def _effective_cpo_alpha(config: Any) -> float | None:
+    """The weight of the likelihood in the run's losses; None if they have no such term."""
+    if config.cpo_alpha is not None:
+        return float(config.cpo_alpha) if set(CPO_ALPHAS) & set(config.loss_type) else None
+    usual = {CPO_ALPHAS[name] for name in config.loss_type if name in CPO_ALPHAS}
+    return max(usual) if usual else None
+
+
+def loss_names(config: Any, loss: PreferenceLoss) -> list[str]:
+    """The names of the losses that a run sums, as in the option loss_type.
+
+    Args:
+        config: the options.
+        loss: the pair loss of the run, which a user may have replaced.
+    """
+    return list(config.loss_type) if loss == named_loss(config) else list(loss.names)
+
+
+def _weights(config: Any) -> dict[str, float]:
+    """The weight of each loss by its name.
+
+    Raises:
+        ConfigError: a name occurs twice.
+    """
+    names = config.loss_type
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise ConfigError(f"loss_type: {twice} occurs twice; name it once, with a weight.")
+    weights = [1.0] * len(names) if config.loss_weights is None else config.loss_weights
+    return dict(zip(names, map(float, weights), strict=True))
+
+
+def _refuse_smoothing(config: Any) -> None:
+    if config.label_smoothing:
+        raise ConfigError(
+            f"label_smoothing is {config.label_smoothing}, but the {SFT} loss has none: set it to "
+            "0 or choose a loss that has it, such as sigmoid."
+        )
+    if config.f_divergence_type != REVERSE_KL:
+        raise ConfigError(
+            f"f_divergence_type is {config.f_divergence_type}, but the {SFT} loss compares "
+            "nothing with the reference; leave it out."
+        )
+
+
+def _check_cpo_alpha(value: Any) -> None:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if value is not None and not (is_number and math.isfinite(value) and value >= 0.0):
+        raise ConfigError(f"cpo_alpha: got {value!r}, expected a finite number of at least 0.")
 
 
 def _check_weights(weights: Any, names: Any) -> None:
@@ -143,6 +287,18 @@ def _check_weights(weights: Any, names: Any) -> None:
 def _check_coefficient(value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise ConfigError(f"f_alpha_divergence_coef: got {value!r}, expected a finite number.")
+
+
+def _check_ld_alpha(config: Any) -> None:
+    alpha = config.ld_alpha
+    is_number = isinstance(alpha, int | float) and not isinstance(alpha, bool)
+    if alpha is not None and not (is_number and 0.0 <= alpha <= 1.0):
+        raise ConfigError(f"ld_alpha: got {alpha!r}, expected a number from 0 to 1.")
+    if config.length_discount() is not None and config.reference_store_detail == "sums":
+        raise ConfigError(
+            f"reference_store_detail: got 'sums', but ld_alpha={alpha:g} needs the reference's "
+            "log-prob of each token; set it to 'logps', or leave ld_alpha out."
+        )
 
 
 def _with_divergence(loss: Any, config: Any) -> DivergenceLoss:

@@ -15,7 +15,10 @@ from dpofast.options.unsupported import UNUSED
 
 
 def resolve_config(
-    args: TrainingArguments | None, options: dict[str, Any], model_name: str
+    args: TrainingArguments | None,
+    options: dict[str, Any],
+    model_name: str,
+    config_class: type[DPOConfig] = DPOConfig,
 ) -> DPOConfig:
     """Merges `args` and the options that old scripts give to the trainer itself.
 
@@ -23,17 +26,25 @@ def resolve_config(
         args: a DPOConfig, TRL's or ours, or plain TrainingArguments; None for the defaults.
         options: further keyword arguments of the trainer, such as beta and max_length.
         model_name: name of the model, which names the output folder if `args` is None.
+        config_class: the trainer's class of options.
 
     Raises:
         ConfigError: an option is unknown or can't be honoured, or `args` is of another type.
     """
-    kind = type(args) if isinstance(args, DPOConfig) else DPOConfig
+    if isinstance(args, DPOConfig) and not isinstance(args, config_class):
+        raise ConfigError(
+            f"args: got a {type(args).__name__}, expected a dpofast.{config_class.__name__}."
+        )
+    kind = type(args) if isinstance(args, DPOConfig) else config_class
     known = frozenset(item.name for item in fields(kind) if item.init)
     options = refuse_unknown_options(options, known, where="DPOTrainer")
     if args is None:
-        return DPOConfig(**{"output_dir": f"{model_name.split('/')[-1]}-DPO", **options})
+        method = config_class.__name__.removesuffix("Config")
+        return kind(**{"output_dir": f"{model_name.split('/')[-1]}-{method}", **options})
     if not isinstance(args, TrainingArguments):
-        raise ConfigError(f"args: got a {type(args).__name__}, expected a dpofast.DPOConfig.")
+        raise ConfigError(
+            f"args: got a {type(args).__name__}, expected a dpofast.{config_class.__name__}."
+        )
     if isinstance(args, DPOConfig):
         # A script may have set attributes after the options were checked.
         args.check_again()

@@ -64,9 +64,6 @@ class TRLFields(TrainingArguments):
     pad_to_multiple_of: Annotated[
         int | str | None, NoEffect("rows are as long as they need to be", None)
     ] = "auto"
-    ld_alpha: Annotated[
-        float | None, Refused("leave it out; length desensitisation isn't supported", 1.0)
-    ] = None
     use_weighting: Annotated[bool, Refused("leave it out; WPO weights aren't supported")] = False
     activation_offloading: Annotated[bool, NoEffect("activations stay on the device")] = False
     sync_ref_model: Annotated[
@@ -77,10 +74,14 @@ class TRLFields(TrainingArguments):
     )
     ref_model_sync_steps: Annotated[int, NoEffect("the reference stays fixed during a run")] = 512
     # older versions of TRL
-    reference_free: Annotated[bool, Refused("leave it out; a reference is always used")] = False
+    reference_free: Annotated[
+        bool,
+        Refused("set loss_type to a loss without a reference: cpo is sigmoid without one"),
+    ] = False
     # 0.0 isn't neutral: TRL 0.9 multiplied the DPO loss by this number.
     rpo_alpha: Annotated[
-        float | None, Refused("leave it out; the extra likelihood term isn't supported")
+        float | None,
+        Refused("set loss_type: [sigmoid, sft] and loss_weights: [1.0, the number]"),
     ] = None
     is_encoder_decoder: Annotated[
         bool | None, Refused("use a decoder-only model; no other kind is supported", False)

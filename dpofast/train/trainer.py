@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Mapping
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -53,8 +53,7 @@ from dpofast.train.policy import (
     resolve_ref_model,
     with_quantisation,
 )
-from dpofast.train.reference.run_reference import RunReference
-from dpofast.train.reference.run_store import RunStore
+from dpofast.train.reference.no_reference import make_reference, without_reference
 from dpofast.train.reports.logs_progress import LogsProgress
 from dpofast.train.resuming.finished import ResumesAtEnd
 from dpofast.train.resuming.reads_checkpoints import ReadsCheckpoints
@@ -122,6 +121,7 @@ class DPOTrainer(
         ConfigError, DataError, ModelError, ReferenceStoreError: all ValueErrors, with the remedy.
     """
 
+    config_class: ClassVar[type[DPOConfig]] = DPOConfig
     args: DPOConfig
     control: TrainerControl
     _step_zero: StepZeroCheck | None = None  # only until a fresh run's first batch is checked
@@ -152,7 +152,7 @@ class DPOTrainer(
         refuse_kinds(model, ref_model)
         refuse("data_collator", data_collator, "leave it out; batches are laid out by the trainer")
         processing_class = resolve_tokenizer(processing_class, options)
-        config = resolve_config(args, options, model_name(model))
+        config = resolve_config(args, options, model_name(model), self.config_class)
         watch_ranks(config.rank_timeout)
         config = with_quantisation(config, quantization_config, model)
         check_compute_metrics(config, compute_metrics)
@@ -163,11 +163,15 @@ class DPOTrainer(
             if config.should_save:
                 make_output_dir(config.output_dir)
         check_shared_folders(config, trains=train_dataset is not None)
+        if self.pair_loss.is_reference_free:
+            without_reference(ref_model, config)
+            ref_model = None
         ref_model = resolve_ref_model(ref_model, model, config)
         model, tokenizer = resolve_model(model, config, processing_class)
         set_seed(config.seed)  # a fresh adapter's weights are random; loading may draw numbers, too
         model = prepare_policy(model, config, peft_config)
-        self.data = PairPreparer(config, tokenizer, (model, ref_model), columns, roles)
+        models = (model, ref_model)
+        self.data = PairPreparer(config, tokenizer, models, columns, roles, self.pair_loss)
         self.start_counting()
         train_set = None
         if train_dataset is not None:
@@ -188,15 +192,16 @@ class DPOTrainer(
         )
         self._ref_model = ref_model
         router_loss = make_router_loss(self.model, config)
-        store = RunStore.of(config, self.accelerator.wait_for_everyone)
-        self.reference = RunReference(
-            self.model, ref_model, store, self.accelerator, self.layout, config, router_loss
+        self.reference = make_reference(
+            *(self.model, ref_model, self.accelerator, self.layout, config, router_loss),
+            is_used=not self.pair_loss.is_reference_free,
         )
         self.loaders = StepLoaders(
             config, self.layout, self.reference, partial(row_tokens_on_all_ranks, self)
         )
         self._pair_loss_pass = PairLossPass(
-            self.model, router_loss, self.accelerator.autocast, config.device, own_metrics
+            *(self.model, router_loss, self.accelerator.autocast, config.device, own_metrics),
+            likelihood=self.data.likelihood,
         )
         self.throughput = Throughput(
             self.model, self.reference.dtype(), config.device, config.world_size
@@ -330,6 +335,7 @@ class DPOTrainer(
         total = torch.zeros((), dtype=torch.float64, device=self.args.device)
         self.throughput.start_step()
         if self.first_step is not None:
+            self.first_step.loss = self.step_loss()
             self.first_step.begin(self.optimizer.param_groups)
         self.begin_vote(inputs)
         self.couple(inputs)

@@ -50,6 +50,7 @@ from dpofast_kernels.preference import (
     make_loss,
     make_mixture,
     pair_metrics,
+    unknown_loss,
 )
 
 __all__ = [
@@ -83,4 +84,5 @@ __all__ = [
     "make_mixture",
     "pair_metrics",
     "sum_per_sequence",
+    "unknown_loss",
 ]

@@ -88,6 +88,15 @@ def test_the_split_is_by_prompt_and_has_the_shares_in_both_parts(files: list[str
     assert training[:] != load_training_data(mixed(files, "--seed", "7"))[:]
 
 
+def test_weights_of_datasets_reach_training_and_held_out_pairs(files: list[str]) -> None:
+    options = read("--dataset_name", *files, "--dataset_weights", "1", "0.5", "--eval_split=0.25")
+    for part in (load_training_data(options), load_held_out_data(options)):
+        weights = set(zip(part["source"], part["weight"], strict=True))
+        assert weights == {(files[0], 1.0), (files[1], 0.5)}
+    single = load_training_data(read("--dataset_name", files[0], "--dataset_weights", "0.5"))
+    assert single["weight"] == [0.5] * 36
+
+
 def test_a_named_split_is_taken_whole_from_every_dataset(tmp_path: Path) -> None:
     folders = []
     for name, count in (("x", 3), ("y", 5)):

@@ -109,10 +109,10 @@ def test_all_unknown_names_come_in_one_error_with_their_lines(tmp_path: Path) ->
 
 def test_several_options_that_would_change_the_training_come_in_one_error(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
-        read(tmp_path, "rpo_alpha: 1.0\nld_alpha: 0.5\n")
+        read(tmp_path, "rpo_alpha: 1.0\nreference_free: true\n")
     first, *lines = str(caught.value).splitlines()
     assert first == f"{tmp_path / 'run.yaml'}: 2 options can't be used:"
-    assert sorted(line.split("=")[0].strip() for line in lines) == ["ld_alpha", "rpo_alpha"]
+    assert sorted(line.split("=")[0].strip() for line in lines) == ["reference_free", "rpo_alpha"]
 
 
 @pytest.mark.parametrize(

@@ -50,6 +50,7 @@ def test_options_that_need_all_pairs_at_once_are_refused(tmp_path, model_folder,
 
     assert "eval_split can't hold pairs out of a stream" in error("--eval_split=1")
     assert "dataset_shares can't be taken of streams" in error("--dataset_shares=[1]")
+    assert "dataset_weights weighs several datasets" in error("--dataset_weights=[1]")
     other = str(write_pairs(tmp_path / "other.json", PAIRS))
     arguments = run_arguments(tmp_path, model_folder, *STREAMING)
     several = f'--dataset_name=["{tmp_path / "pairs.json"}", "{other}"]'

@@ -15,6 +15,8 @@ pytestmark = pytest.mark.distributed
 SCRIPT = Path(__file__).with_name("two_ranks.py")
 HOOK_WAYS = ["ddp.hooks", "zero1.hooks", "zero2.hooks"]
 COUPLED_WAYS = ["ddp.coupled", "zero2.coupled", "zero3.coupled"]
+SET_WAYS = ["ddp.sets", "zero2.sets"]
+KL_WAYS = ["ddp.kl", "zero2.kl"]
 WAYS = ["ddp", "zero1", "zero2", "zero3", "own"]
 BF16_WAYS = ["zero1.bf16", "zero2.bf16", "zero3.bf16"]
 # Slow: DeepSpeed may have to compile its Adam first.
@@ -25,14 +27,15 @@ MIXTURE_WAYS = ["ddp.mixtral", "zero3.mixtral"]
 @pytest.fixture(scope="module")
 def one(tmp_path_factory):
     folder = tmp_path_factory.mktemp("one")
-    ways = ("ddp", "ddp.hooks", "ddp.coupled")
+    ways = ("ddp", "ddp.hooks", "ddp.coupled", "ddp.sets", "ddp.kl")
     launch(SCRIPT, 1, str(folder), "4", "1", *ways)
     return {way: json.loads((folder / f"{way}.json").read_text()) for way in ways}
 
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
-    return run_on_two(tmp_path_factory, WAYS + BF16_WAYS + HOOK_WAYS + COUPLED_WAYS)
+    more = HOOK_WAYS + COUPLED_WAYS + SET_WAYS + KL_WAYS
+    return run_on_two(tmp_path_factory, WAYS + BF16_WAYS + more)
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +46,11 @@ def offloaded(tmp_path_factory):
 def run_on_two(tmp_path_factory, ways):
     folder = tmp_path_factory.mktemp("two")
     launch(SCRIPT, 2, str(folder), "1", "2", *ways, timeout=900.0)
-    return {way: json.loads((folder / f"{way}.json").read_text()) for way in ways}
+    found = {way: json.loads((folder / f"{way}.json").read_text()) for way in ways}
+    for way in set(ways) & set(KL_WAYS):
+        betas = [json.loads((folder / f"{way}.rank{rank}.json").read_text()) for rank in (0, 1)]
+        found[way]["betas"] = betas
+    return found
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -68,6 +75,27 @@ def test_a_loss_that_couples_pairs_is_that_of_one_rank(one, two, way):
     assert_same(one["ddp.coupled"], two[way])
     losses = [log["loss"] for log in one["ddp.coupled"]["logs"]]
     assert max(losses) - min(losses) > 0.01
+
+
+@pytest.mark.parametrize("way", SET_WAYS)
+def test_weighted_sets_of_pairs_have_the_losses_and_metrics_of_one_rank(one, two, way):
+    expected, found = (without_first_accuracies(each) for each in (one["ddp.sets"], two[way]))
+    assert_same(expected, found)
+    assert {"eval_loss/soft", "eval_rewards/margins/hard"} <= set(found["evaluation"])
+    assert any("loss/soft" not in log for log in found["logs"]), "a step without pairs of a set"
+
+
+@pytest.mark.parametrize("way", KL_WAYS)
+def test_the_drift_over_all_ranks_moves_the_same_beta_on_each(one, two, way):
+    assert_same(one["ddp.kl"], two[way])
+    mine, theirs = two[way]["betas"]
+    assert mine == theirs  # bit for bit
+    expected = [log["beta"] for log in one["ddp.kl"]["logs"]]
+    np.testing.assert_allclose(mine, expected, rtol=1e-4)
+    assert expected[0] > expected[-1] > min(expected)  # it moves both ways
+    factors = np.divide(expected[1:], expected[:-1])
+    assert 0.81 < factors[-1] < 1.19  # the error isn't clipped, so beta shows the drift itself
+    assert factors[-1] != pytest.approx(1.0, abs=1e-2)
 
 
 @pytest.mark.parametrize("way", BF16_WAYS)
@@ -101,10 +129,16 @@ def test_dynamic_rope_follows_each_sequence_on_any_number_of_ranks(tmp_path):
     launch(SCRIPT, 1, str(tmp_path), "4", "1", "ddp.stretched")
     launch(SCRIPT, 2, str(tmp_path / "two"), "1", "2", "ddp.stretched", "zero3.stretched")
     one = json.loads((tmp_path / "ddp.stretched.json").read_text())
-    # Before step 1 the margins are 0, and rounding decides which of them count as positive.
-    del one["logs"][0]["rewards/accuracies"]
     for way in ("ddp.stretched", "zero3.stretched"):
-        assert_same(one, json.loads((tmp_path / "two" / f"{way}.json").read_text()))
+        two = json.loads((tmp_path / "two" / f"{way}.json").read_text())
+        assert_same(*(without_first_accuracies(each) for each in (one, two)))
+
+
+def without_first_accuracies(result):
+    """Before step 1 the margins are 0, and rounding decides which of them count as positive."""
+    first, *logs = result["logs"]
+    kept = {name: value for name, value in first.items() if "accuracies" not in name}
+    return {**result, "logs": [kept, *logs]}
 
 
 def assert_nearly_same(one, two):
@@ -118,16 +152,16 @@ def assert_nearly_same(one, two):
 
 def assert_same(one, two):
     assert len(one["logs"]) == len(two["logs"]) == 6
+    # Only steps with pairs of a dataset have its metrics.
     names = [
         name
-        for name in one["logs"][0]
+        for name in {name: None for log in one["logs"] for name in log}
         if name in ("loss", "aux_loss", "grad_norm", "num_tokens")
         or ("/" in name and name != "lengths/row")  # packed rows depend on the number of ranks
     ]
     assert len(names) >= 10
     for name in names:
-        expected = [log[name] for log in one["logs"]]
-        got = [log[name] for log in two["logs"]]
+        expected, got = ([log.get(name, np.nan) for log in each["logs"]] for each in (one, two))
         np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-6, err_msg=name)
     for name, expected in one["evaluation"].items():
         if "runtime" not in name and "per_second" not in name:

@@ -8,8 +8,9 @@ mixture of experts with the routers' auxiliary loss and gradient checkpointing. 
 because then the micro-batches are the same on any number of ranks. With ".stretched" it trains a
 model with dynamic RoPE on sequences beyond its original length. With ".hooks" it trains the sigmoid
 loss written by hand and a penalty that a subclass adds, and measures metrics of its own. With
-".coupled" it trains a loss that depends on all pairs of a step and on their order. The main rank
-writes its logs to FOLDER/WAY.json.
+".coupled" it trains a loss that depends on all pairs of a step and on their order. With ".sets" it
+trains two datasets with weights and soft labels, and evaluates both. With ".kl" the drift moves
+beta, of which each rank's betas are written, too. The main rank writes its logs to FOLDER/WAY.json.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from torch.nn.functional import softplus
 
 from dpofast import CoupledFunction, DPOConfig, DPOTrainer
 from dpofast.cli.process_end import run_to_end
+from dpofast.data import mix_preferences
 from tests.rope import ORIGINAL_LENGTH, rope_parameters
 from tests.support import byte_tokenizer, tiny_llama, tiny_mixtral, token_pairs
 
@@ -49,6 +51,19 @@ def model_of(variant: str) -> Any:
         rope = rope_parameters("dynamic", frequencies=4)
         return tiny_llama(max_position_embeddings=ORIGINAL_LENGTH, rope_parameters=rope)
     return tiny_llama()
+
+
+def pairs_of(variant: str) -> tuple[Any, Any]:
+    """Pairs to train on and to evaluate; in training, the last step has one, so one rank has none.
+
+    The pair of that step is of one dataset of ".sets", and the rank without pairs logs both.
+    """
+    if variant != "sets":
+        return token_pairs(9), token_pairs(5, seed=4)
+    soft = token_pairs(4).add_column("weight", [1.0, 0.5, 0.0, 3.0])
+    soft = soft.add_column("label_confidence", [0.9, 0.5, 1.0, 0.6])
+    mixture = mix_preferences({"soft": soft, "hard": token_pairs(5, seed=8)})
+    return mixture, mixture.select(range(1, 6))
 
 
 class Penalised(DPOTrainer):
@@ -112,13 +127,15 @@ def train(way: str, folder: Path, pairs_per_device: int, accumulation: int) -> N
         disable_tqdm=True,
         seed=3,
         deepspeed=deepspeed_option(kind, pairs_per_device, accumulation),
+        **({"target_kl": 0.3, "target_kl_gain": 1.0} if variant == "kl" else {}),
     )
     has_hooks = variant == "hooks"
+    pairs, held_out = pairs_of(variant)
     trainer = (Penalised if has_hooks else DPOTrainer)(
         model_of(variant),
         args=config,
-        train_dataset=token_pairs(9),  # the last step has one pair, so one rank has none
-        eval_dataset=token_pairs(5, seed=4),
+        train_dataset=pairs,
+        eval_dataset=held_out,
         processing_class=byte_tokenizer(),
         **(own_hooks() if has_hooks else {}),
         **({"loss_fn": CoupledFunction(coupled)} if variant == "coupled" else {}),
@@ -130,6 +147,9 @@ def train(way: str, folder: Path, pairs_per_device: int, accumulation: int) -> N
     dtype = "bfloat16" if variant == "bf16" and kind != "ddp" else "float32"
     assert (reference["autocast_dtype"], list(reference["tensors"])) == (None, [dtype])
     evaluation = trainer.evaluate()
+    if variant == "kl":
+        betas = [log["beta"] for log in trainer.state.log_history if "beta" in log]
+        (folder / f"{way}.rank{config.process_index}.json").write_text(json.dumps(betas))
     if trainer.is_world_process_zero():
         logs = [log for log in trainer.state.log_history if "grad_norm" in log]
         report = {"logs": logs, "evaluation": evaluation}

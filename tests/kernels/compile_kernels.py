@@ -74,6 +74,7 @@ def variants(kernel: str) -> Iterator[Variant]:
         for loss, formula in {**FORMULAS, "custom": pairs_triton.no_formula}.items():
             for general in (False, True) if loss in GENERAL else (False,):
                 constants = {"FORMULA": formula, "HAS_PAIRS": general, "HAS_SMOOTHING": general}
+                constants["PER_TOKEN"] = general
                 yield f"{loss}:general" if general else loss, types, constants
     elif kernel == "target_products":
         for dtype in ("bf16", "fp16"):

@@ -16,7 +16,7 @@ import pytest
 from dpofast_kernels.head import fused_triton, pairs_triton, rows_triton
 from dpofast_kernels.head.launch import launch_table
 from dpofast_kernels.preference import LOSSES
-from tests.kernels.compile_kernels import jobs
+from tests.kernels.compile_kernels import GENERAL, jobs
 
 ROOT = Path(__file__).resolve().parents[2]
 # Bytes of shared memory that a block can have.
@@ -91,6 +91,7 @@ def test_nothing_is_left_out():
     assert {variant for kernel, _, variant in jobs() if kernel == "pair_loss"} == {
         *LOSSES,
         "custom",
+        *(f"{loss}:general" for loss in GENERAL),
     }
 
 

@@ -94,6 +94,33 @@ def test_defaults_are_trls(tmp_path):
         ({"discopop_tau": 2.0, "loss_type": "discopop"}, "discopop_tau is 2.0, .* at most 1"),
         ({"discopop_tau": "x", "loss_type": "discopop"}, "discopop_tau is 'x', expected a number"),
         ({"dpop_lambda": -1.0, "loss_type": "dpop"}, "dpop_lambda is -1.0, expected"),
+        ({"beta_schedule": "exp"}, "beta_schedule: got 'exp', .* constant, linear, cosine"),
+        ({"beta_schedule": "linear"}, "beta_schedule: linear needs .*; set beta_end"),
+        ({"beta_schedule": "cosine", "beta_end": 0.0}, "beta_end: got 0.0, .* above 0"),
+        ({"beta_schedule": "cosine", "beta_end": float("inf")}, "beta_end: got inf"),
+        ({"beta_end": "x"}, "beta_end: got 'x'"),
+        ({"target_kl": 0.0}, "target_kl: got 0.0, expected a number above 0"),
+        ({"target_kl": True}, "target_kl: got True"),
+        ({"target_kl": 0.1, "target_kl_gain": 1.5}, "target_kl_gain: got 1.5, .* at most 1"),
+        ({"target_kl": 0.1, "target_kl_gain": None}, "target_kl_gain: got None"),
+        ({"target_kl": 0.1, "beta_min": -1.0}, "beta_min: got -1.0"),
+        ({"target_kl": 0.1, "beta_min": 0.2}, "beta: got 0.1, .*between beta_min, 0.2, and .* 1"),
+        ({"target_kl": 0.1, "beta_max": 0.05}, "beta: got 0.1, .*beta_max, 0.05"),
+        (
+            {"target_kl": 0.1, "beta_schedule": "linear", "beta_end": 0.2},
+            "target_kl: beta_schedule is 'linear', too, .* leave one out",
+        ),
+        ({"ld_alpha": 0.5, "loss_type": "simpo"}, "ld_alpha is 0.5, but it discounts log-ratios"),
+        ({"target_kl": 0.5, "loss_type": "sft"}, "target_kl is 0.5, but the loss sft has no refer"),
+        ({"ld_alpha": 1.1}, "ld_alpha: got 1.1, expected a number from 0 to 1"),
+        ({"ld_alpha": -0.1}, "ld_alpha: got -0.1, expected a number from 0 to 1"),
+        ({"ld_alpha": math.nan}, "ld_alpha: got nan, expected a number from 0 to 1"),
+        ({"ld_alpha": "0.5"}, "ld_alpha: got '0.5', expected a number from 0 to 1"),
+        ({"ld_alpha": True}, "ld_alpha: got True, expected a number from 0 to 1"),
+        (
+            {"ld_alpha": 0.5, "reference_store_detail": "sums"},
+            "reference_store_detail: got 'sums', but ld_alpha=0.5 needs .* set it to 'logps'",
+        ),
         ({"max_length": 1}, "max_length"),
         ({"truncation_mode": "keep_middle"}, "keep_start"),
         ({"per_device_train_batch_size": 0}, "per_device_train_batch_size"),
@@ -229,7 +256,19 @@ def test_options_of_another_loss_have_no_effect_and_are_said(tmp_path, caplog):
     assert "f_alpha_divergence_coef=0.9 (only alpha_divergence has it)" in caplog.text
 
 
+def test_what_would_move_beta_without_a_schedule_or_a_target_is_said(tmp_path, caplog):
+    config(tmp_path, beta_end=0.5, beta_min=0.01, target_kl_gain=0.2)
+    assert "beta_end=0.5 (only linear and cosine have it)" in caplog.text
+    assert "beta_min=0.01 (only target_kl has it)" in caplog.text
+    assert "target_kl_gain=0.2 (only target_kl has it)" in caplog.text
+    caplog.clear()
+    config(tmp_path, target_kl=0.1, target_kl_gain=0.2, beta_max=3.0)
+    config(tmp_path, beta_schedule="linear", beta_end=0.5)
+    assert not caplog.text
+
+
 def test_options_of_single_losses_have_the_losses_own_defaults(tmp_path):
     ours = config(tmp_path)
-    for option, name in LOSS_OPTIONS.items():
-        assert getattr(ours, option) == make_loss(name).option
+    for option, names in LOSS_OPTIONS.items():
+        for name in names:
+            assert getattr(ours, option) == getattr(make_loss(name), option)

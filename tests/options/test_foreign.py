@@ -52,7 +52,7 @@ def test_options_of_the_command_line_have_an_answer_in_python() -> None:
         ("template", "the tokenizer's chat template"),
         ("lora_target", "all linear layers is all-linear, not all"),
         ("plot_loss", "has a plot of every run"),
-        ("pref_ftx", "a likelihood term of the loss isn't supported"),
+        ("pref_ftx", "set loss_type: [sigmoid, sft]"),
         ("base_model", "write model_name_or_path"),  # axolotl
         ("sequence_len", "write max_length"),
         ("micro_batch_size", "write per_device_train_batch_size"),

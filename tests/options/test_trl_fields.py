@@ -96,10 +96,10 @@ Way = Callable[[Path, dict[str, Any]], DPOConfig]
 @every_way
 def test_what_would_change_the_training_is_refused_all_at_once(tmp_path: Path, give: Way) -> None:
     with pytest.raises(ConfigError) as caught:
-        give(tmp_path, {"ld_alpha": 0.5, "use_weighting": True, "beta": 0.2})
+        give(tmp_path, {"rpo_alpha": 0.5, "use_weighting": True, "beta": 0.2})
     text = str(caught.value)
     assert "2 options can't be used" in text
-    assert "ld_alpha=0.5 isn't supported: leave it out" in text
+    assert "rpo_alpha=0.5 isn't supported: leave it out" in text
     assert "use_weighting=True isn't supported" in text
 
 
@@ -143,7 +143,6 @@ def test_every_refusal_says_what_to_do(tmp_path: Path, name: str) -> None:
     values = {
         "tools": [{}],
         "save_safetensors": False,
-        "ld_alpha": 0.0,
         "rpo_alpha": 0.0,
         "model_adapter_name": "a",
         "ref_adapter_name": "b",
@@ -187,7 +186,7 @@ def test_help_leaves_out_what_is_only_refused() -> None:
     listed = [name for name, rule in RULES.items() if f"--{name} " in shown]
     assert "padding_free" in listed
     assert not [name for name in listed if isinstance(RULES[name], Refused)]
-    assert "ld_alpha" not in shown
+    assert "rpo_alpha" not in shown
 
 
 def test_a_rule_names_an_option_that_exists() -> None:
@@ -199,7 +198,8 @@ def test_a_rule_names_an_option_that_exists() -> None:
 @pytest.mark.parametrize(
     ("name", "value", "sentence"),
     [
-        ("ld_alpha", 0.5, "ld_alpha=0.5 isn't supported"),
+        ("rpo_alpha", 0.5, "rpo_alpha=0.5 isn't supported"),
+        ("ld_alpha", 1.5, "ld_alpha: got 1.5"),
         ("torch_compile", True, "torch_compile isn't supported"),
         ("warmup_ratio", 5.0, "warmup_ratio: got 5.0"),
         ("loss_type", "kto", "loss_type: Unknown loss 'kto'"),
@@ -256,8 +256,9 @@ class TestOwnClasses:
 
         options = {"output_dir": str(tmp_path), "use_cpu": True, "report_to": []}
         assert resolve_config(Theirs(**options, beta=0.3), {}, "model").beta == 0.3
-        with pytest.raises(ConfigError, match="ld_alpha"):
-            resolve_config(Theirs(**options, ld_alpha=0.3), {}, "model")
+        assert resolve_config(Theirs(**options, ld_alpha=0.3), {}, "model").ld_alpha == 0.3
+        with pytest.raises(ConfigError, match="sync_ref_model"):
+            resolve_config(Theirs(**options, sync_ref_model=True), {}, "model")
 
 
 @pytest.mark.parametrize(

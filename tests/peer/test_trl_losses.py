@@ -56,6 +56,9 @@ CASES = [
     {"loss_type": ["aot_unpaired", "ipo"], "loss_weights": [1.0, 0.1]},
     {"loss_type": ["sigmoid", "bco_pair"], "loss_weights": [0.8, 0.2]},
     {"loss_type": ["ipo", "hinge", "exo_pair"], "label_smoothing": 0.1},
+    {"loss_type": "sft"},
+    {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.2]},  # Llama 3.1
+    {"loss_type": ["sigmoid", "bco_pair", "sft"], "loss_weights": [0.8, 0.2, 1.0]},  # MPO
     {"loss_type": "sigmoid", "f_divergence_type": "js_divergence"},
     {"loss_type": "ipo", "f_divergence_type": "forward_kl"},
     {"loss_type": "sigmoid_norm", "beta": 5.0, "f_divergence_type": "alpha_divergence"},
@@ -64,6 +67,9 @@ CASES = [
         "f_divergence_type": "alpha_divergence",
         "f_alpha_divergence_coef": 0.2,
     },
+    {"loss_type": "sigmoid", "ld_alpha": 0.5},
+    {"loss_type": "ipo", "ld_alpha": 0.0},
+    {"loss_type": ["sigmoid_norm", "apo_zero"], "beta": 5.0, "ld_alpha": 0.3},
 ]
 
 
@@ -103,21 +109,30 @@ def column(logs, name):
 @pytest.mark.parametrize("options", CASES, ids=lambda case: "-".join(map(str, case.values())))
 def test_losses_gradient_norms_and_rewards_are_trls(tmp_path, options):
     options = {**options, "max_steps": STEPS, "per_device_train_batch_size": PAIRS_PER_STEP}
-    theirs, ours = both(tmp_path, token_pairs(STEPS * PAIRS_PER_STEP), options)
+    # The likelihood of random tokens falls only if the same ones come again.
+    num_pairs = PAIRS_PER_STEP if "sft" in options["loss_type"] else STEPS * PAIRS_PER_STEP
+    theirs, ours = both(tmp_path, token_pairs(num_pairs), options)
     assert len(ours) == len(theirs) == STEPS
     losses = column(theirs, "loss")
     assert max(abs(loss / losses[0] - 1) for loss in losses) > 0.05, losses
     for name in ("loss", "grad_norm"):
         expected = column(theirs, name)
         np.testing.assert_allclose(column(ours, name), expected, rtol=1e-4, err_msg=name)
-    for name in ("rewards/chosen", "rewards/rejected", "rewards/margins"):
+    if options["loss_type"] == "sft":
+        return  # ours has no reference, and TRL's rewards have one
+    for name in (
+        *("rewards/chosen", "rewards/rejected", "rewards/margins"),
+        *("logps/chosen", "logps/rejected"),
+    ):
         expected = column(theirs, name)
         np.testing.assert_allclose(column(ours, name), expected, atol=1e-3, rtol=0, err_msg=name)
 
 
 def test_every_loss_of_trl_is_compared():
     single = {case["loss_type"] for case in CASES if isinstance(case["loss_type"], str)}
-    assert single == {*LOSSES, *COUPLED_LOSSES} - {"dpop"}  # TRL has no dpop
+    with_reference = {name for name, loss in LOSSES.items() if not loss.reference_free}
+    expected = {*with_reference, *COUPLED_LOSSES, "sft"} - {"dpop"}  # TRL has no dpop
+    assert single == expected
 
 
 def test_label_smoothing_of_sigmoid_has_no_effect_in_trl(tmp_path):

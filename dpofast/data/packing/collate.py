@@ -38,6 +38,7 @@ class Layout:
         sequences: Sequence[PromptAnswer],
         ref_logps: Sequence[float] | None = None,
         by_prompt: bool = False,
+        scores_prompts: bool = False,
     ) -> PackedPairs:
         """Lay out one micro-batch.
 
@@ -46,10 +47,11 @@ class Layout:
                 each pair in turn, unless `by_prompt` is set.
             ref_logps: one summed reference log-prob per sequence, in nats.
             by_prompt: the sequences aren't pairs; consecutive ones may share their prompt.
+            scores_prompts: score the prompt of each pair, too.
         """
         if self.is_packed:
-            return collate_packed(sequences, ref_logps, self.shares, by_prompt)
-        return collate_padded(sequences, ref_logps, self.pad_token_id)
+            return collate_packed(sequences, ref_logps, self.shares, by_prompt, scores_prompts)
+        return collate_padded(sequences, ref_logps, self.pad_token_id, scores_prompts)
 
     def num_tokens(self, sequences: Sequence[PromptAnswer], by_prompt: bool = False) -> int:
         """Positions in the micro-batch that `collate` makes of `sequences`, padding included."""

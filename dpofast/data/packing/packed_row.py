@@ -18,6 +18,7 @@ def collate_packed(
     ref_logps: Sequence[float] | None = None,
     share: bool = True,
     by_prompt: bool = False,
+    scores_prompts: bool = False,
 ) -> PackedPairs:
     """Lay out (prompt ids, answer ids) sequences in one row [1, T].
 
@@ -31,11 +32,13 @@ def collate_packed(
         ref_logps: one summed reference log-prob per sequence, in nats.
         share: group the two sequences of each pair; False makes every sequence its own group.
         by_prompt: with `share`, group all consecutive sequences that have the same prompt.
+        scores_prompts: score the prompts of chosen sequences, too; the sequences are pairs then.
     """
     row: list[int] = []
     groups: list[tuple[int, list[int]]] = []  # tokens in the prefix and in each tail
     uses: list[int] = []
     scored: list[Tensor] = []
+    prompts: list[Tensor] = []  # of every sequence
     for group in _group_sequences(sequences, share, by_prompt):
         ids = [[*prompt, *answer] for prompt, answer in group]
         prefix, tails = _prefix_and_tails(ids)
@@ -43,13 +46,15 @@ def collate_packed(
         row += ids[0][:prefix]
         uses += [len(group)] * prefix
         for sequence, (prompt, _) in zip(ids, group, strict=True):
-            # Positions within the sequence whose tokens predict the answer's tokens.
-            positions = torch.arange(len(prompt) - 1, len(sequence) - 1)
+            # Positions within the sequence whose tokens predict its later tokens.
+            positions = torch.arange(len(sequence) - 1)
             # Positions before `prefix` are in the shared prefix: the prompt's last token, and more
             # if the answers begin alike. The others are in this sequence's tail, which is appended
             # to the row next. Adding an offset turns both into positions in the row.
             tail_start = len(row) - prefix
-            scored.append(positions + torch.where(positions < prefix, prefix_start, tail_start))
+            places = positions + torch.where(positions < prefix, prefix_start, tail_start)
+            prompts.append(places[: len(prompt) - 1])
+            scored.append(places[len(prompt) - 1 :])
             row += sequence[prefix:]
             uses += [1] * (len(sequence) - prefix)
         groups.append((prefix, tails))
@@ -65,6 +70,7 @@ def collate_packed(
         scored_positions=scored,
         uses=torch.tensor(uses)[None],
         shared_layout=layout,
+        prompt_positions=prompts[0::2] if scores_prompts else None,
     )
 
 

@@ -16,6 +16,7 @@ import torch
 from torch.utils.data import Sampler
 
 from dpofast.data.packing.balance import PackFigures, pack_figures, pack_step
+from dpofast.data.packing.likelihood import ChosenTokens, PairsPerToken
 
 MicroBatch = list[int]  # indices of pairs in the dataset
 # Steps that `figures` packs: enough for stable figures, and few enough to be quick.
@@ -29,10 +30,12 @@ class PlannedStep:
     Attributes:
         micro_batches: this rank's micro-batches; one can be empty.
         num_pairs: pairs in the step on all ranks.
+        pairs_per_token: what a likelihood term needs to take its mean; None if nothing asks for it.
     """
 
     micro_batches: tuple[MicroBatch, ...]
     num_pairs: int
+    pairs_per_token: PairsPerToken | None = None
 
 
 @dataclass(frozen=True)
@@ -104,6 +107,9 @@ class StepSampler(Sampler[Any]):
         seed: seed of the order; None keeps the order of the dataset.
         drop_last: leave out the last step if it isn't full.
         limit: spreads a step's pairs over rows by their tokens; None spreads them by their number.
+        tokens: tokens of the pairs, if the loss has a likelihood term. Its mean is taken over the
+            pairs of a step.
+        over_all: take that mean over all pairs, as an evaluation does.
     """
 
     def __init__(
@@ -114,8 +120,10 @@ class StepSampler(Sampler[Any]):
         seed: int | None,
         drop_last: bool = False,
         limit: TokenLimit | None = None,
+        tokens: ChosenTokens | None = None,
+        over_all: bool = False,
     ) -> None:
-        self.limit = limit
+        self.limit, self.tokens, self.over_all = limit, tokens, over_all
         self.num_pairs, self.shape, self.rank = num_pairs, shape, rank
         self.seed, self.drop_last, self.epoch = seed, drop_last, 0
 
@@ -161,7 +169,10 @@ class StepSampler(Sampler[Any]):
         start = index * self.shape.pairs_per_step
         pairs = order[start : start + self.shape.pairs_per_step]
         slots = self._slots(pairs)
-        return PlannedStep(tuple(slot[self.rank] for slot in slots), len(pairs))
+        per_token = None
+        if self.tokens is not None:
+            per_token = self.tokens.pairs_per_token(slice(None) if self.over_all else pairs)
+        return PlannedStep(tuple(slot[self.rank] for slot in slots), len(pairs), per_token)
 
     def _slots(self, pairs: list[int]) -> list[list[MicroBatch]]:
         if self.limit is None:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from dpofast.columns import ID_COLUMNS, PAIR_COLUMNS, REF_COLUMNS
+from dpofast.columns import ID_COLUMNS, PAIR_COLUMNS, REF_COLUMNS, WEIGHT_COLUMNS
 from dpofast.data.reading.conversation import read_conversation
 from dpofast.data.reading.instruction import read_instruction
 from dpofast.data.reading.json_text import (
@@ -36,6 +36,7 @@ from dpofast.data.reading.tokenised import (
     OLD_ID_COLUMNS,
     read_tokenised,
 )
+from dpofast.data.reading.weights import pair_weights
 from dpofast.data.reading.written import Written, is_messages, messages_in
 from dpofast.spelling import nearest_name
 
@@ -49,6 +50,7 @@ COLUMNS = (
     *("tools", "chat_template_kwargs", "plain_prompt"),
     *MEDIA_COLUMNS,
     *REF_COLUMNS,
+    *WEIGHT_COLUMNS,
     "row",
 )
 
@@ -124,7 +126,8 @@ def _with_row_columns(pair: Pair, row: Row) -> Pair:
         pair.values.update(template_options(row.values))
         given += ["tools", "chat_template_kwargs"]
     pair.values.update(reference_logps(row.values))
-    return replace(pair, used=pair.used | row.used(*given, *REF_COLUMNS))
+    pair.values.update(pair_weights(row.values))
+    return replace(pair, used=pair.used | row.used(*given, *REF_COLUMNS, *WEIGHT_COLUMNS))
 
 
 def _read_form(row: Row, roles: Mapping[str, str]) -> Pair:

@@ -11,9 +11,10 @@ from typing import Any
 import datasets
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import xxhash
 
-from dpofast.columns import ID_COLUMNS, PAIR_COLUMNS, REF_COLUMNS
+from dpofast.columns import ID_COLUMNS, PAIR_COLUMNS, REF_COLUMNS, SOURCE_COLUMN, WEIGHT_COLUMNS
 from dpofast.data.reading.normal_form import SourceNotes, normal_form, source_notes
 from dpofast.data.reading.preferences import load_preferences
 from dpofast.data.reading.shares import largest_counts
@@ -21,13 +22,17 @@ from dpofast.errors import ConfigError, DataError
 
 logger = logging.getLogger(__name__)
 
-SOURCE = "source"  # the column with the name of the dataset that a row comes from
+WEIGHT, _ = WEIGHT_COLUMNS
 LEFT_OUT = -1  # in place of a dataset's number, for a row that isn't trained on
 _NONE = -2  # the number of no dataset
 
 
 def mix_preferences(
-    sets: Mapping[str, Any], shares: Mapping[str, float] | None = None, *, seed: int = 42
+    sets: Mapping[str, Any],
+    shares: Mapping[str, float] | None = None,
+    *,
+    weights: Mapping[str, float] | None = None,
+    seed: int = 42,
 ) -> datasets.Dataset:
     """Put several datasets together.
 
@@ -38,20 +43,26 @@ def mix_preferences(
     Args:
         sets: name -> pairs in any form that `load_preferences` reads.
         shares: name -> positive number, for all names. They are divided by their sum.
+        weights: name -> number of at least 0, for all names: how much each pair of the dataset
+            counts in the loss. It multiplies the column `weight`, if the dataset has one.
         seed: decides which rows are taken of a dataset.
 
     Returns:
         A Dataset in the normal form, with one more column: `source`, the name of the dataset that
-        a row comes from. `row` is the row's index there. Datasets and rows keep their order.
+        a row comes from. `row` is the row's index there. Datasets and rows keep their order. With
+        weights, there is a column `weight`.
 
     Raises:
         DataError: the datasets don't go together, or a share leaves a dataset without a row.
-        ConfigError: a share isn't a positive number, or the names of the shares are others.
+        ConfigError: a share isn't a positive number, a weight isn't a number of at least 0, or
+            their names are others.
     """
     if not sets:
         raise ConfigError("sets is empty; name at least one dataset")
     if shares is not None:
         check_shares(shares, sets)
+    if weights is not None:
+        check_weights(weights, sets)
     parts = {name: load_preferences(source, name=name) for name, source in sets.items()}
     _refuse_mixtures(parts)
     _refuse_two_kinds(parts)
@@ -59,7 +70,9 @@ def mix_preferences(
     tables = []
     for name, part in parts.items():
         table = part.with_format("arrow")[:]
-        tables.append(table.append_column(SOURCE, pa.array([name] * len(part), pa.string())))
+        if weights is not None:
+            table = _weighted(table, float(weights[name]))
+        tables.append(table.append_column(SOURCE_COLUMN, pa.array([name] * len(part), pa.string())))
     notes = functools.reduce(SourceNotes.merged, map(source_notes, parts.values()))
     # A column that only some datasets have is filled with nulls.
     mixture = normal_form(pa.concat_tables(tables, promote_options="default"), notes)
@@ -143,7 +156,7 @@ def taken_of(
 
 def rows_by_source(dataset: datasets.Dataset) -> dict[str, int]:
     """Name of each dataset in a mixture -> number of its pairs; empty if it isn't a mixture."""
-    if SOURCE not in dataset.column_names:
+    if SOURCE_COLUMN not in dataset.column_names:
         return {}
     found, source = sources_of(dataset)
     return {name: int(np.sum(source == number)) for name, number in found.items()}
@@ -160,8 +173,8 @@ def sources_of(dataset: datasets.Dataset, name: str = "") -> tuple[dict[str, int
         Name of each dataset -> its number; and the number for each row, [n] int, LEFT_OUT for a
         row that isn't trained on: one that was left out when it was read, or has equal answers.
     """
-    if SOURCE in dataset.column_names:
-        encoded = _column(dataset, SOURCE).combine_chunks().dictionary_encode()
+    if SOURCE_COLUMN in dataset.column_names:
+        encoded = _column(dataset, SOURCE_COLUMN).combine_chunks().dictionary_encode()
         names, numbers = encoded.dictionary.to_pylist(), encoded.indices.to_numpy()
     else:
         names, numbers = [name], np.zeros(len(dataset), dtype=np.int32)
@@ -175,18 +188,46 @@ def sources_of(dataset: datasets.Dataset, name: str = "") -> tuple[dict[str, int
 
 def check_shares(shares: Mapping[str, float], names: Collection[str]) -> None:
     """Raise ConfigError unless there is a positive number for each of these datasets."""
-    if set(shares) != set(names):
-        raise ConfigError(
-            f"shares are given for {', '.join(map(repr, shares)) or 'nothing'}, but the datasets "
-            f"are {', '.join(map(repr, names))}; give each of them one share."
-        )
+    _check_names("share", shares, names)
     for name, share in shares.items():
-        is_number = isinstance(share, int | float) and not isinstance(share, bool)
-        if not is_number or not math.isfinite(share) or share <= 0:
+        if not _is_finite(share) or share <= 0:
             raise ConfigError(
                 f"got {share!r} as the share of {name!r}, expected a number above 0; leave a "
                 "dataset out if it is to give nothing."
             )
+
+
+def check_weights(weights: Mapping[str, float], names: Collection[str]) -> None:
+    """Raise ConfigError unless each dataset has a number of at least 0, and one is above 0."""
+    _check_names("weight", weights, names)
+    for name, weight in weights.items():
+        if not _is_finite(weight) or weight < 0:
+            raise ConfigError(
+                f"got {weight!r} as the weight of {name!r}, expected a number of at least 0."
+            )
+    if not any(weights.values()):
+        raise ConfigError("all weights are 0, so nothing would be trained; raise one of them.")
+
+
+def _check_names(what: str, given: Mapping[str, float], names: Collection[str]) -> None:
+    if set(given) != set(names):
+        raise ConfigError(
+            f"{what}s are given for {', '.join(map(repr, given)) or 'nothing'}, but the datasets "
+            f"are {', '.join(map(repr, names))}; give each of them one {what}."
+        )
+
+
+def _is_finite(value: Any) -> bool:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_number and math.isfinite(value)
+
+
+def _weighted(table: pa.Table, weight: float) -> pa.Table:
+    """The table of a dataset whose pairs count by this much more or less."""
+    if WEIGHT in table.column_names:
+        index = table.column_names.index(WEIGHT)
+        return table.set_column(index, WEIGHT, pc.multiply(table[WEIGHT], weight))
+    return table.append_column(WEIGHT, pa.array([weight] * len(table), pa.float64()))
 
 
 def _column(dataset: datasets.Dataset, name: str) -> pa.ChunkedArray:
@@ -203,7 +244,7 @@ def _kind_of(dataset: datasets.Dataset) -> str:
 
 def _refuse_mixtures(parts: Mapping[str, datasets.Dataset]) -> None:
     for name, part in parts.items():
-        if SOURCE in part.column_names:
+        if SOURCE_COLUMN in part.column_names:
             raise DataError(f"{name} is a mixture already; mix all its datasets at once")
 
 

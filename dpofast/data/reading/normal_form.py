@@ -11,8 +11,9 @@ It has these columns:
   is left out. Such a row has no pair.
 - problem: place of a row that was left out because it can't be used, and what is wrong with it.
 - If the source has them: tools and chat_template_kwargs, as JSON; ref_chosen_logps and
-  ref_rejected_logps, in nats; and plain_prompt, the prompt of an instruction row for tokenizers
-  without a chat template.
+  ref_rejected_logps, in nats; weight and label_confidence; and plain_prompt, the prompt of an
+  instruction row for tokenizers without a chat template. In a mixture weight and label_confidence
+  are null in rows of datasets that don't have them.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from typing import Any
 import datasets
 import pyarrow as pa
 
-from dpofast.columns import ID_COLUMNS, PAIR_COLUMNS, REF_COLUMNS
+from dpofast.columns import ID_COLUMNS, PAIR_COLUMNS, REF_COLUMNS, WEIGHT_COLUMNS
 
 # A Dataset whose description begins with this line is in the normal form. Selecting rows keeps the
 # description. What else is known about the source follows, as JSON.
@@ -43,7 +44,7 @@ OPTIONAL_TYPES: dict[str, pa.DataType] = {
     "tools": pa.string(),
     "chat_template_kwargs": pa.string(),
     "plain_prompt": pa.string(),
-    **dict.fromkeys(REF_COLUMNS, pa.float64()),
+    **dict.fromkeys((*REF_COLUMNS, *WEIGHT_COLUMNS), pa.float64()),
 }
 
 

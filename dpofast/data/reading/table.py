@@ -9,7 +9,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from dpofast.columns import ID_COLUMNS, PAIR_COLUMNS
+from dpofast.columns import ID_COLUMNS, PAIR_COLUMNS, WEIGHT_COLUMNS
 from dpofast.data.reading.bad_rows import BadRows
 from dpofast.data.reading.formats import read_pairs
 from dpofast.data.reading.messages import encode_messages
@@ -18,6 +18,7 @@ from dpofast.data.reading.pair import Pair
 from dpofast.data.reading.reasons import BAD_ROW, EMPTY
 from dpofast.data.reading.records import BATCH_ROWS, Record
 from dpofast.data.reading.row_error import STRICT_REMEDY, RowError, empty_answer
+from dpofast.data.reading.weights import refuse_half_weighted
 from dpofast.errors import DataError
 
 _KNOWN_FIELDS = ("role", "content")  # fields that every template uses
@@ -51,6 +52,7 @@ class TableBuilder:
         self._bad = BadRows()
         self._rows_read = 0
         self._form: tuple[str, str] | None = None  # kind and format that all pairs must share
+        self._weighted: set[str] = set()  # those of WEIGHT_COLUMNS that all rows must have
         self._kind_without_pairs = "text"
         self._filled: dict[str, None] = {}  # columns of the source with a value, in their order
         self._used = {"row", *OPTIONAL_TYPES} if again else {"row"}
@@ -134,6 +136,7 @@ class TableBuilder:
             pairs = telling or (pairs if blanks_decide else [])
             forms = Counter((pair.kind, pair.columns) for pair in pairs)
             self._form = max(forms, key=forms.__getitem__, default=None)
+            self._weighted = {c for pair in pairs for c in WEIGHT_COLUMNS if c in pair.values}
         rows: list[Row] = []
         for record, result in zip(records, read, strict=True):
             number = self._number(record)
@@ -191,6 +194,8 @@ class TableBuilder:
                 f"the row is {pair.kind} in {pair.columns}, but the rows around it are {kind} in "
                 f"{columns}; write all rows in one form"
             )
+        if not self.again:  # a mixture may have them in some rows
+            refuse_half_weighted(pair.values, self._weighted)
         if self.strict and pair.identical:
             raise RowError(f"chosen and rejected are identical; {STRICT_REMEDY}")
         self._used |= pair.used

@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow as pa
 import xxhash
 
-from dpofast.columns import ID_COLUMNS
+from dpofast.columns import ID_COLUMNS, WEIGHT_COLUMNS
 
 _BATCH_ROWS = 10_000
 
@@ -36,3 +36,25 @@ def data_fingerprint(dataset: datasets.Dataset) -> str:
     for lengths, values in hashers.values():
         total.update(lengths.digest() + values.digest())
     return total.hexdigest()
+
+
+def pairs_fingerprint(dataset: datasets.Dataset) -> str:
+    """Hash all that a run trains on: the token ids, and the weights and confidences of the pairs.
+
+    Returns:
+        The result of `data_fingerprint`; and, if some pairs have a weight other than 1 or a
+        confidence, a hash of both after a hyphen.
+    """
+    hasher = None
+    for column, neutral in zip(WEIGHT_COLUMNS, (1.0, None), strict=True):
+        if column not in dataset.column_names:
+            continue
+        values = dataset.select_columns([column]).with_format("arrow")[:][column]
+        if set(values.unique().to_pylist()) <= {None, neutral}:  # as if there were no column
+            continue
+        hasher = hasher or xxhash.xxh3_128()
+        numbers = values.to_numpy().astype("<f8")  # NaN for null
+        missing = np.nan if neutral is None else neutral
+        hasher.update(column.encode() + np.where(np.isnan(numbers), missing, numbers).tobytes())
+    ids = data_fingerprint(dataset)
+    return ids if hasher is None else f"{ids}-{hasher.hexdigest()}"

@@ -11,7 +11,7 @@ from typing import Any
 import datasets
 import pyarrow as pa
 
-from dpofast.columns import ID_COLUMNS, REF_COLUMNS
+from dpofast.columns import ID_COLUMNS, REF_COLUMNS, WEIGHT_COLUMNS
 from dpofast.data.reading.bad_rows import check_strictness
 from dpofast.data.reading.normal_form import normal_form
 from dpofast.data.reading.pair_stream import PairStream
@@ -23,6 +23,9 @@ from dpofast.data.tokens.report import PreparationReport
 from dpofast.data.tokens.tokenize import TOKENISED_ROWS, PairTokenizer, refuse_bad_rows
 from dpofast.data.tokens.truncate import LengthLimits
 from dpofast.data.tokens.unused import SHAPED_ROWS, unused_parts, warn_of_missing_text
+
+# Columns of the normal form that tokenised pairs keep.
+_PASSED_ON = ("row", *REF_COLUMNS, *WEIGHT_COLUMNS)
 
 
 @dataclass(frozen=True)
@@ -109,7 +112,7 @@ class TokenStream:
                 self._counted = self.row
                 self._sums.add(outcomes)
                 self._look_at(rows)
-        passed_on = ["row", *(c for c in REF_COLUMNS if c in table.column_names)]
+        passed_on = [c for c in _PASSED_ON if c in table.column_names]
         kept = outcomes.filter(is_kept(outcomes)).select([*ID_COLUMNS, *passed_on])
         is_text = rows.features.get("prompt") == datasets.Value("string")
         return TokenisedRows(first, datasets.Dataset(kept), is_text)
@@ -131,7 +134,7 @@ class TokenStream:
         ]
         outcomes = pa.concat_tables(parts)
         given = rows.with_format("arrow")[:]
-        for column in ("row", *REF_COLUMNS):
+        for column in _PASSED_ON:
             if column in given.column_names:
                 outcomes = outcomes.append_column(column, given[column])
         return outcomes

@@ -11,7 +11,7 @@ from typing import Any
 import datasets
 import pyarrow as pa
 
-from dpofast.columns import ID_COLUMNS, REF_COLUMNS
+from dpofast.columns import ID_COLUMNS, REF_COLUMNS, WEIGHT_COLUMNS
 from dpofast.data.reading.bad_rows import BadRows, check_strictness
 from dpofast.data.reading.normal_form import is_normal_form, source_notes
 from dpofast.data.reading.preferences import load_preferences
@@ -70,8 +70,8 @@ def tokenize_preferences(
         name: dataset name, used in errors and in the report.
     Returns:
         A Dataset in memory and the report. The Dataset has int lists prompt_ids, chosen_ids and
-        rejected_ids; int `row`, the index in the source from 0; and ref_chosen_logps and
-        ref_rejected_logps, if the source has them.
+        rejected_ids; int `row`, the index in the source from 0; and ref_chosen_logps,
+        ref_rejected_logps, weight and label_confidence, if the source has them.
     Raises:
         DataError: some rows can't be used. Names the dataset and the first ten rows, and says what
             is wrong and what to do.
@@ -108,7 +108,7 @@ def _outcomes_of(
     """The outcomes of all rows, and the columns that are passed on."""
     passed_on = {
         column: dataset.features[column]
-        for column in ("row", "source", *REF_COLUMNS)
+        for column in ("row", "source", *REF_COLUMNS, *WEIGHT_COLUMNS)
         if column in dataset.column_names
     }
     return dataset.map(

@@ -57,7 +57,8 @@ class BuildOptions:
         progress: whether rank 0 shows a progress bar while it scores.
         logs: whether rank 0 logs what is missing.
         detail: values to store for each new row.
-        rescore: whether answers that are stored with less than `detail` are scored again.
+        least: answers that are stored with less detail than this are scored again; None for
+            `detail`.
     """
 
     commit_rows: int = 4096
@@ -65,7 +66,7 @@ class BuildOptions:
     progress: bool = True
     logs: bool = True
     detail: RowDetail = RowDetail.LOGPS
-    rescore: bool = True
+    least: RowDetail | None = None
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,7 @@ def build_reference(
 ) -> ReferenceReport:
     """Score the answers that are missing from `namespace`, so that it has all of them.
 
-    With `options.rescore`, answers stored with less than `options.detail` count as missing.
+    Answers stored with less than `options.least` count as missing.
 
     All ranks must call this at the same time, with the same answers. If the build stops with any
     exception, the answers scored so far are committed first.
@@ -127,7 +128,7 @@ def build_reference(
     """
     ranks, options = ranks or Ranks(), options or BuildOptions()
     started = time.monotonic()
-    least = options.detail if options.rescore else RowDetail.SUMS
+    least = options.detail if options.least is None else options.least
     missing = on_all_ranks(lambda: _missing(namespace, answers, least), exchange)
     needed, found = len(answers.first), len(answers.first) - len(missing)
     held = namespace.contains(answers.keys[missing])  # stored, but with less detail
@@ -172,13 +173,35 @@ def reference_logps(namespace: Namespace, answers: PairAnswers) -> np.ndarray:
     """
     namespace.refresh()
     logps, found = namespace.lookup(answers.keys)
-    if not found.all():
-        lost = np.flatnonzero(~found)
-        raise MissingRowsError(
-            f"The reference store {namespace.store_folder} lacks {len(lost)} of {len(found)} "
-            f"reference log-probs, the first of {answers.name(int(lost[0]))}: "
-            f"{why_missing(namespace, int(found.sum()))}."
-        )
+    refuse_missing(namespace, answers, found, RowDetail.SUMS)
+    refuse_wrong(namespace, answers, logps)
+    return logps.reshape(-1, 2)
+
+
+def refuse_missing(
+    namespace: Namespace, answers: PairAnswers, found: np.ndarray, detail: RowDetail
+) -> None:
+    """Raise MissingRowsError unless each answer has a row of this detail.
+
+    Args:
+        namespace: namespace that was searched.
+        answers: answers of the dataset.
+        found: [2n] bool, whether each answer has such a row.
+        detail: detail that was asked for.
+    """
+    if found.all():
+        return
+    lost = np.flatnonzero(~found)
+    held = namespace.contains(answers.keys[lost])  # stored, but with less detail
+    raise MissingRowsError(
+        f"The reference store {namespace.store_folder} lacks {len(lost)} of {len(found)} "
+        f"reference log-probs, the first of {answers.name(int(lost[0]))}: "
+        f"{why_missing(namespace, int(found.sum()), held, detail)}."
+    )
+
+
+def refuse_wrong(namespace: Namespace, answers: PairAnswers, logps: np.ndarray) -> None:
+    """Raise ReferenceStoreError if a log-prob [2n] is none: not finite, or above 0."""
     wrong = np.flatnonzero(~(np.isfinite(logps) & (logps <= LOGP_ROUNDING)))
     if wrong.size:
         raise ReferenceStoreError(
@@ -186,7 +209,6 @@ def reference_logps(namespace: Namespace, answers: PairAnswers) -> np.ndarray:
             f"of {answers.name(int(wrong[0]))}, which no reference gives, so something else wrote "
             "it: make a new store (reference_store)."
         )
-    return logps.reshape(-1, 2)
 
 
 def _missing(namespace: Namespace, answers: PairAnswers, detail: RowDetail) -> np.ndarray:

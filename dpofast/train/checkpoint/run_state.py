@@ -30,6 +30,7 @@ class RunState:
             runs.
         facts: what decides the numbers of the rest of the run, from `run_facts`.
         sums: what each rank has added up for its logs, in rank order.
+        beta: where the controller of target_kl stands; None without it.
     """
 
     reference_digest: str
@@ -42,6 +43,7 @@ class RunState:
     stream: dict[str, Any] | None = None
     facts: dict[str, Any] | None = None
     sums: list[dict[str, Any]] | None = None
+    beta: dict[str, Any] | None = None
 
     def save(self, checkpoint: str | Path) -> None:
         """Writes the state into a checkpoint's folder, which is made if it doesn't exist yet."""

@@ -13,11 +13,21 @@ Facts = Mapping[str, Any]
 
 # What versions did that don't record these facts, because there was nothing else.
 FIRST_LOSSES: Facts = {
+    "alpha": None,
+    "cpo_alpha": None,
+    "beta_end": None,
+    "beta_max": None,
+    "beta_min": None,
+    "beta_schedule": None,
     "discopop_tau": None,
     "dpop_lambda": None,
     "f_alpha_divergence_coef": None,
     "f_divergence_type": "reverse_kl",
+    "ld_alpha": None,
     "loss_weights": None,
+    "simpo_gamma": None,
+    "target_kl": None,
+    "target_kl_gain": None,
 }
 # Facts by which others are judged; they aren't compared themselves.
 DERIVED = frozenset({"num_steps", "warmup"})

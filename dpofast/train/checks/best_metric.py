@@ -7,11 +7,14 @@ from typing import Any
 from transformers import TrainerCallback
 from transformers.trainer_utils import IntervalStrategy
 
+from dpofast.data.packing.pair_columns import set_names
 from dpofast.errors import ConfigError
 from dpofast.model.router import METRIC
+from dpofast.monitor.kl import DRIFT, KL
+from dpofast.monitor.set_metrics import set_metric_names
 from dpofast.options.config import DPOConfig
 from dpofast.train.hooks.overrides import override_of
-from dpofast.train.own.metrics import MEASURED, SPEEDS
+from dpofast.train.own.metrics import MEASURED, NLL, SPEEDS
 from dpofast.train.steps.micro_batches import PairLossPass
 
 # Methods whose overrides may add metrics to an evaluation.
@@ -33,14 +36,21 @@ def check_best_metric(trainer: Any, measured: PairLossPass) -> None:
     is_read = config.eval_strategy != IntervalStrategy.NO  # by every evaluation while it trains
     if wanted is None or not is_read or _may_measure_more(trainer):
         return
-    sets = trainer.eval_dataset if isinstance(trainer.eval_dataset, dict) else ()
+    is_named = isinstance(trainer.eval_dataset, dict)
+    sets = {f"eval_{key}_" if is_named else "eval_": s for key, s in trainer.eval_sets().items()}
     names = [*MEASURED, *([METRIC] if measured.router_loss is not None else [])]
+    names += [NLL] if measured.likelihood else []
+    if trainer.pair_loss.is_reference_free:
+        names = [name for name in names if name not in (KL, DRIFT)]
     names += [] if measured.own_metrics is None else measured.own_metrics.names
-    prefixes = [f"eval_{name}_" for name in sets] or ["eval_"]
     full = wanted if wanted.startswith("eval_") else f"eval_{wanted}"
-    known = {prefix + name for prefix in prefixes for name in (*names, *SPEEDS)}
-    if full not in known:
-        choices = [f"{prefix}{name}" for prefix in prefixes for name in names]
+    measured_by = {
+        prefix: [*names, *set_metric_names(set_names(dataset.pairs))]
+        for prefix, dataset in sets.items()
+    } or {"eval_": names}
+    choices = [prefix + name for prefix, found in measured_by.items() for name in found]
+    speeds = [prefix + name for prefix in measured_by for name in SPEEDS]
+    if full not in (*choices, *speeds):
         raise ConfigError(
             f"metric_for_best_model: no evaluation of this run measures {full!r}; choose among "
             f"{', '.join(choices)}."

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from dpofast.data.packing.batch import PackedPairs
 from dpofast.errors import ModelError
+from dpofast.model.pair_losses import batch_losses
 from dpofast_kernels import PairLossOutput, PreferenceLoss
 
 # Parameters up to this size are copied to see whether they move. Of larger ones a sum is kept.
@@ -73,17 +74,13 @@ class FirstStep:
         if output is None:
             self.is_unknown = True
             return
+        if batch.coefficients is not None and bool(batch.coefficients.any()):
+            self.has_slope = True
+            return
         if slopes is None:
-            slopes = self._slopes(output.logps.detach(), batch)
+            # Where the model is, as a user's own loss may hold tensors.
+            slopes = torch.stack(batch_losses(self.loss, output.logps, batch)[1:])
         self.has_slope = bool((slopes.abs() > NO_SLOPE).any())
-
-    def _slopes(self, logps: Tensor, batch: PackedPairs) -> Tensor:
-        """[2, P]: derivatives, computed where the model is: a user's loss may hold tensors."""
-        assert batch.ref_logps is not None
-        ref_logps = batch.ref_logps.to(logps.device)
-        lengths = batch.bounds.diff().view(-1, 2).to(logps.device)
-        sides = (logps[0::2], logps[1::2], ref_logps[0::2], ref_logps[1::2])
-        return torch.stack(self.loss.losses_and_slopes(*sides, lengths)[1:])
 
     def finish(
         self, norm: Any, was_skipped: bool, sum_over_ranks: Callable[[Tensor], Tensor]

@@ -12,6 +12,7 @@ from dpofast.errors import ModelError
 from dpofast.model.dropout import dropouts
 from dpofast.model.forward import evaluating, run_batch
 from dpofast.model.head import ScoreTask, head_options
+from dpofast.model.pair_losses import batch_losses
 from dpofast.model.parts import causal_lm
 from dpofast.model.randomness import training_mode_for_a_look
 from dpofast.train.reference.run_reference import RunReference
@@ -26,6 +27,8 @@ TOLERANCE = {
     torch.float16: 1e-2,
     torch.bfloat16: 5e-2,
 }
+# The same of log-probs of tokens that were stored, which rounds them to float32.
+STORED_TOLERANCE = 1e-5
 
 
 class StepZeroCheck:
@@ -44,6 +47,8 @@ class StepZeroCheck:
         self.policy, self.loss = policy, loss
         self.autocast = reference.accelerator.autocast
         self.tolerance = TOLERANCE[reference.dtype()]
+        if reference.store.ld_alpha is not None:  # then tokens are read, not sums
+            self.tolerance = max(self.tolerance, STORED_TOLERANCE)
         self.wants_noise = not reference.disables_dropout
 
     @classmethod
@@ -66,28 +71,31 @@ class StepZeroCheck:
             ModelError: the log-ratios are larger than rounding explains.
         """
         assert batch.ref_logps is not None
-        lengths = batch.bounds.diff()  # [2P]
         logratios = output.logps.cpu() - batch.ref_logps.cpu()  # [2P]
         per_token = self._per_token(logratios, batch)
         if not math.isfinite(per_token):
             return  # the vote of this step ends the run, and says where the NaN is
         if per_token <= self.tolerance or (self.wants_noise and self._is_random(batch)):
             return
-        got = self._mean_loss(logratios, lengths)
-        expected = self.loss.first_value(lengths.view(-1, 2).to(self._device())).mean().item()
+        got = self._mean_loss(logratios, batch)
+        expected = self._first_loss(batch)
         raise ModelError(
             f"The first batch's loss is {got:.6f}, but the policy is its own reference before "
             f"step 1, which gives {expected:.6f} (log-ratios of {per_token:.3g} nats per token, "
             f"where rounding explains {self.tolerance:g}): {self._reason(batch)}"
         )
 
-    def _mean_loss(self, logratios: Tensor, lengths: Tensor) -> float:
-        """Mean loss over pairs with these log-ratios [2P], on the device of the policy."""
-        device = self._device()
-        logratios, lengths = logratios.to(device), lengths.view(-1, 2).to(device)
-        zeros = torch.zeros_like(logratios[0::2])
-        given = (logratios[0::2], logratios[1::2], zeros, zeros, lengths)
-        return self.loss.losses(*given).mean().item()
+    def _mean_loss(self, logratios: Tensor, batch: PackedPairs) -> float:
+        """Mean loss over a batch's pairs with these log-ratios [2P], on the policy's device."""
+        assert batch.ref_logps is not None
+        logps = (batch.ref_logps.cpu() + logratios).to(self._device())
+        return batch_losses(self.loss, logps, batch)[0].mean().item()
+
+    def _first_loss(self, batch: PackedPairs) -> float:
+        """Mean loss over a batch's pairs while the policy is its own reference."""
+        if batch.weights is None and batch.label_confidence is None:
+            return self.loss.first_value(batch.lengths.to(self._device())).mean().item()
+        return self._mean_loss(torch.zeros(2 * batch.num_pairs, dtype=torch.float64), batch)
 
     def _device(self) -> torch.device:
         """Where losses are computed: a user's own loss may hold tensors on the policy's device."""
@@ -95,7 +103,7 @@ class StepZeroCheck:
 
     def _per_token(self, difference: Tensor, batch: PackedPairs) -> float:
         """Mean difference of log-probs per token; `difference` [2P] is that of whole answers."""
-        return (difference.abs() / batch.bounds.diff()).mean().item()
+        return (difference.abs() / batch.lengths.flatten()).mean().item()
 
     def _reason(self, batch: PackedPairs) -> str:
         """Finds out whether the policy itself explains log-ratios that aren't zero."""
@@ -139,4 +147,6 @@ class StepZeroCheck:
         with self.autocast():
             task = ScoreTask(batch.labels, head_options(causal_lm(self.policy).config))
             scores = run_batch(self.policy, batch, task).double().cpu()  # [N]
+        if batch.token_weights is not None:
+            scores = scores * batch.token_weights.cpu()
         return torch.stack([part.sum() for part in scores.split(batch.bounds.diff().tolist())])

@@ -18,6 +18,7 @@ from dpofast.data import (
     tokenize_preferences,
 )
 from dpofast.data.packing.collate import Layout
+from dpofast.data.packing.likelihood import NO_LIKELIHOOD, Likelihood
 from dpofast.data.packing.plan import StepSampler, TokenLimit
 from dpofast.data.packing.step_dataset import StepDataset, token_limit
 from dpofast.errors import DataError
@@ -25,6 +26,8 @@ from dpofast.model.context import Context, context_of, refuse_longer
 from dpofast.model.vocabulary import refuse_unknown_ids, vocabulary_of
 from dpofast.options.config import DPOConfig
 from dpofast.progress import bars_as_lines
+from dpofast.train.data.pair_weights import check_pair_weights, describe_pair_weights
+from dpofast_kernels import PreferenceLoss
 
 logger = logging.getLogger(__name__)
 
@@ -44,13 +47,15 @@ class RunDataset:
         pairs: tokenised pairs, with the columns prompt_ids, chosen_ids, rejected_ids and row.
         report: what the preparation kept, cut and left out.
         sources: name of each dataset in a mixture -> pairs read from it; empty for one dataset.
-        ref_logps: [n, 2] fp64, summed reference log-probs of chosen and rejected, in nats; None
-            until the dataset is scored.
+        ref_logps: [n, 2] fp64, summed reference log-probs of chosen and rejected, in nats; with
+            `ld_alpha`, weighted sums. None until the dataset is scored.
         scored_by: digest of the reference that `ref_logps` come from; None until the dataset is
             scored, and for a dataset that comes with its own log-probs.
         token_limit: lengths of the pairs in a packed row, and the row's token limit; None until
             they are measured, and where rows are padded.
         plan: this rank's training steps; None until they are planned.
+        usual_confidence: label_confidence of pairs that have none, if others have one.
+        likelihood: likelihood terms of the loss.
         is_window: whether the pairs are a part of a stream, of which there are more.
     """
 
@@ -63,6 +68,8 @@ class RunDataset:
     scored_by: str | None = None
     token_limit: TokenLimit | None = None
     plan: StepSampler | None = None
+    usual_confidence: float = 1.0
+    likelihood: Likelihood = NO_LIKELIHOOD
     is_window: bool = False
 
     def __len__(self) -> int:
@@ -95,10 +102,13 @@ class RunDataset:
         """Whether answers are left to be scored while the run trains."""
         return False
 
-    def step_dataset(self, layout: Layout) -> StepDataset:
-        """The scored pairs, indexed by planned steps."""
+    def step_dataset(self, layout: Layout, ld_alpha: float | None = None) -> StepDataset:
+        """The scored pairs, indexed by planned steps; arguments as in StepDataset."""
         assert self.ref_logps is not None, "the dataset is scored first"
-        return StepDataset(self.pairs, self.ref_logps, layout)
+        return StepDataset(
+            *(self.pairs, self.ref_logps, layout, self.usual_confidence, self.likelihood),
+            ld_alpha=ld_alpha,
+        )
 
 
 class HasGiven(Protocol):
@@ -116,6 +126,7 @@ class PairPreparer:
         tokenizer: tokenizer of the policy.
         models: models that will run the pairs; None entries are ignored.
         columns, roles: arguments of `load_preferences`, the same for all datasets.
+        loss: the loss of the run; by default that of its options, with their likelihood terms.
 
     Attributes:
         datasets: all datasets prepared so far, in the order of their preparation: RunDataset, and
@@ -129,8 +140,11 @@ class PairPreparer:
         models: Iterable[Any] = (),
         columns: Mapping[str, str] | None = None,
         roles: Mapping[str, str] | None = None,
+        loss: PreferenceLoss | None = None,
     ) -> None:
         self.config, self.tokenizer = config, tokenizer
+        self.loss = config.make_loss() if loss is None else loss
+        self.likelihood = config.likelihood()
         self.columns, self.roles = columns, roles
         given = [model for model in models if model is not None]
         self._vocabularies = dict.fromkeys(map(vocabulary_of, given))
@@ -185,15 +199,24 @@ class PairPreparer:
         self.datasets.append(prepared)
         if config.should_log:
             log_report(report)
+            self.say_weights(pairs, name)
         return prepared
 
     def check(self, dataset: RunDataset) -> None:
-        """Refuse pairs that a model of the run can't run.
+        """Refuse pairs that a model of the run can't run, or the loss can't use.
+
+        The dataset learns what the loss asks of its pairs.
 
         Raises:
             DataError: there is such a pair; names its row.
         """
-        _refuse_cut_scores(dataset)
+        dataset.usual_confidence = 1.0 - self.loss.label_smoothing
+        dataset.likelihood = self.likelihood
+        if not self.loss.is_reference_free:
+            _refuse_cut_scores(dataset)
+            _refuse_own_sums(dataset, self.config.length_discount())
+        is_whole = not dataset.is_window
+        check_pair_weights(dataset.pairs, dataset.name, self.loss, is_whole=is_whole)
         refuse_unknown_ids(dataset.pairs, dataset.name, self._vocabularies)
         contexts = self._contexts.keys() - (self._warned if dataset.is_window else set())
         warned = refuse_longer(dataset.pairs, dataset.name, contexts)
@@ -230,6 +253,12 @@ class PairPreparer:
                 name,
             )
 
+    def say_weights(self, pairs: Any, name: str) -> None:
+        """Log which weights the pairs have, as a column may have been meant otherwise."""
+        line = describe_pair_weights(pairs, name)
+        if line is not None and self.config.should_log:
+            logger.info("%s", line)
+
     def free_name(self, name: str) -> str:
         """The name, with a number if another dataset of the run has it already."""
         taken = {dataset.name for dataset in self.datasets}
@@ -259,4 +288,14 @@ def _refuse_cut_scores(dataset: RunDataset) -> None:
             f"were cut to {report.limits}, so {' and '.join(REF_COLUMNS)} don't belong to them "
             f"any more: raise {report.limits.names}, or leave these columns out to have them "
             "computed."
+        )
+
+
+def _refuse_own_sums(dataset: RunDataset, ld_alpha: float | None) -> None:
+    """Raise DataError if the dataset brings sums of log-probs, whose parts ld_alpha needs."""
+    if dataset.brings_ref_logps and ld_alpha is not None:
+        raise DataError(
+            f"{dataset.name} brings {' and '.join(REF_COLUMNS)}, sums over whole answers, but "
+            f"ld_alpha={ld_alpha:g} needs the reference's log-prob of each token: leave these "
+            "columns out to have them computed, or leave ld_alpha out."
         )

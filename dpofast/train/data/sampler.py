@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import NoReturn
 
+from dpofast.data.packing.likelihood import ChosenTokens
 from dpofast.data.packing.plan import BatchShape, StepSampler, TokenLimit
 from dpofast.errors import ConfigError
 from dpofast.options.config import DPOConfig
@@ -17,6 +18,7 @@ def train_sampler(
     rank: tuple[int, int] | None = None,
     *,
     in_order: bool = False,
+    tokens: ChosenTokens | None = None,
 ) -> StepSampler:
     """A sampler of one rank's training steps.
 
@@ -26,6 +28,7 @@ def train_sampler(
         limit: lengths and token limit by which rows are packed; None where rows are padded.
         rank: (rank, world size) to sample for; by default those of this process.
         in_order: keep the order of the pairs, whatever the options say.
+        tokens: tokens of the pairs, if the loss has a likelihood term.
     """
     number, world_size = rank or (config.process_index, config.world_size)
     shape = BatchShape(
@@ -34,7 +37,9 @@ def train_sampler(
     seed = config.seed if config.data_seed is None else config.data_seed
     is_random = config.train_sampling_strategy == "random" and not in_order
     drop_last = config.dataloader_drop_last
-    return StepSampler(num_pairs, shape, number, seed if is_random else None, drop_last, limit)
+    return StepSampler(
+        *(num_pairs, shape, number, seed if is_random else None, drop_last, limit, tokens)
+    )
 
 
 def planned_steps(config: DPOConfig, epoch: StepSampler) -> int:

@@ -11,7 +11,7 @@ from typing import Any
 from dpofast.data import (
     PreparationReport,
     TokenStream,
-    data_fingerprint,
+    pairs_fingerprint,
     refuse_nothing_kept,
 )
 from dpofast.data.packing.plan import StepSampler
@@ -201,7 +201,7 @@ class RunStream:
     def _fingerprint(self, taken: TakenPairs) -> str:
         """The fingerprint of the first step of some pairs."""
         pairs = taken.pairs
-        return data_fingerprint(pairs.select(range(min(len(pairs), self.pairs_per_step))))
+        return pairs_fingerprint(pairs.select(range(min(len(pairs), self.pairs_per_step))))
 
     def _check_anchor(self, first_step: int, taken: TakenPairs) -> None:
         """Raise DataError if these pairs of a step aren't those that a checkpoint knows."""
@@ -288,7 +288,7 @@ def _on_all_ranks(read: Callable[[], Window], world_size: int) -> Window:
     except Exception as error:
         exchange((None, str(error) or type(error).__name__))
         raise
-    found = exchange((data_fingerprint(window.taken.pairs), None))
+    found = exchange((pairs_fingerprint(window.taken.pairs), None))
     for rank, (_, message) in enumerate(found):
         if message is not None:
             raise DataError(f"Rank {rank} can't read the stream: {message}")

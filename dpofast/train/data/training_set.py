@@ -75,7 +75,9 @@ def _prepare_stream(data: PairPreparer, given: Any, world_size: int) -> RunStrea
     )
 
     prepared = RunStream(name, given, tokens, config, data.check, world_size)
-    data.say_untemplated(prepared.window(0).taken.is_text, name)
+    first = prepared.window(0).taken
+    data.say_untemplated(first.is_text, name)
+    data.say_weights(first.pairs, name)
     warn_of_rerendered_prompts(prepared.report)
     if config.should_log:
         for line in _how_it_is_read(prepared):

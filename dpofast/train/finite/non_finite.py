@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dpofast.data.packing.batch import PackedPairs, StepBatch
+from dpofast.model.pair_losses import batch_losses
 from dpofast.train.checkpoint.resume import newest_whole
 from dpofast_kernels import PairLoss, PreferenceLoss
 
@@ -203,9 +204,6 @@ def _bad_pairs(each: Pass, loss: PreferenceLoss) -> list[bool]:
         return everything
     bad = (~each.logps.isfinite()).view(-1, 2).any(1)  # [P]
     if isinstance(loss, PairLoss):  # a loss that couples pairs spreads a NaN over all of them
-        logratios = each.logps - each.batch.ref_logps.to(each.logps.device)  # [2P]
-        lengths = each.batch.bounds.diff().view(-1, 2).to(each.logps.device)
-        losses, *_ = loss.pair_loss(logratios[0::2], logratios[1::2], lengths)
-        bad |= ~losses.isfinite()
+        bad |= ~batch_losses(loss, each.logps, each.batch)[0].isfinite()
     flags: list[bool] = bad.tolist()
     return flags if any(flags) else everything

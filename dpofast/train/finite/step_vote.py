@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 import signal
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -50,11 +51,16 @@ class VotesOnSteps(Trainer):
         received_signal: a signal that this rank has received and that stops the run; None so far.
         stopping_signal: the signal that stops the run after this step, the same on all ranks; None
             so far.
+        step_loss: gives the loss of the step.
+        step_sums: gives the [k] fp64 numbers of this rank that are added up in the exchange.
+        take_step_sums: gets their sums over the ranks.
     """
 
     args: DPOConfig
     data: PairPreparer
-    pair_loss: PreferenceLoss
+    step_loss: Callable[[], PreferenceLoss]
+    step_sums: Callable[[], Tensor]
+    take_step_sums: Callable[[list[float]], None]
     run_id: str | None
     received_signal: signal.Signals | None = None
     stopping_signal: signal.Signals | None = None
@@ -119,8 +125,10 @@ class VotesOnSteps(Trainer):
             is_bad = is_bad | is_bad_norm
         own = 0 if self.received_signal is None else int(self.received_signal)
         flags = torch.stack([is_bad.to(device), is_skipped]).double()
-        votes = torch.cat([flags, torch.tensor([float(own)], dtype=flags.dtype, device=device)])
-        bad, skipped, signals = self.accelerator.gather(votes.unsqueeze(0)).T.tolist()  # [R, 3]
+        received = torch.tensor([float(own)], dtype=flags.dtype, device=device)
+        votes = torch.cat([flags, received, self.step_sums().to(device)])  # [3 + k]
+        gathered = self.accelerator.gather(votes.unsqueeze(0)).T.tolist()  # [3 + k][R]
+        bad, skipped, signals, *sums = gathered
         if any(bad):
             self._refuse(norm, passes)
         self._skipped = self._skipped + 1 if any(skipped) else 0
@@ -128,6 +136,7 @@ class VotesOnSteps(Trainer):
             self._refuse_scaler()
         if any(signals):
             self.stopping_signal = signal.Signals(int(max(signals)))
+        self.take_step_sums([math.fsum(each) for each in sums])
 
     def _refuse(self, norm: Any, passes: StepPasses) -> None:
         """Stop the run. All ranks call this together.
@@ -138,7 +147,7 @@ class VotesOnSteps(Trainer):
         weights = trained_weights(self.model)
         gradients = [(name, p.grad) for name, p in weights if p.grad is not None]
         discarded = discarded_gradients(self.model_wrapped)
-        source, rows = self._rows_of(passes.bad_pairs(self.pair_loss))
+        source, rows = self._rows_of(passes.bad_pairs(self.step_loss()))
         facts = Facts(
             rank=self.args.process_index,
             is_loss=bool(passes.is_bad(self.args.device)),

@@ -56,7 +56,8 @@ class ComputesLoss(CouplesPairs, ReportsRun, Trainer):
             ConfigError: a loss_fn returned no loss for each pair, or the loss couples pairs and
                 isn't known for this micro-batch.
         """
-        loss, coupled = self.loss_of(batch)
+        whole = self.step_loss() if self._trains(model) else self.pair_loss
+        loss, coupled = self.loss_of(batch, whole)
         try:
             return untrained(self._pair_loss_pass(model, batch, loss, sums, coupled))
         except NotAPairLossError as error:
@@ -146,10 +147,15 @@ class ComputesLoss(CouplesPairs, ReportsRun, Trainer):
             output = self.compute_pair_loss(model, batch, sums)
         logps, metrics = output.logps.detach(), output.metrics.detach()
         self._computed = Computed(replace(output, logps=logps, metrics=metrics), sums)
-        # An overridden training_step may call this by itself.
-        if not is_counted and self.is_in_train and model.training:
-            self.metric_sums.add(sums.totals, batch.num_pairs)
+        if self._trains(model):
+            self.note_drift(sums)
+            if not is_counted:  # an overridden training_step may call this by itself
+                self.metric_sums.add(sums.totals, batch.num_pairs, sums.counts)
         return output.loss / max(batch.num_pairs, 1), output
+
+    def _trains(self, model: nn.Module) -> bool:
+        """Whether a pass of the model belongs to a training step, not to an evaluation."""
+        return bool(self.is_in_train and model.training)
 
     def _loss_of_step(self, model: nn.Module, step: StepBatch) -> tuple[Tensor, PairLossOutput]:
         self.couple(step)
@@ -219,7 +225,7 @@ class ComputesLoss(CouplesPairs, ReportsRun, Trainer):
         Raises:
             ConfigError: an override returned no single number.
         """
-        totals = self._computed.sums.totals
+        totals, counts = self._computed.sums.totals, self._computed.sums.counts
         overrides = [where for hook in hooks if (where := override_of(self, hook))]
         # Without an override the totals have the exact sum, which was never divided by the pairs.
         if loss is not None and overrides:
@@ -230,7 +236,7 @@ class ComputesLoss(CouplesPairs, ReportsRun, Trainer):
                     "over the micro-batch's pairs, a tensor []."
                 )
             totals["loss"] = loss.detach().double().sum() * batch.num_pairs
-        sums.add(totals, batch.num_pairs)
+        sums.add(totals, batch.num_pairs, counts)
 
     def check_loss(self, loss: Any) -> None:
         """Check what an overridden `compute_loss` returned in training.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from typing import Any
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ class CouplesPairs(Trainer):
     """Gives a transformers Trainer what a coupled loss of a whole step asks of each micro-batch."""
 
     pair_loss: PreferenceLoss
+    step_loss: Callable[[], PreferenceLoss]
     _pair_loss_pass: PairLossPass
     # By the identity of the micro-batch, which is kept so that no other one gets it.
     _coupled: dict[int, tuple[PackedPairs, CoupledPairs]] = {}  # noqa: RUF012  (never changed)
@@ -49,17 +50,18 @@ class CouplesPairs(Trainer):
                 loss for each pair.
         """
         self.uncouple()
-        if not isinstance(self.pair_loss, CoupledLoss):
+        loss = self.step_loss() if self.is_in_train else self.pair_loss
+        if not isinstance(loss, CoupledLoss):
             return
         with self.compute_loss_context_manager():
-            found = self.coupled_pass()(step, self.pair_loss)
+            found = self.coupled_pass()(step, loss)
         self._keep(step, found)
 
     def coupled_pass(self) -> CoupledPass:
         """What runs the first phase."""
         one_pass, accelerator = self._pair_loss_pass, self.accelerator
         return CoupledPass(
-            *(self.model, one_pass.autocast, one_pass.device),
+            *(self.model, one_pass.task, one_pass.autocast, one_pass.device),
             *(accelerator.gather, accelerator.process_index),
         )
 
@@ -73,16 +75,12 @@ class CouplesPairs(Trainer):
         if not self.couples_pairs:
             return
         device = self._pair_loss_pass.device
-        nothing = torch.zeros((), dtype=torch.float64, device=device)
-        self._keep(
-            step,
-            [
-                CoupledPairs.without_slopes(
-                    batch, nothing if losses is None else losses[pairs].sum().to(device)
-                )
-                for pairs, batch in zip(step.indices, step.micro_batches, strict=True)
-            ],
-        )
+        found = []
+        for pairs in step.indices:
+            nothing = torch.zeros(len(pairs), dtype=torch.float64, device=device)
+            own = nothing if losses is None else losses[pairs].to(device)
+            found.append(CoupledPairs.without_slopes(own))
+        self._keep(step, found)
 
     def uncouple(self) -> None:
         """Forget the step."""
@@ -93,15 +91,21 @@ class CouplesPairs(Trainer):
         kept = self._coupled.get(id(batch))
         return None if kept is None else kept[1].coefficients
 
-    def loss_of(self, batch: PackedPairs) -> tuple[PairLoss, CoupledPairs | None]:
+    def loss_of(
+        self, batch: PackedPairs, loss: PreferenceLoss
+    ) -> tuple[PairLoss, CoupledPairs | None]:
         """The loss of a micro-batch's pairs by themselves, and what a coupled loss asks of them.
+
+        Args:
+            batch: the micro-batch.
+            loss: the loss of the run or of the step.
 
         Raises:
             ConfigError: a coupled loss isn't known for this micro-batch.
         """
-        loss: Any = self.pair_loss
-        if not isinstance(loss, CoupledLoss):
+        if isinstance(loss, PairLoss):
             return loss, None
+        assert isinstance(loss, CoupledLoss)
         if (kept := self._coupled.get(id(batch))) is None:
             raise ConfigError(
                 f"compute_loss: the {loss.name} loss couples all pairs of a step, so it isn't "

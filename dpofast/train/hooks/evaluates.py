@@ -11,6 +11,7 @@ from transformers import EvalPrediction, Trainer, TrainerControl
 from transformers.trainer_utils import EvalLoopOutput, PredictionOutput
 
 from dpofast.data.packing.batch import StepBatch
+from dpofast.data.packing.pair_columns import set_names
 from dpofast.errors import ConfigError
 from dpofast.model.forward import evaluating
 from dpofast.monitor.metrics import MetricSums
@@ -114,9 +115,11 @@ class EvaluatesPairs(ChoosesFiniteBest, ComputesLoss, Trainer):
         if prediction_loss_only is None:
             prediction_loss_only = self.args.prediction_loss_only
         num_pairs = len(dataloader.dataset)  # type: ignore[arg-type]
-        # A loss that couples pairs is known at the end; an override, which may do anything with
-        # it, needs it before.
-        is_early = self.couples_pairs and bool(self._loss_overrides())
+        dataset = getattr(dataloader, "run_dataset", None)
+        # A loss that couples pairs is known at the end. An override, which may do anything with
+        # it, needs it before, and so do the metrics of each dataset in a mixture.
+        is_mixture = dataset is None or bool(set_names(dataset.pairs))
+        is_early = self.couples_pairs and (is_mixture or bool(self._loss_overrides()))
         is_late = self.couples_pairs and not is_early
         is_collected = is_late or not prediction_loss_only
         found = PredictedPairs(num_pairs, self.args.device) if is_collected else None
@@ -135,7 +138,6 @@ class EvaluatesPairs(ChoosesFiniteBest, ComputesLoss, Trainer):
             found.gather(self.sum_over_ranks)
             if is_late and "loss" in means:
                 means["loss"] += float(found.losses(self.pair_loss, self.args.device).mean())
-        dataset = getattr(dataloader, "run_dataset", None)
         check_evaluation(self.model, losses, dataset, means)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in means.items()}
         predictions = None

@@ -106,8 +106,8 @@ HIDDEN_METHODS = {
 }
 # Attributes by which TRL's trainers choose their loss and its reference; options are called alike.
 TRL_ATTRIBUTES = (
-    *("ld_alpha", "use_weighting", "rpo_alpha"),
-    *("reference_free", "sync_ref_model", "model_adapter_name", "ref_adapter_name"),
+    *("use_weighting", "rpo_alpha", "reference_free", "sync_ref_model"),
+    *("model_adapter_name", "ref_adapter_name"),
 )
 # What overrides written for TRL read from its trainer.
 _MISSING = {"_metrics": _METRICS, "_stored_metrics": _METRICS}
@@ -173,6 +173,12 @@ def check_overrides(trainer: Any) -> None:
         raise ConfigError(
             f"DPOTrainer.pair_loss: got a {type(loss).__name__}, expected what make_loss, "
             "make_mixture, make_coupled_loss or make_custom_loss of dpofast_kernels returns."
+        )
+    reference = vars(trainer).get("reference")
+    if loss and reference and loss.is_reference_free != reference.is_none:
+        raise ConfigError(
+            "DPOTrainer.pair_loss: only one of this loss and that of the options has a reference; "
+            "choose it by loss_type instead."
         )
     _check_settings(trainer)
     _check_samples_hook(trainer)

@@ -14,11 +14,12 @@ from transformers.trainer_utils import denumpify_detensorize
 
 from dpofast.data.packing.batch import PackedPairs
 from dpofast.errors import ConfigError
+from dpofast.model.pair_losses import pair_losses
 from dpofast.monitor.metrics import SumOverRanks
 from dpofast.options.config import DPOConfig
 from dpofast.train.own.metrics import SPEEDS
 from dpofast.train.steps.coupled import NUM_COLUMNS, losses_of_table
-from dpofast_kernels import PreferenceLoss, pair_metrics
+from dpofast_kernels import PairLoss, PreferenceLoss, pair_metrics
 
 
 class PairPredictions(NamedTuple):
@@ -54,8 +55,10 @@ class PredictedPairs:
     """
 
     def __init__(self, num_pairs: int, device: torch.device) -> None:
-        # logps, ref_logps and lengths of both answers, and how often the pair was evaluated
-        self._table = torch.zeros(num_pairs, NUM_COLUMNS + 1, dtype=torch.float64, device=device)
+        # logps, ref_logps and lengths of both answers, how often the pair was evaluated, and its
+        # weight and confidence
+        self._table = torch.zeros(num_pairs, 9, dtype=torch.float64, device=device)
+        self._has_confidence = False
 
     def add(self, indices: list[int], logps: Any, batch: PackedPairs) -> None:
         """Add the pairs of a micro-batch.
@@ -75,11 +78,17 @@ class PredictedPairs:
                 f"[{batch.num_pairs}, 2] as the second result; return what "
                 "super().prediction_step returns, and call super().compute_loss in compute_loss."
             )
-        parts = (logps, batch.ref_logps.view(-1, 2), batch.bounds.diff().view(-1, 2))
+        parts = (logps, batch.ref_logps.view(-1, 2), batch.lengths)
         row = torch.cat([part.detach().to(self._table) for part in parts], 1)  # [P, 6]
+        ones = row.new_ones(len(row))
+        weights, confidence = (
+            ones if values is None else values.to(ones)
+            for values in (batch.weights, batch.label_confidence)
+        )
+        # All batches of a dataset have confidences, or none has.
+        self._has_confidence = batch.label_confidence is not None
         # One rank has each pair, and all others have 0 there: the sum over ranks is the whole.
-        ones = row.new_ones(len(row), 1)
-        self._table[indices] += torch.cat([row, ones], 1)
+        self._table[indices] += torch.cat([row, torch.stack([ones, weights, confidence], 1)], 1)
 
     def gather(self, sum_over_ranks: SumOverRanks) -> None:
         """Bring the pairs of all ranks to every rank; all ranks must call this together.
@@ -107,8 +116,18 @@ class PredictedPairs:
         return PairPredictions(*columns[:4], *rewards, *columns[4:6])
 
     def losses(self, loss: PreferenceLoss, device: torch.device) -> np.ndarray:
-        """[n] fp64: the loss of each pair."""
-        return losses_of_table(loss, self._table[:, :NUM_COLUMNS].to(device)).cpu().numpy()
+        """[n] fp64: the loss of each pair, times its weight."""
+        if not isinstance(loss, PairLoss):
+            return losses_of_table(loss, self._table[:, :NUM_COLUMNS].to(device)).cpu().numpy()
+        logps, ref_logps, bounds = (column.to(device) for column in self._columns())
+        logratios = logps - ref_logps
+        weights, confidence = self._table[:, 7].to(device), self._table[:, 8].to(device)
+        with torch.no_grad():
+            values, *_ = pair_losses(
+                *(loss, logratios, bounds.diff().view(-1, 2), weights),
+                confidence if self._has_confidence else None,
+            )
+        return values.cpu().numpy()
 
     def _columns(self) -> tuple[Tensor, Tensor, Tensor]:
         """logps [2n], ref_logps [2n] and bounds [2n+1]."""

@@ -10,6 +10,7 @@ from torch import nn
 from dpofast.errors import ConfigError
 from dpofast.model.parts import is_peft_model
 from dpofast.options.config import DPOConfig
+from dpofast.options.loss_fields import loss_names
 from dpofast.train.own.metrics import MetricsFunction
 from dpofast.train.steps.micro_batches import PairLossPass
 from dpofast_kernels import (
@@ -73,16 +74,18 @@ class ShowsSettings:
     @_setting(_LOSS)
     def loss_types(self) -> list[str]:
         """The names of the losses that are summed; "custom" for a loss_fn."""
-        return list(self.pair_loss.names)
+        return loss_names(self._config, self.pair_loss)
 
     @_setting(_LOSS)
     def loss_type(self) -> list[str]:
         """The same, under TRL's older name."""
-        return list(self.pair_loss.names)
+        return loss_names(self._config, self.pair_loss)
 
     @_setting(_LOSS)
     def loss_weights(self) -> list[float]:
         """The weights of the losses that are summed."""
+        if self.pair_loss == self._config.make_loss():
+            return list(self._config.loss_weights or [1.0] * len(self._config.loss_type))
         loss = getattr(self.pair_loss, "loss", self.pair_loss)
         return list(getattr(loss, "weights", [1.0]))
 
@@ -95,6 +98,11 @@ class ShowsSettings:
     def f_alpha_divergence_coef(self) -> float:
         """The coefficient of alpha_divergence."""
         return float(getattr(self.pair_loss, "coefficient", 0.5))
+
+    @_setting(_CONFIG)
+    def ld_alpha(self) -> float | None:
+        """Weight of the tokens by which an answer is the longer one; None for 1."""
+        return self._config.ld_alpha
 
     @_setting(_ARGUMENT)
     def loss_fn(self) -> PairFunction | CoupledFunction | None:

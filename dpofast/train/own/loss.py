@@ -34,7 +34,12 @@ def run_loss(config: DPOConfig, loss_fn: PairFunction | CoupledFunction | None) 
             f"loss_fn: loss_type is {config.loss_type}, too, but one loss is trained; leave one of "
             "them out."
         )
-    neutral = {"loss_weights": (None, [1.0]), "f_divergence_type": ("reverse_kl",)}
+    neutral = {
+        "loss_weights": (None, [1.0]),
+        "f_divergence_type": ("reverse_kl",),
+        "beta_schedule": ("constant",),
+        "target_kl": (None,),
+    }
     for name, values in neutral.items():
         if getattr(config, name) not in values:
             raise ConfigError(

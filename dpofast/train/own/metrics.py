@@ -11,17 +11,20 @@ from torch import Tensor
 from dpofast.data.packing.batch import PackedPairs
 from dpofast.errors import ConfigError, one_line
 from dpofast.model.router import METRIC
+from dpofast.monitor.kl import DRIFT, KL
 from dpofast_kernels import METRIC_NAMES, PairLossOutput
 
-MEASURED = ("loss", *METRIC_NAMES)
+MEASURED = ("loss", *METRIC_NAMES, KL, DRIFT)
 SPEEDS = ("runtime", "samples_per_second", "steps_per_second")
 # What else a log of training or evaluation contains.
 LOGGED = (
-    *("epoch", "step", "learning_rate", "grad_norm", "num_tokens", "total_flos", "train_loss"),
+    *("epoch", "step", "learning_rate", "beta", "grad_norm", "num_tokens"),
+    *("total_flos", "train_loss"),
     *("pairs_per_second", "tokens_per_second", "mfu", "num_input_tokens_seen"),
     *("lengths/pair", "lengths/scored", "lengths/row", "model_preparation_time"),
 )
-TAKEN = frozenset((*MEASURED, METRIC, *SPEEDS, *LOGGED))
+NLL = "nll_loss"  # the likelihood terms of the loss, under TRL's name
+TAKEN = frozenset((*MEASURED, METRIC, NLL, *SPEEDS, *LOGGED))
 PAIRS_TRIED = 16
 
 
@@ -105,7 +108,7 @@ class OwnMetrics:
         if not batch.num_pairs:  # the ranks add up the same names, even without pairs
             return dict.fromkeys(self.names, output.logps)
         logps, ref_logps = output.logps.detach(), batch.ref_logps.to(output.logps)  # [2P]
-        lengths = batch.bounds.diff().view(-1, 2).to(logps.device)
+        lengths = batch.lengths.to(logps.device)
         columns = (logps[0::2], logps[1::2], ref_logps[0::2], ref_logps[1::2], lengths)
         with torch.no_grad():
             # Copies: the function may work in place, and the values are needed after it.

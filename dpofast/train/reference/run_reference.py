@@ -7,6 +7,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -71,6 +72,8 @@ class RunReference:
         random_modules: modules of the policy that are random in training mode though its dropouts
             are 0, by name; known once `settle` was called.
     """
+
+    is_none: ClassVar[bool] = False  # whether the loss has no reference
 
     def __init__(
         self,

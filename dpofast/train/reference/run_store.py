@@ -5,10 +5,12 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
+from dpofast.data.packing.ld_weights import ld_weights
 from dpofast.errors import MissingRowsError
 from dpofast.options.config import DPOConfig
 from dpofast.reference.build.answers import PairAnswers
@@ -21,6 +23,7 @@ from dpofast.reference.build.builder import (
     reference_logps,
 )
 from dpofast.reference.build.ranks import Exchange, Ranks
+from dpofast.reference.build.weighted import weighted_logps
 from dpofast.reference.identity.description import ReferenceIdentity
 from dpofast.reference.store.namespace import Namespace
 from dpofast.reference.store.row_detail import RowDetail
@@ -52,15 +55,22 @@ class RunStore:
         folder: folder of the store; None for a temporary one that ends with this object.
         ranks: place of this process among the processes of the run.
         detail: what is stored of each answer that this run scores.
+        ld_alpha: weight of the tokens by which an answer is longer than the other one of its
+            pair; None for 1. It needs a detail of per-token log-probs.
 
     Attributes:
         reports: what was needed, found and scored, by dataset name.
     """
 
     def __init__(
-        self, folder: Path | None, ranks: Ranks, detail: RowDetail = RowDetail.LOGPS
+        self,
+        folder: Path | None,
+        ranks: Ranks,
+        detail: RowDetail = RowDetail.LOGPS,
+        ld_alpha: float | None = None,
     ) -> None:
-        self.detail = detail
+        self.detail, self.ld_alpha = detail, ld_alpha
+        self._least = RowDetail.SUMS if ld_alpha is None else RowDetail.LOGPS  # for training
         self._temporary = None
         if folder is None:
             # Ranks don't share a temporary folder, so each scores all that it needs.
@@ -74,7 +84,8 @@ class RunStore:
     def of(cls, config: DPOConfig, barrier: Callable[[], None]) -> RunStore:
         """The store that the options name; `barrier` returns when all ranks have called it."""
         ranks = Ranks(config.process_index, config.world_size, barrier)
-        return cls(config.reference_folder(), ranks, config.reference_detail())
+        detail = config.reference_detail()
+        return cls(config.reference_folder(), ranks, detail, config.length_discount())
 
     def open(self, identity: ReferenceIdentity) -> None:
         """Settle which reference's log-probs are read and written from here on."""
@@ -102,13 +113,14 @@ class RunStore:
             name: dataset name, used in messages and reports.
             scoring: how missing answers are scored.
             rescore: score answers again if the store has less detail than this run asks for.
-                Training needs only the sums, so any stored row is enough for it. `dpofast ref
-                build` sets this.
+                Training needs only the sums, or with `ld_alpha` the per-token log-probs, and
+                any row that has them is enough for it. `dpofast ref build` sets this.
             goes_on: the dataset is a stream, of which these are the next answers. Its report covers
                 all of them, and only the first are worth a line in the log.
 
         Returns:
-            [n, 2] fp64, summed log-probs of chosen and rejected of each pair, in nats.
+            [n, 2] fp64, summed log-probs of chosen and rejected of each pair, in nats; with
+            `ld_alpha`, weighted sums.
 
         Raises:
             ReferenceStoreError: the store can't be read or written, or a log-prob isn't finite.
@@ -120,19 +132,25 @@ class RunStore:
             scoring.scorer,
             batches=scoring.batches,
             ranks=self.ranks,
-            options=BuildOptions(detail=self.detail, rescore=rescore, progress=is_new, logs=is_new),
+            options=BuildOptions(
+                detail=self.detail,
+                least=self.detail if rescore else self._least,
+                progress=is_new,
+                logs=is_new,
+            ),
             description=f"reference log-probs ({name})",
             exchange=scoring.exchange,
         )
         scored, passes = scoring.sum_over_ranks([report.rows_scored, report.forward_passes])
         report = replace(report, rows_scored=scored, forward_passes=passes)
         self._note(report, name, goes_on)
-        return reference_logps(self.namespace, answers)
+        return self._sums(answers)
 
     def num_missing(self, answers: PairAnswers) -> int:
-        """Number of distinct answers without a row, as this rank sees the store now."""
+        """Number of distinct answers without a usable row, as this rank sees the store now."""
         self.namespace.refresh()
-        return int((~self.namespace.contains(answers.keys[answers.first])).sum())
+        keys = answers.keys[answers.first]
+        return int((~self.namespace.contains(keys, self._least)).sum())
 
     def read(
         self, answers: PairAnswers, name: str, why_gone: str = "", goes_on: bool = False
@@ -146,14 +164,14 @@ class RunStore:
             goes_on: as in `fill`.
 
         Returns:
-            [n, 2] fp64, summed log-probs of chosen and rejected of each pair, in nats.
+            As in `fill`.
 
         Raises:
             MissingRowsError: an answer is missing.
             ReferenceStoreError: the store is damaged.
         """
         try:
-            logps = reference_logps(self.namespace, answers)
+            logps = self._sums(answers)
         except MissingRowsError as error:
             raise MissingRowsError(
                 f"{error} They can't be made now: without a ref_model the reference is the policy "
@@ -163,6 +181,12 @@ class RunStore:
         needed = len(answers.first)
         self._note(ReferenceReport(needed, needed, 0, 0, 0.0), name, goes_on)
         return logps
+
+    def _sums(self, answers: PairAnswers) -> np.ndarray:
+        """Read the log-probs of the answers: [n, 2] fp64, weighted if the options say so."""
+        if self.ld_alpha is None:
+            return reference_logps(self.namespace, answers)
+        return weighted_logps(self.namespace, answers, partial(ld_weights, alpha=self.ld_alpha))
 
     def _note(self, report: ReferenceReport, name: str, goes_on: bool) -> None:
         """Keep the report of a dataset, or add to that of a stream."""

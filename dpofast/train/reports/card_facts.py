@@ -18,6 +18,8 @@ from dpofast.monitor.card import CARD_FILE, CardData, CardFacts
 from dpofast.monitor.guard import ReportGuard
 from dpofast.monitor.public_names import hub_id, is_personal, public_name
 from dpofast.monitor.summary import hardware, versions
+from dpofast.options.beta_fields import beta_in_words
+from dpofast.options.loss_fields import loss_names
 from dpofast.train.data.dataset import RunDataset
 from dpofast.train.data.stream import RunStream
 from dpofast.train.data.training_set import TrainingSet
@@ -106,11 +108,14 @@ def card_options(trainer: Any) -> dict[str, Any]:
     optimizer, scheduler = trainer.given_optimizers
     function = getattr(loss, "function", None)  # of a loss of the user's own
     options = {
-        "loss_type": ", ".join(getattr(loss, "names", [type(loss).__name__])),
+        "loss_type": ", ".join(loss_names(config, loss)),
         "loss_fn": None if function is None else _function_name(function),
         "beta": getattr(loss, "beta", None),
+        "beta_schedule": beta_in_words(config),
         "label_smoothing": getattr(loss, "label_smoothing", None) or None,
         **_own_options(loss),
+        "likelihood": trainer.data.likelihood.weight or None,
+        "ld_alpha": config.length_discount(),
         "learning_rate": config.learning_rate if optimizer is None else None,
         "lr_scheduler_type": _value(config.lr_scheduler_type),
         "warmup_steps": config.warmup_steps or None,
@@ -138,12 +143,15 @@ def _own_options(loss: Any) -> dict[str, Any]:
     divergence, coefficient = getattr(loss, "divergence", None), getattr(loss, "coefficient", None)
     loss = getattr(loss, "loss", loss)
     parts = getattr(loss, "parts", (loss,))
-    names = [(part, getattr(part, "option_name", None)) for part in parts]
     return {
         "loss_weights": list(loss.weights) if hasattr(loss, "weights") else None,
         "f_divergence_type": divergence,
         "f_alpha_divergence_coef": coefficient if divergence == "alpha_divergence" else None,
-        **{name: part.option for part, name in names if name is not None},
+        **{
+            name: getattr(part, name)
+            for part in parts
+            for name in getattr(part, "option_names", ())
+        },
     }
 
 
@@ -197,6 +205,8 @@ def _known(trainer: Any, given: Any) -> TrainingSet | None:
 
 
 def _reference(trainer: Any) -> str:
+    if trainer.pair_loss.is_reference_free:
+        return "none"
     training = _known(trainer, trainer.train_dataset)
     if training is not None and training.brings_ref_logps:
         return "log-probs that came with the pairs"

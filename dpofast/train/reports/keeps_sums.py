@@ -89,19 +89,22 @@ class KeepsSums(ReportsRun, Trainer):
 def _shared(recorded: list[dict[str, Any]], rank: int) -> dict[str, Any]:
     """What a rank gets of the sums of another number of ranks, so that sums over ranks are kept."""
     first = recorded[0]
-    names = first["metrics"]["sums"]
+    metrics = [each["metrics"] for each in recorded]
     share = 1.0 if rank == 0 else 0.0
-    sums = {
-        name: share * sum(each["metrics"]["sums"].get(name, 0.0) for each in recorded)
-        for name in names
+    added = {
+        kind: {
+            name: share * sum(each.get(kind, {}).get(name, 0.0) for each in metrics)
+            for name in metrics[0].get(kind, {})
+        }
+        for kind in ("sums", "counts")
     }
-    num_pairs = int(share) * sum(each["metrics"]["num_pairs"] for each in recorded)
+    num_pairs = int(share) * sum(each["num_pairs"] for each in metrics)
     counts = {
         name: share * sum(each["counts"][name] for each in recorded) for name in first["counts"]
     }
     return {
         **first,
         "loss": sum(each["loss"] for each in recorded) / len(recorded),  # logs take the mean
-        "metrics": {"sums": sums, "num_pairs": num_pairs},
+        "metrics": {**added, "num_pairs": num_pairs},
         "counts": counts,
     }

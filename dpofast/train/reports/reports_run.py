@@ -22,11 +22,12 @@ from dpofast.train.data.stream import RunStream
 from dpofast.train.data.training_set import prepare_training_set
 from dpofast.train.reports.summary import is_summarised, run_summary, write_summary
 from dpofast.train.steps.loaders import StepLoaders
+from dpofast.train.steps.moves_beta import MovesBeta
 from dpofast.train.steps.whole_steps import TakesWholeSteps
 from dpofast_kernels import PreferenceLoss
 
 
-class ReportsRun(TakesWholeSteps, Trainer):
+class ReportsRun(MovesBeta, TakesWholeSteps, Trainer):
     """Counts what a run trains, adds the figures to its logs, and writes its summary and plot.
 
     Attributes:
@@ -76,7 +77,8 @@ class ReportsRun(TakesWholeSteps, Trainer):
             self.count_tokens()
             # The Trainer's own loss is summed in float32; this one is the exact mean over pairs.
             speed = self.throughput.metrics(self.sum_over_ranks)
-            logs = {**logs, **means, **speed, "num_tokens": self.state.num_input_tokens_seen}
+            tokens = {"num_tokens": self.state.num_input_tokens_seen}
+            logs = {**logs, **self.logged_beta(), **means, **speed, **tokens}
         super().log(logs, start_time)
 
     def _finalize_training(self, *args: Any, **options: Any) -> TrainOutput:

@@ -13,6 +13,7 @@ from transformers.trainer_utils import TrainOutput
 from dpofast.data.packing.plan import StepSampler
 from dpofast.monitor.guard import ReportGuard
 from dpofast.monitor.summary import SUMMARY_FILE, environment, last_evaluation, write_json
+from dpofast.options.beta_fields import beta_in_words
 from dpofast.options.config import DPOConfig
 from dpofast.train.data.stream import RunStream
 from dpofast.train.data.training_set import TrainingSet
@@ -31,7 +32,7 @@ def reference_summary(reference: RunReference) -> dict[str, Any]:
         "ref_rows_scored": total.rows_scored if total else 0,
         "ref_forward_passes": total.forward_passes if total else 0,
         "ref_seconds": total.seconds if total else 0.0,
-        "reference_store": str(store.folder),
+        "reference_store": None if reference.is_none else str(store.folder),
         "reference_identity": reference.identity.digest if reference.is_settled else None,
     }
 
@@ -63,6 +64,7 @@ def run_summary(
         "packing": lambda: {"packing": packing_summary(plan)},
         "settings": lambda: {
             "loss": repr(loss),
+            "beta_schedule": beta_in_words(config),
             "world_size": config.world_size,
             "pairs_per_step": config.pairs_per_rank * config.world_size,
             "mixed_precision": mixed_precision,

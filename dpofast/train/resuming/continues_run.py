@@ -101,6 +101,7 @@ class ContinuesRun(KeepsSums, Trainer):
         self.note_facts(train_set, num_steps)
         self.changes = Changes()
         self.restore_sums(None, is_resumed=False)
+        self.begin_betas(num_steps)
         if self.args.deepspeed_plugin is not None:
             load_universal(self.args.deepspeed_plugin.deepspeed_config, is_on=False)
 

@@ -138,6 +138,7 @@ class ResumesRun(ContinuesRun, Trainer):
         self.check_same_run(recorded, checkpoint, train_set, num_steps)
         self._check_files(checkpoint)
         self.reference.restore(recorded, checkpoint)
+        self.begin_betas(num_steps, recorded.beta)
         self.loaders.settle(recorded.row_tokens)
         done_on(self.args.should_save, lambda: self._settle(start, folder))
         self.resumed_at_end = step == num_steps

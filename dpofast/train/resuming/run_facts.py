@@ -15,7 +15,7 @@ import xxhash
 from torch import Tensor
 
 from dpofast.columns import REF_COLUMNS
-from dpofast.data import data_fingerprint
+from dpofast.data import pairs_fingerprint
 from dpofast.model.parts import causal_lm, is_peft_model
 from dpofast.options.config import DPOConfig
 from dpofast.options.loss_fields import loss_facts
@@ -138,7 +138,7 @@ def data_facts(train_set: TrainingSet, is_first: bool) -> dict[str, Any]:
     """
     fingerprint = None
     if isinstance(train_set, RunDataset) and is_first:
-        fingerprint = data_fingerprint(train_set.pairs)
+        fingerprint = pairs_fingerprint(train_set.pairs)
         if train_set.brings_ref_logps:
             columns = [np.asarray(train_set.pairs[name], dtype="<f8") for name in REF_COLUMNS]
             fingerprint += f"-{xxhash.xxh3_128_hexdigest(np.stack(columns).tobytes())}"

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,9 +19,15 @@ from torch import Tensor, nn
 from dpofast.data.packing.batch import PackedPairs, StepBatch
 from dpofast.errors import ConfigError
 from dpofast.model.forward import kept_activations, micro_batch, run_batch
-from dpofast.model.head import PairLossTask, head_options
-from dpofast.model.parts import causal_lm
-from dpofast_kernels import CoupledLoss, NotAPairLossError, PreferenceLoss, ZeroLoss
+from dpofast.model.head import HeadTask
+from dpofast_kernels import (
+    CoupledLoss,
+    NotAPairLossError,
+    PairExtras,
+    PairLoss,
+    PreferenceLoss,
+    ZeroLoss,
+)
 
 NUM_COLUMNS = 6  # of a pair: log-probs of policy and reference, and lengths, of both answers
 
@@ -68,19 +74,28 @@ class CoupledPairs:
     """What a coupled loss of a whole step asks of the pairs of one micro-batch.
 
     Attributes:
-        loss: [] fp64, the pairs' losses, summed.
+        losses: [P] fp64, the losses of the pairs.
         coefficients: [2P] fp64, derivatives of the step's summed loss by their log-probs.
         random_state: where the first phase's dropouts began; None in evaluation.
     """
 
-    loss: Tensor
+    losses: Tensor
     coefficients: Tensor
     random_state: RandomState | None = None
 
     @classmethod
-    def without_slopes(cls, batch: PackedPairs, loss: Tensor) -> CoupledPairs:
+    def without_slopes(cls, losses: Tensor) -> CoupledPairs:
         """For an evaluation, which has no gradients."""
-        return cls(loss, torch.zeros(2 * batch.num_pairs, dtype=torch.float64, device=loss.device))
+        return cls(losses, losses.new_zeros(2 * len(losses)))
+
+    def added_to(self, extras: PairExtras) -> PairExtras:
+        """What the head takes of the micro-batch, with these coefficients of its pairs."""
+        given = extras.coefficients
+        if given is None:
+            return replace(extras, coefficients=self.coefficients)
+        # Prompts, whose likelihood some losses count, come after the sequences of the pairs.
+        of_prompts = given.new_zeros(len(given) - len(self.coefficients))
+        return replace(extras, coefficients=given + torch.cat([self.coefficients, of_prompts]))
 
 
 def same_dropout(coupled: CoupledPairs | None) -> contextlib.AbstractContextManager[None]:
@@ -100,6 +115,7 @@ class CoupledPass:
 
     Attributes:
         model: the policy, not wrapped by DDP or DeepSpeed.
+        task: what the head computes of a micro-batch, given a loss of pairs.
         autocast: makes the context of a forward pass.
         device: device of the policy.
         gather: brings the rows of all ranks, [P, ...] each, to every rank, [ranks x P, ...].
@@ -107,6 +123,7 @@ class CoupledPass:
     """
 
     model: nn.Module
+    task: Callable[[PackedPairs, PairLoss], HeadTask]
     autocast: Any
     device: torch.device
     gather: Callable[[Tensor], Tensor]
@@ -144,7 +161,7 @@ class CoupledPass:
         for batch, state in zip(step.micro_batches, states, strict=True):
             own = places[start : start + batch.num_pairs]
             start += batch.num_pairs
-            found.append(CoupledPairs(losses[own].sum(), slopes[own].flatten(), state))
+            found.append(CoupledPairs(losses[own], slopes[own].flatten(), state))
         return found
 
     def table(self, batch: PackedPairs) -> Tensor:
@@ -155,13 +172,11 @@ class CoupledPass:
         """
         moved = batch.to(self.device)
         assert moved.ref_logps is not None
-        with torch.no_grad(), micro_batch(self.model, batch), kept_activations(self.model):
-            options = head_options(causal_lm(self.model).config)
-            task = PairLossTask(moved.labels, moved.bounds, moved.ref_logps, ZeroLoss(), options)
-            with self.autocast():
-                _, logps, _ = run_batch(self.model, moved, task)
-        lengths = batch.bounds.diff().to(self.device)
-        columns = (logps, moved.ref_logps, lengths)
+        prepared = (micro_batch(self.model, batch), kept_activations(self.model))
+        with torch.no_grad(), prepared[0], prepared[1], self.autocast():
+            _, logps, _ = run_batch(self.model, moved, self.task(moved, ZeroLoss()))
+        lengths = batch.lengths.to(self.device)
+        columns = (logps[: 2 * batch.num_pairs], moved.ref_logps, lengths)
         return torch.cat([each.double().view(-1, 2) for each in columns], 1)
 
     def _gathered(self, step: StepBatch, own: Tensor) -> tuple[Tensor, Tensor]:

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 
 from dpofast.data.packing.batch import StepBatch
 from dpofast.data.packing.collate import Layout
+from dpofast.data.packing.likelihood import ChosenTokens
 from dpofast.data.packing.plan import BatchShape, StepSampler
 from dpofast.options.config import DPOConfig
 from dpofast.options.save_signals import watched_signals
@@ -140,7 +141,11 @@ class StepLoaders:
         """Plan this rank's training steps, and log how well they are packed, unless `quietly`."""
         dataset.measure_lengths(self.layout, self.row_tokens)
         plan = train_sampler(
-            self.config, len(dataset), dataset.token_limit, in_order=dataset.is_window
+            self.config,
+            len(dataset),
+            dataset.token_limit,
+            in_order=dataset.is_window,
+            tokens=self._tokens_of(dataset),
         )
         dataset.plan = plan
         if quietly:
@@ -155,7 +160,8 @@ class StepLoaders:
         The windows of a stream are scored and planned when their first step is asked for.
         """
         if isinstance(dataset, RunStream):
-            steps = StreamSteps(dataset, partial(self._make_ready, dataset), self.layout)
+            ready, ld_alpha = partial(self._make_ready, dataset), self.reference.store.ld_alpha
+            steps = StreamSteps(dataset, ready, self.layout, ld_alpha)
             numbers = StepNumbers(dataset.num_steps)
             # Worker processes would each read the stream, and can't score.
             return DataLoader(
@@ -170,8 +176,20 @@ class StepLoaders:
         config = self.config
         dataset.measure_lengths(self.layout, self.row_tokens)
         shape = BatchShape(config.per_device_eval_batch_size, 1, config.world_size)
-        rank, limit = config.process_index, dataset.token_limit
-        return self._loader(dataset, StepSampler(len(dataset), shape, rank, seed=None, limit=limit))
+        plan = StepSampler(
+            len(dataset),
+            shape,
+            config.process_index,
+            seed=None,
+            limit=dataset.token_limit,
+            tokens=self._tokens_of(dataset),
+            over_all=True,
+        )
+        return self._loader(dataset, plan)
+
+    def _tokens_of(self, dataset: RunDataset) -> ChosenTokens | None:
+        """The tokens of the pairs, if a likelihood term takes a mean over them."""
+        return ChosenTokens.of(dataset.pairs) if self.config.likelihood() else None
 
     def _make_ready(self, stream: RunStream, window: Window) -> None:
         """Score and plan a window, unless it is ready; the first one is logged and reported."""
@@ -190,7 +208,7 @@ class StepLoaders:
         config = self.config
         workers = config.dataloader_num_workers
         loader = StepLoader(
-            dataset.step_dataset(self.layout),
+            dataset.step_dataset(self.layout, self.reference.store.ld_alpha),
             batch_sampler=plan,
             collate_fn=whole_step,
             num_workers=workers,

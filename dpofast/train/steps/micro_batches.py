@@ -9,17 +9,22 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
-from torch import nn
+from torch import Tensor, nn
 
 from dpofast.data.packing.batch import PackedPairs
+from dpofast.data.packing.likelihood import NO_LIKELIHOOD, Likelihood
+from dpofast.errors import ConfigError
 from dpofast.model.forward import run_batch
 from dpofast.model.head import PairLossTask, head_options
+from dpofast.model.pair_losses import batch_losses
 from dpofast.model.parts import causal_lm
 from dpofast.model.router import RouterLoss, add_router_loss
+from dpofast.monitor.kl import kl_sums
 from dpofast.monitor.metrics import MetricSums
-from dpofast.train.own.metrics import OwnMetrics
+from dpofast.monitor.set_metrics import set_metrics
+from dpofast.train.own.metrics import NLL, OwnMetrics
 from dpofast.train.steps.coupled import CoupledPairs, same_dropout
-from dpofast_kernels import METRIC_NAMES, PairLoss, PairLossOutput
+from dpofast_kernels import METRIC_NAMES, PairExtras, PairLoss, PairLossOutput
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,6 +37,7 @@ class PairLossPass:
         autocast: makes the context of a forward pass.
         device: device of the policy.
         own_metrics: the user's metrics, if there are any.
+        likelihood: likelihood terms of the loss.
     """
 
     model: nn.Module
@@ -39,6 +45,7 @@ class PairLossPass:
     autocast: Any
     device: torch.device
     own_metrics: OwnMetrics | None = None
+    likelihood: Likelihood = NO_LIKELIHOOD
 
     def __call__(
         self,
@@ -62,24 +69,68 @@ class PairLossPass:
             PairLossOutput.
         """
         batch = batch.to(self.device)
-        assert batch.ref_logps is not None
-        options = head_options(causal_lm(self.model).config)
-        task = PairLossTask(batch.labels, batch.bounds, batch.ref_logps, loss, options)
+        task = self.task(batch, loss)
         if coupled is not None:
-            extras = replace(task.extras, coefficients=coupled.coefficients)
-            task = replace(task, extras=extras)
+            task = replace(task, extras=coupled.added_to(task.extras))
         with same_dropout(coupled), self.autocast():
             results = run_batch(wrapped, batch, task, self.router_loss)
         if coupled is not None:
-            # The coefficients' sum has the gradients, but another value.
-            linear, *rest = results
-            results = (coupled.loss + (linear - linear.detach()), *rest)
+            # The coefficients' sum has the gradients, but the loss another value.
+            summed, logps, *rest = results
+            linear = (coupled.coefficients * logps[: 2 * batch.num_pairs]).sum()
+            results = (summed + (coupled.losses.sum() - linear), logps, *rest)
         output, more = add_router_loss(results, self.router_loss, batch.num_pairs)
+        if batch.coefficients is not None:
+            more |= {NLL: self._mean_nll(output, batch)}
+            output = replace(output, logps=output.logps[: 2 * batch.num_pairs])
         metrics = dict(zip(METRIC_NAMES, output.metrics, strict=True))
         if self.own_metrics is not None:
             metrics |= self.own_metrics(output, batch)
-        sums.add({**metrics, **more, "loss": output.loss}, batch.num_pairs)
+        counts: dict[str, Tensor] = {}
+        if not loss.is_reference_free:
+            assert batch.ref_logps is not None
+            kl, tokens = kl_sums(output.logps, batch.ref_logps, batch.bounds)
+            more, counts = more | kl, dict.fromkeys(kl, tokens)
+        sums.add({**metrics, **more, "loss": output.loss}, batch.num_pairs, counts)
+        if batch.sets is not None:
+            if coupled is not None:
+                losses = coupled.losses
+            elif batch.num_pairs:
+                losses = batch_losses(loss, output.logps, batch)[0]
+            else:
+                losses = output.logps  # a user's own loss is never called without pairs
+            self._add_sets(batch, {**metrics, "loss": losses}, sums)
         return output
+
+    def task(self, batch: PackedPairs, loss: PairLoss) -> PairLossTask:
+        """What the head computes of a micro-batch, which is on the model's device."""
+        ref_logps, pairs = batch.ref_logps, None
+        assert ref_logps is not None
+        if batch.prompts is not None:
+            # The prompts are sequences after those of the pairs, and in none of the pairs.
+            pairs = torch.arange(2 * batch.num_pairs).view(-1, 2)
+            ref_logps = torch.cat([ref_logps, ref_logps.new_zeros(len(batch.prompts))])
+        extras = PairExtras(
+            *(pairs, batch.weights, batch.label_confidence),
+            *(batch.coefficients, batch.token_weights),
+        )
+        options = head_options(causal_lm(self.model).config)
+        return PairLossTask(batch.labels, batch.bounds, ref_logps, loss, options, extras)
+
+    def _mean_nll(self, output: PairLossOutput, batch: PackedPairs) -> Tensor:
+        """The likelihood terms without their weight, summed over the pairs: []."""
+        assert batch.coefficients is not None
+        return (batch.coefficients * output.logps).sum() / self.likelihood.weight
+
+    def _add_sets(self, batch: PackedPairs, metrics: dict[str, Tensor], sums: MetricSums) -> None:
+        """Count the metrics of each dataset of a mixture."""
+        values, counts = set_metrics(batch, metrics)
+        if taken := sorted(values.keys() & metrics.keys()):
+            raise ConfigError(
+                f"metrics_fn: the names {', '.join(taken)} are those of a dataset's metrics; "
+                "choose others."
+            )
+        sums.add(values, 0, counts)
 
 
 def gradient_exchange(

@@ -19,10 +19,17 @@ class StreamSteps(Dataset[StepBatch]):
         stream: the training set.
         ready: scores the pairs of a window and plans its steps, if that isn't done yet.
         layout: layout of the micro-batches.
+        ld_alpha: as in StepDataset.
     """
 
-    def __init__(self, stream: RunStream, ready: Callable[[Window], None], layout: Layout) -> None:
-        self.stream, self.layout = stream, layout
+    def __init__(
+        self,
+        stream: RunStream,
+        ready: Callable[[Window], None],
+        layout: Layout,
+        ld_alpha: float | None = None,
+    ) -> None:
+        self.stream, self.layout, self.ld_alpha = stream, layout, ld_alpha
         self._ready = ready
 
     def __len__(self) -> int:
@@ -40,7 +47,7 @@ class StreamSteps(Dataset[StepBatch]):
         dataset = window.dataset
         assert dataset.plan is not None, "a window that is ready has a plan"
         planned = dataset.plan.step(step - window.first_step)
-        return dataset.step_dataset(self.layout).__getitems__(planned)
+        return dataset.step_dataset(self.layout, self.ld_alpha).__getitems__(planned)
 
 
 class StepNumbers(Sampler[Any]):

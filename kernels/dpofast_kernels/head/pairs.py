@@ -221,7 +221,8 @@ class Pairs:
         """[8, P] fp64, in the order of `METRIC_NAMES`."""
         lengths = self.of_pairs(self.bounds.diff())
         found = metrics_of_pairs(
-            self.of_pairs(logps), self.of_pairs(self.ref_logps), lengths, self.loss.beta
+            *(self.of_pairs(logps), self.of_pairs(self.ref_logps), lengths),
+            *(self.loss.beta, self.loss.rewards_per_token),
         )
         return torch.stack([*found.values()])
 

@@ -46,7 +46,7 @@ def _sum_rows(p_logps, p_bound, BN: tl.constexpr):
 
 
 @triton.jit
-def no_formula(chosen, rejected, chosen_length, rejected_length, beta, smoothing, option):
+def no_formula(chosen, rejected, chosen_length, rejected_length, beta, smoothing, option, second):
     """The formula of a loss that is computed outside the kernel, or that is 0."""
     nothing = tl.zeros_like(chosen)
     return nothing, nothing, nothing
@@ -60,7 +60,7 @@ def pair_loss_kernel(
     p_ref_logps,  # [S] fp64
     p_pairs,  # [P, 2] int64, read only with HAS_PAIRS
     p_smoothing,  # [P] fp64, read only with HAS_SMOOTHING
-    p_settings,  # [3] fp64: see `_settings`. Triton would round float arguments to fp32.
+    p_settings,  # [4] fp64: see `_settings`. Triton would round float arguments to fp32.
     p_losses,  # [P] fp64
     p_logps,  # [P, 2] fp64
     p_slopes,  # [P, 2] fp64
@@ -68,6 +68,7 @@ def pair_loss_kernel(
     FORMULA: tl.constexpr,
     HAS_PAIRS: tl.constexpr,
     HAS_SMOOTHING: tl.constexpr,
+    PER_TOKEN: tl.constexpr,
     BN: tl.constexpr,
 ):
     """Sums, loss, derivatives and metrics; one program per pair."""
@@ -91,6 +92,7 @@ def pair_loss_kernel(
         beta,
         smoothing,
         tl.load(p_settings + 2),
+        tl.load(p_settings + 3),
     )
     tl.store(p_losses + i_pair, loss)
     tl.store(p_logps + 2 * i_pair, chosen)
@@ -100,7 +102,14 @@ def pair_loss_kernel(
     # The same metrics as in dpofast_kernels.preference.pair_metrics.
     num_pairs = tl.num_programs(0)
     p_metrics += i_pair
-    chosen_reward, rejected_reward = beta * chosen_logratio, beta * rejected_logratio
+    chosen_mean, rejected_mean = (
+        chosen_logratio / chosen_length,
+        rejected_logratio / rejected_length,
+    )
+    if PER_TOKEN:
+        chosen_reward, rejected_reward = beta * chosen_mean, beta * rejected_mean
+    else:
+        chosen_reward, rejected_reward = beta * chosen_logratio, beta * rejected_logratio
     is_right = (chosen_reward > rejected_reward).to(tl.float64)
     tl.store(p_metrics + num_pairs * _REWARDS_CHOSEN, chosen_reward)
     tl.store(p_metrics + num_pairs * _REWARDS_REJECTED, rejected_reward)
@@ -108,8 +117,8 @@ def pair_loss_kernel(
     tl.store(p_metrics + num_pairs * _REWARDS_ACCURACIES, is_right)
     tl.store(p_metrics + num_pairs * _LOGPS_CHOSEN, chosen)
     tl.store(p_metrics + num_pairs * _LOGPS_REJECTED, rejected)
-    tl.store(p_metrics + num_pairs * _LOGRATIOS_CHOSEN, chosen_logratio / chosen_length)
-    tl.store(p_metrics + num_pairs * _LOGRATIOS_REJECTED, rejected_logratio / rejected_length)
+    tl.store(p_metrics + num_pairs * _LOGRATIOS_CHOSEN, chosen_mean)
+    tl.store(p_metrics + num_pairs * _LOGRATIOS_REJECTED, rejected_mean)
 
 
 def pair_loss_fwd(
@@ -133,7 +142,7 @@ def pair_loss_fwd(
             ref_logps,
             bounds if incidence is None else incidence.pairs.contiguous(),
             ref_logps if pairs.smoothing is None else pairs.smoothing.contiguous(),
-            _settings(loss.beta, loss.label_smoothing, loss.option, ref_logps.device),
+            _settings(loss.beta, loss.label_smoothing, *loss.options, ref_logps.device),
             losses,
             logps,
             slopes,
@@ -141,6 +150,7 @@ def pair_loss_fwd(
             FORMULA=no_formula if formula is None else formula,
             HAS_PAIRS=incidence is not None,
             HAS_SMOOTHING=pairs.smoothing is not None,
+            PER_TOKEN=loss.rewards_per_token,
             **launch_options("pair_loss", ref_logps.device),
         )
     # A sequence may be in several pairs or in none, and the kernel's sums are those of pairs.
@@ -152,12 +162,15 @@ def pair_loss_fwd(
 
 
 @lru_cache(maxsize=64)
-def _settings(beta: float, label_smoothing: float, option: float, device: torch.device) -> Tensor:
-    """[3] fp64 on the device: beta, label_smoothing and the loss's own option.
+def _settings(
+    beta: float, label_smoothing: float, option: float, second: float, device: torch.device
+) -> Tensor:
+    """[4] fp64 on the device: beta, label_smoothing and the loss's own options.
 
     It is cached, because each copy to the device makes the host wait.
     """
-    return torch.tensor([beta, label_smoothing, option], dtype=torch.float64, device=device)
+    numbers = [beta, label_smoothing, option, second]
+    return torch.tensor(numbers, dtype=torch.float64, device=device)
 
 
 def formula_of(loss: PairLoss) -> Any:

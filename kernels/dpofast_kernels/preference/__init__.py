@@ -26,6 +26,7 @@ from dpofast_kernels.preference.registry import (
     make_coupled_loss,
     make_loss,
     make_mixture,
+    unknown_loss,
 )
 
 __all__ = [
@@ -51,4 +52,5 @@ __all__ = [
     "make_loss",
     "make_mixture",
     "pair_metrics",
+    "unknown_loss",
 ]

@@ -7,8 +7,8 @@ be known first: a forward pass finds them, `losses_and_slopes` turns them into d
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, replace
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -24,6 +24,13 @@ from dpofast_kernels.preference.mixture import check_mixture
 
 
 @dataclass(frozen=True)
+class LinearLoss(ZeroLoss):
+    """No loss of pairs, as `ZeroLoss`, but the metrics compare with the reference."""
+
+    reference_free: ClassVar[bool] = False
+
+
+@dataclass(frozen=True)
 class CoupledLoss(PreferenceLoss):
     """A loss of all pairs of an optimizer step together; autograd derives it, in fp64.
 
@@ -33,7 +40,7 @@ class CoupledLoss(PreferenceLoss):
     @property
     def linear(self) -> PairLoss:
         """The loss of pairs that `linear_pair_loss` takes when the derivatives are known."""
-        return ZeroLoss(beta=self.beta)
+        return LinearLoss(beta=self.beta)
 
     def losses_and_slopes(
         self,
@@ -91,6 +98,9 @@ class CoupledMixture(CoupledLoss):
     def names(self) -> tuple[str, ...]:
         """The names of the parts."""
         return tuple(name for part in self.parts for name in part.names)
+
+    def with_beta(self, beta: float) -> Self:
+        return replace(self, beta=beta, parts=tuple(part.with_beta(beta) for part in self.parts))
 
     def losses(
         self,

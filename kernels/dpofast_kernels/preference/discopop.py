@@ -28,7 +28,7 @@ class DiscoPOPLoss(PairLoss):
 
     name: ClassVar[str] = "discopop"
     takes_divergence: ClassVar[bool] = True
-    option_name: ClassVar[str | None] = "discopop_tau"
+    option_names: ClassVar[tuple[str, ...]] = ("discopop_tau",)
 
     discopop_tau: float = 0.05
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, replace
+from typing import ClassVar, Self
 
 import torch
 import torch.nn.functional as F
@@ -111,6 +111,9 @@ class DivergenceLoss(PairLoss):
     def names(self) -> tuple[str, ...]:
         """The name of the loss."""
         return self.loss.names
+
+    def with_beta(self, beta: float) -> Self:
+        return replace(self, beta=beta, loss=self.loss.with_beta(beta))
 
     def pair_loss(
         self, chosen_logratios: Tensor, rejected_logratios: Tensor, lengths: Tensor

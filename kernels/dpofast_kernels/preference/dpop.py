@@ -24,7 +24,7 @@ class DPOPLoss(PairLoss):
     """
 
     name: ClassVar[str] = "dpop"
-    option_name: ClassVar[str | None] = "dpop_lambda"
+    option_names: ClassVar[tuple[str, ...]] = ("dpop_lambda",)
 
     dpop_lambda: float = 50.0
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, replace
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -14,14 +14,17 @@ from torch import Tensor
 class PreferenceLoss:
     """A loss whose mean over pairs is trained: a `PairLoss`, or a `CoupledLoss`.
 
-    A loss may have one more number as an option of its own, which is a field of its class.
+    A loss may have up to two more numbers as options of its own, which are fields of its class.
 
     Attributes:
         name: name in the registry.
         takes_label_smoothing: whether the loss has label smoothing.
         takes_divergence: whether other divergences than the reverse KL make sense, because the loss
             depends on the difference of a pair's two log-ratios (`DivergenceLoss`).
-        option_name: name of the loss's own option; None if it has none.
+        reference_free: whether the loss compares log-probs of the policy, without a reference. All
+            "log-ratios" are log-probs of the policy then.
+        rewards_per_token: whether the rewards in the metrics are beta times means per token.
+        option_names: names of the loss's own options, at most two.
         beta: strength of the pull towards the reference, above 0.
         label_smoothing: probability that a pair's labels are swapped, in [0, 0.5).
 
@@ -33,13 +36,15 @@ class PreferenceLoss:
     name: ClassVar[str]
     takes_label_smoothing: ClassVar[bool] = False
     takes_divergence: ClassVar[bool] = False
-    option_name: ClassVar[str | None] = None
+    reference_free: ClassVar[bool] = False
+    rewards_per_token: ClassVar[bool] = False
+    option_names: ClassVar[tuple[str, ...]] = ()
 
     beta: float = 0.1
     label_smoothing: float = 0.0
 
     def __post_init__(self) -> None:
-        for name in filter(None, ("beta", "label_smoothing", self.option_name)):
+        for name in ("beta", "label_smoothing", *self.option_names):
             value = getattr(self, name)
             if not isinstance(value, (int, float)) or isinstance(value, bool):
                 raise TypeError(f"{name} is {value!r}, expected a number.")
@@ -61,9 +66,19 @@ class PreferenceLoss:
         return (self.name,)
 
     @property
-    def option(self) -> float:
-        """The value of the loss's own option; 0 if it has none."""
-        return 0.0 if self.option_name is None else float(getattr(self, self.option_name))
+    def options(self) -> tuple[float, float]:
+        """The values of the loss's own options; 0 for those that it doesn't have."""
+        first, second = (*(float(getattr(self, name)) for name in self.option_names), 0.0, 0.0)[:2]
+        return first, second
+
+    @property
+    def is_reference_free(self) -> bool:
+        """Whether the loss compares log-probs of the policy, without a reference."""
+        return self.reference_free
+
+    def with_beta(self, beta: float) -> Self:
+        """The same loss with another beta, also in the losses of which it consists."""
+        return replace(self, beta=beta)
 
     def losses(
         self,
@@ -222,6 +237,7 @@ class ZeroLoss(PairLoss):
 
     name: ClassVar[str] = "zero"
     by_answer: ClassVar[bool] = True
+    reference_free: ClassVar[bool] = True
     is_zero: ClassVar[bool] = True
 
     def pair_loss(

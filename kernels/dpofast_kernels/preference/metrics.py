@@ -23,6 +23,7 @@ def pair_metrics(
     ref_logps: Tensor,  # [2P]
     bounds: Tensor,  # [2P+1]
     beta: float,
+    rewards_per_token: bool = False,
 ) -> dict[str, Tensor]:
     """Rewards, log-probs and log-ratios of every pair, under the names that TRL logs.
 
@@ -31,6 +32,8 @@ def pair_metrics(
         ref_logps: [2P] summed log-probs of the reference, on any device.
         bounds: [2P+1] int64, bounds of the sequences, on any device. No sequence may be empty.
         beta: beta of the loss; a reward is beta times a log-ratio.
+        rewards_per_token: whether a reward is beta times a mean log-ratio per token, as for losses
+            of such means (`PairLoss.rewards_per_token`).
 
     Returns:
         [P] fp64 for each of METRIC_NAMES, in that order, on the device of `logps`. An accuracy is 1
@@ -58,7 +61,8 @@ def pair_metrics(
         raise ValueError(f"bounds is {list(bounds.shape)}, expected [{len(logps) + 1}].")
     logps = logps.detach().double()
     ref_logps, lengths = ref_logps.detach().to(logps), bounds.to(logps.device).diff()
-    return metrics_of_pairs(logps.view(-1, 2), ref_logps.view(-1, 2), lengths.view(-1, 2), beta)
+    columns = logps.view(-1, 2), ref_logps.view(-1, 2), lengths.view(-1, 2)
+    return metrics_of_pairs(*columns, beta, rewards_per_token)
 
 
 def metrics_of_pairs(
@@ -66,10 +70,12 @@ def metrics_of_pairs(
     ref_logps: Tensor,  # [P, 2]
     lengths: Tensor,  # [P, 2]
     beta: float,
+    rewards_per_token: bool,
 ) -> dict[str, Tensor]:
     """`pair_metrics` of columns chosen and rejected: fp64, but int64 lengths, on one device."""
     logratios = logps - ref_logps  # [P, 2]
-    mean_logratios, rewards = logratios / lengths, beta * logratios
+    mean_logratios = logratios / lengths
+    rewards = beta * (mean_logratios if rewards_per_token else logratios)
     values = {
         "rewards/chosen": rewards[:, 0],
         "rewards/rejected": rewards[:, 1],

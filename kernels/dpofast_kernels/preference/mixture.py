@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, replace
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ class MixtureLoss(PairLoss):
 
     Raises:
         ValueError: the numbers of losses and weights differ, a weight is out of range, or the
-            losses differ in beta.
+            losses differ in beta, or only some of them need a reference.
     """
 
     name: ClassVar[str] = "mixture"
@@ -42,8 +42,15 @@ class MixtureLoss(PairLoss):
         return tuple(name for part in self.parts for name in part.names)
 
     @property
+    def is_reference_free(self) -> bool:
+        return self.parts[0].is_reference_free
+
+    @property
     def is_by_answer(self) -> bool:
         return all(part.is_by_answer for part, _ in self._weighted())
+
+    def with_beta(self, beta: float) -> Self:
+        return replace(self, beta=beta, parts=tuple(part.with_beta(beta) for part in self.parts))
 
     def pair_loss(
         self, chosen_logratios: Tensor, rejected_logratios: Tensor, lengths: Tensor
@@ -82,7 +89,7 @@ def check_mixture(parts: Sequence[PreferenceLoss], weights: Sequence[float], bet
 
     Raises:
         ValueError: the numbers of losses and weights differ, a weight is out of range, or the
-            losses differ in beta.
+            losses differ in beta, or only some of them need a reference.
     """
     if len(weights) != len(parts):
         raise ValueError(
@@ -94,6 +101,13 @@ def check_mixture(parts: Sequence[PreferenceLoss], weights: Sequence[float], bet
         raise ValueError("All weights are 0, so nothing would be trained.")
     if any(part.beta != beta for part in parts):
         raise ValueError("The losses of a mixture differ in beta, expected the same.")
+    free = [part.name for part in parts if part.is_reference_free]
+    if free and len(free) < len(parts):
+        other = next(part.name for part in parts if not part.is_reference_free)
+        raise ValueError(
+            f"The {free[0]} loss has no reference, but the {other} loss needs one, so they can't "
+            "be mixed; choose losses of one kind."
+        )
 
 
 def _sum(

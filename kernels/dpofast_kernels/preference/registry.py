@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from dpofast_kernels.preference.aot import AOTLoss, AOTUnpairedLoss
 from dpofast_kernels.preference.apo import APODownLoss, APOZeroLoss
 from dpofast_kernels.preference.bco_pair import BCOPairLoss
 from dpofast_kernels.preference.coupled import CoupledLoss, CoupledMixture
+from dpofast_kernels.preference.cpo import CPOHingeLoss, CPOIPOLoss, CPOLoss
 from dpofast_kernels.preference.discopop import DiscoPOPLoss
 from dpofast_kernels.preference.dpop import DPOPLoss
 from dpofast_kernels.preference.exo_pair import EXOPairLoss
@@ -17,8 +18,10 @@ from dpofast_kernels.preference.ipo import IPOLoss
 from dpofast_kernels.preference.loss import PairLoss, PreferenceLoss
 from dpofast_kernels.preference.mixture import MixtureLoss
 from dpofast_kernels.preference.nca_pair import NCAPairLoss
+from dpofast_kernels.preference.orpo import ORPOLoss
 from dpofast_kernels.preference.robust import RobustLoss
 from dpofast_kernels.preference.sigmoid import SigmoidLoss, SigmoidNormLoss
+from dpofast_kernels.preference.simpo import AlphaPOLoss, SimPOLoss
 from dpofast_kernels.preference.sppo_hard import SPPOHardLoss
 
 LOSSES: dict[str, type[PairLoss]] = {
@@ -26,17 +29,21 @@ LOSSES: dict[str, type[PairLoss]] = {
     for loss in (
         *(SigmoidLoss, SigmoidNormLoss, HingeLoss, IPOLoss, RobustLoss, EXOPairLoss),
         *(APOZeroLoss, APODownLoss, NCAPairLoss, BCOPairLoss, SPPOHardLoss),
-        *(DiscoPOPLoss, DPOPLoss),
+        *(DiscoPOPLoss, DPOPLoss, CPOLoss, CPOHingeLoss, CPOIPOLoss, SimPOLoss, AlphaPOLoss),
+        ORPOLoss,
     )
 }
 # Those of which a pair's loss depends on the other pairs, too.
 COUPLED_LOSSES: dict[str, type[CoupledLoss]] = {
     loss.name: loss for loss in (AOTLoss, AOTUnpairedLoss)
 }
-# The options that a single loss has: the name of the loss by that of the option.
-LOSS_OPTIONS = {loss.option_name: loss.name for loss in LOSSES.values() if loss.option_name}
-# Names of losses in papers and in other tools.
 _ALL: dict[str, type[PreferenceLoss]] = {**LOSSES, **COUPLED_LOSSES}
+# The options that only some losses have: the names of these losses by that of the option.
+LOSS_OPTIONS = {
+    option: tuple(loss.name for loss in LOSSES.values() if option in loss.option_names)
+    for option in dict.fromkeys(name for loss in LOSSES.values() for name in loss.option_names)
+}
+# Names of losses in papers and in other tools.
 _OTHER_NAMES = {"dpo": "sigmoid", "dpo_norm": "sigmoid_norm"}
 
 
@@ -48,12 +55,15 @@ def make_loss(
     Args:
         name: "sigmoid" (DPO; cDPO with label_smoothing above 0), "sigmoid_norm", "hinge", "ipo",
             "robust", "exo_pair", "apo_zero", "apo_down", "nca_pair", "bco_pair", "sppo_hard",
-            "discopop" or "dpop".
+            "discopop" or "dpop"; or without a reference "cpo", "cpo_hinge", "cpo_ipo", "simpo",
+            "alphapo" or the odds ratio part of "orpo".
         beta: strength of the pull towards the reference, above 0.
         label_smoothing: probability that a pair's labels are swapped, in [0, 0.5); only "sigmoid",
-            "sigmoid_norm", "robust" and "exo_pair" take it, and "exo_pair" needs one above 0.
-        options: the loss's own option. `discopop_tau` of "discopop" is in (0, 1], by default 0.05;
-            `dpop_lambda` of "dpop" is at least 0, by default 50.
+            "sigmoid_norm", "robust", "cpo", "simpo", "alphapo" and "exo_pair" take it, and
+            "exo_pair" needs one above 0.
+        options: the loss's own options. `discopop_tau` of "discopop" is in (0, 1], by default 0.05;
+            `dpop_lambda` of "dpop" is at least 0, by default 50; `simpo_gamma` of "simpo" and
+            "alphapo" is 0.5 by default, `alpha` of "alphapo" 0.
 
     Raises:
         TypeError: an option is not a number, or no loss has an option of that name.
@@ -175,7 +185,7 @@ def _make_parts(
         own = {
             option: value
             for option, value in options.items()
-            if LOSS_OPTIONS.get(option) == name or LOSS_OPTIONS.get(option) not in names
+            if name in LOSS_OPTIONS.get(option, ()) or not _any_has(option, names)
         }
         smoothing = label_smoothing if name in smoothed or not smoothed else 0.0
         parts.append(_make_any(name, beta, smoothing, own))
@@ -186,24 +196,27 @@ def _make_any(
     name: str, beta: float, label_smoothing: float, options: dict[str, float]
 ) -> PreferenceLoss:
     if not isinstance(name, str) or name not in _ALL:
-        raise ValueError(
-            f"Unknown loss {name!r}.{_hint(str(name))} The losses are: {', '.join(sorted(_ALL))}."
-        )
+        raise ValueError(unknown_loss(name))
     for option, value in options.items():
         if option not in LOSS_OPTIONS:
             raise TypeError(
                 f"No loss has an option {option!r}; there are {', '.join(sorted(LOSS_OPTIONS))}."
             )
-        if LOSS_OPTIONS[option] != name:
+        if name not in LOSS_OPTIONS[option]:
             raise ValueError(
                 f"{option} is {value!r}, but the {name} loss has none: leave it out or choose the "
-                f"{LOSS_OPTIONS[option]} loss."
+                f"{' or the '.join(LOSS_OPTIONS[option])} loss."
             )
     return _ALL[name](beta=beta, label_smoothing=label_smoothing, **options)
 
 
-def _hint(name: str) -> str:
-    """What an unknown name may mean; only a typo is near enough to a name."""
-    near = difflib.get_close_matches(name, _ALL, n=1, cutoff=0.8)
-    meant = _OTHER_NAMES.get(name) or (near[0] if near else None)
-    return f" Did you mean {meant!r}?" if meant else ""
+def _any_has(option: str, names: Sequence[str]) -> bool:
+    return any(name in names for name in LOSS_OPTIONS.get(option, ()))
+
+
+def unknown_loss(name: object, known: Collection[str] = _ALL.keys()) -> str:
+    """The message for a name that is no loss; only a typo is near enough to a name for a hint."""
+    near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.8)
+    meant = _OTHER_NAMES.get(str(name)) or (near[0] if near else None)
+    hint = f" Did you mean {meant!r}?" if meant else ""
+    return f"Unknown loss {name!r}.{hint} The losses are: {', '.join(sorted(known))}."

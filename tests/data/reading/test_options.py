@@ -68,7 +68,7 @@ def test_images_and_sound_are_refused(row, column):
 
 
 @pytest.mark.parametrize(
-    "column", ["output", "label", "weight", "score_chosen", "chosen_rating", "margin", "note"]
+    "column", ["output", "label", "score", "score_chosen", "chosen_rating", "margin", "note"]
 )
 def test_other_columns_are_unused(column):
     for row in (

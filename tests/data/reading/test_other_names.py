@@ -181,5 +181,5 @@ def test_chosen_and_rejected_response(prompt, kind):
 
 def test_columns_of_another_form_beside_a_pair_are_unused():
     row = {"prompt": "2+2=", "chosen": "4", "rejected": "5", "messages": PROMPT, "output": "4"}
-    row |= {"chosen_response": "6", "label": True, "weight": 0.5, "instruction": "Add."}
+    row |= {"chosen_response": "6", "label": True, "score": 0.5, "instruction": "Add."}
     assert read(row).used & set(row) == {"prompt", "chosen", "rejected"}

@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import datasets
+import pyarrow as pa
 
-from dpofast.data import data_fingerprint, load_preferences, tokenize_preferences
+from dpofast.data import (
+    data_fingerprint,
+    load_preferences,
+    pairs_fingerprint,
+    tokenize_preferences,
+)
 from tests.data.builders import random_rows
 
 
@@ -34,3 +40,30 @@ def test_a_token_that_moves_over_a_border_changes_the_fingerprint():
         return data_fingerprint(datasets.Dataset.from_list(rows))
 
     assert of([1, 2], [3]) != of([1], [2, 3])
+
+
+def test_weights_and_confidences_are_part_of_the_fingerprint_of_pairs():
+    rows = [{"prompt_ids": [1], "chosen_ids": [2], "rejected_ids": [n]} for n in (3, 4, 5)]
+    pairs = datasets.Dataset.from_list(rows)
+
+    def found(**columns):
+        changed = pairs
+        for name, values in columns.items():
+            changed = changed.add_column(name, pa.array(values, pa.float64()))
+        return pairs_fingerprint(changed)
+
+    plain = data_fingerprint(pairs)
+    same_as_none = [{}, {"weight": [1, 1, None]}, {"label_confidence": [None] * 3}]
+    assert {found(**columns) for columns in same_as_none} == {plain}
+    differing = [
+        {"weight": [2, 1, 1]},
+        {"weight": [1, 2, 1]},
+        {"weight": [0.5] * 3},
+        {"label_confidence": [0.5] * 3},
+        {"label_confidence": [1.0] * 3},
+        {"label_confidence": [1.0, None, 1.0]},
+        {"weight": [0.5] * 3, "label_confidence": [0.5] * 3},
+    ]
+    assert len({plain, *(found(**columns) for columns in differing)}) == len(differing) + 1
+    assert found(weight=[2, 1, 1]) == found(weight=[2, None, 1])
+    assert found(weight=[2, 1, 1]).startswith(plain)

@@ -18,11 +18,11 @@ def report_of(rows, template=CHAT_TEMPLATE):
 
 
 def test_columns_that_no_form_reads_are_named_once_they_hold_something():
-    rows = [{**TEXT, "score": None, "note": ""}, {**TEXT, "score": 0.5, "note": "", "weight": 2}]
+    rows = [{**TEXT, "score": None, "note": ""}, {**TEXT, "score": 0.5, "note": "", "margin": 2}]
     report = report_of(rows)
-    assert report.unused == ("score", "weight")
-    assert "  not used: score, weight" in report.lines()
-    assert report.as_dict()["unused"] == ["score", "weight"]
+    assert report.unused == ("score", "margin")
+    assert "  not used: score, margin" in report.lines()
+    assert report.as_dict()["unused"] == ["score", "margin"]
 
 
 def test_everything_is_used():

@@ -117,7 +117,9 @@ def run_pair_loss(
     assert output.loss.dtype == output.logps.dtype == torch.float64
     assert not output.logps.requires_grad
     if extras.get("pairs") is None:
-        metrics = pair_metrics(output.logps, inputs.ref_logps, inputs.bounds, loss.beta)
+        per_token = loss.rewards_per_token
+        logps = (output.logps, inputs.ref_logps)
+        metrics = pair_metrics(*logps, inputs.bounds, loss.beta, per_token)
         torch.testing.assert_close(
             output.metrics, torch.stack([*metrics.values()]), rtol=1e-12, atol=0, equal_nan=True
         )

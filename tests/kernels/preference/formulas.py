@@ -26,9 +26,21 @@ def plain_formula(loss, a, b, lengths):
     if loss.name == "discopop":
         m = z / loss.discopop_tau
         return softplus(-z) * sigmoid(-m) + torch.exp(-z - softplus(-m))
+    if loss.name == "alphapo":
+        norm = beta * (
+            alpha_reward(a / lengths[:, 0], loss) - alpha_reward(b / lengths[:, 1], loss)
+        )
+    if loss.name in ("simpo", "alphapo"):
+        margin = norm - loss.simpo_gamma
+        return (1 - e) * softplus(-margin) + e * softplus(margin)
+    if loss.name == "orpo":
+        return beta * softplus(log_odds(b / lengths[:, 1]) - log_odds(a / lengths[:, 0]))
     if loss.name == "dpop":
         return softplus(-beta * (a - b - loss.dpop_lambda * torch.relu(-a)))
     return {
+        "cpo": lambda: (1 - e) * softplus(-z) + e * softplus(z),
+        "cpo_hinge": lambda: torch.relu(1 - z),
+        "cpo_ipo": lambda: (mean_difference - 1 / (2 * beta)) ** 2,
         "sigmoid": lambda: (1 - e) * softplus(-z) + e * softplus(z),
         "sigmoid_norm": lambda: (1 - e) * softplus(-norm) + e * softplus(norm),
         "hinge": lambda: torch.relu(1 - z),
@@ -40,6 +52,25 @@ def plain_formula(loss, a, b, lengths):
         "bco_pair": lambda: softplus(-beta * a) + softplus(beta * b),
         "sppo_hard": lambda: (a - 1 / (2 * beta)) ** 2 + (b + 1 / (2 * beta)) ** 2,
     }[loss.name]()
+
+
+def alpha_reward(mean_logp, loss):
+    if not loss.alpha:
+        return mean_logp
+    return -torch.expm1((-loss.alpha * mean_logp).clamp(max=80)) / loss.alpha
+
+
+def log_odds(mean_logp):
+    mean_logp = mean_logp.clamp(max=-(2.0**-40))
+    return mean_logp - torch.log(-torch.expm1(mean_logp))
+
+
+def inputs_of(loss):
+    """What the loss is tried on: log-ratios, or for a loss without a reference log-probs."""
+    chosen, rejected, lengths = log_ratios()
+    if loss.is_reference_free:
+        return -chosen.abs(), -rejected.abs() - 0.1, lengths
+    return chosen, rejected, lengths
 
 
 def log_ratios():

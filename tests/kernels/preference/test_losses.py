@@ -12,15 +12,18 @@ from dpofast_kernels.head.pairs import Pairs
 from dpofast_kernels.head.pairs_triton import pair_loss_fwd
 from dpofast_kernels.preference import COUPLED_LOSSES, LOSS_OPTIONS, LOSSES
 from dpofast_kernels.preference.formulas_triton import FORMULAS
-from tests.kernels.preference.formulas import log_ratios, plain_formula
+from tests.kernels.preference.formulas import inputs_of, plain_formula
 
 SMOOTHINGS = {
     **dict.fromkeys(("sigmoid", "sigmoid_norm", "robust"), (0.0, 0.1, 0.49)),
+    **dict.fromkeys(("cpo", "simpo", "alphapo"), (0.0, 0.1)),
     "exo_pair": (1e-3, 0.1, 0.49),
 }
 OPTIONS = {
     "discopop": [{}, {"discopop_tau": 1e-3}, {"discopop_tau": 1.0}],
     "dpop": [{}, {"dpop_lambda": 0.0}, {"dpop_lambda": 3.0}],
+    "simpo": [{}, {"simpo_gamma": -1.5}],
+    "alphapo": [{}, {"alpha": 0.25, "simpo_gamma": 0.1}, {"alpha": -0.5}],
 }
 CASES = [
     make_loss(name, beta=beta, label_smoothing=smoothing, **options)
@@ -29,13 +32,13 @@ CASES = [
     for smoothing in SMOOTHINGS.get(name, (0.0,))
     for options in OPTIONS.get(name, [{}])
 ]
-CASE_NAMES = [f"{loss.name}-{loss.beta}-{loss.label_smoothing}-{loss.option}" for loss in CASES]
+CASE_NAMES = [f"{loss.name}-{loss.beta}-{loss.label_smoothing}-{loss.options}" for loss in CASES]
 # Triton's interpreter is slow: one beta is enough for it.
 TRITON_CASES = [loss for loss in CASES if loss.beta == 0.1]
 TRITON_NAMES = [CASE_NAMES[CASES.index(loss)] for loss in TRITON_CASES]
 ONE_OF_EACH = list({loss.name: loss for loss in TRITON_CASES}.values())
-ALONG_DIFFERENCE = {"sigmoid", "hinge", "robust", "exo_pair", "discopop"}
-ALONG_MEAN_DIFFERENCE = {"sigmoid_norm", "ipo"}
+ALONG_DIFFERENCE = {"sigmoid", "hinge", "robust", "exo_pair", "discopop", "cpo", "cpo_hinge"}
+ALONG_MEAN_DIFFERENCE = {"sigmoid_norm", "ipo", "cpo_ipo", "simpo"}
 
 
 def values(name, chosen, rejected, lengths=((1, 1),), **options):
@@ -46,7 +49,7 @@ def values(name, chosen, rejected, lengths=((1, 1),), **options):
 
 @pytest.mark.parametrize("loss", CASES, ids=CASE_NAMES)
 def test_values_and_derivatives_are_those_of_the_plain_formula(loss):
-    chosen, rejected, lengths = log_ratios()
+    chosen, rejected, lengths = inputs_of(loss)
     chosen.requires_grad_()
     rejected.requires_grad_()
     expected = plain_formula(loss, chosen, rejected, lengths)
@@ -66,7 +69,10 @@ def in_triton(logps, bounds, ref_logps, loss, smoothing=None):
     )
 
 
-@pytest.mark.parametrize("loss", CASES, ids=CASE_NAMES)
+WITH_REFERENCE = [loss for loss in CASES if not loss.is_reference_free]
+
+
+@pytest.mark.parametrize("loss", WITH_REFERENCE, ids=lambda loss: repr(loss))
 def test_first_value_is_the_loss_of_a_policy_that_equals_its_reference(loss):
     zeros, lengths = torch.zeros(3).double(), torch.tensor([[1, 9], [7, 7], [300, 2]])
     first = loss.first_value(lengths)
@@ -78,7 +84,7 @@ def test_first_value_is_the_loss_of_a_policy_that_equals_its_reference(loss):
 @pytest.mark.parametrize("loss", TRITON_CASES, ids=TRITON_NAMES)
 def test_triton_formula_is_the_same(loss):
     # The interpreter is slow. Every seventh pair still has each value on both sides.
-    chosen, rejected, lengths = (tensor[::7] for tensor in log_ratios())
+    chosen, rejected, lengths = (tensor[::7] for tensor in inputs_of(loss))
     # Sequences of one token: their log-probs are the log-ratios. Lengths have a test of their own.
     expected = loss.pair_loss(chosen, rejected, torch.ones_like(lengths))
     logps = torch.stack([chosen, rejected], 1).flatten()
@@ -118,10 +124,11 @@ def test_triton_sums_and_lengths(loss):
 
 @pytest.mark.parametrize("loss", CASES, ids=CASE_NAMES)
 def test_derivatives_lie_along_the_direction(loss):
-    chosen, rejected, lengths = log_ratios()
+    chosen, rejected, lengths = inputs_of(loss)
     _, d_chosen, d_rejected = loss.pair_loss(chosen, rejected, lengths)
     direction = loss.direction(lengths)
-    if loss.name not in ALONG_DIFFERENCE | ALONG_MEAN_DIFFERENCE:
+    is_bent = loss.name != "alphapo" or loss.alpha
+    if is_bent and loss.name not in ALONG_DIFFERENCE | ALONG_MEAN_DIFFERENCE:
         assert direction is None
         return
     assert direction.shape == (len(chosen), 2)
@@ -225,6 +232,38 @@ class TestWorkedFigures:
         found = values("discopop", -1e4, 0.0, beta=1.0, discopop_tau=tau)
         assert found == [1e4 + (tau == 1.0), -1.0, 1.0]
 
+    def test_simpo(self):
+        """z = 2 (-3/2 + 6/4) - 1 + 1 = 0, and then 2 (-1/2 + 6/4) - 1 = 1."""
+        found = values("simpo", -3.0, -6.0, ((2, 4),), beta=2.0, simpo_gamma=0.0)
+        assert found == pytest.approx([math.log(2.0), -0.5, 0.25], rel=1e-14)
+        loss, d_chosen, d_rejected = values("simpo", -1.0, -6.0, ((2, 4),), beta=2.0, simpo_gamma=1)
+        assert loss == pytest.approx(math.log1p(math.exp(-1.0)), rel=1e-14)
+        assert d_chosen == pytest.approx(-1.0 / (1.0 + math.e), rel=1e-14)
+        assert d_rejected == pytest.approx(-d_chosen / 2.0, rel=1e-14)
+
+    def test_alphapo(self):
+        """With alpha = 1 and p = 1/2 and 1/4, rewards are 1 - 2 and 1 - 4: z = 2, slopes 1 / p."""
+        two = math.log(2.0)
+        loss, d_chosen, d_rejected = values(
+            "alphapo", -3 * two, -4 * two, ((3, 2),), beta=1.0, alpha=1.0, simpo_gamma=0.0
+        )
+        slope = -1.0 / (1.0 + math.exp(2.0))
+        assert loss == pytest.approx(math.log1p(math.exp(-2.0)), rel=1e-14)
+        assert d_chosen == pytest.approx(slope * 2.0 / 3.0, rel=1e-14)
+        assert d_rejected == pytest.approx(-slope * 4.0 / 2.0, rel=1e-14)
+
+    def test_orpo(self):
+        """Odds 1 and 1/3 (p = 1/2 and 1/4): the ratio is 3, and the sigmoid of its log 3/4."""
+        two = math.log(2.0)
+        loss, d_chosen, d_rejected = values("orpo", -3 * two, -4 * two, ((3, 2),), beta=0.2)
+        assert loss == pytest.approx(0.2 * math.log(4.0 / 3.0), rel=1e-13)
+        assert d_chosen == pytest.approx(-0.2 * 0.25 * 2.0 / 3.0, rel=1e-13)
+        assert d_rejected == pytest.approx(0.2 * 0.25 * (4.0 / 3.0) / 2.0, rel=1e-13)
+
+    def test_orpo_is_finite_for_certain_answers(self):
+        for chosen, rejected in ((0.0, -1.0), (-1.0, 0.0), (0.0, 0.0), (-1e-30, -1e4)):
+            assert all(map(math.isfinite, values("orpo", chosen, rejected, beta=0.2)))
+
     def test_dpop_takes_from_the_margin_what_the_chosen_answer_has_lost(self):
         """z = 0.5 (-0.1 - (-2) - 3 x 0.1) = 0.8; the chosen slope is 1 + 3 times the other."""
         loss, d_chosen, d_rejected = values("dpop", -0.1, -2.0, beta=0.5, dpop_lambda=3.0)
@@ -272,10 +311,12 @@ class TestMakeLoss:
         [
             ("discopop_tau", "discopop", (0.0, -0.1, 1.5, math.nan)),
             ("dpop_lambda", "dpop", (-1.0, math.inf, math.nan)),
+            ("simpo_gamma", "simpo", (math.inf, math.nan)),
+            ("alpha", "alphapo", (math.inf, math.nan)),
         ],
     )
     def test_an_option_of_one_loss(self, option, loss, wrong):
-        assert make_loss(loss, **{option: 0.5}).option == 0.5
+        assert 0.5 in make_loss(loss, **{option: 0.5}).options
         for value in wrong:
             with pytest.raises(ValueError, match=f"{option} is {value}, expected"):
                 make_loss(loss, **{option: value})
@@ -285,7 +326,7 @@ class TestMakeLoss:
             ValueError, match=f"{option} is 0.5, but the ipo loss has none: .*{loss}"
         ):
             make_loss("ipo", **{option: 0.5})
-        assert LOSS_OPTIONS[option] == loss
+        assert loss in LOSS_OPTIONS[option]
 
     def test_an_option_of_no_loss(self):
         with pytest.raises(TypeError, match="No loss has an option 'gamma'"):
@@ -301,7 +342,7 @@ class TestMakeLoss:
             ("dpo_norm", "Did you mean 'sigmoid_norm'?"),
             ("atoo", ""),
             ("aot_unpared", "Did you mean 'aot_unpaired'?"),
-            ("simpo", ""),  # losses of their own
+            ("kto", ""),  # losses of their own
             ("kto_pair", ""),
         ],
     )
@@ -321,7 +362,7 @@ class TestMakeLoss:
     def test_unknown_name(self):
         with pytest.raises(ValueError, match="Did you mean 'sigmoid'"):
             make_loss("sigmod")
-        with pytest.raises(ValueError, match=r"The losses are: aot, .*, apo_zero, .*, sppo_hard"):
+        with pytest.raises(ValueError, match=r"The losses are: alphapo, aot, .*, sppo_hard"):
             make_loss("xyz")
         with pytest.raises(ValueError, match=r"Unknown loss \['sigmoid'\]"):
             make_loss(["sigmoid"])

@@ -129,3 +129,27 @@ def test_a_divergence_can_be_a_part():
     value = loss.pair_loss(chosen, rejected, lengths)[0]
     both = [each.pair_loss(chosen, rejected, lengths)[0] for each in (part, make_loss("ipo"))]
     torch.testing.assert_close(value, sum(both), rtol=1e-14, atol=0.0)
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_another_beta_is_that_of_all_parts_and_nothing_else_changes(name):
+    names, weights, options = MIXTURES[name]
+    moved = make_mixture(names, weights, **{**options, "beta": 0.37})
+    assert mixture(name).with_beta(0.37) == moved
+    assert [part.beta for part in getattr(moved, "parts", [moved])] == [0.37] * len(names)
+    with pytest.raises(ValueError, match="beta is 0"):
+        moved.with_beta(0.0)
+
+
+def test_a_divergence_gives_another_beta_to_its_loss():
+    def made(beta):
+        loss = make_mixture(["sigmoid", "hinge"], [1.0, 0.5], beta, 0.1)
+        return DivergenceLoss(
+            beta=beta,
+            label_smoothing=0.1,
+            loss=loss,
+            divergence="alpha_divergence",
+            coefficient=0.3,
+        )
+
+    assert made(0.1).with_beta(0.37) == made(0.37) != made(0.1)

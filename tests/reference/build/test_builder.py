@@ -232,7 +232,7 @@ def test_rows_in_less_detail_are_missing_to_a_build_that_asks_for_more(tmp_path,
     )
 
 
-def test_without_rescore_any_row_will_do(tmp_path):
+def test_where_sums_are_enough_any_row_will_do(tmp_path):
     dataset = pairs(6)
     rows = namespace(tmp_path)
     build(rows, dataset, options=BuildOptions(progress=False, detail=RowDetail.SUMS))
@@ -241,7 +241,7 @@ def test_without_rescore_any_row_will_do(tmp_path):
         RowDetail.LOGPS: 0,
         RowDetail.LOGSUMEXPS: 0,
     }
-    options = BuildOptions(progress=False, rescore=False)
+    options = BuildOptions(progress=False, least=RowDetail.SUMS)
     assert build(rows, dataset, options=options).rows_scored == 0
     np.testing.assert_array_equal(stored_logps(rows, dataset), expected_logps(dataset))
     more = concatenate_datasets([dataset, pairs(1, seed=9)])

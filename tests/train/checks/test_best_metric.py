@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from transformers import TrainerCallback
 
+from dpofast.data import mix_preferences
 from dpofast.errors import ConfigError
 from tests.support import make_trainer, tiny_mixtral, token_pairs, train
 
@@ -47,6 +48,16 @@ def test_a_metric_that_exists_chooses_the_best_checkpoint(tmp_path, metric, sets
     trainer = trainer_for(tmp_path, metric, sets)
     train(trainer)
     assert trainer.state.best_model_checkpoint
+
+
+def test_the_metrics_of_each_set_of_a_mixture_exist(tmp_path):
+    held_out = mix_preferences({"a": token_pairs(2), "org/b": token_pairs(2, seed=4)})
+    options = {**BEST, "metric_for_best_model": "loss/b"}
+    trainer = make_trainer(tmp_path, options=options, eval_dataset=held_out)
+    train(trainer)
+    assert trainer.state.best_metric in [
+        log["eval_loss/b"] for log in trainer.state.log_history if "eval_loss/b" in log
+    ]
 
 
 def test_the_auxiliary_loss_of_a_mixture_is_measured(tmp_path):

@@ -95,7 +95,8 @@ def test_a_step_that_the_loss_scaler_skips_is_passed_over():
 
     class Batch:
         num_pairs, ref_logps = 1, torch.zeros(2, dtype=torch.float64)
-        bounds = torch.tensor([0, 2, 5])
+        lengths = torch.tensor([[2, 3]])
+        weights = label_confidence = coefficients = None
 
     from dpofast_kernels import make_loss
 

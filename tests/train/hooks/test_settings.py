@@ -12,11 +12,11 @@ from tests.support import BETA, make_trainer, tiny_llama, tiny_mixtral
 
 def test_settings_show_what_the_trainer_uses(tmp_path):
     options = {"loss_type": "sigmoid", "label_smoothing": 0.2, "max_length": 99}
-    options |= {"max_prompt_length": 50, "max_target_length": 40}
+    options |= {"max_prompt_length": 50, "max_target_length": 40, "ld_alpha": 0.5}
     reference = tiny_llama(seed=1)
     trainer = make_trainer(tmp_path, options=options, ref_model=reference)
     assert trainer.beta == BETA
-    assert trainer.label_smoothing == 0.2
+    assert (trainer.label_smoothing, trainer.ld_alpha) == (0.2, 0.5)
     assert trainer.loss_types == trainer.loss_type == ["sigmoid"]
     assert trainer.ref_model is reference
     assert (trainer.max_length, trainer.max_prompt_length) == (99, 50)
@@ -65,6 +65,7 @@ def test_settings_of_a_mixture_and_of_an_adapter(tmp_path):
         ("loss_weights", "make_mixture"),
         ("f_divergence_type", "DivergenceLoss"),
         ("f_alpha_divergence_coef", "DivergenceLoss"),
+        ("ld_alpha", "DPOConfig"),
     ],
 )
 def test_an_assignment_that_would_change_nothing_is_refused(tmp_path, name, remedy):

@@ -58,7 +58,7 @@ def test_they_are_logged_as_the_built_in_ones_are(tmp_path):
 
 
 def test_the_best_checkpoint_is_chosen_by_names_that_exist(tmp_path):
-    options = {"eval_strategy": "steps", "eval_steps": 1, "metric_for_best_model": "kl"}
+    options = {"eval_strategy": "steps", "eval_steps": 1, "metric_for_best_model": "kl/tokens"}
     trainer = make_trainer(
         tmp_path, options=options, metrics_fn=own, eval_dataset=token_pairs(2, seed=4)
     )

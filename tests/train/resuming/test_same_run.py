@@ -88,6 +88,7 @@ def test_sums_between_two_logs_are_part_of_the_checkpoint(tmp_path):
         ("max_grad_norm", {"max_grad_norm": 0.3}),
         ("max_steps", {"max_steps": 8}),
         ("warmup_steps", {"warmup_steps": 2}),
+        ("ld_alpha: none in the checkpoint, 0.5 now", {"ld_alpha": 0.5}),
         ("disable_dropout", {"disable_dropout": False}),
         ("pairs_per_step", {"per_device_train_batch_size": 4}),
         ("optim", {"optim": "sgd"}),
@@ -112,6 +113,8 @@ def test_what_changes_the_numbers_is_refused_by_name(run, name, options):
 def test_options_that_the_loss_does_not_have_may_change(run):
     folder, expected = run
     none = {"discopop_tau": 0.3, "loss_weights": [1.0], "f_alpha_divergence_coef": 0.9}
+    none |= {"beta_end": 0.3, "beta_max": 7.0, "target_kl_gain": 0.5}
+    none |= {"ld_alpha": 1.0}
     assert history(resume(folder, **SCHEDULE, **none)) == expected
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from dataclasses import replace
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -13,7 +14,8 @@ import torch.nn.functional as F
 from transformers import TrainerCallback
 
 from dpofast import CoupledFunction, DPOTrainer
-from dpofast.errors import ConfigError, ModelError, NonFiniteError
+from dpofast.data import mix_preferences
+from dpofast.errors import ConfigError, DataError, ModelError, NonFiniteError
 from dpofast.train.steps.coupled import RandomState
 from dpofast_kernels import make_coupled_loss, make_loss
 from tests.support import (
@@ -209,7 +211,7 @@ class Masks:
                         first.append(table[:, :2].flatten())
                         return table
 
-                return Kept(found.model, found.autocast, found.device, found.gather, found.rank)
+                return Kept(**vars(found))
 
             def compute_pair_loss(self, model, batch, sums):
                 output = super().compute_pair_loss(model, batch, sums)
@@ -350,6 +352,66 @@ def test_a_coupled_loss_can_be_assigned_and_taken_back(tmp_path):
     plain = train(make_trainer(tmp_path / "1", options={"loss_type": "aot_unpaired"}))
     assert found[0] == plain[0]
     assert found[1] != plain[1]
+
+
+class TestWithOtherOptions:
+    SINGLE: ClassVar = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 1}
+
+    def test_a_likelihood_term_adds_its_gradients(self, tmp_path):
+        found = []
+        for names, weights in ((["aot"], [1.0]), (["sft"], [0.5]), (["aot", "sft"], [1.0, 0.5])):
+            options = {"loss_type": names, "loss_weights": weights, "max_steps": 1}
+            options |= {"max_tokens_per_microbatch": 40}
+            grads, trainer = first_gradients(tmp_path / "-".join(names), options, {})
+            found.append((grads, history(trainer)[0][0]))
+        (aot_grads, aot_loss), (sft_grads, sft_loss), (both_grads, both_loss) = found
+        assert both_loss == pytest.approx(aot_loss + sft_loss, rel=1e-12)
+        for parts in zip(both_grads, aot_grads, sft_grads, strict=True):
+            torch.testing.assert_close(parts[0], parts[1] + parts[2], rtol=0, atol=1e-10)
+
+    @pytest.mark.parametrize(
+        "options",
+        [
+            {},
+            {"ld_alpha": 0.3},
+            {"beta_schedule": "linear", "beta_end": 0.05},
+            {"target_kl": 0.01, "target_kl_gain": 1.0},
+        ],
+    )
+    def test_one_pair_in_a_step_has_the_sigmoid_loss(self, tmp_path, options):
+        runs = []
+        for names in (["sigmoid"], ["aot"]):
+            given = {**self.SINGLE, **options, "loss_type": names}
+            with float64_throughout():
+                trainer = make_trainer(tmp_path / names[0], tiny_llama().double(), options=given)
+                trainer.train()
+            names = ("loss", "grad_norm", "rewards/chosen", "rewards/margins", "kl/absolute")
+            logs = trainer.state.log_history[:6]
+            runs.append([[log[name] for name in names] for log in logs])
+        np.testing.assert_allclose(runs[1], runs[0], rtol=1e-9, atol=1e-12)
+
+    @pytest.mark.parametrize("name", ["weight", "label_confidence"])
+    def test_weights_and_confidences_of_pairs_are_refused(self, tmp_path, name):
+        pairs = token_pairs(10).add_column(name, [0.5] * 9 + [1.0])
+        with pytest.raises(DataError, match=f"{name}: the aot loss couples pairs"):
+            make_trainer(tmp_path, pairs=pairs, options={"loss_type": "aot"})
+
+    def test_each_dataset_of_a_mixture_has_its_part_of_the_loss(self, tmp_path):
+        def mixed(seed):
+            parts = {"small": token_pairs(3, seed=seed), "large": token_pairs(6, seed=seed + 1)}
+            return mix_preferences(parts)
+
+        trainer = make_trainer(
+            *(tmp_path, None, mixed(1)),
+            options={"loss_type": "aot_unpaired", "max_tokens_per_microbatch": 40},
+            eval_dataset=mixed(5),
+            ref_model=tiny_llama(seed=1),
+        )
+        train(trainer)
+        found = trainer.evaluate()
+        total = (3 * found["eval_loss/small"] + 6 * found["eval_loss/large"]) / 9
+        assert found["eval_loss"] == pytest.approx(total, rel=1e-9)
+        assert min(found["eval_loss/small"], found["eval_loss/large"]) > 0.1
 
 
 class TestEvaluation:

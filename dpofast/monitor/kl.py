@@ -1,0 +1,34 @@
+"""How far the policy is from its reference, per scored token of the data."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+KL, DRIFT = "kl", "kl/absolute"
+
+
+def kl_sums(
+    logps: Tensor,  # [S]
+    ref_logps: Tensor,  # [S]
+    bounds: Tensor,  # [S+1]
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Two distances from the reference, as sums over answers and their number of scored tokens.
+
+    `kl` is the mean over tokens of log pi(t) - log ref(t). On texts that are sampled from pi, it
+    estimates KL(pi || ref) without bias (k1 of J. Schulman, "Approximating KL divergence", 2020).
+    On the fixed texts of a dataset it is no such estimate, and may be negative.
+
+    `kl/absolute` takes the absolute value of each answer's log-ratio first, so that chosen answers
+    that rise and rejected ones that fall don't cancel out. It is at least |kl|.
+
+    Args:
+        logps: [S] summed log-probs of the policy, in nats, one per answer.
+        ref_logps: [S] summed log-probs of the reference.
+        bounds: [S+1] int64, bounds of the answers. All three are on one device.
+
+    Returns:
+        The sums by name, [] fp64 in nats, and the tokens, [] int64. Neither has a gradient.
+    """
+    logratios = logps.detach().double() - ref_logps.detach().double()  # [S]
+    sums = {KL: logratios.sum(), DRIFT: logratios.abs().sum()}
+    return sums, bounds[-1] - bounds[0]
