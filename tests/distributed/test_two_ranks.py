@@ -14,6 +14,7 @@ pytestmark = pytest.mark.distributed
 
 SCRIPT = Path(__file__).with_name("two_ranks.py")
 HOOK_WAYS = ["ddp.hooks", "zero1.hooks", "zero2.hooks"]
+COUPLED_WAYS = ["ddp.coupled", "zero2.coupled", "zero3.coupled"]
 SET_WAYS = ["ddp.sets", "zero2.sets"]
 KL_WAYS = ["ddp.kl", "zero2.kl"]
 # Losses without a reference, with means over the tokens of a step; and of means per token.
@@ -28,16 +29,16 @@ MIXTURE_WAYS = ["ddp.mixtral", "zero3.mixtral"]
 @pytest.fixture(scope="module")
 def one(tmp_path_factory):
     folder = tmp_path_factory.mktemp("one")
-    ways = ("ddp", "ddp.hooks", "ddp.sets", "ddp.kl", "ddp.free", "ddp.norm")
+    more = ("ddp.coupled", "ddp.sets", "ddp.kl", "ddp.free", "ddp.norm")
+    ways = ("ddp", "ddp.hooks", *more)
     launch(SCRIPT, 1, str(folder), "4", "1", *ways)
     return {way: json.loads((folder / f"{way}.json").read_text()) for way in ways}
 
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
-    return run_on_two(
-        tmp_path_factory, WAYS + BF16_WAYS + HOOK_WAYS + SET_WAYS + KL_WAYS + LOSS_WAYS
-    )
+    more = HOOK_WAYS + COUPLED_WAYS + SET_WAYS + KL_WAYS + LOSS_WAYS
+    return run_on_two(tmp_path_factory, WAYS + BF16_WAYS + more)
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +70,14 @@ def test_losses_metrics_and_penalties_of_ones_own_are_those_of_one_rank(one, two
     penalty = expected["logs"][0]["loss"] - one["ddp"]["logs"][0]["loss"]
     assert penalty > 0.01
     assert expected["logs"][0]["rewards/chosen"] == one["ddp"]["logs"][0]["rewards/chosen"]
+
+
+@pytest.mark.parametrize("way", COUPLED_WAYS)
+def test_a_loss_that_couples_pairs_is_that_of_one_rank(one, two, way):
+    """It depends on the order of a step's pairs, which the ranks restore."""
+    assert_same(one["ddp.coupled"], two[way])
+    losses = [log["loss"] for log in one["ddp.coupled"]["logs"]]
+    assert max(losses) - min(losses) > 0.01
 
 
 @pytest.mark.parametrize("way", SET_WAYS)

@@ -8,10 +8,11 @@ mixture of experts with the routers' auxiliary loss and gradient checkpointing. 
 because then the micro-batches are the same on any number of ranks. With ".stretched" it trains a
 model with dynamic RoPE on sequences beyond its original length. With ".hooks" it trains the sigmoid
 loss written by hand and a penalty that a subclass adds, and measures metrics of its own. With
-".sets" it trains two datasets with weights and soft labels, and evaluates both. With ".kl" the
-drift moves beta, of which each rank's betas are written, too. With ".free" it trains losses without
-a reference, whose likelihood is a mean over tokens; with ".norm" a loss of means per token. The
-main rank writes its logs to FOLDER/WAY.json.
+".coupled" it trains a loss that depends on all pairs of a step and on their order. With ".sets" it
+trains two datasets with weights and soft labels, and evaluates both. With ".kl" the drift moves
+beta, of which each rank's betas are written, too. With ".free" it trains losses without a
+reference, whose likelihood is a mean over tokens; with ".norm" a loss of means per token. The main
+rank writes its logs to FOLDER/WAY.json.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from typing import Any
 import torch
 from torch.nn.functional import softplus
 
-from dpofast import DPOConfig, DPOTrainer
+from dpofast import CoupledFunction, DPOConfig, DPOTrainer
 from dpofast.cli.process_end import run_to_end
 from dpofast.data import mix_preferences
 from tests.rope import ORIGINAL_LENGTH, rope_parameters
@@ -84,6 +85,11 @@ class Penalised(DPOTrainer):
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True)
         loss = loss + 1e-3 * sum(p.square().sum() for p in model.parameters())
         return (loss, outputs) if return_outputs else loss
+
+
+def coupled(chosen: torch.Tensor, rejected: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+    ranked = chosen.sort()[0] - rejected.sort()[0]
+    return softplus(-0.5 * ranked) + softplus(rejected.roll(1) - chosen)
 
 
 def own_hooks() -> dict[str, Any]:
@@ -150,6 +156,7 @@ def train(way: str, folder: Path, pairs_per_device: int, accumulation: int) -> N
         eval_dataset=held_out,
         processing_class=byte_tokenizer(),
         **(own_hooks() if has_hooks else {}),
+        **({"loss_fn": CoupledFunction(coupled)} if variant == "coupled" else {}),
     )
     trainer.train()
     assert trainer.is_deepspeed_enabled is (kind != "ddp")
