@@ -17,9 +17,9 @@ How a call travels through the files, from the public op down to one chunk of ro
     |-- sequences   sums of per-token log-probs over sequences
 
 `linear_logps` and `linear_scores` skip one_pass. On a GPU, rows_triton or fused_triton replaces
-tiled. Both use pairs_triton for the loss and logits_triton for what their kernels share; launch
-reads the launch parameters of each kernel. naive computes all logits at once, and tests compare
-every back end with it.
+tiled; tiles_triton has the kernels of fused_triton. Both back ends use pairs_triton for the loss
+and logits_triton for what their kernels share; launch reads the launch parameters of each kernel.
+naive computes all logits at once, and tests compare every back end with it.
 
 A row here is a row of hidden states: one scored token.
 """
