@@ -19,12 +19,14 @@ from __future__ import annotations
 
 from dpofast_kernels.head import (
     HEAD_VERSION,
+    STATISTICS,
     HeadOptions,
     PairLossOutput,
     backend_for,
     linear_logps,
     linear_pair_loss,
     linear_scores,
+    linear_statistics,
     sum_per_sequence,
 )
 from dpofast_kernels.preference import (
@@ -49,6 +51,7 @@ __all__ = [
     "LOSSES",
     "LOSS_OPTIONS",
     "METRIC_NAMES",
+    "STATISTICS",
     "CustomLoss",
     "DivergenceLoss",
     "HeadOptions",
@@ -60,6 +63,7 @@ __all__ = [
     "linear_logps",
     "linear_pair_loss",
     "linear_scores",
+    "linear_statistics",
     "make_custom_loss",
     "make_loss",
     "make_mixture",

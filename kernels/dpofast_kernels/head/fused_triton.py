@@ -29,6 +29,7 @@ from dpofast_kernels.head.logits_triton import logit_constants
 from dpofast_kernels.head.options import HeadOptions
 from dpofast_kernels.head.pairs_triton import pair_loss_fwd
 from dpofast_kernels.head.rows import LogitGradients, PairTerms, ScoredRows
+from dpofast_kernels.head.statistics_triton import statistic_constants
 from dpofast_kernels.head.tiles_triton import (
     finish_rows_kernel,
     score_tiles_kernel,
@@ -46,7 +47,9 @@ class FusedRows:
 
     vocab_major = False  # the kernels write contiguous rows
 
-    def __init__(self, weight: Tensor, options: HeadOptions) -> None:
+    def __init__(
+        self, weight: Tensor, options: HeadOptions, statistics: tuple[str, ...] = ()
+    ) -> None:
         if weight.stride(1) != 1:
             raise ValueError(
                 f"weight has strides {weight.stride()}, but backend 'triton_fused' expects rows "
@@ -59,14 +62,16 @@ class FusedRows:
                 f"weight is {weight.dtype}, but backend 'triton_fused' multiplies bfloat16 and "
                 "float16 alone: choose backend 'triton' or 'auto'."
             )
-        self.weight = weight
+        self.weight, self.statistics = weight, statistics
         self.bias = None if options.bias is None else options.bias.contiguous()
-        self.constants = logit_constants(options)
-        # A bias, the slopes of a cap and fp32 gradients need registers. The largest tiles leave no
-        # register free, so these cases get smaller tiles.
-        is_wide = self.bias is not None or options.softcap is not None
+        self.constants = {**logit_constants(options), **statistic_constants(statistics)}
+        # A bias, the slopes of a cap, statistics and fp32 gradients need registers. The largest
+        # tiles leave no register free, so these cases get smaller tiles.
+        is_wide = self.bias is not None or options.softcap is not None or bool(statistics)
         is_wide = is_wide or weight.dtype != torch.bfloat16
         self.tile_entry = "score_tiles_wide" if is_wide else "score_tiles"
+        # Statistics of capped logits keep logits, slopes and exponentials in registers at once.
+        self.is_narrow = options.softcap is not None and bool(statistics)
 
     def workspace_dtype(self, keep: bool) -> torch.dtype | None:
         return product_dtype(self.weight) if keep else None
@@ -81,10 +86,15 @@ class FusedRows:
         if not _are_aligned(hidden_states, weight):
             # Descriptors can't read such rows. Pointers need registers, so the tiles are smaller.
             tiles = {**launch_options("score_tiles_wide", device), "DESCRIPTORS": False}
+        if self.is_narrow:
+            tiles = narrowed(tiles)
         num_tiles = triton.cdiv(vocab_size, tiles["BN"])
         dtype = accumulate_dtype(weight.dtype)
         targets, logps, factors, logsumexps = weight.new_empty(4, num_rows, dtype=dtype).unbind()
-        sums = weight.new_empty(num_tiles, num_rows, dtype=dtype)
+        found = None
+        if self.statistics:
+            found = weight.new_empty(len(self.statistics), num_rows, dtype=dtype)  # [K, n]
+        sums = weight.new_empty(1 if found is None else 5, num_tiles, num_rows, dtype=dtype)
         d_logits = workspace if keep else None
         p_bias = targets if self.bias is None else self.bias
         p_d_logits, stride_d = (targets, 0) if d_logits is None else (d_logits, d_logits.stride(0))
@@ -103,14 +113,14 @@ class FusedRows:
             )  # fmt: skip
             finish_rows_kernel[(num_rows,)](
                 hidden_states, weight, p_bias, labels, targets, p_d_logits, sums,
-                logps, factors, logsumexps,
+                logps, factors, logsumexps, targets if found is None else found,
                 num_rows, vocab_size, hidden_size, num_tiles, *strides, stride_d,
                 MAX_REST=MAX_REST, **self.constants, KEEP=keep,
                 **launch_options("finish_rows", device),
             )  # fmt: skip
         if d_logits is None:
-            return ScoredRows(logps, logsumexps=logsumexps)
-        return ScoredRows(logps, (d_logits, factors))
+            return ScoredRows(logps, (), logsumexps, found)
+        return ScoredRows(logps, (d_logits, factors), statistics=found)
 
     def differentiate(
         self, scored: ScoredRows, labels: Tensor, coefficients: Tensor
@@ -122,6 +132,12 @@ class FusedRows:
         self, per_token_logps: Tensor, bounds: Tensor, ref_logps: Tensor, loss: PairLoss
     ) -> PairTerms:
         return pair_loss_fwd(per_token_logps, bounds, ref_logps, loss)
+
+
+def narrowed(tiles: dict[str, Any]) -> dict[str, Any]:
+    """Launch options of tiles half as wide if a warp's share of a tile is above 1024 logits."""
+    share = tiles["BM"] * tiles["BN"] // tiles.get("num_warps", 4)
+    return {**tiles, "BN": tiles["BN"] // 2} if share > 1024 else tiles
 
 
 def _are_aligned(*matrices: Tensor) -> bool:

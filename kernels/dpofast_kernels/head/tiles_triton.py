@@ -9,6 +9,11 @@ import triton
 import triton.language as tl
 
 from dpofast_kernels.head.logits_triton import finish_logits, label_logp, row_logsumexp
+from dpofast_kernels.head.statistics_triton import moments, store_statistics
+
+# A tile's exp(z - k) can be as large as MAX_REST, whose square fp32 doesn't hold. The sums of
+# squares are those of this multiple. What it makes too small for fp32 doesn't count next to 1.
+_SQUARES_UNIT = tl.constexpr(2.0**-40)
 
 
 @triton.jit(do_not_specialize_on_alignment=["p_labels"])
@@ -73,7 +78,7 @@ def score_tiles_kernel(
     p_labels,  # [n] int64
     p_targets,  # [n], result of target_products_kernel
     p_d_logits,  # [n, V], rows `stride_d` apart
-    p_sums,  # [tiles of V, n]
+    p_sums,  # [1, tiles of V, n], with statistics [5, tiles of V, n]
     n,
     V,
     H,
@@ -85,6 +90,10 @@ def score_tiles_kernel(
     SCALE: tl.constexpr,
     SOFTCAP: tl.constexpr,
     TEMPERATURE: tl.constexpr,
+    ENTROPY: tl.constexpr,
+    MEAN_LOGIT: tl.constexpr,
+    IS_TOP: tl.constexpr,
+    LOG_SUM_P2: tl.constexpr,
     KEEP: tl.constexpr,
     UPCAST: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
@@ -94,6 +103,9 @@ def score_tiles_kernel(
     BK: tl.constexpr,
 ):
     """Write exp(z - k) times the slope of z, and each tile's sum of exp(z - k) without the labels.
+
+    Statistics need more sums: those of E (z - k) and E^2 without the labels, where E is exp(z - k),
+    that of z, and the number of logits above the label's.
 
     The kernel is persistent: each program takes every num_programs-th tile. Tiles are numbered in
     bands of GROUP row blocks, column by column inside a band. So tiles that run at the same time
@@ -126,7 +138,22 @@ def score_tiles_kernel(
         )
         m_rest = m_v[None, :] & (o_v[None, :] != b_label[:, None])
         b_e = tl.where(m_rest, tl.exp(b_z - b_reference[:, None]), 0.0)
-        tl.store(p_sums + i_n.to(tl.int64) * n + o_m, tl.sum(b_e, axis=1), mask=m_m)
+        p_tile = p_sums + i_n.to(tl.int64) * n + o_m
+        plane = tl.cast(num_n, tl.int64) * n
+        tl.store(p_tile, tl.sum(b_e, axis=1), mask=m_m)
+        if ENTROPY is not None:
+            b_sum = tl.sum(moments(b_e, b_z - b_reference[:, None]), axis=1)
+            tl.store(p_tile + plane, b_sum, mask=m_m)
+        if LOG_SUM_P2 is not None:
+            b_scaled = b_e * _SQUARES_UNIT
+            tl.store(p_tile + 2 * plane, tl.sum(b_scaled * b_scaled, axis=1), mask=m_m)
+        if MEAN_LOGIT is not None:
+            b_sum = tl.sum(tl.where(m_v[None, :], b_z, 0.0), axis=1)
+            tl.store(p_tile + 3 * plane, b_sum, mask=m_m)
+        if IS_TOP is not None:
+            # A negated <= counts NaN, too.
+            m_above = m_rest & ((b_z <= b_reference[:, None]) == 0)
+            tl.store(p_tile + 4 * plane, tl.sum(m_above.to(dtype), axis=1), mask=m_m)
         if KEEP:
             p_d = p_d_logits + o_m[:, None].to(tl.int64) * stride_d + o_v[None, :]
             b_d = (b_e * b_slope).to(p_d_logits.dtype.element_ty)
@@ -161,10 +188,29 @@ def _row_logits(
     return finish_logits(b_z, p_bias, o_v, m_v, HAS_BIAS, SCALE, SOFTCAP, TEMPERATURE)
 
 
+@triton.jit
+def _row_sum(
+    p_sums,  # [num_tiles, n]
+    i_n,
+    n,
+    num_tiles,
+    BT: tl.constexpr,
+):
+    """The sum of a row's tiles in fp64, in a fixed order: the same inputs give the same bits."""
+    b_sum = tl.zeros([BT], dtype=tl.float64)
+    for i_t in range(0, num_tiles, BT):
+        o_t = i_t + tl.arange(0, BT)
+        p_t = p_sums + o_t.to(tl.int64) * n + i_n
+        b_sum += tl.load(p_t, mask=o_t < num_tiles, other=0.0).to(tl.float64)
+    return tl.sum(b_sum, axis=0)
+
+
 @triton.jit(
     do_not_specialize=["n", "num_tiles"],
-    do_not_specialize_on_alignment=["p_labels", "p_logps", "p_factors", "p_logsumexps"],
-)
+    do_not_specialize_on_alignment=[
+        "p_labels", "p_logps", "p_factors", "p_logsumexps", "p_statistics"
+    ],
+)  # fmt: skip
 def finish_rows_kernel(
     p_hidden_states,  # [n, H]
     p_weight,  # [V, H]
@@ -172,10 +218,11 @@ def finish_rows_kernel(
     p_labels,  # [n] int64
     p_targets,  # [n], result of target_products_kernel
     p_d_logits,  # [n, V], rows `stride_d` apart
-    p_sums,  # [num_tiles, n]
+    p_sums,  # [1, num_tiles, n], with statistics [5, num_tiles, n]
     p_logps,  # [n]
     p_factors,  # [n]
     p_logsumexps,  # [n], written only without KEEP
+    p_statistics,  # [K, n]
     n,
     V,
     H,
@@ -188,24 +235,35 @@ def finish_rows_kernel(
     SCALE: tl.constexpr,
     SOFTCAP: tl.constexpr,
     TEMPERATURE: tl.constexpr,
+    ENTROPY: tl.constexpr,
+    MEAN_LOGIT: tl.constexpr,
+    IS_TOP: tl.constexpr,
+    LOG_SUM_P2: tl.constexpr,
     KEEP: tl.constexpr,
     BT: tl.constexpr,
     BV: tl.constexpr,
     BH: tl.constexpr,
 ):
-    """Log-probs from the sums of the tiles, and the gradient at the label; one program per row.
+    """Log-probs and statistics from the sums of the tiles, and the gradient at the label.
 
-    The sums are added in a fixed order: the same inputs give the same bits.
+    There is one program per row.
     """
     i_n = tl.program_id(0).to(tl.int64)
     dtype: tl.constexpr = p_targets.dtype.element_ty
     p_d = p_d_logits + i_n * stride_d
-    b_rest = tl.zeros([BT], dtype=tl.float64)
-    for i_t in range(0, num_tiles, BT):
-        o_t = i_t + tl.arange(0, BT)
-        p_t = p_sums + o_t.to(tl.int64) * n + i_n
-        b_rest += tl.load(p_t, mask=o_t < num_tiles, other=0.0).to(tl.float64)
-    rest = tl.sum(b_rest, axis=0)
+    plane = tl.cast(num_tiles, tl.int64) * n
+    rest = _row_sum(p_sums, i_n, n, num_tiles, BT)
+    moment = tl.full([], 0.0, dtype=tl.float64)
+    squares, logit_sum, above = moment, moment, moment
+    if ENTROPY is not None:
+        moment = _row_sum(p_sums + plane, i_n, n, num_tiles, BT)
+    if LOG_SUM_P2 is not None:
+        squares = _row_sum(p_sums + 2 * plane, i_n, n, num_tiles, BT)
+        squares = squares / (_SQUARES_UNIT * _SQUARES_UNIT)
+    if MEAN_LOGIT is not None:
+        logit_sum = _row_sum(p_sums + 3 * plane, i_n, n, num_tiles, BT)
+    if IS_TOP is not None:
+        above = _row_sum(p_sums + 4 * plane, i_n, n, num_tiles, BT)
     label = tl.load(p_labels + i_n)
     target, slope = finish_logits(
         tl.load(p_targets + i_n), p_bias, label, True, HAS_BIAS, SCALE, SOFTCAP, TEMPERATURE
@@ -225,6 +283,7 @@ def finish_rows_kernel(
             )  # fmt: skip
             reference = tl.maximum(reference, tl.max(tl.where(m_v, b_z, float("-inf")), axis=0))
         rest = tl.full([], 0.0, dtype=tl.float64)
+        moment, squares = rest, rest
         for i_v in range(0, V, BV):
             o_v = i_v + tl.arange(0, BV)
             m_v = o_v < V
@@ -235,6 +294,10 @@ def finish_rows_kernel(
             m_rest = m_v & (o_v != label)
             b_e = tl.where(m_rest, tl.exp(b_z - reference), 0.0)
             rest += tl.sum(b_e.to(tl.float64), axis=0)
+            if ENTROPY is not None:
+                moment += tl.sum(moments(b_e, b_z - reference).to(tl.float64), axis=0)
+            if LOG_SUM_P2 is not None:
+                squares += tl.sum((b_e * b_e).to(tl.float64), axis=0)
             if KEEP:
                 tl.store(p_d + o_v, (b_e * b_slope).to(p_d.dtype.element_ty), mask=m_rest)
     logp, factor = label_logp(target, reference, rest)
@@ -245,3 +308,7 @@ def finish_rows_kernel(
         tl.store(p_d + label, (-rest.to(dtype) * slope).to(p_d.dtype.element_ty))
     else:
         tl.store(p_logsumexps + i_n, row_logsumexp(target, reference, rest).to(dtype))
+    store_statistics(
+        p_statistics, i_n, tl.num_programs(0), V, target, reference, above == 0.0,
+        rest, moment, squares, logit_sum, ENTROPY, MEAN_LOGIT, IS_TOP, LOG_SUM_P2,
+    )  # fmt: skip
