@@ -133,7 +133,7 @@ def compiled(
     kernel: str, architecture: str, types: dict[str, str], constants: dict[str, Any]
 ) -> Any:
     options = dict(launch_table()[architecture][kernel])
-    if kernel == "score_tiles_wide" and constants["SOFTCAP"] and constants["ENTROPY"] is not None:
+    if kernel == "score_tiles_wide" and needs_narrow_tiles(constants):
         options = fused_triton.narrowed(options)
     launch = {name: options.pop(name) for name in ("num_warps", "num_stages")}
     constants = {**options, **constants}
@@ -161,6 +161,11 @@ def compiled(
     }
     source = ASTSource(function, signature=signature, constexprs=constants, attrs=aligned)
     return triton.compile(source, target=target(architecture), options=launch)
+
+
+def needs_narrow_tiles(constants: dict[str, Any]) -> bool:
+    """The case of `FusedRows.score`: statistics of capped logits, with a gradient."""
+    return constants["KEEP"] and constants["SOFTCAP"] and constants["ENTROPY"] is not None
 
 
 def target(architecture: str) -> GPUTarget:

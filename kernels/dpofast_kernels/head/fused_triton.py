@@ -70,8 +70,7 @@ class FusedRows:
         is_wide = self.bias is not None or options.softcap is not None or bool(statistics)
         is_wide = is_wide or weight.dtype != torch.bfloat16
         self.tile_entry = "score_tiles_wide" if is_wide else "score_tiles"
-        # Statistics of capped logits keep logits, slopes and exponentials in registers at once.
-        self.is_narrow = options.softcap is not None and bool(statistics)
+        self.has_capped_statistics = options.softcap is not None and bool(statistics)
 
     def workspace_dtype(self, keep: bool) -> torch.dtype | None:
         return product_dtype(self.weight) if keep else None
@@ -86,7 +85,8 @@ class FusedRows:
         if not _are_aligned(hidden_states, weight):
             # Descriptors can't read such rows. Pointers need registers, so the tiles are smaller.
             tiles = {**launch_options("score_tiles_wide", device), "DESCRIPTORS": False}
-        if self.is_narrow:
+        if self.has_capped_statistics and keep:
+            # Logits, slopes and exponentials are in registers at once.
             tiles = narrowed(tiles)
         num_tiles = triton.cdiv(vocab_size, tiles["BN"])
         dtype = accumulate_dtype(weight.dtype)
@@ -135,9 +135,8 @@ class FusedRows:
 
 
 def narrowed(tiles: dict[str, Any]) -> dict[str, Any]:
-    """Launch options of tiles half as wide if a warp's share of a tile is above 1024 logits."""
-    share = tiles["BM"] * tiles["BN"] // tiles.get("num_warps", 4)
-    return {**tiles, "BN": tiles["BN"] // 2} if share > 1024 else tiles
+    """Launch options of tiles half as wide, which need half the registers."""
+    return {**tiles, "BN": tiles["BN"] // 2}
 
 
 def _are_aligned(*matrices: Tensor) -> bool:
