@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from dpofast_kernels.head import (
     HEAD_VERSION,
+    STATISTICS,
     HeadOptions,
     PairExtras,
     PairLossOutput,
@@ -26,6 +27,7 @@ from dpofast_kernels.head import (
     linear_logps,
     linear_pair_loss,
     linear_scores,
+    linear_statistics,
     sum_per_sequence,
 )
 from dpofast_kernels.preference import (
@@ -52,6 +54,7 @@ __all__ = [
     "LOSSES",
     "LOSS_OPTIONS",
     "METRIC_NAMES",
+    "STATISTICS",
     "CustomLoss",
     "DivergenceLoss",
     "HeadOptions",
@@ -65,6 +68,7 @@ __all__ = [
     "linear_logps",
     "linear_pair_loss",
     "linear_scores",
+    "linear_statistics",
     "make_custom_loss",
     "make_loss",
     "make_mixture",

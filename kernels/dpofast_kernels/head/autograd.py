@@ -31,6 +31,7 @@ class HeadCall:
         backend: "torch", "triton" or "triton_fused".
         grad_enabled: whether autograd records this call.
         pairs: pairs and their loss; None for per-token log-probs.
+        statistics: names of the statistics that are wanted, see `STATISTICS`.
     """
 
     labels: Tensor
@@ -39,11 +40,19 @@ class HeadCall:
     backend: str
     grad_enabled: bool
     pairs: Pairs | None = None
+    statistics: tuple[str, ...] = ()
 
     def head(self, hidden_states: Tensor, weight: Tensor, keep: bool) -> ChunkedHead:
         """The chunked head of this call; `keep` says whether gradients will be asked for."""
         return ChunkedHead(
-            hidden_states, weight, self.labels, self.options, self.dtype, self.backend, keep
+            hidden_states,
+            weight,
+            self.labels,
+            self.options,
+            self.dtype,
+            self.backend,
+            keep,
+            self.statistics,
         )
 
 
@@ -51,8 +60,8 @@ def forward_only(
     hidden_states: Tensor,  # [N, H]
     weight: Tensor,  # [V, H]
     call: HeadCall,
-) -> tuple[Tensor, Tensor]:
-    """Per-token log-probs and log-sum-exps, [N] each, without gradient."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Per-token log-probs and log-sum-exps, [N] each, and statistics [K, N], without gradient."""
     with torch.autocast(hidden_states.device.type, enabled=False):
         head = call.head(hidden_states, weight, keep=False)
         scored = [head.score(rows) for rows in head.row_chunks(0, len(call.labels))]
@@ -60,7 +69,9 @@ def forward_only(
     nothing = hidden_states.new_empty(0, dtype=head.dtype)
     logps = [nothing, *(chunk.per_token_logps for chunk in scored)]
     logsumexps = [nothing, *(chunk.logsumexps for chunk in scored if chunk.logsumexps is not None)]
-    return torch.cat(logps), torch.cat(logsumexps)
+    statistics = [nothing.new_empty(len(call.statistics), 0)]
+    statistics += [chunk.statistics for chunk in scored if chunk.statistics is not None]
+    return torch.cat(logps), torch.cat(logsumexps), torch.cat(statistics, 1)
 
 
 class LinearLogps(torch.autograd.Function):

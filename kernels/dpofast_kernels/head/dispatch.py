@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -25,10 +26,12 @@ from dpofast_kernels.head.inputs import (
 from dpofast_kernels.head.naive import (
     naive_linear_logps,
     naive_linear_scores,
+    naive_linear_statistics,
     naive_pair_loss,
 )
 from dpofast_kernels.head.options import NO_EXTRAS, HeadOptions, PairExtras, PairLossOutput
 from dpofast_kernels.head.pairs import Incidence, Pairs
+from dpofast_kernels.head.statistics import STATISTICS, check_statistics
 from dpofast_kernels.preference import PairLoss
 
 
@@ -115,7 +118,62 @@ def linear_scores(
         if backend == "naive":
             return _naive(naive_linear_scores, hidden_states, weight, labels, options, dtype)
         call = HeadCall(labels, options, dtype, backend, grad_enabled=False)
-        return torch.stack(forward_only(hidden_states, weight, call))
+        return torch.stack(forward_only(hidden_states, weight, call)[:2])
+
+
+def linear_statistics(
+    hidden_states: Tensor,  # [N, H]
+    weight: Tensor,  # [V, H]
+    labels: Tensor,  # [N]
+    statistics: tuple[str, ...] = STATISTICS,
+    options: HeadOptions = DEFAULT_OPTIONS,
+) -> Tensor:
+    """Statistics of the softmax p of each row's finished logits z; forward only.
+
+    Args:
+        hidden_states: [N, H].
+        weight, labels, options: as in `linear_logps`.
+        statistics: K names, at least one:
+            "entropy": -sum(p ln p) over the vocabulary, in nats.
+            "mean_logit": the mean of z over the vocabulary. It is -inf if a bias rules a token out
+                and no cap makes its logit finite.
+            "is_top": 1 if the label's logit is the maximum, else 0. At a tie it is 1, where argmax
+                would pick the first token.
+            "log_sum_p2": ln sum(p^2) over the vocabulary. WPO subtracts it from the label's
+                log-prob (arXiv:2406.11827, equation 2).
+
+    Returns:
+        [K, N] fp32 (fp64 for fp64 inputs), in the order of `statistics`, without gradient.
+
+    Raises:
+        ValueError, RuntimeError: as in `linear_logps`.
+        ValueError: a statistic is unknown or named twice, or none is named.
+        TypeError: `statistics` is not a tuple of strings.
+
+    Numerics: sums over blocks of the vocabulary are in fp32 (fp64 for fp64 inputs), formulas on
+    sums in fp64. If the label has nearly all probability, the small entropy keeps its digits.
+
+    Example:
+        >>> import torch
+        >>> from dpofast_kernels import linear_statistics
+        >>> hidden_states, weight = torch.zeros(3, 16), torch.zeros(4, 16)  # N 3, H 16, V 4
+        >>> labels = torch.tensor([3, 0, 2])
+        >>> linear_statistics(hidden_states, weight, labels, ("entropy", "log_sum_p2"))
+        tensor([[ 1.3863,  1.3863,  1.3863],
+                [-1.3863, -1.3863, -1.3863]])
+    """
+    check_head_inputs(hidden_states, weight, labels, options)
+    check_statistics(statistics)
+    if not statistics:
+        raise ValueError(f"statistics is empty: name at least one of {', '.join(STATISTICS)}.")
+    backend = backend_for(hidden_states, options)
+    dtype = compute_dtype(hidden_states, weight)
+    with torch.no_grad():
+        if backend == "naive":
+            op = partial(naive_linear_statistics, statistics=statistics)
+            return _naive(op, hidden_states, weight, labels, options, dtype)
+        call = HeadCall(labels, options, dtype, backend, grad_enabled=False, statistics=statistics)
+        return forward_only(hidden_states, weight, call)[2]
 
 
 def linear_pair_loss(

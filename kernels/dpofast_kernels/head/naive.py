@@ -55,6 +55,27 @@ def naive_linear_scores(
     return torch.stack([naive_linear_logps(hidden_states, weight, labels, options), logsumexps])
 
 
+def naive_linear_statistics(
+    hidden_states: Tensor,  # [N, H]
+    weight: Tensor,  # [V, H]
+    labels: Tensor,  # [N]
+    options: HeadOptions,
+    statistics: tuple[str, ...],
+) -> Tensor:
+    """[K, N] statistics of each row's softmax; see `linear_statistics`."""
+    logits = naive_logits(hidden_states, weight, options)  # [N, V]
+    probs, vocab_logps = logits.softmax(-1), logits.log_softmax(-1)
+    target_logits = logits.gather(-1, labels[:, None])[:, 0]
+    found = {
+        # A token that a bias of -inf rules out counts 0, where 0 * -inf would be NaN.
+        "entropy": -torch.where(probs != 0.0, probs * vocab_logps, 0.0).sum(-1),
+        "mean_logit": logits.mean(-1),
+        "is_top": (target_logits == logits.amax(-1)).to(logits.dtype),
+        "log_sum_p2": (2.0 * vocab_logps).logsumexp(-1),
+    }
+    return torch.stack([found[name] for name in statistics])
+
+
 def naive_pair_loss(
     per_token_logps: Tensor,  # [N]
     pairs: Pairs,
