@@ -221,7 +221,7 @@ def _log1mexp(x):
     """log(1 - exp(x)) for x < 0, exact to rounding on both ends."""
     is_near = x > -0.6931471805599453
     near = tl.log(-_expm1(tl.where(is_near, x, -1.0)))
-    return tl.where(is_near, near, _log1p(-tl.exp(tl.where(is_near, -1.0, x))))
+    return tl.where(is_near, near, log1p(-tl.exp(tl.where(is_near, -1.0, x))))
 
 
 # 2**-40: as a literal, a number that isn't a power of 2 would be rounded to fp32.
