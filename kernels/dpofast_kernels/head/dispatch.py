@@ -189,7 +189,7 @@ def linear_pair_loss(
     """Loss summed over pairs; log-probs, loss and gradients come from one pass over the logits.
 
     The loss is sum over pairs of weight * loss(chosen, rejected), plus sum over sequences of
-    coefficient * logp.
+    coefficient * logp. With a weighting, the weight of a pair is multiplied with WPO's weight.
 
     Args:
         hidden_states: [N, H], one for each scored token; fp64, fp32, bf16 or fp16.
@@ -203,10 +203,12 @@ def linear_pair_loss(
         loss: a loss from `make_loss` or `make_custom_loss`, or any other `PairLoss`. `ZeroLoss`
             trains the coefficients only.
         options: what the model does to its logits, and the back end.
-        extras: which sequences the pairs are, weights, soft labels and coefficients.
+        extras: which sequences the pairs are, weights, soft labels and coefficients, and statistics
+            to sum over each sequence.
 
     Returns:
-        The loss (differentiable once), the summed log-probs [S] and the metrics [8, P].
+        The loss (differentiable once), the summed log-probs [S] and the metrics [8, P]; and, if
+        asked for, summed statistics [K, S] and WPO's weights [P].
 
     Raises:
         ValueError: shapes, dtypes or devices don't match, the bounds don't cover the rows, a
@@ -238,12 +240,26 @@ def linear_pair_loss(
     limits = check_pairs(bounds, ref_logps, loss, len(labels), extras)
     pairs = _pairs_on(hidden_states.device, bounds, limits, ref_logps, loss, extras)
     backend = backend_for(hidden_states, options)
-    dtype = compute_dtype(hidden_states, weight)
+    dtype, names = compute_dtype(hidden_states, weight), pairs.statistics
     if backend == "naive":
-        per_token_logps = _naive(naive_linear_logps, hidden_states, weight, labels, options, dtype)
-        return naive_pair_loss(per_token_logps, pairs)
-    call = HeadCall(labels, options, dtype, backend, torch.is_grad_enabled(), pairs)
-    return PairLossOutput(*apply_linear_pair_loss(hidden_states, weight, options.bias, call))
+        inputs = (hidden_states, weight, labels, options, dtype)
+        per_token_logps, statistics = _naive(naive_linear_logps, *inputs), None
+        if names:
+            op = partial(naive_linear_statistics, statistics=names)
+            statistics = _naive(op, *inputs).detach()
+        output = naive_pair_loss(per_token_logps, pairs, statistics)
+    else:
+        call = HeadCall(labels, options, dtype, backend, torch.is_grad_enabled(), pairs, names)
+        output = PairLossOutput(*apply_linear_pair_loss(hidden_states, weight, options.bias, call))
+    return _as_asked(output, len(extras.statistics))
+
+
+def _as_asked(output: PairLossOutput, num_statistics: int) -> PairLossOutput:
+    """The output without the statistics after the first ones, which only the weighting needed."""
+    statistics = output.statistics
+    if statistics is None or len(statistics) == num_statistics:
+        return output
+    return replace(output, statistics=statistics[:num_statistics] if num_statistics else None)
 
 
 def _pairs_on(
@@ -262,7 +278,9 @@ def _pairs_on(
     def moved_if_any(tensor: Tensor | None) -> Tensor | None:
         return None if tensor is None else moved(tensor)
 
-    of_pairs, confidence = extras.pairs, extras.label_confidence
+    of_pairs, confidence, names = extras.pairs, extras.label_confidence, extras.statistics
+    if extras.weighting is not None and "log_sum_p2" not in names:
+        names = (*names, "log_sum_p2")
     return Pairs(
         bounds.to(device, non_blocking=True),
         limits,
@@ -273,6 +291,8 @@ def _pairs_on(
         smoothing=None if confidence is None else 1.0 - moved(confidence),
         coefficients=moved_if_any(extras.coefficients),
         token_weights=moved_if_any(extras.token_weights),
+        weighting=extras.weighting,
+        statistics=names,
     )
 
 

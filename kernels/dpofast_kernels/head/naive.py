@@ -79,13 +79,21 @@ def naive_linear_statistics(
 def naive_pair_loss(
     per_token_logps: Tensor,  # [N]
     pairs: Pairs,
+    statistics: Tensor | None,  # [K, N]
 ) -> PairLossOutput:
     """The loss of given per-token log-probs, summed over pairs; see `linear_pair_loss`."""
+    pair_weights = pairs.pair_weights(per_token_logps, statistics)
     if pairs.token_weights is not None:
         per_token_logps = per_token_logps * pairs.token_weights
     logps = segment_sums(per_token_logps, pairs.bounds)  # [S]
     losses, _, _ = pairs.pair_losses(logps)  # [P]
-    loss = losses.sum() if pairs.weights is None else (losses * pairs.weights).sum()
+    for weights in (pairs.weights, pair_weights):
+        if weights is not None:
+            losses = losses * weights
+    loss = losses.sum()
     if pairs.coefficients is not None:
         loss = loss + (logps * pairs.coefficients).sum()
-    return PairLossOutput(loss, logps.detach(), pairs.metrics(logps.detach()))
+    return PairLossOutput(
+        *(loss, logps.detach(), pairs.metrics(logps.detach())),
+        *(pairs.summed_statistics(statistics), pair_weights),
+    )

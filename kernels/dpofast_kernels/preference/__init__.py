@@ -24,6 +24,7 @@ from dpofast_kernels.preference.registry import (
     make_mixture,
     unknown_loss,
 )
+from dpofast_kernels.preference.weighting import PairWeighting
 
 __all__ = [
     "DIVERGENCES",
@@ -35,6 +36,7 @@ __all__ = [
     "NotAPairLossError",
     "PairFunction",
     "PairLoss",
+    "PairWeighting",
     "ZeroLoss",
     "function_name",
     "make_custom_loss",

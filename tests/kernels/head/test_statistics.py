@@ -21,7 +21,12 @@ from tests.kernels.head.cases import (
     set_chunk_rows,
 )
 
-ALL_BACKENDS = ("naive", *BACKENDS)
+# Triton runs interpreted: the fast part of these tests compares it with the formulas only.
+BACKENDS_OF_MORE = [
+    pytest.param(backend, marks=pytest.mark.slow if "triton" in backend else [])
+    for backend in BACKENDS
+]
+ALL_BACKENDS = ("naive", *BACKENDS_OF_MORE)
 CERTAIN_LENGTHS = (2, 1)
 
 
@@ -67,9 +72,18 @@ def with_top_labels(inputs):
     return inputs
 
 
-@pytest.mark.parametrize("backend", ALL_BACKENDS)
-@pytest.mark.parametrize("full", [False, True], ids=["plain", "full"])
-@pytest.mark.parametrize("rows", [3, 1000])
+FORMULA_CASES = [
+    pytest.param(
+        *(backend, full, rows),
+        marks=pytest.mark.slow if "triton" in backend and rows == 3 else [],
+    )
+    for backend in ("naive", *BACKENDS)
+    for full in (False, True)
+    for rows in (3, 1000)
+]
+
+
+@pytest.mark.parametrize(("backend", "full", "rows"), FORMULA_CASES)
 def test_float64_equals_the_formulas(backend, full, rows, monkeypatch):
     options = FULL_OPTIONS if full else {}
     inputs = with_top_labels(make_inputs(bias=full, lengths=SHORT_LENGTHS))
@@ -98,6 +112,7 @@ def test_blocks_of_the_vocabulary_change_nothing(columns, monkeypatch):
     assert relative_error(found, plain_statistics(inputs, **FULL_OPTIONS)) <= 1e-12
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("full", [False, True], ids=["plain", "full"])
 def test_rows_computed_again_equal_the_others(full, monkeypatch):
     """With a bound of 0, every row takes the path for labels of vanishing probability."""
@@ -122,7 +137,7 @@ def test_exact_in_every_dtype(backend, dtype, full):
         assert relative_error(got.double(), value) <= (0.0 if name == "is_top" else 1e-6), name
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", BACKENDS_OF_MORE)
 @pytest.mark.parametrize("statistics", [*((name,) for name in STATISTICS), STATISTICS[::-1]])
 def test_those_asked_for_in_the_order_asked(backend, statistics):
     inputs = make_inputs(lengths=(1, 2))
@@ -131,7 +146,7 @@ def test_those_asked_for_in_the_order_asked(backend, statistics):
     assert torch.equal(found, torch.stack([everything[name] for name in statistics]))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", BACKENDS_OF_MORE)
 @pytest.mark.parametrize("keep", [False, True])
 def test_log_probs_and_gradients_are_the_same_with_and_without(backend, keep):
     """Bit for bit; only the fused product's tiles, and so its sums, are others."""
@@ -204,7 +219,7 @@ def test_a_certain_label(backend, gap):
             assert ((got - value).abs() <= 3e-6 * value.abs()).all()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", BACKENDS_OF_MORE)
 @pytest.mark.parametrize("gap", [18.0, 60.0])
 def test_a_certain_token_that_is_not_the_label(backend, gap):
     """The error is a few roundings of 1; entropy and log_sum_p2 keep their signs."""
