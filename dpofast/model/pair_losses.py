@@ -41,14 +41,24 @@ def batch_losses(
     loss: PairLoss,
     logps: Tensor,  # [2P]
     batch: PackedPairs,
+    pair_weights: Tensor | None = None,  # [P]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`pair_losses` of a micro-batch with these log-probs, on their device."""
+    """`pair_losses` of a micro-batch with these log-probs, on their device.
+
+    Args:
+        loss: the loss.
+        logps: [2P], log-probs of the answers.
+        batch: the micro-batch, with its reference log-probs.
+        pair_weights: [P] fp64, WPO's weights, as the head's op has computed them; None for 1.
+    """
     device = logps.device
     assert batch.ref_logps is not None
     weights, confidence = (
         None if each is None else each.to(device)
         for each in (batch.weights, batch.label_confidence)
     )
+    if pair_weights is not None:
+        weights = pair_weights.detach() if weights is None else weights * pair_weights.detach()
     logratios = logps.detach().double() - batch.ref_logps.to(device)
     lengths = batch.lengths.to(device)
     return pair_losses(loss, logratios, lengths, weights, confidence)

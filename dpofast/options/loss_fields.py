@@ -8,11 +8,11 @@ from typing import Any
 
 from dpofast.data.packing.likelihood import Likelihood
 from dpofast.errors import ConfigError
-from dpofast.options.beta_fields import (
-    BetaFields,
-    beta_facts,
-    check_beta_fields,
-    unused_beta_options,
+from dpofast.options.beta_fields import beta_facts, check_beta_fields, unused_beta_options
+from dpofast.options.weighting_fields import (
+    WeightingFields,
+    unused_weighting_options,
+    weighting_facts,
 )
 from dpofast_kernels import (
     DIVERGENCES,
@@ -32,7 +32,7 @@ USUAL_COEFFICIENTS = (0.5, 1.0)
 
 # kw_only keeps the positional order of TrainingArguments and of DPOConfig's own options.
 @dataclass(kw_only=True)
-class LossFields(BetaFields):
+class LossFields(WeightingFields):
     """The fields; docs/losses.md has the formulas.
 
     Attributes:
@@ -130,7 +130,7 @@ def unused_loss_options(config: Any) -> list[str]:
             "f_divergence_type='alpha_divergence' (with f_alpha_divergence_coef=1.0 it is "
             "reverse_kl; in older versions of TRL it was forward_kl)"
         )
-    return remarks + unused_beta_options(config)
+    return remarks + unused_beta_options(config) + unused_weighting_options(config)
 
 
 def loss_facts(config: Any) -> dict[str, Any]:
@@ -139,6 +139,7 @@ def loss_facts(config: Any) -> dict[str, Any]:
     is_alpha = divergence == "alpha_divergence"
     return {
         **beta_facts(config),
+        **weighting_facts(config),
         "loss_weights": None if weights is None or set(weights) == {1.0} else list(weights),
         "f_divergence_type": divergence,
         "f_alpha_divergence_coef": config.f_alpha_divergence_coef if is_alpha else None,
@@ -169,9 +170,10 @@ def named_loss(config: Any) -> PairLoss:
     _check_coefficient(config.f_alpha_divergence_coef)
     _check_cpo_alpha(config.cpo_alpha)
     _check_ld_alpha(config)
+    config.weighting()
     of_pairs = {name: weight for name, weight in _weights(config).items() if name != SFT}
     if not of_pairs:
-        _refuse_smoothing(config)
+        _refuse_options_of_pairs(config)
         return _checked(ZeroLoss(config.beta), config)
     given = None if weights is None else list(of_pairs.values())
     options = [option for option, losses in LOSS_OPTIONS.items() if set(losses) & set(of_pairs)]
@@ -245,7 +247,7 @@ def _weights(config: Any) -> dict[str, float]:
     return dict(zip(names, map(float, weights), strict=True))
 
 
-def _refuse_smoothing(config: Any) -> None:
+def _refuse_options_of_pairs(config: Any) -> None:
     if config.label_smoothing:
         raise ConfigError(
             f"label_smoothing is {config.label_smoothing}, but the {SFT} loss has none: set it to "
@@ -255,6 +257,11 @@ def _refuse_smoothing(config: Any) -> None:
         raise ConfigError(
             f"f_divergence_type is {config.f_divergence_type}, but the {SFT} loss compares "
             "nothing with the reference; leave it out."
+        )
+    if config.use_weighting:
+        raise ConfigError(
+            f"use_weighting is true, but it weights losses of pairs, and the {SFT} loss has none; "
+            "leave it out."
         )
 
 

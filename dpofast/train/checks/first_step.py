@@ -75,7 +75,7 @@ class FirstStep:
             self.has_slope = True
             return
         # Where the model is, as a user's own loss may hold tensors.
-        _, *slopes = batch_losses(self.loss, output.logps, batch)
+        _, *slopes = batch_losses(self.loss, output.logps, batch, output.pair_weights)
         self.has_slope = any(bool((slope.abs() > NO_SLOPE).any()) for slope in slopes)
 
     def finish(

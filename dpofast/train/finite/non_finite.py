@@ -27,11 +27,13 @@ class Pass:
         batch: the micro-batch.
         loss: [], its mean loss.
         logps: [2P] fp64, the log-probs of its answers; None if a subclass has another loss.
+        pair_weights: [P] fp64, WPO's weights of its pairs; None without.
     """
 
     batch: PackedPairs
     loss: Tensor
     logps: Tensor | None
+    pair_weights: Tensor | None = None
 
     @property
     def total(self) -> Tensor:
@@ -203,6 +205,6 @@ def _bad_pairs(each: Pass, loss: PairLoss) -> list[bool]:
     if each.logps is None or each.batch.ref_logps is None:
         return everything
     bad = ~each.logps.isfinite()
-    losses, *_ = batch_losses(loss, each.logps, each.batch)
+    losses, *_ = batch_losses(loss, each.logps, each.batch, each.pair_weights)
     flags: list[bool] = (bad.view(-1, 2).any(1) | ~losses.isfinite()).tolist()
     return flags if any(flags) else everything

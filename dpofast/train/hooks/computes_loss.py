@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from dpofast.errors import ConfigError
 from dpofast.model.forward import kept_activations, micro_batch
 from dpofast.monitor.metrics import MetricSums
 from dpofast.train.hooks.overrides import override_of
-from dpofast.train.hooks.untrained import untrained
+from dpofast.train.hooks.untrained import detached, joined, untrained
 from dpofast.train.reports.reports_run import ReportsRun
 from dpofast.train.steps.micro_batches import PairLossPass
 from dpofast.zero.weights import spread
@@ -144,8 +144,7 @@ class ComputesLoss(ReportsRun, Trainer):
         is_counted = self._open is batch
         with self._prepared(batch):
             output = self.compute_pair_loss(model, batch, sums)
-        logps, metrics = output.logps.detach(), output.metrics.detach()
-        self._computed = Computed(replace(output, logps=logps, metrics=metrics), sums)
+        self._computed = Computed(detached(output), sums)
         if self._trains(model):
             self.note_drift(sums)
             if not is_counted:  # an overridden training_step may call this by itself
@@ -158,11 +157,7 @@ class ComputesLoss(ReportsRun, Trainer):
 
     def _loss_of_step(self, model: nn.Module, step: StepBatch) -> tuple[Tensor, PairLossOutput]:
         outputs = [self._loss_of_pairs(model, batch)[1] for batch in step.micro_batches]
-        output = PairLossOutput(
-            torch.stack([each.loss for each in outputs]).sum(),
-            torch.cat([each.logps for each in outputs]),
-            torch.cat([each.metrics for each in outputs], 1),
-        )
+        output = joined(outputs)
         self._computed = Computed(output)
         return output.loss * (self.args.world_size / step.num_pairs), output
 

@@ -239,6 +239,17 @@ def linear_pair_loss(
     check_head_inputs(hidden_states, weight, labels, options)
     limits = check_pairs(bounds, ref_logps, loss, len(labels), extras)
     pairs = _pairs_on(hidden_states.device, bounds, limits, ref_logps, loss, extras)
+    output = _pair_loss(hidden_states, weight, labels, options, pairs)
+    return _as_asked(output, len(extras.statistics))
+
+
+def _pair_loss(
+    hidden_states: Tensor,  # [N, H]
+    weight: Tensor,  # [V, H]
+    labels: Tensor,  # [N]
+    options: HeadOptions,
+    pairs: Pairs,
+) -> PairLossOutput:
     backend = backend_for(hidden_states, options)
     dtype, names = compute_dtype(hidden_states, weight), pairs.statistics
     if backend == "naive":
@@ -247,11 +258,9 @@ def linear_pair_loss(
         if names:
             op = partial(naive_linear_statistics, statistics=names)
             statistics = _naive(op, *inputs).detach()
-        output = naive_pair_loss(per_token_logps, pairs, statistics)
-    else:
-        call = HeadCall(labels, options, dtype, backend, torch.is_grad_enabled(), pairs, names)
-        output = PairLossOutput(*apply_linear_pair_loss(hidden_states, weight, options.bias, call))
-    return _as_asked(output, len(extras.statistics))
+        return naive_pair_loss(per_token_logps, pairs, statistics)
+    call = HeadCall(labels, options, dtype, backend, torch.is_grad_enabled(), pairs, names)
+    return PairLossOutput(*apply_linear_pair_loss(hidden_states, weight, options.bias, call))
 
 
 def _as_asked(output: PairLossOutput, num_statistics: int) -> PairLossOutput:

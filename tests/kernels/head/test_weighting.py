@@ -142,7 +142,7 @@ def test_the_clamp(clamp):
     [("naive", 40), ("torch", 5), ("torch", 40), ("triton", 40), ("triton_fused", 40)],
 )
 def test_sums_of_statistics(backend, rows, monkeypatch):
-    """Of sequences in no pair, too; token weights don't count."""
+    """Sequences in no pair have sums, too; token weights don't count."""
     inputs = make_inputs(lengths=(2, 1, 4, 2, 3, 1), bias=True)
     set_chunk_rows(monkeypatch, rows)
     per_row = linear_statistics(
