@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from dpofast.data.packing.batch import PackedPairs
-from dpofast_kernels import PairLoss
+from dpofast_kernels import PairLoss, PreferenceLoss
 
 
 def pair_losses(
@@ -38,18 +38,21 @@ def pair_losses(
 
 
 def batch_losses(
-    loss: PairLoss,
+    loss: PreferenceLoss,
     logps: Tensor,  # [2P]
     batch: PackedPairs,
     pair_weights: Tensor | None = None,  # [P]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`pair_losses` of a micro-batch with these log-probs, on their device.
 
+    A loss that couples pairs is that of these pairs together.
+
     Args:
         loss: the loss.
         logps: [2P], log-probs of the answers.
         batch: the micro-batch, with its reference log-probs.
-        pair_weights: [P] fp64, WPO's weights, as the head's op has computed them; None for 1.
+        pair_weights: [P] fp64, WPO's weights, as the head's op has computed them; None for 1, as
+            always with a loss that couples pairs.
     """
     device = logps.device
     assert batch.ref_logps is not None
@@ -61,4 +64,8 @@ def batch_losses(
         weights = pair_weights.detach() if weights is None else weights * pair_weights.detach()
     logratios = logps.detach().double() - batch.ref_logps.to(device)
     lengths = batch.lengths.to(device)
+    if not isinstance(loss, PairLoss):
+        refs = batch.ref_logps.to(device)
+        own = logps.detach().double()
+        return loss.losses_and_slopes(own[0::2], own[1::2], refs[0::2], refs[1::2], lengths)
     return pair_losses(loss, logratios, lengths, weights, confidence)

@@ -11,16 +11,19 @@ from dpofast.errors import ConfigError
 from dpofast.options.beta_fields import beta_facts, check_beta_fields, unused_beta_options
 from dpofast.options.weighting_fields import (
     WeightingFields,
+    refuse_weighting_of_coupled,
     unused_weighting_options,
     weighting_facts,
 )
 from dpofast_kernels import (
+    COUPLED_LOSSES,
     DIVERGENCES,
     LOSS_OPTIONS,
     LOSSES,
     DivergenceLoss,
-    PairLoss,
+    PreferenceLoss,
     ZeroLoss,
+    make_coupled_loss,
     make_mixture,
     unknown_loss,
 )
@@ -76,7 +79,7 @@ class LossFields(WeightingFields):
         metadata={"help": "Weight of the likelihood in cpo (1 by default), simpo and alphapo (0)."},
     )
 
-    def make_loss(self) -> PairLoss:
+    def make_loss(self) -> PreferenceLoss:
         """The pair loss that these options name.
 
         Raises:
@@ -96,7 +99,7 @@ class LossFields(WeightingFields):
 # Names of losses that have a likelihood term. Of sft it is the only one.
 SFT, ORPO = "sft", "orpo"
 CPO_ALPHAS = {"cpo": 1.0, "cpo_hinge": 1.0, "cpo_ipo": 1.0, "simpo": 0.0, "alphapo": 0.0}
-LOSS_NAMES = (*LOSSES, SFT)
+LOSS_NAMES = (*LOSSES, *COUPLED_LOSSES, SFT)
 OPTIONS_OF_LOSSES = {**LOSS_OPTIONS, "cpo_alpha": tuple(CPO_ALPHAS)}
 _DEFAULTS = {item.name: item.default for item in fields(LossFields)}
 
@@ -152,8 +155,8 @@ def loss_facts(config: Any) -> dict[str, Any]:
     }
 
 
-def named_loss(config: Any) -> PairLoss:
-    """The pair loss that the options of a DPOConfig name.
+def named_loss(config: Any) -> PreferenceLoss:
+    """The loss that the options of a DPOConfig name.
 
     Raises:
         ConfigError: an unknown name, an option out of range, or options that don't go together.
@@ -170,7 +173,6 @@ def named_loss(config: Any) -> PairLoss:
     _check_coefficient(config.f_alpha_divergence_coef)
     _check_cpo_alpha(config.cpo_alpha)
     _check_ld_alpha(config)
-    config.weighting()
     of_pairs = {name: weight for name, weight in _weights(config).items() if name != SFT}
     if not of_pairs:
         _refuse_options_of_pairs(config)
@@ -179,7 +181,10 @@ def named_loss(config: Any) -> PairLoss:
     options = [option for option, losses in LOSS_OPTIONS.items() if set(losses) & set(of_pairs)]
     own = {option: getattr(config, option) for option in options}
     try:
-        loss = make_mixture(list(of_pairs), given, config.beta, config.label_smoothing, **own)
+        make = make_coupled_loss if set(of_pairs) & set(COUPLED_LOSSES) else make_mixture
+        loss: PreferenceLoss = make(
+            *(list(of_pairs), given, config.beta, config.label_smoothing), **own
+        )
     except (TypeError, ValueError) as error:
         raise ConfigError(str(error)) from error
     if config.f_divergence_type != REVERSE_KL:
@@ -187,7 +192,7 @@ def named_loss(config: Any) -> PairLoss:
     return _checked(loss, config)
 
 
-def _checked(loss: PairLoss, config: Any) -> PairLoss:
+def _checked(loss: PreferenceLoss, config: Any) -> PreferenceLoss:
     """The loss, unless an option needs a reference or log-probs that it doesn't have."""
     if config.length_discount() is not None and (
         loss.is_reference_free or named_likelihood(config)
@@ -202,6 +207,7 @@ def _checked(loss: PairLoss, config: Any) -> PairLoss:
             f"target_kl is {config.target_kl}, but the loss {' + '.join(config.loss_type)} has no "
             "reference to be near; leave it out."
         )
+    refuse_weighting_of_coupled(loss, config.weighting())
     return loss
 
 
@@ -223,7 +229,7 @@ def _effective_cpo_alpha(config: Any) -> float | None:
     return max(usual) if usual else None
 
 
-def loss_names(config: Any, loss: PairLoss) -> list[str]:
+def loss_names(config: Any, loss: PreferenceLoss) -> list[str]:
     """The names of the losses that a run sums, as in the option loss_type.
 
     Args:
@@ -303,7 +309,7 @@ def _check_ld_alpha(config: Any) -> None:
         )
 
 
-def _with_divergence(loss: PairLoss, config: Any) -> PairLoss:
+def _with_divergence(loss: Any, config: Any) -> DivergenceLoss:
     try:
         return DivergenceLoss(
             beta=loss.beta,

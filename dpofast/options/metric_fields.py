@@ -57,6 +57,8 @@ def settle_metrics(config: Any) -> None:
         ConfigError: it names no metrics, or one that is unknown.
     """
     given = config.metrics
+    if given is not None and not isinstance(given, str | list | tuple):
+        raise ConfigError(f"metrics: got {given!r}, expected a list of names.")
     names = [given] if isinstance(given, str) else list(given or [])
     for name in names:
         if name not in TOKEN_METRICS:

@@ -7,7 +7,7 @@ from typing import Any
 
 from dpofast.errors import ConfigError
 from dpofast.options.beta_fields import BetaFields
-from dpofast_kernels import PairWeighting
+from dpofast_kernels import PairLoss, PairWeighting, PreferenceLoss
 
 
 # kw_only keeps the positional order of TrainingArguments and of DPOConfig's own options.
@@ -44,6 +44,19 @@ class WeightingFields(BetaFields):
                 f"weighting_clamp: got {clamp!r}, expected a finite number above 0."
             ) from error
         return weighting if self.use_weighting else None
+
+
+def refuse_weighting_of_coupled(loss: PreferenceLoss, weighting: PairWeighting | None) -> None:
+    """Check that the pairs have losses of their own, if they are weighted.
+
+    Raises:
+        ConfigError: the loss couples pairs.
+    """
+    if weighting is not None and not isinstance(loss, PairLoss):
+        raise ConfigError(
+            f"use_weighting: the {' + '.join(loss.names)} loss couples pairs, so no pair has a "
+            "loss of its own that could be weighted; leave it out, or choose another loss."
+        )
 
 
 def unused_weighting_options(config: Any) -> list[str]:

@@ -11,7 +11,7 @@ import torch
 
 from benchmarks.train_contenders import token_trainer
 from dpofast import DPOConfig, DPOTrainer
-from dpofast_kernels import LOSSES, make_loss
+from dpofast_kernels import COUPLED_LOSSES, LOSSES, make_loss
 from tests.support import byte_tokenizer, clip_exactly, naive_margin, tiny_llama, token_pairs
 
 trl = pytest.importorskip("trl", reason="needs the extra `bench`")
@@ -50,6 +50,10 @@ CASES = [
     {"loss_type": "sppo_hard"},
     {"loss_type": "discopop"},
     {"loss_type": "discopop", "discopop_tau": 0.5},
+    {"loss_type": "aot"},
+    {"loss_type": "aot", "label_smoothing": 0.1},
+    {"loss_type": "aot_unpaired"},
+    {"loss_type": ["aot_unpaired", "ipo"], "loss_weights": [1.0, 0.1]},
     {"loss_type": ["sigmoid", "bco_pair"], "loss_weights": [0.8, 0.2]},
     {"loss_type": ["ipo", "hinge", "exo_pair"], "label_smoothing": 0.1},
     {"loss_type": "sft"},
@@ -127,7 +131,8 @@ def test_losses_gradient_norms_and_rewards_are_trls(tmp_path, options):
 def test_every_loss_of_trl_is_compared():
     single = {case["loss_type"] for case in CASES if isinstance(case["loss_type"], str)}
     with_reference = {name for name, loss in LOSSES.items() if not loss.reference_free}
-    assert single == with_reference - {"dpop"} | {"sft"}  # TRL has no dpop
+    expected = {*with_reference, *COUPLED_LOSSES, "sft"} - {"dpop"}  # TRL has no dpop
+    assert single == expected
 
 
 def test_label_smoothing_of_sigmoid_has_no_effect_in_trl(tmp_path):

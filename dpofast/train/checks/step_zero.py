@@ -17,7 +17,7 @@ from dpofast.model.parts import causal_lm
 from dpofast.model.randomness import training_mode_for_a_look
 from dpofast.train.reference.run_reference import RunReference
 from dpofast.zero.weights import spread
-from dpofast_kernels import PairLoss, PairLossOutput
+from dpofast_kernels import PairLossOutput, PreferenceLoss
 
 # The largest mean log-ratio per token, in nats, that rounding explains: the reference was scored in
 # batches of other shapes. A wrong reference is off by tenths of nats or more.
@@ -43,7 +43,7 @@ class StepZeroCheck:
         loss: the loss that is trained; its value goes into the message.
     """
 
-    def __init__(self, policy: nn.Module, reference: RunReference, loss: PairLoss) -> None:
+    def __init__(self, policy: nn.Module, reference: RunReference, loss: PreferenceLoss) -> None:
         self.policy, self.loss = policy, loss
         self.autocast = reference.accelerator.autocast
         self.tolerance = TOLERANCE[reference.dtype()]
@@ -52,7 +52,9 @@ class StepZeroCheck:
         self.wants_noise = not reference.disables_dropout
 
     @classmethod
-    def of(cls, policy: nn.Module, reference: RunReference, loss: PairLoss) -> StepZeroCheck | None:
+    def of(
+        cls, policy: nn.Module, reference: RunReference, loss: PreferenceLoss
+    ) -> StepZeroCheck | None:
         """The check of a fresh run; None where the policy needn't begin with zero log-ratios."""
         if next(dropouts(policy), None) or not reference.policy_starts_as_reference():
             return None

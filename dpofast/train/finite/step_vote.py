@@ -37,7 +37,7 @@ from dpofast.train.finite.non_finite import (
     step_message,
 )
 from dpofast.zero.overflow import discarded_gradients, watch_overflows
-from dpofast_kernels import PairLoss, PairLossOutput
+from dpofast_kernels import PairLossOutput, PreferenceLoss
 
 # Steps in a row that a loss scaler may leave out. Each halves the scale: from 65536 to 1/256, at
 # which only a gradient that is useless in float16 still overflows.
@@ -58,7 +58,7 @@ class VotesOnSteps(Trainer):
 
     args: DPOConfig
     data: PairPreparer
-    step_loss: Callable[[], PairLoss]
+    step_loss: Callable[[], PreferenceLoss]
     step_sums: Callable[[], Tensor]
     take_step_sums: Callable[[list[float]], None]
     run_id: str | None

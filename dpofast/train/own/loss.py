@@ -6,18 +6,26 @@ from dataclasses import fields
 
 from dpofast.errors import ConfigError
 from dpofast.options.config import DPOConfig
-from dpofast_kernels import PairFunction, PairLoss, make_custom_loss
+from dpofast.options.weighting_fields import refuse_weighting_of_coupled
+from dpofast_kernels import (
+    CoupledFunction,
+    PairFunction,
+    PreferenceLoss,
+    make_coupled_custom_loss,
+    make_custom_loss,
+)
 
 
-def run_loss(config: DPOConfig, loss_fn: PairFunction | None) -> PairLoss:
+def run_loss(config: DPOConfig, loss_fn: PairFunction | CoupledFunction | None) -> PreferenceLoss:
     """The loss that the options name, or the user's own.
 
     Args:
         config: options of the run.
-        loss_fn: the user's function; None for the loss of the options.
+        loss_fn: the user's function; None for the loss of the options. In a CoupledFunction, the
+            loss of a pair may depend on the other pairs.
 
     Raises:
-        ConfigError: the function isn't a loss of single pairs, or the options also name a loss.
+        ConfigError: the function isn't such a loss, or the options also name a loss.
     """
     if loss_fn is None:
         return config.make_loss()
@@ -45,6 +53,12 @@ def run_loss(config: DPOConfig, loss_fn: PairFunction | None) -> PairLoss:
             "have; leave it out, and let the function smooth its labels."
         )
     try:
-        return make_custom_loss(loss_fn, config.beta, config.device)
+        if isinstance(loss_fn, CoupledFunction):
+            function = loss_fn.function
+            loss: PreferenceLoss = make_coupled_custom_loss(function, config.beta, config.device)
+        else:
+            loss = make_custom_loss(loss_fn, config.beta, config.device)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"loss_fn: {error}") from error
+    refuse_weighting_of_coupled(loss, config.weighting())
+    return loss

@@ -24,7 +24,7 @@ from dpofast.train.reports.summary import is_summarised, run_summary, write_summ
 from dpofast.train.steps.loaders import StepLoaders
 from dpofast.train.steps.moves_beta import MovesBeta
 from dpofast.train.steps.whole_steps import TakesWholeSteps
-from dpofast_kernels import PairLoss
+from dpofast_kernels import PreferenceLoss
 
 
 class ReportsRun(MovesBeta, TakesWholeSteps, Trainer):
@@ -42,7 +42,7 @@ class ReportsRun(MovesBeta, TakesWholeSteps, Trainer):
     train_dataset: Any
     data: PairPreparer
     loaders: StepLoaders
-    pair_loss: PairLoss
+    pair_loss: PreferenceLoss
     throughput: Throughput
     first_loss: float | None
     pairs_trained: int

@@ -23,6 +23,7 @@ from dpofast.monitor.kl import kl_sums
 from dpofast.monitor.metrics import MetricSums
 from dpofast.monitor.set_metrics import set_metrics
 from dpofast.train.own.metrics import NLL, OwnMetrics
+from dpofast.train.steps.coupled import CoupledPairs, same_dropout
 from dpofast.train.steps.token_metrics import statistics_of, token_metric_sums
 from dpofast_kernels import METRIC_NAMES, PairExtras, PairLoss, PairLossOutput, PairWeighting
 
@@ -52,7 +53,12 @@ class PairLossPass:
     token_metrics: tuple[str, ...] = ()
 
     def __call__(
-        self, wrapped: nn.Module, batch: PackedPairs, loss: PairLoss, sums: MetricSums
+        self,
+        wrapped: nn.Module,
+        batch: PackedPairs,
+        loss: PairLoss,
+        sums: MetricSums,
+        coupled: CoupledPairs | None = None,
     ) -> PairLossOutput:
         """One forward pass inside `micro_batch`; gradients are recorded.
 
@@ -61,14 +67,23 @@ class PairLossPass:
             batch: scored pairs, on any device.
             loss: the loss of each pair.
             sums: gets the batch's metrics.
+            coupled: what a coupled loss asks of the pairs in addition.
 
         Returns:
             The loss summed over the batch's pairs, auxiliary loss included, and the other fields of
             PairLossOutput.
         """
         batch = batch.to(self.device)
-        with self.autocast():
-            results = run_batch(wrapped, batch, self._task(batch, loss), self.router_loss)
+        task = self.task(batch, loss)
+        if coupled is not None:
+            task = replace(task, extras=coupled.added_to(task.extras))
+        with same_dropout(coupled), self.autocast():
+            results = run_batch(wrapped, batch, task, self.router_loss)
+        if coupled is not None:
+            # The coefficients' sum has the gradients, but the loss another value.
+            summed, logps, *rest = results
+            linear = (coupled.coefficients * logps[: 2 * batch.num_pairs]).sum()
+            results = (summed + (coupled.losses.sum() - linear), logps, *rest)
         output, more = add_router_loss(results, self.router_loss, batch.num_pairs)
         if batch.coefficients is not None:
             more |= {NLL: self._mean_nll(output, batch)}
@@ -84,10 +99,17 @@ class PairLossPass:
             more, counts = more | kl, counts | dict.fromkeys(kl, tokens)
         sums.add({**metrics, **more, "loss": output.loss}, batch.num_pairs, counts)
         if batch.sets is not None:
-            self._add_sets(batch, loss, output, metrics, sums)
+            if coupled is not None:
+                losses = coupled.losses
+            elif batch.num_pairs:
+                losses, *_ = batch_losses(loss, output.logps, batch, output.pair_weights)
+            else:
+                losses = output.logps  # a user's own loss is never called without pairs
+            self._add_sets(batch, {**metrics, "loss": losses}, sums)
         return output
 
-    def _task(self, batch: PackedPairs, loss: PairLoss) -> PairLossTask:
+    def task(self, batch: PackedPairs, loss: PairLoss) -> PairLossTask:
+        """What the head computes of a micro-batch, which is on the model's device."""
         ref_logps, pairs = batch.ref_logps, None
         assert ref_logps is not None
         if batch.prompts is not None:
@@ -107,20 +129,9 @@ class PairLossPass:
         assert batch.coefficients is not None
         return (batch.coefficients * output.logps).sum() / self.likelihood.weight
 
-    def _add_sets(
-        self,
-        batch: PackedPairs,
-        loss: PairLoss,
-        output: PairLossOutput,
-        metrics: dict[str, Tensor],
-        sums: MetricSums,
-    ) -> None:
+    def _add_sets(self, batch: PackedPairs, metrics: dict[str, Tensor], sums: MetricSums) -> None:
         """Count the metrics of each dataset of a mixture."""
-        # A user's own loss is never called without pairs.
-        losses = output.logps
-        if batch.num_pairs:
-            losses, *_ = batch_losses(loss, output.logps, batch, output.pair_weights)
-        values, counts = set_metrics(batch, metrics | {"loss": losses})
+        values, counts = set_metrics(batch, metrics)
         if taken := sorted(values.keys() & metrics.keys()):
             raise ConfigError(
                 f"metrics_fn: the names {', '.join(taken)} are those of a dataset's metrics; "

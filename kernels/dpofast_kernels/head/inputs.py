@@ -15,7 +15,7 @@ from dpofast_kernels.head.dtypes import accumulate_dtype
 from dpofast_kernels.head.options import NO_EXTRAS, HeadOptions, PairExtras
 from dpofast_kernels.head.sequences import check_bounds
 from dpofast_kernels.head.statistics import check_statistics
-from dpofast_kernels.preference import PairLoss, PairWeighting
+from dpofast_kernels.preference import CoupledLoss, PairLoss, PairWeighting, PreferenceLoss
 
 # Environment variable: 1 checks labels on GPUs, too, although the host has to wait for it.
 CHECK_LABELS = "DPOFAST_CHECK_LABELS"
@@ -119,7 +119,7 @@ def check_labels(labels: Tensor, vocab_size: int, scored: Tensor | None = None) 
 def check_pairs(
     bounds: Tensor,  # [S+1]
     ref_logps: Tensor,  # [S]
-    loss: PairLoss,
+    loss: PreferenceLoss,
     num_rows: int,
     extras: PairExtras = NO_EXTRAS,
 ) -> list[int]:
@@ -144,7 +144,9 @@ def check_pairs(
     """
     _check_types(bounds=bounds, ref_logps=ref_logps)
     if not isinstance(loss, PairLoss):
-        raise TypeError(f"loss is a {type(loss).__name__}, expected one from make_loss.")
+        couples = isinstance(loss, CoupledLoss)
+        which = ", which couples pairs: find its derivatives first" if couples else ""
+        raise TypeError(f"loss is a {type(loss).__name__}{which}, expected one from make_loss.")
     limits = check_bounds(bounds, num_rows)
     num_sequences, pairs = len(limits) - 1, extras.pairs
     if pairs is not None:
