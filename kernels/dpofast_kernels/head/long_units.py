@@ -4,7 +4,7 @@ The gradient of a pair is d_chosen G_chosen + d_rejected G_rejected, where G is 
 sequence's log-prob, and the two factors are known last. So each G is summed by itself, in a buffer
 of the weight's size, and multiplied at the end. Fewer buffers do if the loss allows it: see
 `_summed_parts`. A unit of more than two sequences is scored first, and its logits are computed a
-second time.
+second time, together with their statistics.
 """
 
 from __future__ import annotations

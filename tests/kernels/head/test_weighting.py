@@ -215,15 +215,6 @@ def test_extras_of_other_types_are_refused():
         outputs(inputs, LOSSES["sigmoid"], "torch", statistics=("accuracy",))
 
 
-@pytest.mark.parametrize(
-    ("clamp", "error"),
-    [*((each, ValueError) for each in (0.0, -1.0, math.inf, math.nan)), ("1", TypeError)],
-)
-def test_clamps_out_of_range(clamp, error):
-    with pytest.raises(error, match="clamp is"):
-        PairWeighting(clamp)
-
-
 def test_extras_move_to_a_device_with_their_other_options():
     extras = PairExtras(weights=doubles(1.0), weighting=PairWeighting(2.0), statistics=("entropy",))
     moved = extras.to("cpu")
