@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.train_cases import SHAPES
 from benchmarks.train_contenders import token_trainer
 from dpofast import DPOConfig, DPOTrainer
 from dpofast.options.metric_fields import TOKEN_METRICS
@@ -21,7 +22,7 @@ pytestmark = [pytest.mark.peer, pytest.mark.slow]  # imports TRL
 
 STEPS, PAIRS_PER_STEP = 10, 4
 OPTIONS = {
-    "learning_rate": 5e-3,
+    "learning_rate": 1e-3,
     "lr_scheduler_type": "constant",
     "optim": "adamw_torch",
     "adam_epsilon": 1e-4,  # with less, Adam blows the rounding of tiny gradients up
@@ -49,7 +50,7 @@ CASES = [
     {"loss_type": "nca_pair", "beta": 1.0},
     {"loss_type": "bco_pair"},
     {"loss_type": "sppo_hard"},
-    {"loss_type": "discopop"},
+    {"loss_type": "discopop", "learning_rate": 3e-4},  # its slopes grow as exp(-z)
     {"loss_type": "discopop", "discopop_tau": 0.5},
     {"loss_type": "aot"},
     {"loss_type": "aot", "label_smoothing": 0.1},
@@ -89,9 +90,14 @@ def logs_of(trainer):
     return [log for log in trainer.state.log_history if "grad_norm" in log]
 
 
-def both(folder, pairs, options, ref_model=None):
+def race_llama():
+    """A model of the shape that the race has."""
+    return tiny_llama(**SHAPES["race"][1])
+
+
+def both(folder, pairs, options, model=None, ref_model=None):
     """Logs of each step: TRL's and ours."""
-    model, options = tiny_llama(), {**OPTIONS, **options}
+    model, options = model or race_llama(), {**OPTIONS, **options}
     given = {"train_dataset": pairs, "processing_class": byte_tokenizer()}
     theirs = TokenTrainer(
         copy.deepcopy(model),
@@ -176,7 +182,9 @@ def test_discopop_is_nan_in_trl_where_the_margin_is_below_minus_88(tmp_path):
     assert margin < -88
     options = {"loss_type": "discopop", "beta": beta, "max_steps": 1}
     theirs, ours = both(
-        tmp_path, pairs, {**options, "per_device_train_batch_size": 1}, ref_model=reference
+        *(tmp_path, pairs, {**options, "per_device_train_batch_size": 1}),
+        model=tiny_llama(),
+        ref_model=reference,
     )
     assert math.isnan(theirs[0]["loss"])
     zero, lengths = torch.zeros(1).double(), torch.ones(1, 2)
