@@ -41,10 +41,18 @@ def batch_losses(
     loss: PreferenceLoss,
     logps: Tensor,  # [2P]
     batch: PackedPairs,
+    pair_weights: Tensor | None = None,  # [P]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`pair_losses` of a micro-batch with these log-probs, on their device.
 
     A loss that couples pairs is that of these pairs together.
+
+    Args:
+        loss: the loss.
+        logps: [2P], log-probs of the answers.
+        batch: the micro-batch, with its reference log-probs.
+        pair_weights: [P] fp64, WPO's weights, as the head's op has computed them; None for 1, as
+            always with a loss that couples pairs.
     """
     device = logps.device
     assert batch.ref_logps is not None
@@ -52,6 +60,8 @@ def batch_losses(
         None if each is None else each.to(device)
         for each in (batch.weights, batch.label_confidence)
     )
+    if pair_weights is not None:
+        weights = pair_weights.detach() if weights is None else weights * pair_weights.detach()
     logratios = logps.detach().double() - batch.ref_logps.to(device)
     lengths = batch.lengths.to(device)
     if not isinstance(loss, PairLoss):

@@ -58,7 +58,9 @@ ALLOWABLE = (
         "target_kl",
         "target_kl_gain",
         "train_sampling_strategy",
+        "use_weighting",
         "weight_decay",
+        "weighting_clamp",
     }
 )
 # Facts that can't change, and why. A name that ends with a point is a group of facts.

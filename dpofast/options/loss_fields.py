@@ -8,11 +8,12 @@ from typing import Any
 
 from dpofast.data.packing.likelihood import Likelihood
 from dpofast.errors import ConfigError
-from dpofast.options.beta_fields import (
-    BetaFields,
-    beta_facts,
-    check_beta_fields,
-    unused_beta_options,
+from dpofast.options.beta_fields import beta_facts, check_beta_fields, unused_beta_options
+from dpofast.options.weighting_fields import (
+    WeightingFields,
+    refuse_weighting_of_coupled,
+    unused_weighting_options,
+    weighting_facts,
 )
 from dpofast_kernels import (
     COUPLED_LOSSES,
@@ -34,7 +35,7 @@ USUAL_COEFFICIENTS = (0.5, 1.0)
 
 # kw_only keeps the positional order of TrainingArguments and of DPOConfig's own options.
 @dataclass(kw_only=True)
-class LossFields(BetaFields):
+class LossFields(WeightingFields):
     """The fields; docs/losses.md has the formulas.
 
     Attributes:
@@ -132,7 +133,7 @@ def unused_loss_options(config: Any) -> list[str]:
             "f_divergence_type='alpha_divergence' (with f_alpha_divergence_coef=1.0 it is "
             "reverse_kl; in older versions of TRL it was forward_kl)"
         )
-    return remarks + unused_beta_options(config)
+    return remarks + unused_beta_options(config) + unused_weighting_options(config)
 
 
 def loss_facts(config: Any) -> dict[str, Any]:
@@ -141,6 +142,7 @@ def loss_facts(config: Any) -> dict[str, Any]:
     is_alpha = divergence == "alpha_divergence"
     return {
         **beta_facts(config),
+        **weighting_facts(config),
         "loss_weights": None if weights is None or set(weights) == {1.0} else list(weights),
         "f_divergence_type": divergence,
         "f_alpha_divergence_coef": config.f_alpha_divergence_coef if is_alpha else None,
@@ -173,7 +175,7 @@ def named_loss(config: Any) -> PreferenceLoss:
     _check_ld_alpha(config)
     of_pairs = {name: weight for name, weight in _weights(config).items() if name != SFT}
     if not of_pairs:
-        _refuse_smoothing(config)
+        _refuse_options_of_pairs(config)
         return _checked(ZeroLoss(config.beta), config)
     given = None if weights is None else list(of_pairs.values())
     options = [option for option, losses in LOSS_OPTIONS.items() if set(losses) & set(of_pairs)]
@@ -205,6 +207,7 @@ def _checked(loss: PreferenceLoss, config: Any) -> PreferenceLoss:
             f"target_kl is {config.target_kl}, but the loss {' + '.join(config.loss_type)} has no "
             "reference to be near; leave it out."
         )
+    refuse_weighting_of_coupled(loss, config.weighting())
     return loss
 
 
@@ -250,7 +253,7 @@ def _weights(config: Any) -> dict[str, float]:
     return dict(zip(names, map(float, weights), strict=True))
 
 
-def _refuse_smoothing(config: Any) -> None:
+def _refuse_options_of_pairs(config: Any) -> None:
     if config.label_smoothing:
         raise ConfigError(
             f"label_smoothing is {config.label_smoothing}, but the {SFT} loss has none: set it to "
@@ -260,6 +263,11 @@ def _refuse_smoothing(config: Any) -> None:
         raise ConfigError(
             f"f_divergence_type is {config.f_divergence_type}, but the {SFT} loss compares "
             "nothing with the reference; leave it out."
+        )
+    if config.use_weighting:
+        raise ConfigError(
+            f"use_weighting is true, but it weights losses of pairs, and the {SFT} loss has none; "
+            "leave it out."
         )
 
 

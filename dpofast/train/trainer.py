@@ -201,7 +201,7 @@ class DPOTrainer(
         )
         self._pair_loss_pass = PairLossPass(
             *(self.model, router_loss, self.accelerator.autocast, config.device, own_metrics),
-            likelihood=self.data.likelihood,
+            *(self.data.likelihood, config.weighting(), tuple(config.metrics or ())),
         )
         self.throughput = Throughput(
             self.model, self.reference.dtype(), config.device, config.world_size

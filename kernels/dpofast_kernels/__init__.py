@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from dpofast_kernels.head import (
     HEAD_VERSION,
+    STATISTICS,
     HeadOptions,
     PairExtras,
     PairLossOutput,
@@ -26,6 +27,7 @@ from dpofast_kernels.head import (
     linear_logps,
     linear_pair_loss,
     linear_scores,
+    linear_statistics,
     sum_per_sequence,
 )
 from dpofast_kernels.preference import (
@@ -42,6 +44,7 @@ from dpofast_kernels.preference import (
     NotAPairLossError,
     PairFunction,
     PairLoss,
+    PairWeighting,
     PreferenceLoss,
     ZeroLoss,
     make_coupled_custom_loss,
@@ -60,6 +63,7 @@ __all__ = [
     "LOSSES",
     "LOSS_OPTIONS",
     "METRIC_NAMES",
+    "STATISTICS",
     "CoupledCustomLoss",
     "CoupledFunction",
     "CoupledLoss",
@@ -71,12 +75,14 @@ __all__ = [
     "PairFunction",
     "PairLoss",
     "PairLossOutput",
+    "PairWeighting",
     "PreferenceLoss",
     "ZeroLoss",
     "backend_for",
     "linear_logps",
     "linear_pair_loss",
     "linear_scores",
+    "linear_statistics",
     "make_coupled_custom_loss",
     "make_coupled_loss",
     "make_custom_loss",

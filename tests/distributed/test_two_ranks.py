@@ -92,6 +92,8 @@ def test_weighted_sets_of_pairs_have_the_losses_and_metrics_of_one_rank(one, two
 def test_other_losses_train_and_evaluate_as_on_one_rank(one, two, way):
     expected = one[f"ddp.{way.partition('.')[2]}"]
     assert_same(expected, two[way])
+    assert {"entropy", "logits/chosen"} <= set(expected["logs"][0])
+    assert {"eval_entropy", "eval_mean_token_accuracy"} <= set(expected["evaluation"])
     assert expected["logs"][-1]["loss"] < expected["logs"][0]["loss"]
 
 
@@ -166,7 +168,7 @@ def assert_same(one, two):
     names = [
         name
         for name in {name: None for log in one["logs"] for name in log}
-        if name in ("loss", "aux_loss", "grad_norm", "num_tokens")
+        if name in ("loss", "aux_loss", "grad_norm", "num_tokens", "entropy", "mean_token_accuracy")
         or ("/" in name and name != "lengths/row")  # packed rows depend on the number of ranks
     ]
     assert len(names) >= 10

@@ -11,8 +11,9 @@ loss written by hand and a penalty that a subclass adds, and measures metrics of
 ".coupled" it trains a loss that depends on all pairs of a step and on their order. With ".sets" it
 trains two datasets with weights and soft labels, and evaluates both. With ".kl" the drift moves
 beta, of which each rank's betas are written, too. With ".free" it trains losses without a
-reference, whose likelihood is a mean over tokens; with ".norm" a loss of means per token. The main
-rank writes its logs to FOLDER/WAY.json.
+reference, whose likelihood is a mean over tokens; with ".norm" a loss of means per token whose
+pairs have WPO's weights. Both measure all metrics over tokens. The main rank writes its logs to
+FOLDER/WAY.json.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from torch.nn.functional import softplus
 from dpofast import CoupledFunction, DPOConfig, DPOTrainer
 from dpofast.cli.process_end import run_to_end
 from dpofast.data import mix_preferences
+from dpofast.options.metric_fields import TOKEN_METRICS
 from tests.rope import ORIGINAL_LENGTH, rope_parameters
 from tests.support import byte_tokenizer, tiny_llama, tiny_mixtral, token_pairs
 
@@ -71,8 +73,17 @@ def pairs_of(variant: str) -> tuple[Any, Any]:
 # Options of the loss by the variant of a way.
 LOSSES: dict[str, dict[str, Any]] = {
     "kl": {"target_kl": 0.3, "target_kl_gain": 1.0},
-    "free": {"loss_type": ["orpo", "sft"], "loss_weights": [1.0, 0.5]},
-    "norm": {"loss_type": "sigmoid_norm", "label_smoothing": 0.1},
+    "free": {
+        "loss_type": ["orpo", "sft"],
+        "loss_weights": [1.0, 0.5],
+        "metrics": list(TOKEN_METRICS),
+    },
+    "norm": {
+        "loss_type": "sigmoid_norm",
+        "label_smoothing": 0.1,
+        "use_weighting": True,
+        "metrics": list(TOKEN_METRICS),
+    },
 }
 
 

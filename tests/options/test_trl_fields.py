@@ -96,11 +96,11 @@ Way = Callable[[Path, dict[str, Any]], DPOConfig]
 @every_way
 def test_what_would_change_the_training_is_refused_all_at_once(tmp_path: Path, give: Way) -> None:
     with pytest.raises(ConfigError) as caught:
-        give(tmp_path, {"rpo_alpha": 0.5, "use_weighting": True, "beta": 0.2})
+        give(tmp_path, {"rpo_alpha": 0.5, "sync_ref_model": True, "beta": 0.2})
     text = str(caught.value)
     assert "2 options can't be used" in text
     assert "rpo_alpha=0.5 isn't supported: set loss_type: [sigmoid, sft]" in text
-    assert "use_weighting=True isn't supported" in text
+    assert "sync_ref_model=True isn't supported" in text
 
 
 @every_way

@@ -12,6 +12,7 @@ import torch
 from benchmarks.train_cases import SHAPES
 from benchmarks.train_contenders import token_trainer
 from dpofast import DPOConfig, DPOTrainer
+from dpofast.options.metric_fields import TOKEN_METRICS
 from dpofast_kernels import COUPLED_LOSSES, LOSSES, make_loss
 from tests.support import byte_tokenizer, clip_exactly, naive_margin, tiny_llama, token_pairs
 
@@ -71,6 +72,9 @@ CASES = [
     {"loss_type": "sigmoid", "ld_alpha": 0.5},
     {"loss_type": "ipo", "ld_alpha": 0.0},
     {"loss_type": ["sigmoid_norm", "apo_zero"], "beta": 5.0, "ld_alpha": 0.3},
+    {"loss_type": "sigmoid", "use_weighting": True},
+    {"loss_type": ["sigmoid", "bco_pair"], "loss_weights": [0.8, 0.2], "use_weighting": True},
+    {"loss_type": "ipo", "use_weighting": True, "ld_alpha": 0.5},
 ]
 
 
@@ -102,7 +106,10 @@ def both(folder, pairs, options, model=None, ref_model=None):
         **given,
     )
     args = DPOConfig(
-        output_dir=str(folder / "ours"), reference_store=str(folder / "store"), **options
+        output_dir=str(folder / "ours"),
+        reference_store=str(folder / "store"),
+        metrics=list(TOKEN_METRICS),
+        **options,
     )
     ours = DPOTrainer(copy.deepcopy(model), ref_model=ref_model, args=args, **given)
     return logs_of(theirs), logs_of(ours)
@@ -124,7 +131,11 @@ def test_losses_gradient_norms_and_rewards_are_trls(tmp_path, options):
     for name in ("loss", "grad_norm"):
         expected = column(theirs, name)
         np.testing.assert_allclose(column(ours, name), expected, rtol=1e-4, err_msg=name)
+    for name in TOKEN_METRICS:
+        expected = column(theirs, name)
+        np.testing.assert_allclose(column(ours, name), expected, 1e-4, 1e-5, err_msg=name)
     if options["loss_type"] == "sft":
+        assert max(column(ours, "mean_token_accuracy")) > 0.0
         return  # ours has no reference, and TRL's rewards have one
     for name in (
         *("rewards/chosen", "rewards/rejected", "rewards/margins"),
@@ -150,6 +161,13 @@ def test_label_smoothing_of_sigmoid_has_no_effect_in_trl(tmp_path):
     margins = np.asarray(column(ours, "rewards/margins"))
     expected = 0.8 * np.logaddexp(0, -margins) + 0.2 * np.logaddexp(0, margins)
     np.testing.assert_allclose(column(ours, "loss"), expected, rtol=1e-5)
+
+
+def test_weights_of_a_mixture_with_sft_fail_in_trl(tmp_path):
+    """They work here: tests/train/test_wpo.py has the formula."""
+    options = {"loss_type": ["sigmoid", "sft"], "use_weighting": True, "max_steps": 1}
+    with pytest.raises(RuntimeError, match="unsupported operation"):
+        both(tmp_path, token_pairs(2), {**options, "per_device_train_batch_size": 2})
 
 
 def test_discopop_is_nan_in_trl_where_the_margin_is_below_minus_88(tmp_path):

@@ -54,9 +54,11 @@ COMPARED = frozenset(
         "target_kl_gain",
         "train_sampling_strategy",
         "truncation_mode",
+        "use_weighting",
         "warmup_ratio",
         "warmup_steps",
         "weight_decay",
+        "weighting_clamp",
     }
 )
 # Options that change only how sums are rounded, or how dropout draws its numbers. A change is said
@@ -150,6 +152,7 @@ NEUTRAL = frozenset(
         "logging_strategy",
         "max_target_length",
         "metric_for_best_model",
+        "metrics",
         "neftune_noise_alpha",
         "output_dir",
         "overwrite_output_dir",

@@ -28,6 +28,8 @@ FIRST_LOSSES: Facts = {
     "simpo_gamma": None,
     "target_kl": None,
     "target_kl_gain": None,
+    "use_weighting": None,
+    "weighting_clamp": None,
 }
 # Facts by which others are judged; they aren't compared themselves.
 DERIVED = frozenset({"num_steps", "warmup"})

@@ -79,7 +79,8 @@ class FirstStep:
             return
         if slopes is None:
             # Where the model is, as a user's own loss may hold tensors.
-            slopes = torch.stack(batch_losses(self.loss, output.logps, batch)[1:])
+            found = batch_losses(self.loss, output.logps, batch, output.pair_weights)
+            slopes = torch.stack(found[1:])
         self.has_slope = bool((slopes.abs() > NO_SLOPE).any())
 
     def finish(

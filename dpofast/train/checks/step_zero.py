@@ -77,25 +77,28 @@ class StepZeroCheck:
             return  # the vote of this step ends the run, and says where the NaN is
         if per_token <= self.tolerance or (self.wants_noise and self._is_random(batch)):
             return
-        got = self._mean_loss(logratios, batch)
-        expected = self._first_loss(batch)
+        got = self._mean_loss(logratios, batch, output.pair_weights)
+        expected = self._first_loss(batch, output.pair_weights)
         raise ModelError(
             f"The first batch's loss is {got:.6f}, but the policy is its own reference before "
             f"step 1, which gives {expected:.6f} (log-ratios of {per_token:.3g} nats per token, "
             f"where rounding explains {self.tolerance:g}): {self._reason(batch)}"
         )
 
-    def _mean_loss(self, logratios: Tensor, batch: PackedPairs) -> float:
+    def _mean_loss(
+        self, logratios: Tensor, batch: PackedPairs, pair_weights: Tensor | None
+    ) -> float:
         """Mean loss over a batch's pairs with these log-ratios [2P], on the policy's device."""
         assert batch.ref_logps is not None
         logps = (batch.ref_logps.cpu() + logratios).to(self._device())
-        return batch_losses(self.loss, logps, batch)[0].mean().item()
+        return batch_losses(self.loss, logps, batch, pair_weights)[0].mean().item()
 
-    def _first_loss(self, batch: PackedPairs) -> float:
+    def _first_loss(self, batch: PackedPairs, pair_weights: Tensor | None) -> float:
         """Mean loss over a batch's pairs while the policy is its own reference."""
-        if batch.weights is None and batch.label_confidence is None:
+        if all(each is None for each in (batch.weights, batch.label_confidence, pair_weights)):
             return self.loss.first_value(batch.lengths.to(self._device())).mean().item()
-        return self._mean_loss(torch.zeros(2 * batch.num_pairs, dtype=torch.float64), batch)
+        zeros = torch.zeros(2 * batch.num_pairs, dtype=torch.float64)
+        return self._mean_loss(zeros, batch, pair_weights)
 
     def _device(self) -> torch.device:
         """Where losses are computed: a user's own loss may hold tensors on the policy's device."""

@@ -27,11 +27,13 @@ class Pass:
         batch: the micro-batch.
         loss: [], its mean loss.
         logps: [2P] fp64, the log-probs of its answers; None if a subclass has another loss.
+        pair_weights: [P] fp64, WPO's weights of its pairs; None without.
     """
 
     batch: PackedPairs
     loss: Tensor
     logps: Tensor | None
+    pair_weights: Tensor | None = None
 
     @property
     def total(self) -> Tensor:
@@ -204,6 +206,7 @@ def _bad_pairs(each: Pass, loss: PreferenceLoss) -> list[bool]:
         return everything
     bad = (~each.logps.isfinite()).view(-1, 2).any(1)  # [P]
     if isinstance(loss, PairLoss):  # a loss that couples pairs spreads a NaN over all of them
-        bad |= ~batch_losses(loss, each.logps, each.batch)[0].isfinite()
+        losses, *_ = batch_losses(loss, each.logps, each.batch, each.pair_weights)
+        bad |= ~losses.isfinite()
     flags: list[bool] = bad.tolist()
     return flags if any(flags) else everything

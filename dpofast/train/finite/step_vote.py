@@ -106,7 +106,8 @@ class VotesOnSteps(Trainer):
             output: output of its forward pass; None if a subclass has another loss.
         """
         logps = None if output is None else output.logps.detach()
-        self._passes.passes.append(Pass(batch, loss.detach(), logps))
+        pair_weights = None if output is None else output.pair_weights
+        self._passes.passes.append(Pass(batch, loss.detach(), logps, pair_weights))
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         norm = super()._get_grad_norm(model, grad_norm)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from dpofast.model.forward import kept_activations, micro_batch
 from dpofast.monitor.metrics import MetricSums
 from dpofast.train.hooks.couples_pairs import CouplesPairs
 from dpofast.train.hooks.overrides import override_of
-from dpofast.train.hooks.untrained import untrained
+from dpofast.train.hooks.untrained import detached, joined, untrained
 from dpofast.train.reports.reports_run import ReportsRun
 from dpofast.zero.weights import spread
 from dpofast_kernels import NotAPairLossError, PairLossOutput
@@ -145,8 +145,7 @@ class ComputesLoss(CouplesPairs, ReportsRun, Trainer):
         is_counted = self._open is batch
         with self._prepared(batch):
             output = self.compute_pair_loss(model, batch, sums)
-        logps, metrics = output.logps.detach(), output.metrics.detach()
-        self._computed = Computed(replace(output, logps=logps, metrics=metrics), sums)
+        self._computed = Computed(detached(output), sums)
         if self._trains(model):
             self.note_drift(sums)
             if not is_counted:  # an overridden training_step may call this by itself
@@ -160,11 +159,7 @@ class ComputesLoss(CouplesPairs, ReportsRun, Trainer):
     def _loss_of_step(self, model: nn.Module, step: StepBatch) -> tuple[Tensor, PairLossOutput]:
         self.couple(step)
         outputs = [self._loss_of_pairs(model, batch)[1] for batch in step.micro_batches]
-        output = PairLossOutput(
-            torch.stack([each.loss for each in outputs]).sum(),
-            torch.cat([each.logps for each in outputs]),
-            torch.cat([each.metrics for each in outputs], 1),
-        )
+        output = joined(outputs)
         self._computed = Computed(output)
         return output.loss * (self.args.world_size / step.num_pairs), output
 

@@ -11,6 +11,7 @@ from transformers import Trainer
 
 from dpofast.data.packing.batch import PackedPairs, StepBatch
 from dpofast.errors import ConfigError
+from dpofast.options.weighting_fields import refuse_weighting_of_coupled
 from dpofast.train.steps.coupled import CoupledPairs, CoupledPass
 from dpofast.train.steps.micro_batches import PairLossPass
 from dpofast_kernels import CoupledLoss, PairLoss, PreferenceLoss
@@ -101,11 +102,12 @@ class CouplesPairs(Trainer):
             loss: the loss of the run or of the step.
 
         Raises:
-            ConfigError: a coupled loss isn't known for this micro-batch.
+            ConfigError: a coupled loss isn't known for this micro-batch, or pairs are weighted.
         """
         if isinstance(loss, PairLoss):
             return loss, None
         assert isinstance(loss, CoupledLoss)
+        refuse_weighting_of_coupled(loss, self._pair_loss_pass.weighting)
         if (kept := self._coupled.get(id(batch))) is None:
             raise ConfigError(
                 f"compute_loss: the {loss.name} loss couples all pairs of a step, so it isn't "

@@ -170,7 +170,8 @@ class EvaluatesPairs(ChoosesFiniteBest, ComputesLoss, Trainer):
                 logps_found = None if output is None else output.logps
                 losses.add(step.indices[index], loss, logps_found)
             if found is not None:
-                found.add(step.indices[index], logps, batch)
+                pair_weights = None if output is None else output.pair_weights
+                found.add(step.indices[index], logps, batch, pair_weights)
 
     def _expect(self, step: Any, losses: Tensor | None) -> None:
         """Look at an item of the loader, and note the losses [n] of a loss that couples pairs."""

@@ -106,7 +106,7 @@ HIDDEN_METHODS = {
 }
 # Attributes by which TRL's trainers choose their loss and its reference; options are called alike.
 TRL_ATTRIBUTES = (
-    *("use_weighting", "rpo_alpha", "reference_free", "sync_ref_model"),
+    *("rpo_alpha", "reference_free", "sync_ref_model"),
     *("model_adapter_name", "ref_adapter_name"),
 )
 # What overrides written for TRL read from its trainer.

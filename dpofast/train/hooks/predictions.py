@@ -60,13 +60,20 @@ class PredictedPairs:
         self._table = torch.zeros(num_pairs, 9, dtype=torch.float64, device=device)
         self._has_confidence = False
 
-    def add(self, indices: list[int], logps: Any, batch: PackedPairs) -> None:
+    def add(
+        self,
+        indices: list[int],
+        logps: Any,
+        batch: PackedPairs,
+        pair_weights: Tensor | None = None,  # [P]
+    ) -> None:
         """Add the pairs of a micro-batch.
 
         Args:
             indices: the pairs, counted in the dataset.
             logps: [P, 2] summed log-probs of chosen and rejected.
             batch: the micro-batch, with its reference log-probs.
+            pair_weights: [P] fp64, WPO's weights of the pairs; None for 1.
 
         Raises:
             ConfigError: an overridden `prediction_step` returned no such log-probs.
@@ -85,6 +92,8 @@ class PredictedPairs:
             ones if values is None else values.to(ones)
             for values in (batch.weights, batch.label_confidence)
         )
+        if pair_weights is not None:
+            weights = weights * pair_weights.to(ones)
         # All batches of a dataset have confidences, or none has.
         self._has_confidence = batch.label_confidence is not None
         # One rank has each pair, and all others have 0 there: the sum over ranks is the whole.

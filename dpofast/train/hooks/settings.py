@@ -104,6 +104,11 @@ class ShowsSettings:
         """Weight of the tokens by which an answer is the longer one; None for 1."""
         return self._config.ld_alpha
 
+    @_setting(_CONFIG)
+    def use_weighting(self) -> bool:
+        """Whether pairs are weighted as in WPO."""
+        return self._pair_loss_pass.weighting is not None
+
     @_setting(_ARGUMENT)
     def loss_fn(self) -> PairFunction | CoupledFunction | None:
         """The user's own loss; None for a loss of the options."""

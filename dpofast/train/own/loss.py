@@ -6,6 +6,7 @@ from dataclasses import fields
 
 from dpofast.errors import ConfigError
 from dpofast.options.config import DPOConfig
+from dpofast.options.weighting_fields import refuse_weighting_of_coupled
 from dpofast_kernels import (
     CoupledFunction,
     PairFunction,
@@ -53,7 +54,11 @@ def run_loss(config: DPOConfig, loss_fn: PairFunction | CoupledFunction | None) 
         )
     try:
         if isinstance(loss_fn, CoupledFunction):
-            return make_coupled_custom_loss(loss_fn.function, config.beta, config.device)
-        return make_custom_loss(loss_fn, config.beta, config.device)
+            function = loss_fn.function
+            loss: PreferenceLoss = make_coupled_custom_loss(function, config.beta, config.device)
+        else:
+            loss = make_custom_loss(loss_fn, config.beta, config.device)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"loss_fn: {error}") from error
+    refuse_weighting_of_coupled(loss, config.weighting())
+    return loss

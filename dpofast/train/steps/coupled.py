@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from dpofast.data.packing.batch import PackedPairs, StepBatch
 from dpofast.errors import ConfigError
 from dpofast.model.forward import kept_activations, micro_batch, run_batch
-from dpofast.model.head import HeadTask
+from dpofast.model.head import PairLossTask
 from dpofast_kernels import (
     CoupledLoss,
     NotAPairLossError,
@@ -123,7 +123,7 @@ class CoupledPass:
     """
 
     model: nn.Module
-    task: Callable[[PackedPairs, PairLoss], HeadTask]
+    task: Callable[[PackedPairs, PairLoss], PairLossTask]
     autocast: Any
     device: torch.device
     gather: Callable[[Tensor], Tensor]
@@ -174,7 +174,10 @@ class CoupledPass:
         assert moved.ref_logps is not None
         prepared = (micro_batch(self.model, batch), kept_activations(self.model))
         with torch.no_grad(), prepared[0], prepared[1], self.autocast():
-            _, logps, _ = run_batch(self.model, moved, self.task(moved, ZeroLoss()))
+            task = self.task(moved, ZeroLoss())
+            # Whatever else the run measures, the second phase does.
+            task = replace(task, extras=replace(task.extras, weighting=None, statistics=()))
+            _, logps, *_ = run_batch(self.model, moved, task)
         lengths = batch.lengths.to(self.device)
         columns = (logps[: 2 * batch.num_pairs], moved.ref_logps, lengths)
         return torch.cat([each.double().view(-1, 2) for each in columns], 1)

@@ -24,7 +24,8 @@ from dpofast.monitor.metrics import MetricSums
 from dpofast.monitor.set_metrics import set_metrics
 from dpofast.train.own.metrics import NLL, OwnMetrics
 from dpofast.train.steps.coupled import CoupledPairs, same_dropout
-from dpofast_kernels import METRIC_NAMES, PairExtras, PairLoss, PairLossOutput
+from dpofast.train.steps.token_metrics import statistics_of, token_metric_sums
+from dpofast_kernels import METRIC_NAMES, PairExtras, PairLoss, PairLossOutput, PairWeighting
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,6 +39,8 @@ class PairLossPass:
         device: device of the policy.
         own_metrics: the user's metrics, if there are any.
         likelihood: likelihood terms of the loss.
+        weighting: WPO's weights of the pairs, if they have any.
+        token_metrics: names of the metrics that are means over tokens.
     """
 
     model: nn.Module
@@ -46,6 +49,8 @@ class PairLossPass:
     device: torch.device
     own_metrics: OwnMetrics | None = None
     likelihood: Likelihood = NO_LIKELIHOOD
+    weighting: PairWeighting | None = None
+    token_metrics: tuple[str, ...] = ()
 
     def __call__(
         self,
@@ -82,21 +87,22 @@ class PairLossPass:
         output, more = add_router_loss(results, self.router_loss, batch.num_pairs)
         if batch.coefficients is not None:
             more |= {NLL: self._mean_nll(output, batch)}
-            output = replace(output, logps=output.logps[: 2 * batch.num_pairs])
+            output = _of_answers(output, batch.num_pairs)
         metrics = dict(zip(METRIC_NAMES, output.metrics, strict=True))
         if self.own_metrics is not None:
             metrics |= self.own_metrics(output, batch)
-        counts: dict[str, Tensor] = {}
+        of_tokens, counts = token_metric_sums(self.token_metrics, output.statistics, batch.lengths)
+        more |= of_tokens
         if not loss.is_reference_free:
             assert batch.ref_logps is not None
             kl, tokens = kl_sums(output.logps, batch.ref_logps, batch.bounds)
-            more, counts = more | kl, dict.fromkeys(kl, tokens)
+            more, counts = more | kl, counts | dict.fromkeys(kl, tokens)
         sums.add({**metrics, **more, "loss": output.loss}, batch.num_pairs, counts)
         if batch.sets is not None:
             if coupled is not None:
                 losses = coupled.losses
             elif batch.num_pairs:
-                losses = batch_losses(loss, output.logps, batch)[0]
+                losses, *_ = batch_losses(loss, output.logps, batch, output.pair_weights)
             else:
                 losses = output.logps  # a user's own loss is never called without pairs
             self._add_sets(batch, {**metrics, "loss": losses}, sums)
@@ -113,6 +119,7 @@ class PairLossPass:
         extras = PairExtras(
             *(pairs, batch.weights, batch.label_confidence),
             *(batch.coefficients, batch.token_weights),
+            *(self.weighting, statistics_of(self.token_metrics)),
         )
         options = head_options(causal_lm(self.model).config)
         return PairLossTask(batch.labels, batch.bounds, ref_logps, loss, options, extras)
@@ -131,6 +138,16 @@ class PairLossPass:
                 "choose others."
             )
         sums.add(values, 0, counts)
+
+
+def _of_answers(output: PairLossOutput, num_pairs: int) -> PairLossOutput:
+    """The output without the sequences after the answers, which are prompts."""
+    statistics = output.statistics
+    return replace(
+        output,
+        logps=output.logps[: 2 * num_pairs],
+        statistics=None if statistics is None else statistics[:, : 2 * num_pairs],
+    )
 
 
 def gradient_exchange(

@@ -14,7 +14,8 @@ from torch import Tensor
 from dpofast_kernels.head.dtypes import accumulate_dtype
 from dpofast_kernels.head.options import NO_EXTRAS, HeadOptions, PairExtras
 from dpofast_kernels.head.sequences import check_bounds
-from dpofast_kernels.preference import CoupledLoss, PairLoss, PreferenceLoss
+from dpofast_kernels.head.statistics import check_statistics
+from dpofast_kernels.preference import CoupledLoss, PairLoss, PairWeighting, PreferenceLoss
 
 # Environment variable: 1 checks labels on GPUs, too, although the host has to wait for it.
 CHECK_LABELS = "DPOFAST_CHECK_LABELS"
@@ -135,7 +136,8 @@ def check_pairs(
         The bounds as a list.
 
     Raises:
-        TypeError: an argument is not a tensor, or loss is not a PairLoss.
+        TypeError: an argument is not a tensor, loss is not a PairLoss, or weighting is not a
+            PairWeighting.
         ValueError: an odd number of sequences, an empty sequence, bounds that don't cover the rows,
             pairs that aren't two sequences, not one reference log-prob for each sequence, or an
             extra of a wrong shape, dtype or value.
@@ -168,6 +170,11 @@ def check_pairs(
         )
     num_pairs = num_sequences // 2 if pairs is None else len(pairs)
     _check_factors(extras, loss, num_pairs, num_sequences, num_rows)
+    check_statistics(extras.statistics)
+    if not isinstance(extras.weighting, PairWeighting | None):
+        raise TypeError(
+            f"weighting is a {type(extras.weighting).__name__}, expected a PairWeighting or None."
+        )
     return limits
 
 

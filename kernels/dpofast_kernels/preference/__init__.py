@@ -1,9 +1,9 @@
 """Losses of preference pairs, their derivatives and metrics.
 
 Each formula is written twice, in PyTorch and for Triton. Both versions are in this folder. Sums of
-losses and other divergences are computed from their results, in PyTorch. A user's own loss is a
-function in PyTorch only, which autograd derives. So are the losses that couple pairs, which are
-computed for all pairs of an optimizer step at once.
+losses, other divergences and WPO's weights are computed from their results, in PyTorch. A user's
+own loss is a function in PyTorch only, which autograd derives. So are the losses that couple pairs,
+which are computed for all pairs of an optimizer step at once.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from dpofast_kernels.preference.registry import (
     make_mixture,
     unknown_loss,
 )
+from dpofast_kernels.preference.weighting import PairWeighting
 
 __all__ = [
     "COUPLED_LOSSES",
@@ -43,6 +44,7 @@ __all__ = [
     "NotAPairLossError",
     "PairFunction",
     "PairLoss",
+    "PairWeighting",
     "PreferenceLoss",
     "ZeroLoss",
     "function_name",
