@@ -36,6 +36,9 @@ CITATION = """\
 ```"""
 
 
+DPO = ("Direct Preference Optimization", "2305.18290")
+
+
 @dataclass(frozen=True)
 class CardData:
     """A dataset of the run.
@@ -68,7 +71,8 @@ class CardFacts:
         adapter: kind of adapter, such as LoRA; None for a whole model.
         hub_model_id: id under which the model is published; None if it is not.
         is_chat: whether the tokenizer has a chat template.
-        reference: what the reference was.
+        method: name of the method, and the number of its paper on arXiv if it has one.
+        reference: what the reference was; "none" for a method without one.
         datasets: datasets of the run.
         options: options that decide what was learnt, by name.
         log_history: one dict per log event, with `step`, as transformers' TrainerState keeps them;
@@ -86,6 +90,7 @@ class CardFacts:
     adapter: str | None = None
     hub_model_id: str | None = None
     is_chat: bool = False
+    method: tuple[str, str | None] = DPO
     reference: str = ""
     datasets: Sequence[CardData] = ()
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -114,9 +119,10 @@ def model_card(facts: CardFacts, plot: str | None = None) -> str:
         f"### Data\n\n{_data(facts)}",
         f"### Options\n\n{table(('option', 'value'), _written(facts.options))}",
         f"### Framework versions\n\n{_versions(facts)}",
-        f"## Citation\n\n{CITATION}",
+        f"## Citation\n\n{CITATION}" if facts.method == DPO else "",
     )
-    text = f"---\n{metadata(facts).to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n"
+    body = "\n\n".join(filter(None, sections))
+    text = f"---\n{metadata(facts).to_yaml()}\n---\n\n{body}\n"
     mark = f"<!-- Written by dpofast ({_digest(text)}); a card that you change is kept. -->\n"
     return text.replace("\n---\n", f"\n---\n{mark}", 1)
 
@@ -200,10 +206,9 @@ def _introduction(facts: CardFacts) -> str:
     kind = f"A {what} {base}" if facts.adapter else f"A fine-tuned {what} {base}"
     names = [_dataset(data) for data in facts.datasets if data.use == "training"]
     on = f" on {_and(names)}" if names else ""
-    return (
-        f"{kind} (`{facts.architecture}`), trained{on} by [Direct Preference "
-        "Optimization](https://huggingface.co/papers/2305.18290) with dpofast."
-    )
+    name, paper = facts.method
+    method = f"[{name}](https://huggingface.co/papers/{paper})" if paper else name
+    return f"{kind} (`{facts.architecture}`), trained{on} by {method} with dpofast."
 
 
 def _use(facts: CardFacts) -> str:
@@ -230,7 +235,7 @@ def _training(facts: CardFacts, plot: str | None) -> str:
     parts = ["\n".join(f"- {name}: {value}" for name, value in known.items() if value)]
     if plot:
         parts.append(f"![Loss, margins, accuracy and log-probs over the steps]({plot})")
-    parts.append(metrics_table(facts.log_history))
+    parts.append(metrics_table(facts.log_history, has_reference=facts.reference != "none"))
     return "\n\n".join(filter(None, parts))
 
 

@@ -10,6 +10,7 @@ from dpofast.monitor.public_names import public_name
 # Logged name -> what the card calls it.
 METRICS = {
     "loss": "loss",
+    "nll_loss": "negative log-likelihood per token",
     "rewards/accuracies": "reward accuracy",
     "rewards/margins": "reward margin",
     "rewards/chosen": "reward of chosen answers",
@@ -17,11 +18,18 @@ METRICS = {
     "logps/chosen": "log-prob of chosen answers",
     "logps/rejected": "log-prob of rejected answers",
 }
-EXPLANATION = (
+REWARDS = (
     "A reward is beta times the log of an answer's probability under this model over its "
-    "probability under the reference. Reward accuracy is the share of pairs whose chosen answer "
-    "has the higher reward. The columns of training are means over the pairs since the log "
-    "before. Loss, rewards and log-probs are in nats."
+    "probability under the reference."
+)
+REWARDS_WITHOUT_REFERENCE = (
+    "A reward is beta times the log of an answer's probability under this model, or its mean per "
+    "token, as the loss compares them."
+)
+EXPLANATION = (
+    "Reward accuracy is the share of pairs whose chosen answer has the higher reward. The columns "
+    "of training are means over the pairs since the log before. Loss, rewards and log-probs are in "
+    "nats."
 )
 
 Log = dict[str, Any]
@@ -44,11 +52,12 @@ def evaluations(log_history: Sequence[Log]) -> dict[str, Log]:
     return found
 
 
-def metrics_table(log_history: Sequence[Log]) -> str:
+def metrics_table(log_history: Sequence[Log], *, has_reference: bool = True) -> str:
     """A table of the metrics, in Markdown; empty if nothing was logged.
 
     Args:
         log_history: one dict per log event, with `step`, as transformers' TrainerState keeps them.
+        has_reference: whether rewards compare the model with a reference.
     """
     training = [log for log in log_history if "loss" in log and "step" in log]
     columns: list[tuple[str, Log]] = []
@@ -66,7 +75,9 @@ def metrics_table(log_history: Sequence[Log]) -> str:
         for metric, words in METRICS.items()
         if any(metric in log for _, log in columns)
     ]
-    return f"{table(('metric', *(title for title, _ in columns)), rows)}\n\n{EXPLANATION}"
+    rewards = REWARDS if has_reference else REWARDS_WITHOUT_REFERENCE
+    titles = ("metric", *(title for title, _ in columns))
+    return f"{table(titles, rows)}\n\n{rewards} {EXPLANATION}"
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -11,6 +11,7 @@ def kl_sums(
     logps: Tensor,  # [S]
     ref_logps: Tensor,  # [S]
     bounds: Tensor,  # [S+1]
+    token_weights: Tensor | None = None,  # [N]
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Two distances from the reference, as sums over answers and their number of scored tokens.
 
@@ -24,11 +25,14 @@ def kl_sums(
     Args:
         logps: [S] summed log-probs of the policy, in nats, one per answer.
         ref_logps: [S] summed log-probs of the reference.
-        bounds: [S+1] int64, bounds of the answers. All three are on one device.
+        bounds: [S+1] int64, bounds of the answers. All are on one device, or the bounds on the CPU.
+        token_weights: [N] factors of the tokens in the summed log-probs; None for 1.
 
     Returns:
-        The sums by name, [] fp64 in nats, and the tokens, [] int64. Neither has a gradient.
+        The sums by name, [] fp64 in nats, and the tokens, [] each counted by its factor. Neither
+        has a gradient.
     """
     logratios = logps.detach().double() - ref_logps.detach().double()  # [S]
     sums = {KL: logratios.sum(), DRIFT: logratios.abs().sum()}
-    return sums, bounds[-1] - bounds[0]
+    tokens = bounds[-1] - bounds[0] if token_weights is None else token_weights.sum()
+    return sums, tokens

@@ -133,6 +133,8 @@ def unused_loss_options(config: Any) -> list[str]:
             "f_divergence_type='alpha_divergence' (with f_alpha_divergence_coef=1.0 it is "
             "reverse_kl; in older versions of TRL it was forward_kl)"
         )
+    if config.beta_schedule != "constant" and set(config.loss_type) == {SFT}:
+        remarks.append(f"beta_schedule={config.beta_schedule!r} ({SFT} has no beta)")
     return remarks + unused_beta_options(config) + unused_weighting_options(config)
 
 
@@ -151,7 +153,7 @@ def loss_facts(config: Any) -> dict[str, Any]:
             option: getattr(config, option) if set(losses) & set(config.loss_type) else None
             for option, losses in LOSS_OPTIONS.items()
         },
-        "cpo_alpha": _effective_cpo_alpha(config),
+        "cpo_alpha": _cpo_alphas(config) or None,
     }
 
 
@@ -174,7 +176,7 @@ def named_loss(config: Any) -> PreferenceLoss:
     _check_cpo_alpha(config.cpo_alpha)
     _check_ld_alpha(config)
     of_pairs = {name: weight for name, weight in _weights(config).items() if name != SFT}
-    if not of_pairs:
+    if not any(of_pairs.values()):
         _refuse_options_of_pairs(config)
         return _checked(ZeroLoss(config.beta), config)
     given = None if weights is None else list(of_pairs.values())
@@ -194,17 +196,21 @@ def named_loss(config: Any) -> PreferenceLoss:
 
 def _checked(loss: PreferenceLoss, config: Any) -> PreferenceLoss:
     """The loss, unless an option needs a reference or log-probs that it doesn't have."""
-    if config.length_discount() is not None and (
-        loss.is_reference_free or named_likelihood(config)
-    ):
-        raise ConfigError(
-            f"ld_alpha is {config.ld_alpha}, but it discounts log-ratios only: leave it out with "
-            f"{' + '.join(config.loss_type)}, which has no reference or counts the likelihood of "
-            "whole answers."
-        )
+    names = " + ".join(config.loss_type)
+    if config.length_discount() is not None:
+        if loss.is_reference_free:
+            raise ConfigError(
+                f"ld_alpha is {config.ld_alpha}, but it discounts log-ratios, and the loss {names} "
+                "has no reference; leave it out."
+            )
+        if named_likelihood(config):
+            raise ConfigError(
+                f"ld_alpha is {config.ld_alpha}, but the {SFT} part of the loss counts all tokens "
+                f"of an answer; leave out either ld_alpha or {SFT}."
+            )
     if loss.is_reference_free and config.target_kl is not None:
         raise ConfigError(
-            f"target_kl is {config.target_kl}, but the loss {' + '.join(config.loss_type)} has no "
+            f"target_kl is {config.target_kl}, but the loss {names} has no "
             "reference to be near; leave it out."
         )
     refuse_weighting_of_coupled(loss, config.weighting())
@@ -215,18 +221,17 @@ def named_likelihood(config: Any) -> Likelihood:
     """The likelihood terms of the losses that the options of a DPOConfig name."""
     weights = _weights(config)
     answers = weights.get(SFT, 0.0)
-    for name, usual in CPO_ALPHAS.items():
-        alpha = usual if config.cpo_alpha is None else config.cpo_alpha
-        answers += weights.get(name, 0.0) * alpha
+    answers += sum(weights[name] * alpha for name, alpha in _cpo_alphas(config).items())
     return Likelihood(answers, weights.get(ORPO, 0.0))
 
 
-def _effective_cpo_alpha(config: Any) -> float | None:
-    """The weight of the likelihood in the run's losses; None if they have no such term."""
-    if config.cpo_alpha is not None:
-        return float(config.cpo_alpha) if set(CPO_ALPHAS) & set(config.loss_type) else None
-    usual = {CPO_ALPHAS[name] for name in config.loss_type if name in CPO_ALPHAS}
-    return max(usual) if usual else None
+def _cpo_alphas(config: Any) -> dict[str, float]:
+    """The weight of the likelihood in each loss of CPOTrainer that the run has."""
+    return {
+        name: usual if config.cpo_alpha is None else float(config.cpo_alpha)
+        for name, usual in CPO_ALPHAS.items()
+        if name in config.loss_type
+    }
 
 
 def loss_names(config: Any, loss: PreferenceLoss) -> list[str]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from dpofast.errors import ConfigError
 from dpofast.options.config import DPOConfig
+from dpofast_kernels import unknown_loss
 
 # TRL's names of the losses of its CPOTrainer, and ours, in which a reference is told from none.
 CPO_LOSSES = {"sigmoid": "cpo", "hinge": "cpo_hinge", "ipo": "cpo_ipo"}
@@ -36,13 +37,16 @@ class CPOConfig(DPOConfig):
     )
 
     def _settle(self) -> list[str]:
-        given = [self.loss_type] if isinstance(self.loss_type, str) else list(self.loss_type)
+        given = [self.loss_type] if isinstance(self.loss_type, str) else self.loss_type
+        if not isinstance(given, list | tuple) or not all(isinstance(each, str) for each in given):
+            raise ConfigError(f"loss_type: got {given!r}, expected a name or a list of names.")
         names = [CPO_LOSSES.get(name, name) for name in given]
         unknown = [name for name in names if name not in CPO_NAMES]
         if unknown:
+            known = (*CPO_LOSSES, *CPO_NAMES)
             raise ConfigError(
-                f"loss_type: CPOTrainer has no loss {unknown[0]!r}; choose among "
-                f"{', '.join((*CPO_LOSSES, 'simpo', 'alphapo'))}, or use DPOTrainer."
+                f"loss_type: {unknown_loss(unknown[0], known)} These are CPOTrainer's; DPOTrainer "
+                "has others."
             )
         if self.alpha:
             if set(names) - {"simpo", "alphapo"}:

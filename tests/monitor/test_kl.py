@@ -37,3 +37,10 @@ def test_chosen_and_rejected_cancel_out_in_one_of_the_two_only():
     logps, ref_logps = torch.tensor([-1.0, -4.0]), torch.tensor([-2.0, -3.0])
     sums, tokens = kl_sums(logps, ref_logps, torch.tensor([0, 2, 5]))
     assert (sums["kl"].item(), sums["kl/absolute"].item(), tokens.item()) == (0.0, 2.0, 5)
+
+
+def test_discounted_tokens_count_by_their_discount():
+    logps, ref_logps = torch.tensor([-3.0, -2.0]).double(), torch.tensor([-1.0, -3.0]).double()
+    weights = torch.tensor([1.0, 1.0, 1.0, 0.5, 0.0]).double()
+    sums, tokens = kl_sums(logps, ref_logps, torch.tensor([0, 2, 5]), weights)
+    assert (sums["kl"].item(), sums["kl/absolute"].item(), tokens.item()) == (-1.0, 3.0, 3.5)

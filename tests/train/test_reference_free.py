@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
 
 import numpy as np
@@ -10,7 +11,9 @@ import pytest
 import torch
 
 from dpofast import CPOConfig, CPOTrainer, DPOConfig, DPOTrainer, ORPOConfig, ORPOTrainer
-from dpofast.errors import ConfigError
+from dpofast.data import mix_preferences
+from dpofast.errors import CheckpointError, ConfigError, DataError
+from dpofast.options.loss_fields import loss_facts
 from dpofast_kernels import make_loss
 from tests.kernels.preference.formulas import plain_formula
 from tests.support import (
@@ -261,7 +264,11 @@ class TestTrainersOfTRL:
     @pytest.mark.parametrize(
         ("kind", "options", "message"),
         [
-            (CPOConfig, {"loss_type": "kto_pair"}, "CPOTrainer has no loss 'kto_pair'; choose"),
+            (
+                CPOConfig,
+                {"loss_type": "kto_pair"},
+                "Unknown loss 'kto_pair'. .* These are CPOTrainer's",
+            ),
             (CPOConfig, {"alpha": 0.1}, "alpha: AlphaPO bends the rewards of simpo"),
             (CPOConfig, {"cpo_alpha": -1.0}, "cpo_alpha: got -1.0, expected a finite number of"),
             (ORPOConfig, {"loss_type": "sigmoid"}, "ORPOTrainer trains the loss orpo only"),
@@ -281,3 +288,110 @@ def test_a_loss_with_another_need_of_a_reference_cannot_be_assigned(tmp_path):
     trainer.pair_loss = make_loss("simpo")
     with pytest.raises(ConfigError, match="only one of this loss and that of the options has a"):
         trainer.train()
+
+
+def test_an_assigned_loss_does_not_keep_the_likelihood_of_the_options(tmp_path):
+    trainer = make_trainer(
+        tmp_path, tiny_llama(), token_pairs(8), options={"loss_type": ["cpo", "sft"]}
+    )
+    trainer.pair_loss = make_loss("simpo")
+    with pytest.raises(ConfigError, match="has a likelihood term, which no assigned loss replaces"):
+        trainer.train()
+
+
+@pytest.mark.parametrize("loss_type", ["sft", "orpo", "cpo"])
+def test_losses_of_datasets_contain_the_likelihood(tmp_path, loss_type):
+    pairs = mix_preferences({"a": token_pairs(5), "b": token_pairs(4, seed=2)})
+    trainer = make_trainer(
+        *(tmp_path, tiny_llama(), pairs), options={"loss_type": loss_type}, eval_dataset=pairs
+    )
+    found = trainer.evaluate()
+    mean = (5 * found["eval_loss/a"] + 4 * found["eval_loss/b"]) / 9
+    assert mean == pytest.approx(found["eval_loss"], rel=1e-6)
+    assert found["eval_loss/a"] != pytest.approx(found["eval_loss/b"], rel=1e-4)
+
+
+@pytest.mark.parametrize("weights", [None, [0.5], [2.0, 1.0]])
+def test_rewards_are_the_same_in_logs_predictions_and_mixtures(tmp_path, weights):
+    """A loss of means per token has rewards per token, whatever its weight."""
+    loss_type = ["simpo"] if weights is None or len(weights) == 1 else ["simpo", "cpo_ipo"]
+    options = {"loss_type": loss_type, "loss_weights": weights}
+    trainer = make_trainer(tmp_path, tiny_llama(), token_pairs(8), options=options)
+    found = trainer.predict(token_pairs(6, seed=3))
+    rewards, lengths = found.predictions.chosen_rewards, found.predictions.chosen_lengths
+    assert rewards == pytest.approx(BETA * found.predictions.chosen_logps / lengths)
+    assert found.metrics["test_rewards/chosen"] == pytest.approx(rewards.mean())
+
+
+def test_losses_of_single_pairs_are_refused_with_a_likelihood(tmp_path):
+    with pytest.raises(ConfigError, match="the likelihood term of the loss is a mean over all"):
+        make_trainer(
+            *(tmp_path, tiny_llama(), token_pairs(8)),
+            options={"loss_type": ["sigmoid", "sft"], "include_for_metrics": ["loss"]},
+            compute_metrics=lambda prediction: {},
+        )
+
+
+def test_a_weight_of_zero_leaves_the_likelihood_only(tmp_path):
+    losses = []
+    for name, options in (
+        ("sft", {"loss_type": "sft"}),
+        ("zero", {"loss_type": ["sigmoid", "sft"], "loss_weights": [0.0, 1.0]}),
+    ):
+        trainer = make_trainer(tmp_path / name, tiny_llama(), token_pairs(8), options=options)
+        losses.append([loss for loss, _ in train(trainer)])
+    assert losses[0] == losses[1]
+
+
+def test_a_run_without_a_reference_does_not_go_on_with_one(tmp_path):
+    options = {"save_strategy": "steps", "save_steps": 2}
+    trainer = make_trainer(
+        tmp_path, tiny_llama(), token_pairs(8), options={**options, "loss_type": "simpo"}
+    )
+    trainer.train()
+    changed = ["loss_type", "simpo_gamma", "cpo_alpha"]
+    resumed = make_trainer(
+        tmp_path, tiny_llama(), token_pairs(8), options={**options, "allow_changed": changed}
+    )
+    with pytest.raises(CheckpointError, match="was trained without a reference, so a run with one"):
+        resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
+
+
+def test_the_likelihood_of_each_loss_is_a_fact_of_the_run(tmp_path):
+    configs = [
+        CPOConfig(str(tmp_path), loss_type=["sigmoid", "simpo"], cpo_alpha=alpha)
+        for alpha in (None, 1.0)
+    ]
+    first, second = (loss_facts(config) for config in configs)
+    assert first["cpo_alpha"] == {"cpo": 1.0, "simpo": 0.0}
+    assert second["cpo_alpha"] == {"cpo": 1.0, "simpo": 1.0}
+
+
+def test_the_card_and_the_summary_name_the_method(tmp_path):
+    trainer = make_trainer(
+        tmp_path, tiny_llama(), token_pairs(8), options={"loss_type": "orpo", "max_steps": 2}
+    )
+    trainer.train()
+    trainer.save_model()
+    text = (tmp_path / "run" / "README.md").read_text()
+    assert "by [ORPO](https://huggingface.co/papers/2403.07691) with dpofast" in text
+    assert "negative log-likelihood per token" in text
+    assert "Rafailov" not in text
+    assert "\n- dpo\n" not in text
+    assert "over its probability under the reference" not in text
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["loss_type"] == ["orpo"]
+    assert summary["likelihood"] == {"answers": 0.0, "sequences": 1.0}
+    assert summary["reference_store"] is None
+
+
+def test_soft_labels_are_refused_by_name(tmp_path):
+    pairs = token_pairs(8).add_column("label_confidence", [0.9] * 8)
+    with pytest.raises(DataError, match="label_confidence: the sft loss has no smoothed form"):
+        make_trainer(tmp_path, tiny_llama(), pairs, options={"loss_type": "sft"})
+
+
+@pytest.mark.parametrize("loss_type", [None, 3, [["sigmoid"]]])
+def test_a_loss_type_of_another_type(tmp_path, loss_type):
+    with pytest.raises(ConfigError, match=r"loss_type: got .*, expected a name or a list"):
+        CPOConfig(str(tmp_path), loss_type=loss_type)

@@ -141,6 +141,22 @@ class PackedPairs(NoDict):
             coefficients[end:] = of_prompt * weights[self.prompts]
         return replace(self, coefficients=coefficients)
 
+    def likelihood_of_pairs(
+        self,
+        logps: Tensor,  # [S]
+    ) -> Tensor:
+        """[P] fp64: what the likelihood terms of each pair add to the summed loss.
+
+        Args:
+            logps: summed log-probs of all sequences, on the device of the batch.
+        """
+        assert self.coefficients is not None
+        terms, end = self.coefficients * logps.detach(), 2 * self.num_pairs
+        of_pairs = terms[0:end:2].clone()
+        if self.prompts is not None:
+            of_pairs.index_add_(0, self.prompts.to(terms.device), terms[end:])
+        return of_pairs
+
     @property
     def num_body_tokens(self) -> int:
         """Positions that the model's body computes, padding included."""

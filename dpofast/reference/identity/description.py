@@ -49,6 +49,11 @@ class ReferenceIdentity:
         return cls(description_digest(plain), plain)
 
 
+def no_reference() -> ReferenceIdentity:
+    """The identity in a run whose loss has no reference."""
+    return ReferenceIdentity.of({"reference": None})
+
+
 def description_digest(description: dict[str, Any]) -> str:
     """Hash a description.
 

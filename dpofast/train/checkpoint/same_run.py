@@ -146,8 +146,10 @@ def _is_same_in_effect(name: str, recorded: Facts, now: Facts) -> bool:
 
 
 def _is_only_length(name: str, recorded: Facts, now: Facts) -> bool:
-    """Whether a change of the run's length leaves the learning rate of each step as it is."""
+    """Whether a change of the run's length leaves the learning rate and beta of each step."""
     if name not in ("max_steps", "num_train_epochs"):
+        return False
+    if recorded.get("beta_schedule") or now.get("beta_schedule"):
         return False
     kinds = {recorded.get("lr_scheduler_type"), now.get("lr_scheduler_type")}
     if kinds == {"constant"}:

@@ -10,7 +10,7 @@ from dpofast.columns import WEIGHT_COLUMNS
 from dpofast.data.packing.pair_columns import number_column
 from dpofast.errors import DataError
 from dpofast.model.place import place_of_pair
-from dpofast_kernels import LOSSES, PairLoss, PreferenceLoss
+from dpofast_kernels import LOSSES, PairLoss, PreferenceLoss, ZeroLoss
 
 WEIGHT, CONFIDENCE = WEIGHT_COLUMNS
 
@@ -47,6 +47,7 @@ def check_pair_weights(pairs: Any, name: str, loss: PreferenceLoss, *, is_whole:
     if unsmoothed:
         smoothed = ", ".join(filter(_is_smoothed, LOSSES))
         what = f"the {unsmoothed[0]} loss" if unsmoothed[0] in LOSSES else "loss_fn"
+        what = "the sft loss" if isinstance(loss, ZeroLoss) else what
         raise DataError(
             f"{name}: {CONFIDENCE}: {what} has no smoothed form; remove the column, or choose a "
             f"loss_type that has one ({smoothed})."

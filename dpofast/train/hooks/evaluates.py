@@ -142,7 +142,7 @@ class EvaluatesPairs(ChoosesFiniteBest, ComputesLoss, Trainer):
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in means.items()}
         predictions = None
         if found is not None and not prediction_loss_only:
-            predictions = found.predictions(self.pair_loss.beta)
+            predictions = found.predictions(self.pair_loss)
             metrics |= self._own_metrics(found, predictions, metrics, metric_key_prefix)
         return EvalLoopOutput(
             predictions=predictions,

@@ -180,6 +180,12 @@ def check_overrides(trainer: Any) -> None:
             "DPOTrainer.pair_loss: only one of this loss and that of the options has a reference; "
             "choose it by loss_type instead."
         )
+    data = vars(trainer).get("data")
+    if loss and data and data.likelihood and loss != trainer.args.make_loss():
+        raise ConfigError(
+            "DPOTrainer.pair_loss: the loss of the options has a likelihood term, which no "
+            "assigned loss replaces; choose the loss by loss_type instead."
+        )
     _check_settings(trainer)
     _check_samples_hook(trainer)
 

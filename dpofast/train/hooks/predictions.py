@@ -30,8 +30,9 @@ class PairPredictions(NamedTuple):
         rejected_logps: the same of the rejected answers.
         ref_chosen_logps: summed log-probs of the chosen answers under the reference.
         ref_rejected_logps: the same of the rejected answers.
-        chosen_rewards: beta times the chosen log-ratio.
-        rejected_rewards: beta times the rejected log-ratio.
+        chosen_rewards: beta times the chosen log-ratio, or its mean per token if the loss compares
+            such means (`PairLoss.has_rewards_per_token`).
+        rejected_rewards: the same of the rejected answers.
         chosen_lengths: scored tokens of the chosen answers.
         rejected_lengths: scored tokens of the rejected answers.
     """
@@ -116,13 +117,13 @@ class PredictedPairs:
                 "every pair once, such as super().get_eval_dataloader(dataset)."
             )
 
-    def predictions(self, beta: float) -> PairPredictions:
-        """The collected values of all pairs, with their rewards."""
-        logps, ref_logps, bounds = self._columns()
-        metrics = pair_metrics(logps, ref_logps, bounds, beta)
-        columns = [column.clone().numpy() for column in self._table.unbind(1)]
+    def predictions(self, loss: PreferenceLoss) -> PairPredictions:
+        """The collected values of all pairs, with their rewards under this loss."""
+        columns = self._columns()
+        metrics = pair_metrics(*columns, loss.beta, loss.has_rewards_per_token)
+        values = [column.clone().numpy() for column in self._table.unbind(1)]
         rewards = [metrics[f"rewards/{side}"].numpy() for side in ("chosen", "rejected")]
-        return PairPredictions(*columns[:4], *rewards, *columns[4:6])
+        return PairPredictions(*values[:4], *rewards, *values[4:6])
 
     def losses(self, loss: PreferenceLoss, device: torch.device) -> np.ndarray:
         """[n] fp64: the loss of each pair, times its weight."""
@@ -164,6 +165,11 @@ def check_compute_metrics(config: DPOConfig, compute_metrics: Any) -> None:
         raise ConfigError(
             "eval_do_concat_batches: false isn't supported: compute_metrics gets all pairs at once "
             "in the order of the dataset; leave it out."
+        )
+    if "loss" in config.include_for_metrics and config.likelihood():
+        raise ConfigError(
+            "include_for_metrics: the likelihood term of the loss is a mean over all tokens, so "
+            "pairs have no losses of their own; leave loss out."
         )
     if "inputs" in config.include_for_metrics:
         raise ConfigError(

@@ -14,7 +14,7 @@ from dpofast.columns import REF_COLUMNS
 from dpofast.data.packing.collate import Layout
 from dpofast.model.router import RouterLoss
 from dpofast.options.config import DPOConfig
-from dpofast.reference.identity.description import ReferenceIdentity
+from dpofast.reference.identity.description import ReferenceIdentity, no_reference
 from dpofast.train.checkpoint.run_state import RunState
 from dpofast.train.data.dataset import RunDataset
 from dpofast.train.reference.run_reference import RunReference
@@ -22,7 +22,7 @@ from dpofast.train.reference.run_store import RunStore
 
 logger = logging.getLogger(__name__)
 
-NONE = ReferenceIdentity.of({"reference": None})
+NONE = no_reference()
 REFERENCE_OPTIONS = (
     *("ref_model_init_kwargs", "precompute_ref_log_probs", "precompute_ref_batch_size"),
     *("reference_store", "reference_store_detail"),

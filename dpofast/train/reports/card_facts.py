@@ -14,7 +14,7 @@ from huggingface_hub import metadata_load, try_to_load_from_cache
 from dpofast.data import PairStream
 from dpofast.errors import ConfigError
 from dpofast.model.parts import causal_lm, is_peft_model
-from dpofast.monitor.card import CARD_FILE, CardData, CardFacts
+from dpofast.monitor.card import CARD_FILE, DPO, CardData, CardFacts
 from dpofast.monitor.guard import ReportGuard
 from dpofast.monitor.public_names import hub_id, is_personal, public_name
 from dpofast.monitor.summary import hardware, versions
@@ -41,6 +41,15 @@ QUOTED = (
     "seed",
 )
 
+# Methods without a reference: names and papers, by the name of the loss.
+METHODS: dict[str, tuple[str, str | None]] = {
+    **dict.fromkeys(("cpo", "cpo_hinge", "cpo_ipo"), ("CPO", "2401.08417")),
+    "simpo": ("SimPO", "2405.14734"),
+    "alphapo": ("AlphaPO", "2501.03884"),
+    "orpo": ("ORPO", "2403.07691"),
+}
+FINE_TUNING = ("fine-tuning on the chosen answers", None)
+
 
 def card_facts(trainer: Any, given: Mapping[str, Any], guard: ReportGuard) -> CardFacts:
     """The facts about a run; a part that fails is left out, and named in a warning.
@@ -57,6 +66,7 @@ def card_facts(trainer: Any, given: Mapping[str, Any], guard: ReportGuard) -> Ca
     parts: dict[str, Callable[[], Any]] = {
         "adapter": lambda: _adapter_kind(trainer.model),
         "is_chat": lambda: bool(getattr(trainer.processing_class, "chat_template", None)),
+        "method": lambda: _method(trainer),
         "reference": lambda: _reference(trainer),
         "datasets": lambda: _datasets(trainer, given),
         "options": lambda: card_options(trainer),
@@ -206,6 +216,14 @@ def _known(trainer: Any, given: Any) -> TrainingSet | None:
     return (stream or dataset) if given is trainer.train_dataset else (dataset or stream)
 
 
+def _method(trainer: Any) -> tuple[str, str | None]:
+    """The name of the method, and the number of its paper on arXiv."""
+    names = loss_names(trainer.user_args, trainer.pair_loss)
+    if not trainer.pair_loss.is_reference_free:
+        return DPO
+    return next((METHODS[name] for name in names if name in METHODS), FINE_TUNING)
+
+
 def _reference(trainer: Any) -> str:
     if trainer.pair_loss.is_reference_free:
         return "none"
@@ -270,6 +288,7 @@ def _own_names(given: Any) -> list[str]:
 def _tags(trainer: Any, given: Mapping[str, Any]) -> list[str]:
     own = getattr(causal_lm(trainer.model), "model_tags", None) or ()
     kind = _adapter_kind(trainer.model)
+    own = [tag for tag in own if tag != "dpo" or _method(trainer) == DPO]
     tags = [*own, *_listed(given.get("tags")), *([kind.lower()] if kind else [])]
     return list(dict.fromkeys(map(str, tags)))
 

@@ -140,5 +140,6 @@ class ReportsRun(MovesBeta, TakesWholeSteps, Trainer):
             self.data.datasets,
             plan,
             self.pair_loss,
+            self.data.likelihood,
             self.accelerator.mixed_precision,
         )

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainerState
 from transformers.trainer_utils import TrainOutput
 
+from dpofast.data.packing.likelihood import Likelihood
 from dpofast.data.packing.plan import StepSampler
 from dpofast.monitor.guard import ReportGuard
 from dpofast.monitor.summary import SUMMARY_FILE, environment, last_evaluation, write_json
 from dpofast.options.beta_fields import beta_in_words
 from dpofast.options.config import DPOConfig
+from dpofast.options.loss_fields import loss_names
 from dpofast.train.data.stream import RunStream
 from dpofast.train.data.training_set import TrainingSet
 from dpofast.train.reference.run_reference import RunReference
@@ -43,6 +46,7 @@ def run_summary(
     datasets: Sequence[TrainingSet],
     plan: StepSampler | None,
     loss: PreferenceLoss,
+    likelihood: Likelihood,
     mixed_precision: str,
 ) -> dict[str, Any]:
     """The facts that every run reports: reference, data, settings, memory, versions, hardware.
@@ -55,6 +59,7 @@ def run_summary(
         datasets: all datasets of the run.
         plan: this rank's training steps; None if nothing is trained.
         loss: the loss of each pair.
+        likelihood: the likelihood terms beside it.
         mixed_precision: accelerate's name for the autocast dtype, "no" without autocast.
     """
     parts: dict[str, Callable[[], dict[str, Any]]] = {
@@ -64,6 +69,8 @@ def run_summary(
         "packing": lambda: {"packing": packing_summary(plan)},
         "settings": lambda: {
             "loss": repr(loss),
+            "loss_type": loss_names(config, loss),
+            "likelihood": asdict(likelihood) if likelihood else None,
             "beta_schedule": beta_in_words(config),
             "world_size": config.world_size,
             "pairs_per_step": config.pairs_per_rank * config.world_size,

@@ -18,6 +18,7 @@ from dpofast.monitor.summary import SUMMARY_FILE
 from dpofast.options.config import DPOConfig
 from dpofast.options.output_dir import make_output_dir
 from dpofast.ranks.shared import check_on_all_nodes
+from dpofast.reference.identity.description import no_reference
 from dpofast.train.checkpoint.lock import locked
 from dpofast.train.checkpoint.nodes import (
     check_files_of_ranks,
@@ -137,6 +138,12 @@ class ResumesRun(ContinuesRun, Trainer):
         recorded = load_run_state(checkpoint)
         self.check_same_run(recorded, checkpoint, train_set, num_steps)
         self._check_files(checkpoint)
+        if recorded.reference_digest == no_reference().digest and not self.reference.is_none:
+            raise CheckpointError(
+                f"{checkpoint!r} was trained without a reference, so a run with one can't go on "
+                "from it: give the checkpoint as model_name_or_path, which starts a new run from "
+                "its weights."
+            )
         self.reference.restore(recorded, checkpoint)
         self.begin_betas(num_steps, recorded.beta)
         self.loaders.settle(recorded.row_tokens)

@@ -85,8 +85,10 @@ class PairLossPass:
             linear = (coupled.coefficients * logps[: 2 * batch.num_pairs]).sum()
             results = (summed + (coupled.losses.sum() - linear), logps, *rest)
         output, more = add_router_loss(results, self.router_loss, batch.num_pairs)
+        likelihood = None
         if batch.coefficients is not None:
-            more |= {NLL: self._mean_nll(output, batch)}
+            likelihood = batch.likelihood_of_pairs(output.logps)  # [P]
+            more |= {NLL: likelihood.sum() / self.likelihood.weight}
             output = _of_answers(output, batch.num_pairs)
         metrics = dict(zip(METRIC_NAMES, output.metrics, strict=True))
         if self.own_metrics is not None:
@@ -95,7 +97,7 @@ class PairLossPass:
         more |= of_tokens
         if not loss.is_reference_free:
             assert batch.ref_logps is not None
-            kl, tokens = kl_sums(output.logps, batch.ref_logps, batch.bounds)
+            kl, tokens = kl_sums(output.logps, batch.ref_logps, batch.bounds, batch.token_weights)
             more, counts = more | kl, counts | dict.fromkeys(kl, tokens)
         sums.add({**metrics, **more, "loss": output.loss}, batch.num_pairs, counts)
         if batch.sets is not None:
@@ -105,6 +107,8 @@ class PairLossPass:
                 losses, *_ = batch_losses(loss, output.logps, batch, output.pair_weights)
             else:
                 losses = output.logps  # a user's own loss is never called without pairs
+            if likelihood is not None:
+                losses = losses + likelihood
             self._add_sets(batch, {**metrics, "loss": losses}, sums)
         return output
 
@@ -123,11 +127,6 @@ class PairLossPass:
         )
         options = head_options(causal_lm(self.model).config)
         return PairLossTask(batch.labels, batch.bounds, ref_logps, loss, options, extras)
-
-    def _mean_nll(self, output: PairLossOutput, batch: PackedPairs) -> Tensor:
-        """The likelihood terms without their weight, summed over the pairs: []."""
-        assert batch.coefficients is not None
-        return (batch.coefficients * output.logps).sum() / self.likelihood.weight
 
     def _add_sets(self, batch: PackedPairs, metrics: dict[str, Tensor], sums: MetricSums) -> None:
         """Count the metrics of each dataset of a mixture."""

@@ -260,7 +260,7 @@ class Pairs:
         lengths = self.of_pairs(self.bounds.diff())
         found = metrics_of_pairs(
             *(self.of_pairs(logps), self.of_pairs(self.ref_logps), lengths),
-            *(self.loss.beta, self.loss.rewards_per_token),
+            *(self.loss.beta, self.loss.has_rewards_per_token),
         )
         return torch.stack([*found.values()])
 

@@ -150,7 +150,7 @@ def pair_loss_fwd(
             FORMULA=no_formula if formula is None else formula,
             HAS_PAIRS=incidence is not None,
             HAS_SMOOTHING=pairs.smoothing is not None,
-            PER_TOKEN=loss.rewards_per_token,
+            PER_TOKEN=loss.has_rewards_per_token,
             **launch_options("pair_loss", ref_logps.device),
         )
     # A sequence may be in several pairs or in none, and the kernel's sums are those of pairs.

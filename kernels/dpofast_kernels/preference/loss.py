@@ -76,6 +76,11 @@ class PreferenceLoss:
         """Whether the loss compares log-probs of the policy, without a reference."""
         return self.reference_free
 
+    @property
+    def has_rewards_per_token(self) -> bool:
+        """Whether the rewards in the metrics are beta times means per token."""
+        return self.rewards_per_token
+
     def with_beta(self, beta: float) -> Self:
         """The same loss with another beta, also in the losses of which it consists."""
         return replace(self, beta=beta)

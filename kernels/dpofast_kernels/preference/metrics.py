@@ -33,7 +33,7 @@ def pair_metrics(
         bounds: [2P+1] int64, bounds of the sequences, on any device. No sequence may be empty.
         beta: beta of the loss; a reward is beta times a log-ratio.
         rewards_per_token: whether a reward is beta times a mean log-ratio per token, as for losses
-            of such means (`PairLoss.rewards_per_token`).
+            of such means (`PairLoss.has_rewards_per_token`).
 
     Returns:
         [P] fp64 for each of METRIC_NAMES, in that order, on the device of `logps`. An accuracy is 1

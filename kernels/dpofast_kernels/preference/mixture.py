@@ -46,6 +46,10 @@ class MixtureLoss(PairLoss):
         return self.parts[0].is_reference_free
 
     @property
+    def has_rewards_per_token(self) -> bool:
+        return all(part.has_rewards_per_token for part, _ in self._weighted())
+
+    @property
     def is_by_answer(self) -> bool:
         return all(part.is_by_answer for part, _ in self._weighted())
 

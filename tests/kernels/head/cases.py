@@ -117,7 +117,7 @@ def run_pair_loss(
     assert output.loss.dtype == output.logps.dtype == torch.float64
     assert not output.logps.requires_grad
     if extras.get("pairs") is None:
-        per_token = loss.rewards_per_token
+        per_token = loss.has_rewards_per_token
         logps = (output.logps, inputs.ref_logps)
         metrics = pair_metrics(*logps, inputs.bounds, loss.beta, per_token)
         torch.testing.assert_close(

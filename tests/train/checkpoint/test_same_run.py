@@ -107,6 +107,14 @@ def test_a_longer_run_is_harmless_where_the_schedule_does_not_depend_on_it(
             compare(before, now, (), "c", None)
 
 
+def test_a_longer_run_with_a_beta_that_moves_is_refused():
+    """The beta of a step depends on the length, whatever the learning rate does."""
+    facts = {**FACTS, "lr_scheduler_type": "constant", "beta_schedule": "linear", "max_steps": 4}
+    longer = {**facts, "max_steps": 8, "num_steps": 8}
+    with pytest.raises(CheckpointError, match="max_steps: 4 in the checkpoint, 8 now"):
+        compare({**facts, "num_steps": 4}, longer, frozenset(), "c", None)
+
+
 def test_schedules_that_follow_from_the_run_cannot_change():
     before = {**FACTS, "lr_scheduler_type": "reduce_lr_on_plateau"}
     with pytest.raises(CheckpointError, match="this can't change, as the schedule reduce_lr"):

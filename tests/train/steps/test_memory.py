@@ -13,7 +13,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from dpofast import DPOConfig
 from dpofast.data.packing.collate import Layout
 from dpofast.train.steps import memory
-from dpofast.train.steps.memory import row_bytes, tokens_that_fit, training_bytes
+from dpofast.train.steps.memory import row_bytes, tokens_that_fit, training_bytes, waiting_sums
+from dpofast_kernels import ZeroLoss, make_coupled_loss, make_loss
 from tests.families import tiny_model
 from tests.support import tiny_llama
 
@@ -164,3 +165,20 @@ def test_rows_grow_with_what_is_free_and_stay_within_limits(tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         assert fit(fixed) == 512
     assert "training may run out of memory; train an adapter" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("loss", "has_likelihood", "is_weighted", "expected"),
+    [
+        (make_loss("sigmoid"), False, False, 1),
+        (make_loss("sigmoid"), False, True, 1),
+        (make_loss("sigmoid"), True, False, 2),
+        (make_loss("apo_zero"), True, False, 1),
+        (make_loss("apo_zero"), False, True, 2),
+        (make_loss("apo_down"), False, False, 2),
+        (ZeroLoss(), True, False, 0),
+        (make_coupled_loss("aot"), False, False, 0),
+    ],
+)
+def test_gradients_of_the_head_that_wait(loss, has_likelihood, is_weighted, expected):
+    assert waiting_sums(loss, has_likelihood, is_weighted) == expected
