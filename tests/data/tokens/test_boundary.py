@@ -259,4 +259,4 @@ def test_every_split_of_a_text_keeps_prompt_and_text():
         (pair,) = boundary.split([RowTexts(prompt, (text, prompt + "b"))])
         assert pair.prompt_ids == ids_of(tokenizer, prompt)
         assert tokenizer.decode(pair.answers[0]) == answer
-        assert tokenizer.decode(pair.rejected_ids) == "b"
+        assert tokenizer.decode(pair.answers[1]) == "b"

@@ -1,0 +1,82 @@
+"""Tells pairs from unpaired rows by their columns, and refuses one kind where another is wanted."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any
+
+from dpofast.columns import ID_COLUMNS, LABEL_COLUMN, PAIRED, UNPAIRED, RowKind
+from dpofast.data.reading.other_names import OTHER_COLUMNS
+from dpofast.data.reading.records import Record
+from dpofast.data.reading.tokenised import OLD_ID_COLUMNS
+from dpofast.errors import DataError
+
+# Columns that say whether an answer is desirable: TRL's, and LLaMA-Factory's.
+LABELS = (LABEL_COLUMN, "kto_tag")
+_OF_PAIRS = frozenset(
+    (
+        *PAIRED.answers,
+        *OTHER_COLUMNS,
+        *("rejected_messages", "rejected_response"),
+        *(*ID_COLUMNS[1:], *OLD_ID_COLUMNS[1:]),
+    )
+)
+_BESIDE_LABELS = frozenset(
+    (
+        *(*UNPAIRED.columns, *UNPAIRED.id_columns),
+        *("messages", "conversations", "instruction", "output"),
+    )
+)
+
+
+def kind_of_row(row: Mapping[str, Any]) -> RowKind | None:
+    """Whether a row is a pair or unpaired, from its columns; None if they don't say.
+
+    Arrow gives a row the columns of all rows, so columns that hold something come first.
+    """
+    filled = [name for name, value in row.items() if value is not None]
+    return _kind_of(filled) or _kind_of(row)
+
+
+def _kind_of(columns: Collection[str]) -> RowKind | None:
+    if not _OF_PAIRS.isdisjoint(columns):
+        return PAIRED
+    has_label = any(label in columns for label in LABELS)
+    return UNPAIRED if has_label and not _BESIDE_LABELS.isdisjoint(columns) else None
+
+
+def wrong_kind(row: Mapping[str, Any], wanted: RowKind) -> str | None:
+    """What to do about a row that is of the other kind; None for a row that isn't.
+
+    Returns:
+        The end of a sentence that begins with the place of the rows.
+    """
+    if kind_of_row(row) in (wanted, None):
+        return None
+    if wanted is UNPAIRED:
+        return (
+            "pairs, and unpaired rows are wanted, each with one answer and a label (KTO); "
+            "split_pairs of dpofast.data splits each pair into two rows"
+        )
+    label = next(name for name in LABELS if name in row)
+    return (
+        f"unpaired rows, each with one answer and {label!r} (KTO), and pairs are wanted; train on "
+        "them with loss_type kto (KTOTrainer in Python), or join a good and a bad answer of the "
+        "same prompt to one row with chosen and rejected"
+    )
+
+
+def refuse_other_kind(records: Iterable[Record], wanted: RowKind, name: str) -> None:
+    """Refuse a source whose first rows are all of the other kind.
+
+    Args:
+        records: the first rows, with columns under our names.
+        wanted: the kind that is right.
+        name: name of the source.
+
+    Raises:
+        DataError: they are; says what to do.
+    """
+    problems = [wrong_kind(record.values, wanted) for record in records if not record.problem]
+    if problems and problems[0] and all(problems):
+        raise DataError(f"{name} holds {problems[0]}")
