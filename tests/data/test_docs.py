@@ -8,7 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from dpofast.data import load_preferences, tokenize_preferences
+from dpofast.data import (
+    data_kind,
+    load_preferences,
+    load_unpaired,
+    tokenize_preferences,
+    tokenize_unpaired,
+)
 from dpofast.errors import DataError
 from tests.data.builders import CHAT_TEMPLATE, byte_bpe
 
@@ -26,10 +32,16 @@ BROKEN_FILES = {
 }
 
 
-def test_every_row_on_the_page_is_a_pair():
-    assert len(ROWS) == 19
+def test_every_row_on_the_page_is_a_pair_or_unpaired():
     tokenizer = byte_bpe(chat_template=CHAT_TEMPLATE)
+    unpaired = [row for row in ROWS if data_kind([row]) == "unpaired"]
+    assert (len(ROWS), len(unpaired)) == (26, 7)
+    for row in unpaired:
+        rows, _ = tokenize_unpaired(load_unpaired([row]), tokenizer, max_length=None)
+        assert len(rows) == 1, row
     for row in ROWS:
+        if row in unpaired:
+            continue
         pairs, _ = tokenize_preferences(load_preferences([row]), tokenizer, max_length=None)
         rejected = row.get("rejected")
         several = isinstance(rejected, list) and not isinstance(rejected[0], dict)

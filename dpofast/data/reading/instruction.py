@@ -15,7 +15,7 @@ from dpofast.data.reading.row_error import RowError, shown, text_of
 
 
 def read_instruction(row: Row, roles: Mapping[str, str]) -> Pair:
-    """The pair of a row whose instruction and input become one message from the user; or one answer.
+    """The pair, or the unpaired row, whose prompt is one message: the instruction and the input.
 
     It also gets `plain_prompt`, for tokenizers without a chat template.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from dpofast.columns import ID_COLUMNS, LABEL_COLUMN, PAIRED, UNPAIRED, RowKind
@@ -35,14 +35,14 @@ def kind_of_row(row: Mapping[str, Any]) -> RowKind | None:
     Arrow gives a row the columns of all rows, so columns that hold something come first.
     """
     filled = [name for name, value in row.items() if value is not None]
-    return _kind_of(filled) or _kind_of(row)
-
-
-def _kind_of(columns: Collection[str]) -> RowKind | None:
-    if not _OF_PAIRS.isdisjoint(columns):
+    has_label = any(label in row for label in LABELS)
+    if not _OF_PAIRS.isdisjoint(filled):
         return PAIRED
-    has_label = any(label in columns for label in LABELS)
-    return UNPAIRED if has_label and not _BESIDE_LABELS.isdisjoint(columns) else None
+    if has_label and UNPAIRED.answers[0] in filled:
+        return UNPAIRED
+    if not _OF_PAIRS.isdisjoint(row):  # both answers are null, so they are empty
+        return PAIRED
+    return UNPAIRED if has_label and not _BESIDE_LABELS.isdisjoint(row) else None
 
 
 def wrong_kind(row: Mapping[str, Any], wanted: RowKind) -> str | None:
