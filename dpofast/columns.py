@@ -47,9 +47,9 @@ class RowKind:
 PAIRED = RowKind("paired", "pair", PAIR_COLUMNS[1:])
 # One answer and a label, as KTO takes them (arXiv:2402.01306).
 UNPAIRED = RowKind("unpaired", "row", ("completion",), labelled=True)
+_OF_UNPAIRED = frozenset((*UNPAIRED.answers, *UNPAIRED.id_columns[1:]))
 
 
 def kind_of_columns(columns: Collection[str]) -> RowKind:
     """The kind of rows in the normal form or tokenised, from the names of their columns."""
-    given = {*UNPAIRED.columns[1:], *UNPAIRED.id_columns[1:]}
-    return PAIRED if given.isdisjoint(columns) else UNPAIRED
+    return PAIRED if _OF_UNPAIRED.isdisjoint(columns) else UNPAIRED

@@ -71,7 +71,7 @@ def test_the_unpaired_file_is_refused_with_the_remedy():
 
 def test_the_unpaired_file_has_the_ids_of_its_rows_as_pairs():
     path = real("kto_en_demo")
-    tokenizer = race_tokenizer(path)
+    tokenizer = race_tokenizer(real("dpo_en_demo"))
     rows, report = tokenize_unpaired(load_unpaired(path), tokenizer, max_length=None)
     assert (report.pairs_read, report.pairs_kept) == (300, 300)
     assert report.labels == {"desirable": 150, "undesirable": 150}

@@ -102,8 +102,8 @@ def test_an_unpaired_row_is_shown_with_its_label(label, word):
     text = printed(render_untokenised_pair(row, byte_bpe()))
     assert [line.rstrip() for line in text.splitlines()] == [
         f"row 0 (counted from 0): prompt 3 tokens, completion 4; {word}",
-        "prompt, masked (3)      a|⏎|b",
-        "completion, scored (4)   |x|y|</s>",
+        "prompt, masked (3)     a|⏎|b",
+        "completion, scored (4)  |x|y|</s>",
     ]
     text = printed(render_untokenised_pair(row, byte_bpe(), limits=LengthLimits(5)))
     assert "cut 0 tokens of the prompt on its left, 2 of completion on its right" in text
