@@ -56,6 +56,16 @@ def test_every_error_on_the_page_is_what_such_a_file_gets(tmp_path):
         assert str(caught.value).removeprefix(f"{tmp_path}/") in PAGE.splitlines()
 
 
+def test_the_errors_about_the_kind_of_rows_are_those_on_the_page(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("rows.jsonl").write_text('{"prompt": "a", "completion": "b", "label": true}\n')
+    Path("pairs.jsonl").write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n')
+    for load, name in ((load_preferences, "rows.jsonl"), (load_unpaired, "pairs.jsonl")):
+        with pytest.raises(DataError) as caught:
+            load(name)
+        assert str(caught.value) in PAGE.splitlines()
+
+
 def test_the_error_from_tokenising_is_the_one_on_the_page():
     rows = [{"prompt": "a" * (row != 17), "chosen": "b", "rejected": "c"} for row in range(18)]
     with pytest.raises(DataError) as caught:

@@ -242,7 +242,7 @@ def _are_messages(value: Any) -> bool:
 def _refuse_unpaired(row: Row) -> None:
     """Refuse a row for KTO among pairs; a source of such rows is refused as a whole."""
     if (problem := wrong_kind(row.values, PAIRED)) is not None:
-        raise RowError(f"the row is one of {problem}")
+        raise RowError(problem)
 
 
 def _require_answers(row: Row, found: Sequence[str]) -> None:

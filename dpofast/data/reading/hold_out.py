@@ -48,8 +48,7 @@ def hold_out(
     training pairs, so that they are reported.
 
     Args:
-        dataset: pairs in any form that `load_preferences` reads; a result of `load_unpaired`; or a
-            mixture.
+        dataset: pairs in any form that `load_preferences` reads, unpaired rows or a mixture.
         eval_split: part of the pairs to hold out, above 0 and below 1; or, as an int, their number.
             It is met as nearly as whole prompts allow: the difference is at most half the number of
             pairs of the smallest prompt that isn't held out, unless a part would have no prompt.

@@ -45,24 +45,28 @@ def kind_of_row(row: Mapping[str, Any]) -> RowKind | None:
     return UNPAIRED if has_label and not _BESIDE_LABELS.isdisjoint(row) else None
 
 
-def wrong_kind(row: Mapping[str, Any], wanted: RowKind) -> str | None:
-    """What to do about a row that is of the other kind; None for a row that isn't.
+def wrong_kind(row: Mapping[str, Any], wanted: RowKind, source: str | None = None) -> str | None:
+    """What is wrong with a row of the other kind, and what to do; None for a row that isn't.
 
-    Returns:
-        The end of a sentence that begins with the place of the rows.
+    Args:
+        row: columns of the row, under our names.
+        wanted: the kind that is right.
+        source: name of the source, if all its rows are meant.
     """
     if kind_of_row(row) in (wanted, None):
         return None
     if wanted is UNPAIRED:
+        what = "the row is a pair" if source is None else f"{source} holds pairs"
         return (
-            "pairs, and unpaired rows are wanted, each with one answer and a label (KTO); "
+            f"{what}, and unpaired rows are wanted, each with one answer and a label (KTO); "
             "split_pairs of dpofast.data splits each pair into two rows"
         )
     label = next(name for name in LABELS if name in row)
+    what = "the row is unpaired," if source is None else f"{source} holds unpaired rows, each"
     return (
-        f"unpaired rows, each with one answer and {label!r} (KTO), and pairs are wanted; train on "
-        "them with loss_type kto (KTOTrainer in Python), or join a good and a bad answer of the "
-        "same prompt to one row with chosen and rejected"
+        f"{what} with one answer and {label!r} (KTO), and pairs are wanted; train on unpaired rows "
+        "with loss_type kto (KTOTrainer in Python), or join a good and a bad answer of the same "
+        "prompt to one row with chosen and rejected"
     )
 
 
@@ -77,6 +81,6 @@ def refuse_other_kind(records: Iterable[Record], wanted: RowKind, name: str) -> 
     Raises:
         DataError: they are; says what to do.
     """
-    problems = [wrong_kind(record.values, wanted) for record in records if not record.problem]
+    problems = [wrong_kind(record.values, wanted, name) for record in records if not record.problem]
     if problems and problems[0] and all(problems):
-        raise DataError(f"{name} holds {problems[0]}")
+        raise DataError(problems[0])

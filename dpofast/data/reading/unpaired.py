@@ -35,7 +35,7 @@ def read_unpaired(
     """
     refuse_media(row)
     if (problem := wrong_kind(row, UNPAIRED)) is not None:
-        raise RowError(f"the row is one of {problem}")
+        raise RowError(problem)
     label, label_columns = _read_label(row, found)
     read = _read_ids(row) or _read_written(row, found, roles)
     read.values[LABEL_COLUMN] = label

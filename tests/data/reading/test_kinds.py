@@ -35,7 +35,7 @@ def test_unpaired_rows_are_known_and_refused_in_one_sentence(row, label):
         load_preferences([row] * 30, name="rows")
     message = str(caught.value)
     assert message.startswith(f"rows holds unpaired rows, each with one answer and {label} (KTO)")
-    assert "train on them with loss_type kto (KTOTrainer in Python)" in message
+    assert "train on unpaired rows with loss_type kto (KTOTrainer in Python)" in message
     assert "\n" not in message
 
 
@@ -55,9 +55,11 @@ def test_pairs_are_refused_in_one_sentence_where_unpaired_rows_are_wanted(tmp_pa
 
 
 def test_a_row_of_the_other_kind_is_named():
-    with pytest.raises(DataError, match=r"rows, row 1 .*one of unpaired rows.*loss_type kto"):
+    with pytest.raises(
+        DataError, match=r"rows, row 1 .*the row is unpaired, with one answer.*loss_type kto"
+    ):
         load_preferences([PAIR, UNPAIRED], name="rows")
-    with pytest.raises(DataError, match=r"rows, row 1 .*one of pairs.*split_pairs"):
+    with pytest.raises(DataError, match=r"rows, row 1 .*the row is a pair, .*split_pairs"):
         load_unpaired([UNPAIRED, PAIR], name="rows")
 
 
