@@ -3,7 +3,7 @@
 Names of dimensions in this package:
 
     P    pairs
-    S    sequences, 2P: chosen_0, rejected_0, chosen_1, rejected_1, ...
+    S    sequences, usually 2P: chosen_0, rejected_0, chosen_1, rejected_1, ...
     T    packed tokens, prompts included
     N    scored tokens: the tokens of the answers
     H    hidden size
@@ -20,6 +20,7 @@ from __future__ import annotations
 from dpofast_kernels.head import (
     HEAD_VERSION,
     HeadOptions,
+    PairExtras,
     PairLossOutput,
     backend_for,
     linear_logps,
@@ -37,6 +38,7 @@ from dpofast_kernels.preference import (
     NotAPairLossError,
     PairFunction,
     PairLoss,
+    ZeroLoss,
     make_custom_loss,
     make_loss,
     make_mixture,
@@ -53,9 +55,11 @@ __all__ = [
     "DivergenceLoss",
     "HeadOptions",
     "NotAPairLossError",
+    "PairExtras",
     "PairFunction",
     "PairLoss",
     "PairLossOutput",
+    "ZeroLoss",
     "backend_for",
     "linear_logps",
     "linear_pair_loss",

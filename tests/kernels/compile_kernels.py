@@ -38,6 +38,7 @@ CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuob
 TYPES = {
     "p_labels": "*i64",
     "p_bounds": "*i64",
+    "p_pairs": "*i64",
     "n": "i32",
     "V": "i32",
     "H": "i32",
@@ -61,14 +62,19 @@ HEADS = {
     },
 }
 EVEN_VOCABULARY = {"V": "i32 aligned", "*": "*fp32"}  # a multiple of 16
+# Pairs of any sequences, with soft labels: what a kernel reads is the same whatever its formula.
+GENERAL = ("sigmoid_norm", "apo_down", "custom")
 Variant = tuple[str, dict[str, str], dict[str, Any]]
 
 
 def variants(kernel: str) -> Iterator[Variant]:
     """(name, types, constants) for each set of options that changes a kernel's code."""
     if kernel == "pair_loss":
+        types = {"p_per_token_logps": "*fp32", "*": "*fp64"}
         for loss, formula in {**FORMULAS, "custom": pairs_triton.no_formula}.items():
-            yield loss, {"p_per_token_logps": "*fp32", "*": "*fp64"}, {"FORMULA": formula}
+            for general in (False, True) if loss in GENERAL else (False,):
+                constants = {"FORMULA": formula, "HAS_PAIRS": general, "HAS_SMOOTHING": general}
+                yield f"{loss}:general" if general else loss, types, constants
     elif kernel == "target_products":
         for dtype in ("bf16", "fp16"):
             yield dtype, {"p_targets": "*fp32", "*": f"*{dtype}"}, {}

@@ -15,8 +15,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dpofast_kernels.head.chunked import ChunkedHead, Gradients, Wanted
-from dpofast_kernels.head.one_pass import Pairs, one_pass
+from dpofast_kernels.head.one_pass import one_pass
 from dpofast_kernels.head.options import HeadOptions
+from dpofast_kernels.head.pairs import Pairs
 
 
 @dataclass(frozen=True, eq=False)

@@ -57,26 +57,26 @@ class Gradients:
     bias: Tensor | None
     is_empty: bool
 
-    def add_pair(self, own: Gradients, rows: slice, factor: Tensor) -> None:
-        """Add the gradients of one pair times a factor.
+    def add_own(self, own: Gradients, rows: slice, factor: Tensor) -> None:
+        """Add the gradients of some rows times a factor.
 
         Args:
-            own: the pair's gradients, from `ChunkedHead.gradients_of_one_pair`. Its `hidden_states`
-                is the tensor of this object. If nothing else was added so far, `own` is this object
-                itself.
-            rows: rows of the pair.
+            own: gradients of the rows, from `ChunkedHead.own_gradients`. Its `hidden_states` is the
+                tensor of this object. If nothing else was added before them, `own` is this object
+                itself; then it comes first.
+            rows: the rows.
             factor: [].
         """
         if self.hidden_states is not None:
             self.hidden_states[rows].mul_(factor)
         for name in ("weight", "bias"):
-            total, of_pair = getattr(self, name), getattr(own, name)
+            total, of_rows = getattr(self, name), getattr(own, name)
             if total is None:
                 continue
-            if total is of_pair:
+            if total is of_rows:
                 total.mul_(factor)
             else:
-                total.addcmul_(of_pair, factor)
+                total.addcmul_(of_rows, factor)
 
     def fill_empty(self) -> None:
         """Make the weight's gradient zero if no row was added to it."""
@@ -115,14 +115,13 @@ class ChunkedHead:
             # The bias is rounded to the compute dtype like the other inputs. Then it is upcast,
             # because it is added to fp32 (or fp64) logits.
             options = replace(options, bias=options.bias.to(dtype).to(self.dtype))
-        self._ops = row_ops(backend, self.weight, options)
-        self.pair_loss = self._ops.pair_loss
-        self._workspace_dtype = self._ops.workspace_dtype(keep)
+        self.ops = row_ops(backend, self.weight, options)
+        self._workspace_dtype = self.ops.workspace_dtype(keep)
         self.max_rows = max_chunk_rows(
-            self.weight, self._workspace_dtype, options.workspace_bytes, self._ops.vocab_major
+            self.weight, self._workspace_dtype, options.workspace_bytes, self.ops.vocab_major
         )
         self._workspace: Workspace | None = None
-        self._pair_gradients: Gradients | None = None
+        self._own_gradients: dict[int, Gradients] = {}
 
     def row_chunks(self, start: int, end: int) -> list[slice]:
         return list(row_chunks(start, end, self.max_rows))
@@ -139,11 +138,11 @@ class ChunkedHead:
         if self._workspace is None and self._workspace_dtype is not None:
             capacity = min(len(self.labels), self.max_rows)
             self._workspace = Workspace(
-                self.weight, capacity, self._workspace_dtype, self._ops.vocab_major
+                self.weight, capacity, self._workspace_dtype, self.ops.vocab_major
             )
         num_rows = rows.stop - rows.start
         logits = None if self._workspace is None else self._workspace.logits(num_rows)
-        return self._ops.score(self.hidden_states[rows], self.labels[rows], logits, keep)
+        return self.ops.score(self.hidden_states[rows], self.labels[rows], logits, keep)
 
     def new_gradients(self, wanted: Wanted, weight_grad: Tensor | None = None) -> Gradients:
         """New gradients, to which nothing is added yet.
@@ -170,21 +169,25 @@ class ChunkedHead:
             is_empty,
         )
 
-    def gradients_of_one_pair(self, gradients: Gradients) -> Gradients:
-        """The gradients that one pair is summed in until `Gradients.add_pair` gets its factor.
+    def own_gradients(self, gradients: Gradients, index: int) -> Gradients:
+        """The gradients that some rows are summed in until `Gradients.add_own` gets their factor.
 
-        While `gradients` is empty, the result is `gradients` itself. Otherwise the pair's weight
-        and bias gradients get separate memory, because the factor must not multiply what other
-        pairs have added. The next call uses that memory again.
+        While `gradients` is empty, the result is `gradients` itself. Otherwise the weight and bias
+        gradients get separate memory, because the factor must not multiply what other rows have
+        added. The next call with the same index uses that memory again.
+
+        Args:
+            gradients: the gradients of the call.
+            index: number of this sum among those that wait for their factors.
         """
         if gradients.is_empty:
             return gradients
-        own = self._pair_gradients
-        if own is None:
+        if index not in self._own_gradients:
             wanted = Wanted(False, gradients.weight is not None, gradients.bias is not None)
-            own = self._pair_gradients = self.new_gradients(wanted)
-            # No other pair adds to this pair's rows, so they can share the tensor.
+            own = self._own_gradients[index] = self.new_gradients(wanted)
+            # Nothing else adds to these rows, so they can share the tensor.
             own.hidden_states = gradients.hidden_states
+        own = self._own_gradients[index]
         own.is_empty = True
         if own.bias is not None:
             own.bias.zero_()
@@ -202,7 +205,7 @@ class ChunkedHead:
         `scored` can't be used again afterwards: its tensors may have been overwritten.
         """
         labels = self.labels[rows]
-        made = self._ops.differentiate(scored, labels, coefficients.to(self.dtype))
+        made = self.ops.differentiate(scored, labels, coefficients.to(self.dtype))
         d_logits, factors = made.d_logits, made.factors  # [n, V], [n]
         if gradients.hidden_states is not None:
             out = hidden_grad_into(gradients.hidden_states[rows], d_logits, self.weight)  # [n, H]

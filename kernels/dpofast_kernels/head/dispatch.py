@@ -27,8 +27,8 @@ from dpofast_kernels.head.naive import (
     naive_linear_scores,
     naive_pair_loss,
 )
-from dpofast_kernels.head.one_pass import Pairs
-from dpofast_kernels.head.options import HeadOptions, PairLossOutput
+from dpofast_kernels.head.options import NO_EXTRAS, HeadOptions, PairExtras, PairLossOutput
+from dpofast_kernels.head.pairs import Incidence, Pairs
 from dpofast_kernels.preference import PairLoss
 
 
@@ -122,32 +122,39 @@ def linear_pair_loss(
     hidden_states: Tensor,  # [N, H]
     weight: Tensor,  # [V, H]
     labels: Tensor,  # [N]
-    bounds: Tensor,  # [2P+1]
-    ref_logps: Tensor,  # [2P]
+    bounds: Tensor,  # [S+1]
+    ref_logps: Tensor,  # [S]
     loss: PairLoss,
     options: HeadOptions = DEFAULT_OPTIONS,
+    extras: PairExtras = NO_EXTRAS,
 ) -> PairLossOutput:
     """Loss summed over pairs; log-probs, loss and gradients come from one pass over the logits.
+
+    The loss is sum over pairs of weight * loss(chosen, rejected), plus sum over sequences of
+    coefficient * logp.
 
     Args:
         hidden_states: [N, H], one for each scored token; fp64, fp32, bf16 or fp16.
         weight: [V, H], same dtype. Under torch.autocast the dtypes may differ, and both are cast to
             the autocast dtype.
         labels: [N] int64, already shifted.
-        bounds: [2P+1] int64, bounds of chosen_0, rejected_0, chosen_1, ...; best passed on the CPU,
-            because chunks are cut there. No sequence may be empty. Without pairs the loss is 0 and
-            the gradients are zero.
-        ref_logps: [2P] summed log-probs of the reference, in nats; on any device.
-        loss: a loss from `make_loss` or `make_custom_loss`, or any other `PairLoss`.
+        bounds: [S+1] int64, bounds of the sequences; best passed on the CPU, because chunks are cut
+            there. No sequence may be empty. Without sequences the loss is 0 and the gradients are
+            zero.
+        ref_logps: [S] summed log-probs of the reference, in nats; on any device.
+        loss: a loss from `make_loss` or `make_custom_loss`, or any other `PairLoss`. `ZeroLoss`
+            trains the coefficients only.
         options: what the model does to its logits, and the back end.
+        extras: which sequences the pairs are, weights, soft labels and coefficients.
 
     Returns:
-        The loss (differentiable once), the summed log-probs and the metrics.
+        The loss (differentiable once), the summed log-probs [S] and the metrics [8, P].
 
     Raises:
-        ValueError: shapes, dtypes or devices don't match, the bounds don't cover the rows or
-            delimit an odd number of sequences, a sequence is empty, a label is out of range (off
-            the CPU this is checked only with DPOFAST_CHECK_LABELS=1), or the back end can't run.
+        ValueError: shapes, dtypes or devices don't match, the bounds don't cover the rows, a
+            sequence is empty, the pairs don't fit the sequences, or the back end can't run. A label
+            or an extra is out of range (off the CPU this is checked only with
+            DPOFAST_CHECK_LABELS=1).
         TypeError: an argument has the wrong type.
         RuntimeError: Triton was asked for and isn't installed.
 
@@ -170,15 +177,45 @@ def linear_pair_loss(
         (torch.Size([2]), torch.Size([8, 1]), torch.Size([100, 16]))
     """
     check_head_inputs(hidden_states, weight, labels, options)
-    limits = check_pairs(bounds, ref_logps, loss, len(labels))
+    limits = check_pairs(bounds, ref_logps, loss, len(labels), extras)
+    pairs = _pairs_on(hidden_states.device, bounds, limits, ref_logps, loss, extras)
     backend = backend_for(hidden_states, options)
     dtype = compute_dtype(hidden_states, weight)
     if backend == "naive":
         per_token_logps = _naive(naive_linear_logps, hidden_states, weight, labels, options, dtype)
-        return naive_pair_loss(per_token_logps, bounds, ref_logps, loss)
-    pairs = Pairs.on(hidden_states.device, bounds, limits, ref_logps, loss)
+        return naive_pair_loss(per_token_logps, pairs)
     call = HeadCall(labels, options, dtype, backend, torch.is_grad_enabled(), pairs)
     return PairLossOutput(*apply_linear_pair_loss(hidden_states, weight, options.bias, call))
+
+
+def _pairs_on(
+    device: torch.device,
+    bounds: Tensor,  # [S+1]
+    limits: list[int],
+    ref_logps: Tensor,  # [S]
+    loss: PairLoss,
+    extras: PairExtras,
+) -> Pairs:
+    """The pairs of a call, on a device and in fp64, without gradients or waiting for the copies."""
+
+    def moved(tensor: Tensor) -> Tensor:
+        return tensor.detach().to(device, torch.float64, non_blocking=True)
+
+    def moved_if_any(tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else moved(tensor)
+
+    of_pairs, confidence = extras.pairs, extras.label_confidence
+    return Pairs(
+        bounds.to(device, non_blocking=True),
+        limits,
+        moved(ref_logps),
+        loss,
+        None if of_pairs is None else Incidence.on(device, of_pairs.cpu(), len(limits) - 1),
+        weights=moved_if_any(extras.weights),
+        smoothing=None if confidence is None else 1.0 - moved(confidence),
+        coefficients=moved_if_any(extras.coefficients),
+        token_weights=moved_if_any(extras.token_weights),
+    )
 
 
 def _padded_logps(

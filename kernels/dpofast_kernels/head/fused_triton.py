@@ -33,9 +33,9 @@ from dpofast_kernels.head.logits_triton import (
     row_logsumexp,
 )
 from dpofast_kernels.head.options import HeadOptions
+from dpofast_kernels.head.pairs import Pairs, PairTerms
 from dpofast_kernels.head.pairs_triton import pair_loss_fwd
-from dpofast_kernels.head.rows import LogitGradients, PairTerms, ScoredRows
-from dpofast_kernels.preference import PairLoss
+from dpofast_kernels.head.rows import LogitGradients, ScoredRows
 
 # exp(z - k) up to this bound, times hidden states or weights, stays far inside the range of fp32
 # and bf16. So do the factors -1 / S (see `label_logp`), which scale it down again.
@@ -355,10 +355,8 @@ class FusedRows:
         d_logits, factors = scored.kept
         return LogitGradients(d_logits, coefficients * factors)
 
-    def pair_loss(
-        self, per_token_logps: Tensor, bounds: Tensor, ref_logps: Tensor, loss: PairLoss
-    ) -> PairTerms:
-        return pair_loss_fwd(per_token_logps, bounds, ref_logps, loss)
+    def pair_loss(self, per_token_logps: Tensor, pairs: Pairs) -> PairTerms:
+        return pair_loss_fwd(per_token_logps, pairs)
 
 
 def _are_aligned(*matrices: Tensor) -> bool:

@@ -5,13 +5,14 @@ Every error names the argument, what it is and what was expected.
 
 from __future__ import annotations
 
+import math
 import os
 
 import torch
 from torch import Tensor
 
 from dpofast_kernels.head.dtypes import accumulate_dtype
-from dpofast_kernels.head.options import HeadOptions
+from dpofast_kernels.head.options import NO_EXTRAS, HeadOptions, PairExtras
 from dpofast_kernels.head.sequences import check_bounds
 from dpofast_kernels.preference import PairLoss
 
@@ -115,49 +116,111 @@ def check_labels(labels: Tensor, vocab_size: int, scored: Tensor | None = None) 
 
 
 def check_pairs(
-    bounds: Tensor,  # [2P+1]
-    ref_logps: Tensor,  # [2P]
+    bounds: Tensor,  # [S+1]
+    ref_logps: Tensor,  # [S]
     loss: PairLoss,
     num_rows: int,
+    extras: PairExtras = NO_EXTRAS,
 ) -> list[int]:
-    """Check the arguments of `linear_pair_loss` that describe its pairs.
+    """Check the arguments of `linear_pair_loss` that describe its sequences and pairs.
 
     Args:
-        bounds: [2P+1] int64, bounds of the sequences.
-        ref_logps: [2P], summed log-probs of the reference.
+        bounds: [S+1] int64, bounds of the sequences.
+        ref_logps: [S], summed log-probs of the reference.
         loss: any loss from `make_loss`.
         num_rows: scored tokens in all sequences.
+        extras: what else describes them.
 
     Returns:
         The bounds as a list.
 
     Raises:
-        TypeError: bounds or ref_logps is not a tensor, or loss is not a PairLoss.
+        TypeError: an argument is not a tensor, or loss is not a PairLoss.
         ValueError: an odd number of sequences, an empty sequence, bounds that don't cover the rows,
-            or not one reference log-prob for each sequence.
+            pairs that aren't two sequences, not one reference log-prob for each sequence, or an
+            extra of a wrong shape, dtype or value.
     """
     _check_types(bounds=bounds, ref_logps=ref_logps)
     if not isinstance(loss, PairLoss):
         raise TypeError(f"loss is a {type(loss).__name__}, expected one from make_loss.")
     limits = check_bounds(bounds, num_rows)
-    num_sequences = len(limits) - 1
-    if num_sequences % 2:
+    num_sequences, pairs = len(limits) - 1, extras.pairs
+    if pairs is not None:
+        _check_indices(pairs, num_sequences)
+    elif num_sequences % 2:
         raise ValueError(
             f"bounds are of {num_sequences} sequences, expected an even number: each chosen "
             "followed by its rejected."
         )
     for index in range(num_sequences):
         if limits[index] == limits[index + 1]:
+            which = f" ({'rejected' if index % 2 else 'chosen'} of pair {index // 2})"
             raise ValueError(
-                f"sequence {index} ({'rejected' if index % 2 else 'chosen'} of pair {index // 2}) "
-                "has no scored token; leave such pairs out."
+                f"sequence {index}{which if pairs is None else ''} has no scored token; leave such "
+                "pairs out."
             )
     if ref_logps.shape != (num_sequences,) or not ref_logps.is_floating_point():
         raise ValueError(
             f"ref_logps is {list(ref_logps.shape)} {ref_logps.dtype}, expected "
             f"[{num_sequences}] of a floating dtype, one for each sequence."
         )
+    num_pairs = num_sequences // 2 if pairs is None else len(pairs)
+    _check_factors(extras, loss, num_pairs, num_sequences, num_rows)
     return limits
+
+
+def _check_indices(pairs: Tensor, num_sequences: int) -> None:
+    _check_types(pairs=pairs)
+    if pairs.dim() != 2 or pairs.shape[1] != 2 or pairs.dtype != torch.int64:
+        raise ValueError(
+            f"pairs is {list(pairs.shape)} {pairs.dtype}, expected [P, 2] torch.int64."
+        )
+    for index, (chosen, rejected) in enumerate(pairs.tolist()):
+        if not (0 <= chosen < num_sequences and 0 <= rejected < num_sequences):
+            raise ValueError(
+                f"pairs[{index}] is {[chosen, rejected]}, expected numbers of the "
+                f"{num_sequences} sequences."
+            )
+        if chosen == rejected:
+            raise ValueError(
+                f"pairs[{index}] is {[chosen, rejected]}, expected two different sequences."
+            )
+
+
+def _check_factors(
+    extras: PairExtras, loss: PairLoss, num_pairs: int, num_sequences: int, num_rows: int
+) -> None:
+    if extras.label_confidence is not None and not loss.takes_label_smoothing:
+        raise ValueError(
+            f"label_confidence is given, but the {loss.name} loss has no label smoothing; leave it "
+            "out or choose a loss that has it, such as sigmoid."
+        )
+    _check_factor("weights", extras.weights, num_pairs, 0.0)
+    _check_factor("label_confidence", extras.label_confidence, num_pairs, 0.0, 1.0)
+    _check_factor("coefficients", extras.coefficients, num_sequences)
+    _check_factor("token_weights", extras.token_weights, num_rows)
+
+
+def _check_factor(
+    name: str, factor: Tensor | None, size: int, low: float = -math.inf, high: float = math.inf
+) -> None:
+    if factor is None:
+        return
+    _check_types(**{name: factor})
+    if factor.shape != (size,) or not factor.is_floating_point():
+        raise ValueError(
+            f"{name} is {list(factor.shape)} {factor.dtype}, expected [{size}] of a floating dtype."
+        )
+    if factor.device.type != "cpu" and os.environ.get(CHECK_LABELS) != "1":
+        return
+    wrong = ~(factor.isfinite() & (factor >= low) & (factor <= high))
+    if wrong.any():
+        place = int(wrong.nonzero()[0])
+        limits = "" if low == -math.inf else f" of at least {low:g}"
+        limits += "" if high == math.inf else f" and at most {high:g}"
+        raise ValueError(
+            f"{name}[{place}] is {float(factor[place]):g}, expected a finite number{limits}."
+        )
 
 
 def _check_tensor(

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dpofast_kernels.head.options import HeadOptions, PairLossOutput
+from dpofast_kernels.head.pairs import Pairs
 from dpofast_kernels.head.sequences import segment_sums
-from dpofast_kernels.preference import PairLoss, pair_metrics
 
 
 def naive_logits(
@@ -57,14 +57,14 @@ def naive_linear_scores(
 
 def naive_pair_loss(
     per_token_logps: Tensor,  # [N]
-    bounds: Tensor,  # [2P+1]
-    ref_logps: Tensor,  # [2P]
-    loss: PairLoss,
+    pairs: Pairs,
 ) -> PairLossOutput:
     """The loss of given per-token log-probs, summed over pairs; see `linear_pair_loss`."""
-    logps = segment_sums(per_token_logps, bounds)  # [2P]
-    logratios = logps - ref_logps.to(logps)
-    lengths = bounds.to(logps.device).diff().view(-1, 2)  # [P, 2]
-    losses, _, _ = loss.pair_loss(logratios[0::2], logratios[1::2], lengths)
-    metrics = pair_metrics(logps, ref_logps, bounds, loss.beta)
-    return PairLossOutput(losses.sum(), logps.detach(), torch.stack([*metrics.values()]))
+    if pairs.token_weights is not None:
+        per_token_logps = per_token_logps * pairs.token_weights
+    logps = segment_sums(per_token_logps, pairs.bounds)  # [S]
+    losses, _, _ = pairs.pair_losses(logps)  # [P]
+    loss = losses.sum() if pairs.weights is None else (losses * pairs.weights).sum()
+    if pairs.coefficients is not None:
+        loss = loss + (logps * pairs.coefficients).sum()
+    return PairLossOutput(loss, logps.detach(), pairs.metrics(logps.detach()))

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
+import torch
 from torch import Tensor
 
 # Version of the log-probs that the head computes, and part of the identity of a stored reference.
@@ -77,12 +78,48 @@ class HeadOptions:
 
 
 @dataclass(frozen=True, eq=False)
+class PairExtras:
+    """What `linear_pair_loss` can take beside plain pairs; tensors are on any device.
+
+    Attributes:
+        pairs: [P, 2] int64, chosen and rejected sequence of each pair, best passed on the CPU. A
+            sequence can be in several pairs or in none. Pairs come in the order of their sequences:
+            a pair that has no sequence in common with the pairs before it has later ones than they
+            have. None means (0, 1), (2, 3), ..., S being 2P.
+        weights: [P] factor of each pair's loss, at least 0; None for 1.
+        label_confidence: [P] probability that a pair's chosen answer is the better one, in [0, 1].
+            One minus it replaces the loss's label_smoothing. None for the loss's own.
+        coefficients: [S] what each nat of a sequence's log-prob adds to the loss; None for 0.
+        token_weights: [N] factor of each token's log-prob within its sequence's; None for 1. The
+            reference's log-probs are expected to be weighted already.
+    """
+
+    pairs: Tensor | None = None
+    weights: Tensor | None = None
+    label_confidence: Tensor | None = None
+    coefficients: Tensor | None = None
+    token_weights: Tensor | None = None
+
+    def to(self, device: torch.device | str) -> PairExtras:
+        """Copy to a device, without waiting; except the pairs, by which chunks are cut."""
+        moved = {
+            field.name: value.to(device, non_blocking=True)
+            for field in fields(self)
+            if field.name != "pairs" and (value := getattr(self, field.name)) is not None
+        }
+        return replace(self, **moved)
+
+
+NO_EXTRAS = PairExtras()
+
+
+@dataclass(frozen=True, eq=False)
 class PairLossOutput:
     """Result of `linear_pair_loss`.
 
     Attributes:
         loss: [] fp64, sum over pairs; differentiable.
-        logps: [2P] fp64, summed log-probs of the policy in nats; without gradient.
+        logps: [S] fp64, summed log-probs of the policy in nats; without gradient.
         metrics: [8, P] fp64, the values of `pair_metrics` in the order of `METRIC_NAMES`; without
             gradient.
     """

@@ -14,7 +14,8 @@ import triton.language as tl
 from torch import Tensor
 
 from dpofast_kernels.head.launch import launch_options
-from dpofast_kernels.head.rows import PairTerms
+from dpofast_kernels.head.pairs import Pairs, PairTerms
+from dpofast_kernels.head.sequences import segment_sums
 from dpofast_kernels.preference import LOSSES, METRIC_NAMES, PairLoss
 from dpofast_kernels.preference.formulas_triton import FORMULAS
 
@@ -31,61 +32,71 @@ _LOGRATIOS_REJECTED = tl.constexpr(METRIC_NAMES.index("logratios/rejected"))
 
 
 @triton.jit
-def _sum_rows(p_logps, start, end, BN: tl.constexpr):
-    """Sum of rows start:end in fp64. The order depends only on their number, not on `start`."""
+def _sum_rows(p_logps, p_bound, BN: tl.constexpr):
+    """Sum over a sequence's rows, and their number, in fp64.
+
+    The order of the sum depends only on the number of rows, not on where they start.
+    """
+    start, end = tl.load(p_bound), tl.load(p_bound + 1)
     b_sum = tl.zeros([BN], dtype=tl.float64)
     for i_start in range(start, end, BN):
         o_n = i_start + tl.arange(0, BN)
         b_sum += tl.load(p_logps + o_n, mask=o_n < end, other=0.0).to(tl.float64)  # [BN]
-    return tl.sum(b_sum, axis=0)
+    return tl.sum(b_sum, axis=0), (end - start).to(tl.float64)
 
 
 @triton.jit
 def no_formula(chosen, rejected, chosen_length, rejected_length, beta, smoothing, option):
-    """The formula of a loss that is computed outside the kernel."""
-    return chosen * 0.0, chosen * 0.0, chosen * 0.0
+    """The formula of a loss that is computed outside the kernel, or that is 0."""
+    nothing = tl.zeros_like(chosen)
+    return nothing, nothing, nothing
 
 
 # p_per_token_logps can be a slice with any alignment; each would compile another kernel.
 @triton.jit(do_not_specialize_on_alignment=["p_per_token_logps"])
 def pair_loss_kernel(
     p_per_token_logps,  # [n]
-    p_bounds,  # [2P+1] int64
-    p_ref_logps,  # [2P] fp64
+    p_bounds,  # [S+1] int64
+    p_ref_logps,  # [S] fp64
+    p_pairs,  # [P, 2] int64, read only with HAS_PAIRS
+    p_smoothing,  # [P] fp64, read only with HAS_SMOOTHING
     p_settings,  # [3] fp64: see `_settings`. Triton would round float arguments to fp32.
     p_losses,  # [P] fp64
-    p_logps,  # [2P] fp64
-    p_d_logps,  # [2P] fp64
+    p_logps,  # [P, 2] fp64
+    p_slopes,  # [P, 2] fp64
     p_metrics,  # [8, P] fp64, in the order of METRIC_NAMES
     FORMULA: tl.constexpr,
+    HAS_PAIRS: tl.constexpr,
+    HAS_SMOOTHING: tl.constexpr,
     BN: tl.constexpr,
 ):
     """Sums, loss, derivatives and metrics; one program per pair."""
     i_pair = tl.program_id(0).to(tl.int64)
-    start = tl.load(p_bounds + 2 * i_pair)
-    middle = tl.load(p_bounds + 2 * i_pair + 1)
-    end = tl.load(p_bounds + 2 * i_pair + 2)
-    chosen = _sum_rows(p_per_token_logps, start, middle, BN)
-    rejected = _sum_rows(p_per_token_logps, middle, end, BN)
-    chosen_logratio = chosen - tl.load(p_ref_logps + 2 * i_pair)
-    rejected_logratio = rejected - tl.load(p_ref_logps + 2 * i_pair + 1)
-    chosen_length = (middle - start).to(tl.float64)
-    rejected_length = (end - middle).to(tl.float64)
-    beta = tl.load(p_settings)
+    if HAS_PAIRS:
+        i_chosen, i_rejected = tl.load(p_pairs + 2 * i_pair), tl.load(p_pairs + 2 * i_pair + 1)
+    else:
+        i_chosen, i_rejected = 2 * i_pair, 2 * i_pair + 1
+    chosen, chosen_length = _sum_rows(p_per_token_logps, p_bounds + i_chosen, BN)
+    rejected, rejected_length = _sum_rows(p_per_token_logps, p_bounds + i_rejected, BN)
+    chosen_logratio = chosen - tl.load(p_ref_logps + i_chosen)
+    rejected_logratio = rejected - tl.load(p_ref_logps + i_rejected)
+    beta, smoothing = tl.load(p_settings), tl.load(p_settings + 1)
+    if HAS_SMOOTHING:
+        smoothing = tl.load(p_smoothing + i_pair)
     loss, d_chosen, d_rejected = FORMULA(
         chosen_logratio,
         rejected_logratio,
         chosen_length,
         rejected_length,
         beta,
-        tl.load(p_settings + 1),
+        smoothing,
         tl.load(p_settings + 2),
     )
     tl.store(p_losses + i_pair, loss)
     tl.store(p_logps + 2 * i_pair, chosen)
     tl.store(p_logps + 2 * i_pair + 1, rejected)
-    tl.store(p_d_logps + 2 * i_pair, d_chosen)
-    tl.store(p_d_logps + 2 * i_pair + 1, d_rejected)
+    tl.store(p_slopes + 2 * i_pair, d_chosen)
+    tl.store(p_slopes + 2 * i_pair + 1, d_rejected)
     # The same metrics as in dpofast_kernels.preference.pair_metrics.
     num_pairs = tl.num_programs(0)
     p_metrics += i_pair
@@ -103,37 +114,41 @@ def pair_loss_kernel(
 
 def pair_loss_fwd(
     per_token_logps: Tensor,  # [n]
-    bounds: Tensor,  # [2P+1]
-    ref_logps: Tensor,  # [2P]
-    loss: PairLoss,
+    pairs: Pairs,
 ) -> PairTerms:
     """Sums per sequence in fp64, each pair's loss, and its metrics.
 
     A loss without a formula in Triton is computed by PyTorch from the sums.
     """
-    formula = formula_of(loss)
-    num_pairs = len(ref_logps) // 2
-    losses, logps = ref_logps.new_empty(num_pairs), torch.empty_like(ref_logps)
-    d_logps = torch.empty_like(ref_logps)
+    loss, ref_logps, incidence = pairs.loss, pairs.ref_logps.contiguous(), pairs.incidence
+    formula, num_pairs = formula_of(loss), len(pairs.pair_list)
+    losses = ref_logps.new_empty(num_pairs)
+    logps, slopes = ref_logps.new_empty(2, num_pairs, 2).unbind()
     metrics = ref_logps.new_empty(len(METRIC_NAMES), num_pairs)
+    bounds = pairs.bounds.contiguous()
     with torch.cuda.device_of(per_token_logps):
         pair_loss_kernel[(num_pairs,)](
             per_token_logps,
-            bounds.contiguous(),
-            ref_logps.contiguous(),
+            bounds,
+            ref_logps,
+            bounds if incidence is None else incidence.pairs.contiguous(),
+            ref_logps if pairs.smoothing is None else pairs.smoothing.contiguous(),
             _settings(loss.beta, loss.label_smoothing, loss.option, ref_logps.device),
             losses,
             logps,
-            d_logps,
+            slopes,
             metrics,
             FORMULA=no_formula if formula is None else formula,
+            HAS_PAIRS=incidence is not None,
+            HAS_SMOOTHING=pairs.smoothing is not None,
             **launch_options("pair_loss", ref_logps.device),
         )
-    if formula is None:
-        logratios, lengths = logps - ref_logps, bounds.diff().view(-1, 2)  # [2P], [P, 2]
-        losses, *slopes = loss.pair_loss(logratios[0::2], logratios[1::2], lengths)
-        d_logps = torch.stack(slopes, 1).flatten()
-    return PairTerms(losses, logps, d_logps, metrics)
+    # A sequence may be in several pairs or in none, and the kernel's sums are those of pairs.
+    sums = logps.flatten() if incidence is None else segment_sums(per_token_logps, bounds)
+    if formula is None and not loss.is_zero:
+        losses, *of_loss = pairs.pair_losses(sums)
+        slopes = torch.stack(of_loss, 1)
+    return PairTerms(losses, sums, slopes, metrics)
 
 
 @lru_cache(maxsize=64)

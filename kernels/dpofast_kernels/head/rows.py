@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from dpofast_kernels.preference import PairLoss
+from dpofast_kernels.head.pairs import PairOps
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,24 +42,7 @@ class LogitGradients:
     factors: Tensor | None
 
 
-@dataclass(frozen=True, eq=False)
-class PairTerms:
-    """The loss of each pair, its derivatives and its metrics.
-
-    Attributes:
-        losses: [P] fp64.
-        logps: [2P] fp64, summed log-probs of the policy.
-        d_logps: [2P] fp64, derivative of each pair's loss with respect to its two logps.
-        metrics: [8, P] fp64, in the order of `METRIC_NAMES`.
-    """
-
-    losses: Tensor
-    logps: Tensor
-    d_logps: Tensor
-    metrics: Tensor
-
-
-class RowOps(Protocol):
+class RowOps(PairOps, Protocol):
     """The row operations of a back end, for one weight [V, H] and its options."""
 
     @property
@@ -92,12 +75,3 @@ class RowOps(Protocol):
 
         The gradient may overwrite the tensors in `scored.kept`, so call this once per `scored`.
         """
-
-    def pair_loss(
-        self,
-        per_token_logps: Tensor,  # [n]
-        bounds: Tensor,  # [2P+1]
-        ref_logps: Tensor,  # [2P]
-        loss: PairLoss,
-    ) -> PairTerms:
-        """Sums per sequence in fp64, each pair's loss, and its metrics."""

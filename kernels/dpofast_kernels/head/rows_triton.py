@@ -25,9 +25,9 @@ from dpofast_kernels.head.logits_triton import (
 )
 from dpofast_kernels.head.matmul import logits_into
 from dpofast_kernels.head.options import HeadOptions
+from dpofast_kernels.head.pairs import Pairs, PairTerms
 from dpofast_kernels.head.pairs_triton import pair_loss_fwd
-from dpofast_kernels.head.rows import LogitGradients, PairTerms, ScoredRows
-from dpofast_kernels.preference import PairLoss
+from dpofast_kernels.head.rows import LogitGradients, ScoredRows
 
 
 @triton.jit
@@ -260,10 +260,8 @@ class TritonRows:
             )
         return LogitGradients(d_logits, None)
 
-    def pair_loss(
-        self, per_token_logps: Tensor, bounds: Tensor, ref_logps: Tensor, loss: PairLoss
-    ) -> PairTerms:
-        return pair_loss_fwd(per_token_logps, bounds, ref_logps, loss)
+    def pair_loss(self, per_token_logps: Tensor, pairs: Pairs) -> PairTerms:
+        return pair_loss_fwd(per_token_logps, pairs)
 
 
 def _in_place(logits: Tensor, dtype: torch.dtype) -> Tensor:

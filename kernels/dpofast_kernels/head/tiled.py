@@ -12,9 +12,9 @@ from torch import Tensor
 from dpofast_kernels.head.dtypes import accumulate_dtype, product_dtype
 from dpofast_kernels.head.matmul import logits_into
 from dpofast_kernels.head.options import HeadOptions
-from dpofast_kernels.head.rows import LogitGradients, PairTerms, ScoredRows
+from dpofast_kernels.head.pairs import Pairs, PairTerms
+from dpofast_kernels.head.rows import LogitGradients, ScoredRows
 from dpofast_kernels.head.sequences import segment_sums
-from dpofast_kernels.preference import PairLoss, pair_metrics
 
 # A CPU works on this many columns of the logits at a time: the product is a little faster, and its
 # result is still in the cache for the passes over it. The number is the same for all chunks: a
@@ -96,17 +96,10 @@ class TorchRows:
         # With the factors multiplied in before the cast, d_logits is rounded to bf16 only once.
         return LogitGradients(logits.mul_(factors[:, None]).to(dtype), None)
 
-    def pair_loss(
-        self, per_token_logps: Tensor, bounds: Tensor, ref_logps: Tensor, loss: PairLoss
-    ) -> PairTerms:
-        logps = segment_sums(per_token_logps, bounds)  # [2P]
-        logratios = logps - ref_logps
-        lengths = bounds.diff().view(-1, 2)  # [P, 2]
-        losses, *slopes = loss.pair_loss(logratios[0::2], logratios[1::2], lengths)
-        metrics = pair_metrics(logps, ref_logps, bounds, loss.beta)
-        return PairTerms(
-            losses, logps, torch.stack(slopes, 1).flatten(), torch.stack([*metrics.values()])
-        )
+    def pair_loss(self, per_token_logps: Tensor, pairs: Pairs) -> PairTerms:
+        logps = segment_sums(per_token_logps, pairs.bounds)  # [S]
+        losses, *slopes = pairs.pair_losses(logps)
+        return PairTerms(losses, logps, torch.stack(slopes, 1), pairs.metrics(logps))
 
     def _blocks(self) -> Iterator[slice]:
         """Slices that cover the vocabulary; a single slice, except on a CPU."""

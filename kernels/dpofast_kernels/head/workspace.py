@@ -7,8 +7,7 @@ is allocated once per call, and every chunk of the call uses it again.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -29,20 +28,6 @@ ROWS_AT_A_TIME = 16
 # system zeroes each page and takes a page fault for it, which costs as much as a pass over the
 # logits. So each thread keeps the memory of its last workspace.
 thread_memory = threading.local()
-
-
-@dataclass(frozen=True)
-class PairChunk:
-    """Whole pairs first:last, which are rows start:end."""
-
-    first: int
-    last: int
-    start: int
-    end: int
-
-    @property
-    def num_rows(self) -> int:
-        return self.end - self.start
 
 
 def max_chunk_rows(
@@ -75,25 +60,6 @@ def row_chunks(start: int, end: int, max_rows: int) -> Iterator[slice]:
     size = -(-(end - start) // max(count, 1))
     for first in range(start, end, max(size, 1)):
         yield slice(first, min(first + size, end))
-
-
-def pair_chunks(limits: Sequence[int], max_rows: int) -> Iterator[PairChunk]:
-    """Cut whole pairs into chunks of at most `max_rows` rows.
-
-    A pair with more rows than that gets a chunk to itself.
-
-    Args:
-        limits: [2P+1], bounds of the sequences.
-        max_rows: the most rows of a chunk with several pairs.
-    """
-    num_pairs = len(limits) // 2
-    first = 0
-    while first < num_pairs:
-        last = first + 1
-        while last < num_pairs and limits[2 * last + 2] - limits[2 * first] <= max_rows:
-            last += 1
-        yield PairChunk(first, last, limits[2 * first], limits[2 * last])
-        first = last
 
 
 class Workspace:

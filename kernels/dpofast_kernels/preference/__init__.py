@@ -14,7 +14,7 @@ from dpofast_kernels.preference.custom import (
     function_name,
 )
 from dpofast_kernels.preference.divergence import DIVERGENCES, DivergenceLoss
-from dpofast_kernels.preference.loss import PairLoss
+from dpofast_kernels.preference.loss import PairLoss, ZeroLoss
 from dpofast_kernels.preference.metrics import METRIC_NAMES, pair_metrics
 from dpofast_kernels.preference.probe import make_custom_loss
 from dpofast_kernels.preference.registry import LOSS_OPTIONS, LOSSES, make_loss, make_mixture
@@ -29,6 +29,7 @@ __all__ = [
     "NotAPairLossError",
     "PairFunction",
     "PairLoss",
+    "ZeroLoss",
     "function_name",
     "make_custom_loss",
     "make_loss",

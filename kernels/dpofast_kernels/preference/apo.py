@@ -21,6 +21,7 @@ class APOZeroLoss(PairLoss):
     """
 
     name: ClassVar[str] = "apo_zero"
+    by_answer: ClassVar[bool] = True
 
     def pair_loss(
         self, chosen_logratios: Tensor, rejected_logratios: Tensor, lengths: Tensor

@@ -24,6 +24,7 @@ class BCOPairLoss(PairLoss):
     """
 
     name: ClassVar[str] = "bco_pair"
+    by_answer: ClassVar[bool] = True
 
     def pair_loss(
         self, chosen_logratios: Tensor, rejected_logratios: Tensor, lengths: Tensor

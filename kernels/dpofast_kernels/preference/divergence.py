@@ -115,11 +115,27 @@ class DivergenceLoss(PairLoss):
     def pair_loss(
         self, chosen_logratios: Tensor, rejected_logratios: Tensor, lengths: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        score = DIVERGENCES[self.divergence]
-        chosen, chosen_slopes = score(chosen_logratios, self.coefficient)
-        rejected, rejected_slopes = score(rejected_logratios, self.coefficient)
+        chosen, rejected, slopes = self._scores(chosen_logratios, rejected_logratios)
         loss, d_chosen, d_rejected = self.loss.pair_loss(chosen, rejected, lengths)
-        return loss, d_chosen * chosen_slopes, d_rejected * rejected_slopes
+        return loss, d_chosen * slopes[0], d_rejected * slopes[1]
+
+    def smoothed_loss(
+        self,
+        chosen_logratios: Tensor,
+        rejected_logratios: Tensor,
+        lengths: Tensor,
+        smoothing: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        chosen, rejected, slopes = self._scores(chosen_logratios, rejected_logratios)
+        loss, d_chosen, d_rejected = self.loss.smoothed_loss(chosen, rejected, lengths, smoothing)
+        return loss, d_chosen * slopes[0], d_rejected * slopes[1]
+
+    def _scores(self, chosen: Tensor, rejected: Tensor) -> tuple[Tensor, Tensor, Scores]:
+        """Scores of the chosen and of the rejected log-ratios, and the derivatives of both."""
+        score = DIVERGENCES[self.divergence]
+        chosen_scores, chosen_slopes = score(chosen, self.coefficient)
+        rejected_scores, rejected_slopes = score(rejected, self.coefficient)
+        return chosen_scores, rejected_scores, (chosen_slopes, rejected_slopes)
 
     def first_value(self, lengths: Tensor) -> Tensor:
         return self.loss.first_value(lengths)  # every score is 0 where the log-ratio is

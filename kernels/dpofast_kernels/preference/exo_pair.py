@@ -40,9 +40,25 @@ class EXOPairLoss(PairLoss):
     def pair_loss(
         self, chosen_logratios: Tensor, rejected_logratios: Tensor, lengths: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        margins = self.beta * (chosen_logratios - rejected_logratios)  # [P]
-        is_right, is_swapped = torch.sigmoid(margins), torch.sigmoid(-margins)  # q, 1 - q
         right, swapped = math.log1p(-self.label_smoothing), math.log(self.label_smoothing)
+        return self._loss(chosen_logratios, rejected_logratios, right, swapped)
+
+    def smoothed_loss(
+        self,
+        chosen_logratios: Tensor,
+        rejected_logratios: Tensor,
+        lengths: Tensor,
+        smoothing: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        right, swapped = torch.log1p(-smoothing), torch.log(smoothing)  # [P]
+        return self._loss(chosen_logratios, rejected_logratios, right, swapped)
+
+    def _loss(
+        self, chosen: Tensor, rejected: Tensor, right: float | Tensor, swapped: float | Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The loss for log(1 - e) and log e."""
+        margins = self.beta * (chosen - rejected)  # [P]
+        is_right, is_swapped = torch.sigmoid(margins), torch.sigmoid(-margins)  # q, 1 - q
         loss = is_right * (F.logsigmoid(margins) - right)
         loss = loss + is_swapped * (F.logsigmoid(-margins) - swapped)
         slope = self.beta * is_right * is_swapped * (margins - (right - swapped))

@@ -21,6 +21,8 @@ class PairLoss:
         takes_label_smoothing: whether the loss has label smoothing.
         takes_divergence: whether other divergences than the reverse KL make sense, because the loss
             depends on the difference of the two log-ratios (`DivergenceLoss`).
+        by_answer: whether the derivative by an answer's log-ratio depends on this answer only.
+        is_zero: whether the loss is always 0.
         option_name: name of the loss's own option; None if it has none.
         beta: strength of the pull towards the reference, above 0.
         label_smoothing: probability that a pair's labels are swapped, in [0, 0.5).
@@ -33,6 +35,8 @@ class PairLoss:
     name: ClassVar[str]
     takes_label_smoothing: ClassVar[bool] = False
     takes_divergence: ClassVar[bool] = False
+    by_answer: ClassVar[bool] = False
+    is_zero: ClassVar[bool] = False
     option_name: ClassVar[str | None] = None
 
     beta: float = 0.1
@@ -65,6 +69,11 @@ class PairLoss:
         """The value of the loss's own option; 0 if it has none."""
         return 0.0 if self.option_name is None else float(getattr(self, self.option_name))
 
+    @property
+    def is_by_answer(self) -> bool:
+        """Whether the derivative by an answer's log-ratio depends on this answer only."""
+        return self.by_answer
+
     def pair_loss(
         self,
         chosen_logratios: Tensor,  # [P]
@@ -83,6 +92,27 @@ class PairLoss:
             Loss, d loss / d chosen_logratios, d loss / d rejected_logratios: [P] each.
         """
         raise NotImplementedError
+
+    def smoothed_loss(
+        self,
+        chosen_logratios: Tensor,  # [P]
+        rejected_logratios: Tensor,  # [P]
+        lengths: Tensor,  # [P, 2]
+        smoothing: Tensor,  # [P]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """`pair_loss` with a label smoothing for each pair in place of the loss's own.
+
+        Args:
+            chosen_logratios, rejected_logratios, lengths: as in `pair_loss`.
+            smoothing: [P] fp64, probability that the pair's labels are swapped, in [0, 1].
+
+        Returns:
+            As `pair_loss`.
+
+        Raises:
+            ValueError: the loss has no label smoothing.
+        """
+        raise ValueError(f"The {self.name} loss has no label smoothing, so none for each pair.")
 
     def first_value(
         self,
@@ -115,6 +145,21 @@ class PairLoss:
             [P, 2] fp64, or None if the two derivatives have no fixed ratio.
         """
         return None
+
+
+@dataclass(frozen=True)
+class ZeroLoss(PairLoss):
+    """No loss of pairs: only the coefficients of sequences are trained (see `linear_pair_loss`)."""
+
+    name: ClassVar[str] = "zero"
+    by_answer: ClassVar[bool] = True
+    is_zero: ClassVar[bool] = True
+
+    def pair_loss(
+        self, chosen_logratios: Tensor, rejected_logratios: Tensor, lengths: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        nothing = torch.zeros_like(chosen_logratios)
+        return nothing, nothing, nothing
 
 
 def same_for_all(value: float, lengths: Tensor) -> Tensor:

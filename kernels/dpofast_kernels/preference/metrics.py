@@ -57,18 +57,27 @@ def pair_metrics(
     if bounds.shape != (len(logps) + 1,):
         raise ValueError(f"bounds is {list(bounds.shape)}, expected [{len(logps) + 1}].")
     logps = logps.detach().double()
-    logratios = logps - ref_logps.detach().to(logps)  # [2P]
-    mean_logratios = logratios / bounds.to(logps.device).diff()
-    rewards = beta * logratios
-    chosen, rejected = slice(0, None, 2), slice(1, None, 2)
+    ref_logps, lengths = ref_logps.detach().to(logps), bounds.to(logps.device).diff()
+    return metrics_of_pairs(logps.view(-1, 2), ref_logps.view(-1, 2), lengths.view(-1, 2), beta)
+
+
+def metrics_of_pairs(
+    logps: Tensor,  # [P, 2]
+    ref_logps: Tensor,  # [P, 2]
+    lengths: Tensor,  # [P, 2]
+    beta: float,
+) -> dict[str, Tensor]:
+    """`pair_metrics` of columns chosen and rejected: fp64, but int64 lengths, on one device."""
+    logratios = logps - ref_logps  # [P, 2]
+    mean_logratios, rewards = logratios / lengths, beta * logratios
     values = {
-        "rewards/chosen": rewards[chosen],
-        "rewards/rejected": rewards[rejected],
-        "rewards/margins": rewards[chosen] - rewards[rejected],
-        "rewards/accuracies": (rewards[chosen] > rewards[rejected]).to(torch.float64),
-        "logps/chosen": logps[chosen],
-        "logps/rejected": logps[rejected],
-        "logratios/chosen": mean_logratios[chosen],
-        "logratios/rejected": mean_logratios[rejected],
+        "rewards/chosen": rewards[:, 0],
+        "rewards/rejected": rewards[:, 1],
+        "rewards/margins": rewards[:, 0] - rewards[:, 1],
+        "rewards/accuracies": (rewards[:, 0] > rewards[:, 1]).to(torch.float64),
+        "logps/chosen": logps[:, 0],
+        "logps/rejected": logps[:, 1],
+        "logratios/chosen": mean_logratios[:, 0],
+        "logratios/rejected": mean_logratios[:, 1],
     }
     return {name: values[name] for name in METRIC_NAMES}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -52,15 +53,25 @@ class MixtureLoss(PairLoss):
         """The names of the parts."""
         return tuple(name for part in self.parts for name in part.names)
 
+    @property
+    def is_by_answer(self) -> bool:
+        return all(part.is_by_answer for part, _ in self._weighted())
+
     def pair_loss(
         self, chosen_logratios: Tensor, rejected_logratios: Tensor, lengths: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        terms = [
-            torch.stack(part.pair_loss(chosen_logratios, rejected_logratios, lengths)) * weight
-            for part, weight in self._weighted()
-        ]
-        loss, d_chosen, d_rejected = torch.stack(terms).sum(0)  # [3, P]
-        return loss, d_chosen, d_rejected
+        inputs = (chosen_logratios, rejected_logratios, lengths)
+        return _sum((part.pair_loss(*inputs), weight) for part, weight in self._weighted())
+
+    def smoothed_loss(
+        self,
+        chosen_logratios: Tensor,
+        rejected_logratios: Tensor,
+        lengths: Tensor,
+        smoothing: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        inputs = (chosen_logratios, rejected_logratios, lengths, smoothing)
+        return _sum((part.smoothed_loss(*inputs), weight) for part, weight in self._weighted())
 
     def first_value(self, lengths: Tensor) -> Tensor:
         values = [part.first_value(lengths) * weight for part, weight in self._weighted()]
@@ -76,3 +87,13 @@ class MixtureLoss(PairLoss):
     def _weighted(self) -> list[tuple[PairLoss, float]]:
         """The parts with their weights, without those of weight 0: 0 times infinity is NaN."""
         return [each for each in zip(self.parts, self.weights, strict=True) if each[1]]
+
+
+def _sum(
+    terms: Iterable[tuple[tuple[Tensor, Tensor, Tensor], float]],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The weighted sum of losses and of their derivatives, [P] each."""
+    loss, d_chosen, d_rejected = torch.stack(
+        [torch.stack(each) * weight for each, weight in terms]
+    ).sum(0)  # [3, P]
+    return loss, d_chosen, d_rejected

@@ -23,6 +23,7 @@ class NCAPairLoss(PairLoss):
     """
 
     name: ClassVar[str] = "nca_pair"
+    by_answer: ClassVar[bool] = True
 
     def pair_loss(
         self, chosen_logratios: Tensor, rejected_logratios: Tensor, lengths: Tensor

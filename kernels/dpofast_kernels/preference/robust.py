@@ -30,10 +30,24 @@ class RobustLoss(PairLoss):
     def pair_loss(
         self, chosen_logratios: Tensor, rejected_logratios: Tensor, lengths: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        margins = self.beta * (chosen_logratios - rejected_logratios)  # [P]
+        return self._loss(chosen_logratios, rejected_logratios, self.label_smoothing)
+
+    def smoothed_loss(
+        self,
+        chosen_logratios: Tensor,
+        rejected_logratios: Tensor,
+        lengths: Tensor,
+        smoothing: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return self._loss(chosen_logratios, rejected_logratios, smoothing)
+
+    def _loss(
+        self, chosen: Tensor, rejected: Tensor, smoothing: float | Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        margins = self.beta * (chosen - rejected)  # [P]
         # The weights of the label as it is, and of its opposite.
-        own = (1.0 - self.label_smoothing) / (1.0 - 2.0 * self.label_smoothing)
-        other = self.label_smoothing / (1.0 - 2.0 * self.label_smoothing)
+        own = (1.0 - smoothing) / (1.0 - 2.0 * smoothing)
+        other = smoothing / (1.0 - 2.0 * smoothing)
         loss = other * F.logsigmoid(-margins) - own * F.logsigmoid(margins)
         slope = -self.beta * (own * torch.sigmoid(-margins) + other * torch.sigmoid(margins))
         return loss, slope, -slope

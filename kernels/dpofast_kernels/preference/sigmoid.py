@@ -33,8 +33,21 @@ class SigmoidLoss(PairLoss):
     def pair_loss(
         self, chosen_logratios: Tensor, rejected_logratios: Tensor, lengths: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        margins = self.beta * (chosen_logratios - rejected_logratios)  # [P]
-        loss, slope = _logistic(margins, self.label_smoothing)
+        return self._loss(chosen_logratios, rejected_logratios, self.label_smoothing)
+
+    def smoothed_loss(
+        self,
+        chosen_logratios: Tensor,
+        rejected_logratios: Tensor,
+        lengths: Tensor,
+        smoothing: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return self._loss(chosen_logratios, rejected_logratios, smoothing)
+
+    def _loss(
+        self, chosen: Tensor, rejected: Tensor, smoothing: float | Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        loss, slope = _logistic(self.beta * (chosen - rejected), smoothing)
         return loss, self.beta * slope, -self.beta * slope
 
     def first_value(self, lengths: Tensor) -> Tensor:
@@ -58,9 +71,23 @@ class SigmoidNormLoss(PairLoss):
     def pair_loss(
         self, chosen_logratios: Tensor, rejected_logratios: Tensor, lengths: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        tokens = lengths.to(chosen_logratios)  # [P, 2]
-        mean_margins = chosen_logratios / tokens[:, 0] - rejected_logratios / tokens[:, 1]  # [P]
-        loss, slope = _logistic(self.beta * mean_margins, self.label_smoothing)
+        return self._loss(chosen_logratios, rejected_logratios, lengths, self.label_smoothing)
+
+    def smoothed_loss(
+        self,
+        chosen_logratios: Tensor,
+        rejected_logratios: Tensor,
+        lengths: Tensor,
+        smoothing: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return self._loss(chosen_logratios, rejected_logratios, lengths, smoothing)
+
+    def _loss(
+        self, chosen: Tensor, rejected: Tensor, lengths: Tensor, smoothing: float | Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        tokens = lengths.to(chosen)  # [P, 2]
+        mean_margins = chosen / tokens[:, 0] - rejected / tokens[:, 1]  # [P]
+        loss, slope = _logistic(self.beta * mean_margins, smoothing)
         return loss, self.beta * slope / tokens[:, 0], -self.beta * slope / tokens[:, 1]
 
     def first_value(self, lengths: Tensor) -> Tensor:
@@ -70,11 +97,11 @@ class SigmoidNormLoss(PairLoss):
         return along_mean_difference(lengths)
 
 
-def _logistic(margins: Tensor, smoothing: float) -> tuple[Tensor, Tensor]:
+def _logistic(margins: Tensor, smoothing: float | Tensor) -> tuple[Tensor, Tensor]:
     """[P] each: the loss of margins z, with smoothed labels, and d loss / d z."""
     loss = -(1.0 - smoothing) * F.logsigmoid(margins)
     slope = -(1.0 - smoothing) * torch.sigmoid(-margins)
-    if smoothing:
+    if isinstance(smoothing, Tensor) or smoothing:
         loss = loss - smoothing * F.logsigmoid(-margins)
         slope = slope + smoothing * torch.sigmoid(margins)
     return loss, slope

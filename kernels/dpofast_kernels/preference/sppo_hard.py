@@ -19,6 +19,7 @@ class SPPOHardLoss(PairLoss):
     """
 
     name: ClassVar[str] = "sppo_hard"
+    by_answer: ClassVar[bool] = True
 
     def pair_loss(
         self, chosen_logratios: Tensor, rejected_logratios: Tensor, lengths: Tensor

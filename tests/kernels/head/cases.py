@@ -9,7 +9,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from dpofast_kernels import HeadOptions, PairLoss, linear_logps, linear_pair_loss, pair_metrics
+from dpofast_kernels import (
+    HeadOptions,
+    PairExtras,
+    PairLoss,
+    linear_logps,
+    linear_pair_loss,
+    pair_metrics,
+)
 from dpofast_kernels.head import chunked
 
 LENGTHS = (3, 1, 8, 5, 2, 12)  # scored tokens of three pairs, which have 4, 13 and 14 rows
@@ -90,7 +97,11 @@ def options_for(inputs: Inputs, backend: str, **options: float) -> HeadOptions:
 
 
 def run_pair_loss(
-    inputs: Inputs, loss: PairLoss, options: HeadOptions, upstream: float = 1.7
+    inputs: Inputs,
+    loss: PairLoss,
+    options: HeadOptions,
+    upstream: float = 1.7,
+    **extras: Tensor | None,
 ) -> dict[str, Tensor]:
     """Loss, logps and all gradients of `linear_pair_loss`, as float64."""
     output = linear_pair_loss(
@@ -101,15 +112,18 @@ def run_pair_loss(
         inputs.ref_logps,
         loss,
         options,
+        PairExtras(**extras),
     )
     assert output.loss.dtype == output.logps.dtype == torch.float64
     assert not output.logps.requires_grad
-    metrics = pair_metrics(output.logps, inputs.ref_logps, inputs.bounds, loss.beta)
-    torch.testing.assert_close(
-        output.metrics, torch.stack([*metrics.values()]), rtol=1e-12, atol=0, equal_nan=True
-    )
+    if extras.get("pairs") is None:
+        metrics = pair_metrics(output.logps, inputs.ref_logps, inputs.bounds, loss.beta)
+        torch.testing.assert_close(
+            output.metrics, torch.stack([*metrics.values()]), rtol=1e-12, atol=0, equal_nan=True
+        )
     (output.loss * upstream).backward()
-    return {"loss": output.loss.detach(), "logps": output.logps, **gradients(inputs)}
+    found = {"loss": output.loss.detach(), "logps": output.logps, "metrics": output.metrics}
+    return found | gradients(inputs)
 
 
 def run_logps(inputs: Inputs, options: HeadOptions) -> dict[str, Tensor]:

@@ -1,10 +1,9 @@
-"""Chunks cover all rows and cut no pair. A workspace keeps to its limit and shows no old data."""
+"""Chunks cover all rows. A workspace keeps to its limit and shows no old data."""
 
 from __future__ import annotations
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from itertools import accumulate
 
 import pytest
 import torch
@@ -14,7 +13,7 @@ from hypothesis import strategies as st
 from dpofast_kernels import HeadOptions, linear_logps, linear_pair_loss, make_loss
 from dpofast_kernels.head import chunked
 from dpofast_kernels.head import workspace as workspaces
-from dpofast_kernels.head.workspace import Workspace, max_chunk_rows, pair_chunks, row_chunks
+from dpofast_kernels.head.workspace import Workspace, max_chunk_rows, row_chunks
 
 DEFAULTS = HeadOptions()
 
@@ -26,17 +25,6 @@ def test_row_chunks(start, num_rows, max_rows):
     assert covered == list(range(start, start + num_rows))
     assert len(chunks) == -(-num_rows // max_rows)
     assert all(chunk.stop - chunk.start <= max_rows for chunk in chunks)
-
-
-@given(st.lists(st.tuples(st.integers(1, 30), st.integers(1, 30))), st.integers(1, 100))
-def test_pair_chunks(pairs, max_rows):
-    limits = list(accumulate((length for pair in pairs for length in pair), initial=0))
-    chunks = list(pair_chunks(limits, max_rows))
-    covered = [pair for chunk in chunks for pair in range(chunk.first, chunk.last)]
-    assert covered == list(range(len(pairs)))
-    for chunk in chunks:
-        assert (chunk.start, chunk.end) == (limits[2 * chunk.first], limits[2 * chunk.last])
-        assert chunk.end - chunk.start <= max_rows or chunk.last == chunk.first + 1
 
 
 def test_rows_of_a_workspace():

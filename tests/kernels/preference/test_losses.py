@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from dpofast_kernels import make_loss
+from dpofast_kernels.head.pairs import Pairs
 from dpofast_kernels.head.pairs_triton import pair_loss_fwd
 from dpofast_kernels.preference import LOSS_OPTIONS, LOSSES
 from dpofast_kernels.preference.formulas_triton import FORMULAS
@@ -59,6 +60,12 @@ def test_values_and_derivatives_are_those_of_the_plain_formula(loss):
     torch.testing.assert_close(found, list(own), rtol=1e-12, atol=1e-16)
 
 
+def in_triton(logps, bounds, ref_logps, loss, smoothing=None):
+    return pair_loss_fwd(
+        logps, Pairs(bounds, bounds.tolist(), ref_logps, loss, smoothing=smoothing)
+    )
+
+
 @pytest.mark.parametrize("loss", CASES, ids=CASE_NAMES)
 def test_first_value_is_the_loss_of_a_policy_that_equals_its_reference(loss):
     zeros, lengths = torch.zeros(3).double(), torch.tensor([[1, 9], [7, 7], [300, 2]])
@@ -75,22 +82,21 @@ def test_triton_formula_is_the_same(loss):
     # Sequences of one token: their log-probs are the log-ratios. Lengths have a test of their own.
     expected = loss.pair_loss(chosen, rejected, torch.ones_like(lengths))
     logps = torch.stack([chosen, rejected], 1).flatten()
-    terms = pair_loss_fwd(logps, torch.arange(len(logps) + 1), torch.zeros_like(logps), loss)
+    terms = in_triton(logps, torch.arange(len(logps) + 1), torch.zeros_like(logps), loss)
     assert torch.equal(terms.logps, logps)
     # These losses subtract numbers of the size of 1 or of beta from each other.
     subtracts = loss.label_smoothing or loss.name in ("apo_down", "nca_pair", "discopop")
     rtol, atol = (1e-12, 1e-15) if subtracts else (1e-13, 1e-300)
     torch.testing.assert_close(terms.losses, expected[0], rtol=rtol, atol=atol)
-    d_logps = torch.stack(expected[1:], 1).flatten()
-    torch.testing.assert_close(terms.d_logps, d_logps, rtol=rtol, atol=atol)
+    torch.testing.assert_close(terms.slopes, torch.stack(expected[1:], 1), rtol=rtol, atol=atol)
 
 
 def test_triton_formula_of_the_hinge_is_the_same_at_its_kink():
     loss = make_loss("hinge", beta=0.5)
     logps = torch.tensor([2.0, 0.0]).double()  # beta times their difference is 1
-    terms = pair_loss_fwd(logps, torch.arange(3), torch.zeros_like(logps), loss)
+    terms = in_triton(logps, torch.arange(3), torch.zeros_like(logps), loss)
     expected = loss.pair_loss(logps[:1], logps[1:], torch.ones(1, 2))
-    assert (terms.losses.item(), terms.d_logps.tolist()) == (0.0, [0.0, 0.0])
+    assert (terms.losses.item(), terms.slopes.tolist()) == (0.0, [[0.0, 0.0]])
     assert [value.item() for value in expected] == [0.0, 0.0, 0.0]
 
 
@@ -103,11 +109,11 @@ def test_triton_sums_and_lengths(loss):
     sums = torch.stack([part.sum() for part in logps.tensor_split(bounds[1:-1])])
     logratios = sums - ref_logps
     expected = loss.pair_loss(logratios[0::2], logratios[1::2], bounds.diff().view(-1, 2))
-    terms = pair_loss_fwd(logps, bounds, ref_logps, loss)
+    terms = in_triton(logps, bounds, ref_logps, loss)
     torch.testing.assert_close(terms.logps, sums, rtol=1e-13, atol=1e-12)
     torch.testing.assert_close(terms.losses, expected[0], rtol=1e-10, atol=1e-13)
-    d_logps = torch.stack(expected[1:], 1).flatten()
-    torch.testing.assert_close(terms.d_logps, d_logps, rtol=1e-10, atol=1e-13)
+    slopes = torch.stack(expected[1:], 1)
+    torch.testing.assert_close(terms.slopes, slopes, rtol=1e-10, atol=1e-13)
 
 
 @pytest.mark.parametrize("loss", CASES, ids=CASE_NAMES)
@@ -325,5 +331,5 @@ def test_a_run_gone_wrong_shows_in_the_loss(loss):
     nan = torch.tensor([float("nan")]).double()
     one = torch.ones(1).double()
     assert loss.pair_loss(nan, one, torch.ones(1, 2))[0].isnan()
-    terms = pair_loss_fwd(torch.cat([nan, one]), torch.arange(3), torch.zeros(2).double(), loss)
+    terms = in_triton(torch.cat([nan, one]), torch.arange(3), torch.zeros(2).double(), loss)
     assert terms.losses.isnan()

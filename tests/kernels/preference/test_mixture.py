@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from dpofast_kernels import DivergenceLoss, make_loss, make_mixture
+from dpofast_kernels.head.pairs import Pairs
 from dpofast_kernels.head.pairs_triton import pair_loss_fwd
 from tests.kernels.head.cases import make_inputs, options_for, run_pair_loss
 from tests.kernels.preference.formulas import log_ratios, plain_formula
@@ -79,12 +80,12 @@ def test_every_back_end_of_the_head_computes_it(name, backend):
 def test_triton_sums_what_pytorch_mixes():
     loss = mixture("mpo")
     logps, ref_logps = torch.tensor([-3.0, -1.0, -2.0, -4.0]).double(), torch.zeros(2).double()
-    terms = pair_loss_fwd(logps, torch.tensor([0, 3, 4]), ref_logps, loss)
+    terms = pair_loss_fwd(logps, Pairs(torch.tensor([0, 3, 4]), [0, 3, 4], ref_logps, loss))
     value, *slopes = loss.pair_loss(
         torch.tensor([-6.0]).double(), torch.tensor([-4.0]).double(), torch.tensor([[3, 1]])
     )
     assert terms.losses.item() == value.item()
-    assert terms.d_logps.tolist() == [slope.item() for slope in slopes]
+    assert terms.slopes.tolist() == [[slope.item() for slope in slopes]]
 
 
 def test_one_loss_of_weight_1_is_that_loss():
