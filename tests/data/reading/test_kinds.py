@@ -55,9 +55,7 @@ def test_pairs_are_refused_in_one_sentence_where_unpaired_rows_are_wanted(tmp_pa
 
 
 def test_a_row_of_the_other_kind_is_named():
-    with pytest.raises(
-        DataError, match=r"row 1 .*the row is unpaired, with one .*loss_type kto"
-    ):
+    with pytest.raises(DataError, match=r"row 1 .*the row is unpaired, with one .*loss_type kto"):
         load_preferences([PAIR, UNPAIRED], name="rows")
     with pytest.raises(DataError, match=r"rows, row 1 .*the row is a pair, .*split_pairs"):
         load_unpaired([UNPAIRED, PAIR], name="rows")
