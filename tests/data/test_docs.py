@@ -19,11 +19,13 @@ from dpofast.errors import DataError
 from tests.data.builders import CHAT_TEMPLATE, byte_bpe
 
 PAGE = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
-ROWS = [
+_ALL_ROWS = [
     json.loads(line)
     for block in re.findall(r"```json\n(.*?)```", PAGE, re.S)
     for line in block.splitlines()
 ]
+UNPAIRED_ROWS = [row for row in _ALL_ROWS if data_kind([row]) == "unpaired"]
+ROWS = [row for row in _ALL_ROWS if row not in UNPAIRED_ROWS]  # pairs
 BROKEN_FILES = {
     "pairs.jsonl": '{"prompt": "a", "chosen": "b", "rejected": "c"}\n\n'
     '{"prompt": "a", "chosen": 4, "rejected": "c"}\n',
@@ -34,14 +36,11 @@ BROKEN_FILES = {
 
 def test_every_row_on_the_page_is_a_pair_or_unpaired():
     tokenizer = byte_bpe(chat_template=CHAT_TEMPLATE)
-    unpaired = [row for row in ROWS if data_kind([row]) == "unpaired"]
-    assert (len(ROWS), len(unpaired)) == (26, 7)
-    for row in unpaired:
+    assert (len(ROWS), len(UNPAIRED_ROWS)) == (19, 7)
+    for row in UNPAIRED_ROWS:
         rows, _ = tokenize_unpaired(load_unpaired([row]), tokenizer, max_length=None)
         assert len(rows) == 1, row
     for row in ROWS:
-        if row in unpaired:
-            continue
         pairs, _ = tokenize_preferences(load_preferences([row]), tokenizer, max_length=None)
         rejected = row.get("rejected")
         several = isinstance(rejected, list) and not isinstance(rejected[0], dict)
