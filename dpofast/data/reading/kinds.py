@@ -34,6 +34,8 @@ def kind_of_row(row: Mapping[str, Any]) -> RowKind | None:
 
     Arrow gives a row the columns of all rows, so columns that hold something come first.
     """
+    if row.get(PAIRED.answers[0]) is not None:  # nearly all pairs, at once
+        return PAIRED
     filled = [name for name, value in row.items() if value is not None]
     has_label = any(label in row for label in LABELS)
     if not _OF_PAIRS.isdisjoint(filled):
@@ -81,6 +83,13 @@ def refuse_other_kind(records: Iterable[Record], wanted: RowKind, name: str) -> 
     Raises:
         DataError: they are; says what to do.
     """
-    problems = [wrong_kind(record.values, wanted, name) for record in records if not record.problem]
-    if problems and problems[0] and all(problems):
-        raise DataError(problems[0])
+    problem = None
+    for record in records:
+        if record.problem:
+            continue
+        found = wrong_kind(record.values, wanted, name)
+        if found is None:
+            return
+        problem = problem or found
+    if problem is not None:
+        raise DataError(problem)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -133,7 +134,7 @@ class TableBuilder:
             blanks_decide: settle the form of all pairs even if all answers here are blank.
         """
         if not self._rows_read and records:
-            self._refuse_other_kind(records)
+            refuse_other_kind(self._renamed(records), self.kind, records[0].source)
         read = [self._pairs(record) for record in records]
         if self._form is None:
             # Most of the first rows decide which form is right, not the very first row.
@@ -156,14 +157,11 @@ class TableBuilder:
                 rows.append(self._left_out(number, BAD_ROW, problem))
         return rows
 
-    def _refuse_other_kind(self, records: Sequence[Record]) -> None:
-        renamed = []
+    def _renamed(self, records: Sequence[Record]) -> Iterator[Record]:
+        """The records whose columns can be renamed; reading the others raises an error again."""
         for record in records:
-            try:
-                renamed.append(replace(record, values=self._rename(record)))
-            except RowError:  # reading the row raises it again
-                continue
-        refuse_other_kind(renamed, self.kind, records[0].source)
+            with contextlib.suppress(RowError):
+                yield replace(record, values=self._rename(record))
 
     def _pairs(self, record: Record) -> list[Pair] | RowError:
         """The pairs of a row, or what is wrong with it; no pairs if it was left out before."""
