@@ -1,4 +1,4 @@
-"""`dpofast inspect`: shows one pair, or the packed rows of one optimizer step."""
+"""`dpofast inspect`: shows one pair or unpaired row, or the packed rows of one optimizer step."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from dpofast.cli.option_types import checked_value
 from dpofast.cli.run_data import load_all_rows, load_training_data
 from dpofast.cli.run_options import RunOptions, read_options
 from dpofast.cli.terminal import print_rich
+from dpofast.columns import LABEL_COLUMN
 from dpofast.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -51,11 +52,22 @@ def _show_pair(options: RunOptions, row: int) -> None:
     shown = [index for index, number in enumerate(rows) if number == row]
     if not shown:
         raise ConfigError(f"--row: got {row}, but the data's rows are 0 to {max(rows)}.")
+    if LABEL_COLUMN in pairs.column_names:
+        print_rich(Text(_label_line(pairs[LABEL_COLUMN][:])))
     for index in shown:
         pair = pairs[index]
         if "source" in pair:
             print_rich(Text(pair["source"], style="bold"))
         print_rich(render_untokenised_pair(pair, tokenizer, limits=limits))
+
+
+def _label_line(labels: list[bool | None]) -> str:
+    left_out = labels.count(None)
+    rest = f", {left_out} left out" if left_out else ""
+    return (
+        f"{len(labels)} unpaired rows: {labels.count(True)} desirable, {labels.count(False)} "
+        f"undesirable{rest}"
+    )
 
 
 def _show_step(options: RunOptions, step: int, rank: tuple[int, int]) -> None:
