@@ -18,6 +18,7 @@ from dpofast_kernels import (
     DIVERGENCES,
     LOSS_OPTIONS,
     LOSSES,
+    UNPAIRED_LOSSES,
     DivergenceLoss,
     PairLoss,
     ZeroLoss,
@@ -163,6 +164,12 @@ def named_loss(config: Any) -> PairLoss:
     if weights is not None:
         _check_weights(weights, names)
     for name in names:
+        if isinstance(name, str) and name in UNPAIRED_LOSSES:
+            raise ConfigError(
+                f"loss_type: {name} takes rows of one answer and a label, and this trainer takes "
+                "pairs; choose a loss of pairs, or call the op linear_sequence_loss of "
+                "dpofast_kernels, which has it."
+            )
         if name not in LOSS_NAMES:
             raise ConfigError(f"loss_type: {unknown_loss(name, LOSS_NAMES)}")
     check_beta_fields(config)

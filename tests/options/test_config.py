@@ -89,6 +89,7 @@ def test_defaults_are_trls(tmp_path):
         ),
         ({"label_smoothing": 0.5}, "label_smoothing"),
         ({"label_smoothing": 0.1, "loss_type": "hinge"}, "label_smoothing"),
+        ({"loss_type": "kto"}, "loss_type: kto takes rows of one answer and a label"),
         ({"loss_type": "dpo"}, "loss_type: Unknown loss 'dpo'. Did you mean 'sigmoid'"),
         ({"loss_type": "exo_pair"}, "label_smoothing is 0.0, .* set it to 1e-3"),
         ({"discopop_tau": 2.0, "loss_type": "discopop"}, "discopop_tau is 2.0, .* at most 1"),

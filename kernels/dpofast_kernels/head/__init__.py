@@ -3,14 +3,16 @@
 How a call travels through the files, from the public op down to one chunk of rows:
 
     dispatch        public ops: check the inputs, choose a back end, enter autograd
-    |-- options     HeadOptions, PairExtras and PairLossOutput
+    |-- options     HeadOptions, PairExtras, Answers and the results
     |-- inputs      the checks and their errors
+    sequence_loss   the public op of losses of single answers; from autograd on, the same way
     |-- dtypes      the dtypes to compute, accumulate and multiply in
     |-- backends    which back end runs where
     autograd        torch.autograd functions: what they save, when they compute gradients
-    one_pass        linear_pair_loss only: runs chunk after chunk and joins the losses
+    one_pass        of the ops with a loss: runs chunk after chunk and joins the losses
     |-- units       what a chunk is made of: sequences that no pair crosses
     |-- pairs       the pairs of a chunk, and the derivatives that they ask of its sequences
+    |-- singles     the same for single answers
     |-- long_units  pairs that don't fit into a chunk
     chunked         one head, chunk by chunk: score rows, then add their gradients
     |-- workspace   sizes of chunks, and the memory for a chunk's logits
@@ -31,17 +33,30 @@ from __future__ import annotations
 
 from dpofast_kernels.head.backends import backend_for
 from dpofast_kernels.head.dispatch import linear_logps, linear_pair_loss, linear_scores
-from dpofast_kernels.head.options import HEAD_VERSION, HeadOptions, PairExtras, PairLossOutput
+from dpofast_kernels.head.options import (
+    HEAD_VERSION,
+    SEQUENCE_METRIC_NAMES,
+    Answers,
+    HeadOptions,
+    PairExtras,
+    PairLossOutput,
+    SequenceLossOutput,
+)
+from dpofast_kernels.head.sequence_loss import linear_sequence_loss
 from dpofast_kernels.head.sequences import sum_per_sequence
 
 __all__ = [
     "HEAD_VERSION",
+    "SEQUENCE_METRIC_NAMES",
+    "Answers",
     "HeadOptions",
     "PairExtras",
     "PairLossOutput",
+    "SequenceLossOutput",
     "backend_for",
     "linear_logps",
     "linear_pair_loss",
     "linear_scores",
+    "linear_sequence_loss",
     "sum_per_sequence",
 ]

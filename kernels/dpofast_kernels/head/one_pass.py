@@ -1,4 +1,4 @@
-"""The loss of pairs and its gradients, in one pass over the logits.
+"""The loss of pairs or of single answers and its gradients, in one pass over the logits.
 
 With the reference's log-probs known beforehand, the loss of a pair depends on that pair's logits
 only. So chunks are cut between pairs, and the derivative of each pair's loss is known while its
@@ -14,18 +14,18 @@ from torch import Tensor
 from dpofast_kernels.head.chunked import ChunkedHead, Gradients, Wanted
 from dpofast_kernels.head.long_units import long_unit
 from dpofast_kernels.head.pairs import Pairs, SequenceTerms
+from dpofast_kernels.head.singles import Singles
 from dpofast_kernels.head.units import Chunk, join_units
-from dpofast_kernels.preference import METRIC_NAMES
 
 
 def one_pass(
-    head: ChunkedHead, pairs: Pairs, wanted: Wanted
+    head: ChunkedHead, pairs: Pairs | Singles, wanted: Wanted
 ) -> tuple[Tensor, Tensor, Tensor, Gradients | None]:
-    """The loss, summed over all pairs, and its gradients.
+    """The loss, summed over all pairs or single answers, and its gradients.
 
     Returns:
-        Summed loss [] fp64, summed logps [S] fp64, metrics [8, P] fp64, and the gradients, or None
-        if no gradient is wanted.
+        Summed loss [] fp64, summed logps [S] fp64, metrics [8, P] or [2, S] fp64, and the
+        gradients, or None if no gradient is wanted.
     """
     gradients = head.new_gradients(wanted) if wanted else None
     chunks = list(join_units(pairs.units(), head.max_rows))
@@ -40,10 +40,9 @@ def one_pass(
             terms_of[chunk] = _whole_chunk(head, pairs.part(chunk), chunk, gradients)
     if gradients is not None:
         gradients.fill_empty()
-    if not chunks:
-        empty = pairs.ref_logps.new_zeros(len(METRIC_NAMES), 0)
-        return empty.sum(), empty[0], empty, gradients
     terms = [terms_of[chunk] for chunk in chunks]  # back in the order of the sequences
+    if not chunks:
+        terms = [pairs.terms(head.ops, pairs.ref_logps.new_zeros(0))]
     loss = torch.cat([term.losses for term in terms]).sum()
     logps = torch.cat([term.logps for term in terms])
     if pairs.coefficients is not None:
@@ -52,7 +51,7 @@ def one_pass(
 
 
 def _whole_chunk(
-    head: ChunkedHead, part: Pairs, chunk: Chunk, gradients: Gradients | None
+    head: ChunkedHead, part: Pairs | Singles, chunk: Chunk, gradients: Gradients | None
 ) -> SequenceTerms:
     """Units that fit into one chunk, the usual case: score, loss, gradients."""
     rows = slice(chunk.start, chunk.end)

@@ -2,7 +2,7 @@
 
 Each formula is written twice, in PyTorch and for Triton. Both versions are in this folder. Sums of
 losses and other divergences are computed from their results, in PyTorch. A user's own loss is a
-function in PyTorch only, which autograd derives.
+function in PyTorch only, which autograd derives. Losses of single answers are in PyTorch only.
 """
 
 from __future__ import annotations
@@ -24,22 +24,34 @@ from dpofast_kernels.preference.registry import (
     make_mixture,
     unknown_loss,
 )
+from dpofast_kernels.preference.unpaired import (
+    UNPAIRED_LOSSES,
+    APOZeroUnpairedLoss,
+    KTOLoss,
+    UnpairedLoss,
+    make_unpaired_loss,
+)
 
 __all__ = [
     "DIVERGENCES",
     "LOSSES",
     "LOSS_OPTIONS",
     "METRIC_NAMES",
+    "UNPAIRED_LOSSES",
+    "APOZeroUnpairedLoss",
     "CustomLoss",
     "DivergenceLoss",
+    "KTOLoss",
     "NotAPairLossError",
     "PairFunction",
     "PairLoss",
+    "UnpairedLoss",
     "ZeroLoss",
     "function_name",
     "make_custom_loss",
     "make_loss",
     "make_mixture",
+    "make_unpaired_loss",
     "pair_metrics",
     "unknown_loss",
 ]
