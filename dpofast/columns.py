@@ -11,6 +11,8 @@ PAIR_COLUMNS = ("prompt", "chosen", "rejected")
 ID_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
 # Whether the answer of an unpaired row is desirable: a bool.
 LABEL_COLUMN = "label"
+# The token ids of an answer to another prompt, which KTO compares an unpaired row with.
+MISMATCHED_COLUMN = "mismatched_ids"
 # Reference log-probs that a dataset can carry: float64, in nats. The names are TRL's.
 REF_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
 # How much a pair counts in the loss, and the probability that its chosen answer is the better one:

@@ -72,6 +72,7 @@ def _label_line(labels: list[bool | None]) -> str:
 
 def _show_step(options: RunOptions, step: int, rank: tuple[int, int]) -> None:
     from dpofast.model.packable import attention_window
+    from dpofast.options.loss_fields import is_unpaired
     from dpofast.train.data.dataset import PairPreparer
     from dpofast.train.data.sampler import planned_steps, train_sampler
     from dpofast.train.data.stream import RunStream
@@ -80,6 +81,11 @@ def _show_step(options: RunOptions, step: int, rank: tuple[int, int]) -> None:
 
     config = options.config
     options.require("model_name_or_path")
+    if is_unpaired(config):
+        raise ConfigError(
+            f"{options.source}: --step shows steps of pairs, and {config.loss_type[0]} has none; "
+            "inspect single rows with --row."
+        )
     model = load_policy_skeleton(options)
     layout = _packed_layout(config.layout, model)
     tokenizer = load_tokenizer_for(options)

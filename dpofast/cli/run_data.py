@@ -126,6 +126,21 @@ def _load_sets(
     return mix_preferences(sets, shares, weights=weights, seed=options.config.seed)
 
 
+def load_either(source: Any, **arguments: Any) -> Any:
+    """Unpaired rows, or pairs, which the trainer splits after some of them are held out.
+
+    Args:
+        source: what holds the rows.
+        arguments: further arguments of `load_unpaired` and `load_preferences`.
+    """
+    from dpofast.data import data_kind, load_preferences, load_unpaired
+
+    names = ("columns", "split", "config_name")
+    of_source: dict[str, Any] = {name: arguments[name] for name in names}
+    is_unpaired = data_kind(source, **of_source) == "unpaired"
+    return (load_unpaired if is_unpaired else load_preferences)(source, **arguments)
+
+
 def _open_stream(options: RunOptions, name: str, split: str) -> Any:
     """Pairs whose rows are read later."""
     from dpofast.data import PairStream
@@ -144,12 +159,15 @@ def _load_pairs(
     options: RunOptions, source: Any, split: str, load: Callable[..., Any] | None = None
 ) -> Any:
     from dpofast.data import load_preferences
+    from dpofast.options.loss_fields import is_unpaired
 
     name = None
     if isinstance(source, str) and options.script.dataset_streaming:
         # Without this, `datasets` would download all splits to give one of them.
         name, source = source, _open_stream(options, source, split).source
-    return (load or load_preferences)(
+    if load is None:
+        load = load_either if is_unpaired(options.config) else load_preferences
+    return load(
         source,
         name=name,
         columns=options.script.dataset_columns,

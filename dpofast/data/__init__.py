@@ -18,6 +18,7 @@ from dpofast.data.reading.preferences import (
 from dpofast.data.reading.row_stream import is_stream
 from dpofast.data.reading.split_pairs import split_pairs
 from dpofast.data.tokens.fingerprint import data_fingerprint, pairs_fingerprint
+from dpofast.data.tokens.mismatched import with_mismatched
 from dpofast.data.tokens.report import PreparationReport
 from dpofast.data.tokens.stream import TokenisedRows, TokenStream
 from dpofast.data.tokens.tokenize import (
@@ -50,4 +51,5 @@ __all__ = [
     "tokenize_preferences",
     "tokenize_unpaired",
     "warn_of_rerendered_prompts",
+    "with_mismatched",
 ]

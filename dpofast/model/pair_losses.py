@@ -1,11 +1,14 @@
-"""The losses of single pairs, from log-probs that the head's op has computed."""
+"""The losses of single pairs or answers, from log-probs that the head's op has computed."""
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
+from dpofast.data.packing.answers import PackedAnswers
 from dpofast.data.packing.batch import PackedPairs
-from dpofast_kernels import PairLoss
+from dpofast_kernels import PairLoss, UnpairedLoss
 
 
 def pair_losses(
@@ -38,13 +41,24 @@ def pair_losses(
 
 
 def batch_losses(
-    loss: PairLoss,
-    logps: Tensor,  # [2P]
+    loss: Any,
+    logps: Tensor,  # [S]
     batch: PackedPairs,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`pair_losses` of a micro-batch with these log-probs, on their device."""
+) -> tuple[Tensor, ...]:
+    """The losses of a micro-batch with these log-probs, on their device.
+
+    Args:
+        loss: a PairLoss; or an UnpairedLoss for PackedAnswers.
+        logps: [S] summed log-probs of the policy.
+        batch: the micro-batch.
+
+    Returns:
+        `pair_losses`; or the loss of each answer and its derivative, [S] each.
+    """
     device = logps.device
     assert batch.ref_logps is not None
+    if isinstance(batch, PackedAnswers):
+        return _answer_losses(loss, logps, batch)
     weights, confidence = (
         None if each is None else each.to(device)
         for each in (batch.weights, batch.label_confidence)
@@ -52,3 +66,18 @@ def batch_losses(
     logratios = logps.detach().double() - batch.ref_logps.to(device)
     lengths = batch.lengths.to(device)
     return pair_losses(loss, logratios, lengths, weights, confidence)
+
+
+def _answer_losses(
+    loss: UnpairedLoss,
+    logps: Tensor,  # [S]
+    batch: PackedAnswers,
+) -> tuple[Tensor, Tensor]:
+    assert batch.ref_logps is not None
+    logratios = logps.detach().double() - batch.ref_logps.to(logps.device)
+    z = logratios.new_zeros(()) if batch.z is None else batch.z.to(logratios)
+    losses, slopes = loss.sequence_loss(logratios, batch.is_desirable.to(logps.device), z)
+    if batch.weights is None:
+        return losses, slopes
+    weights = batch.weights.to(logratios)
+    return weights * losses, weights * slopes

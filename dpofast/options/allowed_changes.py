@@ -40,6 +40,7 @@ ALLOWABLE = (
         "data",
         "data_seed",
         "dataloader_drop_last",
+        "desirable_weight",
         "disable_dropout",
         "discopop_tau",
         "dpop_lambda",
@@ -58,6 +59,7 @@ ALLOWABLE = (
         "target_kl",
         "target_kl_gain",
         "train_sampling_strategy",
+        "undesirable_weight",
         "weight_decay",
     }
 )

@@ -21,12 +21,16 @@ from dpofast_kernels import (
     UNPAIRED_LOSSES,
     DivergenceLoss,
     PairLoss,
+    UnpairedLoss,
     ZeroLoss,
     make_mixture,
+    make_unpaired_loss,
     unknown_loss,
 )
 
 REVERSE_KL = "reverse_kl"
+# Options that only losses of single answers have.
+UNPAIRED_OPTIONS = ("desirable_weight", "undesirable_weight")
 # Defaults of this version and of older ones of TRL.
 USUAL_COEFFICIENTS = (0.5, 1.0)
 
@@ -50,6 +54,8 @@ class LossFields(BetaFields):
         cpo_alpha: weight of the likelihood of chosen answers in the losses without a reference that
             TRL's CPOTrainer has: cpo, cpo_hinge, cpo_ipo, simpo and alphapo. None for 1 in the
             first three, as in CPO's paper, and for 0 in the others, as in theirs.
+        desirable_weight, undesirable_weight: factors of the losses of desirable and of undesirable
+            answers in kto and apo_zero_unpaired, at least 0.
     """
 
     loss_weights: list[float] | None = field(
@@ -77,8 +83,15 @@ class LossFields(BetaFields):
         metadata={"help": "Weight of the likelihood in cpo (1 by default), simpo and alphapo (0)."},
     )
 
-    def make_loss(self) -> PairLoss:
-        """The pair loss that these options name.
+    desirable_weight: float = field(
+        default=1.0, metadata={"help": "Factor of the losses of desirable answers (kto)."}
+    )
+    undesirable_weight: float = field(
+        default=1.0, metadata={"help": "Factor of the losses of undesirable answers (kto)."}
+    )
+
+    def make_loss(self) -> Any:
+        """The PairLoss that these options name; or the UnpairedLoss, which takes single answers.
 
         Raises:
             ConfigError: an unknown name, or an option out of range.
@@ -97,8 +110,12 @@ class LossFields(BetaFields):
 # Names of losses that have a likelihood term. Of sft it is the only one.
 SFT, ORPO = "sft", "orpo"
 CPO_ALPHAS = {"cpo": 1.0, "cpo_hinge": 1.0, "cpo_ipo": 1.0, "simpo": 0.0, "alphapo": 0.0}
-LOSS_NAMES = (*LOSSES, SFT)
-OPTIONS_OF_LOSSES = {**LOSS_OPTIONS, "cpo_alpha": tuple(CPO_ALPHAS)}
+LOSS_NAMES = (*LOSSES, SFT, *UNPAIRED_LOSSES)
+OPTIONS_OF_LOSSES = {
+    **LOSS_OPTIONS,
+    "cpo_alpha": tuple(CPO_ALPHAS),
+    **dict.fromkeys(UNPAIRED_OPTIONS, tuple(UNPAIRED_LOSSES)),
+}
 _DEFAULTS = {item.name: item.default for item in fields(LossFields)}
 
 
@@ -146,14 +163,14 @@ def loss_facts(config: Any) -> dict[str, Any]:
         "ld_alpha": config.length_discount(),
         **{
             option: getattr(config, option) if set(losses) & set(config.loss_type) else None
-            for option, losses in LOSS_OPTIONS.items()
+            for option, losses in OPTIONS_OF_LOSSES.items()
         },
         "cpo_alpha": _effective_cpo_alpha(config),
     }
 
 
-def named_loss(config: Any) -> PairLoss:
-    """The pair loss that the options of a DPOConfig name.
+def named_loss(config: Any) -> Any:
+    """The PairLoss, or the UnpairedLoss, that the options of a DPOConfig name.
 
     Raises:
         ConfigError: an unknown name, an option out of range, or options that don't go together.
@@ -164,15 +181,11 @@ def named_loss(config: Any) -> PairLoss:
     if weights is not None:
         _check_weights(weights, names)
     for name in names:
-        if isinstance(name, str) and name in UNPAIRED_LOSSES:
-            raise ConfigError(
-                f"loss_type: {name} takes rows of one answer and a label, and this trainer takes "
-                "pairs; choose a loss of pairs, or call the op linear_sequence_loss of "
-                "dpofast_kernels, which has it."
-            )
         if name not in LOSS_NAMES:
             raise ConfigError(f"loss_type: {unknown_loss(name, LOSS_NAMES)}")
     check_beta_fields(config)
+    if is_unpaired(config):
+        return _unpaired_loss(config)
     _check_coefficient(config.f_alpha_divergence_coef)
     _check_cpo_alpha(config.cpo_alpha)
     _check_ld_alpha(config)
@@ -190,6 +203,58 @@ def named_loss(config: Any) -> PairLoss:
     if config.f_divergence_type != REVERSE_KL:
         loss = _with_divergence(loss, config)
     return _checked(loss, config)
+
+
+def is_unpaired(config: Any) -> bool:
+    """Whether the loss takes answers one by one; loss_type has been checked."""
+    return any(name in UNPAIRED_LOSSES for name in config.loss_type)
+
+
+def check_loss_kind(config: Any, *, takes_answers: bool) -> None:
+    """Refuse a loss of single answers in a trainer of pairs, and the reverse.
+
+    Raises:
+        ConfigError: the loss is of the other kind.
+    """
+    if is_unpaired(config) == takes_answers:
+        return
+    name = " + ".join(config.loss_type)
+    if takes_answers:
+        raise ConfigError(
+            f"loss_type: KTOTrainer trains {' or '.join(UNPAIRED_LOSSES)}, but got {name}, a loss "
+            "of pairs; use DPOTrainer."
+        )
+    raise ConfigError(
+        f"loss_type: {name} takes answers one by one, and DPOTrainer trains pairs; use KTOTrainer."
+    )
+
+
+def _unpaired_loss(config: Any) -> UnpairedLoss:
+    """The loss of single answers that the options name."""
+    name = next(name for name in config.loss_type if name in UNPAIRED_LOSSES)
+    if len(config.loss_type) > 1:
+        raise ConfigError(
+            f"loss_type: {name} can't be mixed with other losses, but got "
+            f"{', '.join(config.loss_type)}; name one loss."
+        )
+    neutral: dict[str, tuple[Any, ...]] = {
+        "loss_weights": (None, [1.0]),
+        "label_smoothing": (0.0,),
+        "f_divergence_type": (REVERSE_KL,),
+        "ld_alpha": (None, 1.0),
+        "target_kl": (None,),
+    }
+    for option, values in neutral.items():
+        if getattr(config, option) not in values:
+            raise ConfigError(
+                f"{option} is {getattr(config, option)!r}, but the {name} loss has none; leave it "
+                "out."
+            )
+    weights = (getattr(config, option) for option in UNPAIRED_OPTIONS)
+    try:
+        return make_unpaired_loss(name, config.beta, *weights)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(str(error)) from error
 
 
 def _checked(loss: PairLoss, config: Any) -> PairLoss:

@@ -91,9 +91,15 @@ class StepZeroCheck:
 
     def _first_loss(self, batch: PackedPairs) -> float:
         """Mean loss over a batch's pairs while the policy is its own reference."""
-        if batch.weights is None and batch.label_confidence is None:
+        is_plain = batch.weights is None and batch.label_confidence is None
+        if is_plain and isinstance(self.loss, PairLoss):
             return self.loss.first_value(batch.lengths.to(self._device())).mean().item()
-        return self._mean_loss(torch.zeros(2 * batch.num_pairs, dtype=torch.float64), batch)
+        return self._mean_loss(torch.zeros_like(self._ref_logps(batch)), batch)
+
+    @staticmethod
+    def _ref_logps(batch: PackedPairs) -> Tensor:
+        assert batch.ref_logps is not None
+        return batch.ref_logps.cpu()
 
     def _device(self) -> torch.device:
         """Where losses are computed: a user's own loss may hold tensors on the policy's device."""

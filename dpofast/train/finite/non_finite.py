@@ -204,5 +204,5 @@ def _bad_pairs(each: Pass, loss: PairLoss) -> list[bool]:
         return everything
     bad = ~each.logps.isfinite()
     losses, *_ = batch_losses(loss, each.logps, each.batch)
-    flags: list[bool] = (bad.view(-1, 2).any(1) | ~losses.isfinite()).tolist()
+    flags: list[bool] = (bad.view(each.batch.num_pairs, -1).any(1) | ~losses.isfinite()).tolist()
     return flags if any(flags) else everything

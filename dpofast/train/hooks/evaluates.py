@@ -121,7 +121,7 @@ class EvaluatesPairs(ChoosesFiniteBest, ComputesLoss, Trainer):
                 self.control = self.callback_handler.on_prediction_step(
                     self.args, self.state, self.control
                 )
-        means = sums.means(self.sum_over_ranks, self.args.device)
+        means = self._pair_loss_pass.finish(sums.means(self.sum_over_ranks, self.args.device))
         dataset = getattr(dataloader, "run_dataset", None)
         check_evaluation(self.model, losses, dataset, means)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in means.items()}

@@ -13,7 +13,7 @@ from dpofast.errors import ConfigError
 from dpofast.options.config import DPOConfig
 from dpofast.options.trl_fields import RULES, Refused
 from dpofast.train.hooks.settings import Setting
-from dpofast_kernels import PairLoss
+from dpofast_kernels import PairLoss, UnpairedLoss
 
 PAGE = "see docs/extending.md"
 _LOSS = (
@@ -169,7 +169,7 @@ def check_overrides(trainer: Any) -> None:
     if collator is not None and not _module(collator).startswith(_OURS):
         raise ConfigError(f"DPOTrainer: data_collator isn't supported: {_COLLATOR}.")
     loss = vars(trainer).get("pair_loss")
-    if loss is not None and not isinstance(loss, PairLoss):
+    if loss is not None and not isinstance(loss, PairLoss | UnpairedLoss):
         raise ConfigError(
             f"DPOTrainer.pair_loss: got a {type(loss).__name__}, expected what make_loss, "
             "make_mixture or make_custom_loss of dpofast_kernels returns."

@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 from dataclasses import fields
+from typing import Any
 
 from dpofast.errors import ConfigError
 from dpofast.options.config import DPOConfig
-from dpofast_kernels import PairFunction, PairLoss, make_custom_loss
+from dpofast.options.loss_fields import check_loss_kind
+from dpofast_kernels import PairFunction, make_custom_loss
 
 
-def run_loss(config: DPOConfig, loss_fn: PairFunction | None) -> PairLoss:
+def run_loss(
+    config: DPOConfig, loss_fn: PairFunction | None, *, takes_answers: bool = False
+) -> Any:
     """The loss that the options name, or the user's own.
 
     Args:
         config: options of the run.
         loss_fn: the user's function; None for the loss of the options.
+        takes_answers: whether the trainer takes answers one by one, instead of pairs.
 
     Raises:
-        ConfigError: the function isn't a loss of single pairs, or the options also name a loss.
+        ConfigError: the function isn't a loss of single pairs, the options also name a loss, or
+            the trainer can't train the loss of the options.
     """
+    check_loss_kind(config, takes_answers=takes_answers)
     if loss_fn is None:
         return config.make_loss()
     default = next(item for item in fields(DPOConfig) if item.name == "loss_type").default_factory

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, replace
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -17,6 +17,9 @@ class UnpairedLoss:
     Attributes:
         name: name in the registry.
         takes_z: whether log-ratios are compared with z. Without, z is 0.
+        label_smoothing: always 0; no such loss has it.
+        is_reference_free: always false; all such losses have a reference.
+        option_names: names of the losses' own options.
         beta: strength of the pull towards the reference, above 0.
         desirable_weight: factor of the losses of desirable answers, at least 0.
         undesirable_weight: factor of the losses of undesirable answers, at least 0.
@@ -28,6 +31,9 @@ class UnpairedLoss:
 
     name: ClassVar[str]
     takes_z: ClassVar[bool]
+    label_smoothing: ClassVar[float] = 0.0
+    is_reference_free: ClassVar[bool] = False
+    option_names: ClassVar[tuple[str, ...]] = ("desirable_weight", "undesirable_weight")
 
     beta: float = 0.1
     desirable_weight: float = 1.0
@@ -48,6 +54,15 @@ class UnpairedLoss:
             raise ValueError(
                 "desirable_weight and undesirable_weight are both 0, so there is nothing to learn."
             )
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The name, as a mixture has several."""
+        return (self.name,)
+
+    def with_beta(self, beta: float) -> Self:
+        """The same loss with another beta."""
+        return replace(self, beta=beta)
 
     def sequence_loss(
         self,
