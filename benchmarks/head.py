@@ -17,6 +17,7 @@ from benchmarks.harness import positive
 from benchmarks.head_cases import MODELS, Case, Inputs, make_inputs
 from benchmarks.head_contenders import ENTRIES, OURS, contender
 from benchmarks.head_losses import ALL, NAMES, race_losses
+from benchmarks.head_statistics import CHOICES, race_statistics
 from benchmarks.head_truth import MULTIPLE, Judge
 from benchmarks.memory import peak_beyond_baseline
 from benchmarks.suite import Benchmark, CaseRun, add_options, judge_all, settle, time_all
@@ -128,6 +129,13 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         metavar="LOSS",
         help=f"race these losses against sigmoid instead: {', '.join(NAMES)}, or all",
     )
+    add(
+        "--statistics",
+        nargs="+",
+        choices=CHOICES,
+        metavar="STATISTIC",
+        help=f"race the head with these statistics against none instead: {', '.join(CHOICES)}",
+    )
     add("--pairs", type=positive, help="default: 8 on a CPU, a pair per 512 tokens on a GPU")
     options = settle(parser, arguments)
     is_gpu = options.device == "cuda"
@@ -152,6 +160,8 @@ def main() -> None:
     options = parse()
     if options.losses:
         sys.exit(race_losses(cases_of(options), options))
+    elif options.statistics:
+        sys.exit(race_statistics(cases_of(options), options))
     elif options.memory_of:
         BENCHMARK.child(options)
     else:

@@ -16,11 +16,13 @@ if TYPE_CHECKING:
     from dpofast.train.own.metrics import PairOutputs
     from dpofast.train.reference_free import CPOTrainer, ORPOTrainer
     from dpofast.train.trainer import DPOTrainer
+    from dpofast_kernels import CoupledFunction
 
 __version__ = "0.1.0"
 __all__ = [
     "CPOConfig",
     "CPOTrainer",
+    "CoupledFunction",
     "DPOConfig",
     "DPOTrainer",
     "KTOConfig",
@@ -35,6 +37,7 @@ __all__ = [
 HOMES = {
     "CPOConfig": "dpofast.options.reference_free",
     "CPOTrainer": "dpofast.train.reference_free",
+    "CoupledFunction": "dpofast_kernels.preference.coupled",
     "DPOConfig": "dpofast.options.config",
     "DPOTrainer": "dpofast.train.trainer",
     "KTOConfig": "dpofast.options.kto",

@@ -46,11 +46,27 @@ def build_parser() -> Parser:
         "demo",
         help="train a small model on generated pairs and see that it learns",
         description="Make a small model, a tokenizer and preference pairs; warm the model up; "
-        "train it by DPO; compare before and after. Fetches nothing.",
+        "train it by DPO; compare before and after. Fetches nothing. With several losses or betas, "
+        "train the same model with each combination and compare them.",
         allow_abbrev=False,
     )
     demo.add_argument(
         "--output-dir", "--output_dir", default="runs/demo", help="default: %(default)s"
+    )
+    demo.add_argument(
+        "--loss-type",
+        "--loss_type",
+        nargs="+",
+        default=["sigmoid"],
+        metavar="LOSS",
+        help="losses to train with, each by itself; default: sigmoid, which is DPO",
+    )
+    demo.add_argument(
+        "--beta",
+        nargs="+",
+        type=float,
+        default=[1.0],
+        help="betas to train with; default: 1, as a tiny model drifts away easily",
     )
     demo.add_argument("--seed", type=int, default=0, help="seed of data and weights")
     return parser

@@ -112,7 +112,7 @@ def _refuse_unkept(options: RunOptions, consequence: str) -> None:
     if options.config.make_loss().is_reference_free:
         raise ConfigError(
             f"{options.source}: the loss {' + '.join(options.config.loss_type)} has no reference, "
-            f"so {consequence}."
+            "so there are no log-probs to keep; choose a loss_type that has one."
         )
     if not options.config.precompute_ref_log_probs:
         raise ConfigError(

@@ -13,6 +13,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from transformers import TrainerCallback
 
+from dpofast.demo.comparison_files import (
+    COMPARISON_FILE,
+    LEGEND,
+    PICTURE_FILE,
+    TABLE_FILE,
+    failures,
+    headings,
+    table_rows,
+)
 from dpofast.demo.data import DemoData
 from dpofast.monitor.plots import PLOT_FILE
 from dpofast.monitor.summary import SUMMARY_FILE
@@ -65,8 +74,10 @@ class Screen:
         self.console = Console(highlight=False)
         self.section = 0
 
-    def title(self, text: str) -> None:
+    def title(self, text: str, duration: str) -> None:
+        """Print what will happen, and how long it will take."""
         self.console.print(f"\n[bold]{text}[/bold]")
+        self._note(duration)
 
     def data(self, data: DemoData, folder: Path) -> None:
         """Print how many pairs there are, and a few of them."""
@@ -129,16 +140,58 @@ class Screen:
         ):
             table.add_row(title, *(f"{summary[f'{name}_{when}']:.1%}" for when in _WHEN))
         self.console.print(table)
+        expected = summary["first_loss_expected"]
+        meaning = "" if expected is None else f" ({expected:.6f} if policy and reference are one)"
         self._note(
             f"Log-prob of chosen answers {summary['chosen_logps_change']:+.2f} nats, of rejected "
             f"ones {summary['rejected_logps_change']:+.2f}. The first loss was "
-            f"{summary['first_loss']:.6f} (ln 2 = 0.693147: policy and reference are one). "
+            f"{summary['first_loss']:.6f}{meaning}. "
             f"{summary['pairs_per_second']:.1f} pairs/s."
         )
         self._samples(samples)
         self.console.print(
             f"\n{summary['wall_seconds']:.0f} seconds. Everything is in [bold]{folder}[/bold]: "
             f"{SUMMARY_FILE}, {PLOT_FILE}, dpo/ (the trained model), warm/ (the model before)."
+        )
+
+    def compared(self, run: dict[str, Any], remaining: int, mean_seconds: float) -> None:
+        """Print what has come of a run of a comparison, and how long the remaining ones will take.
+
+        Args:
+            run: an entry of `runs` in comparison.json.
+            remaining: number of runs to come.
+            mean_seconds: mean duration of the runs so far.
+        """
+        measured = run["measured"]
+        if measured is None:
+            result = f"Failed: {run['error']}"
+        else:
+            result = (
+                f"Chosen gained more in {measured['eval_accuracy']:.1%} of the held-out pairs, "
+                f"{measured['exact_answers']:.1%} of the answers are right."
+            )
+        self._note(f"{result} ({run['seconds']:.0f} s)")
+        if remaining:
+            minutes = remaining * mean_seconds / 60
+            self._note(f"{remaining} more to come, in about {minutes:.1f} minutes.")
+
+    def comparison(self, content: dict[str, Any], folder: Path) -> None:
+        """Print the table of a comparison; `content` is that of comparison.json."""
+        self._heading("Losses and betas compared")
+        table = Table(*headings(), box=None)
+        for column in table.columns[1:]:
+            column.justify = "right"
+        for column in table.columns[:2]:
+            column.no_wrap = True
+        for cells in table_rows(content):
+            table.add_row(*cells)
+        self.console.print(table)
+        self._note(LEGEND.format_map(content))
+        for sentence in failures(content):
+            self._note(sentence)
+        self.console.print(
+            f"\nEverything is in [bold]{folder}[/bold]: {COMPARISON_FILE}, {TABLE_FILE}, "
+            f"{PICTURE_FILE}, runs/ (the reports of each run), warm/ (the model before)."
         )
 
     def _samples(self, samples: Samples) -> None:
@@ -156,7 +209,7 @@ class Screen:
         self.console.print(f"\n[bold]{self.section}. {text}[/bold]")
 
     def _note(self, text: str) -> None:
-        self.console.print(f"   {text}", style="dim")
+        self.console.print(f"   {text}", style="dim", markup=False)  # errors may have brackets
 
 
 _WHEN = ("before", "after")

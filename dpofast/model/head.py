@@ -7,7 +7,7 @@ it, and DDP and PEFT see an ordinary forward.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, Protocol
 
 import torch
@@ -37,8 +37,8 @@ NO_EXTRAS = PairExtras()
 class HeadTask(Protocol):
     """The computation that the head runs on the hidden states of the scored positions.
 
-    Its result is a tensor or a tuple of tensors. DeepSpeed would not see tensors inside any other
-    object, and ZeRO-3 would then not gather the weight for the backward.
+    Its result is a tensor, or a tuple of tensors and None. DeepSpeed would not see tensors inside
+    any other object, and ZeRO-3 would then not gather the weight for the backward.
     """
 
     def __call__(
@@ -56,7 +56,8 @@ class PairLossTask:
     Attributes:
         labels, bounds, ref_logps, loss: arguments of `linear_pair_loss` with these names.
         options: cap and scale of the family's logits; the bias comes from the head itself.
-        extras: weights and confidences of the pairs, coefficients of sequences, weights of tokens.
+        extras: weights and confidences of the pairs, coefficients of sequences, weights of tokens,
+            WPO's weights, and statistics of the rows.
     """
 
     labels: Tensor  # [N]
@@ -68,14 +69,14 @@ class PairLossTask:
 
     def __call__(
         self, hidden_states: Tensor, weight: Tensor, bias: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns the fields of a PairLossOutput: summed loss [], logps [2P], metrics [8, P]."""
+    ) -> tuple[Tensor | None, ...]:
+        """Returns the fields of a PairLossOutput, first loss [], logps [2P] and metrics [8, P]."""
         options = replace(self.options, bias=bias)
         output = linear_pair_loss(
             *(hidden_states, weight, self.labels, self.bounds, self.ref_logps, self.loss, options),
             extras=self.extras,
         )
-        return output.loss, output.logps, output.metrics
+        return tuple(getattr(output, item.name) for item in fields(output))
 
 
 @dataclass(frozen=True)

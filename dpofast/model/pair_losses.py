@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor
 
 from dpofast.data.packing.answers import PackedAnswers
 from dpofast.data.packing.batch import PackedPairs
-from dpofast_kernels import PairLoss, UnpairedLoss
+from dpofast_kernels import PairLoss, PreferenceLoss, UnpairedLoss
 
 
 def pair_losses(
@@ -41,30 +39,42 @@ def pair_losses(
 
 
 def batch_losses(
-    loss: Any,
+    loss: PreferenceLoss,
     logps: Tensor,  # [S]
     batch: PackedPairs,
+    pair_weights: Tensor | None = None,  # [P]
 ) -> tuple[Tensor, ...]:
     """The losses of a micro-batch with these log-probs, on their device.
 
+    A loss that couples pairs is that of these pairs together.
+
     Args:
-        loss: a PairLoss; or an UnpairedLoss for PackedAnswers.
-        logps: [S] summed log-probs of the policy.
-        batch: the micro-batch.
+        loss: the loss; an UnpairedLoss for PackedAnswers.
+        logps: [S], log-probs of the answers.
+        batch: the micro-batch, with its reference log-probs.
+        pair_weights: [P] fp64, WPO's weights, as the head's op has computed them; None for 1, as
+            always with a loss that couples pairs.
 
     Returns:
-        `pair_losses`; or the loss of each answer and its derivative, [S] each.
+        As `pair_losses`; or the loss of each single answer and its derivative, [S] each.
     """
     device = logps.device
     assert batch.ref_logps is not None
     if isinstance(batch, PackedAnswers):
+        assert isinstance(loss, UnpairedLoss)
         return _answer_losses(loss, logps, batch)
     weights, confidence = (
         None if each is None else each.to(device)
         for each in (batch.weights, batch.label_confidence)
     )
+    if pair_weights is not None:
+        weights = pair_weights.detach() if weights is None else weights * pair_weights.detach()
     logratios = logps.detach().double() - batch.ref_logps.to(device)
     lengths = batch.lengths.to(device)
+    if not isinstance(loss, PairLoss):
+        refs = batch.ref_logps.to(device)
+        own = logps.detach().double()
+        return loss.losses_and_slopes(own[0::2], own[1::2], refs[0::2], refs[1::2], lengths)
     return pair_losses(loss, logratios, lengths, weights, confidence)
 
 

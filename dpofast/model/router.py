@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -122,7 +122,7 @@ def check_router_loss(router_loss: RouterLoss, model: nn.Module) -> None:
 
 
 def add_router_loss(
-    results: tuple[Tensor, ...], router_loss: RouterLoss | None, num_pairs: int
+    results: tuple[Any, ...], router_loss: RouterLoss | None, num_pairs: int
 ) -> tuple[PairLossOutput, dict[str, Tensor]]:
     """Adds the auxiliary loss of a micro-batch to the loss of its pairs.
 
@@ -141,9 +141,10 @@ def add_router_loss(
     """
     if router_loss is None:
         return PairLossOutput(*results), {}
-    loss, logps, metrics, aux_loss = results
-    total = loss + num_pairs * router_loss.coefficient * aux_loss
-    return PairLossOutput(total, logps, metrics), {METRIC: num_pairs * aux_loss}
+    *of_pairs, aux_loss = results
+    output = PairLossOutput(*of_pairs)
+    total = output.loss + num_pairs * router_loss.coefficient * aux_loss
+    return replace(output, loss=total), {METRIC: num_pairs * aux_loss}
 
 
 def _skip_head(hidden_states: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor]:

@@ -60,7 +60,9 @@ ALLOWABLE = (
         "target_kl_gain",
         "train_sampling_strategy",
         "undesirable_weight",
+        "use_weighting",
         "weight_decay",
+        "weighting_clamp",
     }
 )
 # Facts that can't change, and why. A name that ends with a point is a group of facts.

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from dpofast.errors import ConfigError
-from dpofast.options.run_fields import RunFields
+from dpofast.options.metric_fields import MetricFields
 
 CONSTANT = "constant"
 BETA_SCHEDULES = (CONSTANT, "linear", "cosine")
@@ -17,7 +17,7 @@ WIDEST = 10.0
 
 # kw_only keeps the positional order of TrainingArguments and of DPOConfig's own options.
 @dataclass(kw_only=True)
-class BetaFields(RunFields):
+class BetaFields(MetricFields):
     """The fields; docs/losses.md says what they do.
 
     Attributes:

@@ -24,6 +24,7 @@ from dpofast.options.loss_fields import (
     settle_loss_fields,
     unused_loss_options,
 )
+from dpofast.options.metric_fields import settle_metrics
 from dpofast.options.save_signals import settle_save_signals
 from dpofast.options.unsupported import check_unsupported, unused_options
 from dpofast.reference.store.location import default_folder
@@ -41,8 +42,9 @@ logger = logging.getLogger(__name__)
 class DPOConfig(LossFields):
     """transformers' TrainingArguments and the options of DPO; names and defaults as in TRL.
 
-    How a run is saved, resumed and stopped is in `RunFields`, how beta moves in `BetaFields`, and
-    what else decides the loss in `LossFields`. TRL's other options are fields, too (`TRLFields`).
+    How a run is saved, resumed and stopped is in `RunFields`, what it measures in `MetricFields`,
+    how beta moves in `BetaFields`, how pairs are weighted in `WeightingFields`, and what else
+    decides the loss in `LossFields`. TRL's other options are fields, too (`TRLFields`).
     Those that can't change what is trained are accepted with one line in the log, and the others
     are refused.
 
@@ -220,6 +222,7 @@ class DPOConfig(LossFields):
     def _settle(self) -> list[str]:
         """Check the options and give each its usual form; one remark for each without effect."""
         settle_loss_fields(self)
+        settle_metrics(self)
         remarks = self.settle_trl_fields() + unused_options(self)
         for name in ("model_init_kwargs", "ref_model_init_kwargs"):
             setattr(self, name, read_init_kwargs(name, getattr(self, name)))

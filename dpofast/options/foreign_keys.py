@@ -207,7 +207,7 @@ OTHER_KEYS = {
     "orpo_alpha": "set loss_type: orpo, whose weight is beta",
     "ipo": "set loss_type: ipo",
     "dpo_norm_loss": "set loss_type: sigmoid_norm",
-    "dpo_use_weighting": "leave it out; WPO weights aren't supported",
+    "dpo_use_weighting": "set use_weighting, and weighting_clamp: 1.0",
     "dpo_use_logits_to_keep": "leave it out; only answers ever reach the head",
     # training
     **dict.fromkeys(("batch_size", "train_batch_size", "global_batch_size"), _BATCH),

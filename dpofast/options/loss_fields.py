@@ -8,21 +8,24 @@ from typing import Any
 
 from dpofast.data.packing.likelihood import Likelihood
 from dpofast.errors import ConfigError
-from dpofast.options.beta_fields import (
-    BetaFields,
-    beta_facts,
-    check_beta_fields,
-    unused_beta_options,
+from dpofast.options.beta_fields import beta_facts, check_beta_fields, unused_beta_options
+from dpofast.options.weighting_fields import (
+    WeightingFields,
+    refuse_weighting_of_coupled,
+    unused_weighting_options,
+    weighting_facts,
 )
 from dpofast_kernels import (
+    COUPLED_LOSSES,
     DIVERGENCES,
     LOSS_OPTIONS,
     LOSSES,
     UNPAIRED_LOSSES,
     DivergenceLoss,
-    PairLoss,
+    PreferenceLoss,
     UnpairedLoss,
     ZeroLoss,
+    make_coupled_loss,
     make_mixture,
     make_unpaired_loss,
     unknown_loss,
@@ -37,7 +40,7 @@ USUAL_COEFFICIENTS = (0.5, 1.0)
 
 # kw_only keeps the positional order of TrainingArguments and of DPOConfig's own options.
 @dataclass(kw_only=True)
-class LossFields(BetaFields):
+class LossFields(WeightingFields):
     """The fields; docs/losses.md has the formulas.
 
     Attributes:
@@ -90,8 +93,8 @@ class LossFields(BetaFields):
         default=1.0, metadata={"help": "Factor of the losses of undesirable answers (kto)."}
     )
 
-    def make_loss(self) -> Any:
-        """The PairLoss that these options name; or the UnpairedLoss, which takes single answers.
+    def make_loss(self) -> PreferenceLoss:
+        """The loss that these options name.
 
         Raises:
             ConfigError: an unknown name, or an option out of range.
@@ -110,7 +113,7 @@ class LossFields(BetaFields):
 # Names of losses that have a likelihood term. Of sft it is the only one.
 SFT, ORPO = "sft", "orpo"
 CPO_ALPHAS = {"cpo": 1.0, "cpo_hinge": 1.0, "cpo_ipo": 1.0, "simpo": 0.0, "alphapo": 0.0}
-LOSS_NAMES = (*LOSSES, SFT, *UNPAIRED_LOSSES)
+LOSS_NAMES = (*LOSSES, *COUPLED_LOSSES, SFT, *UNPAIRED_LOSSES)
 OPTIONS_OF_LOSSES = {
     **LOSS_OPTIONS,
     "cpo_alpha": tuple(CPO_ALPHAS),
@@ -148,7 +151,7 @@ def unused_loss_options(config: Any) -> list[str]:
             "f_divergence_type='alpha_divergence' (with f_alpha_divergence_coef=1.0 it is "
             "reverse_kl; in older versions of TRL it was forward_kl)"
         )
-    return remarks + unused_beta_options(config)
+    return remarks + unused_beta_options(config) + unused_weighting_options(config)
 
 
 def loss_facts(config: Any) -> dict[str, Any]:
@@ -157,6 +160,7 @@ def loss_facts(config: Any) -> dict[str, Any]:
     is_alpha = divergence == "alpha_divergence"
     return {
         **beta_facts(config),
+        **weighting_facts(config),
         "loss_weights": None if weights is None or set(weights) == {1.0} else list(weights),
         "f_divergence_type": divergence,
         "f_alpha_divergence_coef": config.f_alpha_divergence_coef if is_alpha else None,
@@ -169,8 +173,8 @@ def loss_facts(config: Any) -> dict[str, Any]:
     }
 
 
-def named_loss(config: Any) -> Any:
-    """The PairLoss, or the UnpairedLoss, that the options of a DPOConfig name.
+def named_loss(config: Any) -> PreferenceLoss:
+    """The loss that the options of a DPOConfig name.
 
     Raises:
         ConfigError: an unknown name, an option out of range, or options that don't go together.
@@ -191,13 +195,16 @@ def named_loss(config: Any) -> Any:
     _check_ld_alpha(config)
     of_pairs = {name: weight for name, weight in _weights(config).items() if name != SFT}
     if not of_pairs:
-        _refuse_smoothing(config)
+        _refuse_options_of_pairs(config)
         return _checked(ZeroLoss(config.beta), config)
     given = None if weights is None else list(of_pairs.values())
     options = [option for option, losses in LOSS_OPTIONS.items() if set(losses) & set(of_pairs)]
     own = {option: getattr(config, option) for option in options}
     try:
-        loss = make_mixture(list(of_pairs), given, config.beta, config.label_smoothing, **own)
+        make = make_coupled_loss if set(of_pairs) & set(COUPLED_LOSSES) else make_mixture
+        loss: PreferenceLoss = make(
+            *(list(of_pairs), given, config.beta, config.label_smoothing), **own
+        )
     except (TypeError, ValueError) as error:
         raise ConfigError(str(error)) from error
     if config.f_divergence_type != REVERSE_KL:
@@ -243,6 +250,7 @@ def _unpaired_loss(config: Any) -> UnpairedLoss:
         "f_divergence_type": (REVERSE_KL,),
         "ld_alpha": (None, 1.0),
         "target_kl": (None,),
+        "use_weighting": (False,),
     }
     for option, values in neutral.items():
         if getattr(config, option) not in values:
@@ -257,7 +265,7 @@ def _unpaired_loss(config: Any) -> UnpairedLoss:
         raise ConfigError(str(error)) from error
 
 
-def _checked(loss: PairLoss, config: Any) -> PairLoss:
+def _checked(loss: PreferenceLoss, config: Any) -> PreferenceLoss:
     """The loss, unless an option needs a reference or log-probs that it doesn't have."""
     if config.length_discount() is not None and (
         loss.is_reference_free or named_likelihood(config)
@@ -272,6 +280,7 @@ def _checked(loss: PairLoss, config: Any) -> PairLoss:
             f"target_kl is {config.target_kl}, but the loss {' + '.join(config.loss_type)} has no "
             "reference to be near; leave it out."
         )
+    refuse_weighting_of_coupled(loss, config.weighting())
     return loss
 
 
@@ -293,7 +302,7 @@ def _effective_cpo_alpha(config: Any) -> float | None:
     return max(usual) if usual else None
 
 
-def loss_names(config: Any, loss: PairLoss) -> list[str]:
+def loss_names(config: Any, loss: PreferenceLoss) -> list[str]:
     """The names of the losses that a run sums, as in the option loss_type.
 
     Args:
@@ -317,7 +326,7 @@ def _weights(config: Any) -> dict[str, float]:
     return dict(zip(names, map(float, weights), strict=True))
 
 
-def _refuse_smoothing(config: Any) -> None:
+def _refuse_options_of_pairs(config: Any) -> None:
     if config.label_smoothing:
         raise ConfigError(
             f"label_smoothing is {config.label_smoothing}, but the {SFT} loss has none: set it to "
@@ -327,6 +336,11 @@ def _refuse_smoothing(config: Any) -> None:
         raise ConfigError(
             f"f_divergence_type is {config.f_divergence_type}, but the {SFT} loss compares "
             "nothing with the reference; leave it out."
+        )
+    if config.use_weighting:
+        raise ConfigError(
+            f"use_weighting is true, but it weights losses of pairs, and the {SFT} loss has none; "
+            "leave it out."
         )
 
 
@@ -368,7 +382,7 @@ def _check_ld_alpha(config: Any) -> None:
         )
 
 
-def _with_divergence(loss: PairLoss, config: Any) -> PairLoss:
+def _with_divergence(loss: Any, config: Any) -> DivergenceLoss:
     try:
         return DivergenceLoss(
             beta=loss.beta,

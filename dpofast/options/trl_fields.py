@@ -64,7 +64,6 @@ class TRLFields(TrainingArguments):
     pad_to_multiple_of: Annotated[
         int | str | None, NoEffect("rows are as long as they need to be", None)
     ] = "auto"
-    use_weighting: Annotated[bool, Refused("leave it out; WPO weights aren't supported")] = False
     activation_offloading: Annotated[bool, NoEffect("activations stay on the device")] = False
     sync_ref_model: Annotated[
         bool, Refused("leave it out; the reference stays fixed during a run")

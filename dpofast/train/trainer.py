@@ -66,7 +66,7 @@ from dpofast.train.steps.loaders import StepLoaders, whole_step
 from dpofast.train.steps.loop_arguments import one_item_per_step
 from dpofast.train.steps.memory import row_tokens_on_all_ranks
 from dpofast.train.steps.micro_batches import PairLossPass, gradient_exchange
-from dpofast_kernels import PairFunction
+from dpofast_kernels import CoupledFunction, PairFunction
 
 logger = logging.getLogger(__name__)
 
@@ -110,6 +110,7 @@ class DPOTrainer(
         roles: role in the datasets -> system, user, assistant or tool, for all of them.
         loss_fn: a loss of your own instead of loss_type, pair by pair: (chosen log-ratios [P] fp64,
             rejected log-ratios [P] fp64, lengths [P, 2] int64) -> losses [P] fp64, differentiable.
+            In a CoupledFunction, it gets all pairs of a step, which may depend on each other.
         metrics_fn: metrics of your own, logged in training and evaluation: a function of
             PairOutputs that returns a dict of names and tensors [P].
         options: arguments of old TRL versions: `tokenizer`, and options such as beta.
@@ -146,7 +147,7 @@ class DPOTrainer(
         *,
         columns: Mapping[str, str] | None = None,
         roles: Mapping[str, str] | None = None,
-        loss_fn: PairFunction | None = None,
+        loss_fn: PairFunction | CoupledFunction | None = None,
         metrics_fn: MetricsFunction | None = None,
         **options: Any,
     ) -> None:
@@ -205,7 +206,7 @@ class DPOTrainer(
         )
         self._pair_loss_pass = self.pass_class(
             *(self.model, router_loss, self.accelerator.autocast, config.device, own_metrics),
-            likelihood=self.data.likelihood,
+            *(self.data.likelihood, config.weighting(), tuple(config.metrics or ())),
         )
         self.throughput = Throughput(
             self.model, self.reference.dtype(), config.device, config.world_size
@@ -297,6 +298,7 @@ class DPOTrainer(
         if checkpoint is None:
             self._step_zero = StepZeroCheck.of(self.model, self.reference, self.pair_loss)
         self.first_step = FirstStep(self.model, self.pair_loss, is_fresh=checkpoint is None)
+        self.say_what_coupling_costs()
         self.reference.policy_moves(is_needed=train_set.has_more(first_step))
         guard_reporters(self.callback_handler.callbacks)
         given = self.args
@@ -341,12 +343,14 @@ class DPOTrainer(
             self.first_step.loss = self.step_loss()
             self.first_step.begin(self.optimizer.param_groups)
         self.begin_vote(inputs)
+        self.couple(inputs)
         last = len(inputs.micro_batches) - 1
         for index, batch in enumerate(inputs.micro_batches):
             with gradient_exchange(self.accelerator, model, is_last=index == last):
                 total = total + self._run_micro_batch(model, batch, scale)
             self.tokens_trained += batch.num_tokens
             self.throughput.add(batch)
+        self.uncouple()
         self.pairs_trained += inputs.num_pairs
         if self.first_loss is None:
             self.first_loss = self.sum_over_ranks(total).item() / self.args.world_size
@@ -367,7 +371,7 @@ class DPOTrainer(
                 self._step_zero.check(output, batch)
                 self._step_zero = None
             if self.first_step is not None:
-                self.first_step.add(output, batch)
+                self.first_step.add(output, batch, self.coupled_slopes(batch))
             loss = mean * (batch.num_pairs * scale)
             with self.names_sharded_terms():
                 self.accelerator.backward(loss, **options)

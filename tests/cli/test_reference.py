@@ -109,6 +109,8 @@ def test_ref_build_refuses_to_keep_nothing(
     monkeypatch.setattr("dpofast.cli.train.make_trainer", None)
     arguments = [*run_arguments(tmp_path, model_folder)[1:], "--precompute_ref_log_probs=false"]
     assert "the build would keep nothing" in error_of(capsys, ["ref", "build", *arguments])
+    arguments = [*run_arguments(tmp_path, model_folder)[1:], "--loss_type=simpo"]
+    assert "the loss simpo has no reference" in error_of(capsys, ["ref", "build", *arguments])
 
 
 @pytest.mark.parametrize(

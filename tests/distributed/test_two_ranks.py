@@ -14,8 +14,11 @@ pytestmark = pytest.mark.distributed
 
 SCRIPT = Path(__file__).with_name("two_ranks.py")
 HOOK_WAYS = ["ddp.hooks", "zero1.hooks", "zero2.hooks"]
+COUPLED_WAYS = ["ddp.coupled", "zero2.coupled", "zero3.coupled"]
 SET_WAYS = ["ddp.sets", "zero2.sets"]
 KL_WAYS = ["ddp.kl", "zero2.kl"]
+# Losses without a reference, with means over the tokens of a step; and of means per token.
+LOSS_WAYS = [f"{kind}.{loss}" for loss in ("free", "norm") for kind in ("ddp", "zero2")]
 WAYS = ["ddp", "zero1", "zero2", "zero3", "own"]
 BF16_WAYS = ["zero1.bf16", "zero2.bf16", "zero3.bf16"]
 # Slow: DeepSpeed may have to compile its Adam first.
@@ -26,14 +29,16 @@ MIXTURE_WAYS = ["ddp.mixtral", "zero3.mixtral"]
 @pytest.fixture(scope="module")
 def one(tmp_path_factory):
     folder = tmp_path_factory.mktemp("one")
-    ways = ("ddp", "ddp.hooks", "ddp.sets", "ddp.kl")
+    more = ("ddp.coupled", "ddp.sets", "ddp.kl", "ddp.free", "ddp.norm")
+    ways = ("ddp", "ddp.hooks", *more)
     launch(SCRIPT, 1, str(folder), "4", "1", *ways)
     return {way: json.loads((folder / f"{way}.json").read_text()) for way in ways}
 
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
-    return run_on_two(tmp_path_factory, WAYS + BF16_WAYS + HOOK_WAYS + SET_WAYS + KL_WAYS)
+    more = HOOK_WAYS + COUPLED_WAYS + SET_WAYS + KL_WAYS + LOSS_WAYS
+    return run_on_two(tmp_path_factory, WAYS + BF16_WAYS + more)
 
 
 @pytest.fixture(scope="module")
@@ -67,12 +72,29 @@ def test_losses_metrics_and_penalties_of_ones_own_are_those_of_one_rank(one, two
     assert expected["logs"][0]["rewards/chosen"] == one["ddp"]["logs"][0]["rewards/chosen"]
 
 
+@pytest.mark.parametrize("way", COUPLED_WAYS)
+def test_a_loss_that_couples_pairs_is_that_of_one_rank(one, two, way):
+    """It depends on the order of a step's pairs, which the ranks restore."""
+    assert_same(one["ddp.coupled"], two[way])
+    losses = [log["loss"] for log in one["ddp.coupled"]["logs"]]
+    assert max(losses) - min(losses) > 0.01
+
+
 @pytest.mark.parametrize("way", SET_WAYS)
 def test_weighted_sets_of_pairs_have_the_losses_and_metrics_of_one_rank(one, two, way):
     expected, found = (without_first_accuracies(each) for each in (one["ddp.sets"], two[way]))
     assert_same(expected, found)
     assert {"eval_loss/soft", "eval_rewards/margins/hard"} <= set(found["evaluation"])
     assert any("loss/soft" not in log for log in found["logs"]), "a step without pairs of a set"
+
+
+@pytest.mark.parametrize("way", LOSS_WAYS)
+def test_other_losses_train_and_evaluate_as_on_one_rank(one, two, way):
+    expected = one[f"ddp.{way.partition('.')[2]}"]
+    assert_same(expected, two[way])
+    assert {"entropy", "logits/chosen"} <= set(expected["logs"][0])
+    assert {"eval_entropy", "eval_mean_token_accuracy"} <= set(expected["evaluation"])
+    assert expected["logs"][-1]["loss"] < expected["logs"][0]["loss"]
 
 
 @pytest.mark.parametrize("way", KL_WAYS)
@@ -146,7 +168,7 @@ def assert_same(one, two):
     names = [
         name
         for name in {name: None for log in one["logs"] for name in log}
-        if name in ("loss", "aux_loss", "grad_norm", "num_tokens")
+        if name in ("loss", "aux_loss", "grad_norm", "num_tokens", "entropy", "mean_token_accuracy")
         or ("/" in name and name != "lengths/row")  # packed rows depend on the number of ranks
     ]
     assert len(names) >= 10

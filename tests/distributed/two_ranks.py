@@ -8,8 +8,11 @@ mixture of experts with the routers' auxiliary loss and gradient checkpointing. 
 because then the micro-batches are the same on any number of ranks. With ".stretched" it trains a
 model with dynamic RoPE on sequences beyond its original length. With ".hooks" it trains the sigmoid
 loss written by hand and a penalty that a subclass adds, and measures metrics of its own. With
-".sets" it trains two datasets with weights and soft labels, and evaluates both. With ".kl" the
-drift moves beta, of which each rank's betas are written, too. The main rank writes its logs to
+".coupled" it trains a loss that depends on all pairs of a step and on their order. With ".sets" it
+trains two datasets with weights and soft labels, and evaluates both. With ".kl" the drift moves
+beta, of which each rank's betas are written, too. With ".free" it trains losses without a
+reference, whose likelihood is a mean over tokens; with ".norm" a loss of means per token whose
+pairs have WPO's weights. Both measure all metrics over tokens. The main rank writes its logs to
 FOLDER/WAY.json.
 """
 
@@ -24,9 +27,10 @@ from typing import Any
 import torch
 from torch.nn.functional import softplus
 
-from dpofast import DPOConfig, DPOTrainer
+from dpofast import CoupledFunction, DPOConfig, DPOTrainer
 from dpofast.cli.process_end import run_to_end
 from dpofast.data import mix_preferences
+from dpofast.options.metric_fields import TOKEN_METRICS
 from tests.rope import ORIGINAL_LENGTH, rope_parameters
 from tests.support import byte_tokenizer, tiny_llama, tiny_mixtral, token_pairs
 
@@ -66,6 +70,23 @@ def pairs_of(variant: str) -> tuple[Any, Any]:
     return mixture, mixture.select(range(1, 6))
 
 
+# Options of the loss by the variant of a way.
+LOSSES: dict[str, dict[str, Any]] = {
+    "kl": {"target_kl": 0.3, "target_kl_gain": 1.0},
+    "free": {
+        "loss_type": ["orpo", "sft"],
+        "loss_weights": [1.0, 0.5],
+        "metrics": list(TOKEN_METRICS),
+    },
+    "norm": {
+        "loss_type": "sigmoid_norm",
+        "label_smoothing": 0.1,
+        "use_weighting": True,
+        "metrics": list(TOKEN_METRICS),
+    },
+}
+
+
 class Penalised(DPOTrainer):
     """Adds a penalty on the weights to the loss."""
 
@@ -75,6 +96,11 @@ class Penalised(DPOTrainer):
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True)
         loss = loss + 1e-3 * sum(p.square().sum() for p in model.parameters())
         return (loss, outputs) if return_outputs else loss
+
+
+def coupled(chosen: torch.Tensor, rejected: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+    ranked = chosen.sort()[0] - rejected.sort()[0]
+    return softplus(-0.5 * ranked) + softplus(rejected.roll(1) - chosen)
 
 
 def own_hooks() -> dict[str, Any]:
@@ -93,6 +119,14 @@ def own_hooks() -> dict[str, Any]:
         "metrics_fn": lambda pairs: {"own/length": pairs.lengths[:, 0]},
         "compute_metrics": in_order,
     }
+
+
+def check_reference(trainer: DPOTrainer, kind: str, variant: str) -> None:
+    """Check the precision that the reference was scored in."""
+    reference = trainer.reference.identity.description
+    # DeepSpeed trains weights in the precision itself, so the reference is scored without autocast.
+    dtype = "bfloat16" if variant == "bf16" and kind != "ddp" else "float32"
+    assert (reference["autocast_dtype"], list(reference["tensors"])) == (None, [dtype])
 
 
 def train(way: str, folder: Path, pairs_per_device: int, accumulation: int) -> None:
@@ -122,7 +156,7 @@ def train(way: str, folder: Path, pairs_per_device: int, accumulation: int) -> N
         disable_tqdm=True,
         seed=3,
         deepspeed=deepspeed_option(kind, pairs_per_device, accumulation),
-        **({"target_kl": 0.3, "target_kl_gain": 1.0} if variant == "kl" else {}),
+        **LOSSES.get(variant, {}),
     )
     has_hooks = variant == "hooks"
     pairs, held_out = pairs_of(variant)
@@ -133,13 +167,12 @@ def train(way: str, folder: Path, pairs_per_device: int, accumulation: int) -> N
         eval_dataset=held_out,
         processing_class=byte_tokenizer(),
         **(own_hooks() if has_hooks else {}),
+        **({"loss_fn": CoupledFunction(coupled)} if variant == "coupled" else {}),
     )
     trainer.train()
     assert trainer.is_deepspeed_enabled is (kind != "ddp")
-    reference = trainer.reference.identity.description
-    # DeepSpeed trains weights in the precision itself, so the reference is scored without autocast.
-    dtype = "bfloat16" if variant == "bf16" and kind != "ddp" else "float32"
-    assert (reference["autocast_dtype"], list(reference["tensors"])) == (None, [dtype])
+    if variant != "free":
+        check_reference(trainer, kind, variant)
     evaluation = trainer.evaluate()
     if variant == "kl":
         betas = [log["beta"] for log in trainer.state.log_history if "beta" in log]

@@ -12,6 +12,7 @@ from dpofast_kernels import LOSSES as REGISTRY
 from dpofast_kernels import (
     DivergenceLoss,
     HeadOptions,
+    PairExtras,
     backend_for,
     linear_logps,
     linear_pair_loss,
@@ -19,6 +20,7 @@ from dpofast_kernels import (
     make_mixture,
 )
 from dpofast_kernels.head import chunked, workspace
+from dpofast_kernels.head.options import NO_EXTRAS
 
 pytestmark = [
     pytest.mark.gpu,
@@ -98,10 +100,12 @@ def run(
     dtype: torch.dtype,
     full: bool = False,
     loss: str = "sigmoid",
+    extras: PairExtras = NO_EXTRAS,
 ) -> dict[str, torch.Tensor]:
     """Loss, log-probs and both gradients of `linear_pair_loss`, in float64."""
     leaves, options = leaves_of(tensors, dtype), options_for(backend, dtype, full)
-    output = linear_pair_loss(**{**tensors, **leaves}, loss=ALL_LOSSES[loss], options=options)
+    arguments = {**tensors, **leaves, "loss": ALL_LOSSES[loss]}
+    output = linear_pair_loss(**arguments, options=options, extras=extras)
     (output.loss * LOSS_SCALE).backward()
     return in_float64({"loss": output.loss, "logps": output.logps}, leaves)
 
@@ -220,9 +224,33 @@ def test_long_pairs_and_chunks(loss, rows, backend, chunk_rows, scored_rows):
 @pytest.mark.parametrize("loss", sorted(ALL_LOSSES.keys() - LOSSES.keys()))
 def test_every_loss_is_the_float64_truth(loss, rows, chunk_rows):
     tensors = inputs(torch.bfloat16)
+    if loss == "orpo":  # which knows odds only of log-probs, not of log-ratios above 0
+        tensors["ref_logps"] = torch.zeros_like(tensors["ref_logps"])
     truth = run(tensors, "naive", torch.float64, loss=loss)
     chunk_rows(rows)
     assert_close(run(tensors, "auto", torch.bfloat16, loss=loss), truth, TOLERANCES[torch.bfloat16])
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("rows", [50, 300, 10_000])
+@pytest.mark.parametrize("loss", ["cdpo", "apo_down", "simpo"])
+def test_pairs_of_any_sequences_with_all_extras(loss, rows, backend, device, chunk_rows):
+    """Sequences 4 and 5 are in no pair, 0 and 1 in several; the group of 0 to 3 has 317 rows."""
+    tensors = inputs(torch.bfloat16)
+    given = {
+        "weights": torch.tensor([0.5, 2.0, 1.0, 0.0]),
+        "coefficients": torch.tensor([0.0, -0.02, 0.01, 0.0, -0.02, -0.01]),
+        "token_weights": torch.linspace(0.2, 1.0, sum(LENGTHS)),
+    }
+    if ALL_LOSSES[loss].takes_label_smoothing:
+        given["label_confidence"] = torch.tensor([0.9, 0.5, 0.7, 1.0])
+    pairs = torch.tensor([[0, 1], [2, 0], [1, 3], [1, 2]])
+    extras = PairExtras(pairs=pairs, **{name: each.to(device) for name, each in given.items()})
+    truth = run(tensors, "naive", torch.float64, loss=loss, extras=extras)
+    chunk_rows(rows)
+    got = run(tensors, backend, torch.bfloat16, loss=loss, extras=extras)
+    assert_close(got, truth, TOLERANCES[torch.bfloat16])
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -1,5 +1,6 @@
 """Cross-compiles every Triton kernel for the architectures given as arguments.
 
+With --statistics as the first argument, it compiles the variants that compute statistics instead.
 test_aot.py runs this as a process of its own, because Triton decides at import whether kernels are
 interpreted. It prints one line of JSON per kernel: name, target, bytes of shared memory, spills,
 matrix instructions.
@@ -22,10 +23,11 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from dpofast_kernels import HeadOptions
+from dpofast_kernels import STATISTICS, HeadOptions
 from dpofast_kernels.head import fused_triton, pairs_triton, rows_triton
 from dpofast_kernels.head.launch import launch_table
 from dpofast_kernels.head.logits_triton import logit_constants
+from dpofast_kernels.head.statistics_triton import statistic_constants
 from dpofast_kernels.preference.formulas_triton import FORMULAS
 
 KERNELS = {
@@ -61,6 +63,7 @@ HEADS = {
         "HAS_BIAS": True,
     },
 }
+NO_STATISTICS, ALL_STATISTICS = statistic_constants(()), statistic_constants(STATISTICS)
 EVEN_VOCABULARY = {"V": "i32 aligned", "*": "*fp32"}  # a multiple of 16
 # Pairs of any sequences, with soft labels: what a kernel reads is the same whatever its formula.
 GENERAL = ("sigmoid_norm", "apo_down", "custom")
@@ -83,6 +86,8 @@ def variants(kernel: str) -> Iterator[Variant]:
         yield from head_variants("fp32", {"*": "*fp32"}, ("plain", "full"), {})
         yield from head_variants("fp32:even", EVEN_VOCABULARY, ("plain",), {})
         yield from head_variants("fp64", {"*": "*fp64"}, ("full",), {})
+        yield from head_variants("fp32:all", {"*": "*fp32"}, ("plain", "full"), ALL_STATISTICS)
+        yield from head_variants("fp64:all", {"*": "*fp64"}, ("full",), ALL_STATISTICS)
     elif kernel == "differentiate_rows":
         for d_logits in ("bf16", "fp32"):
             types = {"p_d_logits": f"*{d_logits}", "*": "*fp32"}
@@ -94,6 +99,9 @@ def variants(kernel: str) -> Iterator[Variant]:
         constants = {"MAX_REST": fused_triton.MAX_REST}
         yield from head_variants("bf16", input_types("bf16", "bf16"), ("plain", "full"), constants)
         yield from head_variants("fp16", input_types("fp16", "fp32"), ("full",), constants)
+        constants = {**constants, **ALL_STATISTICS}
+        yield from head_variants("bf16:all", input_types("bf16", "bf16"), ("full",), constants)
+        yield from head_variants("fp16:all", input_types("fp16", "fp32"), ("full",), constants)
     elif kernel == "score_tiles":
         heads = ("plain", "scaled")
         yield from head_variants("bf16", input_types("bf16", "bf16"), heads, {"UPCAST": False})
@@ -101,6 +109,9 @@ def variants(kernel: str) -> Iterator[Variant]:
         heads = ("bias", "full")
         yield from head_variants("bf16", input_types("bf16", "bf16"), heads, {"UPCAST": False})
         yield from head_variants("fp16", input_types("fp16", "fp32"), heads, {"UPCAST": False})
+        constants = {"UPCAST": False, **ALL_STATISTICS}
+        yield from head_variants("bf16:all", input_types("bf16", "bf16"), heads, constants)
+        yield from head_variants("fp16:all", input_types("fp16", "fp32"), heads, constants)
         # Unaligned rows, which descriptors can't read.
         odd = {"H": "i32 odd", "stride_x": "i64 odd", "stride_w": "i64 odd"}
         constants = {"UPCAST": False, "DESCRIPTORS": False}
@@ -108,13 +119,16 @@ def variants(kernel: str) -> Iterator[Variant]:
         yield from head_variants("bf16:odd", types, ("plain", "full"), constants)
         types = {**input_types("fp16", "fp32"), **odd}
         yield from head_variants("fp16:odd", types, ("full",), constants)
+        constants = {**constants, **ALL_STATISTICS}
+        yield from head_variants("fp16:odd:all", types, heads, constants)
 
 
 def head_variants(
     name: str, types: dict[str, str], heads: tuple[str, ...], constants: dict[str, Any]
 ) -> Iterator[Variant]:
     for head, keep in product(heads, (True, False)):
-        yield f"{name}:{head}:{keep}", types, {**HEADS[head], "KEEP": keep, **constants}
+        given = {**HEADS[head], **NO_STATISTICS, "KEEP": keep, **constants}
+        yield f"{name}:{head}:{keep}", types, given
 
 
 def input_types(inputs: str, d_logits: str) -> dict[str, str]:
@@ -126,6 +140,8 @@ def compiled(
     kernel: str, architecture: str, types: dict[str, str], constants: dict[str, Any]
 ) -> Any:
     options = dict(launch_table()[architecture][kernel])
+    if kernel == "score_tiles_wide" and needs_narrow_tiles(constants):
+        options = fused_triton.narrowed(options)
     launch = {name: options.pop(name) for name in ("num_warps", "num_stages")}
     constants = {**options, **constants}
     types = {**TYPES, **types}
@@ -152,6 +168,11 @@ def compiled(
     }
     source = ASTSource(function, signature=signature, constexprs=constants, attrs=aligned)
     return triton.compile(source, target=target(architecture), options=launch)
+
+
+def needs_narrow_tiles(constants: dict[str, Any]) -> bool:
+    """The case of `FusedRows.score`: statistics of capped logits, with a gradient."""
+    return constants["KEEP"] and constants["SOFTCAP"] and constants["ENTROPY"] is not None
 
 
 def target(architecture: str) -> GPUTarget:
@@ -206,8 +227,13 @@ def jobs() -> Iterator[tuple[str, str, str]]:
                     yield kernel, architecture, variant
 
 
-def main(architectures: list[str]) -> None:
-    chosen = [job for job in jobs() if job[1] in architectures]
+def has_statistics(job: tuple[str, str, str]) -> bool:
+    return ":all:" in job[2]
+
+
+def main(arguments: list[str]) -> None:
+    wanted = arguments[:1] == ["--statistics"]
+    chosen = [job for job in jobs() if job[1] in arguments and has_statistics(job) == wanted]
     with ProcessPoolExecutor(max_workers=2) as pool:
         for line in pool.map(report, chosen):
             print(json.dumps(line), flush=True)

@@ -29,6 +29,7 @@ SHARED_MEMORY = {
     "gfx942": 65_536,
 }
 WITH_DOT = {"score_tiles", "score_tiles_wide"}
+WITH_STATISTICS = {"score_rows", "score_tiles_wide", "finish_rows"}
 # One target is compiled with the fast tests: AMD's compiler takes a third of NVIDIA's time.
 TARGETS = [
     name if name == "gfx942" else pytest.param(name, marks=pytest.mark.slow)
@@ -37,16 +38,20 @@ TARGETS = [
 
 
 @pytest.fixture(scope="module")
-def compiled(tmp_path_factory) -> Callable[[str], list[dict[str, Any]]]:
-    """A function that compiles all kernels for one target, once, and reports on each."""
+def compiled(tmp_path_factory) -> Callable[..., list[dict[str, Any]]]:
+    """A function that compiles the kernels for one target, once, and reports on each.
+
+    It compiles the variants that compute statistics, or all others.
+    """
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
     environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
 
     @functools.cache
-    def compile_for(target: str) -> list[dict[str, Any]]:
+    def compile_for(target: str, statistics: bool) -> list[dict[str, Any]]:
+        arguments = ["--statistics", target] if statistics else [target]
         result = subprocess.run(
-            [sys.executable, ROOT / "tests" / "kernels" / "compile_kernels.py", target],
+            [sys.executable, ROOT / "tests" / "kernels" / "compile_kernels.py", *arguments],
             env=environment,
             capture_output=True,
             text=True,
@@ -63,14 +68,28 @@ def compiled(tmp_path_factory) -> Callable[[str], list[dict[str, Any]]]:
 @pytest.mark.timeout(960)
 @pytest.mark.parametrize("target", TARGETS)
 def test_configurations_fit_without_spills(compiled, target):
+    check(compiled, target, statistics=False)
+
+
+@pytest.mark.aot
+@pytest.mark.slow
+@pytest.mark.timeout(960)
+@pytest.mark.parametrize("target", SHARED_MEMORY)
+def test_statistics_fit_without_spills(compiled, target):
+    check(compiled, target, statistics=True)
+
+
+def check(compiled: Callable[..., list[dict[str, Any]]], target: str, statistics: bool) -> None:
+    """Check that each kernel fits, doesn't spill, and uses matrix units if it should."""
     entry, other = launch_table()[target], launch_table()["sm_80"]
-    found = list(compiled(target))
+    found = list(compiled(target, statistics))
     if target == "sm_86":
         common = {kernel for kernel in entry if entry[kernel] == other[kernel]}
-        found += [line for line in compiled("sm_80") if line["kernel"] in common]
+        found += [line for line in compiled("sm_80", statistics) if line["kernel"] in common]
     for line in found:
         print(*line.values())
-    assert {line["kernel"] for line in found} == entry.keys() - {"measured"}
+    expected = WITH_STATISTICS if statistics else entry.keys() - {"measured"}
+    assert {line["kernel"] for line in found} == expected
     for line in found:
         assert line["shared"] <= SHARED_MEMORY[target], line
         assert line["spills"] == 0, line

@@ -12,6 +12,7 @@ from dpofast_kernels import attention
 OPS = (
     kernels.linear_logps,
     kernels.linear_scores,
+    kernels.linear_statistics,
     kernels.linear_pair_loss,
     kernels.linear_sequence_loss,
     kernels.make_unpaired_loss,

@@ -12,7 +12,7 @@ from transformers import HfArgumentParser, TrainingArguments
 from dpofast import DPOConfig
 from dpofast.errors import ConfigError
 from dpofast.options.trl import resolve_config, resolve_tokenizer
-from dpofast_kernels import LOSS_OPTIONS, LOSSES, make_loss, make_mixture
+from dpofast_kernels import LOSS_OPTIONS, LOSSES, make_coupled_loss, make_loss, make_mixture
 
 
 def config(tmp_path, **options):
@@ -226,6 +226,14 @@ def test_every_loss_is_made_with_its_options(tmp_path, name):
     options |= {"dpop": {"dpop_lambda": 7}}
     given = {"beta": 0.3, **options.get(name, {})}
     assert config(tmp_path, loss_type=name, **given).make_loss() == make_loss(name, **given)
+
+
+@pytest.mark.parametrize("names", ["aot", ["aot_unpaired"], ["hinge", "aot"]])
+def test_losses_that_couple_pairs_are_made_with_their_options(tmp_path, names):
+    given = {"beta": 0.3, "label_smoothing": 0.1}
+    expected = make_coupled_loss(names, [0.5] * len(names) if len(names) == 2 else None, **given)
+    weights = {"loss_weights": [0.5, 0.5]} if len(names) == 2 else {}
+    assert config(tmp_path, loss_type=names, **weights, **given).make_loss() == expected
 
 
 def test_losses_are_mixed_and_scored_as_the_options_say(tmp_path):

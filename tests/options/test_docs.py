@@ -65,5 +65,5 @@ def test_the_table_has_every_option_of_trl() -> None:
 
 
 def test_a_refused_option_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"^rpo_alpha=0\.5 isn't supported: leave it out"):
+    with pytest.raises(ConfigError, match=r"^rpo_alpha=0\.5 isn't supported: set loss_type"):
         DPOConfig(str(tmp_path), use_cpu=True, rpo_alpha=0.5)

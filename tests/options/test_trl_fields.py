@@ -96,11 +96,11 @@ Way = Callable[[Path, dict[str, Any]], DPOConfig]
 @every_way
 def test_what_would_change_the_training_is_refused_all_at_once(tmp_path: Path, give: Way) -> None:
     with pytest.raises(ConfigError) as caught:
-        give(tmp_path, {"rpo_alpha": 0.5, "use_weighting": True, "beta": 0.2})
+        give(tmp_path, {"rpo_alpha": 0.5, "sync_ref_model": True, "beta": 0.2})
     text = str(caught.value)
     assert "2 options can't be used" in text
-    assert "rpo_alpha=0.5 isn't supported: leave it out" in text
-    assert "use_weighting=True isn't supported" in text
+    assert "rpo_alpha=0.5 isn't supported: set loss_type: [sigmoid, sft]" in text
+    assert "sync_ref_model=True isn't supported" in text
 
 
 @every_way
@@ -202,7 +202,7 @@ def test_a_rule_names_an_option_that_exists() -> None:
         ("ld_alpha", 1.5, "ld_alpha: got 1.5"),
         ("torch_compile", True, "torch_compile isn't supported"),
         ("warmup_ratio", 5.0, "warmup_ratio: got 5.0"),
-        ("loss_type", "aot", "loss_type: Unknown loss 'aot'"),
+        ("loss_type", "ppo", "loss_type: Unknown loss 'ppo'"),
         ("max_prompt_length", 0, "max_prompt_length: got 0"),
     ],
 )

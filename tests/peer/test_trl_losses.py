@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.train_cases import SHAPES
 from benchmarks.train_contenders import token_trainer
 from dpofast import DPOConfig, DPOTrainer
-from dpofast_kernels import LOSSES, make_loss
+from dpofast.options.metric_fields import TOKEN_METRICS
+from dpofast_kernels import COUPLED_LOSSES, LOSSES, make_loss
 from tests.support import byte_tokenizer, clip_exactly, naive_margin, tiny_llama, token_pairs
 
 trl = pytest.importorskip("trl", reason="needs the extra `bench`")
@@ -20,7 +22,7 @@ pytestmark = [pytest.mark.peer, pytest.mark.slow]  # imports TRL
 
 STEPS, PAIRS_PER_STEP = 10, 4
 OPTIONS = {
-    "learning_rate": 5e-3,
+    "learning_rate": 1e-3,
     "lr_scheduler_type": "constant",
     "optim": "adamw_torch",
     "adam_epsilon": 1e-4,  # with less, Adam blows the rounding of tiny gradients up
@@ -48,8 +50,12 @@ CASES = [
     {"loss_type": "nca_pair", "beta": 1.0},
     {"loss_type": "bco_pair"},
     {"loss_type": "sppo_hard"},
-    {"loss_type": "discopop"},
+    {"loss_type": "discopop", "learning_rate": 3e-4},  # its slopes grow as exp(-z)
     {"loss_type": "discopop", "discopop_tau": 0.5},
+    {"loss_type": "aot"},
+    {"loss_type": "aot", "label_smoothing": 0.1},
+    {"loss_type": "aot_unpaired"},
+    {"loss_type": ["aot_unpaired", "ipo"], "loss_weights": [1.0, 0.1]},
     {"loss_type": ["sigmoid", "bco_pair"], "loss_weights": [0.8, 0.2]},
     {"loss_type": ["ipo", "hinge", "exo_pair"], "label_smoothing": 0.1},
     {"loss_type": "sft"},
@@ -66,6 +72,9 @@ CASES = [
     {"loss_type": "sigmoid", "ld_alpha": 0.5},
     {"loss_type": "ipo", "ld_alpha": 0.0},
     {"loss_type": ["sigmoid_norm", "apo_zero"], "beta": 5.0, "ld_alpha": 0.3},
+    {"loss_type": "sigmoid", "use_weighting": True},
+    {"loss_type": ["sigmoid", "bco_pair"], "loss_weights": [0.8, 0.2], "use_weighting": True},
+    {"loss_type": "ipo", "use_weighting": True, "ld_alpha": 0.5},
 ]
 
 
@@ -81,9 +90,14 @@ def logs_of(trainer):
     return [log for log in trainer.state.log_history if "grad_norm" in log]
 
 
-def both(folder, pairs, options, ref_model=None):
+def race_llama():
+    """A model of the shape that the race has."""
+    return tiny_llama(**SHAPES["race"][1])
+
+
+def both(folder, pairs, options, model=None, ref_model=None):
     """Logs of each step: TRL's and ours."""
-    model, options = tiny_llama(), {**OPTIONS, **options}
+    model, options = model or race_llama(), {**OPTIONS, **options}
     given = {"train_dataset": pairs, "processing_class": byte_tokenizer()}
     theirs = TokenTrainer(
         copy.deepcopy(model),
@@ -92,7 +106,10 @@ def both(folder, pairs, options, ref_model=None):
         **given,
     )
     args = DPOConfig(
-        output_dir=str(folder / "ours"), reference_store=str(folder / "store"), **options
+        output_dir=str(folder / "ours"),
+        reference_store=str(folder / "store"),
+        metrics=list(TOKEN_METRICS),
+        **options,
     )
     ours = DPOTrainer(copy.deepcopy(model), ref_model=ref_model, args=args, **given)
     return logs_of(theirs), logs_of(ours)
@@ -114,7 +131,11 @@ def test_losses_gradient_norms_and_rewards_are_trls(tmp_path, options):
     for name in ("loss", "grad_norm"):
         expected = column(theirs, name)
         np.testing.assert_allclose(column(ours, name), expected, rtol=1e-4, err_msg=name)
+    for name in TOKEN_METRICS:
+        expected = column(theirs, name)
+        np.testing.assert_allclose(column(ours, name), expected, 1e-4, 1e-5, err_msg=name)
     if options["loss_type"] == "sft":
+        assert max(column(ours, "mean_token_accuracy")) > 0.0
         return  # ours has no reference, and TRL's rewards have one
     for name in (
         *("rewards/chosen", "rewards/rejected", "rewards/margins"),
@@ -127,7 +148,8 @@ def test_losses_gradient_norms_and_rewards_are_trls(tmp_path, options):
 def test_every_loss_of_trl_is_compared():
     single = {case["loss_type"] for case in CASES if isinstance(case["loss_type"], str)}
     with_reference = {name for name, loss in LOSSES.items() if not loss.reference_free}
-    assert single == with_reference - {"dpop"} | {"sft"}  # TRL has no dpop
+    expected = {*with_reference, *COUPLED_LOSSES, "sft"} - {"dpop"}  # TRL has no dpop
+    assert single == expected
 
 
 def test_label_smoothing_of_sigmoid_has_no_effect_in_trl(tmp_path):
@@ -139,6 +161,13 @@ def test_label_smoothing_of_sigmoid_has_no_effect_in_trl(tmp_path):
     margins = np.asarray(column(ours, "rewards/margins"))
     expected = 0.8 * np.logaddexp(0, -margins) + 0.2 * np.logaddexp(0, margins)
     np.testing.assert_allclose(column(ours, "loss"), expected, rtol=1e-5)
+
+
+def test_weights_of_a_mixture_with_sft_fail_in_trl(tmp_path):
+    """They work here: tests/train/test_wpo.py has the formula."""
+    options = {"loss_type": ["sigmoid", "sft"], "use_weighting": True, "max_steps": 1}
+    with pytest.raises(RuntimeError, match="unsupported operation"):
+        both(tmp_path, token_pairs(2), {**options, "per_device_train_batch_size": 2})
 
 
 def test_discopop_is_nan_in_trl_where_the_margin_is_below_minus_88(tmp_path):
@@ -153,7 +182,9 @@ def test_discopop_is_nan_in_trl_where_the_margin_is_below_minus_88(tmp_path):
     assert margin < -88
     options = {"loss_type": "discopop", "beta": beta, "max_steps": 1}
     theirs, ours = both(
-        tmp_path, pairs, {**options, "per_device_train_batch_size": 1}, ref_model=reference
+        *(tmp_path, pairs, {**options, "per_device_train_batch_size": 1}),
+        model=tiny_llama(),
+        ref_model=reference,
     )
     assert math.isnan(theirs[0]["loss"])
     zero, lengths = torch.zeros(1).double(), torch.ones(1, 2)

@@ -32,6 +32,7 @@ COMPARED = {
     **dict.fromkeys(("beta", "learning_rate", "bf16", "logging_steps"), RACE),
     **dict.fromkeys(("loss_type", "loss_weights", "discopop_tau"), LOSSES_RACE),
     **dict.fromkeys(("f_divergence_type", "f_alpha_divergence_coef", "ld_alpha"), LOSSES_RACE),
+    "use_weighting": LOSSES_RACE,
     "gradient_checkpointing": "tests/model/test_packable.py::test_gradient_checkpointing",
     "label_smoothing": "tests/train/test_trainer.py::test_label_smoothing_is_conservative_dpo",
     "max_length": "tests/data/test_peer_trl.py::test_what_is_kept_under_a_limit_is_what_trl_keeps",

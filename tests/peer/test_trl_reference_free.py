@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-import copy
-
 import numpy as np
 import pytest
 from datasets import Dataset
 
 from dpofast import CPOConfig, CPOTrainer, ORPOConfig, ORPOTrainer
-from tests.peer.test_trl_losses import OPTIONS, PAIRS_PER_STEP, STEPS, column, logs_of
-from tests.support import byte_tokenizer, clip_exactly, tiny_llama
+from tests.peer.test_trl_losses import (
+    OPTIONS,
+    PAIRS_PER_STEP,
+    STEPS,
+    column,
+    logs_of,
+    race_llama,
+)
+from tests.support import byte_tokenizer, clip_exactly
 
 pytest.importorskip("trl", reason="needs the extra `bench`")
 
@@ -77,13 +82,13 @@ def both(folder, theirs, ours, options):
     options = {**OPTIONS, **options, "max_steps": STEPS, "max_length": 512}
     options |= {"per_device_train_batch_size": PAIRS_PER_STEP, "remove_unused_columns": False}
     trl_trainer = exact(their_trainer)(
-        copy.deepcopy(tiny_llama()),
+        race_llama(),
         args=their_config(output_dir=str(folder / "trl"), **options),
         train_dataset=texts(),
         processing_class=byte_tokenizer(),
     )
     trainer = our_trainer(
-        copy.deepcopy(tiny_llama()),
+        race_llama(),
         args=our_config(output_dir=str(folder / "ours"), **options),
         train_dataset=token_ids(trl_trainer.train_dataset),
         processing_class=byte_tokenizer(),

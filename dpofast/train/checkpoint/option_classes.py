@@ -56,9 +56,11 @@ COMPARED = frozenset(
         "train_sampling_strategy",
         "truncation_mode",
         "undesirable_weight",
+        "use_weighting",
         "warmup_ratio",
         "warmup_steps",
         "weight_decay",
+        "weighting_clamp",
     }
 )
 # Options that change only how sums are rounded, or how dropout draws its numbers. A change is said
@@ -152,6 +154,7 @@ NEUTRAL = frozenset(
         "logging_strategy",
         "max_target_length",
         "metric_for_best_model",
+        "metrics",
         "neftune_noise_alpha",
         "output_dir",
         "overwrite_output_dir",

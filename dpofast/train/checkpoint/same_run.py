@@ -30,6 +30,8 @@ FIRST_LOSSES: Facts = {
     "target_kl": None,
     "target_kl_gain": None,
     "undesirable_weight": None,
+    "use_weighting": None,
+    "weighting_clamp": None,
 }
 # Facts by which others are judged; they aren't compared themselves.
 DERIVED = frozenset({"num_steps", "warmup"})

@@ -40,6 +40,7 @@ def check_best_metric(trainer: Any, measured: PairLossPass) -> None:
     sets = {f"eval_{key}_" if is_named else "eval_": s for key, s in trainer.eval_sets().items()}
     names = [*measured.names, *([METRIC] if measured.router_loss is not None else [])]
     names += [NLL] if measured.likelihood else []
+    names += measured.token_metrics
     if trainer.pair_loss.is_reference_free:
         names = [name for name in names if name not in (KL, DRIFT)]
     names += [] if measured.own_metrics is None else measured.own_metrics.names

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from dpofast.data.packing.batch import PackedPairs
 from dpofast.errors import ModelError
 from dpofast.model.pair_losses import batch_losses
-from dpofast_kernels import PairLoss, PairLossOutput
+from dpofast_kernels import PairLossOutput, PreferenceLoss
 
 # Parameters up to this size are copied to see whether they move. Of larger ones a sum is kept.
 COPIED_ELEMENTS = 1 << 16
@@ -39,7 +39,7 @@ class FirstStep:
             learning rate may be almost 0 already.
     """
 
-    def __init__(self, model: nn.Module, loss: PairLoss, is_fresh: bool = True) -> None:
+    def __init__(self, model: nn.Module, loss: PreferenceLoss, is_fresh: bool = True) -> None:
         self.model, self.loss, self.is_fresh = model, loss, is_fresh
         self.has_slope = False
         self.is_unknown = False  # whether the slope of some pair isn't known
@@ -59,12 +59,15 @@ class FirstStep:
         self._peak = max(float(group.get("initial_lr", group["lr"])) for group in groups)
         self._before = _fingerprints(self.model) if self.is_fresh and self._rate else []
 
-    def add(self, output: PairLossOutput | None, batch: PackedPairs) -> None:
+    def add(
+        self, output: PairLossOutput | None, batch: PackedPairs, slopes: Tensor | None = None
+    ) -> None:
         """Note whether the loss has a slope at any pair of a micro-batch.
 
         Args:
             output: output of the batch's forward pass; None if a subclass has another loss.
             batch: the batch, with its reference log-probs.
+            slopes: the loss's derivatives by the log-probs, if a coupled loss has given them.
         """
         if self.has_slope or not batch.num_pairs:
             return
@@ -74,9 +77,11 @@ class FirstStep:
         if batch.coefficients is not None and bool(batch.coefficients.any()):
             self.has_slope = True
             return
-        # Where the model is, as a user's own loss may hold tensors.
-        _, *slopes = batch_losses(self.loss, output.logps, batch)
-        self.has_slope = any(bool((slope.abs() > NO_SLOPE).any()) for slope in slopes)
+        if slopes is None:
+            # Where the model is, as a user's own loss may hold tensors.
+            found = batch_losses(self.loss, output.logps, batch, output.pair_weights)
+            slopes = torch.stack(found[1:])
+        self.has_slope = bool((slopes.abs() > NO_SLOPE).any())
 
     def finish(
         self, norm: Any, was_skipped: bool, sum_over_ranks: Callable[[Tensor], Tensor]

@@ -17,7 +17,7 @@ from dpofast.model.parts import causal_lm
 from dpofast.model.randomness import training_mode_for_a_look
 from dpofast.train.reference.run_reference import RunReference
 from dpofast.zero.weights import spread
-from dpofast_kernels import PairLoss, PairLossOutput
+from dpofast_kernels import PairLossOutput, PreferenceLoss, UnpairedLoss
 
 # The largest mean log-ratio per token, in nats, that rounding explains: the reference was scored in
 # batches of other shapes. A wrong reference is off by tenths of nats or more.
@@ -43,7 +43,7 @@ class StepZeroCheck:
         loss: the loss that is trained; its value goes into the message.
     """
 
-    def __init__(self, policy: nn.Module, reference: RunReference, loss: PairLoss) -> None:
+    def __init__(self, policy: nn.Module, reference: RunReference, loss: PreferenceLoss) -> None:
         self.policy, self.loss = policy, loss
         self.autocast = reference.accelerator.autocast
         self.tolerance = TOLERANCE[reference.dtype()]
@@ -52,7 +52,9 @@ class StepZeroCheck:
         self.wants_noise = not reference.disables_dropout
 
     @classmethod
-    def of(cls, policy: nn.Module, reference: RunReference, loss: PairLoss) -> StepZeroCheck | None:
+    def of(
+        cls, policy: nn.Module, reference: RunReference, loss: PreferenceLoss
+    ) -> StepZeroCheck | None:
         """The check of a fresh run; None where the policy needn't begin with zero log-ratios."""
         if next(dropouts(policy), None) or not reference.policy_starts_as_reference():
             return None
@@ -75,31 +77,29 @@ class StepZeroCheck:
             return  # the vote of this step ends the run, and says where the NaN is
         if per_token <= self.tolerance or (self.wants_noise and self._is_random(batch)):
             return
-        got = self._mean_loss(logratios, batch)
-        expected = self._first_loss(batch)
+        got = self._mean_loss(logratios, batch, output.pair_weights)
+        expected = self._first_loss(batch, output.pair_weights)
         raise ModelError(
             f"The first batch's loss is {got:.6f}, but the policy is its own reference before "
             f"step 1, which gives {expected:.6f} (log-ratios of {per_token:.3g} nats per token, "
             f"where rounding explains {self.tolerance:g}): {self._reason(batch)}"
         )
 
-    def _mean_loss(self, logratios: Tensor, batch: PackedPairs) -> float:
+    def _mean_loss(
+        self, logratios: Tensor, batch: PackedPairs, pair_weights: Tensor | None
+    ) -> float:
         """Mean loss over a batch's pairs with these log-ratios [2P], on the policy's device."""
         assert batch.ref_logps is not None
         logps = (batch.ref_logps.cpu() + logratios).to(self._device())
-        return batch_losses(self.loss, logps, batch)[0].mean().item()
+        return batch_losses(self.loss, logps, batch, pair_weights)[0].mean().item()
 
-    def _first_loss(self, batch: PackedPairs) -> float:
+    def _first_loss(self, batch: PackedPairs, pair_weights: Tensor | None) -> float:
         """Mean loss over a batch's pairs while the policy is its own reference."""
-        is_plain = batch.weights is None and batch.label_confidence is None
-        if is_plain and isinstance(self.loss, PairLoss):
+        plain = all(each is None for each in (batch.weights, batch.label_confidence, pair_weights))
+        if plain and not isinstance(self.loss, UnpairedLoss):
             return self.loss.first_value(batch.lengths.to(self._device())).mean().item()
-        return self._mean_loss(torch.zeros_like(self._ref_logps(batch)), batch)
-
-    @staticmethod
-    def _ref_logps(batch: PackedPairs) -> Tensor:
         assert batch.ref_logps is not None
-        return batch.ref_logps.cpu()
+        return self._mean_loss(torch.zeros_like(batch.ref_logps.cpu()), batch, pair_weights)
 
     def _device(self) -> torch.device:
         """Where losses are computed: a user's own loss may hold tensors on the policy's device."""

@@ -29,6 +29,7 @@ from dpofast.data.packing.collate import Layout
 from dpofast.data.packing.plan import TokenLimit
 from dpofast.errors import ConfigError
 from dpofast.train.data.dataset import PairPreparer, ReadPairs, RunDataset
+from dpofast_kernels import UnpairedLoss
 
 logger = logging.getLogger(__name__)
 
@@ -94,7 +95,7 @@ class AnswerPreparer(PairPreparer):
         )
         if name == "train" or name.startswith("train_"):
             refuse_one_label(tokens, name)
-        if self.loss.takes_z:
+        if isinstance(self.loss, UnpairedLoss) and self.loss.takes_z:
             tokens = with_mismatched(tokens, name, config.max_length)
         return ReadPairs(tokens, report, rows_by_source(rows), is_text)
 

@@ -28,6 +28,7 @@ from dpofast.model.vocabulary import refuse_unknown_ids, vocabulary_of
 from dpofast.options.config import DPOConfig
 from dpofast.progress import bars_as_lines
 from dpofast.train.data.pair_weights import check_pair_weights, describe_pair_weights
+from dpofast_kernels import PreferenceLoss
 
 logger = logging.getLogger(__name__)
 
@@ -166,7 +167,7 @@ class PairPreparer:
         models: Iterable[Any] = (),
         columns: Mapping[str, str] | None = None,
         roles: Mapping[str, str] | None = None,
-        loss: Any = None,
+        loss: PreferenceLoss | None = None,
     ) -> None:
         self.config, self.tokenizer = config, tokenizer
         self.loss = config.make_loss() if loss is None else loss

@@ -10,12 +10,12 @@ from dpofast.columns import WEIGHT_COLUMNS
 from dpofast.data.packing.pair_columns import number_column
 from dpofast.errors import DataError
 from dpofast.model.place import place_of_pair
-from dpofast_kernels import LOSSES, PairLoss
+from dpofast_kernels import LOSSES, CoupledLoss, PreferenceLoss
 
 WEIGHT, CONFIDENCE = WEIGHT_COLUMNS
 
 
-def check_pair_weights(pairs: Any, name: str, loss: PairLoss, *, is_whole: bool) -> None:
+def check_pair_weights(pairs: Any, name: str, loss: PreferenceLoss, *, is_whole: bool) -> None:
     """Refuse weights of which nothing is trained, and confidences that the loss can't use.
 
     Args:
@@ -34,6 +34,13 @@ def check_pair_weights(pairs: Any, name: str, loss: PairLoss, *, is_whole: bool)
             f"remove the column {WEIGHT!r}."
         )
     confidence = number_column(pairs, CONFIDENCE)
+    if isinstance(loss, CoupledLoss):
+        for column, values in ((WEIGHT, weights), (CONFIDENCE, confidence)):
+            if values is not None:
+                raise DataError(
+                    f"{name}: {column}: the {' + '.join(loss.names)} loss couples pairs, so a pair "
+                    "has no loss of its own; remove the column, or choose another loss."
+                )
     if confidence is None:
         return
     unsmoothed = [part for part in loss.names if not _is_smoothed(part)]

@@ -13,7 +13,7 @@ from torch import Tensor
 from dpofast.data.packing.batch import PackedPairs, StepBatch
 from dpofast.model.pair_losses import batch_losses
 from dpofast.train.checkpoint.resume import newest_whole
-from dpofast_kernels import PairLoss
+from dpofast_kernels import CoupledLoss, PreferenceLoss
 
 # Pairs and tensors that a message names; it counts the others.
 NAMED_PAIRS, NAMED_TENSORS = 8, 3
@@ -27,11 +27,13 @@ class Pass:
         batch: the micro-batch.
         loss: [], its mean loss.
         logps: [2P] fp64, the log-probs of its answers; None if a subclass has another loss.
+        pair_weights: [P] fp64, WPO's weights of its pairs; None without.
     """
 
     batch: PackedPairs
     loss: Tensor
     logps: Tensor | None
+    pair_weights: Tensor | None = None
 
     @property
     def total(self) -> Tensor:
@@ -57,7 +59,7 @@ class StepPasses:
             return torch.zeros((), dtype=torch.bool, device=device)
         return torch.stack([each.total for each in self.passes]).isfinite().all().logical_not()
 
-    def bad_pairs(self, loss: PairLoss) -> list[int]:
+    def bad_pairs(self, loss: PreferenceLoss) -> list[int]:
         """The pairs whose loss is NaN or infinite, as the step counts them.
 
         If each pair's own loss is finite, and their sum or a term beside it isn't, all pairs of the
@@ -197,12 +199,16 @@ def distinct(lists: Iterable[Iterable[str]]) -> list[str]:
     return list(dict.fromkeys(chain.from_iterable(lists)))
 
 
-def _bad_pairs(each: Pass, loss: PairLoss) -> list[bool]:
+def _bad_pairs(each: Pass, loss: PreferenceLoss) -> list[bool]:
     """Whether each pair of a micro-batch isn't finite; all of them if none can be told apart."""
     everything = [True] * each.batch.num_pairs
     if each.logps is None or each.batch.ref_logps is None:
         return everything
-    bad = ~each.logps.isfinite()
-    losses, *_ = batch_losses(loss, each.logps, each.batch)
-    flags: list[bool] = (bad.view(each.batch.num_pairs, -1).any(1) | ~losses.isfinite()).tolist()
+    bad = (~each.logps.isfinite()).view(each.batch.num_pairs, -1).any(1)  # [P]
+    if not isinstance(
+        loss, CoupledLoss
+    ):  # a loss that couples pairs spreads a NaN over all of them
+        losses, *_ = batch_losses(loss, each.logps, each.batch, each.pair_weights)
+        bad |= ~losses.isfinite()
+    flags: list[bool] = bad.tolist()
     return flags if any(flags) else everything

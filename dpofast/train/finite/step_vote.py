@@ -37,7 +37,7 @@ from dpofast.train.finite.non_finite import (
     step_message,
 )
 from dpofast.zero.overflow import discarded_gradients, watch_overflows
-from dpofast_kernels import PairLoss, PairLossOutput
+from dpofast_kernels import PairLossOutput, PreferenceLoss
 
 # Steps in a row that a loss scaler may leave out. Each halves the scale: from 65536 to 1/256, at
 # which only a gradient that is useless in float16 still overflows.
@@ -58,7 +58,7 @@ class VotesOnSteps(Trainer):
 
     args: DPOConfig
     data: PairPreparer
-    step_loss: Callable[[], PairLoss]
+    step_loss: Callable[[], PreferenceLoss]
     step_sums: Callable[[], Tensor]
     take_step_sums: Callable[[list[float]], None]
     run_id: str | None
@@ -106,7 +106,8 @@ class VotesOnSteps(Trainer):
             output: output of its forward pass; None if a subclass has another loss.
         """
         logps = None if output is None else output.logps.detach()
-        self._passes.passes.append(Pass(batch, loss.detach(), logps))
+        pair_weights = None if output is None else output.pair_weights
+        self._passes.passes.append(Pass(batch, loss.detach(), logps, pair_weights))
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         norm = super()._get_grad_norm(model, grad_norm)

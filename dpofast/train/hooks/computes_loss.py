@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,10 +15,10 @@ from dpofast.data.packing.batch import PackedPairs, StepBatch
 from dpofast.errors import ConfigError
 from dpofast.model.forward import kept_activations, micro_batch
 from dpofast.monitor.metrics import MetricSums
+from dpofast.train.hooks.couples_pairs import CouplesPairs
 from dpofast.train.hooks.overrides import override_of
-from dpofast.train.hooks.untrained import untrained
+from dpofast.train.hooks.untrained import detached, joined, untrained
 from dpofast.train.reports.reports_run import ReportsRun
-from dpofast.train.steps.micro_batches import PairLossPass
 from dpofast.zero.weights import spread
 from dpofast_kernels import NotAPairLossError, PairLossOutput
 
@@ -36,13 +36,12 @@ class Computed:
     sums: MetricSums = field(default_factory=MetricSums)
 
 
-class ComputesLoss(ReportsRun, Trainer):
+class ComputesLoss(CouplesPairs, ReportsRun, Trainer):
     """Gives a transformers Trainer the loss of pairs, which subclasses may override.
 
     docs/extending.md describes what an override gets, and what it must return.
     """
 
-    _pair_loss_pass: PairLossPass
     _computed = Computed()
     _open: PackedPairs | None = None  # the micro-batch that the model is prepared for
 
@@ -54,11 +53,13 @@ class ComputesLoss(ReportsRun, Trainer):
         A backward pass through the log-probs or the metrics of the result is an error.
 
         Raises:
-            ConfigError: a loss_fn returned no loss for each pair.
+            ConfigError: a loss_fn returned no loss for each pair, or the loss couples pairs and
+                isn't known for this micro-batch.
         """
+        whole = self.step_loss() if self._trains(model) else self.pair_loss
+        loss, coupled = self.loss_of(batch, whole)
         try:
-            loss = self.step_loss() if self._trains(model) else self.pair_loss
-            return untrained(self._pair_loss_pass(model, batch, loss, sums))
+            return untrained(self._pair_loss_pass(model, batch, loss, sums, coupled))
         except NotAPairLossError as error:
             raise ConfigError(f"loss_fn: {error}") from error
 
@@ -144,8 +145,7 @@ class ComputesLoss(ReportsRun, Trainer):
         is_counted = self._open is batch
         with self._prepared(batch):
             output = self.compute_pair_loss(model, batch, sums)
-        logps, metrics = output.logps.detach(), output.metrics.detach()
-        self._computed = Computed(replace(output, logps=logps, metrics=metrics), sums)
+        self._computed = Computed(detached(output), sums)
         if self._trains(model):
             self.note_drift(sums)
             if not is_counted:  # an overridden training_step may call this by itself
@@ -157,12 +157,9 @@ class ComputesLoss(ReportsRun, Trainer):
         return bool(self.is_in_train and model.training)
 
     def _loss_of_step(self, model: nn.Module, step: StepBatch) -> tuple[Tensor, PairLossOutput]:
+        self.couple(step)
         outputs = [self._loss_of_pairs(model, batch)[1] for batch in step.micro_batches]
-        output = PairLossOutput(
-            torch.stack([each.loss for each in outputs]).sum(),
-            torch.cat([each.logps for each in outputs]),
-            torch.cat([each.metrics for each in outputs], 1),
-        )
+        output = joined(outputs)
         self._computed = Computed(output)
         return output.loss * (self.args.world_size / step.num_pairs), output
 

@@ -6,10 +6,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from transformers import EvalPrediction, Trainer, TrainerControl
 from transformers.trainer_utils import EvalLoopOutput, PredictionOutput
 
 from dpofast.data.packing.batch import StepBatch
+from dpofast.data.packing.pair_columns import set_names
 from dpofast.errors import ConfigError
 from dpofast.model.forward import evaluating
 from dpofast.monitor.metrics import MetricSums
@@ -21,7 +23,7 @@ from dpofast.train.finite.evaluation import (
     check_evaluation,
 )
 from dpofast.train.hooks.computes_loss import ComputesLoss
-from dpofast.train.hooks.overrides import check_overrides
+from dpofast.train.hooks.overrides import check_overrides, override_of
 from dpofast.train.hooks.predictions import (
     PairPredictions,
     PredictedPairs,
@@ -113,21 +115,33 @@ class EvaluatesPairs(ChoosesFiniteBest, ComputesLoss, Trainer):
         if prediction_loss_only is None:
             prediction_loss_only = self.args.prediction_loss_only
         num_pairs = len(dataloader.dataset)  # type: ignore[arg-type]
-        found = None if prediction_loss_only else PredictedPairs(num_pairs, self.args.device)
+        dataset = getattr(dataloader, "run_dataset", None)
+        # A loss that couples pairs is known at the end. An override, which may do anything with
+        # it, needs it before, and so do the metrics of each dataset in a mixture.
+        is_mixture = dataset is None or bool(set_names(dataset.pairs))
+        is_early = self.couples_pairs and (is_mixture or bool(self._loss_overrides()))
+        is_late = self.couples_pairs and not is_early
+        is_collected = is_late or not prediction_loss_only
+        found = PredictedPairs(num_pairs, self.args.device) if is_collected else None
         sums, losses = MetricSums(), EvaluatedLosses()
         with runnable(self), evaluating(self.model):
+            known = self._coupled_losses(dataloader) if is_early else None
             for step in dataloader:
+                self._expect(step, known)
                 self._evaluate_step(step, sums, found, losses, ignore_keys)
                 self.control = self.callback_handler.on_prediction_step(
                     self.args, self.state, self.control
                 )
+        self.uncouple()
         means = self._pair_loss_pass.finish(sums.means(self.sum_over_ranks, self.args.device))
-        dataset = getattr(dataloader, "run_dataset", None)
+        if found is not None:
+            found.gather(self.sum_over_ranks)
+            if is_late and "loss" in means:
+                means["loss"] += float(found.losses(self.pair_loss, self.args.device).mean())
         check_evaluation(self.model, losses, dataset, means)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in means.items()}
         predictions = None
-        if found is not None:
-            found.gather(self.sum_over_ranks)
+        if found is not None and not prediction_loss_only:
             predictions = found.predictions(self.pair_loss.beta)
             metrics |= self._own_metrics(found, predictions, metrics, metric_key_prefix)
         return EvalLoopOutput(
@@ -146,11 +160,6 @@ class EvaluatesPairs(ChoosesFiniteBest, ComputesLoss, Trainer):
         ignore_keys: list[str] | None,
     ) -> None:
         """Count the metrics of a step's pairs, and collect what is predicted of them."""
-        if not isinstance(step, StepBatch):
-            raise ConfigError(
-                f"get_eval_dataloader: an item of the loader is a {type(step).__name__}, but "
-                "evaluation runs whole steps; return what super().get_eval_dataloader returns."
-            )
         for index, batch in enumerate(step.micro_batches):
             with self.opened(batch):
                 loss, logps, _ = self.prediction_step(
@@ -161,7 +170,35 @@ class EvaluatesPairs(ChoosesFiniteBest, ComputesLoss, Trainer):
                 logps_found = None if output is None else output.logps
                 losses.add(step.indices[index], loss, logps_found)
             if found is not None:
-                found.add(step.indices[index], logps, batch)
+                pair_weights = None if output is None else output.pair_weights
+                found.add(step.indices[index], logps, batch, pair_weights)
+
+    def _expect(self, step: Any, losses: Tensor | None) -> None:
+        """Look at an item of the loader, and note the losses [n] of a loss that couples pairs."""
+        if not isinstance(step, StepBatch):
+            raise ConfigError(
+                f"get_eval_dataloader: an item of the loader is a {type(step).__name__}, but "
+                "evaluation runs whole steps; return what super().get_eval_dataloader returns."
+            )
+        self.couple_evaluated(step, losses)
+
+    def _loss_overrides(self) -> list[str]:
+        """Where methods are overridden that may change the loss of an evaluation."""
+        hooks = ("compute_loss", "prediction_step", "compute_pair_loss")
+        return [where for hook in hooks if (where := override_of(self, hook))]
+
+    def _coupled_losses(self, dataloader: StepLoader) -> Tensor:
+        """[n]: the losses of all pairs together, for which each is run once."""
+        device = self.args.device
+        pairs = PredictedPairs(len(dataloader.dataset), device)  # type: ignore[arg-type]
+        for step in dataloader:
+            self._expect(step, None)
+            for indices, batch in zip(step.indices, step.micro_batches, strict=True):
+                with self.compute_loss_context_manager():
+                    table = self.coupled_pass().table(batch)
+                pairs.add(indices, table[:, :2], batch)
+        pairs.gather(self.sum_over_ranks)
+        return torch.from_numpy(pairs.losses(self.pair_loss, device)).to(device)
 
     def _own_metrics(
         self,

@@ -13,7 +13,7 @@ from dpofast.errors import ConfigError
 from dpofast.options.config import DPOConfig
 from dpofast.options.trl_fields import RULES, Refused
 from dpofast.train.hooks.settings import Setting
-from dpofast_kernels import PairLoss, UnpairedLoss
+from dpofast_kernels import PreferenceLoss
 
 PAGE = "see docs/extending.md"
 _LOSS = (
@@ -106,7 +106,7 @@ HIDDEN_METHODS = {
 }
 # Attributes by which TRL's trainers choose their loss and its reference; options are called alike.
 TRL_ATTRIBUTES = (
-    *("use_weighting", "rpo_alpha", "reference_free", "sync_ref_model"),
+    *("rpo_alpha", "reference_free", "sync_ref_model"),
     *("model_adapter_name", "ref_adapter_name"),
 )
 # What overrides written for TRL read from its trainer.
@@ -169,10 +169,10 @@ def check_overrides(trainer: Any) -> None:
     if collator is not None and not _module(collator).startswith(_OURS):
         raise ConfigError(f"DPOTrainer: data_collator isn't supported: {_COLLATOR}.")
     loss = vars(trainer).get("pair_loss")
-    if loss is not None and not isinstance(loss, PairLoss | UnpairedLoss):
+    if loss is not None and not isinstance(loss, PreferenceLoss):
         raise ConfigError(
             f"DPOTrainer.pair_loss: got a {type(loss).__name__}, expected what make_loss, "
-            "make_mixture or make_custom_loss of dpofast_kernels returns."
+            "make_mixture, make_coupled_loss or make_custom_loss of dpofast_kernels returns."
         )
     reference = vars(trainer).get("reference")
     if loss and reference and loss.is_reference_free != reference.is_none:

@@ -18,7 +18,8 @@ from dpofast.model.pair_losses import pair_losses
 from dpofast.monitor.metrics import SumOverRanks
 from dpofast.options.config import DPOConfig
 from dpofast.train.own.metrics import SPEEDS
-from dpofast_kernels import PairLoss, pair_metrics
+from dpofast.train.steps.coupled import NUM_COLUMNS, losses_of_table
+from dpofast_kernels import PairLoss, PreferenceLoss, pair_metrics
 
 
 class PairPredictions(NamedTuple):
@@ -59,13 +60,20 @@ class PredictedPairs:
         self._table = torch.zeros(num_pairs, 9, dtype=torch.float64, device=device)
         self._has_confidence = False
 
-    def add(self, indices: list[int], logps: Any, batch: PackedPairs) -> None:
+    def add(
+        self,
+        indices: list[int],
+        logps: Any,
+        batch: PackedPairs,
+        pair_weights: Tensor | None = None,  # [P]
+    ) -> None:
         """Add the pairs of a micro-batch.
 
         Args:
             indices: the pairs, counted in the dataset.
             logps: [P, 2] summed log-probs of chosen and rejected.
             batch: the micro-batch, with its reference log-probs.
+            pair_weights: [P] fp64, WPO's weights of the pairs; None for 1.
 
         Raises:
             ConfigError: an overridden `prediction_step` returned no such log-probs.
@@ -84,6 +92,8 @@ class PredictedPairs:
             ones if values is None else values.to(ones)
             for values in (batch.weights, batch.label_confidence)
         )
+        if pair_weights is not None:
+            weights = weights * pair_weights.to(ones)
         # All batches of a dataset have confidences, or none has.
         self._has_confidence = batch.label_confidence is not None
         # One rank has each pair, and all others have 0 there: the sum over ranks is the whole.
@@ -96,13 +106,14 @@ class PredictedPairs:
             ConfigError: the loader didn't bring every pair of the dataset once.
         """
         self._table = sum_over_ranks(self._table).cpu()
-        wrong = (self._table[:, 6] != 1).nonzero()
+        wrong = (self._table[:, NUM_COLUMNS] != 1).nonzero()
         if len(wrong):
             pair = int(wrong[0])
+            times = int(self._table[pair, NUM_COLUMNS])
             raise ConfigError(
-                f"get_eval_dataloader: pair {pair} was evaluated {self._table[pair, 6]:.0f} times; "
-                "compute_metrics and predict need a loader that brings every pair once, such as "
-                "super().get_eval_dataloader(dataset)."
+                f"get_eval_dataloader: pair {pair} was evaluated {times} times; "
+                "compute_metrics, predict and a loss that couples pairs need a loader that brings "
+                "every pair once, such as super().get_eval_dataloader(dataset)."
             )
 
     def predictions(self, beta: float) -> PairPredictions:
@@ -113,8 +124,10 @@ class PredictedPairs:
         rewards = [metrics[f"rewards/{side}"].numpy() for side in ("chosen", "rejected")]
         return PairPredictions(*columns[:4], *rewards, *columns[4:6])
 
-    def losses(self, loss: PairLoss, device: torch.device) -> np.ndarray:
+    def losses(self, loss: PreferenceLoss, device: torch.device) -> np.ndarray:
         """[n] fp64: the loss of each pair, times its weight."""
+        if not isinstance(loss, PairLoss):
+            return losses_of_table(loss, self._table[:, :NUM_COLUMNS].to(device)).cpu().numpy()
         logps, ref_logps, bounds = (column.to(device) for column in self._columns())
         logratios = logps - ref_logps
         weights, confidence = self._table[:, 7].to(device), self._table[:, 8].to(device)

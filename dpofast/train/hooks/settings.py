@@ -13,7 +13,13 @@ from dpofast.options.config import DPOConfig
 from dpofast.options.loss_fields import loss_names
 from dpofast.train.own.metrics import MetricsFunction
 from dpofast.train.steps.micro_batches import PairLossPass
-from dpofast_kernels import CustomLoss, PairFunction, PairLoss
+from dpofast_kernels import (
+    CoupledCustomLoss,
+    CoupledFunction,
+    CustomLoss,
+    PairFunction,
+    PreferenceLoss,
+)
 
 
 class Setting(property):
@@ -40,7 +46,7 @@ def _setting(remedy: str) -> Callable[[Callable[[Any], Any]], Setting]:
 
 _LOSS = (
     "set it in DPOConfig, or assign trainer.pair_loss = dpofast_kernels.make_loss(...), or what "
-    "make_mixture(...) or DivergenceLoss(...) returns"
+    "make_mixture(...), make_coupled_loss(...) or DivergenceLoss(...) returns"
 )
 _CONFIG = "set it in DPOConfig"
 _ARGUMENT = "pass it to DPOTrainer"
@@ -51,7 +57,7 @@ class ShowsSettings:
 
     args: Any
     model: Any
-    pair_loss: PairLoss
+    pair_loss: PreferenceLoss
     _pair_loss_pass: PairLossPass
     _ref_model: nn.Module | None = None
 
@@ -98,10 +104,17 @@ class ShowsSettings:
         """Weight of the tokens by which an answer is the longer one; None for 1."""
         return self._config.ld_alpha
 
+    @_setting(_CONFIG)
+    def use_weighting(self) -> bool:
+        """Whether pairs are weighted as in WPO."""
+        return self._pair_loss_pass.weighting is not None
+
     @_setting(_ARGUMENT)
-    def loss_fn(self) -> PairFunction | None:
+    def loss_fn(self) -> PairFunction | CoupledFunction | None:
         """The user's own loss; None for a loss of the options."""
         loss = self.pair_loss
+        if isinstance(loss, CoupledCustomLoss):
+            return CoupledFunction(loss.function)
         return loss.function if isinstance(loss, CustomLoss) else None
 
     @_setting(_ARGUMENT)

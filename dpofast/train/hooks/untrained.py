@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import fields, replace
 from typing import Any, NoReturn
 
 import torch
@@ -22,19 +23,43 @@ class _Untrained(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> NoReturn:
         raise ConfigError(
-            "compute_loss: a term of the loss is made from outputs.logps or outputs.metrics, which "
-            "have no gradient, so it wouldn't be trained; put the term into a loss_fn, or detach() "
-            "what isn't meant to be trained (see docs/extending.md)."
+            "compute_loss: a term of the loss is made from outputs.logps, outputs.metrics or an "
+            "output that has no gradient, so it wouldn't be trained; put the term into a loss_fn, "
+            "or detach() what isn't meant to be trained (see docs/extending.md)."
         )
 
 
 def untrained(output: PairLossOutput) -> PairLossOutput:
-    """The output with log-probs and metrics that no loss can be made from.
+    """The output with log-probs, metrics and more that no loss can be made from.
 
     Without this, a term made from them would count in the logged loss, and in no gradient. Where no
     gradients are recorded, the values are just copies.
     """
     anchor = torch.zeros((), requires_grad=True)
-    logps: Tensor = _Untrained.apply(output.logps, anchor)  # type: ignore[no-untyped-call]
-    metrics: Tensor = _Untrained.apply(output.metrics, anchor)  # type: ignore[no-untyped-call]
-    return replace(output, logps=logps, metrics=metrics)
+    return _changed(output, lambda value: _Untrained.apply(value, anchor))  # type: ignore[no-untyped-call]
+
+
+def detached(output: PairLossOutput) -> PairLossOutput:
+    """The output whose values no backward pass goes through; the loss stays as it is."""
+    return _changed(output, Tensor.detach)
+
+
+def joined(outputs: Sequence[PairLossOutput]) -> PairLossOutput:
+    """The output of several micro-batches, all of which have the same fields."""
+    loss = torch.stack([each.loss for each in outputs]).sum()
+    values = {
+        name: torch.cat([getattr(each, name) for each in outputs], -1)
+        for name in _given(outputs[0])
+    }
+    return PairLossOutput(loss, **values)
+
+
+def _given(output: PairLossOutput) -> list[str]:
+    """The fields beside the loss that the output has."""
+    names = [item.name for item in fields(output) if item.name != "loss"]
+    return [name for name in names if getattr(output, name) is not None]
+
+
+def _changed(output: PairLossOutput, change: Callable[[Tensor], Tensor]) -> PairLossOutput:
+    values: dict[str, Any] = {name: change(getattr(output, name)) for name in _given(output)}
+    return replace(output, **values)

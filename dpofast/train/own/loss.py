@@ -3,27 +3,37 @@
 from __future__ import annotations
 
 from dataclasses import fields
-from typing import Any
 
 from dpofast.errors import ConfigError
 from dpofast.options.config import DPOConfig
 from dpofast.options.loss_fields import check_loss_kind
-from dpofast_kernels import PairFunction, make_custom_loss
+from dpofast.options.weighting_fields import refuse_weighting_of_coupled
+from dpofast_kernels import (
+    CoupledFunction,
+    PairFunction,
+    PreferenceLoss,
+    make_coupled_custom_loss,
+    make_custom_loss,
+)
 
 
 def run_loss(
-    config: DPOConfig, loss_fn: PairFunction | None, *, takes_answers: bool = False
-) -> Any:
+    config: DPOConfig,
+    loss_fn: PairFunction | CoupledFunction | None,
+    *,
+    takes_answers: bool = False,
+) -> PreferenceLoss:
     """The loss that the options name, or the user's own.
 
     Args:
         config: options of the run.
-        loss_fn: the user's function; None for the loss of the options.
+        loss_fn: the user's function; None for the loss of the options. In a CoupledFunction, the
+            loss of a pair may depend on the other pairs.
         takes_answers: whether the trainer takes answers one by one, instead of pairs.
 
     Raises:
-        ConfigError: the function isn't a loss of single pairs, the options also name a loss, or
-            the trainer can't train the loss of the options.
+        ConfigError: the function isn't such a loss, the options also name a loss, or the trainer
+            can't train the loss of the options.
     """
     check_loss_kind(config, takes_answers=takes_answers)
     if loss_fn is None:
@@ -52,6 +62,12 @@ def run_loss(
             "have; leave it out, and let the function smooth its labels."
         )
     try:
-        return make_custom_loss(loss_fn, config.beta, config.device)
+        if isinstance(loss_fn, CoupledFunction):
+            function = loss_fn.function
+            loss: PreferenceLoss = make_coupled_custom_loss(function, config.beta, config.device)
+        else:
+            loss = make_custom_loss(loss_fn, config.beta, config.device)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"loss_fn: {error}") from error
+    refuse_weighting_of_coupled(loss, config.weighting())
+    return loss

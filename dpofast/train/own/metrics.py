@@ -12,6 +12,7 @@ from dpofast.data.packing.batch import PackedPairs
 from dpofast.errors import ConfigError, one_line
 from dpofast.model.router import METRIC
 from dpofast.monitor.kl import DRIFT, KL
+from dpofast.options.metric_fields import TOKEN_METRICS
 from dpofast_kernels import METRIC_NAMES, PairLossOutput
 
 MEASURED = ("loss", *METRIC_NAMES, KL, DRIFT)
@@ -24,7 +25,7 @@ LOGGED = (
     *("lengths/pair", "lengths/scored", "lengths/row", "model_preparation_time"),
 )
 NLL = "nll_loss"  # the likelihood terms of the loss, under TRL's name
-TAKEN = frozenset((*MEASURED, METRIC, NLL, *SPEEDS, *LOGGED))
+TAKEN = frozenset((*MEASURED, *TOKEN_METRICS, METRIC, NLL, *SPEEDS, *LOGGED))
 PAIRS_TRIED = 16
 
 

@@ -20,6 +20,7 @@ from dpofast.monitor.public_names import hub_id, is_personal, public_name
 from dpofast.monitor.summary import hardware, versions
 from dpofast.options.beta_fields import beta_in_words
 from dpofast.options.loss_fields import loss_names
+from dpofast.options.weighting_fields import weighting_facts
 from dpofast.train.data.dataset import RunDataset
 from dpofast.train.data.stream import RunStream
 from dpofast.train.data.training_set import TrainingSet
@@ -116,6 +117,7 @@ def card_options(trainer: Any) -> dict[str, Any]:
         **_own_options(loss),
         "likelihood": trainer.data.likelihood.weight or None,
         "ld_alpha": config.length_discount(),
+        **weighting_facts(config),
         "learning_rate": config.learning_rate if optimizer is None else None,
         "lr_scheduler_type": _value(config.lr_scheduler_type),
         "warmup_steps": config.warmup_steps or None,

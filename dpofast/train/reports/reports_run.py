@@ -25,7 +25,7 @@ from dpofast.train.steps.loaders import StepLoaders
 from dpofast.train.steps.micro_batches import PairLossPass
 from dpofast.train.steps.moves_beta import MovesBeta
 from dpofast.train.steps.whole_steps import TakesWholeSteps
-from dpofast_kernels import PairLoss
+from dpofast_kernels import PreferenceLoss
 
 
 class ReportsRun(MovesBeta, TakesWholeSteps, Trainer):
@@ -44,7 +44,7 @@ class ReportsRun(MovesBeta, TakesWholeSteps, Trainer):
     data: PairPreparer
     loaders: StepLoaders
     _pair_loss_pass: PairLossPass
-    pair_loss: PairLoss
+    pair_loss: PreferenceLoss
     throughput: Throughput
     first_loss: float | None
     pairs_trained: int

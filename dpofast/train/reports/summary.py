@@ -19,7 +19,7 @@ from dpofast.train.data.stream import RunStream
 from dpofast.train.data.training_set import TrainingSet
 from dpofast.train.reference.run_reference import RunReference
 from dpofast.train.steps.loaders import StepLoaders, packing_summary
-from dpofast_kernels import PairLoss
+from dpofast_kernels import PreferenceLoss
 
 
 def reference_summary(reference: RunReference) -> dict[str, Any]:
@@ -42,7 +42,7 @@ def run_summary(
     loaders: StepLoaders,
     datasets: Sequence[TrainingSet],
     plan: StepSampler | None,
-    loss: PairLoss,
+    loss: PreferenceLoss,
     mixed_precision: str,
 ) -> dict[str, Any]:
     """The facts that every run reports: reference, data, settings, memory, versions, hardware.

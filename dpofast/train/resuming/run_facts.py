@@ -26,7 +26,7 @@ from dpofast.train.data.dataset import RunDataset
 from dpofast.train.data.training_set import TrainingSet
 from dpofast.train.exchange import exchange
 from dpofast.zero.weights import gathered
-from dpofast_kernels import PairLoss
+from dpofast_kernels import PreferenceLoss
 
 # Options of an adapter that say where it came from, or how its first weights are drawn.
 ADAPTER_ORIGIN = frozenset(
@@ -118,7 +118,7 @@ def given_facts(trainer: Any, has_optimizer: bool, has_schedule: bool) -> dict[s
     return facts | {"loss_fn": loss_name(trainer.pair_loss)}
 
 
-def loss_name(loss: PairLoss) -> str | None:
+def loss_name(loss: PreferenceLoss) -> str | None:
     """The name of a loss_fn; None for a loss of the library."""
     function = getattr(loss, "function", None)
     if function is None:

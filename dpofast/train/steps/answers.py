@@ -18,6 +18,7 @@ from dpofast.model.parts import causal_lm
 from dpofast.model.router import add_router_loss
 from dpofast.monitor.kl import KL
 from dpofast.monitor.metrics import MetricSums
+from dpofast.train.steps.coupled import CoupledPairs
 from dpofast.train.steps.micro_batches import PairLossPass
 from dpofast_kernels import SEQUENCE_METRIC_NAMES, Answers, PairLossOutput, sum_per_sequence
 
@@ -48,9 +49,14 @@ class AnswerLossPass(PairLossPass):
         return {**means, MARGINS: means[CHOSEN] - means[REJECTED]}
 
     def __call__(
-        self, wrapped: nn.Module, batch: PackedPairs, loss: Any, sums: MetricSums
+        self,
+        wrapped: nn.Module,
+        batch: PackedPairs,
+        loss: Any,
+        sums: MetricSums,
+        coupled: CoupledPairs | None = None,
     ) -> PairLossOutput:
-        """As PairLossPass, with PackedAnswers and an UnpairedLoss.
+        """As PairLossPass, with PackedAnswers and an UnpairedLoss, which couples no pairs.
 
         Raises:
             ConfigError: the step hasn't estimated z.

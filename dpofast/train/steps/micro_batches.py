@@ -23,7 +23,9 @@ from dpofast.monitor.kl import kl_sums
 from dpofast.monitor.metrics import MetricSums
 from dpofast.monitor.set_metrics import set_metrics
 from dpofast.train.own.metrics import MEASURED, NLL, OwnMetrics
-from dpofast_kernels import METRIC_NAMES, PairExtras, PairLoss, PairLossOutput
+from dpofast.train.steps.coupled import CoupledPairs, same_dropout
+from dpofast.train.steps.token_metrics import statistics_of, token_metric_sums
+from dpofast_kernels import METRIC_NAMES, PairExtras, PairLoss, PairLossOutput, PairWeighting
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,6 +39,8 @@ class PairLossPass:
         device: device of the policy.
         own_metrics: the user's metrics, if there are any.
         likelihood: likelihood terms of the loss.
+        weighting: WPO's weights of the pairs, if they have any.
+        token_metrics: names of the metrics that are means over tokens.
     """
 
     model: nn.Module
@@ -45,6 +49,8 @@ class PairLossPass:
     device: torch.device
     own_metrics: OwnMetrics | None = None
     likelihood: Likelihood = NO_LIKELIHOOD
+    weighting: PairWeighting | None = None
+    token_metrics: tuple[str, ...] = ()
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -56,7 +62,12 @@ class PairLossPass:
         return means
 
     def __call__(
-        self, wrapped: nn.Module, batch: PackedPairs, loss: PairLoss, sums: MetricSums
+        self,
+        wrapped: nn.Module,
+        batch: PackedPairs,
+        loss: PairLoss,
+        sums: MetricSums,
+        coupled: CoupledPairs | None = None,
     ) -> PairLossOutput:
         """One forward pass inside `micro_batch`; gradients are recorded.
 
@@ -65,32 +76,49 @@ class PairLossPass:
             batch: scored pairs, on any device.
             loss: the loss of each pair.
             sums: gets the batch's metrics.
+            coupled: what a coupled loss asks of the pairs in addition.
 
         Returns:
             The loss summed over the batch's pairs, auxiliary loss included, and the other fields of
             PairLossOutput.
         """
         batch = batch.to(self.device)
-        with self.autocast():
-            results = run_batch(wrapped, batch, self._task(batch, loss), self.router_loss)
+        task = self.task(batch, loss)
+        if coupled is not None:
+            task = replace(task, extras=coupled.added_to(task.extras))
+        with same_dropout(coupled), self.autocast():
+            results = run_batch(wrapped, batch, task, self.router_loss)
+        if coupled is not None:
+            # The coefficients' sum has the gradients, but the loss another value.
+            summed, logps, *rest = results
+            linear = (coupled.coefficients * logps[: 2 * batch.num_pairs]).sum()
+            results = (summed + (coupled.losses.sum() - linear), logps, *rest)
         output, more = add_router_loss(results, self.router_loss, batch.num_pairs)
         if batch.coefficients is not None:
             more |= {NLL: self._mean_nll(output, batch)}
-            output = replace(output, logps=output.logps[: 2 * batch.num_pairs])
+            output = _of_answers(output, batch.num_pairs)
         metrics = dict(zip(METRIC_NAMES, output.metrics, strict=True))
         if self.own_metrics is not None:
             metrics |= self.own_metrics(output, batch)
-        counts: dict[str, Tensor] = {}
+        of_tokens, counts = token_metric_sums(self.token_metrics, output.statistics, batch.lengths)
+        more |= of_tokens
         if not loss.is_reference_free:
             assert batch.ref_logps is not None
             kl, tokens = kl_sums(output.logps, batch.ref_logps, batch.bounds)
-            more, counts = more | kl, dict.fromkeys(kl, tokens)
+            more, counts = more | kl, counts | dict.fromkeys(kl, tokens)
         sums.add({**metrics, **more, "loss": output.loss}, batch.num_pairs, counts)
         if batch.sets is not None:
-            self._add_sets(batch, loss, output, metrics, sums)
+            if coupled is not None:
+                losses = coupled.losses
+            elif batch.num_pairs:
+                losses, *_ = batch_losses(loss, output.logps, batch, output.pair_weights)
+            else:
+                losses = output.logps  # a user's own loss is never called without pairs
+            self._add_sets(batch, {**metrics, "loss": losses}, sums)
         return output
 
-    def _task(self, batch: PackedPairs, loss: PairLoss) -> PairLossTask:
+    def task(self, batch: PackedPairs, loss: PairLoss) -> PairLossTask:
+        """What the head computes of a micro-batch, which is on the model's device."""
         ref_logps, pairs = batch.ref_logps, None
         assert ref_logps is not None
         if batch.prompts is not None:
@@ -100,6 +128,7 @@ class PairLossPass:
         extras = PairExtras(
             *(pairs, batch.weights, batch.label_confidence),
             *(batch.coefficients, batch.token_weights),
+            *(self.weighting, statistics_of(self.token_metrics)),
         )
         options = head_options(causal_lm(self.model).config)
         return PairLossTask(batch.labels, batch.bounds, ref_logps, loss, options, extras)
@@ -109,24 +138,25 @@ class PairLossPass:
         assert batch.coefficients is not None
         return (batch.coefficients * output.logps).sum() / self.likelihood.weight
 
-    def _add_sets(
-        self,
-        batch: PackedPairs,
-        loss: PairLoss,
-        output: PairLossOutput,
-        metrics: dict[str, Tensor],
-        sums: MetricSums,
-    ) -> None:
+    def _add_sets(self, batch: PackedPairs, metrics: dict[str, Tensor], sums: MetricSums) -> None:
         """Count the metrics of each dataset of a mixture."""
-        # A user's own loss is never called without pairs.
-        losses = batch_losses(loss, output.logps, batch)[0] if batch.num_pairs else output.logps
-        values, counts = set_metrics(batch, metrics | {"loss": losses})
+        values, counts = set_metrics(batch, metrics)
         if taken := sorted(values.keys() & metrics.keys()):
             raise ConfigError(
                 f"metrics_fn: the names {', '.join(taken)} are those of a dataset's metrics; "
                 "choose others."
             )
         sums.add(values, 0, counts)
+
+
+def _of_answers(output: PairLossOutput, num_pairs: int) -> PairLossOutput:
+    """The output without the sequences after the answers, which are prompts."""
+    statistics = output.statistics
+    return replace(
+        output,
+        logps=output.logps[: 2 * num_pairs],
+        statistics=None if statistics is None else statistics[:, : 2 * num_pairs],
+    )
 
 
 def gradient_exchange(

@@ -13,7 +13,7 @@ from dpofast.monitor.kl import DRIFT
 from dpofast.monitor.metrics import MetricSums
 from dpofast.options.config import DPOConfig
 from dpofast.train.steps.betas import BetaSchedule, KLController, make_betas
-from dpofast_kernels import PairLoss
+from dpofast_kernels import PreferenceLoss
 
 
 class MovesBeta:
@@ -25,7 +25,7 @@ class MovesBeta:
     user_args: Any
     args: DPOConfig
     state: TrainerState
-    pair_loss: PairLoss
+    pair_loss: PreferenceLoss
     _betas: BetaSchedule | KLController | None = None
     _drift: Tensor | None = None  # [2] fp64: sum over this rank's answers of the step, and tokens
 
@@ -48,7 +48,7 @@ class MovesBeta:
         """What a checkpoint keeps, as JSON types; None if beta follows from the step's number."""
         return self._betas.recorded() if isinstance(self._betas, KLController) else None
 
-    def step_loss(self) -> PairLoss:
+    def step_loss(self) -> PreferenceLoss:
         """The loss with the beta of the training step that is running, or comes next.
 
         Raises:

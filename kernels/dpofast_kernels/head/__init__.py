@@ -20,11 +20,13 @@ How a call travels through the files, from the public op down to one chunk of ro
     tiled           the PyTorch back end, default on a CPU
     |-- matmul      the three matrix products, accumulated in fp32
     |-- sequences   sums of per-token log-probs over sequences
+    |-- statistics  entropy and other numbers of each row's softmax, if asked for
 
-`linear_logps` and `linear_scores` skip one_pass. On a GPU, rows_triton or fused_triton replaces
-tiled. Both use pairs_triton for the loss and logits_triton for what their kernels share; launch
-reads the launch parameters of each kernel. naive computes all logits at once, and tests compare
-every back end with it.
+`linear_logps`, `linear_scores` and `linear_statistics` skip one_pass. On a GPU, rows_triton or
+fused_triton replaces tiled; tiles_triton has the kernels of fused_triton. Both back ends use
+pairs_triton for the loss, and logits_triton and statistics_triton for what their kernels share;
+launch reads the launch parameters of each kernel. naive computes all logits at once, and tests
+compare every back end with it.
 
 A row here is a row of hidden states: one scored token.
 """
@@ -32,7 +34,12 @@ A row here is a row of hidden states: one scored token.
 from __future__ import annotations
 
 from dpofast_kernels.head.backends import backend_for
-from dpofast_kernels.head.dispatch import linear_logps, linear_pair_loss, linear_scores
+from dpofast_kernels.head.dispatch import (
+    linear_logps,
+    linear_pair_loss,
+    linear_scores,
+    linear_statistics,
+)
 from dpofast_kernels.head.options import (
     HEAD_VERSION,
     SEQUENCE_METRIC_NAMES,
@@ -44,10 +51,12 @@ from dpofast_kernels.head.options import (
 )
 from dpofast_kernels.head.sequence_loss import linear_sequence_loss
 from dpofast_kernels.head.sequences import sum_per_sequence
+from dpofast_kernels.head.statistics import STATISTICS
 
 __all__ = [
     "HEAD_VERSION",
     "SEQUENCE_METRIC_NAMES",
+    "STATISTICS",
     "Answers",
     "HeadOptions",
     "PairExtras",
@@ -58,5 +67,6 @@ __all__ = [
     "linear_pair_loss",
     "linear_scores",
     "linear_sequence_loss",
+    "linear_statistics",
     "sum_per_sequence",
 ]

@@ -7,7 +7,7 @@ own dtypes, without being rounded to the compute dtype in between.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from dpofast_kernels.head.chunked import ChunkedHead, Gradients, Wanted
 from dpofast_kernels.head.one_pass import one_pass
-from dpofast_kernels.head.options import HeadOptions
+from dpofast_kernels.head.options import HeadOptions, PairLossOutput
 from dpofast_kernels.head.pairs import Pairs
 from dpofast_kernels.head.singles import Singles
 
@@ -32,6 +32,7 @@ class HeadCall:
         backend: "torch", "triton" or "triton_fused".
         grad_enabled: whether autograd records this call.
         pairs: pairs or single answers, and their loss; None for per-token log-probs.
+        statistics: names of the statistics that are wanted, see `STATISTICS`.
     """
 
     labels: Tensor
@@ -40,11 +41,19 @@ class HeadCall:
     backend: str
     grad_enabled: bool
     pairs: Pairs | Singles | None = None
+    statistics: tuple[str, ...] = ()
 
     def head(self, hidden_states: Tensor, weight: Tensor, keep: bool) -> ChunkedHead:
         """The chunked head of this call; `keep` says whether gradients will be asked for."""
         return ChunkedHead(
-            hidden_states, weight, self.labels, self.options, self.dtype, self.backend, keep
+            hidden_states,
+            weight,
+            self.labels,
+            self.options,
+            self.dtype,
+            self.backend,
+            keep,
+            self.statistics,
         )
 
 
@@ -52,8 +61,8 @@ def forward_only(
     hidden_states: Tensor,  # [N, H]
     weight: Tensor,  # [V, H]
     call: HeadCall,
-) -> tuple[Tensor, Tensor]:
-    """Per-token log-probs and log-sum-exps, [N] each, without gradient."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Per-token log-probs and log-sum-exps, [N] each, and statistics [K, N], without gradient."""
     with torch.autocast(hidden_states.device.type, enabled=False):
         head = call.head(hidden_states, weight, keep=False)
         scored = [head.score(rows) for rows in head.row_chunks(0, len(call.labels))]
@@ -61,7 +70,9 @@ def forward_only(
     nothing = hidden_states.new_empty(0, dtype=head.dtype)
     logps = [nothing, *(chunk.per_token_logps for chunk in scored)]
     logsumexps = [nothing, *(chunk.logsumexps for chunk in scored if chunk.logsumexps is not None)]
-    return torch.cat(logps), torch.cat(logsumexps)
+    statistics = [nothing.new_empty(len(call.statistics), 0)]
+    statistics += [chunk.statistics for chunk in scored if chunk.statistics is not None]
+    return torch.cat(logps), torch.cat(logsumexps), torch.cat(statistics, 1)
 
 
 class LinearLogps(torch.autograd.Function):
@@ -99,7 +110,7 @@ class LinearLogps(torch.autograd.Function):
 
 
 class LinearPairLoss(torch.autograd.Function):
-    """Summed loss, summed logps and metrics; the forward computes the gradients, too.
+    """The fields of a PairLossOutput; the forward computes the gradients, too.
 
     The gradients stay in fp32 until they are multiplied by the upstream gradient. The upstream
     gradient can contain a loss scale, without which small gradients would vanish in fp16.
@@ -112,15 +123,16 @@ class LinearPairLoss(torch.autograd.Function):
         weight: Tensor,  # [V, H]
         bias: Tensor | None,  # [V]
         call: HeadCall,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor | None, ...]:
         ctx.call = call
         # As in LinearLogps, the labels are saved only to notice that they were overwritten.
         ctx.save_for_backward(hidden_states, weight, bias, call.labels)
         # needs_input_grad is true even under no_grad, where nobody will ask for the gradients.
         wanted = Wanted(*(needed and call.grad_enabled for needed in ctx.needs_input_grad[:3]))
-        loss, logps, metrics, ctx.gradients = _run_one_pass(call, hidden_states, weight, wanted)
-        ctx.mark_non_differentiable(logps, metrics)
-        return loss, logps, metrics
+        output, ctx.gradients = _run_one_pass(call, hidden_states, weight, wanted)
+        loss, *others = (getattr(output, field.name) for field in fields(output))
+        ctx.mark_non_differentiable(*(other for other in others if other is not None))
+        return loss, *others
 
     @staticmethod
     @once_differentiable
@@ -141,7 +153,7 @@ class LinearPairLoss(torch.autograd.Function):
 
 def _run_one_pass(
     call: HeadCall, hidden_states: Tensor, weight: Tensor, wanted: Wanted
-) -> tuple[Tensor, Tensor, Tensor, Gradients | None]:
+) -> tuple[PairLossOutput, Gradients | None]:
     assert call.pairs is not None
     with torch.autocast(hidden_states.device.type, enabled=False):
         return one_pass(call.head(hidden_states, weight, bool(wanted)), call.pairs, wanted)
@@ -174,6 +186,6 @@ def _as_inputs(
 
 # PyTorch gives `Function.apply` no type.
 apply_linear_logps: Callable[[Tensor, Tensor, Tensor | None, HeadCall], Tensor] = LinearLogps.apply
-apply_linear_pair_loss: Callable[
-    [Tensor, Tensor, Tensor | None, HeadCall], tuple[Tensor, Tensor, Tensor]
-] = LinearPairLoss.apply
+apply_linear_pair_loss: Callable[[Tensor, Tensor, Tensor | None, HeadCall], tuple[Any, ...]] = (
+    LinearPairLoss.apply
+)

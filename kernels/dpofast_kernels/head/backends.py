@@ -48,23 +48,26 @@ def backend_for(tensor: Tensor, options: HeadOptions = DEFAULT_OPTIONS) -> str:
     return options.backend
 
 
-def row_ops(backend: str, weight: Tensor, options: HeadOptions) -> RowOps:
+def row_ops(
+    backend: str, weight: Tensor, options: HeadOptions, statistics: tuple[str, ...] = ()
+) -> RowOps:
     """The row operations of a back end for one weight [V, H].
 
     Args:
         backend: "torch", "triton" or "triton_fused".
         weight: [V, H], in the dtype to compute in.
         options: what the model does to its logits.
+        statistics: names of the statistics that `score` computes, see `STATISTICS`.
     """
     if backend == "triton":
         from dpofast_kernels.head.rows_triton import TritonRows
 
-        return TritonRows(weight, options)
+        return TritonRows(weight, options, statistics)
     if backend == "triton_fused":
         from dpofast_kernels.head.fused_triton import FusedRows
 
-        return FusedRows(weight, options)
-    return TorchRows(weight, options)
+        return FusedRows(weight, options, statistics)
+    return TorchRows(weight, options, statistics)
 
 
 def _has_triton() -> bool:

@@ -96,6 +96,7 @@ class ChunkedHead:
         dtype: dtype to compute in.
         backend: "torch", "triton" or "triton_fused".
         keep: whether gradients will be asked for.
+        statistics: names of the statistics that `score` computes, see `STATISTICS`.
     """
 
     def __init__(
@@ -107,6 +108,7 @@ class ChunkedHead:
         dtype: torch.dtype,
         backend: str,
         keep: bool,
+        statistics: tuple[str, ...] = (),
     ) -> None:
         self.hidden_states, self.weight = hidden_states.to(dtype), weight.to(dtype)
         self.labels, self.keep = labels, keep
@@ -115,7 +117,7 @@ class ChunkedHead:
             # The bias is rounded to the compute dtype like the other inputs. Then it is upcast,
             # because it is added to fp32 (or fp64) logits.
             options = replace(options, bias=options.bias.to(dtype).to(self.dtype))
-        self.ops = row_ops(backend, self.weight, options)
+        self.ops = row_ops(backend, self.weight, options, statistics)
         self._workspace_dtype = self.ops.workspace_dtype(keep)
         self.max_rows = max_chunk_rows(
             self.weight, self._workspace_dtype, options.workspace_bytes, self.ops.vocab_major

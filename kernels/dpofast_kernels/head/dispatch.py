@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -25,10 +26,12 @@ from dpofast_kernels.head.inputs import (
 from dpofast_kernels.head.naive import (
     naive_linear_logps,
     naive_linear_scores,
+    naive_linear_statistics,
     naive_pair_loss,
 )
 from dpofast_kernels.head.options import NO_EXTRAS, HeadOptions, PairExtras, PairLossOutput
 from dpofast_kernels.head.pairs import Incidence, Pairs
+from dpofast_kernels.head.statistics import STATISTICS, check_statistics
 from dpofast_kernels.preference import PairLoss
 
 
@@ -115,7 +118,62 @@ def linear_scores(
         if backend == "naive":
             return _naive(naive_linear_scores, hidden_states, weight, labels, options, dtype)
         call = HeadCall(labels, options, dtype, backend, grad_enabled=False)
-        return torch.stack(forward_only(hidden_states, weight, call))
+        return torch.stack(forward_only(hidden_states, weight, call)[:2])
+
+
+def linear_statistics(
+    hidden_states: Tensor,  # [N, H]
+    weight: Tensor,  # [V, H]
+    labels: Tensor,  # [N]
+    statistics: tuple[str, ...] = STATISTICS,
+    options: HeadOptions = DEFAULT_OPTIONS,
+) -> Tensor:
+    """Statistics of the softmax p of each row's finished logits z; forward only.
+
+    Args:
+        hidden_states: [N, H].
+        weight, labels, options: as in `linear_logps`.
+        statistics: K names, at least one:
+            "entropy": -sum(p ln p) over the vocabulary, in nats.
+            "mean_logit": the mean of z over the vocabulary. It is -inf if a bias rules a token out
+                and no cap makes its logit finite.
+            "is_top": 1 if the label's logit is the maximum, else 0. At a tie it is 1, where argmax
+                would pick the first token.
+            "log_sum_p2": ln sum(p^2) over the vocabulary. WPO subtracts it from the label's
+                log-prob (arXiv:2406.11827, equation 2).
+
+    Returns:
+        [K, N] fp32 (fp64 for fp64 inputs), in the order of `statistics`, without gradient.
+
+    Raises:
+        ValueError, RuntimeError: as in `linear_logps`.
+        ValueError: a statistic is unknown or named twice, or none is named.
+        TypeError: `statistics` is not a tuple of strings.
+
+    Numerics: sums over blocks of the vocabulary are in fp32 (fp64 for fp64 inputs), formulas on
+    sums in fp64. If the label has nearly all probability, the small entropy keeps its digits.
+
+    Example:
+        >>> import torch
+        >>> from dpofast_kernels import linear_statistics
+        >>> hidden_states, weight = torch.zeros(3, 16), torch.zeros(4, 16)  # N 3, H 16, V 4
+        >>> labels = torch.tensor([3, 0, 2])
+        >>> linear_statistics(hidden_states, weight, labels, ("entropy", "log_sum_p2"))
+        tensor([[ 1.3863,  1.3863,  1.3863],
+                [-1.3863, -1.3863, -1.3863]])
+    """
+    check_head_inputs(hidden_states, weight, labels, options)
+    check_statistics(statistics)
+    if not statistics:
+        raise ValueError(f"statistics is empty: name at least one of {', '.join(STATISTICS)}.")
+    backend = backend_for(hidden_states, options)
+    dtype = compute_dtype(hidden_states, weight)
+    with torch.no_grad():
+        if backend == "naive":
+            op = partial(naive_linear_statistics, statistics=statistics)
+            return _naive(op, hidden_states, weight, labels, options, dtype)
+        call = HeadCall(labels, options, dtype, backend, grad_enabled=False, statistics=statistics)
+        return forward_only(hidden_states, weight, call)[2]
 
 
 def linear_pair_loss(
@@ -131,7 +189,7 @@ def linear_pair_loss(
     """Loss summed over pairs; log-probs, loss and gradients come from one pass over the logits.
 
     The loss is sum over pairs of weight * loss(chosen, rejected), plus sum over sequences of
-    coefficient * logp.
+    coefficient * logp. With a weighting, the weight of a pair is multiplied with WPO's weight.
 
     Args:
         hidden_states: [N, H], one for each scored token; fp64, fp32, bf16 or fp16.
@@ -145,10 +203,12 @@ def linear_pair_loss(
         loss: a loss from `make_loss` or `make_custom_loss`, or any other `PairLoss`. `ZeroLoss`
             trains the coefficients only.
         options: what the model does to its logits, and the back end.
-        extras: which sequences the pairs are, weights, soft labels and coefficients.
+        extras: which sequences the pairs are, weights, soft labels and coefficients, and statistics
+            to sum over each sequence.
 
     Returns:
-        The loss (differentiable once), the summed log-probs [S] and the metrics [8, P].
+        The loss (differentiable once), the summed log-probs [S] and the metrics [8, P]; and, if
+        asked for, summed statistics [K, S] and WPO's weights [P].
 
     Raises:
         ValueError: shapes, dtypes or devices don't match, the bounds don't cover the rows, a
@@ -179,13 +239,36 @@ def linear_pair_loss(
     check_head_inputs(hidden_states, weight, labels, options)
     limits = check_pairs(bounds, ref_logps, loss, len(labels), extras)
     pairs = _pairs_on(hidden_states.device, bounds, limits, ref_logps, loss, extras)
+    output = _pair_loss(hidden_states, weight, labels, options, pairs)
+    return _as_asked(output, len(extras.statistics))
+
+
+def _pair_loss(
+    hidden_states: Tensor,  # [N, H]
+    weight: Tensor,  # [V, H]
+    labels: Tensor,  # [N]
+    options: HeadOptions,
+    pairs: Pairs,
+) -> PairLossOutput:
     backend = backend_for(hidden_states, options)
-    dtype = compute_dtype(hidden_states, weight)
+    dtype, names = compute_dtype(hidden_states, weight), pairs.statistics
     if backend == "naive":
-        per_token_logps = _naive(naive_linear_logps, hidden_states, weight, labels, options, dtype)
-        return naive_pair_loss(per_token_logps, pairs)
-    call = HeadCall(labels, options, dtype, backend, torch.is_grad_enabled(), pairs)
+        inputs = (hidden_states, weight, labels, options, dtype)
+        per_token_logps, statistics = _naive(naive_linear_logps, *inputs), None
+        if names:
+            op = partial(naive_linear_statistics, statistics=names)
+            statistics = _naive(op, *inputs).detach()
+        return naive_pair_loss(per_token_logps, pairs, statistics)
+    call = HeadCall(labels, options, dtype, backend, torch.is_grad_enabled(), pairs, names)
     return PairLossOutput(*apply_linear_pair_loss(hidden_states, weight, options.bias, call))
+
+
+def _as_asked(output: PairLossOutput, num_statistics: int) -> PairLossOutput:
+    """The output without the statistics after the first ones, which only the weighting needed."""
+    statistics = output.statistics
+    if statistics is None or len(statistics) == num_statistics:
+        return output
+    return replace(output, statistics=statistics[:num_statistics] if num_statistics else None)
 
 
 def _pairs_on(
@@ -204,7 +287,9 @@ def _pairs_on(
     def moved_if_any(tensor: Tensor | None) -> Tensor | None:
         return None if tensor is None else moved(tensor)
 
-    of_pairs, confidence = extras.pairs, extras.label_confidence
+    of_pairs, confidence, names = extras.pairs, extras.label_confidence, extras.statistics
+    if extras.weighting is not None and "log_sum_p2" not in names:
+        names = (*names, "log_sum_p2")
     return Pairs(
         bounds.to(device, non_blocking=True),
         limits,
@@ -215,6 +300,8 @@ def _pairs_on(
         smoothing=None if confidence is None else 1.0 - moved(confidence),
         coefficients=moved_if_any(extras.coefficients),
         token_weights=moved_if_any(extras.token_weights),
+        weighting=extras.weighting,
+        statistics=names,
     )
 
 

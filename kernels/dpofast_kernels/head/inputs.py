@@ -15,7 +15,14 @@ from torch import Tensor
 from dpofast_kernels.head.dtypes import accumulate_dtype
 from dpofast_kernels.head.options import NO_EXTRAS, Answers, HeadOptions, PairExtras
 from dpofast_kernels.head.sequences import check_bounds
-from dpofast_kernels.preference import PairLoss, UnpairedLoss
+from dpofast_kernels.head.statistics import check_statistics
+from dpofast_kernels.preference import (
+    CoupledLoss,
+    PairLoss,
+    PairWeighting,
+    PreferenceLoss,
+    UnpairedLoss,
+)
 
 # Environment variable: 1 checks labels on GPUs, too, although the host has to wait for it.
 CHECK_LABELS = "DPOFAST_CHECK_LABELS"
@@ -119,7 +126,7 @@ def check_labels(labels: Tensor, vocab_size: int, scored: Tensor | None = None) 
 def check_pairs(
     bounds: Tensor,  # [S+1]
     ref_logps: Tensor,  # [S]
-    loss: PairLoss,
+    loss: PreferenceLoss,
     num_rows: int,
     extras: PairExtras = NO_EXTRAS,
 ) -> list[int]:
@@ -136,14 +143,17 @@ def check_pairs(
         The bounds as a list.
 
     Raises:
-        TypeError: an argument is not a tensor, or loss is not a PairLoss.
+        TypeError: an argument is not a tensor, loss is not a PairLoss, or weighting is not a
+            PairWeighting.
         ValueError: an odd number of sequences, an empty sequence, bounds that don't cover the rows,
             pairs that aren't two sequences, not one reference log-prob for each sequence, or an
             extra of a wrong shape, dtype or value.
     """
     _check_types(bounds=bounds, ref_logps=ref_logps)
     if not isinstance(loss, PairLoss):
-        raise TypeError(f"loss is a {type(loss).__name__}, expected one from make_loss.")
+        couples = isinstance(loss, CoupledLoss)
+        which = ", which couples pairs: find its derivatives first" if couples else ""
+        raise TypeError(f"loss is a {type(loss).__name__}{which}, expected one from make_loss.")
     limits = check_bounds(bounds, num_rows)
     num_sequences, pairs = len(limits) - 1, extras.pairs
     if pairs is not None:
@@ -167,6 +177,11 @@ def check_pairs(
         )
     num_pairs = num_sequences // 2 if pairs is None else len(pairs)
     _check_factors(extras, loss, num_pairs, num_sequences, num_rows)
+    check_statistics(extras.statistics)
+    if not isinstance(extras.weighting, PairWeighting | None):
+        raise TypeError(
+            f"weighting is a {type(extras.weighting).__name__}, expected a PairWeighting or None."
+        )
     return limits
 
 

@@ -4,18 +4,19 @@ The gradient of a pair is d_chosen G_chosen + d_rejected G_rejected, where G is 
 sequence's log-prob, and the two factors are known last. So each G is summed by itself, in a buffer
 of the weight's size, and multiplied at the end. Fewer buffers do if the loss allows it: see
 `_summed_parts`. A unit of more than two sequences is scored first, and its logits are computed a
-second time.
+second time, together with their statistics.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from dpofast_kernels.head.chunked import ChunkedHead, Gradients
 from dpofast_kernels.head.pairs import Pairs, SequenceTerms
+from dpofast_kernels.head.rows import ScoredRows, joined_rows
 from dpofast_kernels.head.singles import Singles
 from dpofast_kernels.head.units import Chunk
 
@@ -32,7 +33,7 @@ def long_unit(
         gradients: gradients to add to; None if none are wanted.
     """
     if gradients is None:
-        return part.terms(head.ops, _scored(head, chunk))
+        return _terms(head, part, _scored(head, chunk))
     if isinstance(part, Singles):
         return _one_answer(head, part, chunk, gradients)
     if part.loss.is_zero or not chunk.num_pairs:
@@ -42,10 +43,14 @@ def long_unit(
     return _one_pair(head, part, chunk, gradients)
 
 
-def _scored(head: ChunkedHead, chunk: Chunk) -> Tensor:
-    """[n], log-probs of the unit's rows."""
+def _terms(head: ChunkedHead, part: Pairs | Singles, scored: ScoredRows) -> SequenceTerms:
+    return part.terms(head.ops, scored.per_token_logps, scored.statistics)
+
+
+def _scored(head: ChunkedHead, chunk: Chunk) -> ScoredRows:
+    """Log-probs and statistics of the unit's rows."""
     subchunks = head.row_chunks(chunk.start, chunk.end)
-    return torch.cat([head.score(rows, keep=False).per_token_logps for rows in subchunks])
+    return joined_rows([head.score(rows, keep=False) for rows in subchunks])
 
 
 def _one_answer(
@@ -53,8 +58,7 @@ def _one_answer(
 ) -> SequenceTerms:
     """A long answer by itself: the gradient of its log-prob is summed first and multiplied last."""
     own, rows = head.own_gradients(gradients, 0), slice(chunk.start, chunk.end)
-    per_token_logps = _add(head, own, rows, part.ref_logps.new_ones(chunk.num_rows))
-    terms = part.terms(head.ops, per_token_logps)
+    terms = _terms(head, part, _add(head, own, rows, part.ref_logps.new_ones(chunk.num_rows)))
     gradients.add_own(own, rows, terms.d_logps[0].to(head.dtype))
     return terms
 
@@ -62,7 +66,7 @@ def _one_answer(
 def _in_two_passes(
     head: ChunkedHead, part: Pairs, chunk: Chunk, gradients: Gradients
 ) -> SequenceTerms:
-    terms = part.terms(head.ops, _scored(head, chunk))
+    terms = _terms(head, part, _scored(head, chunk))
     _add(head, gradients, slice(chunk.start, chunk.end), part.to_rows(terms.d_logps))
     return terms
 
@@ -75,7 +79,7 @@ def _known_beforehand(
     if coefficients is None:
         coefficients = torch.zeros_like(part.ref_logps)
     rows = slice(chunk.start, chunk.end)
-    return part.terms(head.ops, _add(head, gradients, rows, part.to_rows(coefficients)))
+    return _terms(head, part, _add(head, gradients, rows, part.to_rows(coefficients)))
 
 
 def _add(
@@ -83,15 +87,15 @@ def _add(
     gradients: Gradients,
     rows: slice,
     coefficients: Tensor,  # [n]
-) -> Tensor:
-    """Add the gradients of sum(coefficients * per_token_logps); returns per_token_logps [n]."""
-    per_token_logps = []
+) -> ScoredRows:
+    """Add the gradients of sum(coefficients * per_token_logps), and return the rows' scores."""
+    found = []
     for subchunk in head.row_chunks(rows.start, rows.stop):
         scored = head.score(subchunk)
-        per_token_logps.append(scored.per_token_logps)
+        found.append(replace(scored, kept=()))
         part = coefficients[subchunk.start - rows.start : subchunk.stop - rows.start]
         head.add_gradients(gradients, subchunk, scored, part)
-    return torch.cat(per_token_logps)
+    return joined_rows(found)
 
 
 @dataclass(frozen=True, eq=False)
@@ -143,20 +147,28 @@ def _summed_parts(part: Pairs, chunk: Chunk) -> list[_SummedPart]:
 def _one_pair(head: ChunkedHead, part: Pairs, chunk: Chunk, gradients: Gradients) -> SequenceTerms:
     """A long pair in one pass: its gradients are summed first and multiplied last."""
     per_token_logps = part.ref_logps.new_zeros(chunk.num_rows, dtype=head.dtype)
+    statistics = None
+    if part.statistics:
+        statistics = per_token_logps.new_zeros(len(part.statistics), chunk.num_rows)
+    # WPO's weight depends on both answers.
+    is_by_answer = part.loss.is_by_answer and part.weighting is None
     waiting: list[tuple[_SummedPart, Gradients]] = []
     for each in _summed_parts(part, chunk):
         own = head.own_gradients(gradients, len(waiting))
         within = slice(each.rows.start - chunk.start, each.rows.stop - chunk.start)
         coefficients = part.to_rows(part.ref_logps.new_tensor(each.directions))[within]
-        per_token_logps[within] = _add(head, own, each.rows, coefficients)
-        if part.loss.is_by_answer:
+        scored = _add(head, own, each.rows, coefficients)
+        per_token_logps[within] = scored.per_token_logps
+        if statistics is not None and scored.statistics is not None:
+            statistics[:, within] = scored.statistics
+        if is_by_answer:
             # This answer's derivative doesn't depend on the other answer, which may not be scored
             # yet. So the buffer is free for the other one.
-            terms = part.terms(head.ops, per_token_logps)
+            terms = part.terms(head.ops, per_token_logps, statistics)
             gradients.add_own(own, each.rows, each.factor(terms.d_logps).to(head.dtype))
         else:
             waiting.append((each, own))
-    terms = part.terms(head.ops, per_token_logps)
+    terms = part.terms(head.ops, per_token_logps, statistics)
     for each, own in waiting:
         gradients.add_own(own, each.rows, each.factor(terms.d_logps).to(head.dtype))
     return terms

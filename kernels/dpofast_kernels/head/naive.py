@@ -56,19 +56,48 @@ def naive_linear_scores(
     return torch.stack([naive_linear_logps(hidden_states, weight, labels, options), logsumexps])
 
 
+def naive_linear_statistics(
+    hidden_states: Tensor,  # [N, H]
+    weight: Tensor,  # [V, H]
+    labels: Tensor,  # [N]
+    options: HeadOptions,
+    statistics: tuple[str, ...],
+) -> Tensor:
+    """[K, N] statistics of each row's softmax; see `linear_statistics`."""
+    logits = naive_logits(hidden_states, weight, options)  # [N, V]
+    probs, vocab_logps = logits.softmax(-1), logits.log_softmax(-1)
+    target_logits = logits.gather(-1, labels[:, None])[:, 0]
+    found = {
+        # A token that a bias of -inf rules out counts 0, where 0 * -inf would be NaN.
+        "entropy": -torch.where(probs != 0.0, probs * vocab_logps, 0.0).sum(-1),
+        "mean_logit": logits.mean(-1),
+        "is_top": (target_logits == logits.amax(-1)).to(logits.dtype),
+        "log_sum_p2": (2.0 * vocab_logps).logsumexp(-1),
+    }
+    return torch.stack([found[name] for name in statistics])
+
+
 def naive_pair_loss(
     per_token_logps: Tensor,  # [N]
     pairs: Pairs,
+    statistics: Tensor | None,  # [K, N]
 ) -> PairLossOutput:
     """The loss of given per-token log-probs, summed over pairs; see `linear_pair_loss`."""
+    pair_weights = pairs.pair_weights(per_token_logps, statistics)
     if pairs.token_weights is not None:
         per_token_logps = per_token_logps * pairs.token_weights
     logps = segment_sums(per_token_logps, pairs.bounds)  # [S]
     losses, _, _ = pairs.pair_losses(logps)  # [P]
-    loss = losses.sum() if pairs.weights is None else (losses * pairs.weights).sum()
+    for weights in (pairs.weights, pair_weights):
+        if weights is not None:
+            losses = losses * weights
+    loss = losses.sum()
     if pairs.coefficients is not None:
         loss = loss + (logps * pairs.coefficients).sum()
-    return PairLossOutput(loss, logps.detach(), pairs.metrics(logps.detach()))
+    return PairLossOutput(
+        *(loss, logps.detach(), pairs.metrics(logps.detach())),
+        *(pairs.summed_statistics(statistics), pair_weights),
+    )
 
 
 def naive_sequence_loss(

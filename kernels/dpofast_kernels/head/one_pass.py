@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dpofast_kernels.head.chunked import ChunkedHead, Gradients, Wanted
 from dpofast_kernels.head.long_units import long_unit
+from dpofast_kernels.head.options import PairLossOutput
 from dpofast_kernels.head.pairs import Pairs, SequenceTerms
 from dpofast_kernels.head.singles import Singles
 from dpofast_kernels.head.units import Chunk, join_units
@@ -20,13 +21,8 @@ from dpofast_kernels.head.units import Chunk, join_units
 
 def one_pass(
     head: ChunkedHead, pairs: Pairs | Singles, wanted: Wanted
-) -> tuple[Tensor, Tensor, Tensor, Gradients | None]:
-    """The loss, summed over all pairs or single answers, and its gradients.
-
-    Returns:
-        Summed loss [] fp64, summed logps [S] fp64, metrics [8, P] or [2, S] fp64, and the
-        gradients, or None if no gradient is wanted.
-    """
+) -> tuple[PairLossOutput, Gradients | None]:
+    """The loss of pairs or single answers, summed, and its gradients; None if none is wanted."""
     gradients = head.new_gradients(wanted) if wanted else None
     chunks = list(join_units(pairs.units(), head.max_rows))
     terms_of: dict[Chunk, SequenceTerms] = {}
@@ -41,13 +37,32 @@ def one_pass(
     if gradients is not None:
         gradients.fill_empty()
     terms = [terms_of[chunk] for chunk in chunks]  # back in the order of the sequences
-    if not chunks:
-        terms = [pairs.terms(head.ops, pairs.ref_logps.new_zeros(0))]
+    return _joined(terms, pairs), gradients
+
+
+def _joined(terms: list[SequenceTerms], pairs: Pairs | Singles) -> PairLossOutput:
+    if not terms:
+        empty = pairs.ref_logps.new_zeros(pairs.num_metrics, 0)
+        return PairLossOutput(
+            *(empty.sum(), empty[0], empty),
+            empty.new_zeros(len(pairs.statistics), 0) if pairs.statistics else None,
+            None if pairs.weighting is None else empty[0],
+        )
     loss = torch.cat([term.losses for term in terms]).sum()
     logps = torch.cat([term.logps for term in terms])
     if pairs.coefficients is not None:
         loss = loss + (pairs.coefficients * logps).sum()
-    return loss, logps, torch.cat([term.metrics for term in terms], 1), gradients
+    return PairLossOutput(
+        *(loss, logps, torch.cat([term.metrics for term in terms], 1)),
+        _cat_if_any([term.statistics for term in terms]),
+        _cat_if_any([term.pair_weights for term in terms]),
+    )
+
+
+def _cat_if_any(parts: list[Tensor | None]) -> Tensor | None:
+    """The parts joined in their last dimension; either all of them or none are None."""
+    given = [part for part in parts if part is not None]
+    return torch.cat(given, -1) if given else None
 
 
 def _whole_chunk(
@@ -56,7 +71,7 @@ def _whole_chunk(
     """Units that fit into one chunk, the usual case: score, loss, gradients."""
     rows = slice(chunk.start, chunk.end)
     scored = head.score(rows)
-    terms = part.terms(head.ops, scored.per_token_logps)
+    terms = part.terms(head.ops, scored.per_token_logps, scored.statistics)
     if gradients is not None:
         head.add_gradients(gradients, rows, scored, part.to_rows(terms.d_logps))
     return terms

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from dpofast_kernels.preference import PairWeighting
 
 # Version of the log-probs that the head computes, and part of the identity of a stored reference.
 # Increase it whenever log-probs change by more than rounding. Log-probs stored under another
@@ -95,6 +98,9 @@ class PairExtras:
         coefficients: [S] what each nat of a sequence's log-prob adds to the loss; None for 0.
         token_weights: [N] factor of each token's log-prob within its sequence's; None for 1. The
             reference's log-probs are expected to be weighted already.
+        weighting: multiplies each pair's loss with WPO's weight, in addition to `weights`; None for
+            no such weight. Coefficients aren't weighted.
+        statistics: names of `STATISTICS`, whose sums over each sequence are computed, too.
     """
 
     pairs: Tensor | None = None
@@ -102,13 +108,15 @@ class PairExtras:
     label_confidence: Tensor | None = None
     coefficients: Tensor | None = None
     token_weights: Tensor | None = None
+    weighting: PairWeighting | None = None
+    statistics: tuple[str, ...] = ()
 
     def to(self, device: torch.device | str) -> PairExtras:
         """Copy to a device, without waiting; except the pairs, by which chunks are cut."""
-        moved = {
+        moved: dict[str, Any] = {
             field.name: value.to(device, non_blocking=True)
             for field in fields(self)
-            if field.name != "pairs" and (value := getattr(self, field.name)) is not None
+            if field.name != "pairs" and isinstance(value := getattr(self, field.name), Tensor)
         }
         return replace(self, **moved)
 
@@ -125,11 +133,17 @@ class PairLossOutput:
         logps: [S] fp64, summed log-probs of the policy in nats; without gradient.
         metrics: [8, P] fp64, the values of `pair_metrics` in the order of `METRIC_NAMES`; without
             gradient.
+        statistics: [K, S] fp64, sums over each sequence's rows of the statistics that were asked
+            for, in that order, each row counting 1 whatever its token weight; without gradient.
+            None if none was asked for.
+        pair_weights: [P] fp64, WPO's weight of each pair; without gradient. None without weighting.
     """
 
     loss: Tensor
     logps: Tensor
     metrics: Tensor
+    statistics: Tensor | None = None
+    pair_weights: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dpofast_kernels.head.sequences import segment_sums
 from dpofast_kernels.head.units import Chunk, PairIndices, cut_units
-from dpofast_kernels.preference import METRIC_NAMES, PairLoss
+from dpofast_kernels.preference import METRIC_NAMES, PairLoss, PairWeighting
 from dpofast_kernels.preference.metrics import metrics_of_pairs
 
 
@@ -41,12 +41,16 @@ class SequenceTerms:
         logps: [S] fp64, summed log-probs of the policy.
         d_logps: [S] fp64, derivative of the whole loss with respect to `logps`.
         metrics: [8, P] fp64, in the order of `METRIC_NAMES`.
+        statistics: [K, S] fp64, summed statistics of the rows; None if they have none.
+        pair_weights: [P] fp64, WPO's weights; None without weighting.
     """
 
     losses: Tensor
     logps: Tensor
     d_logps: Tensor
     metrics: Tensor
+    statistics: Tensor | None
+    pair_weights: Tensor | None
 
 
 class PairOps(Protocol):
@@ -133,6 +137,8 @@ class Pairs:
         coefficients: [S] fp64, what one nat of each sequence's log-prob adds to the loss; None for
             0.
         token_weights: [N] fp64, factor of each row in its sequence's log-prob; None for 1.
+        weighting: WPO's weight of each pair, which needs the rows' log_sum_p2; None for 1.
+        statistics: names of the rows' statistics.
     """
 
     bounds: Tensor
@@ -144,6 +150,12 @@ class Pairs:
     smoothing: Tensor | None = None
     coefficients: Tensor | None = None
     token_weights: Tensor | None = None
+    weighting: PairWeighting | None = None
+    statistics: tuple[str, ...] = ()
+
+    @property
+    def num_metrics(self) -> int:
+        return len(METRIC_NAMES)
 
     @property
     def pair_list(self) -> PairIndices:
@@ -169,14 +181,18 @@ class Pairs:
             _sliced(self.smoothing, pairs),
             _sliced(self.coefficients, sequences),
             _sliced(self.token_weights, slice(chunk.start, chunk.end)),
+            self.weighting,
+            self.statistics,
         )
 
     def terms(
         self,
         ops: PairOps,
         per_token_logps: Tensor,  # [N]
+        statistics: Tensor | None,  # [K, N]
     ) -> SequenceTerms:
         """The weighted losses, and the derivative of the whole loss by each sequence's log-prob."""
+        pair_weights = self.pair_weights(per_token_logps, statistics)
         if self.token_weights is not None:
             per_token_logps = per_token_logps * self.token_weights
         if self.pair_list:
@@ -185,14 +201,40 @@ class Pairs:
             logps, empty = segment_sums(per_token_logps, self.bounds), self.ref_logps.new_zeros(0)
             terms = PairTerms(empty, logps, empty.view(0, 2), empty.new_zeros(len(METRIC_NAMES), 0))
         losses, slopes = terms.losses, terms.slopes
-        if self.weights is not None:
-            losses, slopes = losses * self.weights, slopes * self.weights[:, None]
+        for weights in (self.weights, pair_weights):
+            if weights is not None:
+                losses, slopes = losses * weights, slopes * weights[:, None]
         d_logps = (
             slopes.flatten() if self.incidence is None else self.incidence.to_sequences(slopes)
         )
         if self.coefficients is not None:
             d_logps = d_logps + self.coefficients
-        return SequenceTerms(losses, terms.logps, d_logps, terms.metrics)
+        summed = self.summed_statistics(statistics)
+        return SequenceTerms(losses, terms.logps, d_logps, terms.metrics, summed, pair_weights)
+
+    def pair_weights(
+        self,
+        per_token_logps: Tensor,  # [N]
+        statistics: Tensor | None,  # [K, N]
+    ) -> Tensor | None:
+        """[P]: WPO's weights, without gradient; None without weighting."""
+        if self.weighting is None:
+            return None
+        assert statistics is not None
+        log_sum_p2 = statistics[self.statistics.index("log_sum_p2")]  # [N]
+        # The token weights are left out: they belong to the loss, not to the answer's probability.
+        aligned = per_token_logps.detach().double() - log_sum_p2.double()
+        sums = segment_sums(aligned, self.bounds)  # [S]
+        return self.weighting.weights(self.of_pairs(sums), self.of_pairs(self.bounds.diff()))
+
+    def summed_statistics(
+        self,
+        statistics: Tensor | None,  # [K, N]
+    ) -> Tensor | None:
+        """[K, S] fp64: sums over each sequence's rows; None if the rows have no statistics."""
+        if statistics is None:
+            return None
+        return torch.stack([segment_sums(each, self.bounds) for each in statistics])
 
     def of_pairs(
         self,

@@ -167,10 +167,11 @@ def _settings(
 ) -> Tensor:
     """[4] fp64 on the device: beta, label_smoothing and the loss's own options.
 
-    It is cached, because each copy to the device makes the host wait.
+    It is cached, as most runs have the same numbers in every step. A new one is copied without
+    waiting: a GPU's driver takes so few bytes over at once.
     """
-    numbers = [beta, label_smoothing, option, second]
-    return torch.tensor(numbers, dtype=torch.float64, device=device)
+    numbers = torch.tensor([beta, label_smoothing, option, second], dtype=torch.float64)
+    return numbers.to(device, non_blocking=True)
 
 
 def formula_of(loss: PairLoss) -> Any:

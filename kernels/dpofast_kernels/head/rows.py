@@ -20,11 +20,22 @@ class ScoredRows:
         kept: tensors for the back end's own `differentiate`, some of them in the workspace; empty
             if no gradient follows.
         logsumexps: [n], log-sum-exp of the finished logits; None if a gradient follows.
+        statistics: [K, n], the statistics that were asked for, in that order; None if none was.
     """
 
     per_token_logps: Tensor
     kept: tuple[Tensor, ...] = ()
     logsumexps: Tensor | None = None
+    statistics: Tensor | None = None
+
+
+def joined_rows(parts: list[ScoredRows]) -> ScoredRows:
+    """Log-probs and statistics of several chunks; what their gradients need isn't joined."""
+    statistics = [part.statistics for part in parts if part.statistics is not None]
+    return ScoredRows(
+        torch.cat([part.per_token_logps for part in parts]),
+        statistics=torch.cat(statistics, 1) if statistics else None,
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,7 +54,7 @@ class LogitGradients:
 
 
 class RowOps(PairOps, Protocol):
-    """The row operations of a back end, for one weight [V, H] and its options."""
+    """The row operations of a back end, for one weight [V, H], its options, and statistics."""
 
     @property
     def vocab_major(self) -> bool:
@@ -62,7 +73,7 @@ class RowOps(PairOps, Protocol):
         """Log-probs of the labels.
 
         With `keep`, the result contains what `differentiate` needs. Without `keep`, it contains the
-        log-sum-exps.
+        log-sum-exps. With and without, it contains the statistics.
         """
 
     def differentiate(

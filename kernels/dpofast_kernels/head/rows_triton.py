@@ -28,12 +28,21 @@ from dpofast_kernels.head.options import HeadOptions
 from dpofast_kernels.head.pairs import Pairs, PairTerms
 from dpofast_kernels.head.pairs_triton import pair_loss_fwd
 from dpofast_kernels.head.rows import LogitGradients, ScoredRows
+from dpofast_kernels.head.statistics_triton import (
+    moments,
+    rescaled_moment,
+    statistic_constants,
+    store_statistics,
+)
 
 
 @triton.jit
 def _fold_block(
     row_max,
     rest,
+    moment,
+    squares,
+    logit_sum,
     p_row,
     p_bias,
     label,
@@ -43,13 +52,16 @@ def _fold_block(
     SCALE: tl.constexpr,
     SOFTCAP: tl.constexpr,
     TEMPERATURE: tl.constexpr,
+    ENTROPY: tl.constexpr,
+    MEAN_LOGIT: tl.constexpr,
+    LOG_SUM_P2: tl.constexpr,
     BV: tl.constexpr,
     IS_WHOLE: tl.constexpr,
 ):
-    """Add a block of logits to the running maximum and to the running sum.
+    """Add a block of logits to the running maximum and to the running sums.
 
-    The sum adds up exp(z - maximum) of all tokens except the label. It is rescaled whenever the
-    maximum grows.
+    The first three sums are those of E = exp(z - maximum), E (z - maximum) and E^2, of all tokens
+    except the label. They are rescaled whenever the maximum grows. The last one is that of z.
     """
     o_v = i_v + tl.arange(0, BV)
     m_v = None if IS_WHOLE else o_v < V
@@ -61,8 +73,17 @@ def _fold_block(
     # If a bias rules out all tokens so far, the maximum is -inf, and -inf - -inf would be NaN.
     reference = tl.where(new_max == float("-inf"), 0.0, new_max)
     b_e = tl.where(o_v == label, 0.0, tl.exp(b_z - reference))
-    rest = rest * tl.exp(row_max - reference) + tl.sum(b_e, axis=0)
-    return new_max, rest
+    shift = row_max - reference
+    scale = tl.exp(shift)
+    if MEAN_LOGIT is not None:
+        logit_sum += tl.sum(b_z if IS_WHOLE else tl.where(m_v, b_z, 0.0), axis=0)
+    if ENTROPY is not None:
+        moment = rescaled_moment(moment, rest, shift) * scale
+        moment += tl.sum(moments(b_e, b_z - reference), axis=0)
+    rest = rest * scale + tl.sum(b_e, axis=0)
+    if LOG_SUM_P2 is not None:
+        squares = squares * scale * scale + tl.sum(b_e * b_e, axis=0)
+    return new_max, rest, moment, squares, logit_sum
 
 
 @triton.jit
@@ -102,7 +123,7 @@ def _store_block(
 # Specialising on it would compile the kernel again for each alignment.
 @triton.jit(
     do_not_specialize_on_alignment=[
-        "p_labels", "p_logps", "p_row_max", "p_rest", "p_factors", "p_logsumexps"
+        "p_labels", "p_logps", "p_row_max", "p_rest", "p_factors", "p_logsumexps", "p_statistics"
     ]
 )  # fmt: skip
 def score_rows_kernel(
@@ -114,18 +135,24 @@ def score_rows_kernel(
     p_rest,  # [n]
     p_factors,  # [n]
     p_logsumexps,  # [n], written only without KEEP
+    p_statistics,  # [K, n]
     stride,
     V,
     HAS_BIAS: tl.constexpr,
     SCALE: tl.constexpr,
     SOFTCAP: tl.constexpr,
     TEMPERATURE: tl.constexpr,
+    ENTROPY: tl.constexpr,
+    MEAN_LOGIT: tl.constexpr,
+    IS_TOP: tl.constexpr,
+    LOG_SUM_P2: tl.constexpr,
     KEEP: tl.constexpr,
     BV: tl.constexpr,
 ):
-    """Log-softmax at the label, and the numbers that its gradient needs; one program per row.
+    """Log-softmax at the label, the numbers that its gradient needs, and statistics.
 
-    Only the last block is masked. All others can be read in wide words, whatever V is.
+    There is one program per row. Only the last block is masked. All others can be read in wide
+    words, whatever V is.
     """
     i_n = tl.program_id(0).to(tl.int64)  # offsets up to n * V exceed int32
     dtype: tl.constexpr = p_logits.dtype.element_ty
@@ -133,16 +160,17 @@ def score_rows_kernel(
     label = tl.load(p_labels + i_n)
     row_max = tl.full([], float("-inf"), dtype=dtype)
     rest = tl.full([], 0.0, dtype=dtype)
+    moment, squares, logit_sum = rest, rest, rest
     end = V // BV * BV
     for i_v in range(0, end, BV):
-        row_max, rest = _fold_block(
-            row_max, rest, p_row, p_bias, label, i_v, V,
-            HAS_BIAS, SCALE, SOFTCAP, TEMPERATURE, BV, True,
+        row_max, rest, moment, squares, logit_sum = _fold_block(
+            row_max, rest, moment, squares, logit_sum, p_row, p_bias, label, i_v, V,
+            HAS_BIAS, SCALE, SOFTCAP, TEMPERATURE, ENTROPY, MEAN_LOGIT, LOG_SUM_P2, BV, True,
         )  # fmt: skip
     if end < V:
-        row_max, rest = _fold_block(
-            row_max, rest, p_row, p_bias, label, end, V,
-            HAS_BIAS, SCALE, SOFTCAP, TEMPERATURE, BV, False,
+        row_max, rest, moment, squares, logit_sum = _fold_block(
+            row_max, rest, moment, squares, logit_sum, p_row, p_bias, label, end, V,
+            HAS_BIAS, SCALE, SOFTCAP, TEMPERATURE, ENTROPY, MEAN_LOGIT, LOG_SUM_P2, BV, False,
         )  # fmt: skip
     target = tl.load(p_row + label)
     target, _ = finish_logits(target, p_bias, label, True, HAS_BIAS, SCALE, SOFTCAP, TEMPERATURE)
@@ -154,6 +182,10 @@ def score_rows_kernel(
         tl.store(p_factors + i_n, factor.to(dtype))
     else:
         tl.store(p_logsumexps + i_n, row_logsumexp(target, row_max, rest).to(dtype))
+    store_statistics(
+        p_statistics, tl.program_id(0), tl.num_programs(0), V, target, row_max, target == row_max,
+        rest, moment, squares, logit_sum, ENTROPY, MEAN_LOGIT, IS_TOP, LOG_SUM_P2,
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize_on_alignment=["p_labels", "p_row_max", "p_rest", "p_factors"])
@@ -204,10 +236,13 @@ class TritonRows:
     # behind each tensor, and the memory that vocab_major keeps for each thread is large.
     vocab_major = False
 
-    def __init__(self, weight: Tensor, options: HeadOptions) -> None:
-        self.weight = weight
+    def __init__(
+        self, weight: Tensor, options: HeadOptions, statistics: tuple[str, ...] = ()
+    ) -> None:
+        self.weight, self.statistics = weight, statistics
         self.bias = None if options.bias is None else options.bias.contiguous()
         self.constants = logit_constants(options)
+        self.statistic_constants = statistic_constants(statistics)
 
     def workspace_dtype(self, keep: bool) -> torch.dtype:
         return accumulate_dtype(self.weight.dtype)
@@ -218,6 +253,9 @@ class TritonRows:
         assert workspace is not None
         logits = logits_into(workspace, hidden_states, self.weight)  # [n, V]
         logps, row_max, rest, factors, logsumexps = logits.new_empty(5, len(logits)).unbind()
+        found = None
+        if self.statistics:
+            found = logits.new_empty(len(self.statistics), len(logits))  # [K, n]
         with torch.cuda.device_of(logits):
             score_rows_kernel[(len(logits),)](
                 logits,
@@ -228,15 +266,17 @@ class TritonRows:
                 rest,
                 factors,
                 logsumexps,
+                logps if found is None else found,
                 logits.stride(0),
                 logits.shape[1],
                 **self.constants,
+                **self.statistic_constants,
                 KEEP=keep,
                 **launch_options("score_rows", logits.device),
             )
         if not keep:
-            return ScoredRows(logps, logsumexps=logsumexps)
-        return ScoredRows(logps, (logits, row_max, rest, factors))
+            return ScoredRows(logps, (), logsumexps, found)
+        return ScoredRows(logps, (logits, row_max, rest, factors), statistics=found)
 
     def differentiate(
         self, scored: ScoredRows, labels: Tensor, coefficients: Tensor

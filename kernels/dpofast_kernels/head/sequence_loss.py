@@ -72,7 +72,8 @@ def linear_sequence_loss(
         return SequenceLossOutput(*naive_sequence_loss(per_token_logps, singles))
     dtype = compute_dtype(hidden_states, weight)
     call = HeadCall(labels, options, dtype, backend, torch.is_grad_enabled(), singles)
-    return SequenceLossOutput(*apply_linear_pair_loss(hidden_states, weight, options.bias, call))
+    results = apply_linear_pair_loss(hidden_states, weight, options.bias, call)
+    return SequenceLossOutput(*results[:3])  # no statistics, and no weights of pairs
 
 
 def _singles_on(

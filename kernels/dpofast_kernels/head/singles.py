@@ -7,10 +7,12 @@ operations on [S] numbers for each chunk, beside a product of the size of the vo
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from dpofast_kernels.head.options import SEQUENCE_METRIC_NAMES
 from dpofast_kernels.head.pairs import PairOps, SequenceTerms
 from dpofast_kernels.head.sequences import segment_sums
 from dpofast_kernels.head.units import Chunk
@@ -41,10 +43,11 @@ class Singles:
     z: Tensor
     weights: Tensor | None = None
 
-    @property
-    def coefficients(self) -> None:
-        """No log-prob adds to the loss directly."""
-        return None
+    # No log-prob adds to the loss directly, and there are neither statistics nor WPO's weights.
+    coefficients: ClassVar[None] = None
+    statistics: ClassVar[tuple[str, ...]] = ()
+    weighting: ClassVar[None] = None
+    num_metrics: ClassVar[int] = len(SEQUENCE_METRIC_NAMES)
 
     def units(self) -> list[Chunk]:
         """A unit for each sequence, without pairs."""
@@ -71,11 +74,12 @@ class Singles:
         self,
         ops: PairOps,
         per_token_logps: Tensor,  # [N]
+        statistics: Tensor | None = None,
     ) -> SequenceTerms:
         """The weighted losses, and the derivative of their sum by each sequence's log-prob."""
         logps = segment_sums(per_token_logps, self.bounds)  # [S]
         losses, d_logps = self.losses(logps)
-        return SequenceTerms(losses, logps, d_logps, self.metrics(logps))
+        return SequenceTerms(losses, logps, d_logps, self.metrics(logps), None, None)
 
     def losses(
         self,

@@ -15,6 +15,7 @@ from dpofast_kernels.head.options import HeadOptions
 from dpofast_kernels.head.pairs import Pairs, PairTerms
 from dpofast_kernels.head.rows import LogitGradients, ScoredRows
 from dpofast_kernels.head.sequences import segment_sums
+from dpofast_kernels.head.statistics import RowStatistics
 
 # A CPU works on this many columns of the logits at a time: the product is a little faster, and its
 # result is still in the cache for the passes over it. The number is the same for all chunks: a
@@ -35,8 +36,10 @@ class TorchRows:
     For the same reason the label's entry of the second line is written as -R, not as E - S.
     """
 
-    def __init__(self, weight: Tensor, options: HeadOptions) -> None:
-        self.weight = weight
+    def __init__(
+        self, weight: Tensor, options: HeadOptions, statistics: tuple[str, ...] = ()
+    ) -> None:
+        self.weight, self.statistics = weight, statistics
         self.bias, self.softcap = options.bias, options.softcap
         self.scale = options.logit_scale / options.temperature
         self.temperature = options.temperature
@@ -56,34 +59,42 @@ class TorchRows:
         hidden_states = F.pad(hidden_states, (0, 0, 0, padding))  # [m, H]
         # First pass: the logits, block by block, and the maximum of each row.
         row_max = logits.new_full(targets.shape, -math.inf)
+        rest = torch.zeros_like(row_max, dtype=torch.float64)
+        found = RowStatistics(self.statistics, rest.clone())
         for block in self._blocks():
             logits_into(workspace[:, block], hidden_states, self.weight[block])
             z = self._finish_logits(logits[:, block], block)
+            found.add_logits(z)
             torch.maximum(row_max, z.amax(-1, keepdim=True), out=row_max)
         target_logits = logits.gather(-1, targets)
         logits.scatter_(-1, targets, -math.inf)  # exp turns it into 0: R excludes the label
         # Second pass: E in place of z, times the slope of the cap, and the sum R.
-        rest = torch.zeros_like(row_max, dtype=torch.float64)
         for block in self._blocks():
             z = logits[:, block]
             # The slope is computed from the capped logit, which exp_ overwrites.
             slopes = self._cap_slopes(z) if keep and self.softcap else None
-            rest += z.sub_(row_max).exp_().sum(-1, keepdim=True)
+            # exp_ in place overwrites the differences. So they get their own memory if needed.
+            differences = z - row_max if found.wants_differences else z.sub_(row_max)
+            torch.exp(differences, out=z)
+            rest += z.sum(-1, keepdim=True)
+            found.add_exponentials(z, differences)
             if slopes is not None:
                 z.mul_(slopes)
         gaps = row_max.double() - target_logits
         # softplus(x) = logaddexp(0, x)
         logps = -torch.logaddexp(gaps.new_zeros(()), rest.log() + gaps)
         per_token_logps = logps[:, 0].to(logits.dtype)
+        statistics = found.finish(rest, gaps, len(self.weight), logits.dtype)
         if not keep:
-            logsumexps = row_max + (rest + gaps.neg().exp()).log()
-            return ScoredRows(per_token_logps, logsumexps=logsumexps[:, 0].to(logits.dtype))
+            logsumexps = (row_max + (rest + gaps.neg().exp()).log())[:, 0].to(logits.dtype)
+            return ScoredRows(per_token_logps, (), logsumexps, statistics)
         d_target = rest.neg().to(logits.dtype)  # E - S at the label is -R: no digits cancel
         if self.softcap:
             d_target *= self._cap_slopes(target_logits)
         logits.scatter_(-1, targets, d_target)
         factors = -self.scale / (rest + gaps.neg().exp())
-        return ScoredRows(per_token_logps, (logits, factors[:, 0].to(logits.dtype)))
+        kept = (logits, factors[:, 0].to(logits.dtype))
+        return ScoredRows(per_token_logps, kept, statistics=statistics)
 
     def differentiate(
         self, scored: ScoredRows, labels: Tensor, coefficients: Tensor

@@ -1,12 +1,15 @@
 """Losses of preference pairs, their derivatives and metrics.
 
 Each formula is written twice, in PyTorch and for Triton. Both versions are in this folder. Sums of
-losses and other divergences are computed from their results, in PyTorch. A user's own loss is a
-function in PyTorch only, which autograd derives. Losses of single answers are in PyTorch only.
+losses, other divergences and WPO's weights are computed from their results, in PyTorch. A user's
+own loss is a function in PyTorch only, which autograd derives. So are the losses that couple pairs,
+which are computed for all pairs of an optimizer step at once. Losses of single answers are in
+PyTorch only.
 """
 
 from __future__ import annotations
 
+from dpofast_kernels.preference.coupled import CoupledCustomLoss, CoupledFunction, CoupledLoss
 from dpofast_kernels.preference.custom import (
     CustomLoss,
     NotAPairLossError,
@@ -14,12 +17,14 @@ from dpofast_kernels.preference.custom import (
     function_name,
 )
 from dpofast_kernels.preference.divergence import DIVERGENCES, DivergenceLoss
-from dpofast_kernels.preference.loss import PairLoss, ZeroLoss
+from dpofast_kernels.preference.loss import PairLoss, PreferenceLoss, ZeroLoss
 from dpofast_kernels.preference.metrics import METRIC_NAMES, pair_metrics
-from dpofast_kernels.preference.probe import make_custom_loss
+from dpofast_kernels.preference.probe import make_coupled_custom_loss, make_custom_loss
 from dpofast_kernels.preference.registry import (
+    COUPLED_LOSSES,
     LOSS_OPTIONS,
     LOSSES,
+    make_coupled_loss,
     make_loss,
     make_mixture,
     unknown_loss,
@@ -31,23 +36,32 @@ from dpofast_kernels.preference.unpaired import (
     UnpairedLoss,
     make_unpaired_loss,
 )
+from dpofast_kernels.preference.weighting import PairWeighting
 
 __all__ = [
+    "COUPLED_LOSSES",
     "DIVERGENCES",
     "LOSSES",
     "LOSS_OPTIONS",
     "METRIC_NAMES",
     "UNPAIRED_LOSSES",
     "APOZeroUnpairedLoss",
+    "CoupledCustomLoss",
+    "CoupledFunction",
+    "CoupledLoss",
     "CustomLoss",
     "DivergenceLoss",
     "KTOLoss",
     "NotAPairLossError",
     "PairFunction",
     "PairLoss",
+    "PairWeighting",
+    "PreferenceLoss",
     "UnpairedLoss",
     "ZeroLoss",
     "function_name",
+    "make_coupled_custom_loss",
+    "make_coupled_loss",
     "make_custom_loss",
     "make_loss",
     "make_mixture",

@@ -66,19 +66,30 @@ class CustomLoss(PairLoss):
         return losses, *slopes
 
     def _call(self, chosen: Tensor, rejected: Tensor, lengths: Tensor) -> Tensor:
-        losses = self.function(chosen, rejected, lengths)
-        if not isinstance(losses, Tensor):
-            raise NotAPairLossError(
-                f"it returned a {type(losses).__name__}, expected a tensor with the loss of each "
-                "pair."
-            )
-        if losses.shape != chosen.shape or losses.dtype != chosen.dtype:
-            raise NotAPairLossError(
-                f"it returned {list(losses.shape)} {losses.dtype} for {len(chosen)} pairs, "
-                f"expected {list(chosen.shape)} {chosen.dtype}: the loss of each pair, neither "
-                "summed nor averaged nor cast."
-            )
-        return losses
+        return checked_losses(self.function(chosen, rejected, lengths), chosen)
+
+
+def checked_losses(losses: object, like: Tensor) -> Tensor:
+    """What a user's function returned.
+
+    Args:
+        losses: its result.
+        like: [P], a log-ratio of each pair.
+
+    Raises:
+        NotAPairLossError: it isn't a tensor like the log-ratios.
+    """
+    if not isinstance(losses, Tensor):
+        raise NotAPairLossError(
+            f"it returned a {type(losses).__name__}, expected a tensor with the loss of each pair."
+        )
+    if losses.shape != like.shape or losses.dtype != like.dtype:
+        raise NotAPairLossError(
+            f"it returned {list(losses.shape)} {losses.dtype} for {len(like)} pairs, expected "
+            f"{list(like.shape)} {like.dtype}: the loss of each pair, neither summed nor averaged "
+            "nor cast."
+        )
+    return losses
 
 
 def function_name(function: PairFunction) -> str:

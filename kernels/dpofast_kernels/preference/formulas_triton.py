@@ -17,7 +17,7 @@ import triton.language as tl
 
 
 @triton.jit
-def _log1p(x):
+def log1p(x):
     """log(1 + x) for x > -1, exact to rounding even if the result is close to 0."""
     one_more = 1.0 + x
     # 1 + x rounds away digits of x. The quotient brings them back (W. Kahan's log1p).
@@ -30,7 +30,7 @@ def _log1p(x):
 @triton.jit
 def softplus(x):
     """log(1 + exp(x)) for any x, exact to rounding even if the result is close to 0."""
-    return tl.maximum(x, 0.0) + _log1p(tl.exp(-tl.abs(x)))
+    return tl.maximum(x, 0.0) + log1p(tl.exp(-tl.abs(x)))
 
 
 @triton.jit
@@ -103,7 +103,7 @@ def _exo_pair_formula(
 ):
     margin = beta * (chosen - rejected)
     is_right, is_swapped = _sigmoid(margin), _sigmoid(-margin)
-    right, swapped = _log1p(-smoothing), tl.log(smoothing)
+    right, swapped = log1p(-smoothing), tl.log(smoothing)
     loss = is_right * (-softplus(-margin) - right) + is_swapped * (-softplus(margin) - swapped)
     slope = beta * is_right * is_swapped * (margin - (right - swapped))
     return loss, slope, -slope
@@ -221,7 +221,7 @@ def _log1mexp(x):
     """log(1 - exp(x)) for x < 0, exact to rounding on both ends."""
     is_near = x > -0.6931471805599453
     near = tl.log(-_expm1(tl.where(is_near, x, -1.0)))
-    return tl.where(is_near, near, _log1p(-tl.exp(tl.where(is_near, -1.0, x))))
+    return tl.where(is_near, near, log1p(-tl.exp(tl.where(is_near, -1.0, x))))
 
 
 # 2**-40: as a literal, a number that isn't a power of 2 would be rounded to fp32.

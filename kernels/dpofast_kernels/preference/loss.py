@@ -1,4 +1,4 @@
-"""Base class of the losses: a frozen dataclass that gives a value and two derivatives per pair."""
+"""Base classes of the losses: frozen dataclasses that give a value and two derivatives per pair."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class PairLoss:
-    """A loss that is a sum over pairs. Each term depends only on the pair's two log-ratios.
+class PreferenceLoss:
+    """A loss whose mean over pairs is trained: a `PairLoss`, or a `CoupledLoss`.
 
     A loss may have up to two more numbers as options of its own, which are fields of its class.
 
@@ -20,9 +20,7 @@ class PairLoss:
         name: name in the registry.
         takes_label_smoothing: whether the loss has label smoothing.
         takes_divergence: whether other divergences than the reverse KL make sense, because the loss
-            depends on the difference of the two log-ratios (`DivergenceLoss`).
-        by_answer: whether the derivative by an answer's log-ratio depends on this answer only.
-        is_zero: whether the loss is always 0.
+            depends on the difference of a pair's two log-ratios (`DivergenceLoss`).
         reference_free: whether the loss compares log-probs of the policy, without a reference. All
             "log-ratios" are log-probs of the policy then.
         rewards_per_token: whether the rewards in the metrics are beta times means per token.
@@ -38,8 +36,6 @@ class PairLoss:
     name: ClassVar[str]
     takes_label_smoothing: ClassVar[bool] = False
     takes_divergence: ClassVar[bool] = False
-    by_answer: ClassVar[bool] = False
-    is_zero: ClassVar[bool] = False
     reference_free: ClassVar[bool] = False
     rewards_per_token: ClassVar[bool] = False
     option_names: ClassVar[tuple[str, ...]] = ()
@@ -80,14 +76,80 @@ class PairLoss:
         """Whether the loss compares log-probs of the policy, without a reference."""
         return self.reference_free
 
+    def with_beta(self, beta: float) -> Self:
+        """The same loss with another beta, also in the losses of which it consists."""
+        return replace(self, beta=beta)
+
+    def losses(
+        self,
+        chosen_logps: Tensor,  # [P]
+        rejected_logps: Tensor,  # [P]
+        ref_chosen_logps: Tensor,  # [P]
+        ref_rejected_logps: Tensor,  # [P]
+        lengths: Tensor,  # [P, 2]
+    ) -> Tensor:
+        """Loss of each pair, which autograd can differentiate.
+
+        Args:
+            chosen_logps, rejected_logps: [P] fp64, summed log-probs of the policy, in nats.
+            ref_chosen_logps, ref_rejected_logps: [P] fp64, the same of the reference.
+            lengths: [P, 2] int64, scored tokens of chosen and rejected.
+
+        Returns:
+            [P] fp64.
+        """
+        raise NotImplementedError
+
+    def losses_and_slopes(
+        self,
+        chosen_logps: Tensor,  # [P]
+        rejected_logps: Tensor,  # [P]
+        ref_chosen_logps: Tensor,  # [P]
+        ref_rejected_logps: Tensor,  # [P]
+        lengths: Tensor,  # [P, 2]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Loss of each pair, and the derivatives of their sum.
+
+        Args:
+            As in `losses`.
+
+        Returns:
+            Losses, d sum / d chosen_logps, d sum / d rejected_logps: [P] each.
+        """
+        raise NotImplementedError
+
+    def first_value(
+        self,
+        lengths: Tensor,  # [P, 2]
+    ) -> Tensor:
+        """Loss of each pair when policy and reference are the same: all log-ratios are 0.
+
+        Args:
+            lengths: [P, 2] int64, scored tokens of chosen and rejected.
+
+        Returns:
+            [P] fp64.
+        """
+        zeros = torch.zeros(len(lengths), dtype=torch.float64, device=lengths.device)
+        return self.losses(zeros, zeros, zeros, zeros, lengths)
+
+
+@dataclass(frozen=True)
+class PairLoss(PreferenceLoss):
+    """A loss that is a sum over pairs. Each term depends only on the pair's two log-ratios.
+
+    Attributes:
+        by_answer: whether the derivative by an answer's log-ratio depends on this answer only.
+        is_zero: whether the loss is always 0.
+    """
+
+    by_answer: ClassVar[bool] = False
+    is_zero: ClassVar[bool] = False
+
     @property
     def is_by_answer(self) -> bool:
         """Whether the derivative by an answer's log-ratio depends on this answer only."""
         return self.by_answer
-
-    def with_beta(self, beta: float) -> Self:
-        """The same loss with another beta, also in the losses of which it consists."""
-        return replace(self, beta=beta)
 
     def pair_loss(
         self,
@@ -107,6 +169,28 @@ class PairLoss:
             Loss, d loss / d chosen_logratios, d loss / d rejected_logratios: [P] each.
         """
         raise NotImplementedError
+
+    def losses(
+        self,
+        chosen_logps: Tensor,
+        rejected_logps: Tensor,
+        ref_chosen_logps: Tensor,
+        ref_rejected_logps: Tensor,
+        lengths: Tensor,
+    ) -> Tensor:
+        logratios = (chosen_logps - ref_chosen_logps, rejected_logps - ref_rejected_logps)
+        return self.pair_loss(*logratios, lengths)[0]
+
+    def losses_and_slopes(
+        self,
+        chosen_logps: Tensor,
+        rejected_logps: Tensor,
+        ref_chosen_logps: Tensor,
+        ref_rejected_logps: Tensor,
+        lengths: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        logratios = (chosen_logps - ref_chosen_logps, rejected_logps - ref_rejected_logps)
+        return self.pair_loss(*logratios, lengths)
 
     def smoothed_loss(
         self,
@@ -128,21 +212,6 @@ class PairLoss:
             ValueError: the loss has no label smoothing.
         """
         raise ValueError(f"The {self.name} loss has no label smoothing, so none for each pair.")
-
-    def first_value(
-        self,
-        lengths: Tensor,  # [P, 2]
-    ) -> Tensor:
-        """Loss of each pair when policy and reference are the same: all log-ratios are 0.
-
-        Args:
-            lengths: [P, 2] int64, scored tokens of chosen and rejected.
-
-        Returns:
-            [P] fp64.
-        """
-        zeros = torch.zeros(len(lengths), dtype=torch.float64, device=lengths.device)
-        return self.pair_loss(zeros, zeros, lengths)[0]
 
     def direction(
         self,

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
 
-from dpofast_kernels.preference.loss import PairLoss
+from dpofast_kernels.preference.loss import PairLoss, PreferenceLoss
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,26 +34,7 @@ class MixtureLoss(PairLoss):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if len(self.weights) != len(self.parts):
-            raise ValueError(
-                f"There are {len(self.weights)} weights for {len(self.parts)} losses; give one for "
-                "each."
-            )
-        if not all(math.isfinite(weight) and weight >= 0.0 for weight in self.weights):
-            raise ValueError(
-                f"The weights are {list(self.weights)}, expected finite numbers of at least 0."
-            )
-        if not any(self.weights):
-            raise ValueError("All weights are 0, so nothing would be trained.")
-        if any(part.beta != self.beta for part in self.parts):
-            raise ValueError("The losses of a mixture differ in beta, expected the same.")
-        free = [part.name for part in self.parts if part.is_reference_free]
-        if free and len(free) < len(self.parts):
-            other = next(part.name for part in self.parts if not part.is_reference_free)
-            raise ValueError(
-                f"The {free[0]} loss has no reference, but the {other} loss needs one, so they "
-                "can't be mixed; choose losses of one kind."
-            )
+        check_mixture(self.parts, self.weights, self.beta)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -101,6 +82,32 @@ class MixtureLoss(PairLoss):
     def _weighted(self) -> list[tuple[PairLoss, float]]:
         """The parts with their weights, without those of weight 0: 0 times infinity is NaN."""
         return [each for each in zip(self.parts, self.weights, strict=True) if each[1]]
+
+
+def check_mixture(parts: Sequence[PreferenceLoss], weights: Sequence[float], beta: float) -> None:
+    """Check the parts of a weighted sum.
+
+    Raises:
+        ValueError: the numbers of losses and weights differ, a weight is out of range, or the
+            losses differ in beta, or only some of them need a reference.
+    """
+    if len(weights) != len(parts):
+        raise ValueError(
+            f"There are {len(weights)} weights for {len(parts)} losses; give one for each."
+        )
+    if not all(math.isfinite(weight) and weight >= 0.0 for weight in weights):
+        raise ValueError(f"The weights are {list(weights)}, expected finite numbers of at least 0.")
+    if not any(weights):
+        raise ValueError("All weights are 0, so nothing would be trained.")
+    if any(part.beta != beta for part in parts):
+        raise ValueError("The losses of a mixture differ in beta, expected the same.")
+    free = [part.name for part in parts if part.is_reference_free]
+    if free and len(free) < len(parts):
+        other = next(part.name for part in parts if not part.is_reference_free)
+        raise ValueError(
+            f"The {free[0]} loss has no reference, but the {other} loss needs one, so they can't "
+            "be mixed; choose losses of one kind."
+        )
 
 
 def _sum(

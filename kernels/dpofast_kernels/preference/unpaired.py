@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
-from typing import ClassVar, Self
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from dpofast_kernels.preference.loss import PreferenceLoss
+
 
 @dataclass(frozen=True)
-class UnpairedLoss:
+class UnpairedLoss(PreferenceLoss):
     """weight * (1 - sigmoid(beta * (r - z))), r being an answer's log-ratio; z - r if undesirable.
 
     Attributes:
         name: name in the registry.
         takes_z: whether log-ratios are compared with z. Without, z is 0.
-        label_smoothing: always 0; no such loss has it.
-        is_reference_free: always false; all such losses have a reference.
-        option_names: names of the losses' own options.
-        beta: strength of the pull towards the reference, above 0.
         desirable_weight: factor of the losses of desirable answers, at least 0.
         undesirable_weight: factor of the losses of undesirable answers, at least 0.
 
@@ -29,23 +27,14 @@ class UnpairedLoss:
         ValueError: an option is out of range.
     """
 
-    name: ClassVar[str]
     takes_z: ClassVar[bool]
-    label_smoothing: ClassVar[float] = 0.0
-    is_reference_free: ClassVar[bool] = False
     option_names: ClassVar[tuple[str, ...]] = ("desirable_weight", "undesirable_weight")
 
-    beta: float = 0.1
     desirable_weight: float = 1.0
     undesirable_weight: float = 1.0
 
     def __post_init__(self) -> None:
-        for name in ("beta", "desirable_weight", "undesirable_weight"):
-            value = getattr(self, name)
-            if not isinstance(value, (int, float)) or isinstance(value, bool):
-                raise TypeError(f"{name} is {value!r}, expected a number.")
-        if not (math.isfinite(self.beta) and self.beta > 0.0):
-            raise ValueError(f"beta is {self.beta}, expected a finite number above 0.")
+        super().__post_init__()
         for name in ("desirable_weight", "undesirable_weight"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value >= 0.0):
@@ -54,15 +43,6 @@ class UnpairedLoss:
             raise ValueError(
                 "desirable_weight and undesirable_weight are both 0, so there is nothing to learn."
             )
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """The name, as a mixture has several."""
-        return (self.name,)
-
-    def with_beta(self, beta: float) -> Self:
-        """The same loss with another beta."""
-        return replace(self, beta=beta)
 
     def sequence_loss(
         self,
@@ -89,7 +69,7 @@ class UnpairedLoss:
         slopes = self.beta * weights * loss * rest
         return weights * loss, torch.where(is_desirable, -slopes, slopes)
 
-    def first_value(
+    def first_values(
         self,
         is_desirable: Tensor,  # [S]
     ) -> Tensor:
@@ -167,4 +147,6 @@ def make_unpaired_loss(
         raise ValueError(
             f"Unknown loss {name!r} of single answers, expected {' or '.join(UNPAIRED_LOSSES)}."
         )
-    return UNPAIRED_LOSSES[name](beta, desirable_weight, undesirable_weight)
+    return UNPAIRED_LOSSES[name](
+        beta=beta, desirable_weight=desirable_weight, undesirable_weight=undesirable_weight
+    )

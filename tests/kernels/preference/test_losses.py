@@ -10,7 +10,7 @@ import torch
 from dpofast_kernels import make_loss
 from dpofast_kernels.head.pairs import Pairs
 from dpofast_kernels.head.pairs_triton import pair_loss_fwd
-from dpofast_kernels.preference import LOSS_OPTIONS, LOSSES
+from dpofast_kernels.preference import COUPLED_LOSSES, LOSS_OPTIONS, LOSSES
 from dpofast_kernels.preference.formulas_triton import FORMULAS
 from tests.kernels.preference.formulas import inputs_of, plain_formula
 
@@ -340,15 +340,16 @@ class TestMakeLoss:
             ("apo-zero", "Did you mean 'apo_zero'?"),
             ("dpo", "Did you mean 'sigmoid'?"),  # not dpop
             ("dpo_norm", "Did you mean 'sigmoid_norm'?"),
-            ("aot", ""),  # losses of their own
-            ("kto", ""),
+            ("atoo", ""),
+            ("aot_unpared", "Did you mean 'aot_unpaired'?"),
+            ("kto", ""),  # losses of their own
             ("kto_pair", ""),
         ],
     )
     def test_only_a_typo_is_taken_for_a_loss(self, name, hint):
         with pytest.raises(ValueError, match=f"Unknown loss '{name}'") as caught:
             make_loss(name)
-        listed = f"The losses are: {', '.join(sorted(LOSSES))}."
+        listed = f"The losses are: {', '.join(sorted([*LOSSES, *COUPLED_LOSSES]))}."
         expected = " ".join(filter(None, [f"Unknown loss '{name}'.", hint, listed]))
         assert str(caught.value) == expected
 
@@ -361,7 +362,7 @@ class TestMakeLoss:
     def test_unknown_name(self):
         with pytest.raises(ValueError, match="Did you mean 'sigmoid'"):
             make_loss("sigmod")
-        with pytest.raises(ValueError, match=r"The losses are: alphapo, apo_down, .*, sppo_hard"):
+        with pytest.raises(ValueError, match=r"The losses are: alphapo, aot, .*, sppo_hard"):
             make_loss("xyz")
         with pytest.raises(ValueError, match=r"Unknown loss \['sigmoid'\]"):
             make_loss(["sigmoid"])

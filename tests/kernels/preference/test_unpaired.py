@@ -74,7 +74,7 @@ def test_first_value_is_the_loss_of_a_policy_that_equals_its_reference(loss):
     labels = torch.tensor([True, False, True])
     zero = torch.zeros(3).double()
     expected, _ = loss.sequence_loss(zero, labels, zero[0])
-    assert torch.equal(loss.first_value(labels), expected)
+    assert torch.equal(loss.first_values(labels), expected)
 
 
 @pytest.mark.parametrize(

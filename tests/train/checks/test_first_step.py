@@ -91,7 +91,7 @@ def test_a_step_that_the_loss_scaler_skips_is_passed_over():
     from dpofast.train.checks.first_step import FirstStep
 
     class Output:
-        logps = torch.zeros(2, dtype=torch.float64)
+        logps, pair_weights = torch.zeros(2, dtype=torch.float64), None
 
     class Batch:
         num_pairs, ref_logps = 1, torch.zeros(2, dtype=torch.float64)

@@ -66,6 +66,7 @@ def test_settings_of_a_mixture_and_of_an_adapter(tmp_path):
         ("f_divergence_type", "DivergenceLoss"),
         ("f_alpha_divergence_coef", "DivergenceLoss"),
         ("ld_alpha", "DPOConfig"),
+        ("use_weighting", "DPOConfig"),
     ],
 )
 def test_an_assignment_that_would_change_nothing_is_refused(tmp_path, name, remedy):

@@ -80,7 +80,8 @@ def test_beta_is_the_factor_of_the_rewards(tmp_path):
 
 class TestRefused:
     def test_a_loss_of_whole_batches(self, tmp_path):
-        with pytest.raises(ConfigError, match=r"^loss_fn: it couples pairs: .* few at a time\.$"):
+        sentence = r"^loss_fn: it couples pairs: .* CoupledFunction\(function\): .* at a time\.$"
+        with pytest.raises(ConfigError, match=sentence):
             make_trainer(tmp_path, loss_fn=lambda c, r, n: c - r - (c - r).mean())
 
     def test_what_is_no_function(self, tmp_path):
