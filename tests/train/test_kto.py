@@ -237,3 +237,23 @@ def test_a_loss_outside_of_a_step_has_no_z(tmp_path):
     step = next(iter(trainer.get_train_dataloader()))
     with pytest.raises(ConfigError, match="compute_loss: the loss kto compares with a mean over"):
         trainer.compute_loss(trainer.model, step)
+
+
+def test_workers_lay_out_the_same_steps(tmp_path):
+    alone = make_kto(tmp_path / "alone", options={"max_steps": 3})
+    alone.train()
+    workers = make_kto(tmp_path / "workers", options={"max_steps": 3, "dataloader_num_workers": 2})
+    workers.train()
+    assert history(workers) == history(alone)
+
+
+def test_the_best_checkpoint_is_chosen_by_a_metric_that_is_measured(tmp_path):
+    options = {"eval_strategy": "steps", "eval_steps": 3, "save_strategy": "steps"}
+    options |= {"save_steps": 3, "metric_for_best_model": "rewards/accuracies"}
+    trainer = make_kto(tmp_path, options=options, eval_dataset=answer_rows())
+    with pytest.raises(ConfigError, match="no evaluation of this run measures 'eval_rewards/acc"):
+        trainer.train()
+    options["metric_for_best_model"] = "rewards/margins"
+    trainer = make_kto(tmp_path, options=options, eval_dataset=answer_rows())
+    trainer.train()
+    assert trainer.state.best_metric is not None
