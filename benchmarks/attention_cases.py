@@ -172,7 +172,7 @@ def pair_groups(data: str) -> list[Group]:
         prompt, common, chosen, rejected = row if data != "dpo_en_demo" else (row[1], 0, *row[2:])
         cut = LengthLimits(MAX_LENGTH).plan_cut(prompt, chosen, rejected)
         if cut.fits:
-            kept = chosen - cut.chosen, rejected - cut.rejected
+            kept = chosen - cut.answers[0], rejected - cut.answers[1]
             common = min(common, *kept)
             groups.append((prompt + common, (kept[0] - common, kept[1] - common)))
     return groups

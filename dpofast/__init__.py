@@ -9,8 +9,10 @@ from dpofast.no_download import keep_from_downloading
 
 if TYPE_CHECKING:
     from dpofast.options.config import DPOConfig
+    from dpofast.options.kto import KTOConfig
     from dpofast.options.reference_free import CPOConfig, ORPOConfig
     from dpofast.train.hooks.predictions import PairPredictions
+    from dpofast.train.kto import KTOTrainer
     from dpofast.train.own.metrics import PairOutputs
     from dpofast.train.reference_free import CPOTrainer, ORPOTrainer
     from dpofast.train.trainer import DPOTrainer
@@ -23,6 +25,8 @@ __all__ = [
     "CoupledFunction",
     "DPOConfig",
     "DPOTrainer",
+    "KTOConfig",
+    "KTOTrainer",
     "ORPOConfig",
     "ORPOTrainer",
     "PairOutputs",
@@ -36,6 +40,8 @@ HOMES = {
     "CoupledFunction": "dpofast_kernels.preference.coupled",
     "DPOConfig": "dpofast.options.config",
     "DPOTrainer": "dpofast.train.trainer",
+    "KTOConfig": "dpofast.options.kto",
+    "KTOTrainer": "dpofast.train.kto",
     "ORPOConfig": "dpofast.options.reference_free",
     "ORPOTrainer": "dpofast.train.reference_free",
     "PairOutputs": "dpofast.train.own.metrics",

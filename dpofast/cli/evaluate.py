@@ -12,6 +12,7 @@ from dpofast.cli.inputs import (
     load_reference_model,
     load_tokenizer_for,
     refuse_missing_model,
+    trainer_class,
 )
 from dpofast.cli.process_start import is_main_process
 from dpofast.cli.run_data import NO_HELD_OUT_PAIRS, load_held_out_data
@@ -25,7 +26,6 @@ EVALUATION_FILE = "evaluation.json"
 def evaluate(parsed: argparse.Namespace, overrides: list[str]) -> None:
     """Measure rewards and log-probs on the held-out pairs, and write evaluation.json."""
     from dpofast.monitor.summary import write_json
-    from dpofast.train.trainer import DPOTrainer
 
     options = _with_reference(read_options(parsed.config, overrides))
     make_output_dir(options.config.output_dir, options.source)
@@ -35,7 +35,7 @@ def evaluate(parsed: argparse.Namespace, overrides: list[str]) -> None:
     dataset = load_held_out_data(options)
     if dataset is None:
         raise ConfigError(f"{options.source}: {NO_HELD_OUT_PAIRS}")
-    trainer = DPOTrainer(
+    trainer = trainer_class(options)(
         model=load_policy_model(options),
         ref_model=load_reference_model(options),
         args=options.config,

@@ -91,6 +91,15 @@ def load_inputs(options: RunOptions) -> Inputs:
     )
 
 
+def trainer_class(options: RunOptions) -> Any:
+    """The trainer of the loss that the options name."""
+    from dpofast.options.loss_fields import is_unpaired
+    from dpofast.train.kto import KTOTrainer
+    from dpofast.train.trainer import DPOTrainer
+
+    return KTOTrainer if is_unpaired(options.config) else DPOTrainer
+
+
 def load_policy_model(options: RunOptions) -> Any:
     """Load the policy: a causal LM, or a PeftModel whose adapter is trained further."""
     from dpofast.model.load import load_policy

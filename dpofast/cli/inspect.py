@@ -1,4 +1,4 @@
-"""`dpofast inspect`: shows one pair, or the packed rows of one optimizer step."""
+"""`dpofast inspect`: shows one pair or unpaired row, or the packed rows of one optimizer step."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from dpofast.cli.option_types import checked_value
 from dpofast.cli.run_data import load_all_rows, load_training_data
 from dpofast.cli.run_options import RunOptions, read_options
 from dpofast.cli.terminal import print_rich
+from dpofast.columns import LABEL_COLUMN
 from dpofast.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -51,6 +52,8 @@ def _show_pair(options: RunOptions, row: int) -> None:
     shown = [index for index, number in enumerate(rows) if number == row]
     if not shown:
         raise ConfigError(f"--row: got {row}, but the data's rows are 0 to {max(rows)}.")
+    if LABEL_COLUMN in pairs.column_names:
+        print_rich(Text(_label_line(pairs[LABEL_COLUMN][:])))
     for index in shown:
         pair = pairs[index]
         if "source" in pair:
@@ -58,8 +61,18 @@ def _show_pair(options: RunOptions, row: int) -> None:
         print_rich(render_untokenised_pair(pair, tokenizer, limits=limits))
 
 
+def _label_line(labels: list[bool | None]) -> str:
+    left_out = labels.count(None)
+    rest = f", {left_out} left out" if left_out else ""
+    return (
+        f"{len(labels)} unpaired rows: {labels.count(True)} desirable, {labels.count(False)} "
+        f"undesirable{rest}"
+    )
+
+
 def _show_step(options: RunOptions, step: int, rank: tuple[int, int]) -> None:
     from dpofast.model.packable import attention_window
+    from dpofast.options.loss_fields import is_unpaired
     from dpofast.train.data.dataset import PairPreparer
     from dpofast.train.data.sampler import planned_steps, train_sampler
     from dpofast.train.data.stream import RunStream
@@ -68,6 +81,11 @@ def _show_step(options: RunOptions, step: int, rank: tuple[int, int]) -> None:
 
     config = options.config
     options.require("model_name_or_path")
+    if is_unpaired(config):
+        raise ConfigError(
+            f"{options.source}: --step shows steps of pairs, and {config.loss_type[0]} has none; "
+            "inspect single rows with --row."
+        )
     model = load_policy_skeleton(options)
     layout = _packed_layout(config.layout, model)
     tokenizer = load_tokenizer_for(options)

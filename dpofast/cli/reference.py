@@ -53,6 +53,7 @@ def _export(yaml_file: str | None, overrides: list[str]) -> None:
     """Write the training pairs and their stored log-probs to a file; nothing is scored."""
     from dpofast.cli.train import make_trainer
     from dpofast.export import Source, check_output, export_pairs
+    from dpofast.options.loss_fields import is_unpaired
 
     own, others = split_own_options(overrides, ("output",))
     options = read_options(yaml_file, others, ("output",))
@@ -79,6 +80,11 @@ def _export(yaml_file: str | None, overrides: list[str]) -> None:
     output = check_output(
         checked_value("--output", own["output"].value, str, COMMAND_LINE), dataset_name
     )
+    if is_unpaired(options.config):
+        raise ConfigError(
+            f"{options.source}: the export holds pairs, and {options.config.loss_type[0]} has "
+            "none; set loss_type to a loss of pairs, whose log-probs are the same."
+        )
     _refuse_unkept(options, "there is nothing to export; leave it out, and run `dpofast ref build`")
     trainer = make_trainer(options)
     identity = trainer.reference.settle()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from dpofast.cli.run_options import RunOptions
@@ -60,6 +61,8 @@ def load_held_out_data(options: RunOptions) -> Any:
 def load_all_rows(options: RunOptions, last_row: int) -> Any:
     """Load all rows of the training datasets, even those that are held out or not taken.
 
+    The rows are pairs, or unpaired if the first dataset's columns say so.
+
     Args:
         options: options of the run.
         last_row: the last row that is needed, counted from 0. A stream is read up to it.
@@ -67,12 +70,20 @@ def load_all_rows(options: RunOptions, last_row: int) -> Any:
     Raises:
         DataError: the data can't be used; names the file and row.
     """
+    from dpofast.data import data_kind, load_preferences, load_unpaired
+
     script = options.script
-    if not script.dataset_streaming:
-        return _load_sets(options, script.dataset_train_split)
-    source = _open_stream(options, script.dataset_names[0], script.dataset_train_split).source
-    first = source if isinstance(source, str) else source.take(last_row + 1)
-    return _load_pairs(options, first, script.dataset_train_split)
+    first, split = script.dataset_names[0], script.dataset_train_split
+    if script.dataset_streaming:
+        source = _open_stream(options, first, split).source
+        first = source if isinstance(source, str) else source.take(last_row + 1)
+    kind = data_kind(
+        first, columns=script.dataset_columns, split=split, config_name=script.dataset_config
+    )
+    load = load_unpaired if kind == "unpaired" else load_preferences
+    if script.dataset_streaming:
+        return _load_pairs(options, first, split, load)
+    return _load_sets(options, split, load=load)
 
 
 def _split(options: RunOptions) -> tuple[Any, Any]:
@@ -97,16 +108,37 @@ def _shares(options: RunOptions) -> dict[str, float] | None:
     return None if shares is None or len(names) == 1 else dict(zip(names, shares, strict=True))
 
 
-def _load_sets(options: RunOptions, split: str, shares: dict[str, float] | None = None) -> Any:
-    """One dataset, or a mixture of several."""
+def _load_sets(
+    options: RunOptions,
+    split: str,
+    shares: dict[str, float] | None = None,
+    load: Callable[..., Any] | None = None,
+) -> Any:
+    """One dataset, or a mixture of several; `load` reads each, by default `load_preferences`."""
     from dpofast.data import mix_preferences
 
-    sets = {name: _load_pairs(options, name, split) for name in options.script.dataset_names}
+    names = options.script.dataset_names
+    sets = {name: _load_pairs(options, name, split, load) for name in names}
     given = options.script.dataset_weights
     weights = None if given is None else dict(zip(sets, given, strict=True))
     if len(sets) == 1 and weights is None:
         return next(iter(sets.values()))
     return mix_preferences(sets, shares, weights=weights, seed=options.config.seed)
+
+
+def load_either(source: Any, **arguments: Any) -> Any:
+    """Unpaired rows, or pairs, which the trainer splits after some of them are held out.
+
+    Args:
+        source: what holds the rows.
+        arguments: further arguments of `load_unpaired` and `load_preferences`.
+    """
+    from dpofast.data import data_kind, load_preferences, load_unpaired
+
+    names = ("columns", "split", "config_name")
+    of_source: dict[str, Any] = {name: arguments[name] for name in names}
+    is_unpaired = data_kind(source, **of_source) == "unpaired"
+    return (load_unpaired if is_unpaired else load_preferences)(source, **arguments)
 
 
 def _open_stream(options: RunOptions, name: str, split: str) -> Any:
@@ -123,14 +155,19 @@ def _open_stream(options: RunOptions, name: str, split: str) -> Any:
     )
 
 
-def _load_pairs(options: RunOptions, source: Any, split: str) -> Any:
+def _load_pairs(
+    options: RunOptions, source: Any, split: str, load: Callable[..., Any] | None = None
+) -> Any:
     from dpofast.data import load_preferences
+    from dpofast.options.loss_fields import is_unpaired
 
     name = None
     if isinstance(source, str) and options.script.dataset_streaming:
         # Without this, `datasets` would download all splits to give one of them.
         name, source = source, _open_stream(options, source, split).source
-    return load_preferences(
+    if load is None:
+        load = load_either if is_unpaired(options.config) else load_preferences
+    return load(
         source,
         name=name,
         columns=options.script.dataset_columns,

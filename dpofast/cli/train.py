@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from dpofast.cli.inputs import adapter_base, adapter_options, load_inputs
+from dpofast.cli.inputs import adapter_base, adapter_options, load_inputs, trainer_class
 from dpofast.cli.process_start import is_main_process
 from dpofast.cli.run_options import RunOptions, read_options
 from dpofast.options.output_dir import make_output_dir, refuse_inputs_folder
@@ -26,9 +26,7 @@ def train(parsed: argparse.Namespace, overrides: list[str]) -> None:
 
 
 def make_trainer(options: RunOptions) -> Any:
-    """Make a DPOTrainer from the options."""
-    from dpofast.train.trainer import DPOTrainer
-
+    """Make the trainer of the options."""
     output_dir, script = options.config.output_dir, options.script
     folders = {
         "model_name_or_path": script.model,
@@ -40,7 +38,7 @@ def make_trainer(options: RunOptions) -> Any:
     make_output_dir(output_dir, options.source)
     peft_config = adapter_options(options)
     inputs = load_inputs(options)
-    trainer = DPOTrainer(
+    trainer = trainer_class(options)(
         model=inputs.model,
         ref_model=inputs.ref_model,
         args=options.config,

@@ -1,4 +1,4 @@
-"""Preference data: read it, tokenise it, plan the optimizer steps, lay out the micro-batches."""
+"""Preference data, in pairs or unpaired: read it, tokenise it, plan the steps, lay out the rows."""
 
 from __future__ import annotations
 
@@ -10,9 +10,15 @@ from dpofast.data.reading.mixture import (
     rows_by_source,
 )
 from dpofast.data.reading.pair_stream import PairStream
-from dpofast.data.reading.preferences import load_preferences
+from dpofast.data.reading.preferences import (
+    data_kind,
+    load_preferences,
+    load_unpaired,
+)
 from dpofast.data.reading.row_stream import is_stream
+from dpofast.data.reading.split_pairs import split_pairs
 from dpofast.data.tokens.fingerprint import data_fingerprint, pairs_fingerprint
+from dpofast.data.tokens.mismatched import with_mismatched
 from dpofast.data.tokens.report import PreparationReport
 from dpofast.data.tokens.stream import TokenisedRows, TokenStream
 from dpofast.data.tokens.tokenize import (
@@ -20,6 +26,7 @@ from dpofast.data.tokens.tokenize import (
     tokenize_preferences,
     warn_of_rerendered_prompts,
 )
+from dpofast.data.tokens.unpaired import refuse_one_label, tokenize_unpaired
 
 __all__ = [
     "PairStream",
@@ -30,13 +37,19 @@ __all__ = [
     "check_shares",
     "check_weights",
     "data_fingerprint",
+    "data_kind",
     "hold_out",
     "is_stream",
     "load_preferences",
+    "load_unpaired",
     "mix_preferences",
     "pairs_fingerprint",
     "refuse_nothing_kept",
+    "refuse_one_label",
     "rows_by_source",
+    "split_pairs",
     "tokenize_preferences",
+    "tokenize_unpaired",
     "warn_of_rerendered_prompts",
+    "with_mismatched",
 ]

@@ -1,13 +1,14 @@
-"""Shows a pair as the model sees it: which tokens are masked, shared, scored or cut."""
+"""Shows a row as the model sees it: which tokens are masked, shared, scored or cut."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Group, RenderableType
 from rich.text import Text
 
+from dpofast.columns import LABEL_COLUMN, RowKind, kind_of_columns
 from dpofast.data.prefix import common_prefix_length
 from dpofast.data.tokens.left_out import reason_left_out
 from dpofast.data.tokens.tokenize import split_row
@@ -22,10 +23,10 @@ def render_untokenised_pair(
     limits: LengthLimits | None = None,
     max_tokens: int = 200,
 ) -> RenderableType:
-    """Tokenise a pair as training would, and render it.
+    """Tokenise a pair or an unpaired row as training would, and render it.
 
     Args:
-        row: a row in the normal form, `load_preferences(...)[i]`.
+        row: a row in the normal form, `load_preferences(...)[i]` or `load_unpaired(...)[i]`.
         tokenizer, limits, max_tokens: see `render_pair`.
 
     Returns:
@@ -38,9 +39,8 @@ def render_untokenised_pair(
     split = split_row(row, tokenizer)
     example = {
         "row": row.get("row"),
-        "prompt_ids": split.prompt_ids,
-        "chosen_ids": split.chosen_ids,
-        "rejected_ids": split.rejected_ids,
+        LABEL_COLUMN: row.get(LABEL_COLUMN),
+        **dict(zip(kind_of_columns(row).id_columns, split.ids, strict=True)),
     }
     notes = []
     if split.merged:
@@ -61,11 +61,11 @@ def render_pair(
     limits: LengthLimits | None = None,
     max_tokens: int = 200,
 ) -> RenderableType:
-    """Render a tokenised pair, and what training would cut from it.
+    """Render a tokenised pair or unpaired row, and what training would cut from it.
 
     Args:
-        example: prompt_ids, chosen_ids and rejected_ids, lists of token ids; optionally `row`, the
-            pair's number in the data.
+        example: prompt_ids, chosen_ids and rejected_ids, lists of token ids; or prompt_ids,
+            completion_ids and the label. Optionally `row`, its number in the data.
         tokenizer: turns ids into text.
         limits: the options that decide the cut; None cuts nothing.
         max_tokens: most tokens to print of one part; of a longer part, the middle is left out.
@@ -74,47 +74,54 @@ def render_pair(
         A rich renderable with "|" between tokens and "⏎" for line breaks.
     """
     limits = limits or LengthLimits()
-    prompt, chosen, rejected = (
-        list(example[f"{part}_ids"]) for part in ("prompt", "chosen", "rejected")
-    )
-    lengths = (len(prompt), len(chosen), len(rejected))
-    cut = limits.plan_cut(*lengths)
-    kept_chosen = chosen[: len(chosen) - cut.chosen]
-    kept_rejected = rejected[: len(rejected) - cut.rejected]
-    shared = common_prefix_length(kept_chosen, kept_rejected)
+    kind = kind_of_columns(example)
+    prompt, *answers = (list(example[column]) for column in kind.id_columns)
+    cut = limits.plan_cut(len(prompt), *map(len, answers))
+    _, *kept = cut.apply(prompt, *answers)
+    shared = common_prefix_length(*kept) if len(kept) == 2 else 0
     parts = [
         TokenPart("prompt, cut on the left", CUT, prompt[: cut.prompt]),
         TokenPart("prompt, masked", MASKED, prompt[cut.prompt :]),
-        TokenPart("both answers begin", SHARED, kept_chosen[:shared]),
-        TokenPart("chosen, scored", CHOSEN, kept_chosen[shared:]),
-        TokenPart("chosen, cut", CUT, chosen[len(kept_chosen) :]),
-        TokenPart("rejected, scored", REJECTED, kept_rejected[shared:]),
-        TokenPart("rejected, cut", CUT, rejected[len(kept_rejected) :]),
+        TokenPart("both answers begin", SHARED, kept[0][:shared]),
     ]
-    lines = [_headline(example.get("row"), lengths, shared)]
+    for name, style, answer, rest in zip(
+        kind.answers, _styles(example), answers, kept, strict=True
+    ):
+        parts.append(TokenPart(f"{name}, scored", style, rest[shared:]))
+        parts.append(TokenPart(f"{name}, cut", CUT, answer[len(rest) :]))
+    lines = [_headline(example, kind, shared)]
     if limits.names:
-        lines.append(_cut_line(cut, limits))
-    if reason := reason_left_out(chosen, rejected, cut):
+        lines.append(_cut_line(cut, limits, kind))
+    if reason := reason_left_out(answers, cut):
         lines.append(Text(f"left out of training: {reason}", style="bold yellow"))
     return Group(*lines, token_table(parts, tokenizer, max_tokens))
 
 
-def _headline(row: Any, lengths: tuple[int, int, int], shared: int) -> Text:
-    prompt, chosen, rejected = lengths
-    # Pairs that were built by hand have no row number.
-    place = "pair" if row is None else f"row {row} (counted from 0)"
-    return Text(
-        f"{place}: prompt {prompt} tokens, chosen {chosen}, rejected {rejected}; the answers share "
-        f"their first {shared}",
-        style="bold",
-    )
+def _styles(example: Mapping[str, Any]) -> Sequence[str]:
+    """The style of each answer; a desirable one is shown as a chosen one is."""
+    if not kind_of_columns(example).labelled:
+        return CHOSEN, REJECTED
+    return (CHOSEN if example[LABEL_COLUMN] else REJECTED,)
 
 
-def _cut_line(cut: Cut, limits: LengthLimits) -> Text:
-    if not cut.fits or not (cut.prompt or cut.chosen or cut.rejected):
+def _headline(example: Mapping[str, Any], kind: RowKind, shared: int) -> Text:
+    row, (prompt, *answers) = example.get("row"), (len(example[c]) for c in kind.id_columns)
+    # Rows that were built by hand have no number.
+    place = kind.noun if row is None else f"row {row} (counted from 0)"
+    sizes = ", ".join(f"{name} {n}" for name, n in zip(kind.answers, answers, strict=True))
+    if kind.labelled:
+        rest = "desirable" if example[LABEL_COLUMN] else "undesirable"
+    else:
+        rest = f"the answers share their first {shared}"
+    return Text(f"{place}: prompt {prompt} tokens, {sizes}; {rest}", style="bold")
+
+
+def _cut_line(cut: Cut, limits: LengthLimits, kind: RowKind) -> Text:
+    if not cut.fits or not any((cut.prompt, *cut.answers)):
         return Text(f"{limits}: nothing is cut")
+    of = " and ".join(f"{n} of {name}" for name, n in zip(kind.answers, cut.answers, strict=True))
+    whose = "their" if len(cut.answers) > 1 else "its"
     return Text(
-        f"{limits}: cut {cut.prompt} tokens of the prompt on its left, {cut.chosen} of chosen and "
-        f"{cut.rejected} of rejected on their right",
+        f"{limits}: cut {cut.prompt} tokens of the prompt on its left, {of} on {whose} right",
         style="yellow",
     )

@@ -21,11 +21,14 @@ from dpofast.reference.identity.options import (
     SOFTCAP_OPTIONS,
 )
 from dpofast_kernels import (
+    Answers,
     HeadOptions,
     PairExtras,
+    UnpairedLoss,
     linear_logps,
     linear_pair_loss,
     linear_scores,
+    linear_sequence_loss,
 )
 
 NO_EXTRAS = PairExtras()
@@ -74,6 +77,31 @@ class PairLossTask:
             extras=self.extras,
         )
         return tuple(getattr(output, item.name) for item in fields(output))
+
+
+@dataclass(frozen=True)
+class SequenceLossTask:
+    """The head task of training and evaluation with a loss of single answers.
+
+    Attributes:
+        labels, answers, loss: arguments of `linear_sequence_loss` with these names.
+        options: cap and scale of the family's logits; the bias comes from the head itself.
+    """
+
+    labels: Tensor  # [N]
+    answers: Answers
+    loss: UnpairedLoss
+    options: HeadOptions
+
+    def __call__(
+        self, hidden_states: Tensor, weight: Tensor, bias: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns the fields of a SequenceLossOutput: summed loss [], logps [S], metrics [2, S]."""
+        options = replace(self.options, bias=bias)
+        output = linear_sequence_loss(
+            hidden_states, weight, self.labels, self.answers, self.loss, options
+        )
+        return output.loss, output.logps, output.metrics
 
 
 @dataclass(frozen=True)

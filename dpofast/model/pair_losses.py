@@ -1,11 +1,12 @@
-"""The losses of single pairs, from log-probs that the head's op has computed."""
+"""The losses of single pairs or answers, from log-probs that the head's op has computed."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
+from dpofast.data.packing.answers import PackedAnswers
 from dpofast.data.packing.batch import PackedPairs
-from dpofast_kernels import PairLoss, PreferenceLoss
+from dpofast_kernels import PairLoss, PreferenceLoss, UnpairedLoss
 
 
 def pair_losses(
@@ -39,23 +40,29 @@ def pair_losses(
 
 def batch_losses(
     loss: PreferenceLoss,
-    logps: Tensor,  # [2P]
+    logps: Tensor,  # [S]
     batch: PackedPairs,
     pair_weights: Tensor | None = None,  # [P]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`pair_losses` of a micro-batch with these log-probs, on their device.
+) -> tuple[Tensor, ...]:
+    """The losses of a micro-batch with these log-probs, on their device.
 
     A loss that couples pairs is that of these pairs together.
 
     Args:
-        loss: the loss.
-        logps: [2P], log-probs of the answers.
+        loss: the loss; an UnpairedLoss for PackedAnswers.
+        logps: [S], log-probs of the answers.
         batch: the micro-batch, with its reference log-probs.
         pair_weights: [P] fp64, WPO's weights, as the head's op has computed them; None for 1, as
             always with a loss that couples pairs.
+
+    Returns:
+        As `pair_losses`; or the loss of each single answer and its derivative, [S] each.
     """
     device = logps.device
     assert batch.ref_logps is not None
+    if isinstance(batch, PackedAnswers):
+        assert isinstance(loss, UnpairedLoss)
+        return _answer_losses(loss, logps, batch)
     weights, confidence = (
         None if each is None else each.to(device)
         for each in (batch.weights, batch.label_confidence)
@@ -69,3 +76,18 @@ def batch_losses(
         own = logps.detach().double()
         return loss.losses_and_slopes(own[0::2], own[1::2], refs[0::2], refs[1::2], lengths)
     return pair_losses(loss, logratios, lengths, weights, confidence)
+
+
+def _answer_losses(
+    loss: UnpairedLoss,
+    logps: Tensor,  # [S]
+    batch: PackedAnswers,
+) -> tuple[Tensor, Tensor]:
+    assert batch.ref_logps is not None
+    logratios = logps.detach().double() - batch.ref_logps.to(logps.device)
+    z = logratios.new_zeros(()) if batch.z is None else batch.z.to(logratios)
+    losses, slopes = loss.sequence_loss(logratios, batch.is_desirable.to(logps.device), z)
+    if batch.weights is None:
+        return losses, slopes
+    weights = batch.weights.to(logratios)
+    return weights * losses, weights * slopes

@@ -20,15 +20,20 @@ from dpofast_kernels import (
     DIVERGENCES,
     LOSS_OPTIONS,
     LOSSES,
+    UNPAIRED_LOSSES,
     DivergenceLoss,
     PreferenceLoss,
+    UnpairedLoss,
     ZeroLoss,
     make_coupled_loss,
     make_mixture,
+    make_unpaired_loss,
     unknown_loss,
 )
 
 REVERSE_KL = "reverse_kl"
+# Options that only losses of single answers have.
+UNPAIRED_OPTIONS = ("desirable_weight", "undesirable_weight")
 # Defaults of this version and of older ones of TRL.
 USUAL_COEFFICIENTS = (0.5, 1.0)
 
@@ -52,6 +57,8 @@ class LossFields(WeightingFields):
         cpo_alpha: weight of the likelihood of chosen answers in the losses without a reference that
             TRL's CPOTrainer has: cpo, cpo_hinge, cpo_ipo, simpo and alphapo. None for 1 in the
             first three, as in CPO's paper, and for 0 in the others, as in theirs.
+        desirable_weight, undesirable_weight: factors of the losses of desirable and of undesirable
+            answers in kto and apo_zero_unpaired, at least 0.
     """
 
     loss_weights: list[float] | None = field(
@@ -79,8 +86,15 @@ class LossFields(WeightingFields):
         metadata={"help": "Weight of the likelihood in cpo (1 by default), simpo and alphapo (0)."},
     )
 
+    desirable_weight: float = field(
+        default=1.0, metadata={"help": "Factor of the losses of desirable answers (kto)."}
+    )
+    undesirable_weight: float = field(
+        default=1.0, metadata={"help": "Factor of the losses of undesirable answers (kto)."}
+    )
+
     def make_loss(self) -> PreferenceLoss:
-        """The pair loss that these options name.
+        """The loss that these options name.
 
         Raises:
             ConfigError: an unknown name, or an option out of range.
@@ -99,8 +113,12 @@ class LossFields(WeightingFields):
 # Names of losses that have a likelihood term. Of sft it is the only one.
 SFT, ORPO = "sft", "orpo"
 CPO_ALPHAS = {"cpo": 1.0, "cpo_hinge": 1.0, "cpo_ipo": 1.0, "simpo": 0.0, "alphapo": 0.0}
-LOSS_NAMES = (*LOSSES, *COUPLED_LOSSES, SFT)
-OPTIONS_OF_LOSSES = {**LOSS_OPTIONS, "cpo_alpha": tuple(CPO_ALPHAS)}
+LOSS_NAMES = (*LOSSES, *COUPLED_LOSSES, SFT, *UNPAIRED_LOSSES)
+OPTIONS_OF_LOSSES = {
+    **LOSS_OPTIONS,
+    "cpo_alpha": tuple(CPO_ALPHAS),
+    **dict.fromkeys(UNPAIRED_OPTIONS, tuple(UNPAIRED_LOSSES)),
+}
 _DEFAULTS = {item.name: item.default for item in fields(LossFields)}
 
 
@@ -151,7 +169,7 @@ def loss_facts(config: Any) -> dict[str, Any]:
         "ld_alpha": config.length_discount(),
         **{
             option: getattr(config, option) if set(losses) & set(config.loss_type) else None
-            for option, losses in LOSS_OPTIONS.items()
+            for option, losses in OPTIONS_OF_LOSSES.items()
         },
         "cpo_alpha": _cpo_alphas(config) or None,
     }
@@ -172,6 +190,8 @@ def named_loss(config: Any) -> PreferenceLoss:
         if name not in LOSS_NAMES:
             raise ConfigError(f"loss_type: {unknown_loss(name, LOSS_NAMES)}")
     check_beta_fields(config)
+    if is_unpaired(config):
+        return _unpaired_loss(config)
     _check_coefficient(config.f_alpha_divergence_coef)
     _check_cpo_alpha(config.cpo_alpha)
     _check_ld_alpha(config)
@@ -192,6 +212,59 @@ def named_loss(config: Any) -> PreferenceLoss:
     if config.f_divergence_type != REVERSE_KL:
         loss = _with_divergence(loss, config)
     return _checked(loss, config)
+
+
+def is_unpaired(config: Any) -> bool:
+    """Whether the loss takes answers one by one; loss_type has been checked."""
+    return any(name in UNPAIRED_LOSSES for name in config.loss_type)
+
+
+def check_loss_kind(config: Any, *, takes_answers: bool) -> None:
+    """Refuse a loss of single answers in a trainer of pairs, and the reverse.
+
+    Raises:
+        ConfigError: the loss is of the other kind.
+    """
+    if is_unpaired(config) == takes_answers:
+        return
+    name = " + ".join(config.loss_type)
+    if takes_answers:
+        raise ConfigError(
+            f"loss_type: KTOTrainer trains {' or '.join(UNPAIRED_LOSSES)}, but got {name}, a loss "
+            "of pairs; use DPOTrainer."
+        )
+    raise ConfigError(
+        f"loss_type: {name} takes answers one by one, and DPOTrainer trains pairs; use KTOTrainer."
+    )
+
+
+def _unpaired_loss(config: Any) -> UnpairedLoss:
+    """The loss of single answers that the options name."""
+    name = next(name for name in config.loss_type if name in UNPAIRED_LOSSES)
+    if len(config.loss_type) > 1:
+        raise ConfigError(
+            f"loss_type: {name} can't be mixed with other losses, but got "
+            f"{', '.join(config.loss_type)}; name one loss."
+        )
+    neutral: dict[str, tuple[Any, ...]] = {
+        "loss_weights": (None, [1.0]),
+        "label_smoothing": (0.0,),
+        "f_divergence_type": (REVERSE_KL,),
+        "ld_alpha": (None, 1.0),
+        "target_kl": (None,),
+        "use_weighting": (False,),
+    }
+    for option, values in neutral.items():
+        if getattr(config, option) not in values:
+            raise ConfigError(
+                f"{option} is {getattr(config, option)!r}, but the {name} loss has none; leave it "
+                "out."
+            )
+    weights = (getattr(config, option) for option in UNPAIRED_OPTIONS)
+    try:
+        return make_unpaired_loss(name, config.beta, *weights)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(str(error)) from error
 
 
 def _checked(loss: PreferenceLoss, config: Any) -> PreferenceLoss:

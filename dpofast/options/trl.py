@@ -19,6 +19,7 @@ def resolve_config(
     options: dict[str, Any],
     model_name: str,
     config_class: type[DPOConfig] = DPOConfig,
+    accepted: type[DPOConfig] | None = None,
 ) -> DPOConfig:
     """Merges `args` and the options that old scripts give to the trainer itself.
 
@@ -27,11 +28,12 @@ def resolve_config(
         options: further keyword arguments of the trainer, such as beta and max_length.
         model_name: name of the model, which names the output folder if `args` is None.
         config_class: the trainer's class of options.
+        accepted: the class of options that `args` may have; None for the same.
 
     Raises:
         ConfigError: an option is unknown or can't be honoured, or `args` is of another type.
     """
-    if isinstance(args, DPOConfig) and not isinstance(args, config_class):
+    if isinstance(args, DPOConfig) and not isinstance(args, accepted or config_class):
         raise ConfigError(
             f"args: got a {type(args).__name__}, expected a dpofast.{config_class.__name__}."
         )

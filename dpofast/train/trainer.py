@@ -122,6 +122,10 @@ class DPOTrainer(
     """
 
     config_class: ClassVar[type[DPOConfig]] = DPOConfig
+    accepted_class: ClassVar[type[DPOConfig] | None] = None  # of `args`; None for config_class
+    preparer_class: ClassVar[type[PairPreparer]] = PairPreparer
+    pass_class: ClassVar[type[PairLossPass]] = PairLossPass
+    takes_answers: ClassVar[bool] = False  # one by one, instead of pairs
     args: DPOConfig
     control: TrainerControl
     _step_zero: StepZeroCheck | None = None  # only until a fresh run's first batch is checked
@@ -152,11 +156,12 @@ class DPOTrainer(
         refuse_kinds(model, ref_model)
         refuse("data_collator", data_collator, "leave it out; batches are laid out by the trainer")
         processing_class = resolve_tokenizer(processing_class, options)
-        config = resolve_config(args, options, model_name(model), self.config_class)
+        classes = (self.config_class, self.accepted_class)
+        config = resolve_config(args, options, model_name(model), *classes)
         watch_ranks(config.rank_timeout)
         config = with_quantisation(config, quantization_config, model)
         check_compute_metrics(config, compute_metrics)
-        self.pair_loss = run_loss(config, loss_fn)
+        self.pair_loss = run_loss(config, loss_fn, takes_answers=self.takes_answers)
         own_metrics = None if metrics_fn is None else OwnMetrics(metrics_fn, config.device)
         if train_dataset is not None:
             refuse_inputs_folder(config.output_dir, input_folders(model, ref_model, config))
@@ -171,7 +176,7 @@ class DPOTrainer(
         set_seed(config.seed)  # a fresh adapter's weights are random; loading may draw numbers, too
         model = prepare_policy(model, config, peft_config)
         models = (model, ref_model)
-        self.data = PairPreparer(config, tokenizer, models, columns, roles, self.pair_loss)
+        self.data = self.preparer_class(config, tokenizer, models, columns, roles, self.pair_loss)
         self.start_counting()
         train_set = None
         if train_dataset is not None:
@@ -199,7 +204,7 @@ class DPOTrainer(
         self.loaders = StepLoaders(
             config, self.layout, self.reference, partial(row_tokens_on_all_ranks, self)
         )
-        self._pair_loss_pass = PairLossPass(
+        self._pair_loss_pass = self.pass_class(
             *(self.model, router_loss, self.accelerator.autocast, config.device, own_metrics),
             *(self.data.likelihood, config.weighting(), tuple(config.metrics or ())),
         )

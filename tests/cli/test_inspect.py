@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -90,6 +91,25 @@ def test_ranks_share_a_step(command: list[str], capsys: pytest.CaptureFixture[st
 def test_a_pair_is_shown_by_its_row(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*command, "--row", "3"]) == 0
     assert "row 3" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("streaming", ["false", "true"])
+def test_an_unpaired_row_is_shown_and_the_labels_are_counted(
+    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], streaming: str
+) -> None:
+    rows = [{"prompt": "a", "response": "b", "label": number % 2} for number in range(3)]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    command = [*command, f"--dataset_name={path}", f"--dataset_streaming={streaming}"]
+    command.append('--dataset_columns={"completion": "response"}')
+    assert main([*command, "--row=1"]) == 0
+    shown = capsys.readouterr().out
+    assert "3 unpaired rows: 1 desirable, 2 undesirable" in shown
+    assert "row 1 (counted from 0): prompt 1 tokens, completion 2; desirable" in shown
+    assert "completion, scored" in shown
+    sentence = error_of(capsys, [*command, "--step=0", "--max_steps=1"])
+    assert "rows.jsonl holds unpaired rows" in sentence
+    assert "loss_type kto" in sentence
 
 
 def test_a_pair_is_shown_with_what_the_options_cut(

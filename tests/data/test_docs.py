@@ -8,16 +8,24 @@ from pathlib import Path
 
 import pytest
 
-from dpofast.data import load_preferences, tokenize_preferences
+from dpofast.data import (
+    data_kind,
+    load_preferences,
+    load_unpaired,
+    tokenize_preferences,
+    tokenize_unpaired,
+)
 from dpofast.errors import DataError
 from tests.data.builders import CHAT_TEMPLATE, byte_bpe
 
 PAGE = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
-ROWS = [
+_ALL_ROWS = [
     json.loads(line)
     for block in re.findall(r"```json\n(.*?)```", PAGE, re.S)
     for line in block.splitlines()
 ]
+UNPAIRED_ROWS = [row for row in _ALL_ROWS if data_kind([row]) == "unpaired"]
+ROWS = [row for row in _ALL_ROWS if row not in UNPAIRED_ROWS]  # pairs
 BROKEN_FILES = {
     "pairs.jsonl": '{"prompt": "a", "chosen": "b", "rejected": "c"}\n\n'
     '{"prompt": "a", "chosen": 4, "rejected": "c"}\n',
@@ -26,9 +34,12 @@ BROKEN_FILES = {
 }
 
 
-def test_every_row_on_the_page_is_a_pair():
-    assert len(ROWS) == 20
+def test_every_row_on_the_page_is_a_pair_or_unpaired():
     tokenizer = byte_bpe(chat_template=CHAT_TEMPLATE)
+    assert (len(ROWS), len(UNPAIRED_ROWS)) == (20, 7)
+    for row in UNPAIRED_ROWS:
+        rows, _ = tokenize_unpaired(load_unpaired([row]), tokenizer, max_length=None)
+        assert len(rows) == 1, row
     for row in ROWS:
         pairs, _ = tokenize_preferences(load_preferences([row]), tokenizer, max_length=None)
         rejected = row.get("rejected")
@@ -42,6 +53,16 @@ def test_every_error_on_the_page_is_what_such_a_file_gets(tmp_path):
         with pytest.raises(DataError) as caught:
             load_preferences(tmp_path / name)
         assert str(caught.value).removeprefix(f"{tmp_path}/") in PAGE.splitlines()
+
+
+def test_the_errors_about_the_kind_of_rows_are_those_on_the_page(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("rows.jsonl").write_text('{"prompt": "a", "completion": "b", "label": true}\n')
+    Path("pairs.jsonl").write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n')
+    for load, name in ((load_preferences, "rows.jsonl"), (load_unpaired, "pairs.jsonl")):
+        with pytest.raises(DataError) as caught:
+            load(name)
+        assert str(caught.value) in PAGE.splitlines()
 
 
 def test_the_error_from_tokenising_is_the_one_on_the_page():

@@ -7,7 +7,14 @@ import json
 import pytest
 
 from benchmarks.data import REAL, REPOSITORY, find_data, race_tokenizer
-from dpofast.data import load_preferences, tokenize_preferences
+from dpofast.data import (
+    data_fingerprint,
+    load_preferences,
+    load_unpaired,
+    split_pairs,
+    tokenize_preferences,
+    tokenize_unpaired,
+)
 from dpofast.data.prefix import common_prefix_length
 from dpofast.errors import DataError
 
@@ -58,8 +65,36 @@ def test_strict_names_the_first_identical_pair():
 
 
 def test_the_unpaired_file_is_refused_with_the_remedy():
-    with pytest.raises(DataError, match=r"kto_en_demo\.json, row 0 .*\(KTO\).*chosen and rejected"):
+    with pytest.raises(DataError, match=r"kto_en_demo\.json holds unpaired .*loss_type kto"):
         load_preferences(real("kto_en_demo"))
+
+
+def test_the_unpaired_file_has_the_ids_of_its_rows_as_pairs():
+    path = real("kto_en_demo")
+    tokenizer = race_tokenizer(real("dpo_en_demo"))
+    rows, report = tokenize_unpaired(load_unpaired(path), tokenizer, max_length=None)
+    assert (report.pairs_read, report.pairs_kept) == (300, 300)
+    assert report.labels == {"desirable": 150, "undesirable": 150}
+    source = json.loads(path.read_text(encoding="utf-8"))
+    assert rows["label"][:] == [row["label"] for row in source]
+    other = {"role": "assistant", "content": "Something else."}
+    pairs = [
+        {"prompt": row["messages"][:-1], "chosen": row["messages"][-1:], "rejected": [other]}
+        for row in source
+    ]
+    paired, _ = tokenize_preferences(load_preferences(pairs), tokenizer, max_length=None)
+    assert rows["prompt_ids"][:] == paired["prompt_ids"][:]
+    assert rows["completion_ids"][:] == paired["chosen_ids"][:]
+
+
+def test_split_pairs_have_the_ids_of_their_pairs(tokenised):
+    name, tokenizer, pairs, _ = tokenised
+    after = split_pairs(pairs)
+    before = split_pairs(load_preferences(real(name)))
+    rows, report = tokenize_unpaired(before, tokenizer, max_length=None)
+    assert report.labels == {"desirable": len(pairs), "undesirable": len(pairs)}
+    assert after.to_list() == rows.select_columns(after.column_names).to_list()
+    assert data_fingerprint(after) == data_fingerprint(rows)
 
 
 def test_the_benchmarks_know_the_lengths_of_the_short_pairs(tokenised):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from rich.console import Console
 
-from dpofast.data import load_preferences
+from dpofast.data import load_preferences, load_unpaired
 from dpofast.data.tokens.truncate import LengthLimits
 from dpofast.errors import DataError
 from dpofast.inspect.pair import render_pair, render_untokenised_pair
@@ -94,3 +94,19 @@ def test_brackets_are_text_and_not_markup():
     ids = byte_bpe()("[red]", add_special_tokens=False)["input_ids"]
     example = {"prompt_ids": ids, "chosen_ids": [5], "rejected_ids": [6]}
     assert "[|r|e|d|]" in printed(render_pair(example, byte_bpe()))
+
+
+@pytest.mark.parametrize(("label", "word"), [(True, "desirable"), (False, "undesirable")])
+def test_an_unpaired_row_is_shown_with_its_label(label, word):
+    row = load_unpaired([{"prompt": "a\nb", "completion": " xy", "label": label}])[0]
+    text = printed(render_untokenised_pair(row, byte_bpe()))
+    assert [line.rstrip() for line in text.splitlines()] == [
+        f"row 0 (counted from 0): prompt 3 tokens, completion 4; {word}",
+        "prompt, masked (3)     a|⏎|b",
+        "completion, scored (4)  |x|y|</s>",
+    ]
+    text = printed(render_untokenised_pair(row, byte_bpe(), limits=LengthLimits(5)))
+    assert "cut 0 tokens of the prompt on its left, 2 of completion on its right" in text
+    assert "completion, cut (2)    y|</s>" in text
+    text = printed(render_untokenised_pair(row, byte_bpe(), limits=LengthLimits(3)))
+    assert "left out of training: no room for an answer" in text

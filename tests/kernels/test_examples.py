@@ -14,6 +14,8 @@ OPS = (
     kernels.linear_scores,
     kernels.linear_statistics,
     kernels.linear_pair_loss,
+    kernels.linear_sequence_loss,
+    kernels.make_unpaired_loss,
     kernels.sum_per_sequence,
     kernels.make_loss,
     kernels.pair_metrics,

@@ -202,7 +202,7 @@ def test_a_rule_names_an_option_that_exists() -> None:
         ("ld_alpha", 1.5, "ld_alpha: got 1.5"),
         ("torch_compile", True, "torch_compile isn't supported"),
         ("warmup_ratio", 5.0, "warmup_ratio: got 5.0"),
-        ("loss_type", "kto", "loss_type: Unknown loss 'kto'"),
+        ("loss_type", "ppo", "loss_type: Unknown loss 'ppo'"),
         ("max_prompt_length", 0, "max_prompt_length: got 0"),
     ],
 )

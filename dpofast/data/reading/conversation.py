@@ -1,11 +1,11 @@
-"""Finds the prompt of a pair of messages, wherever the row has it: apart, repeated or quoted."""
+"""Finds the prompt of answers that are messages, wherever a row has it: apart, repeated, quoted."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dpofast.data.reading.implicit import split_messages
+from dpofast.data.reading.implicit import shared_length, split_messages
 from dpofast.data.reading.json_text import refuse_messages
 from dpofast.data.reading.messages import (
     CALLS,
@@ -34,37 +34,37 @@ def read_conversation(
     roles: Mapping[str, str],
     used: frozenset[str],
 ) -> Pair:
-    """The pair of a row whose answers are messages.
+    """The pair, or the unpaired row, of a row whose answers are messages.
 
     Args:
         row: the row.
         prompt: messages that the row gives as the prompt, or the text of one from the user; None if
-            both answers begin with it.
+            all answers begin with it.
         what: name of the column that `prompt` is from, used in errors.
         columns: names of the columns of the form.
         roles: role in the source -> role that templates know.
         used: columns of the source that the prompt was made from.
     Raises:
-        RowError: the messages are no pair, or a part of the prompt has no place in it.
+        RowError: the messages have no answer, or a part of the prompt has no place in them.
     """
-    chosen, rejected = (
-        _read_answer(row.get(c), row.name(c), roles) for c in ("chosen", "rejected")
-    )
+    names = row.answer_names
+    written = [_read_answer(row.get(c), row.name(c), roles) for c in row.answers]
+    answers: Sequence[list[Message]] = written
     if isinstance(prompt, list):
         check_contents(prompt, what)
-    written = (chosen, rejected)
-    if chosen and rejected:
-        prompt, chosen, rejected = _divide(prompt, chosen, rejected, what)
+    if all(written):
+        prompt, answers = _divide(prompt, written, what, row)
     elif not isinstance(prompt, list):
-        prompt = []  # the empty answer has the pair left out
-    if not (is_empty_answer(chosen) or is_empty_answer(rejected)):
-        for messages, column in zip(written, ("chosen", "rejected"), strict=True):
-            check_contents(messages, row.name(column))
+        prompt = []  # the empty answer has the row left out
+    if not any(map(is_empty_answer, answers)):
+        for messages, name in zip(written, names, strict=True):
+            check_contents(messages, name)
     prompt = with_system(row.get("system"), prompt)
-    refuse_weights(chosen, row.name("chosen"))
-    refuse_weights(rejected, row.name("rejected"))
-    values = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
-    return Pair("messages", columns, values, used | row.used("chosen", "rejected", "system"))
+    for messages, name in zip(answers, names, strict=True):
+        refuse_weights(messages, name)
+    values = {"prompt": prompt, **dict(zip(row.answers, answers, strict=True))}
+    used = used | row.used(*row.answers, "system")
+    return Pair("messages", columns, values, used, row.kind)
 
 
 def with_system(system: Any, messages: list[Message]) -> list[Message]:
@@ -99,80 +99,78 @@ def _read_answer(value: Any, what: str, roles: Mapping[str, str]) -> list[Messag
 
 def _divide(
     prompt: list[Message] | str | None,
-    chosen: list[Message],
-    rejected: list[Message],
+    answers: Sequence[list[Message]],
     what: str,
-) -> tuple[list[Message], list[Message], list[Message]]:
-    """Prompt, chosen and rejected, without a message that is in two of them."""
+    row: Row,
+) -> tuple[list[Message], Sequence[list[Message]]]:
+    """The prompt and the answers, without a message that is in both."""
     if prompt is None:
-        return split_messages(chosen, rejected)
+        common, *rest = split_messages(*answers, names=row.answer_names)
+        return common, rest
     given = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    if prompt is given and _repeated(given, chosen, rejected):
-        return given, chosen[len(given) :], rejected[len(given) :]
-    common = _common_prompt(chosen, rejected)
-    if common is None:
-        _check_speakers(chosen, rejected)
-        return given, chosen, rejected
-    size = len(common)
+    if prompt is given and _repeated(given, answers):
+        return given, [answer[len(given) :] for answer in answers]
+    whole = _common_prompt(answers, row)
+    if whole is None:
+        _check_speakers(answers, row)
+        return given, answers
     if isinstance(prompt, str):
-        if not _holds(common, prompt):
-            raise _no_place(what)
+        if not _holds(whole, prompt):
+            raise _no_place(what, row)
         before = []
     else:
-        before = _not_in_conversation(prompt, common, (chosen, rejected), what)
-    return [*before, *common], chosen[size:], rejected[size:]
+        before = _not_in_conversation(prompt, whole, answers, what, row)
+    return [*before, *whole], [answer[len(whole) :] for answer in answers]
 
 
-def _common_prompt(chosen: list[Message], rejected: list[Message]) -> list[Message] | None:
-    """The common prompt of two whole conversations; None if the answers are only answers.
+def _common_prompt(answers: Sequence[list[Message]], row: Row) -> list[Message] | None:
+    """The common prompt of whole conversations; None if the answers are only answers.
 
     Raises:
         RowError: only one is a whole conversation, or they have no prompt in common.
     """
-    whole = [speaker(answer[0]) in _ASKS for answer in (chosen, rejected)]
+    whole = [speaker(answer[0]) in _ASKS for answer in answers]
     if not any(whole):
         return None
     if not all(whole):
-        one, other = ("chosen", "rejected") if whole[0] else ("rejected", "chosen")
+        one, other = row.answers if whole[0] else reversed(row.answers)
         raise RowError(
             f"{one} begins with a message from the user or the system and {other} doesn't, so only "
             "one of them is a whole conversation; write both in one way"
         )
-    return split_messages(chosen, rejected)[0]
+    return split_messages(*answers, names=row.answer_names)[0]
 
 
-def _repeated(prompt: list[Message], chosen: list[Message], rejected: list[Message]) -> bool:
-    """Whether both answers begin with the whole prompt, and go on with an answer to it."""
+def _repeated(prompt: list[Message], answers: Sequence[list[Message]]) -> bool:
+    """Whether all answers begin with the whole prompt, and go on with an answer to it."""
     size = len(prompt)
-    if min(len(chosen), len(rejected)) <= size:
+    if min(map(len, answers)) <= size:
         return False
-    if not (same(chosen[:size], prompt) and same(rejected[:size], prompt)):
+    if not all(same(answer[:size], prompt) for answer in answers):
         return False
     if all(speaker(message) in ("assistant", "tool") for message in prompt):
         return False  # an answer may well begin as the conversation did so far
     # If the conversations have further questions in common, `prompt` is only their beginning.
-    shared = 0
-    for first, second in zip(chosen[size:], rejected[size:], strict=False):
-        if not same(first, second):
-            break
-        shared += 1
-    further = [*chosen[size : size + shared], chosen[size], rejected[size]]
+    rest = [answer[size:] for answer in answers]
+    further = [*rest[0][: shared_length(*rest)], *(answer[0] for answer in rest)]
     return not any(speaker(message) in _ASKS for message in further)
 
 
 def _not_in_conversation(
     prompt: list[Message],
     common: list[Message],
-    whole: tuple[list[Message], list[Message]],
+    whole: Sequence[list[Message]],
     what: str,
+    row: Row,
 ) -> list[Message]:
-    """The messages of `prompt` that belong before two conversations, which repeat the others.
+    """The messages of `prompt` that belong before conversations, which repeat the others.
 
     Args:
         prompt: what the row gives as the prompt.
         common: the prompt of the conversations.
         whole: the conversations.
         what: name of the column that `prompt` is from.
+        row: the row, which names the conversations.
     """
     said = list(map(_said, common))
     systems = 0
@@ -186,18 +184,18 @@ def _not_in_conversation(
             (n for n in range(min(len(turns), len(said)), 0, -1) if turns[-n:] == said[:n]), 0
         )
         if not overlap:
-            raise _no_place(what)
+            raise _no_place(what, row)
         before = prompt[: len(prompt) - overlap]
     for message in prompt:
         if all(message is not other for other in before):
-            _check_quoted(message, [m for answer in whole for m in answer], what)
+            _check_quoted(message, [m for answer in whole for m in answer], what, row)
     if before and speaker(common[0]) == "system" and said[0] not in map(_said, prompt):
         first, second = (content_text(m.get("content")) for m in (before[0], common[0]))
         raise _two_systems(what, first, "the conversations", second)
     return before
 
 
-def _check_quoted(message: Message, among: list[Message], what: str) -> None:
+def _check_quoted(message: Message, among: list[Message], what: str, row: Row) -> None:
     """Refuse a quoted message with fields that the message in the conversations doesn't have."""
     said = _said(message)
     missing: list[str] = []
@@ -214,15 +212,15 @@ def _check_quoted(message: Message, among: list[Message], what: str) -> None:
                 return
     if missing:
         raise RowError(
-            f"{what} has a message with {', '.join(missing)}, which the same message of chosen and "
-            "rejected doesn't have; write it in the same way everywhere"
+            f"{what} has a message with {', '.join(missing)}, which the same message of "
+            f"{' and '.join(row.answers)} doesn't have; write it in the same way everywhere"
         )
 
 
-def _check_speakers(chosen: list[Message], rejected: list[Message]) -> None:
+def _check_speakers(answers: Sequence[list[Message]], row: Row) -> None:
     """Refuse answers that begin with somebody of whom nobody knows whether they ask."""
-    shared = same(chosen[0], rejected[0])
-    for name, answer in (("chosen", chosen), ("rejected", rejected)):
+    shared = len(answers) > 1 and all(same(answer[0], answers[0][0]) for answer in answers)
+    for name, answer in zip(row.answers, answers, strict=True):
         roles = list(dict.fromkeys(str(message["role"]) for message in answer))
         if len(roles) == 1 or roles[0].strip().lower() in ROLES:
             continue
@@ -252,7 +250,13 @@ def _is_part(turns: list[Any], of: list[Any]) -> bool:
     return any(of[start : start + size] == turns for start in range(len(of) - size + 1))
 
 
-def _no_place(what: str) -> RowError:
+def _no_place(what: str, row: Row) -> RowError:
+    if len(row.answers) == 1:
+        (name,) = row.answers
+        return RowError(
+            f"{what} says something that isn't in the conversation of {name}, and nothing says "
+            f"where it belongs; write it into {name}, or remove {what} to train without it"
+        )
     return RowError(
         f"{what} says something that isn't in the conversations of chosen and rejected, and "
         f"nothing says where it belongs; write it into both, or remove {what} to train without it"

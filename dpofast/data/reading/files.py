@@ -17,6 +17,7 @@ import pyarrow.parquet
 
 from dpofast.data.reading.arrow_files import AGAIN, arrow_batches, checked
 from dpofast.data.reading.arrow_rows import ArrowRows
+from dpofast.data.reading.kinds import kind_of_row
 from dpofast.data.reading.records import BATCH_ROWS, Record, record_of
 from dpofast.data.reading.row_error import shown
 from dpofast.data.reading.splits import check_whole_file
@@ -124,7 +125,7 @@ def _rows_in_object(data: dict[str, Any], path: Path, split: str | None) -> Any:
     for key in (wanted, "data", "rows") if wanted == "train" else (wanted,):
         if key in lists:
             return lists[key]
-    if "chosen" in data or "rejected" in data or "chosen_ids" in data:
+    if kind_of_row(data) is not None:
         check_whole_file(path, split)
         return [data]
     found = ", ".join(data) or "nothing"

@@ -6,7 +6,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from dpofast.columns import ID_COLUMNS, PAIR_COLUMNS, REF_COLUMNS, WEIGHT_COLUMNS
+from dpofast.columns import (
+    ID_COLUMNS,
+    PAIR_COLUMNS,
+    PAIRED,
+    REF_COLUMNS,
+    UNPAIRED,
+    WEIGHT_COLUMNS,
+)
 from dpofast.data.reading.conversation import read_conversation
 from dpofast.data.reading.instruction import read_instruction
 from dpofast.data.reading.json_text import (
@@ -19,6 +26,7 @@ from dpofast.data.reading.json_text import (
     parse_several,
     speakers,
 )
+from dpofast.data.reading.kinds import LABELS, wrong_kind
 from dpofast.data.reading.messages import read_messages
 from dpofast.data.reading.options import (
     MEDIA_COLUMNS,
@@ -47,6 +55,7 @@ COLUMNS = (
     *("instruction", "input", "system", "history"),
     *OTHER_COLUMNS,
     *(*ID_COLUMNS, *OLD_ID_COLUMNS, *MASK_COLUMNS, *LABEL_COLUMNS),
+    *(*UNPAIRED.answers, *UNPAIRED.id_columns[1:], *LABELS),
     *("tools", "chat_template_kwargs", "plain_prompt"),
     *MEDIA_COLUMNS,
     *REF_COLUMNS,
@@ -116,21 +125,32 @@ def _each_rejected(row: Row) -> list[Row]:
 
 
 def _read_written_pair(row: Row, roles: Mapping[str, str]) -> Pair:
-    return _with_row_columns(_read_form(row, roles), row)
+    return _with_row_columns(read_form(row, roles), row)
 
 
 def _with_row_columns(pair: Pair, row: Row) -> Pair:
     """The pair with the columns that every form can have."""
+    pair = with_template_options(pair, row)
+    pair.values.update(reference_logps(row.values))
+    pair.values.update(pair_weights(row.values))
+    return replace(pair, used=pair.used | row.used(*REF_COLUMNS, *WEIGHT_COLUMNS))
+
+
+def with_template_options(pair: Pair, row: Row) -> Pair:
+    """The pair or unpaired row with what the chat template gets, and the number of its row."""
     given = ["row"] if isinstance(row.get("row"), int) else []
     if pair.kind == "messages":  # nothing else passes a chat template
         pair.values.update(template_options(row.values))
         given += ["tools", "chat_template_kwargs"]
-    pair.values.update(reference_logps(row.values))
-    pair.values.update(pair_weights(row.values))
-    return replace(pair, used=pair.used | row.used(*given, *REF_COLUMNS, *WEIGHT_COLUMNS))
+    return replace(pair, used=pair.used | row.used(*given))
 
 
-def _read_form(row: Row, roles: Mapping[str, str]) -> Pair:
+def read_form(row: Row, roles: Mapping[str, str]) -> Pair:
+    """Read the prompt and the answers of a row, which are in the columns `row.answers`.
+
+    Raises:
+        RowError: the row can't be used.
+    """
     # The order matters: a file with prompts often has the chosen conversation in `messages`, too.
     if "prompt" in row:
         prompt = parse_messages(row.get("prompt"), "prompt")
@@ -140,7 +160,7 @@ def _read_form(row: Row, roles: Mapping[str, str]) -> Pair:
         if row.get(column) is not None:
             name = row.name(column)
             prompt = read_messages(parse_messages(row.get(column), name), name, roles)
-            columns = row.listed(column, "chosen", "rejected")
+            columns = row.listed(column, *row.answers)
             used = row.used(column)
             row = _parsed(row, JSON if isinstance(row.get(column), str) else MESSAGES)
             return read_conversation(row, prompt, name, columns, roles, used)
@@ -159,7 +179,7 @@ def _is_absent(prompt: Any, row: Row) -> bool:
         return False
     if any(row.get(column) is not None for column in ("messages", "conversations", "instruction")):
         return True
-    answers = [messages_in(row.get(column)) for column in PAIR_COLUMNS[1:]]
+    answers = [messages_in(row.get(column)) for column in row.answers]
     if all(_is_whole(answer) or answer.kind == "empty" for answer in answers):
         return True
     if isinstance(prompt, str):
@@ -179,7 +199,7 @@ def _is_whole(answer: Written) -> bool:
 
 def _read_explicit(row: Row, prompt: Any, roles: Mapping[str, str]) -> Pair:
     """A row with a prompt column, whose JSON text is parsed already."""
-    columns, used = row.listed(*PAIR_COLUMNS), row.used("prompt")
+    columns, used = row.listed(*row.kind.columns), row.used("prompt")
     if isinstance(prompt, list | tuple | Mapping):
         messages = read_messages(prompt, "prompt", roles)
         row = _parsed(row, JSON if isinstance(row.get("prompt"), str) else MESSAGES)
@@ -191,7 +211,7 @@ def _read_explicit(row: Row, prompt: Any, roles: Mapping[str, str]) -> Pair:
         return pair
     prompt = text_of(prompt, "prompt")
     row = _parsed(row, TEXT)
-    answers = [row.get(column) for column in PAIR_COLUMNS[1:]]
+    answers = [row.get(column) for column in row.answers]
     if any(map(_are_messages, answers)) and all(
         isinstance(answer, str) or _are_messages(answer) for answer in answers
     ):
@@ -200,27 +220,28 @@ def _read_explicit(row: Row, prompt: Any, roles: Mapping[str, str]) -> Pair:
 
 
 def _read_implicit(row: Row, roles: Mapping[str, str]) -> Pair:
-    """A row without a prompt column, whose answers both begin with the prompt."""
-    if isinstance(row.get("chosen"), str) and isinstance(row.get("rejected"), str):
-        return read_implicit_text(row)
-    for column in ("chosen", "rejected"):
+    """A row without a prompt column, whose answers all begin with the prompt."""
+    if all(isinstance(row.get(column), str) for column in row.answers):
+        if row.kind is PAIRED:
+            return read_implicit_text(row)
+        raise RowError(
+            f"{row.answer_names[0]} is a text without a prompt, and only a pair shows where a "
+            "prompt ends; give the prompt in a column of its own"
+        )
+    for column in row.answers:
         if not isinstance(row.get(column), list | tuple | Mapping):
             # Raises for a number. Its error asks for text, which is more likely what the user
             # wanted to write than messages.
             text_of(row.get(column), row.name(column))
-    columns = row.listed("chosen", "rejected")
+    columns = row.listed(*row.answers)
     return read_conversation(row, None, "", columns, roles, frozenset())
 
 
 def _parsed(row: Row, prompt: str) -> Row:
     """The row with answers from JSON text; see `parse_answers`."""
-    answers = parse_answers(
-        row.get("chosen"),
-        row.get("rejected"),
-        names=(row.name("chosen"), row.name("rejected")),
-        prompt=prompt,
-    )
-    values = {**row.values, **dict(zip(("chosen", "rejected"), answers, strict=True))}
+    given = [row.get(column) for column in row.answers]
+    answers = parse_answers(given, names=row.answer_names, prompt=prompt)
+    values = {**row.values, **dict(zip(row.answers, answers, strict=True))}
     return replace(row, values=values)
 
 
@@ -229,17 +250,9 @@ def _are_messages(value: Any) -> bool:
 
 
 def _refuse_unpaired(row: Row) -> None:
-    """Refuse rows for KTO, which have one answer and a label."""
-    if "chosen" in row or "rejected" in row:
-        return
-    labels = [column for column in ("label", "kto_tag") if column in row]
-    answers = ("completion", "messages", "conversations", "output", "prompt")
-    if labels and any(column in row for column in answers):
-        raise RowError(
-            f"these are unpaired rows, each with one answer and {labels[0]!r} (KTO), and DPO needs "
-            "pairs; join a good and a bad answer of the same prompt to one row with chosen and "
-            "rejected, or train this file with a KTO trainer"
-        )
+    """Refuse a row for KTO among pairs; a source of such rows is refused as a whole."""
+    if (problem := wrong_kind(row.values, PAIRED)) is not None:
+        raise RowError(problem)
 
 
 def _require_answers(row: Row, found: Sequence[str]) -> None:

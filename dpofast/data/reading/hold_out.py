@@ -14,8 +14,13 @@ import xxhash
 
 from dpofast.columns import ID_COLUMNS
 from dpofast.data.reading.messages import content_text, decode_messages
-from dpofast.data.reading.mixture import check_shares, sources_of, take_shares, taken_of
-from dpofast.data.reading.preferences import load_preferences
+from dpofast.data.reading.mixture import (
+    check_shares,
+    in_normal_form,
+    sources_of,
+    take_shares,
+    taken_of,
+)
 from dpofast.data.reading.records import BATCH_ROWS
 from dpofast.errors import ConfigError, DataError
 
@@ -43,7 +48,7 @@ def hold_out(
     training pairs, so that they are reported.
 
     Args:
-        dataset: pairs in any form that `load_preferences` reads, or a mixture.
+        dataset: pairs in any form that `load_preferences` reads, unpaired rows or a mixture.
         eval_split: part of the pairs to hold out, above 0 and below 1; or, as an int, their number.
             It is met as nearly as whole prompts allow: the difference is at most half the number of
             pairs of the smallest prompt that isn't held out, unless a part would have no prompt.
@@ -61,7 +66,7 @@ def hold_out(
         ConfigError: eval_split can't be used.
     """
     check_eval_split(eval_split)
-    dataset = load_preferences(dataset, name=name)
+    dataset = in_normal_form(dataset, name)
     names, numbers = sources_of(dataset, name)
     if shares is not None:
         check_shares(shares, names)

@@ -1,7 +1,10 @@
-"""Finds the prompt in data without a prompt column, where both answers repeat it."""
+"""Finds the prompt in data without a prompt column, where all answers repeat it."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+from dpofast.columns import PAIRED
 from dpofast.data.prefix import common_prefix_length
 from dpofast.data.reading.messages import ROLES, Message, same, speaker
 from dpofast.data.reading.row_error import RowError, naming
@@ -60,31 +63,41 @@ def split_texts(chosen: str, rejected: str) -> tuple[str, str, str]:
 
 
 def split_messages(
-    chosen: list[Message], rejected: list[Message]
-) -> tuple[list[Message], list[Message], list[Message]]:
-    """Split two conversations that begin with the same prompt.
+    *conversations: list[Message], names: Sequence[str] = PAIRED.answers
+) -> tuple[list[Message], ...]:
+    """Split conversations that begin with the same prompt, or a single one.
 
-    The prompt is the longest common beginning after which both answers begin with a message from
+    The prompt is the longest common beginning after which all answers begin with a message from
     the assistant.
 
+    Args:
+        *conversations: one for each answer.
+        names: their names, used in errors.
     Returns:
-        prompt, chosen, rejected.
+        The prompt and each answer.
     Raises:
         RowError: the conversations have no prompt in common.
     """
-    end = common_prefix_length(chosen, rejected)
-    end = next((i for i in range(end) if not same(chosen[i], rejected[i])), end)
     # Each answer needs at least one message, even if the conversations are identical.
-    end = min(end, len(chosen) - 1, len(rejected) - 1)
-    while end > 0 and {speaker(chosen[end]), speaker(rejected[end])} != {"assistant"}:
+    end = min(shared_length(*conversations), *(len(messages) - 1 for messages in conversations))
+    while end > 0 and {speaker(messages[end]) for messages in conversations} != {"assistant"}:
         end -= 1
     if end == 0:
-        raise RowError(_why_nothing_in_common(chosen, rejected))
-    return chosen[:end], chosen[end:], rejected[end:]
+        raise RowError(_why_nothing_in_common(conversations, names))
+    return conversations[0][:end], *(messages[end:] for messages in conversations)
 
 
-def _why_nothing_in_common(chosen: list[Message], rejected: list[Message]) -> str:
-    for name, messages in (("chosen", chosen), ("rejected", rejected)):
+def shared_length(first: list[Message], *others: list[Message]) -> int:
+    """Number of messages with which all of these lists begin."""
+    ends = [common_prefix_length(first, other) for other in others]
+    end = min(ends, default=len(first))
+    return next(
+        (i for i in range(end) if not all(same(first[i], other[i]) for other in others)), end
+    )
+
+
+def _why_nothing_in_common(conversations: Sequence[list[Message]], names: Sequence[str]) -> str:
+    for name, messages in zip(names, conversations, strict=True):
         if "assistant" not in map(speaker, messages):
             found = list(dict.fromkeys(str(message["role"]) for message in messages))
             unknown = [role for role in found if role.strip().lower() not in ROLES]
@@ -93,7 +106,9 @@ def _why_nothing_in_common(chosen: list[Message], rejected: list[Message]) -> st
             else:
                 remedy = "end it with one or remove the row"
             return f"{name} has no message from the assistant (found: {', '.join(found)}); {remedy}"
-    first, second = chosen[0], rejected[0]
+    if len(conversations) == 1:
+        return f"{names[0]} has an answer but no prompt before it; give it one or remove the row"
+    first, second = (messages[0] for messages in conversations)
     systems = [speaker(message) == "system" for message in (first, second)]
     if any(systems) and not all(systems):
         one, other = ("chosen", "rejected") if systems[0] else ("rejected", "chosen")

@@ -15,9 +15,9 @@ from dpofast.data.reading.row_error import RowError, shown, text_of
 
 
 def read_instruction(row: Row, roles: Mapping[str, str]) -> Pair:
-    """The pair of a row whose instruction and input become one message from the user.
+    """The pair, or the unpaired row, whose prompt is one message: the instruction and the input.
 
-    The pair also gets `plain_prompt`, for tokenizers without a chat template.
+    It also gets `plain_prompt`, for tokenizers without a chat template.
 
     Raises:
         RowError: the row can't be used.
@@ -30,11 +30,11 @@ def read_instruction(row: Row, roles: Mapping[str, str]) -> Pair:
     content = f"{instruction}\n{given}" if given else instruction
     history = _read_history(row.get("history"))
     prompt: list[Message] = [*history, {"role": "user", "content": content}]
-    columns = row.listed("instruction", "input", "chosen", "rejected")
+    columns = row.listed("instruction", "input", *row.answers)
     used = row.used("instruction", "input", "history")
     pair = read_conversation(row, prompt, "instruction", columns, roles, used)
     # Alpaca's headings have no place for earlier turns.
-    if not history and isinstance(row.get("chosen"), str) and isinstance(row.get("rejected"), str):
+    if not history and all(isinstance(row.get(column), str) for column in row.answers):
         system = row.get("system") if has_system(row.get("system")) else None
         pair.values["plain_prompt"] = plain_instruction(instruction, given, system)
     return pair

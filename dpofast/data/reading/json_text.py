@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dpofast.data.reading.messages import ROLES, speaker
@@ -46,35 +46,31 @@ def refuse_messages(text: str, what: str) -> None:
         raise _unreadable(found, what, text)
 
 
-def parse_answers(
-    chosen: Any, rejected: Any, *, names: tuple[str, str], prompt: str
-) -> tuple[Any, Any]:
-    """Two answers with messages from JSON text.
+def parse_answers(given: Sequence[Any], *, names: Sequence[str], prompt: str) -> list[Any]:
+    """The answers of a row with messages from JSON text.
 
     An answer can be a text that only looks like messages, for instance if the question asks for
-    JSON. So a text is messages only if the other answer is messages, too, or says nothing, or if
-    the prompt is messages and the text is an answer to it.
+    JSON. So a text is messages only if the other answer is messages, too, or says nothing, or isn't
+    there; or if the prompt is messages and the text is an answer to it.
 
     Args:
-        chosen, rejected: the answers as the row has them.
-        names: names of the two, used in errors.
+        given: the answers as the row has them.
+        names: their names, used in errors.
         prompt: how the row gives its prompt: MESSAGES, JSON, TEXT or IMPLICIT.
     Returns:
         The answers: messages or texts. One that says nothing is [] beside messages, otherwise "".
     Raises:
         RowError: an answer is messages, but they are broken or written as Python prints them.
     """
-    given = (chosen, rejected)
     found = [_demoted(messages_in(value), prompt) for value in given]
     if not _are_messages(found, prompt):
-        return tuple(_text(each, value) for each, value in zip(found, given, strict=True))
+        return [_text(each, value) for each, value in zip(found, given, strict=True)]
     # An answer that is real messages says nothing about how the other one is written.
     real = any(each.kind == "messages" for each in found)
-    answers = [
+    return [
         _answer(each, value, name, real)
         for each, value, name in zip(found, given, names, strict=True)
     ]
-    return answers[0], answers[1]
 
 
 def parse_several(chosen: Any, rejected: Any, what: str) -> tuple[Any, Any]:
@@ -132,7 +128,7 @@ def _is_certain(found: Written, prompt: str) -> bool:
 
 
 def _answer(found: Written, value: Any, name: str, real: bool) -> Any:
-    """An answer of a pair whose answers are messages."""
+    """An answer of a row whose answers are messages."""
     if found.kind in ("python", "broken"):
         raise _unreadable(found, name, value)
     if found.kind in ("json", "messages"):

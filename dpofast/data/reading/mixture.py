@@ -14,8 +14,20 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import xxhash
 
-from dpofast.columns import ID_COLUMNS, PAIR_COLUMNS, REF_COLUMNS, SOURCE_COLUMN, WEIGHT_COLUMNS
-from dpofast.data.reading.normal_form import SourceNotes, normal_form, source_notes
+from dpofast.columns import (
+    ID_COLUMNS,
+    REF_COLUMNS,
+    SOURCE_COLUMN,
+    UNPAIRED,
+    WEIGHT_COLUMNS,
+    kind_of_columns,
+)
+from dpofast.data.reading.normal_form import (
+    SourceNotes,
+    is_normal_form,
+    normal_form,
+    source_notes,
+)
 from dpofast.data.reading.preferences import load_preferences
 from dpofast.data.reading.shares import largest_counts
 from dpofast.errors import ConfigError, DataError
@@ -41,7 +53,8 @@ def mix_preferences(
     dataset depend on the seed and on the rows' numbers, not on the other datasets.
 
     Args:
-        sets: name -> pairs in any form that `load_preferences` reads.
+        sets: name -> pairs in any form that `load_preferences` reads; or, for all names, results of
+            `load_unpaired`.
         shares: name -> positive number, for all names. They are divided by their sum.
         weights: name -> number of at least 0, for all names: how much each pair of the dataset
             counts in the loss. It multiplies the column `weight`, if the dataset has one.
@@ -63,8 +76,9 @@ def mix_preferences(
         check_shares(shares, sets)
     if weights is not None:
         check_weights(weights, sets)
-    parts = {name: load_preferences(source, name=name) for name, source in sets.items()}
+    parts = {name: in_normal_form(source, name) for name, source in sets.items()}
     _refuse_mixtures(parts)
+    _refuse_pairs_beside_unpaired(parts)
     _refuse_two_kinds(parts)
     _refuse_half_scored(parts)
     tables = []
@@ -82,6 +96,14 @@ def mix_preferences(
     taken = ", ".join(f"{count:,} from {name}" for name, count in counts.items())
     logger.info("mixture: %s pairs, %s", f"{sum(counts.values()):,}", taken)
     return mixture
+
+
+def in_normal_form(source: Any, name: str) -> datasets.Dataset:
+    """Pairs in any form in their normal form; unpaired rows have to be in theirs already."""
+    if is_normal_form(source, UNPAIRED):
+        dataset: datasets.Dataset = source
+        return dataset
+    return load_preferences(source, name=name)
 
 
 def take_shares(
@@ -178,10 +200,13 @@ def sources_of(dataset: datasets.Dataset, name: str = "") -> tuple[dict[str, int
         names, numbers = encoded.dictionary.to_pylist(), encoded.indices.to_numpy()
     else:
         names, numbers = [name], np.zeros(len(dataset), dtype=np.int32)
-    _, chosen, rejected = ID_COLUMNS if ID_COLUMNS[0] in dataset.column_names else PAIR_COLUMNS
-    # A row that was left out has nulls in both columns.
-    answers = (_column(dataset, column).to_pylist() for column in (chosen, rejected))
-    differ = np.array([one != other for one, other in zip(*answers, strict=True)], dtype=bool)
+    kind = kind_of_columns(dataset.column_names)
+    is_tokenised = ID_COLUMNS[0] in dataset.column_names
+    _, *columns = kind.id_columns if is_tokenised else kind.columns
+    # A row that was left out has nulls in the columns of its answers.
+    first, *others = (_column(dataset, column).to_pylist() for column in columns)
+    second = others[0] if others else [None] * len(first)
+    differ = np.array([one != other for one, other in zip(first, second, strict=True)], dtype=bool)
     numbers = np.where(differ, numbers, LEFT_OUT)
     return {name: number for number, name in enumerate(names)}, numbers
 
@@ -236,10 +261,21 @@ def _column(dataset: datasets.Dataset, name: str) -> pa.ChunkedArray:
 
 
 def _kind_of(dataset: datasets.Dataset) -> str:
-    """What the pairs of a dataset in the normal form are: token ids, text or messages."""
+    """What the rows of a dataset in the normal form are: token ids, text or messages."""
     if ID_COLUMNS[0] in dataset.column_names:
         return "token ids"
     return "text" if dataset.features["prompt"] == datasets.Value("string") else "messages"
+
+
+def _refuse_pairs_beside_unpaired(parts: Mapping[str, datasets.Dataset]) -> None:
+    kinds = {name: kind_of_columns(part.column_names) for name, part in parts.items()}
+    paired = next((name for name, kind in kinds.items() if not kind.labelled), None)
+    unpaired = next((name for name, kind in kinds.items() if kind.labelled), None)
+    if paired is not None and unpaired is not None:
+        raise DataError(
+            f"{paired} holds pairs and {unpaired} unpaired rows, and the rows of a run are all of "
+            "one kind; split the pairs with split_pairs of dpofast.data"
+        )
 
 
 def _refuse_mixtures(parts: Mapping[str, datasets.Dataset]) -> None:

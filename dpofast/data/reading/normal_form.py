@@ -5,6 +5,8 @@ It has these columns:
 - prompt, chosen and rejected: all text, or all lists of messages. A message is a JSON text, so that
   its fields, their order and their nulls stay as they were written.
 - prompt_ids, chosen_ids and rejected_ids in their place, if the source is tokenised already.
+- completion in place of chosen and rejected, or completion_ids, and label, a bool, if the data is
+  unpaired.
 - row: the row's index in the source, counted from 0. Pairs from one row share it.
 - source: the data set that the row comes from, if several were mixed.
 - left_out: why the row is left out, null for a pair that is used; the column is only there if a row
@@ -26,17 +28,12 @@ from typing import Any
 import datasets
 import pyarrow as pa
 
-from dpofast.columns import ID_COLUMNS, PAIR_COLUMNS, REF_COLUMNS, WEIGHT_COLUMNS
+from dpofast.columns import LABEL_COLUMN, PAIRED, REF_COLUMNS, WEIGHT_COLUMNS, RowKind
 
 # A Dataset whose description begins with this line is in the normal form. Selecting rows keeps the
 # description. What else is known about the source follows, as JSON.
 _MARK = "Preference pairs in dpofast's normal form, version 2."
 
-PAIR_TYPES: dict[str, dict[str, pa.DataType]] = {
-    "text": dict.fromkeys(PAIR_COLUMNS, pa.string()),
-    "messages": dict.fromkeys(PAIR_COLUMNS, pa.list_(pa.string())),
-    "ids": dict.fromkeys(ID_COLUMNS, pa.list_(pa.int32())),
-}
 OPTIONAL_TYPES: dict[str, pa.DataType] = {
     "source": pa.string(),
     "left_out": pa.string(),
@@ -46,6 +43,16 @@ OPTIONAL_TYPES: dict[str, pa.DataType] = {
     "plain_prompt": pa.string(),
     **dict.fromkeys((*REF_COLUMNS, *WEIGHT_COLUMNS), pa.float64()),
 }
+
+
+def answer_types(kind: RowKind) -> dict[str, dict[str, pa.DataType]]:
+    """Type of the prompt and the answers ("text", "messages" or "ids") -> types of the columns."""
+    label = {LABEL_COLUMN: pa.bool_()} if kind.labelled else {}
+    return {
+        "text": {**dict.fromkeys(kind.columns, pa.string()), **label},
+        "messages": {**dict.fromkeys(kind.columns, pa.list_(pa.string())), **label},
+        "ids": {**dict.fromkeys(kind.id_columns, pa.list_(pa.int32())), **label},
+    }
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,14 +83,19 @@ def normal_form(table: pa.Table, notes: SourceNotes) -> datasets.Dataset:
     return datasets.Dataset(table, info=datasets.DatasetInfo(description=description))
 
 
-def is_normal_form(source: Any) -> bool:
-    """Whether `source` is a result of `load_preferences`, or a selection of its rows."""
+def is_normal_form(source: Any, kind: RowKind = PAIRED) -> bool:
+    """Whether `source` is a result of `load_preferences`, or a selection of its rows.
+
+    Args:
+        source: anything.
+        kind: UNPAIRED asks for a result of `load_unpaired`.
+    """
     if not isinstance(source, datasets.Dataset) or not source.info.description.startswith(_MARK):
         return False
     # `map` keeps the description as well, so the columns have to be right, too.
     names = set(source.column_names)
     known = {"row", *OPTIONAL_TYPES}
-    return any(set(types) <= names <= known | set(types) for types in PAIR_TYPES.values())
+    return any(set(types) <= names <= known | set(types) for types in answer_types(kind).values())
 
 
 def source_notes(dataset: datasets.Dataset) -> SourceNotes:

@@ -1,4 +1,4 @@
-"""A row under this package's names of columns, and the pair that is read from it."""
+"""A row under this package's names of columns, and the pair or unpaired row read from it."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from dpofast.columns import ID_COLUMNS, PAIR_COLUMNS
+from dpofast.columns import PAIRED, RowKind
 from dpofast.data.reading.messages import is_empty_answer, same
 
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """One pair in the normal form.
+    """One pair, or one unpaired row, in the normal form.
 
     Attributes:
         kind: type of the prompt and the answers: "text", "messages" or "ids".
@@ -21,22 +21,25 @@ class Pair:
         values: column -> value, for all columns of the normal form except `row`. Messages are lists
             of dicts here.
         used: columns of the source that the pair was made from. All others didn't matter.
+        row_kind: whether it is a pair or an unpaired row.
     """
 
     kind: str
     columns: str
     values: dict[str, Any] = field(default_factory=dict)
     used: frozenset[str] = frozenset()
+    row_kind: RowKind = PAIRED
 
     @property
     def identical(self) -> bool:
-        _, chosen, rejected = self._columns
-        return same(self.values[chosen], self.values[rejected])
+        """Whether there are several answers, and all are the same."""
+        first, *others = (self.values[column] for column in self._answer_columns)
+        return bool(others) and all(same(first, other) for other in others)
 
     @property
     def blank(self) -> str | None:
-        """ "chosen" or "rejected" if that answer has no text and no tool call, otherwise None."""
-        for name, column in zip(PAIR_COLUMNS[1:], self._columns[1:], strict=True):
+        """The column of the first answer without text and tool call; None if there is none."""
+        for name, column in zip(self.row_kind.answers, self._answer_columns, strict=True):
             answer = self.values[column]
             if self.kind == "messages":
                 empty = is_empty_answer(answer)
@@ -47,8 +50,8 @@ class Pair:
         return None
 
     @property
-    def _columns(self) -> tuple[str, str, str]:
-        return ID_COLUMNS if self.kind == "ids" else PAIR_COLUMNS
+    def _answer_columns(self) -> tuple[str, ...]:
+        return self.row_kind.id_columns[1:] if self.kind == "ids" else self.row_kind.answers
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,11 +62,23 @@ class Row:
         values: column -> value.
         names: column -> its name in an error, for columns that the source calls otherwise.
         sources: column -> columns of the source that its value is from, for the same columns.
+        kind: whether the row holds a pair or is unpaired.
     """
 
     values: Mapping[str, Any]
     names: Mapping[str, str] = field(default_factory=dict)
     sources: Mapping[str, frozenset[str]] = field(default_factory=dict)
+    kind: RowKind = PAIRED
+
+    @property
+    def answers(self) -> tuple[str, ...]:
+        """Columns of the answers."""
+        return self.kind.answers
+
+    @property
+    def answer_names(self) -> tuple[str, ...]:
+        """The names of these columns in an error."""
+        return tuple(map(self.name, self.answers))
 
     def __contains__(self, column: str) -> bool:
         return column in self.values

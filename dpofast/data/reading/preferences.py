@@ -1,16 +1,20 @@
-"""Reads preference pairs from any source and brings them to the normal form."""
+"""Reads pairs, or unpaired rows, from any source and brings them to the normal form."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import datasets
 
+from dpofast.columns import PAIRED, UNPAIRED, RowKind
 from dpofast.data.reading.bad_rows import check_strictness
+from dpofast.data.reading.kinds import kind_of_row
 from dpofast.data.reading.mappings import check_columns, check_roles
 from dpofast.data.reading.normal_form import is_normal_form, normal_form, source_notes
+from dpofast.data.reading.records import BATCH_ROWS
 from dpofast.data.reading.sources import read_records
 from dpofast.data.reading.table import TableBuilder
 
@@ -52,16 +56,92 @@ def load_preferences(
         ConfigError: `columns` or `roles` can't be used, such as a column that no format has; or
             both strict and skip_bad_rows are set.
     """
-    check_strictness(strict, skip_bad_rows)
-    mapping, role_names = check_columns(columns), check_roles(roles)
-    again = is_normal_form(source)
-    if again and not mapping and not role_names and not strict:
-        return source
-    builder = TableBuilder(strict, skip_bad_rows, mapping, role_names, again)
+    reading = _Reading(PAIRED, columns, roles, strict, skip_bad_rows)
+    return reading.load(source, split, name, config_name)
+
+
+def load_unpaired(
+    source: Any,
+    *,
+    columns: Mapping[str, str] | None = None,
+    split: str = "train",
+    strict: bool = False,
+    skip_bad_rows: bool = False,
+    name: str | None = None,
+    roles: Mapping[str, str] | None = None,
+    config_name: str | None = None,
+) -> datasets.Dataset:
+    """Read unpaired rows, each with one answer and a label, from any source into the normal form.
+
+    Args:
+        source, columns, split, strict, skip_bad_rows, name, roles, config_name: as in
+            `load_preferences`; strict refuses rows with an empty answer.
+    Returns:
+        A Dataset in memory, in the normal form: prompt and completion, as text or as messages (or
+        prompt_ids and completion_ids), label (bool, true for a desirable answer), row, and what a
+        pair can have besides. Nothing is written to disk.
+    Raises:
+        DataError, ConfigError: as in `load_preferences`; also if the source holds pairs, which
+            `split_pairs` splits.
+    """
+    reading = _Reading(UNPAIRED, columns, roles, strict, skip_bad_rows)
+    return reading.load(source, split, name, config_name)
+
+
+def data_kind(
+    source: Any,
+    *,
+    columns: Mapping[str, str] | None = None,
+    split: str = "train",
+    name: str | None = None,
+    config_name: str | None = None,
+) -> str:
+    """Say whether a source holds pairs or unpaired rows, from the columns of its first rows.
+
+    Args:
+        source, columns, split, name, config_name: as in `load_preferences`.
+    Returns:
+        "paired" or "unpaired"; "paired" if nothing tells, so that `load_preferences` says what is
+        missing.
+    Raises:
+        DataError: the source can't be read.
+        ConfigError: `columns` can't be used.
+    """
+    renamed = {theirs: ours for ours, theirs in check_columns(columns).items()}
     records = read_records(source, split=split, name=name, config_name=config_name)
-    table = builder.build(records, name or _name_of(source))
-    notes = builder.notes()
-    return normal_form(table, notes.merged(source_notes(source)) if again else notes)
+    for record in itertools.islice(records, BATCH_ROWS):
+        values = {renamed.get(column, column): value for column, value in record.values.items()}
+        kind = kind_of_row(values)
+        if kind is not None:
+            return kind.name
+    return PAIRED.name
+
+
+class _Reading:
+    """How a source is read; see `load_preferences`."""
+
+    def __init__(
+        self, kind: RowKind, columns: Any, roles: Any, strict: bool, skip_bad_rows: bool
+    ) -> None:
+        check_strictness(strict, skip_bad_rows)
+        self.kind, self.strict, self.skip_bad_rows = kind, strict, skip_bad_rows
+        self.columns, self.roles = check_columns(columns), check_roles(roles)
+
+    def load(
+        self, source: Any, split: str, name: str | None, config_name: str | None
+    ) -> datasets.Dataset:
+        """The rows of a source in the normal form."""
+        again = is_normal_form(source, self.kind)
+        if again and not (self.columns or self.roles or self.strict):
+            dataset: datasets.Dataset = source
+            return dataset
+        builder = TableBuilder(
+            self.strict, self.skip_bad_rows, self.columns, self.roles, again, self.kind
+        )
+        records = read_records(source, split=split, name=name, config_name=config_name)
+        table = builder.build(records, name or _name_of(source))
+        notes = builder.notes()
+        return normal_form(table, notes.merged(source_notes(source)) if again else notes)
 
 
 def _name_of(source: Any) -> str:

@@ -2,5 +2,6 @@
 
 from __future__ import annotations
 
+IDENTICAL = "identical answers"
 EMPTY = "empty answer"
 BAD_ROW = "bad row"

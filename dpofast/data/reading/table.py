@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pyarrow as pa
 
-from dpofast.columns import ID_COLUMNS, PAIR_COLUMNS, WEIGHT_COLUMNS
+from dpofast.columns import PAIRED, UNPAIRED, WEIGHT_COLUMNS, RowKind
 from dpofast.data.reading.bad_rows import BadRows
 from dpofast.data.reading.formats import read_pairs
+from dpofast.data.reading.kinds import refuse_other_kind
 from dpofast.data.reading.messages import encode_messages
-from dpofast.data.reading.normal_form import OPTIONAL_TYPES, PAIR_TYPES, SourceNotes
+from dpofast.data.reading.normal_form import OPTIONAL_TYPES, SourceNotes, answer_types
 from dpofast.data.reading.pair import Pair
 from dpofast.data.reading.reasons import BAD_ROW, EMPTY
 from dpofast.data.reading.records import BATCH_ROWS, Record
 from dpofast.data.reading.row_error import STRICT_REMEDY, RowError, empty_answer
+from dpofast.data.reading.unpaired import read_unpaired
 from dpofast.data.reading.weights import refuse_half_weighted
 from dpofast.errors import DataError
 
@@ -37,6 +41,7 @@ class TableBuilder:
         columns: column name here -> column name in the source.
         roles: role in the source -> role that templates know.
         again: the source is in the normal form already.
+        kind: what the rows are: PAIRED or UNPAIRED.
     """
 
     def __init__(
@@ -46,9 +51,12 @@ class TableBuilder:
         columns: Mapping[str, str],
         roles: Mapping[str, str],
         again: bool,
+        kind: RowKind = PAIRED,
     ) -> None:
         self.strict, self.skip_bad_rows = strict, skip_bad_rows
         self.columns, self.roles, self.again = columns, roles, again
+        self.kind = kind
+        self._read_row = read_unpaired if kind is UNPAIRED else read_pairs
         self._bad = BadRows()
         self._rows_read = 0
         self._form: tuple[str, str] | None = None  # kind and format that all pairs must share
@@ -79,7 +87,7 @@ class TableBuilder:
             if self._form is not None:
                 batches.append(self._batch())
         if not self._rows_read:
-            raise DataError(f"{name} holds no rows; give it at least one pair")
+            raise DataError(f"{name} holds no rows; give it at least one {self.kind.noun}")
         if self._bad.count and not self.skip_bad_rows:
             raise self._bad.error(name, self._rows_read, self.strict)
         if self._waiting:
@@ -127,6 +135,8 @@ class TableBuilder:
             records: the rows.
             blanks_decide: settle the form of all pairs even if all answers here are blank.
         """
+        if not self._rows_read and records:
+            refuse_other_kind(self._renamed(records), self.kind, records[0].source)
         read = [self._pairs(record) for record in records]
         if self._form is None:
             # Most of the first rows decide which form is right, not the very first row.
@@ -150,15 +160,21 @@ class TableBuilder:
                 rows.append(self._left_out(number, BAD_ROW, problem))
         return rows
 
+    def _renamed(self, records: Sequence[Record]) -> Iterator[Record]:
+        """The records whose columns can be renamed; reading the others raises an error again."""
+        for record in records:
+            with contextlib.suppress(RowError):
+                yield replace(record, values=self._rename(record))
+
     def _pairs(self, record: Record) -> list[Pair] | RowError:
         """The pairs of a row, or what is wrong with it; no pairs if it was left out before."""
         try:
             if record.problem is not None:
                 raise RowError(record.problem)
-            if _was_left_out(record.values):
+            if self._was_left_out(record.values):
                 return []
             row = self._rename(record)
-            pairs = read_pairs(row, record.columns, self.roles)
+            pairs = self._read_row(row, record.columns, self.roles)
         except RowError as error:
             return error
         self._filled |= _filled(row)
@@ -176,7 +192,7 @@ class TableBuilder:
             if self.strict or record.values.get("problem"):
                 why = record.values.get("problem") or record.values["left_out"]
                 raise RowError(f"the row was left out before: {why}")
-            if ID_COLUMNS[0] in record.values:
+            if self.kind.id_columns[0] in record.values:
                 self._kind_without_pairs = "ids"
             return [self._left_out(number, record.values["left_out"])]
         return [self._row(record, pair, number) for pair in result]
@@ -201,7 +217,7 @@ class TableBuilder:
         self._used |= pair.used
         row = {"row": number, **pair.values}
         if pair.kind == "messages":
-            for column in PAIR_COLUMNS:
+            for column in self.kind.columns:
                 for message in row[column]:
                     self._message_fields |= _filled(message)
                 row[column] = encode_messages(row[column], column)
@@ -251,13 +267,13 @@ class TableBuilder:
     def _schema(self) -> pa.Schema:
         # Without any pair, all columns are null, and only their names matter.
         kind = self._form[0] if self._form else self._kind_without_pairs
-        return pa.schema({"row": pa.int64(), **PAIR_TYPES[kind], **OPTIONAL_TYPES})
+        types = answer_types(self.kind)[kind]
+        return pa.schema({"row": pa.int64(), **types, **OPTIONAL_TYPES})
 
-
-def _was_left_out(row: Mapping[str, Any]) -> bool:
-    """Whether a row of the normal form was left out when its source was read for the first time."""
-    answers = (row.get(column) for column in ("chosen", "rejected", "chosen_ids"))
-    return isinstance(row.get("left_out"), str) and all(answer is None for answer in answers)
+    def _was_left_out(self, row: Mapping[str, Any]) -> bool:
+        """Whether a row was left out when its source was read for the first time."""
+        columns = (*self.kind.answers, self.kind.id_columns[1])
+        return isinstance(row.get("left_out"), str) and all(row.get(c) is None for c in columns)
 
 
 def _filled(fields: Mapping[str, Any]) -> dict[str, None]:

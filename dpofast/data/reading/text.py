@@ -1,4 +1,4 @@
-"""Reads pairs of plain text."""
+"""Reads rows of plain text."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ _NEAR = 60  # characters before a system message in which a template may announc
 
 
 def read_text(row: Row) -> Pair:
-    """The pair of a row whose prompt and answers are texts, under a `system` text if it has one.
+    """The row whose prompt and answers are texts, under a `system` text if it has one.
 
     Raises:
         RowError: one of them isn't text.
     """
     prompt = text_of(row.get("prompt"), "prompt")
-    return _pair(row, ("prompt", "chosen", "rejected"), prompt, *_answers(row))
+    return _pair(row, row.kind.columns, prompt, *_answers(row))
 
 
 def read_implicit_text(row: Row) -> Pair:
@@ -43,18 +43,17 @@ def read_implicit_text(row: Row) -> Pair:
     return _pair(row, ("chosen", "rejected", *_QUESTIONS), prompt, chosen, rejected)
 
 
-def _answers(row: Row) -> tuple[str, str]:
-    chosen, rejected = (text_of(row.get(c), row.name(c)) for c in ("chosen", "rejected"))
-    return chosen, rejected
+def _answers(row: Row) -> list[str]:
+    return [text_of(row.get(column), row.name(column)) for column in row.answers]
 
 
-def _pair(row: Row, read: tuple[str, ...], prompt: str, chosen: str, rejected: str) -> Pair:
+def _pair(row: Row, read: tuple[str, ...], prompt: str, *answers: str) -> Pair:
     system = row.get("system")
     if has_system(system) and not _begins_with(prompt, system):
         prompt = f"{system}\n\n{prompt}"
     columns = row.listed(*(column for column in read if column not in _QUESTIONS))
-    values = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
-    return Pair("text", columns, values, row.used(*read, "system"))
+    values = {"prompt": prompt, **dict(zip(row.answers, answers, strict=True))}
+    return Pair("text", columns, values, row.used(*read, "system"), row.kind)
 
 
 def _begins_with(prompt: str, system: str) -> bool:

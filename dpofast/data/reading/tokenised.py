@@ -26,12 +26,12 @@ def read_tokenised(row: Mapping[str, Any]) -> Pair | None:
     """
     row = _without_nulls(row)
     if all(row.get(column) is not None for column in ID_COLUMNS):
-        values = {column: _read_ids(row[column], column) for column in ID_COLUMNS}
+        values = {column: read_ids(row[column], column) for column in ID_COLUMNS}
         return Pair("ids", "tokenised prompt_ids", values, frozenset(ID_COLUMNS))
     if any(row.get(column) is None for column in OLD_ID_COLUMNS):
         _require_all(row)
         return None
-    prompt, *answers = (_read_ids(row[column], column) for column in OLD_ID_COLUMNS)
+    prompt, *answers = (read_ids(row[column], column) for column in OLD_ID_COLUMNS)
     for ids, column, mask in zip((prompt, *answers), OLD_ID_COLUMNS, MASK_COLUMNS, strict=True):
         _check_mask(row.get(mask), mask, ids, column)
     labels = [row.get(column) for column in LABEL_COLUMNS]
@@ -76,7 +76,12 @@ def _require_all(row: Mapping[str, Any]) -> None:
             )
 
 
-def _read_ids(value: Any, column: str) -> list[int]:
+def read_ids(value: Any, column: str) -> list[int]:
+    """The token ids in a column of a row.
+
+    Raises:
+        RowError: they can't be used.
+    """
     ids = value.tolist() if hasattr(value, "tolist") else value  # an array or a tensor
     if not isinstance(ids, list | tuple):
         raise RowError(f"{column} is not a list of token ids but {shown(value)}")

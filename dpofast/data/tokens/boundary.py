@@ -1,14 +1,15 @@
-"""Splits a tokenised pair where the prompt ends; both answers get the same prompt ids.
+"""Splits a tokenised row where the prompt ends; all its answers get the same prompt ids.
 
-The rules, for the prompt's text p and an answer's text a:
+A pair has two answers, an unpaired row has one. The rules, for the prompt's text p and an answer's
+text a:
 
 1. Usually tokens(p + a) begin with tokens(p). Then the answer is the rest.
 2. If the tokenizer merges the end of p with the beginning of a, the prompt keeps tokens(p), from
    which the model generates, and the answer is tokenised by itself. Some tokenizers put a blank
    before every text, which would change the answer. It is then tokenised after a line break
-   instead. If that changes it too, the pair is split as in rule 3.
+   instead. If that changes it too, the row is split as in rule 3.
 3. If a chat template renders the prompt alone differently than before an answer, the prompt is the
-   common prefix of all three token sequences, and the answers are the rest.
+   common prefix of all token sequences, and the answers are the rest.
 """
 
 from __future__ import annotations
@@ -23,54 +24,48 @@ Ids = list[int]
 
 
 @dataclass(frozen=True, slots=True)
-class SplitPair:
-    """Token ids of a pair, and the rule by which it was split.
+class SplitRow:
+    """Token ids of a row, and the rule by which it was split.
 
     Attributes:
-        prompt_ids, chosen_ids, rejected_ids: token ids.
+        prompt_ids: token ids of the prompt.
+        answers: token ids of each answer.
         merged: rule 2 was needed.
         rerendered: rule 3 was needed.
     """
 
     prompt_ids: Ids
-    chosen_ids: Ids
-    rejected_ids: Ids
+    answers: tuple[Ids, ...]
     merged: bool = False
     rerendered: bool = False
 
     @property
-    def ids(self) -> tuple[Ids, Ids, Ids]:
-        return self.prompt_ids, self.chosen_ids, self.rejected_ids
+    def ids(self) -> tuple[Ids, ...]:
+        return self.prompt_ids, *self.answers
 
     @property
-    def lengths(self) -> tuple[int, int, int]:
-        return len(self.prompt_ids), len(self.chosen_ids), len(self.rejected_ids)
+    def lengths(self) -> tuple[int, ...]:
+        return tuple(map(len, self.ids))
 
 
 @dataclass(frozen=True, slots=True)
-class PairTexts:
-    """The texts of a pair that are to be tokenised.
+class RowTexts:
+    """The texts of a row that are to be tokenised.
 
     Attributes:
         prompt: the prompt.
-        with_chosen, with_rejected: the prompt followed by each answer.
+        wholes: the prompt followed by each answer.
         rendered: a chat template made the texts, with all special tokens; otherwise they are
             plain, and the tokenizer's leading tokens (BOS) go before them unless already there.
     """
 
     prompt: str
-    with_chosen: str
-    with_rejected: str
+    wholes: tuple[str, ...]
     rendered: bool = False
-
-    @property
-    def wholes(self) -> tuple[str, str]:
-        """The prompt followed by each answer."""
-        return self.with_chosen, self.with_rejected
 
 
 class BoundaryTokenizer:
-    """Tokenises pairs and splits them at the end of the prompt, with any tokenizer."""
+    """Tokenises rows and splits them at the end of the prompt, with any tokenizer."""
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
@@ -84,35 +79,31 @@ class BoundaryTokenizer:
         ids: list[Ids] = encoded["input_ids"]
         return ids
 
-    def split(self, pairs: Sequence[PairTexts]) -> list[SplitPair]:
-        """Tokenise and split each pair."""
+    def split(self, rows: Sequence[RowTexts]) -> list[SplitRow]:
+        """Tokenise and split each row."""
         # One call for all texts: fast tokenizers work on a batch in parallel.
-        ids = self.encode(
-            [text for p in pairs for text in (p.prompt, p.with_chosen, p.with_rejected)]
-        )
-        triples = zip(ids[0::3], ids[1::3], ids[2::3], strict=True)
-        return [self._split(texts, *triple) for texts, triple in zip(pairs, triples, strict=True)]
+        ids = iter(self.encode([text for row in rows for text in (row.prompt, *row.wholes)]))
+        return [self._split(row, next(ids), [next(ids) for _ in row.wholes]) for row in rows]
 
-    def _split(self, texts: PairTexts, *triple: Ids) -> SplitPair:
+    def _split(self, texts: RowTexts, prompt: Ids, whole_ids: list[Ids]) -> SplitRow:
         if not texts.rendered:
-            triple = tuple(map(self._with_leading, triple))
-        prompt, chosen, rejected = triple
+            prompt, whole_ids = self._with_leading(prompt), list(map(self._with_leading, whole_ids))
         size = len(prompt)
         # Rule 1
-        if chosen[:size] == prompt == rejected[:size]:
-            return SplitPair(prompt, chosen[size:], rejected[size:])
-        wholes = texts.wholes
+        if all(ids[:size] == prompt for ids in whole_ids):
+            return SplitRow(prompt, tuple(ids[size:] for ids in whole_ids))
         # Rule 3: the ids differ because the texts do, not because of a merge.
-        if not all(whole.startswith(texts.prompt) for whole in wholes):
-            return _split_at_common_prefix(prompt, chosen, rejected, rerendered=True)
+        if not all(whole.startswith(texts.prompt) for whole in texts.wholes):
+            return _split_at_common_prefix(prompt, whole_ids, rerendered=True)
         # Rule 2
         answers = [
             self._after(prompt, ids, whole[len(texts.prompt) :])
-            for ids, whole in zip((chosen, rejected), wholes, strict=True)
+            for ids, whole in zip(whole_ids, texts.wholes, strict=True)
         ]
-        if answers[0] is None or answers[1] is None:
-            return _split_at_common_prefix(prompt, chosen, rejected, merged=True)
-        return SplitPair(prompt, answers[0], answers[1], merged=True)
+        found = tuple(answer for answer in answers if answer is not None)
+        if len(found) < len(answers):
+            return _split_at_common_prefix(prompt, whole_ids, merged=True)
+        return SplitRow(prompt, found, merged=True)
 
     def _after(self, prompt: Ids, whole: Ids, answer: str) -> Ids | None:
         """The ids of an answer after exactly `prompt`; None if the split must be by rule 3 instead.
@@ -160,7 +151,7 @@ class BoundaryTokenizer:
 
 
 def _split_at_common_prefix(
-    prompt: Ids, chosen: Ids, rejected: Ids, *, merged: bool = False, rerendered: bool = False
-) -> SplitPair:
-    size = min(common_prefix_length(prompt, chosen), common_prefix_length(prompt, rejected))
-    return SplitPair(prompt[:size], chosen[size:], rejected[size:], merged, rerendered)
+    prompt: Ids, wholes: list[Ids], *, merged: bool = False, rerendered: bool = False
+) -> SplitRow:
+    size = min(common_prefix_length(prompt, whole) for whole in wholes)
+    return SplitRow(prompt[:size], tuple(whole[size:] for whole in wholes), merged, rerendered)

@@ -1,4 +1,4 @@
-"""A content hash of tokenised pairs."""
+"""A content hash of tokenised rows."""
 
 from __future__ import annotations
 
@@ -7,23 +7,25 @@ import numpy as np
 import pyarrow as pa
 import xxhash
 
-from dpofast.columns import ID_COLUMNS, WEIGHT_COLUMNS
+from dpofast.columns import LABEL_COLUMN, WEIGHT_COLUMNS, kind_of_columns
 
 _BATCH_ROWS = 10_000
 
 
 def data_fingerprint(dataset: datasets.Dataset) -> str:
-    """Hash the token ids of all pairs and their order.
+    """Hash the token ids of all pairs, or all unpaired rows with their labels, and their order.
 
     The hash is the same on every machine and doesn't depend on how the dataset is chunked or
-    stored. It is xxh3_128 over the lengths and the ids of each column, as little-endian int64.
+    stored. It is xxh3_128 over the lengths and the ids of each column, as little-endian int64; and
+    over the labels, as bytes, if there are any.
 
     Returns:
         32 hexadecimal digits.
     """
     # Lengths are hashed apart from ids, so [1, 2], [3] and [1], [2, 3] differ.
-    hashers = {name: (xxhash.xxh3_128(), xxhash.xxh3_128()) for name in ID_COLUMNS}
-    view = dataset.select_columns(list(ID_COLUMNS)).with_format("arrow")
+    columns = kind_of_columns(dataset.column_names).id_columns
+    hashers = {name: (xxhash.xxh3_128(), xxhash.xxh3_128()) for name in columns}
+    view = dataset.select_columns(list(columns)).with_format("arrow")
     for table in view.iter(batch_size=_BATCH_ROWS):
         for name, (lengths, values) in hashers.items():
             for chunk in table.column(name).chunks:
@@ -35,6 +37,8 @@ def data_fingerprint(dataset: datasets.Dataset) -> str:
     total = xxhash.xxh3_128()
     for lengths, values in hashers.values():
         total.update(lengths.digest() + values.digest())
+    if LABEL_COLUMN in dataset.column_names:
+        total.update(bytes(dataset[LABEL_COLUMN][:]))
     return total.hexdigest()
 
 

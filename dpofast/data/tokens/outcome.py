@@ -1,7 +1,7 @@
-"""The outcome of each pair's tokenisation, and the report that sums up all outcomes.
+"""The outcome of each row's tokenisation, and the report that sums up all outcomes.
 
-`Dataset.map` can only return columns. So the outcome of each pair is written as columns, and the
-report is made from the table of all pairs.
+`Dataset.map` can only return columns. So the outcome of each row is written as columns, and the
+report is made from the table of all rows.
 """
 
 from __future__ import annotations
@@ -15,71 +15,83 @@ import datasets
 import numpy as np
 import pyarrow as pa
 
-from dpofast.columns import ID_COLUMNS, PAIR_COLUMNS
+from dpofast.columns import LABEL_COLUMN, PAIRED, RowKind
 from dpofast.data.reading.reasons import BAD_ROW
-from dpofast.data.tokens.boundary import SplitPair
+from dpofast.data.tokens.boundary import SplitRow
 from dpofast.data.tokens.left_out import REASONS
 from dpofast.data.tokens.report import Lengths, PreparationReport
 from dpofast.data.tokens.truncate import Cut, LengthLimits
 
-_LENGTH_COLUMNS = tuple(f"{part}_length" for part in PAIR_COLUMNS)  # tokens before the cut
-_CUT_COLUMNS = tuple(f"{part}_cut" for part in PAIR_COLUMNS)  # tokens cut
-_NUMBERS = {
-    **dict.fromkeys((*_LENGTH_COLUMNS, *_CUT_COLUMNS), datasets.Value("int32")),
-    **dict.fromkeys(("merged", "rerendered"), datasets.Value("bool")),
-}
-OUTCOME_FEATURES = {
-    **dict.fromkeys(ID_COLUMNS, datasets.List(datasets.Value("int32"))),
-    **dict.fromkeys(("reason", "problem"), datasets.Value("string")),
-    **_NUMBERS,
-}
+_NOTES = ("merged", "rerendered")
+
+
+def outcome_features(kind: RowKind) -> dict[str, Any]:
+    """Column of an outcome -> its type in `datasets`."""
+    return {
+        **dict.fromkeys(kind.id_columns, datasets.List(datasets.Value("int32"))),
+        **dict.fromkeys(("reason", "problem"), datasets.Value("string")),
+        **dict.fromkeys((*_length_columns(kind), *_cut_columns(kind)), datasets.Value("int32")),
+        **dict.fromkeys(_NOTES, datasets.Value("bool")),
+    }
+
+
+def _length_columns(kind: RowKind) -> list[str]:
+    """Columns with the tokens of each part before the cut."""
+    return [f"{part}_length" for part in kind.columns]
+
+
+def _cut_columns(kind: RowKind) -> list[str]:
+    """Columns with the tokens that are cut from each part."""
+    return [f"{part}_cut" for part in kind.columns]
 
 
 @dataclass(frozen=True, slots=True)
-class PairOutcome:
-    """The outcome of one pair's tokenisation.
+class RowOutcome:
+    """The outcome of one row's tokenisation.
 
     Attributes:
-        split: token ids before the cut; None for a row without a pair.
-        cut: the cut that the pair gets if it is kept.
-        reason: why the pair is left out, one of REASONS; None if it is kept.
+        split: token ids before the cut; None for a row without answers.
+        cut: the cut that the row gets if it is kept; None if it is known to be left out.
+        reason: why the row is left out, one of REASONS; None if it is kept.
         problem: place of a bad row, what is wrong with it, and what to do.
     """
 
-    split: SplitPair | None
-    cut: Cut
+    split: SplitRow | None
+    cut: Cut | None
     reason: str | None
     problem: str | None = None
 
-    def columns(self) -> dict[str, Any]:
-        """The outcome as columns OUTCOME_FEATURES; a pair that is left out has no ids."""
-        kept = self.reason is None and self.split is not None
-        split = self.split or SplitPair([], [], [])
-        cut = self.cut if kept else Cut()
-        ids = cut.apply(*split.ids) if kept else ([], [], [])
-        cuts = (cut.prompt, cut.chosen, cut.rejected)
+    def columns(self, kind: RowKind) -> dict[str, Any]:
+        """The outcome as columns `outcome_features(kind)`; a row that is left out has no ids."""
+        num_answers = len(kind.answers)
+        split = self.split or SplitRow([], ([],) * num_answers)
+        ids: tuple[list[int], ...] = ([],) * (1 + num_answers)
+        cut = Cut.nothing(num_answers)
+        if self.reason is None and self.cut is not None:
+            cut = self.cut
+            ids = cut.apply(*split.ids)
         return {
-            **dict(zip(ID_COLUMNS, ids, strict=True)),
+            **dict(zip(kind.id_columns, ids, strict=True)),
             "reason": self.reason,
             "problem": self.problem,
-            **dict(zip(_LENGTH_COLUMNS, split.lengths, strict=True)),
-            **dict(zip(_CUT_COLUMNS, cuts, strict=True)),
+            **dict(zip(_length_columns(kind), split.lengths, strict=True)),
+            **dict(zip(_cut_columns(kind), (cut.prompt, *cut.answers), strict=True)),
             "merged": split.merged,
             "rerendered": split.rerendered,
         }
 
 
-def bad_row(problem: str) -> PairOutcome:
+def bad_row(problem: str) -> RowOutcome:
     """The outcome of a row that can't be used.
 
     Args:
         problem: place of the row, what is wrong with it, and what to do.
     """
-    return PairOutcome(None, Cut(), BAD_ROW, problem)
+    return RowOutcome(None, None, BAD_ROW, problem)
 
 
 def is_kept(table: pa.Table) -> np.ndarray:
-    """Tell which pairs in a table of outcomes are kept: [n] bool."""
+    """Tell which rows in a table of outcomes are kept: [n] bool."""
     kept: np.ndarray = table["reason"].is_null().to_numpy()
     return kept
 
@@ -91,14 +103,16 @@ def problems(table: pa.Table) -> list[str]:
 
 
 class OutcomeSums:
-    """Adds up what became of the pairs of one dataset, table by table.
+    """Adds up what became of the rows of one dataset, table by table.
 
     Args:
         *tables: tables to begin with, as `add` takes them.
+        kind: what the rows are.
     """
 
-    def __init__(self, *tables: pa.Table) -> None:
-        self._read = self._kept = 0
+    def __init__(self, *tables: pa.Table, kind: RowKind = PAIRED) -> None:
+        self._kind = kind
+        self._read = self._kept = self._desirable = 0
         self._cuts = Counter[str]()
         self._left_out: dict[str, list[int | str]] = {reason: [] for reason in REASONS}
         self._problems: list[str] = []
@@ -107,27 +121,30 @@ class OutcomeSums:
             self.add(table)
 
     def add(self, table: pa.Table) -> None:
-        """Add pairs.
+        """Add rows.
 
         Args:
-            table: columns OUTCOME_FEATURES, `row` and, in mixtures, `source`; one row per pair.
+            table: columns `outcome_features(kind)`, `row` and, in mixtures, `source`; with the
+                label, if rows have one.
         """
         self._read += len(table)
-        self._kept += int(is_kept(table).sum())
+        kept = is_kept(table)
+        self._kept += int(kept.sum())
+        if self._kind.labelled:
+            self._desirable += sum(table[LABEL_COLUMN].filter(kept).to_pylist())
         self._problems += problems(table)
-        columns = {name: table[name].to_numpy() for name in _NUMBERS}
-        prompt_cut, chosen_cut, rejected_cut = (columns[name] for name in _CUT_COLUMNS)
-        answer_cuts = np.concatenate([chosen_cut, rejected_cut])
+        prompt_cut, *cuts = (table[name].to_numpy() for name in _cut_columns(self._kind))
+        answer_cuts = np.concatenate(cuts)
         self._cuts["tokens"] += int(prompt_cut.sum() + answer_cuts.sum())
         self._cuts["answers"] += int(np.sum(answer_cuts > 0))
         self._cuts["prompts"] += int(np.sum(prompt_cut > 0))
-        for name in ("merged", "rerendered"):
-            self._cuts[name] += int(columns[name].sum())
-        prompt, chosen, rejected = (columns[name] for name in _LENGTH_COLUMNS)
-        is_pair = prompt > 0  # rows that were left out before they were tokenised have no lengths
-        prompt, chosen, rejected = prompt[is_pair], chosen[is_pair], rejected[is_pair]
-        answers = np.concatenate([chosen, rejected])
-        sequences = np.concatenate([prompt, prompt]) + answers
+        for name in _NOTES:
+            self._cuts[name] += int(table[name].to_numpy().sum())
+        lengths_of = [table[name].to_numpy() for name in _length_columns(self._kind)]
+        has_ids = lengths_of[0] > 0  # rows left out before they were tokenised have no lengths
+        prompt, *each = (lengths[has_ids] for lengths in lengths_of)
+        answers = np.concatenate(each)
+        sequences = np.concatenate([prompt] * len(each)) + answers
         for count, lengths in zip(
             self._lengths.values(), (prompt, answers, sequences), strict=True
         ):
@@ -147,7 +164,7 @@ class OutcomeSums:
         Args:
             name: dataset name.
             limits: the options that decided the cuts.
-            unused: what the pairs' source has but training doesn't use.
+            unused: what the rows' source has but training doesn't use.
             nulls_left_out: whether nulls in structs of Arrow were left out.
         """
         prompt, answer, sequence = map(Lengths.of, self._lengths.values())
@@ -155,6 +172,7 @@ class OutcomeSums:
             name=name,
             pairs_read=self._read,
             pairs_kept=self._kept,
+            labels=self._labels(),
             left_out={reason: tuple(rows) for reason, rows in self._left_out.items() if rows},
             problems=tuple(self._problems),
             unused=tuple(unused),
@@ -169,6 +187,11 @@ class OutcomeSums:
             answer_lengths=answer,
             sequence_lengths=sequence,
         )
+
+    def _labels(self) -> dict[str, int] | None:
+        if not self._kind.labelled:
+            return None
+        return {"desirable": self._desirable, "undesirable": self._kept - self._desirable}
 
 
 def _left_out(table: pa.Table) -> dict[str, tuple[int | str, ...]]:

@@ -1,17 +1,18 @@
-"""Turns a pair into the texts to tokenise: applies the chat template, or adds EOS to plain text."""
+"""Turns a row into the texts to tokenise: applies the chat template, or adds EOS to plain text."""
 
 from __future__ import annotations
 
 import html
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from jinja2 import TemplateError
 
+from dpofast.columns import kind_of_columns
 from dpofast.data.reading.messages import Message, content_text, decode_messages
 from dpofast.data.reading.row_error import RowError
-from dpofast.data.tokens.boundary import PairTexts
+from dpofast.data.tokens.boundary import RowTexts
 from dpofast.errors import one_line
 
 # Jinja runs the template's own expressions, so a template raises almost anything on messages that
@@ -26,14 +27,14 @@ _TEMPLATE_ERRORS = (
     ValueError,
 )
 
-Render = Callable[[list[list[Message]]], PairTexts]
+Render = Callable[[list[list[Message]]], RowTexts]
 
 
 class TokenizerError(RowError):
     """A fault of the tokenizer, which every other row would meet as well."""
 
 
-def render_pair_texts(row: Mapping[str, Any], tokenizer: Any) -> PairTexts:
+def render_row_texts(row: Mapping[str, Any], tokenizer: Any) -> RowTexts:
     """The texts of one row of the normal form that are to be tokenised.
 
     Raises:
@@ -41,22 +42,23 @@ def render_pair_texts(row: Mapping[str, Any], tokenizer: Any) -> PairTexts:
             have.
         RowError: the template refuses the row, or writes a content as Python writes it.
     """
+    columns = kind_of_columns(row).columns
     if isinstance(row["prompt"], str):
-        return _plain(row["prompt"], row["chosen"], row["rejected"], tokenizer)
-    parts = [decode_messages(row[column]) for column in ("prompt", "chosen", "rejected")]
+        return _plain(*(row[column] for column in columns), tokenizer=tokenizer)
+    parts = [decode_messages(row[column]) for column in columns]
     if tokenizer.chat_template:
-        return _templated(parts, _renderer(row, tokenizer))
+        return _templated(parts, _renderer(row, tokenizer), columns[1:])
     if row.get("plain_prompt") is None:
         raise TokenizerError(
             "the data are messages, but the tokenizer has no chat template; give it one "
             "(tokenizer.chat_template in Python, chat_template on the command line and in YAML, or "
             "a file chat_template.jinja beside it) or give the data as text"
         )
-    chosen, rejected = (content_text(answer[0]["content"]) for answer in parts[1:])
-    return _plain(row["plain_prompt"], chosen, rejected, tokenizer)
+    answers = (content_text(answer[0]["content"]) for answer in parts[1:])
+    return _plain(row["plain_prompt"], *answers, tokenizer=tokenizer)
 
 
-def _plain(prompt: str, chosen: str, rejected: str, tokenizer: Any) -> PairTexts:
+def _plain(prompt: str, *answers: str, tokenizer: Any) -> RowTexts:
     eos = tokenizer.eos_token
     if not eos:
         raise TokenizerError(
@@ -64,11 +66,8 @@ def _plain(prompt: str, chosen: str, rejected: str, tokenizer: Any) -> PairTexts
             "tokenizer.eos_token"
         )
     # A text that a chat template made elsewhere can have a line break after its EOS.
-    with_chosen, with_rejected = (
-        prompt + answer + ("" if answer.rstrip().endswith(eos) else eos)
-        for answer in (chosen, rejected)
-    )
-    return PairTexts(prompt, with_chosen, with_rejected)
+    wholes = (prompt + a + ("" if a.rstrip().endswith(eos) else eos) for a in answers)
+    return RowTexts(prompt, tuple(wholes))
 
 
 def _renderer(row: Mapping[str, Any], tokenizer: Any) -> Render:
@@ -80,31 +79,31 @@ def _renderer(row: Mapping[str, Any], tokenizer: Any) -> Render:
         text: str = tokenizer.apply_chat_template(messages, tokenize=False, **options, **kwargs)
         return text
 
-    def render_pair(parts: list[list[Message]]) -> PairTexts:
-        prompt, chosen, rejected = parts
-        return PairTexts(
+    def render_row(parts: list[list[Message]]) -> RowTexts:
+        prompt, *answers = parts
+        return RowTexts(
             render(prompt, add_generation_prompt=True),
-            render(prompt + chosen),
-            render(prompt + rejected),
+            tuple(render(prompt + answer) for answer in answers),
             rendered=True,
         )
 
-    return render_pair
+    return render_row
 
 
-def _templated(parts: list[list[Message]], render: Render) -> PairTexts:
-    """Render a pair's messages.
+def _templated(parts: list[list[Message]], render: Render, names: Sequence[str]) -> RowTexts:
+    """Render a row's messages.
 
     Args:
-        parts: messages of the prompt, the chosen and the rejected answer.
+        parts: messages of the prompt and of each answer.
         render: renders them.
+        names: columns of the answers, used in errors.
     """
     try:
         if any(isinstance(m.get("content"), list) for part in parts for m in part):
             texts = _with_blocks(parts, render)
         else:
             texts = _without_none(parts, render)
-        _refuse_unwritten_answers(parts, texts, render)
+        _refuse_unwritten_answers(parts, texts, render, names)
         return texts
     except _TEMPLATE_ERRORS as error:
         raise RowError(
@@ -113,7 +112,7 @@ def _templated(parts: list[list[Message]], render: Render) -> PairTexts:
         ) from None
 
 
-def _with_blocks(parts: list[list[Message]], render: Render) -> PairTexts:
+def _with_blocks(parts: list[list[Message]], render: Render) -> RowTexts:
     """Render messages whose content is a list of blocks; they become text if that is needed.
 
     A template that wants text either fails on a list, writes it as Python does, or leaves it out.
@@ -134,7 +133,7 @@ def _with_blocks(parts: list[list[Message]], render: Render) -> PairTexts:
     return texts if texts is not None and texts_missing(flat, flat_texts) else flat_texts
 
 
-def _without_none(parts: list[list[Message]], render: Render) -> PairTexts:
+def _without_none(parts: list[list[Message]], render: Render) -> RowTexts:
     """Render messages, and refuse a content of null that the template writes as "None".
 
     Newer versions of transformers leave such a content out before they render.
@@ -155,7 +154,9 @@ def _without_none(parts: list[list[Message]], render: Render) -> PairTexts:
     return texts
 
 
-def _refuse_unwritten_answers(parts: list[list[Message]], texts: PairTexts, render: Render) -> None:
+def _refuse_unwritten_answers(
+    parts: list[list[Message]], texts: RowTexts, render: Render, names: Sequence[str]
+) -> None:
     """Refuse an answer of which the template writes nothing, such as calls that it doesn't know.
 
     Raises:
@@ -166,9 +167,7 @@ def _refuse_unwritten_answers(parts: list[list[Message]], texts: PairTexts, rend
         return
     bare = [[{"role": m["role"], "content": ""} for m in answer] for answer in answers]
     unwritten = render([prompt, *bare]).wholes
-    for column, answer, *both in zip(
-        ("chosen", "rejected"), answers, texts.wholes, unwritten, strict=True
-    ):
+    for column, answer, *both in zip(names, answers, texts.wholes, unwritten, strict=True):
         if not any(content_text(m.get("content")).strip() for m in answer) and both[0] == both[1]:
             fields = sorted({name for m in answer for name in m} - {"role", "content"})
             raise RowError(
@@ -177,7 +176,7 @@ def _refuse_unwritten_answers(parts: list[list[Message]], texts: PairTexts, rend
             )
 
 
-def texts_missing(parts: list[list[Message]], texts: PairTexts) -> list[Message]:
+def texts_missing(parts: list[list[Message]], texts: RowTexts) -> list[Message]:
     """The messages whose text isn't in the rendered texts.
 
     White space and upper case don't count. A text is looked for as it is, as JSON writes it, and
@@ -209,7 +208,7 @@ def _plain_letters(text: str) -> str:
     return "".join(text.casefold().split())
 
 
-def _blocks_as_python(parts: list[list[Message]], texts: PairTexts) -> bool:
+def _blocks_as_python(parts: list[list[Message]], texts: RowTexts) -> bool:
     """Whether a block is in the rendered texts as Python writes it, such as {'type': 'text', ...}.
 
     The blocks aren't passed as objects that notice this, because transformers copies messages to

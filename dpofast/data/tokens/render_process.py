@@ -1,4 +1,4 @@
-"""Renders pairs in a process of their own, so that a chat template can be stopped.
+"""Renders rows in a process of their own, so that a chat template can be stopped.
 
 Templates come with models, and run as programs: one can loop without an end, or write gigabytes.
 No limit within this process would hold for all that a template can do (`"a" * 10**10` is a single
@@ -26,13 +26,17 @@ from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
 from typing import Any
 
+from dpofast.columns import PAIRED, UNPAIRED
 from dpofast.data.reading.row_error import RowError
-from dpofast.data.tokens.boundary import PairTexts
-from dpofast.data.tokens.render import TokenizerError, render_pair_texts
+from dpofast.data.tokens.boundary import RowTexts
+from dpofast.data.tokens.render import TokenizerError, render_row_texts
 
 Row = Mapping[str, Any]  # of the normal form
 
-_COLUMNS = ("prompt", "chosen", "rejected", "tools", "chat_template_kwargs", "plain_prompt")
+_COLUMNS = (
+    *(*PAIRED.columns, *UNPAIRED.answers),
+    *("tools", "chat_template_kwargs", "plain_prompt"),
+)
 _MB = 1_000_000
 _AT = struct.Struct("Q")  # the row that is being rendered
 _CHARACTERS = 4 * _MB  # that are sent at once; the process doesn't keep more
@@ -51,14 +55,14 @@ _REMEDY = "mend the template or give another one"
 
 @dataclass(frozen=True)
 class TemplateLimits:
-    """What a chat template may use for one pair.
+    """What a chat template may use for one row.
 
     Attributes:
-        seconds: processor time for all texts of the pair. Time in which the process is stopped, as
+        seconds: processor time for all texts of the row. Time in which the process is stopped, as
             by Ctrl-Z, doesn't count.
         memory: bytes beyond those that the process had before.
         characters: length of each text, beside `per_character`.
-        per_character: characters that it may write for each one of the pair's messages.
+        per_character: characters that it may write for each one of the row's messages.
     """
 
     seconds: float = 30.0
@@ -67,14 +71,14 @@ class TemplateLimits:
     per_character: int = 10
 
 
-class PairRenderer:
-    """Makes the texts of pairs; a chat template runs within limits, wherever Linux forks.
+class RowRenderer:
+    """Makes the texts of rows; a chat template runs within limits, wherever Linux forks.
 
     The process is started when it is first needed, and ends with `close`. A copy in another process
     starts its own.
 
     Args:
-        tokenizer: a transformers tokenizer; None if no pair is text.
+        tokenizer: a transformers tokenizer; None if no row is text.
         limits: what its template may use.
     """
 
@@ -82,10 +86,10 @@ class PairRenderer:
         self.tokenizer, self.limits = tokenizer, limits or TemplateLimits()
         self._child: _Child | None = None
 
-    def __reduce__(self) -> tuple[type[PairRenderer], tuple[Any, TemplateLimits]]:
-        return PairRenderer, (self.tokenizer, self.limits)
+    def __reduce__(self) -> tuple[type[RowRenderer], tuple[Any, TemplateLimits]]:
+        return RowRenderer, (self.tokenizer, self.limits)
 
-    def texts(self, row: Row) -> PairTexts:
+    def texts(self, row: Row) -> RowTexts:
         """The texts of one row.
 
         Raises:
@@ -96,7 +100,7 @@ class PairRenderer:
             raise texts
         return texts
 
-    def all_texts(self, rows: Sequence[Row]) -> list[PairTexts | RowError]:
+    def all_texts(self, rows: Sequence[Row]) -> list[RowTexts | RowError]:
         """The texts of each row, or what is wrong with it. After a TokenizerError, rows end.
 
         Raises:
@@ -145,7 +149,7 @@ class _Child:
         theirs.close()
         self.end = weakref.finalize(self, _end, self._connection, self._pid, self.parent)
 
-    def render(self, rows: Sequence[Row]) -> list[PairTexts | RowError] | tuple[int, RowError]:
+    def render(self, rows: Sequence[Row]) -> list[RowTexts | RowError] | tuple[int, RowError]:
         """The texts of rows, up to a TokenizerError; or the row at which the process has ended.
 
         Raises:
@@ -154,7 +158,7 @@ class _Child:
         _AT.pack_into(self._at, 0, 0)
         with contextlib.suppress(BrokenPipeError):  # it has ended; `_receive` says why
             self._connection.send([{c: row[c] for c in _COLUMNS if c in row} for row in rows])
-        found: list[PairTexts | RowError] = []
+        found: list[RowTexts | RowError] = []
         while len(found) < len(rows) and not isinstance(found and found[-1], TokenizerError):
             results = self._receive()
             if results is None:
@@ -162,7 +166,7 @@ class _Child:
                 return row, self._fault()
             for result in results:
                 if isinstance(result, tuple):
-                    found.append(PairTexts(*result))
+                    found.append(RowTexts(*result))
                 elif isinstance(result, RowError):
                     found.append(result)
                 else:
@@ -254,7 +258,7 @@ def _serve(
         signal.setitimer(signal.ITIMER_PROF, limits.seconds)
         result = _within_limits(row, tokenizer, limits)
         results.append(result)
-        size += sum(map(len, result[:3])) if isinstance(result, tuple) else 0
+        size += sum(map(len, (result[0], *result[1]))) if isinstance(result, tuple) else 0
         ends = isinstance(result, TokenizerError)
         if ends or size > _CHARACTERS or index == len(rows) - 1:
             signal.setitimer(signal.ITIMER_PROF, 0)
@@ -299,7 +303,7 @@ def _within_limits(row: Row, tokenizer: Any, limits: TemplateLimits) -> Any:
                 f"that has {given:,}, and at most {most:,} are taken; {_REMEDY}"
             )
     # A tuple is pickled several times faster.
-    return texts.prompt, texts.with_chosen, texts.with_rejected, texts.rendered
+    return texts.prompt, texts.wholes, texts.rendered
 
 
 def _strings(value: Any) -> Sequence[str]:
@@ -307,16 +311,16 @@ def _strings(value: Any) -> Sequence[str]:
     return value if isinstance(value, list) else [value or ""]
 
 
-def _texts(row: Row, tokenizer: Any) -> PairTexts | RowError:
+def _texts(row: Row, tokenizer: Any) -> RowTexts | RowError:
     try:
-        return render_pair_texts(row, tokenizer)
+        return render_row_texts(row, tokenizer)
     except RowError as error:
         return error
 
 
-def _up_to_fault(results: Iterable[PairTexts | RowError]) -> list[PairTexts | RowError]:
+def _up_to_fault(results: Iterable[RowTexts | RowError]) -> list[RowTexts | RowError]:
     """The results up to the first TokenizerError, which all further rows would give as well."""
-    found: list[PairTexts | RowError] = []
+    found: list[RowTexts | RowError] = []
     for result in results:
         found.append(result)
         if isinstance(result, TokenizerError):

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from dpofast.columns import PAIRED, UNPAIRED
 from dpofast.data.tokens.truncate import LengthLimits
 
 PERCENTILES = (50, 90, 99)
@@ -52,8 +53,8 @@ class PreparationReport:
 
     Attributes:
         name: dataset name, such as "train".
-        pairs_read: pairs in the source.
-        pairs_kept: pairs that can be trained on.
+        pairs_read: pairs in the source; rows, if the data is unpaired.
+        pairs_kept: pairs, or unpaired rows, that can be trained on.
         left_out: reason -> rows left out for it; holds only reasons that occurred. In a mixture of
             several sources, a row is named with its source, as text.
         problems: place of each row that was left out as a bad row, and what is wrong with it.
@@ -68,6 +69,7 @@ class PreparationReport:
         limits: the options that decided the cuts.
         prompt_lengths, answer_lengths, sequence_lengths: lengths in all pairs read, before the
             cut; a sequence is a prompt and one answer.
+        labels: "desirable" and "undesirable" -> kept rows; None for pairs.
     """
 
     name: str
@@ -86,10 +88,18 @@ class PreparationReport:
     prompt_lengths: Lengths
     answer_lengths: Lengths
     sequence_lengths: Lengths
+    labels: Mapping[str, int] | None = None
+
+    @property
+    def noun(self) -> str:
+        """What the report calls a row."""
+        return (PAIRED if self.labels is None else UNPAIRED).noun
 
     def lines(self) -> list[str]:
         """The report as text; leaves out what did not occur."""
-        lines = [f"{self.name}: {_count(self.pairs_read, 'pair')} read, {self.pairs_kept} kept"]
+        lines = [f"{self.name}: {_count(self.pairs_read, self.noun)} read, {self.pairs_kept} kept"]
+        if self.labels is not None:
+            lines.append("  labels: " + ", ".join(f"{n} {name}" for name, n in self.labels.items()))
         for reason, rows in self.left_out.items():
             places = ", ".join(map(str, rows[:_SHOWN_ROWS]))
             more = f", ... ({len(rows) - _SHOWN_ROWS} more)" if len(rows) > _SHOWN_ROWS else ""
@@ -109,9 +119,9 @@ class PreparationReport:
                 f"{_count(self.tokens_cut, 'token')} in all"
             )
         if self.boundary_merges:
-            pairs = _count(self.boundary_merges, "pair")
+            rows_merged = _count(self.boundary_merges, self.noun)
             lines.append(
-                f"  the tokenizer merges prompt and answer in {pairs}; there the "
+                f"  the tokenizer merges prompt and answer in {rows_merged}; there the "
                 "answer was tokenised by itself"
             )
         if self.rerendered_prompts:
@@ -129,6 +139,8 @@ class PreparationReport:
         """The report as values that JSON can hold; each limit has a key of its own."""
         plain = {key: value for key, value in vars(self).items() if not key.endswith("_lengths")}
         plain |= asdict(plain.pop("limits"))
+        if plain.pop("labels") is not None:
+            plain["labels"] = dict(self.labels or {})
         plain["left_out"] = {reason: list(rows) for reason, rows in self.left_out.items()}
         plain |= {"problems": list(self.problems), "unused": list(self.unused)}
         for part, lengths in self._all_lengths().items():

@@ -11,16 +11,16 @@ from typing import Any
 import datasets
 import pyarrow as pa
 
-from dpofast.columns import ID_COLUMNS, REF_COLUMNS, WEIGHT_COLUMNS
+from dpofast.columns import ID_COLUMNS, PAIRED, REF_COLUMNS, WEIGHT_COLUMNS
 from dpofast.data.reading.bad_rows import check_strictness
 from dpofast.data.reading.normal_form import normal_form
 from dpofast.data.reading.pair_stream import PairStream
 from dpofast.data.reading.records import Record
 from dpofast.data.reading.table import TableBuilder
-from dpofast.data.tokens.outcome import OUTCOME_FEATURES, OutcomeSums, is_kept
-from dpofast.data.tokens.render_process import PairRenderer
+from dpofast.data.tokens.outcome import OutcomeSums, is_kept, outcome_features
+from dpofast.data.tokens.render_process import RowRenderer
 from dpofast.data.tokens.report import PreparationReport
-from dpofast.data.tokens.tokenize import TOKENISED_ROWS, PairTokenizer, refuse_bad_rows
+from dpofast.data.tokens.tokenize import TOKENISED_ROWS, RowTokenizer, refuse_bad_rows
 from dpofast.data.tokens.truncate import LengthLimits
 from dpofast.data.tokens.unused import SHAPED_ROWS, unused_parts, warn_of_missing_text
 
@@ -73,8 +73,8 @@ class TokenStream:
         self._builder = TableBuilder(
             strict, skip_bad_rows, stream.columns, stream.roles, again=False
         )
-        self._renderer = PairRenderer(tokenizer)
-        self._tokenize = PairTokenizer(self._renderer, limits, strict, name)
+        self._renderer = RowRenderer(tokenizer)
+        self._tokenize = RowTokenizer(self._renderer, limits, strict, name)
         self._sums = OutcomeSums()
         self._counted = 0  # rows of the first pass that are in the sums
         self._unused: dict[str, None] = {}  # what the template doesn't use, in the order of finding
@@ -128,7 +128,7 @@ class TokenStream:
         parts = [
             datasets.Dataset.from_dict(
                 self._tokenize(rows[start : start + TOKENISED_ROWS]),
-                features=datasets.Features(OUTCOME_FEATURES),
+                features=datasets.Features(outcome_features(PAIRED)),
             ).with_format("arrow")[:]
             for start in range(0, len(rows), TOKENISED_ROWS)
         ]

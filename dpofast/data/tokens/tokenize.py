@@ -1,4 +1,4 @@
-"""Preference pairs in the normal form -> token ids with an exact boundary, cut to length."""
+"""Rows in the normal form -> token ids with an exact boundary, cut to length."""
 
 from __future__ import annotations
 
@@ -11,27 +11,34 @@ from typing import Any
 import datasets
 import pyarrow as pa
 
-from dpofast.columns import ID_COLUMNS, REF_COLUMNS, WEIGHT_COLUMNS
+from dpofast.columns import (
+    LABEL_COLUMN,
+    PAIRED,
+    REF_COLUMNS,
+    WEIGHT_COLUMNS,
+    RowKind,
+    kind_of_columns,
+)
 from dpofast.data.reading.bad_rows import BadRows, check_strictness
 from dpofast.data.reading.normal_form import is_normal_form, source_notes
 from dpofast.data.reading.preferences import load_preferences
 from dpofast.data.reading.reasons import EMPTY
 from dpofast.data.reading.records import place_of_row
 from dpofast.data.reading.row_error import STRICT_REMEDY, RowError
-from dpofast.data.tokens.boundary import BoundaryTokenizer, PairTexts, SplitPair
+from dpofast.data.tokens.boundary import BoundaryTokenizer, RowTexts, SplitRow
 from dpofast.data.tokens.left_out import IDENTICAL_CUT, NO_ROOM, reason_left_out
 from dpofast.data.tokens.outcome import (
-    OUTCOME_FEATURES,
     OutcomeSums,
-    PairOutcome,
+    RowOutcome,
     bad_row,
     is_kept,
+    outcome_features,
     problems,
 )
 from dpofast.data.tokens.render import TokenizerError
-from dpofast.data.tokens.render_process import PairRenderer
+from dpofast.data.tokens.render_process import RowRenderer
 from dpofast.data.tokens.report import PreparationReport
-from dpofast.data.tokens.truncate import Cut, LengthLimits
+from dpofast.data.tokens.truncate import LengthLimits
 from dpofast.data.tokens.unused import unused_parts, warn_of_missing_text
 from dpofast.errors import ConfigError, DataError
 
@@ -79,36 +86,67 @@ def tokenize_preferences(
             num_proc can't be used.
     """
     limits = LengthLimits(max_length, truncation_mode, max_prompt_length, max_completion_length)
-    if num_proc is not None and (not isinstance(num_proc, int) or num_proc < 1):
-        raise ConfigError(f"dataset_num_proc is {num_proc!r}, expected an integer of at least 1")
     check_strictness(strict, skip_bad_rows)
     if not is_normal_form(dataset):
         dataset = load_preferences(dataset, strict=strict, skip_bad_rows=skip_bad_rows, name=name)
+    return tokenize_rows(
+        dataset,
+        tokenizer,
+        PAIRED,
+        limits,
+        strict=strict,
+        skip_bad_rows=skip_bad_rows,
+        num_proc=num_proc,
+        name=name,
+    )
+
+
+def tokenize_rows(
+    dataset: datasets.Dataset,
+    tokenizer: Any,
+    kind: RowKind,
+    limits: LengthLimits,
+    *,
+    strict: bool,
+    skip_bad_rows: bool,
+    num_proc: int | None,
+    name: str,
+) -> tuple[datasets.Dataset, PreparationReport]:
+    """Tokenise rows of one kind; `tokenize_preferences` and `tokenize_unpaired` say the rest.
+
+    Args:
+        dataset: rows in the normal form.
+        kind: what they are.
+        limits: the options that decide what is cut.
+    """
+    if num_proc is not None and (not isinstance(num_proc, int) or num_proc < 1):
+        raise ConfigError(f"dataset_num_proc is {num_proc!r}, expected an integer of at least 1")
     if not len(dataset):
-        raise DataError(f"{name} holds no pairs; give it at least one")
-    with contextlib.closing(PairRenderer(tokenizer)) as renderer:
+        raise DataError(f"{name} holds no {kind.noun}s; give it at least one")
+    with contextlib.closing(RowRenderer(tokenizer)) as renderer:
         warn_of_missing_text(dataset, renderer, name)
-        outcomes = _outcomes_of(dataset, PairTokenizer(renderer, limits, strict, name), num_proc)
+        tokenize = RowTokenizer(renderer, limits, strict, name, kind)
+        outcomes = _outcomes_of(dataset, tokenize, num_proc)
         unused = unused_parts(dataset, renderer)
     table = outcomes.with_format("arrow")[:]
     nulls = source_notes(dataset).nulls_left_out
-    report = OutcomeSums(table).report(name, limits, unused, nulls)
+    report = OutcomeSums(table, kind=kind).report(name, limits, unused, nulls)
     if not skip_bad_rows:
         refuse_bad_rows(report.name, table)
     refuse_nothing_kept(report)
     warn_of_rerendered_prompts(report)
-    passed_on = [name for name in outcomes.column_names if name not in OUTCOME_FEATURES]
-    table = table.filter(is_kept(table)).select([*ID_COLUMNS, *passed_on])
+    passed_on = [c for c in outcomes.column_names if c not in outcome_features(kind)]
+    table = table.filter(is_kept(table)).select([*kind.id_columns, *passed_on])
     return datasets.Dataset(table), report
 
 
 def _outcomes_of(
-    dataset: datasets.Dataset, tokenize: PairTokenizer, num_proc: int | None
+    dataset: datasets.Dataset, tokenize: RowTokenizer, num_proc: int | None
 ) -> datasets.Dataset:
     """The outcomes of all rows, and the columns that are passed on."""
     passed_on = {
         column: dataset.features[column]
-        for column in ("row", "source", *REF_COLUMNS, *WEIGHT_COLUMNS)
+        for column in ("row", "source", LABEL_COLUMN, *REF_COLUMNS, *WEIGHT_COLUMNS)
         if column in dataset.column_names
     }
     return dataset.map(
@@ -116,7 +154,7 @@ def _outcomes_of(
         batched=True,
         batch_size=TOKENISED_ROWS,
         remove_columns=[c for c in dataset.column_names if c not in passed_on],
-        features=datasets.Features({**passed_on, **OUTCOME_FEATURES}),
+        features=datasets.Features({**passed_on, **outcome_features(tokenize.kind)}),
         num_proc=num_proc if num_proc is None else min(num_proc, len(dataset)),
         # Nothing is written to disk, so a file of an earlier run can't be taken for this result.
         keep_in_memory=True,
@@ -125,48 +163,54 @@ def _outcomes_of(
     )
 
 
-def split_row(row: Mapping[str, Any], tokenizer: Any) -> SplitPair:
+def split_row(row: Mapping[str, Any], tokenizer: Any) -> SplitRow:
     """Tokenise one row of the normal form without any cut, for display.
 
     Raises:
-        DataError: the row has no pair, or can't be tokenised.
+        DataError: the row has no answers, or can't be tokenised.
     """
-    with contextlib.closing(PairRenderer(tokenizer)) as renderer:
-        return PairTokenizer(renderer, LengthLimits(), strict=False, name="pair").split(row)
+    kind = kind_of_columns(row)
+    with contextlib.closing(RowRenderer(tokenizer)) as renderer:
+        return RowTokenizer(renderer, LengthLimits(), False, kind.noun, kind).split(row)
 
 
-class PairTokenizer:
+class RowTokenizer:
     """Tokenises and cuts batches of rows; `Dataset.map` calls it with columns.
 
     It takes the arguments of `tokenize_preferences`, those about lengths as LengthLimits, and the
-    tokenizer as a PairRenderer.
+    tokenizer as a RowRenderer. `kind` says what the rows are.
     """
 
     def __init__(
-        self, renderer: PairRenderer, limits: LengthLimits, strict: bool, name: str
+        self,
+        renderer: RowRenderer,
+        limits: LengthLimits,
+        strict: bool,
+        name: str,
+        kind: RowKind = PAIRED,
     ) -> None:
         self.renderer, self.tokenizer, self.limits = renderer, renderer.tokenizer, limits
-        self.strict, self.name = strict, name
+        self.strict, self.name, self.kind = strict, name, kind
 
     def __call__(self, batch: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
-        """Columns of the normal form -> columns OUTCOME_FEATURES.
+        """Columns of the normal form -> columns `outcome_features(kind)`.
 
         Raises:
-            DataError: the tokenizer can't tokenise any such row, or strict refuses a pair.
+            DataError: the tokenizer can't tokenise any such row, or strict refuses a row.
         """
         rows = _rows_of(batch)
         outcomes = [self._left_out(row) for row in rows]
         waiting = [index for index, outcome in enumerate(outcomes) if outcome is None]
         for index, split in zip(waiting, self._split([rows[i] for i in waiting]), strict=True):
             outcomes[index] = self._outcome(split, rows[index])
-        columns = [outcome.columns() for outcome in outcomes if outcome is not None]
-        return {column: [each[column] for each in columns] for column in OUTCOME_FEATURES}
+        columns = [outcome.columns(self.kind) for outcome in outcomes if outcome is not None]
+        return {c: [each[c] for each in columns] for c in outcome_features(self.kind)}
 
-    def split(self, row: Mapping[str, Any]) -> SplitPair:
+    def split(self, row: Mapping[str, Any]) -> SplitRow:
         """Token ids of a row before any cut.
 
         Raises:
-            DataError: the row has no pair, or can't be tokenised.
+            DataError: the row has no answers, or can't be tokenised.
         """
         if row.get("left_out"):
             if row.get("problem"):
@@ -177,30 +221,31 @@ class PairTokenizer:
             raise self._at_row(row, split)
         return split
 
-    def _left_out(self, row: Mapping[str, Any]) -> PairOutcome | None:
+    def _left_out(self, row: Mapping[str, Any]) -> RowOutcome | None:
         """The outcome of a row that was left out when the data was read; None for other rows."""
         reason = row.get("left_out")
         if not reason:
             return None
         if self.strict:
             raise self._at_row(row, self._refusal(reason, 0))
-        return PairOutcome(None, Cut(), reason, row.get("problem"))
+        return RowOutcome(None, None, reason, row.get("problem"))
 
-    def _split(self, rows: Sequence[Mapping[str, Any]]) -> list[SplitPair | RowError]:
+    def _split(self, rows: Sequence[Mapping[str, Any]]) -> list[SplitRow | RowError]:
         """Token ids of each row before any cut, or what is wrong with the row."""
-        is_tokenised = any(ID_COLUMNS[0] in row for row in rows)
+        prompt_ids, *answers = self.kind.id_columns
+        is_tokenised = any(prompt_ids in row for row in rows)
         if is_tokenised:
-            splits = [SplitPair(*(row[column] for column in ID_COLUMNS)) for row in rows]
+            splits = [SplitRow(row[prompt_ids], tuple(row[c] for c in answers)) for row in rows]
             return [self._checked(split, is_tokenised) for split in splits]
         texts = self._rendered(rows)
-        good = [text for text in texts if isinstance(text, PairTexts)]
+        good = [text for text in texts if isinstance(text, RowTexts)]
         split_texts = iter(BoundaryTokenizer(self.tokenizer).split(good) if good else ())
         return [
             text if isinstance(text, RowError) else self._checked(next(split_texts), is_tokenised)
             for text in texts
         ]
 
-    def _rendered(self, rows: Sequence[Mapping[str, Any]]) -> list[PairTexts | RowError]:
+    def _rendered(self, rows: Sequence[Mapping[str, Any]]) -> list[RowTexts | RowError]:
         """The texts of each row, or what is wrong with the row."""
         if not rows:
             return []
@@ -211,7 +256,7 @@ class PairTokenizer:
             raise self._at_row(rows[len(texts) - 1], texts[-1])
         return texts
 
-    def _checked(self, split: SplitPair, is_tokenised: bool) -> SplitPair | RowError:
+    def _checked(self, split: SplitRow, is_tokenised: bool) -> SplitRow | RowError:
         """The token ids of a row, or what is wrong with them."""
         if not split.prompt_ids:
             return RowError(
@@ -232,19 +277,20 @@ class PairTokenizer:
         # len(tokenizer) would be too small if there are gaps between the ids.
         return max(self.tokenizer.get_vocab().values())
 
-    def _outcome(self, split: SplitPair | RowError, row: Mapping[str, Any]) -> PairOutcome:
+    def _outcome(self, split: SplitRow | RowError, row: Mapping[str, Any]) -> RowOutcome:
         if isinstance(split, RowError):
             return bad_row(str(self._at_row(row, split)))
         cut = self.limits.plan_cut(*split.lengths)
-        reason = reason_left_out(split.chosen_ids, split.rejected_ids, cut)
+        reason = reason_left_out(split.answers, cut)
         # A text that becomes only EOS is an empty answer. Someone who gives the ids themselves may
         # want just EOS.
-        empty = [[]] if ID_COLUMNS[0] in row else [[], [self.tokenizer.eos_token_id]]
-        if split.chosen_ids in empty or split.rejected_ids in empty:
+        is_tokenised = self.kind.id_columns[0] in row
+        empty = [[]] if is_tokenised else [[], [self.tokenizer.eos_token_id]]
+        if any(answer in empty for answer in split.answers):
             reason = EMPTY
         if reason is not None and self.strict:
             raise self._at_row(row, self._refusal(reason, len(split.prompt_ids)))
-        return PairOutcome(split, cut, reason)
+        return RowOutcome(split, cut, reason)
 
     def _refusal(self, reason: str, prompt_length: int) -> RowError:
         if reason == NO_ROOM:
@@ -256,7 +302,7 @@ class PairTokenizer:
                 "keep_end"
             )
         what = "an empty answer" if reason == EMPTY else reason
-        return RowError(f"the pair has {what}; {STRICT_REMEDY}")
+        return RowError(f"the {self.kind.noun} has {what}; {STRICT_REMEDY}")
 
     def _at_row(self, row: Mapping[str, Any], error: RowError) -> DataError:
         return DataError(f"{place_of_row(row.get('source') or self.name, row['row'])}: {error}")
@@ -276,17 +322,21 @@ def refuse_bad_rows(name: str, table: pa.Table) -> None:
 
 
 def refuse_nothing_kept(report: PreparationReport) -> None:
-    """Raise DataError if no pair of a dataset was kept."""
+    """Raise DataError if no row of a dataset was kept."""
     if report.pairs_kept:
         return
     found, limits = report.left_out, report.limits
     remedies = ["raise max_length"] if NO_ROOM in found else []
     remedies += [f"raise {limits.names}"] if IDENTICAL_CUT in found else []
     if found.keys() - {NO_ROOM, IDENTICAL_CUT}:
-        remedies.append("give pairs with two different answers")
+        remedies.append(
+            "give pairs with two different answers"
+            if report.labels is None
+            else "give rows with an answer"
+        )
     reasons = ", ".join(f"{r} {len(rows)}" for r, rows in found.items())
     raise DataError(
-        f"{report.name}: all {report.pairs_read} pairs were left out ({reasons}); "
+        f"{report.name}: all {report.pairs_read} {report.noun}s were left out ({reasons}); "
         f"{', or '.join(dict.fromkeys(remedies))}"
     )
 
@@ -295,10 +345,11 @@ def warn_of_rerendered_prompts(report: PreparationReport) -> None:
     """Warn of prompts that the template renders in two ways, if a dataset has any."""
     if report.rerendered_prompts:
         logger.warning(
-            "%s: in %d of %d pairs the chat template renders the prompt otherwise before an answer "
+            "%s: in %d of %d %ss the chat template renders the prompt otherwise before an answer "
             "than alone; there the prompt ends where the two part, so the model is trained on a "
             "context that differs from the one it generates from.",
             report.name,
             report.rerendered_prompts,
             report.pairs_read,
+            report.noun,
         )

@@ -1,4 +1,4 @@
-"""Cuts pairs to the lengths that the options allow; both answers keep the same prompt."""
+"""Cuts rows to the lengths that the options allow; all answers of a row keep the same prompt."""
 
 from __future__ import annotations
 
@@ -11,29 +11,27 @@ TRUNCATION_MODES = ("keep_start", "keep_end")
 
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """The number of tokens that a pair loses.
+    """The number of tokens that a row loses.
 
     Attributes:
         prompt: tokens cut from the prompt, on its left.
-        chosen: tokens cut from the chosen answer, on its right.
-        rejected: tokens cut from the rejected answer, on its right.
+        answers: tokens cut from each answer, on its right.
         fits: False if the prompt leaves no room for any answer token; the counts are then 0.
     """
 
-    prompt: int = 0
-    chosen: int = 0
-    rejected: int = 0
+    prompt: int
+    answers: tuple[int, ...]
     fits: bool = True
 
-    def apply(
-        self, prompt: list[int], chosen: list[int], rejected: list[int]
-    ) -> tuple[list[int], list[int], list[int]]:
-        """The pair's token ids after the cut."""
-        return (
-            prompt[self.prompt :],
-            chosen[: len(chosen) - self.chosen],
-            rejected[: len(rejected) - self.rejected],
-        )
+    @classmethod
+    def nothing(cls, num_answers: int, *, fits: bool = True) -> Cut:
+        """The cut of a row that loses no token."""
+        return cls(0, (0,) * num_answers, fits)
+
+    def apply(self, prompt: list[int], *answers: list[int]) -> tuple[list[int], ...]:
+        """The token ids of the prompt and of each answer after the cut."""
+        cut = zip(answers, self.answers, strict=True)
+        return prompt[self.prompt :], *(answer[: len(answer) - n] for answer, n in cut)
 
 
 @dataclass(frozen=True)
@@ -84,25 +82,26 @@ class LengthLimits:
         values = {name: getattr(self, name) for name in names}
         return {name: value for name, value in values.items() if value is not None}
 
-    def plan_cut(self, prompt: int, chosen: int, rejected: int) -> Cut:
-        """Decide what to cut from a pair.
+    def plan_cut(self, prompt: int, *answers: int) -> Cut:
+        """Decide what to cut from a row.
 
         Args:
-            prompt, chosen, rejected: tokens in each part, at least 1.
+            prompt, answers: tokens in the prompt and in each answer, at least 1.
         """
         prompt_kept = _at_most(prompt, self.max_prompt_length)
-        kept = [_at_most(length, self.max_completion_length) for length in (chosen, rejected)]
+        kept = [_at_most(length, self.max_completion_length) for length in answers]
         if self.max_length is not None:
             if self.truncation_mode == "keep_end":
                 excess = prompt_kept + max(kept) - self.max_length
                 # One prompt token has to stay: it predicts the first token of an answer.
                 prompt_kept = max(1, prompt_kept - max(0, excess))
-            # Both answers share the prompt and its cut, so they have the same room.
+            # All answers share the prompt and its cut, so they have the same room.
             room = self.max_length - prompt_kept
             if room < 1:
-                return Cut(fits=False)
+                return Cut.nothing(len(answers), fits=False)
             kept = [min(length, room) for length in kept]
-        return Cut(prompt - prompt_kept, chosen - kept[0], rejected - kept[1])
+        lost = (length - n for length, n in zip(answers, kept, strict=True))
+        return Cut(prompt - prompt_kept, tuple(lost))
 
 
 def _at_most(length: int, limit: int | None) -> int:

@@ -13,7 +13,7 @@ import datasets
 import numpy as np
 import pyarrow.compute as pc
 
-from dpofast.columns import PAIR_COLUMNS
+from dpofast.columns import kind_of_columns
 from dpofast.data.reading.messages import (
     Message,
     content_text,
@@ -24,7 +24,7 @@ from dpofast.data.reading.normal_form import source_notes
 from dpofast.data.reading.records import place_of_row
 from dpofast.data.reading.row_error import RowError, shown
 from dpofast.data.tokens.render import texts_missing
-from dpofast.data.tokens.render_process import PairRenderer
+from dpofast.data.tokens.render_process import RowRenderer
 
 logger = logging.getLogger(__name__)
 
@@ -35,12 +35,12 @@ SHAPED_ROWS = 5_000  # rows among which one of each further shape is looked at, 
 _TRIED_ROWS = 3  # rows in which a field is left out on trial
 
 
-def unused_parts(dataset: datasets.Dataset, renderer: PairRenderer) -> tuple[str, ...]:
+def unused_parts(dataset: datasets.Dataset, renderer: RowRenderer) -> tuple[str, ...]:
     """What is in the source of a dataset but not in the texts that are tokenised.
 
     Args:
-        dataset: pairs in the normal form.
-        renderer: renders with the tokenizer, which is None if the pairs are tokenised already.
+        dataset: rows in the normal form.
+        renderer: renders with the tokenizer, which is None if the rows are tokenised already.
     Returns:
         Names of columns, and of fields of messages such as "name in messages".
     """
@@ -60,14 +60,14 @@ def unused_parts(dataset: datasets.Dataset, renderer: PairRenderer) -> tuple[str
     return (*unused, *(f"{name} in messages" for name in fields))
 
 
-def warn_of_missing_text(dataset: datasets.Dataset, renderer: PairRenderer, name: str) -> bool:
+def warn_of_missing_text(dataset: datasets.Dataset, renderer: RowRenderer, name: str) -> bool:
     """Warn once if the template leaves out the text of a message.
 
     It looks at the first rows, and at the first one of each further shape. Some templates leave
     out earlier thinking on purpose, so this is no error.
 
     Args:
-        dataset: pairs in the normal form.
+        dataset: rows in the normal form.
         renderer: renders with the tokenizer.
         name: dataset name.
     Returns:
@@ -106,11 +106,11 @@ def _telling_rows(dataset: datasets.Dataset) -> Iterator[Row]:
         seen.add(shape)
 
 
-def _changes_texts(dataset: datasets.Dataset, renderer: PairRenderer, field: str) -> bool:
+def _changes_texts(dataset: datasets.Dataset, renderer: RowRenderer, field: str) -> bool:
     """Whether the texts of a row change if a field is left out of its messages."""
     for row in _rows_with(dataset, field):
         bare = dict(row)
-        for column, messages in zip(PAIR_COLUMNS, _parts(row), strict=True):
+        for column, messages in zip(kind_of_columns(row).columns, _parts(row), strict=True):
             without = [{k: v for k, v in m.items() if k != field} for m in messages]
             bare[column] = encode_messages(without, column)
         try:
@@ -125,7 +125,8 @@ def _rows_with(dataset: datasets.Dataset, field: str) -> Iterator[Row]:
     """The first rows in which a message has a field."""
     key = json.dumps(field, ensure_ascii=False) + ":"
     has_key = np.zeros(len(dataset), bool)
-    for chunks in dataset.with_format("arrow")[:].select(PAIR_COLUMNS).columns:
+    columns = kind_of_columns(dataset.column_names).columns
+    for chunks in dataset.with_format("arrow")[:].select(columns).columns:
         column = chunks.combine_chunks()
         found = pc.match_substring(pc.list_flatten(column), key)
         parents = pc.list_parent_indices(column).filter(found)
@@ -135,7 +136,7 @@ def _rows_with(dataset: datasets.Dataset, field: str) -> Iterator[Row]:
 
 
 def _is_rendered(dataset: datasets.Dataset, tokenizer: Any) -> bool:
-    """Whether the pairs pass a chat template."""
+    """Whether the rows pass a chat template."""
     if "prompt" not in dataset.column_names:
         return False
     is_text = dataset.features["prompt"] == datasets.Value("string")
@@ -149,7 +150,7 @@ def _is_filled(dataset: datasets.Dataset, column: str) -> bool:
 
 
 def _parts(row: Row) -> list[list[Message]]:
-    return [decode_messages(row[column]) for column in PAIR_COLUMNS]
+    return [decode_messages(row[column]) for column in kind_of_columns(row).columns]
 
 
 def _template_text(tokenizer: Any) -> str:

@@ -19,6 +19,7 @@ FIRST_LOSSES: Facts = {
     "beta_max": None,
     "beta_min": None,
     "beta_schedule": None,
+    "desirable_weight": None,
     "discopop_tau": None,
     "dpop_lambda": None,
     "f_alpha_divergence_coef": None,
@@ -28,6 +29,7 @@ FIRST_LOSSES: Facts = {
     "simpo_gamma": None,
     "target_kl": None,
     "target_kl_gain": None,
+    "undesirable_weight": None,
     "use_weighting": None,
     "weighting_clamp": None,
 }

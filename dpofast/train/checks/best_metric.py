@@ -14,7 +14,7 @@ from dpofast.monitor.kl import DRIFT, KL
 from dpofast.monitor.set_metrics import set_metric_names
 from dpofast.options.config import DPOConfig
 from dpofast.train.hooks.overrides import override_of
-from dpofast.train.own.metrics import MEASURED, NLL, SPEEDS
+from dpofast.train.own.metrics import NLL, SPEEDS
 from dpofast.train.steps.micro_batches import PairLossPass
 
 # Methods whose overrides may add metrics to an evaluation.
@@ -38,7 +38,7 @@ def check_best_metric(trainer: Any, measured: PairLossPass) -> None:
         return
     is_named = isinstance(trainer.eval_dataset, dict)
     sets = {f"eval_{key}_" if is_named else "eval_": s for key, s in trainer.eval_sets().items()}
-    names = [*MEASURED, *([METRIC] if measured.router_loss is not None else [])]
+    names = [*measured.names, *([METRIC] if measured.router_loss is not None else [])]
     names += [NLL] if measured.likelihood else []
     names += measured.token_metrics
     if trainer.pair_loss.is_reference_free:

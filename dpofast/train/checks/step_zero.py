@@ -17,7 +17,7 @@ from dpofast.model.parts import causal_lm
 from dpofast.model.randomness import training_mode_for_a_look
 from dpofast.train.reference.run_reference import RunReference
 from dpofast.zero.weights import spread
-from dpofast_kernels import PairLossOutput, PreferenceLoss
+from dpofast_kernels import PairLossOutput, PreferenceLoss, UnpairedLoss
 
 # The largest mean log-ratio per token, in nats, that rounding explains: the reference was scored in
 # batches of other shapes. A wrong reference is off by tenths of nats or more.
@@ -95,10 +95,11 @@ class StepZeroCheck:
 
     def _first_loss(self, batch: PackedPairs, pair_weights: Tensor | None) -> float:
         """Mean loss over a batch's pairs while the policy is its own reference."""
-        if all(each is None for each in (batch.weights, batch.label_confidence, pair_weights)):
+        plain = all(each is None for each in (batch.weights, batch.label_confidence, pair_weights))
+        if plain and not isinstance(self.loss, UnpairedLoss):
             return self.loss.first_value(batch.lengths.to(self._device())).mean().item()
-        zeros = torch.zeros(2 * batch.num_pairs, dtype=torch.float64)
-        return self._mean_loss(zeros, batch, pair_weights)
+        assert batch.ref_logps is not None
+        return self._mean_loss(torch.zeros_like(batch.ref_logps.cpu()), batch, pair_weights)
 
     def _device(self) -> torch.device:
         """Where losses are computed: a user's own loss may hold tensors on the policy's device."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol, TypeVar
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import datasets
 import numpy as np
@@ -17,6 +17,7 @@ from dpofast.data import (
     rows_by_source,
     tokenize_preferences,
 )
+from dpofast.data.packing.answers import AnswerSteps
 from dpofast.data.packing.collate import Layout
 from dpofast.data.packing.likelihood import NO_LIKELIHOOD, Likelihood
 from dpofast.data.packing.plan import StepSampler, TokenLimit
@@ -90,9 +91,16 @@ class RunDataset:
         if row_tokens is None:
             self.token_limit = None
         elif self.token_limit is None:
-            self.token_limit = token_limit(self.pairs, layout, row_tokens)
+            self.token_limit = self._count_tokens(layout, row_tokens)
         else:
             self.token_limit = replace(self.token_limit, max_tokens=row_tokens)
+
+    def answer_pairs(self) -> datasets.Dataset:
+        """Pairs of all answers that are scored: prompt_ids, chosen_ids, rejected_ids and row."""
+        return self.pairs
+
+    def _count_tokens(self, layout: Layout, row_tokens: int) -> TokenLimit | None:
+        return token_limit(self.pairs, layout, row_tokens)
 
     def resume(self, recorded: Any) -> int:
         """The step from which a resumed run reads the dataset: any step is read as fast."""
@@ -102,13 +110,30 @@ class RunDataset:
         """Whether answers are left to be scored while the run trains."""
         return False
 
-    def step_dataset(self, layout: Layout, ld_alpha: float | None = None) -> StepDataset:
+    def step_dataset(
+        self, layout: Layout, ld_alpha: float | None = None
+    ) -> StepDataset | AnswerSteps:
         """The scored pairs, indexed by planned steps; arguments as in StepDataset."""
         assert self.ref_logps is not None, "the dataset is scored first"
         return StepDataset(
             *(self.pairs, self.ref_logps, layout, self.usual_confidence, self.likelihood),
             ld_alpha=ld_alpha,
         )
+
+
+@dataclass(frozen=True, eq=False)
+class ReadPairs:
+    """A dataset that was just read and tokenised.
+
+    Attributes:
+        pairs, report, sources: as in RunDataset.
+        is_text: whether the rows were text, and not messages or ids.
+    """
+
+    pairs: datasets.Dataset
+    report: PreparationReport
+    sources: dict[str, int]
+    is_text: bool
 
 
 class HasGiven(Protocol):
@@ -132,6 +157,8 @@ class PairPreparer:
         datasets: all datasets prepared so far, in the order of their preparation: RunDataset, and
             RunStream for a training set that is a stream.
     """
+
+    dataset_class: ClassVar[type[RunDataset]] = RunDataset
 
     def __init__(
         self,
@@ -174,33 +201,50 @@ class PairPreparer:
         config = self.config
         # All other ranks wait for rank 0, and then find what it has downloaded.
         with bars_as_lines(), config.main_process_first(local=False, desc=f"tokenising {name}"):
-            pairs = load_preferences(
-                dataset,
-                columns=self.columns,
-                roles=self.roles,
-                strict=config.strict,
-                skip_bad_rows=config.skip_bad_rows,
-                name=name,
-            )
-            sources = rows_by_source(pairs)
-            is_text = pairs.features.get("prompt") == datasets.Value("string")
-            self.say_untemplated(is_text, name)
-            pairs, report = tokenize_preferences(
-                pairs,
-                self.tokenizer,
-                **vars(config.length_limits()),
-                strict=config.strict,
-                skip_bad_rows=config.skip_bad_rows,
-                num_proc=config.dataset_num_proc,
-                name=name,
-            )
-        prepared = RunDataset(name, dataset, pairs, report, sources)
+            found = self.read(dataset, name)
+        self.say_untemplated(found.is_text, name)
+        prepared = self.dataset_class(name, dataset, found.pairs, found.report, found.sources)
         self.check(prepared)
         self.datasets.append(prepared)
         if config.should_log:
-            log_report(report)
-            self.say_weights(pairs, name)
+            log_report(found.report)
+            self.say_weights(found.pairs, name)
         return prepared
+
+    def check_stream(self) -> None:
+        """Refuse a stream as the training set, if the loss can't train one.
+
+        Raises:
+            ConfigError: it can't.
+        """
+
+    def read(self, dataset: Any, name: str) -> ReadPairs:
+        """Read and tokenise a dataset; arguments as in `prepare`.
+
+        Raises:
+            DataError: the data can't be used at all; names the file and the row.
+        """
+        config = self.config
+        pairs = load_preferences(
+            dataset,
+            columns=self.columns,
+            roles=self.roles,
+            strict=config.strict,
+            skip_bad_rows=config.skip_bad_rows,
+            name=name,
+        )
+        sources = rows_by_source(pairs)
+        is_text = pairs.features.get("prompt") == datasets.Value("string")
+        tokens, report = tokenize_preferences(
+            pairs,
+            self.tokenizer,
+            **vars(config.length_limits()),
+            strict=config.strict,
+            skip_bad_rows=config.skip_bad_rows,
+            num_proc=config.dataset_num_proc,
+            name=name,
+        )
+        return ReadPairs(tokens, report, sources, is_text)
 
     def check(self, dataset: RunDataset) -> None:
         """Refuse pairs that a model of the run can't run, or the loss can't use.
@@ -217,9 +261,10 @@ class PairPreparer:
             _refuse_own_sums(dataset, self.config.length_discount())
         is_whole = not dataset.is_window
         check_pair_weights(dataset.pairs, dataset.name, self.loss, is_whole=is_whole)
-        refuse_unknown_ids(dataset.pairs, dataset.name, self._vocabularies)
+        pairs = dataset.answer_pairs()
+        refuse_unknown_ids(pairs, dataset.name, self._vocabularies)
         contexts = self._contexts.keys() - (self._warned if dataset.is_window else set())
-        warned = refuse_longer(dataset.pairs, dataset.name, contexts)
+        warned = refuse_longer(pairs, dataset.name, contexts)
         if dataset.is_window:  # one warning is enough for a stream
             self._warned.update(warned)
 

@@ -10,7 +10,7 @@ from dpofast.columns import WEIGHT_COLUMNS
 from dpofast.data.packing.pair_columns import number_column
 from dpofast.errors import DataError
 from dpofast.model.place import place_of_pair
-from dpofast_kernels import LOSSES, PairLoss, PreferenceLoss, ZeroLoss
+from dpofast_kernels import LOSSES, CoupledLoss, PreferenceLoss, ZeroLoss
 
 WEIGHT, CONFIDENCE = WEIGHT_COLUMNS
 
@@ -34,7 +34,7 @@ def check_pair_weights(pairs: Any, name: str, loss: PreferenceLoss, *, is_whole:
             f"remove the column {WEIGHT!r}."
         )
     confidence = number_column(pairs, CONFIDENCE)
-    if not isinstance(loss, PairLoss):
+    if isinstance(loss, CoupledLoss):
         for column, values in ((WEIGHT, weights), (CONFIDENCE, confidence)):
             if values is not None:
                 raise DataError(

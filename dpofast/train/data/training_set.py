@@ -36,6 +36,7 @@ def prepare_training_set(
         return known
     if not (isinstance(given, PairStream) or is_stream(given)):
         return data.prepare(given, "train")
+    data.check_stream()
     stream = _prepare_stream(data, given, world_size or data.config.world_size)
     data.datasets.append(stream)
     return stream

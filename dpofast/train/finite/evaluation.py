@@ -45,7 +45,7 @@ class EvaluatedLosses:
             if is_known or not bool(loss.isfinite().all()):
                 flags = [True] * len(indices)
                 if logps is not None and is_known:
-                    flags = logps.view(-1, 2).isfinite().logical_not().any(1).tolist()
+                    flags = logps.view(len(indices), -1).isfinite().logical_not().any(1).tolist()
                 pairs += [index for index, is_bad in zip(indices, flags, strict=True) if is_bad]
         return pairs
 

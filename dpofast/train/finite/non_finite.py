@@ -13,7 +13,7 @@ from torch import Tensor
 from dpofast.data.packing.batch import PackedPairs, StepBatch
 from dpofast.model.pair_losses import batch_losses
 from dpofast.train.checkpoint.resume import newest_whole
-from dpofast_kernels import PairLoss, PreferenceLoss
+from dpofast_kernels import CoupledLoss, PreferenceLoss
 
 # Pairs and tensors that a message names; it counts the others.
 NAMED_PAIRS, NAMED_TENSORS = 8, 3
@@ -204,8 +204,10 @@ def _bad_pairs(each: Pass, loss: PreferenceLoss) -> list[bool]:
     everything = [True] * each.batch.num_pairs
     if each.logps is None or each.batch.ref_logps is None:
         return everything
-    bad = (~each.logps.isfinite()).view(-1, 2).any(1)  # [P]
-    if isinstance(loss, PairLoss):  # a loss that couples pairs spreads a NaN over all of them
+    bad = (~each.logps.isfinite()).view(each.batch.num_pairs, -1).any(1)  # [P]
+    if not isinstance(
+        loss, CoupledLoss
+    ):  # a loss that couples pairs spreads a NaN over all of them
         losses, *_ = batch_losses(loss, each.logps, each.batch, each.pair_weights)
         bad |= ~losses.isfinite()
     flags: list[bool] = bad.tolist()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from dpofast.errors import ConfigError
 from dpofast.options.weighting_fields import refuse_weighting_of_coupled
 from dpofast.train.steps.coupled import CoupledPairs, CoupledPass
 from dpofast.train.steps.micro_batches import PairLossPass
-from dpofast_kernels import CoupledLoss, PairLoss, PreferenceLoss
+from dpofast_kernels import CoupledLoss, PreferenceLoss
 
 logger = logging.getLogger(__name__)
 
@@ -92,9 +93,7 @@ class CouplesPairs(Trainer):
         kept = self._coupled.get(id(batch))
         return None if kept is None else kept[1].coefficients
 
-    def loss_of(
-        self, batch: PackedPairs, loss: PreferenceLoss
-    ) -> tuple[PairLoss, CoupledPairs | None]:
+    def loss_of(self, batch: PackedPairs, loss: PreferenceLoss) -> tuple[Any, CoupledPairs | None]:
         """The loss of a micro-batch's pairs by themselves, and what a coupled loss asks of them.
 
         Args:
@@ -104,9 +103,8 @@ class CouplesPairs(Trainer):
         Raises:
             ConfigError: a coupled loss isn't known for this micro-batch, or pairs are weighted.
         """
-        if isinstance(loss, PairLoss):
+        if not isinstance(loss, CoupledLoss):
             return loss, None
-        assert isinstance(loss, CoupledLoss)
         refuse_weighting_of_coupled(loss, self._pair_loss_pass.weighting)
         if (kept := self._coupled.get(id(batch))) is None:
             raise ConfigError(

@@ -133,7 +133,7 @@ class EvaluatesPairs(ChoosesFiniteBest, ComputesLoss, Trainer):
                     self.args, self.state, self.control
                 )
         self.uncouple()
-        means = sums.means(self.sum_over_ranks, self.args.device)
+        means = self._pair_loss_pass.finish(sums.means(self.sum_over_ranks, self.args.device))
         if found is not None:
             found.gather(self.sum_over_ranks)
             if is_late and "loss" in means:

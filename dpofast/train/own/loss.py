@@ -6,6 +6,7 @@ from dataclasses import fields
 
 from dpofast.errors import ConfigError
 from dpofast.options.config import DPOConfig
+from dpofast.options.loss_fields import check_loss_kind
 from dpofast.options.weighting_fields import refuse_weighting_of_coupled
 from dpofast_kernels import (
     CoupledFunction,
@@ -16,17 +17,25 @@ from dpofast_kernels import (
 )
 
 
-def run_loss(config: DPOConfig, loss_fn: PairFunction | CoupledFunction | None) -> PreferenceLoss:
+def run_loss(
+    config: DPOConfig,
+    loss_fn: PairFunction | CoupledFunction | None,
+    *,
+    takes_answers: bool = False,
+) -> PreferenceLoss:
     """The loss that the options name, or the user's own.
 
     Args:
         config: options of the run.
         loss_fn: the user's function; None for the loss of the options. In a CoupledFunction, the
             loss of a pair may depend on the other pairs.
+        takes_answers: whether the trainer takes answers one by one, instead of pairs.
 
     Raises:
-        ConfigError: the function isn't such a loss, or the options also name a loss.
+        ConfigError: the function isn't such a loss, the options also name a loss, or the trainer
+            can't train the loss of the options.
     """
+    check_loss_kind(config, takes_answers=takes_answers)
     if loss_fn is None:
         return config.make_loss()
     default = next(item for item in fields(DPOConfig) if item.name == "loss_type").default_factory

@@ -22,6 +22,7 @@ from dpofast.train.data.stream import RunStream
 from dpofast.train.data.training_set import prepare_training_set
 from dpofast.train.reports.summary import is_summarised, run_summary, write_summary
 from dpofast.train.steps.loaders import StepLoaders
+from dpofast.train.steps.micro_batches import PairLossPass
 from dpofast.train.steps.moves_beta import MovesBeta
 from dpofast.train.steps.whole_steps import TakesWholeSteps
 from dpofast_kernels import PreferenceLoss
@@ -42,6 +43,7 @@ class ReportsRun(MovesBeta, TakesWholeSteps, Trainer):
     train_dataset: Any
     data: PairPreparer
     loaders: StepLoaders
+    _pair_loss_pass: PairLossPass
     pair_loss: PreferenceLoss
     throughput: Throughput
     first_loss: float | None
@@ -74,6 +76,7 @@ class ReportsRun(MovesBeta, TakesWholeSteps, Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs and "learning_rate" in logs:  # a log of training, not of evaluation
             means = self.metric_sums.means(self.sum_over_ranks, self.args.device)
+            means = self._pair_loss_pass.finish(means)
             self.count_tokens()
             # The Trainer's own loss is summed in float32; this one is the exact mean over pairs.
             speed = self.throughput.metrics(self.sum_over_ranks)

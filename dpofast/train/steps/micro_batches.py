@@ -22,7 +22,7 @@ from dpofast.model.router import RouterLoss, add_router_loss
 from dpofast.monitor.kl import kl_sums
 from dpofast.monitor.metrics import MetricSums
 from dpofast.monitor.set_metrics import set_metrics
-from dpofast.train.own.metrics import NLL, OwnMetrics
+from dpofast.train.own.metrics import MEASURED, NLL, OwnMetrics
 from dpofast.train.steps.coupled import CoupledPairs, same_dropout
 from dpofast.train.steps.token_metrics import statistics_of, token_metric_sums
 from dpofast_kernels import METRIC_NAMES, PairExtras, PairLoss, PairLossOutput, PairWeighting
@@ -51,6 +51,15 @@ class PairLossPass:
     likelihood: Likelihood = NO_LIKELIHOOD
     weighting: PairWeighting | None = None
     token_metrics: tuple[str, ...] = ()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The metrics that every pass counts, and what `finish` adds to their means."""
+        return MEASURED
+
+    def finish(self, means: dict[str, float]) -> dict[str, float]:
+        """The means of the metrics, with what follows from them."""
+        return means
 
     def __call__(
         self,

@@ -3,14 +3,16 @@
 How a call travels through the files, from the public op down to one chunk of rows:
 
     dispatch        public ops: check the inputs, choose a back end, enter autograd
-    |-- options     HeadOptions, PairExtras and PairLossOutput
+    |-- options     HeadOptions, PairExtras, Answers and the results
     |-- inputs      the checks and their errors
+    sequence_loss   the public op of losses of single answers; from autograd on, the same way
     |-- dtypes      the dtypes to compute, accumulate and multiply in
     |-- backends    which back end runs where
     autograd        torch.autograd functions: what they save, when they compute gradients
-    one_pass        linear_pair_loss only: runs chunk after chunk and joins the losses
+    one_pass        of the ops with a loss: runs chunk after chunk and joins the losses
     |-- units       what a chunk is made of: sequences that no pair crosses
     |-- pairs       the pairs of a chunk, and the derivatives that they ask of its sequences
+    |-- singles     the same for single answers
     |-- long_units  pairs that don't fit into a chunk
     chunked         one head, chunk by chunk: score rows, then add their gradients
     |-- workspace   sizes of chunks, and the memory for a chunk's logits
@@ -38,20 +40,33 @@ from dpofast_kernels.head.dispatch import (
     linear_scores,
     linear_statistics,
 )
-from dpofast_kernels.head.options import HEAD_VERSION, HeadOptions, PairExtras, PairLossOutput
+from dpofast_kernels.head.options import (
+    HEAD_VERSION,
+    SEQUENCE_METRIC_NAMES,
+    Answers,
+    HeadOptions,
+    PairExtras,
+    PairLossOutput,
+    SequenceLossOutput,
+)
+from dpofast_kernels.head.sequence_loss import linear_sequence_loss
 from dpofast_kernels.head.sequences import sum_per_sequence
 from dpofast_kernels.head.statistics import STATISTICS
 
 __all__ = [
     "HEAD_VERSION",
+    "SEQUENCE_METRIC_NAMES",
     "STATISTICS",
+    "Answers",
     "HeadOptions",
     "PairExtras",
     "PairLossOutput",
+    "SequenceLossOutput",
     "backend_for",
     "linear_logps",
     "linear_pair_loss",
     "linear_scores",
+    "linear_sequence_loss",
     "linear_statistics",
     "sum_per_sequence",
 ]

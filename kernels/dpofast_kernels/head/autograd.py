@@ -18,6 +18,7 @@ from dpofast_kernels.head.chunked import ChunkedHead, Gradients, Wanted
 from dpofast_kernels.head.one_pass import one_pass
 from dpofast_kernels.head.options import HeadOptions, PairLossOutput
 from dpofast_kernels.head.pairs import Pairs
+from dpofast_kernels.head.singles import Singles
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,7 +31,7 @@ class HeadCall:
         dtype: dtype to compute in.
         backend: "torch", "triton" or "triton_fused".
         grad_enabled: whether autograd records this call.
-        pairs: pairs and their loss; None for per-token log-probs.
+        pairs: pairs or single answers, and their loss; None for per-token log-probs.
         statistics: names of the statistics that are wanted, see `STATISTICS`.
     """
 
@@ -39,7 +40,7 @@ class HeadCall:
     dtype: torch.dtype
     backend: str
     grad_enabled: bool
-    pairs: Pairs | None = None
+    pairs: Pairs | Singles | None = None
     statistics: tuple[str, ...] = ()
 
     def head(self, hidden_states: Tensor, weight: Tensor, keep: bool) -> ChunkedHead:

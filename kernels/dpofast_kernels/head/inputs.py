@@ -7,15 +7,22 @@ from __future__ import annotations
 
 import math
 import os
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from dpofast_kernels.head.dtypes import accumulate_dtype
-from dpofast_kernels.head.options import NO_EXTRAS, HeadOptions, PairExtras
+from dpofast_kernels.head.options import NO_EXTRAS, Answers, HeadOptions, PairExtras
 from dpofast_kernels.head.sequences import check_bounds
 from dpofast_kernels.head.statistics import check_statistics
-from dpofast_kernels.preference import CoupledLoss, PairLoss, PairWeighting, PreferenceLoss
+from dpofast_kernels.preference import (
+    CoupledLoss,
+    PairLoss,
+    PairWeighting,
+    PreferenceLoss,
+    UnpairedLoss,
+)
 
 # Environment variable: 1 checks labels on GPUs, too, although the host has to wait for it.
 CHECK_LABELS = "DPOFAST_CHECK_LABELS"
@@ -175,6 +182,46 @@ def check_pairs(
         raise TypeError(
             f"weighting is a {type(extras.weighting).__name__}, expected a PairWeighting or None."
         )
+    return limits
+
+
+def check_singles(answers: Answers, loss: UnpairedLoss, num_rows: int) -> list[int]:
+    """Check the arguments of `linear_sequence_loss` that describe its sequences.
+
+    Returns:
+        The bounds as a list.
+
+    Raises:
+        TypeError: an argument is of the wrong type.
+        ValueError: a sequence is empty, the bounds don't cover the rows, or a tensor has the wrong
+            shape, dtype or value.
+    """
+    bounds, ref_logps, is_desirable = answers.bounds, answers.ref_logps, answers.is_desirable
+    _check_types(bounds=bounds, ref_logps=ref_logps, is_desirable=is_desirable)
+    if not isinstance(loss, UnpairedLoss):
+        raise TypeError(f"loss is a {type(loss).__name__}, expected one from make_unpaired_loss.")
+    limits = check_bounds(bounds, num_rows)
+    num_sequences = len(limits) - 1
+    for index, (start, end) in enumerate(pairwise(limits)):
+        if start == end:
+            raise ValueError(f"sequence {index} has no scored token; leave it out.")
+    if is_desirable.shape != (num_sequences,) or is_desirable.dtype != torch.bool:
+        raise ValueError(
+            f"is_desirable is {list(is_desirable.shape)} {is_desirable.dtype}, expected "
+            f"[{num_sequences}] torch.bool, one for each sequence."
+        )
+    if ref_logps.shape != (num_sequences,) or not ref_logps.is_floating_point():
+        raise ValueError(
+            f"ref_logps is {list(ref_logps.shape)} {ref_logps.dtype}, expected "
+            f"[{num_sequences}] of a floating dtype, one for each sequence."
+        )
+    if answers.z is not None:
+        _check_types(z=answers.z)
+        if answers.z.shape != () or not answers.z.is_floating_point():
+            raise ValueError(
+                f"z is {list(answers.z.shape)} {answers.z.dtype}, expected [] of a floating dtype."
+            )
+    _check_factor("weights", answers.weights, num_sequences, 0.0)
     return limits
 
 

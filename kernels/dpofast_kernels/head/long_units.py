@@ -17,22 +17,25 @@ from torch import Tensor
 from dpofast_kernels.head.chunked import ChunkedHead, Gradients
 from dpofast_kernels.head.pairs import Pairs, SequenceTerms
 from dpofast_kernels.head.rows import ScoredRows, joined_rows
+from dpofast_kernels.head.singles import Singles
 from dpofast_kernels.head.units import Chunk
 
 
 def long_unit(
-    head: ChunkedHead, part: Pairs, chunk: Chunk, gradients: Gradients | None
+    head: ChunkedHead, part: Pairs | Singles, chunk: Chunk, gradients: Gradients | None
 ) -> SequenceTerms:
     """Score a unit piece by piece, and add its gradients.
 
     Args:
         head: the head of the call.
-        part: the unit's sequences and pairs.
+        part: the unit's sequences and pairs, or a single answer.
         chunk: the unit.
         gradients: gradients to add to; None if none are wanted.
     """
     if gradients is None:
         return _terms(head, part, _scored(head, chunk))
+    if isinstance(part, Singles):
+        return _one_answer(head, part, chunk, gradients)
     if part.loss.is_zero or not chunk.num_pairs:
         return _known_beforehand(head, part, chunk, gradients)
     if chunk.num_sequences != 2 or chunk.num_pairs != 1:
@@ -40,7 +43,7 @@ def long_unit(
     return _one_pair(head, part, chunk, gradients)
 
 
-def _terms(head: ChunkedHead, part: Pairs, scored: ScoredRows) -> SequenceTerms:
+def _terms(head: ChunkedHead, part: Pairs | Singles, scored: ScoredRows) -> SequenceTerms:
     return part.terms(head.ops, scored.per_token_logps, scored.statistics)
 
 
@@ -48,6 +51,16 @@ def _scored(head: ChunkedHead, chunk: Chunk) -> ScoredRows:
     """Log-probs and statistics of the unit's rows."""
     subchunks = head.row_chunks(chunk.start, chunk.end)
     return joined_rows([head.score(rows, keep=False) for rows in subchunks])
+
+
+def _one_answer(
+    head: ChunkedHead, part: Singles, chunk: Chunk, gradients: Gradients
+) -> SequenceTerms:
+    """A long answer by itself: the gradient of its log-prob is summed first and multiplied last."""
+    own, rows = head.own_gradients(gradients, 0), slice(chunk.start, chunk.end)
+    terms = _terms(head, part, _add(head, own, rows, part.ref_logps.new_ones(chunk.num_rows)))
+    gradients.add_own(own, rows, terms.d_logps[0].to(head.dtype))
+    return terms
 
 
 def _in_two_passes(

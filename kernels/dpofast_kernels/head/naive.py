@@ -12,6 +12,7 @@ from torch import Tensor
 from dpofast_kernels.head.options import HeadOptions, PairLossOutput
 from dpofast_kernels.head.pairs import Pairs
 from dpofast_kernels.head.sequences import segment_sums
+from dpofast_kernels.head.singles import Singles
 
 
 def naive_logits(
@@ -97,3 +98,13 @@ def naive_pair_loss(
         *(loss, logps.detach(), pairs.metrics(logps.detach())),
         *(pairs.summed_statistics(statistics), pair_weights),
     )
+
+
+def naive_sequence_loss(
+    per_token_logps: Tensor,  # [N]
+    singles: Singles,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Summed loss [], logps [S] and metrics [2, S]; see `linear_sequence_loss`."""
+    logps = segment_sums(per_token_logps, singles.bounds)  # [S]
+    losses, _ = singles.losses(logps)
+    return losses.sum(), logps.detach(), singles.metrics(logps.detach())

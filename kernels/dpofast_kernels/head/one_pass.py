@@ -1,4 +1,4 @@
-"""The loss of pairs and its gradients, in one pass over the logits.
+"""The loss of pairs or of single answers and its gradients, in one pass over the logits.
 
 With the reference's log-probs known beforehand, the loss of a pair depends on that pair's logits
 only. So chunks are cut between pairs, and the derivative of each pair's loss is known while its
@@ -15,14 +15,14 @@ from dpofast_kernels.head.chunked import ChunkedHead, Gradients, Wanted
 from dpofast_kernels.head.long_units import long_unit
 from dpofast_kernels.head.options import PairLossOutput
 from dpofast_kernels.head.pairs import Pairs, SequenceTerms
+from dpofast_kernels.head.singles import Singles
 from dpofast_kernels.head.units import Chunk, join_units
-from dpofast_kernels.preference import METRIC_NAMES
 
 
 def one_pass(
-    head: ChunkedHead, pairs: Pairs, wanted: Wanted
+    head: ChunkedHead, pairs: Pairs | Singles, wanted: Wanted
 ) -> tuple[PairLossOutput, Gradients | None]:
-    """The loss, summed over all pairs, and its gradients; None if no gradient is wanted."""
+    """The loss of pairs or single answers, summed, and its gradients; None if none is wanted."""
     gradients = head.new_gradients(wanted) if wanted else None
     chunks = list(join_units(pairs.units(), head.max_rows))
     terms_of: dict[Chunk, SequenceTerms] = {}
@@ -36,13 +36,13 @@ def one_pass(
             terms_of[chunk] = _whole_chunk(head, pairs.part(chunk), chunk, gradients)
     if gradients is not None:
         gradients.fill_empty()
-    # Back in the order of the sequences.
-    return _joined([terms_of[chunk] for chunk in chunks], pairs), gradients
+    terms = [terms_of[chunk] for chunk in chunks]  # back in the order of the sequences
+    return _joined(terms, pairs), gradients
 
 
-def _joined(terms: list[SequenceTerms], pairs: Pairs) -> PairLossOutput:
+def _joined(terms: list[SequenceTerms], pairs: Pairs | Singles) -> PairLossOutput:
     if not terms:
-        empty = pairs.ref_logps.new_zeros(len(METRIC_NAMES), 0)
+        empty = pairs.ref_logps.new_zeros(pairs.num_metrics, 0)
         return PairLossOutput(
             *(empty.sum(), empty[0], empty),
             empty.new_zeros(len(pairs.statistics), 0) if pairs.statistics else None,
@@ -66,7 +66,7 @@ def _cat_if_any(parts: list[Tensor | None]) -> Tensor | None:
 
 
 def _whole_chunk(
-    head: ChunkedHead, part: Pairs, chunk: Chunk, gradients: Gradients | None
+    head: ChunkedHead, part: Pairs | Singles, chunk: Chunk, gradients: Gradients | None
 ) -> SequenceTerms:
     """Units that fit into one chunk, the usual case: score, loss, gradients."""
     rows = slice(chunk.start, chunk.end)

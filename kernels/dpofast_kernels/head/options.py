@@ -1,4 +1,4 @@
-"""Options of the head's ops, and the result of the pair loss."""
+"""Options of the head's ops, and the results of those with a loss."""
 
 from __future__ import annotations
 
@@ -15,6 +15,9 @@ from dpofast_kernels.preference import PairWeighting
 # Increase it whenever log-probs change by more than rounding. Log-probs stored under another
 # version are computed again.
 HEAD_VERSION = 1
+
+# Names of the metrics in `SequenceLossOutput.metrics`, in its order.
+SEQUENCE_METRIC_NAMES = ("rewards", "logratios")
 
 BACKENDS = ("auto", "torch", "triton", "triton_fused", "naive")
 
@@ -141,3 +144,39 @@ class PairLossOutput:
     metrics: Tensor
     statistics: Tensor | None = None
     pair_weights: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class SequenceLossOutput:
+    """Result of `linear_sequence_loss`.
+
+    Attributes:
+        loss: [] fp64, sum over sequences; differentiable.
+        logps: [S] fp64, summed log-probs of the policy in nats; without gradient.
+        metrics: [2, S] fp64, beta times the log-ratio of each sequence, and its log-ratio per
+            token; without gradient.
+    """
+
+    loss: Tensor
+    logps: Tensor
+    metrics: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Answers:
+    """What `linear_sequence_loss` has to know about its sequences; tensors are on any device.
+
+    Attributes:
+        bounds: [S+1] int64, bounds of the sequences; best passed on the CPU, because chunks are cut
+            there. No sequence may be empty.
+        ref_logps: [S] summed log-probs of the reference, in nats.
+        is_desirable: [S] bool.
+        z: [] what the loss compares log-ratios with, in nats; None for 0.
+        weights: [S] factor of each sequence's loss, at least 0; None for 1.
+    """
+
+    bounds: Tensor
+    ref_logps: Tensor
+    is_desirable: Tensor
+    z: Tensor | None = None
+    weights: Tensor | None = None

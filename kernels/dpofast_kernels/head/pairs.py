@@ -154,6 +154,10 @@ class Pairs:
     statistics: tuple[str, ...] = ()
 
     @property
+    def num_metrics(self) -> int:
+        return len(METRIC_NAMES)
+
+    @property
     def pair_list(self) -> PairIndices:
         """Chosen and rejected sequence of each pair, on the host."""
         if self.incidence is not None:

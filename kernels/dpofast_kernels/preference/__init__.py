@@ -3,7 +3,8 @@
 Each formula is written twice, in PyTorch and for Triton. Both versions are in this folder. Sums of
 losses, other divergences and WPO's weights are computed from their results, in PyTorch. A user's
 own loss is a function in PyTorch only, which autograd derives. So are the losses that couple pairs,
-which are computed for all pairs of an optimizer step at once.
+which are computed for all pairs of an optimizer step at once. Losses of single answers are in
+PyTorch only.
 """
 
 from __future__ import annotations
@@ -28,6 +29,13 @@ from dpofast_kernels.preference.registry import (
     make_mixture,
     unknown_loss,
 )
+from dpofast_kernels.preference.unpaired import (
+    UNPAIRED_LOSSES,
+    APOZeroUnpairedLoss,
+    KTOLoss,
+    UnpairedLoss,
+    make_unpaired_loss,
+)
 from dpofast_kernels.preference.weighting import PairWeighting
 
 __all__ = [
@@ -36,16 +44,20 @@ __all__ = [
     "LOSSES",
     "LOSS_OPTIONS",
     "METRIC_NAMES",
+    "UNPAIRED_LOSSES",
+    "APOZeroUnpairedLoss",
     "CoupledCustomLoss",
     "CoupledFunction",
     "CoupledLoss",
     "CustomLoss",
     "DivergenceLoss",
+    "KTOLoss",
     "NotAPairLossError",
     "PairFunction",
     "PairLoss",
     "PairWeighting",
     "PreferenceLoss",
+    "UnpairedLoss",
     "ZeroLoss",
     "function_name",
     "make_coupled_custom_loss",
@@ -53,6 +65,7 @@ __all__ = [
     "make_custom_loss",
     "make_loss",
     "make_mixture",
+    "make_unpaired_loss",
     "pair_metrics",
     "unknown_loss",
 ]

@@ -211,9 +211,6 @@ BAD_ROWS = {
     "broken tools": ({**MESSAGES, "tools": "{"}, "tools is not plain JSON"),
     "tools object": ({**MESSAGES, "tools": {"a": 1}}, "tools is not a list"),
     "reserved": ({**MESSAGES, "chat_template_kwargs": {"tokenize": True}}, "sets tokenize"),
-    "kto": ({"prompt": "a", "completion": "b", "label": True}, "KTO"),
-    "kto messages": ({"messages": [user("a"), assistant("b")], "label": False}, "KTO"),
-    "kto tag": ({"instruction": "a", "output": "b", "kto_tag": True}, "KTO"),
 }
 
 

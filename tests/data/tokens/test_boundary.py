@@ -7,7 +7,7 @@ import logging
 import pytest
 
 from dpofast.data import load_preferences, tokenize_preferences
-from dpofast.data.tokens.boundary import BoundaryTokenizer, PairTexts
+from dpofast.data.tokens.boundary import BoundaryTokenizer, RowTexts
 from dpofast.errors import DataError
 from tests.data.builders import (
     CHAT_TEMPLATE,
@@ -256,7 +256,7 @@ def test_every_split_of_a_text_keeps_prompt_and_text():
     text = "abbababbaabb"
     for place in range(1, len(text)):
         prompt, answer = text[:place], text[place:]
-        (pair,) = boundary.split([PairTexts(prompt, text, prompt + "b")])
+        (pair,) = boundary.split([RowTexts(prompt, (text, prompt + "b"))])
         assert pair.prompt_ids == ids_of(tokenizer, prompt)
-        assert tokenizer.decode(pair.chosen_ids) == answer
-        assert tokenizer.decode(pair.rejected_ids) == "b"
+        assert tokenizer.decode(pair.answers[0]) == answer
+        assert tokenizer.decode(pair.answers[1]) == "b"

@@ -9,8 +9,8 @@ import pytest
 
 from dpofast.data import load_preferences, tokenize_preferences
 from dpofast.data.reading.row_error import RowError
-from dpofast.data.tokens.boundary import PairTexts
-from dpofast.data.tokens.render import render_pair_texts, texts_missing
+from dpofast.data.tokens.boundary import RowTexts
+from dpofast.data.tokens.render import render_row_texts, texts_missing
 from dpofast.errors import DataError
 from tests.data.builders import CHAT_TEMPLATE, assistant, byte_bpe, system, user
 
@@ -82,9 +82,9 @@ def test_a_short_block_is_not_found_within_a_longer_text():
     prompt = [system(blocks("income tax")), user(blocks("a question that is long: ", "tax"))]
     answers = [[assistant(blocks("yo"))], [assistant(blocks("hm"))]]
     wholes = [json.dumps(prompt + answer) for answer in answers]
-    texts = PairTexts("", *wholes)
+    texts = RowTexts("", tuple(wholes))
     assert texts_missing([prompt, *answers], texts) == []
-    texts = PairTexts("", *(whole.replace("income", "") for whole in wholes))
+    texts = RowTexts("", tuple(whole.replace("income", "") for whole in wholes))
     assert texts_missing([prompt, *answers], texts) == [prompt[0]]
 
 
@@ -110,9 +110,9 @@ def test_a_null_content_that_is_written_as_none_is_refused():
     row = {"prompt": [user("None of them?"), CALL, user("so?")], "chosen": "a", "rejected": "b"}
     (loaded,) = load_preferences([row])
     with pytest.raises(RowError, match="which is null, as 'None'"):
-        render_pair_texts(loaded, OldTokenizer())
+        render_row_texts(loaded, OldTokenizer())
     (loaded,) = load_preferences([{**row, "prompt": [user("None of them?"), user("so?")]}])
-    assert render_pair_texts(loaded, OldTokenizer()).prompt == "<user>None of them?<user>so?"
+    assert render_row_texts(loaded, OldTokenizer()).prompt == "<user>None of them?<user>so?"
 
 
 @pytest.mark.parametrize("quote", ["'", '"'])

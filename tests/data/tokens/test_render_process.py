@@ -13,9 +13,9 @@ import pytest
 
 from dpofast.data import load_preferences, tokenize_preferences
 from dpofast.data.reading.row_error import RowError
-from dpofast.data.tokens.boundary import PairTexts
-from dpofast.data.tokens.render import TokenizerError, render_pair_texts
-from dpofast.data.tokens.render_process import PairRenderer, TemplateLimits
+from dpofast.data.tokens.boundary import RowTexts
+from dpofast.data.tokens.render import TokenizerError, render_row_texts
+from dpofast.data.tokens.render_process import RowRenderer, TemplateLimits
 from dpofast.errors import DataError
 from tests.support import byte_tokenizer
 
@@ -65,8 +65,8 @@ def tokenizer_with(template: str) -> Any:
 
 
 @contextlib.contextmanager
-def renderer_of(template: str, limits: TemplateLimits = LIMITS) -> Iterator[PairRenderer]:
-    with contextlib.closing(PairRenderer(tokenizer_with(template), limits)) as renderer:
+def renderer_of(template: str, limits: TemplateLimits = LIMITS) -> Iterator[RowRenderer]:
+    with contextlib.closing(RowRenderer(tokenizer_with(template), limits)) as renderer:
         yield renderer
 
 
@@ -141,7 +141,7 @@ def test_texts_are_those_without_a_process() -> None:
             found = renderer.all_texts(rows)
             good = [index for index in range(4) if index != 2]
             for index in good:
-                assert found[index] == render_pair_texts(rows[index], renderer.tokenizer)
+                assert found[index] == render_row_texts(rows[index], renderer.tokenizer)
             assert isinstance(found[2], RowError)  # a fault of this row; the others are read
             assert "no such row" in str(found[2])
         with pytest.raises(RowError, match="no such row"):
@@ -211,7 +211,7 @@ def test_time_in_which_the_process_is_stopped_does_not_count() -> None:
         time.sleep(0.4)  # more than the limit
         os.kill(child, signal.SIGCONT)
         thread.join()
-    assert [type(text) for text in found] == [PairTexts] * 12
+    assert [type(text) for text in found] == [RowTexts] * 12
 
 
 def test_other_errors_of_a_tokenizer_pass() -> None:
@@ -226,7 +226,7 @@ def test_other_errors_of_a_tokenizer_pass() -> None:
             raise OddError(1, 2)
 
     with (
-        contextlib.closing(PairRenderer(Tokenizer())) as renderer,
+        contextlib.closing(RowRenderer(Tokenizer())) as renderer,
         pytest.raises(RuntimeError, match="OddError: odd"),
     ):
         renderer.texts(pairs("a")[0])

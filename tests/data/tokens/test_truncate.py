@@ -10,26 +10,26 @@ from dpofast.data.tokens.truncate import Cut, LengthLimits
 from dpofast.errors import ConfigError
 
 CASES = {
-    "no limit": ((900, 50, 60, None, "keep_start"), Cut()),
-    "long prompts are cut": ((9, 5, 3, None, "keep_start", 4), Cut(5, 0, 0)),
-    "a short prompt is whole": ((4, 5, 3, None, "keep_start", 4), Cut()),
-    "long answers are cut": ((9, 5, 3, None, "keep_start", None, 3), Cut(0, 2, 0)),
-    "both": ((9, 5, 3, None, "keep_start", 4, 2), Cut(5, 3, 1)),
-    "max_length comes last": ((9, 9, 3, 10, "keep_start", 4, 8), Cut(5, 3, 0)),
-    "the prompt fits once it is cut": ((30, 5, 3, 10, "keep_start", 6), Cut(24, 1, 0)),
-    "it still fills max_length": ((30, 5, 3, 10, "keep_start", 12), Cut(fits=False)),
-    "keep_end, once more": ((30, 9, 3, 10, "keep_end", 4, 8), Cut(28, 1, 0)),
-    "keep_end, a cut answer needs less": ((30, 90, 3, 10, "keep_end", 8, 5), Cut(25, 85, 0)),
-    "fits exactly": ((4, 2, 6, 10, "keep_start"), Cut()),
-    "one answer is cut": ((4, 2, 7, 10, "keep_start"), Cut(0, 0, 1)),
-    "both answers are cut": ((8, 5, 3, 10, "keep_start"), Cut(0, 3, 1)),
-    "one token of each is left": ((9, 5, 3, 10, "keep_start"), Cut(0, 4, 2)),
-    "the prompt fills it": ((10, 5, 3, 10, "keep_start"), Cut(fits=False)),
-    "keep_end, fits exactly": ((4, 2, 6, 10, "keep_end"), Cut()),
-    "keep_end, the longer answer counts": ((8, 2, 5, 10, "keep_end"), Cut(3, 0, 0)),
-    "keep_end, one prompt token stays": ((8, 2, 9, 10, "keep_end"), Cut(7, 0, 0)),
-    "keep_end, then the answers": ((8, 11, 20, 10, "keep_end"), Cut(7, 2, 11)),
-    "keep_end, a prompt of one token": ((1, 3, 12, 10, "keep_end"), Cut(0, 0, 3)),
+    "no limit": ((900, 50, 60, None, "keep_start"), Cut.nothing(2)),
+    "long prompts are cut": ((9, 5, 3, None, "keep_start", 4), Cut(5, (0, 0))),
+    "a short prompt is whole": ((4, 5, 3, None, "keep_start", 4), Cut.nothing(2)),
+    "long answers are cut": ((9, 5, 3, None, "keep_start", None, 3), Cut(0, (2, 0))),
+    "both": ((9, 5, 3, None, "keep_start", 4, 2), Cut(5, (3, 1))),
+    "max_length comes last": ((9, 9, 3, 10, "keep_start", 4, 8), Cut(5, (3, 0))),
+    "the prompt fits once it is cut": ((30, 5, 3, 10, "keep_start", 6), Cut(24, (1, 0))),
+    "it still fills max_length": ((30, 5, 3, 10, "keep_start", 12), Cut.nothing(2, fits=False)),
+    "keep_end, once more": ((30, 9, 3, 10, "keep_end", 4, 8), Cut(28, (1, 0))),
+    "keep_end, a cut answer needs less": ((30, 90, 3, 10, "keep_end", 8, 5), Cut(25, (85, 0))),
+    "fits exactly": ((4, 2, 6, 10, "keep_start"), Cut.nothing(2)),
+    "one answer is cut": ((4, 2, 7, 10, "keep_start"), Cut(0, (0, 1))),
+    "both answers are cut": ((8, 5, 3, 10, "keep_start"), Cut(0, (3, 1))),
+    "one token of each is left": ((9, 5, 3, 10, "keep_start"), Cut(0, (4, 2))),
+    "the prompt fills it": ((10, 5, 3, 10, "keep_start"), Cut.nothing(2, fits=False)),
+    "keep_end, fits exactly": ((4, 2, 6, 10, "keep_end"), Cut.nothing(2)),
+    "keep_end, the longer answer counts": ((8, 2, 5, 10, "keep_end"), Cut(3, (0, 0))),
+    "keep_end, one prompt token stays": ((8, 2, 9, 10, "keep_end"), Cut(7, (0, 0))),
+    "keep_end, then the answers": ((8, 11, 20, 10, "keep_end"), Cut(7, (2, 11))),
+    "keep_end, a prompt of one token": ((1, 3, 12, 10, "keep_end"), Cut(0, (0, 3))),
 }
 
 
@@ -52,11 +52,11 @@ def test_the_rest_fits_and_nothing_is_cut_needlessly(prompt, chosen, rejected, l
     kept = prompt - cut.prompt
     assert kept >= 1
     longest = 0
-    for length, removed in ((chosen, cut.chosen), (rejected, cut.rejected)):
+    for length, removed in zip((chosen, rejected), cut.answers, strict=True):
         assert length - removed >= 1
         assert kept + length - removed <= limit
         longest = max(longest, kept + length - removed)
-    if cut.prompt or cut.chosen or cut.rejected:
+    if cut.prompt or any(cut.answers):
         assert longest == limit
 
 

@@ -1,0 +1,86 @@
+"""KTOTrainer: TRL's name for training on single answers, each desirable or undesirable."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, NoReturn
+
+from torch import Tensor, nn
+
+from dpofast.data.packing.batch import StepBatch
+from dpofast.errors import ConfigError
+from dpofast.options.config import DPOConfig
+from dpofast.options.kto import KTOConfig
+from dpofast.options.trl import refuse
+from dpofast.train.data.answers import AnswerPreparer
+from dpofast.train.data.dataset import PairPreparer
+from dpofast.train.steps.answers import AnswerLossPass, mismatched_logratios, with_z
+from dpofast.train.steps.micro_batches import PairLossPass
+from dpofast.train.trainer import DPOTrainer
+
+
+class KTOTrainer(DPOTrainer):
+    """Kahneman-Tversky optimization (arXiv:2402.01306) and apo_zero_unpaired (arXiv:2408.06266).
+
+    A DPOTrainer whose loss takes each answer by itself. The arguments are those of DPOTrainer.
+
+    Args:
+        args: a KTOConfig; or a DPOConfig with one of its losses.
+        train_dataset: unpaired rows in any form that `load_unpaired` reads; pairs are split.
+        eval_dataset: the same, or a dict of several named sets.
+        loss_fn, metrics_fn, compute_metrics: must be None.
+
+    Raises:
+        ConfigError, DataError, ModelError, ReferenceStoreError: all ValueErrors, with the remedy.
+    """
+
+    preparer_class: ClassVar[type[PairPreparer]] = AnswerPreparer
+    pass_class: ClassVar[type[PairLossPass]] = AnswerLossPass
+    takes_answers: ClassVar[bool] = True
+    config_class: ClassVar[type[DPOConfig]] = KTOConfig
+    accepted_class: ClassVar[type[DPOConfig] | None] = DPOConfig
+    pair_loss: Any  # an UnpairedLoss
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        for name in ("loss_fn", "metrics_fn", "compute_metrics"):
+            remedy = "it takes pairs, and KTOTrainer has none; leave it out"
+            refuse(name, options.get(name), remedy)
+        super().__init__(*args, **options)
+        if self.is_deepspeed_enabled:
+            raise ConfigError(
+                f"deepspeed: {self.pair_loss.name} doesn't run under DeepSpeed; leave it out, and "
+                "the ranks share each step by DDP."
+            )
+
+    def training_step(
+        self, model: nn.Module, inputs: StepBatch, num_items_in_batch: Any = None
+    ) -> Tensor:
+        """Estimate z of the step, and then run it as DPOTrainer does."""
+        if isinstance(inputs, StepBatch):
+            self.throughput.start_step()
+            inputs = self._with_z(inputs)
+        return super().training_step(model, inputs, num_items_in_batch)
+
+    def _evaluate_step(self, step: Any, *args: Any) -> None:
+        if isinstance(step, StepBatch):
+            step = self._with_z(step)
+        super()._evaluate_step(step, *args)
+
+    def _with_z(self, step: StepBatch) -> StepBatch:
+        """The step with its z, the same on all ranks, which call this together."""
+        if not self.pair_loss.takes_z:
+            return step
+        own = mismatched_logratios(
+            *(self.model, step.micro_batches, self.accelerator.autocast, self.args.device)
+        )
+        return with_z(step, self.sum_over_ranks(own[None])[0])
+
+    def predict(self, *args: Any, **options: Any) -> NoReturn:
+        """Not supported: predictions are those of pairs.
+
+        Raises:
+            ConfigError: always.
+        """
+        raise ConfigError(
+            f"predict: predictions are those of pairs, and {self.pair_loss.name} has none; call "
+            "evaluate()."
+        )

@@ -1,0 +1,138 @@
+"""The policy's pass over a micro-batch of single answers, and what their loss compares with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dpofast.data.packing.answers import PackedAnswers
+from dpofast.data.packing.batch import PackedPairs, StepBatch
+from dpofast.errors import ConfigError
+from dpofast.model.forward import evaluating, micro_batch, run_batch
+from dpofast.model.head import ScoreTask, SequenceLossTask, head_options
+from dpofast.model.parts import causal_lm
+from dpofast.model.router import add_router_loss
+from dpofast.monitor.kl import KL
+from dpofast.monitor.metrics import MetricSums
+from dpofast.train.steps.coupled import CoupledPairs
+from dpofast.train.steps.micro_batches import PairLossPass
+from dpofast_kernels import SEQUENCE_METRIC_NAMES, Answers, PairLossOutput, sum_per_sequence
+
+CHOSEN, REJECTED, MARGINS = "rewards/chosen", "rewards/rejected", "rewards/margins"
+OF_LABELS = tuple(
+    f"{name}/{side}"
+    for name in (*SEQUENCE_METRIC_NAMES, "logps")
+    for side in ("chosen", "rejected")
+)
+
+
+@dataclass(frozen=True, eq=False)
+class AnswerLossPass(PairLossPass):
+    """Computes the loss of micro-batches of single answers, and counts their metrics.
+
+    The metrics are means over the desirable answers (chosen) and over the others (rejected), under
+    TRL's names. `kl` is z.
+    """
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return ("loss", *OF_LABELS, MARGINS, KL)
+
+    def finish(self, means: dict[str, float]) -> dict[str, float]:
+        """The means, and the mean reward of desirable answers minus that of the others."""
+        if not {CHOSEN, REJECTED} <= means.keys():
+            return means
+        return {**means, MARGINS: means[CHOSEN] - means[REJECTED]}
+
+    def __call__(
+        self,
+        wrapped: nn.Module,
+        batch: PackedPairs,
+        loss: Any,
+        sums: MetricSums,
+        coupled: CoupledPairs | None = None,
+    ) -> PairLossOutput:
+        """As PairLossPass, with PackedAnswers and an UnpairedLoss, which couples no pairs.
+
+        Raises:
+            ConfigError: the step hasn't estimated z.
+        """
+        batch = batch.to(self.device)
+        assert isinstance(batch, PackedAnswers)
+        assert batch.ref_logps is not None
+        if loss.takes_z and batch.z is None:
+            raise ConfigError(
+                f"compute_loss: the loss {loss.name} compares with a mean over the whole step, "
+                "which only training and evaluate() take; call these."
+            )
+        answers = Answers(batch.bounds, batch.ref_logps, batch.is_desirable, batch.z, batch.weights)
+        options = head_options(causal_lm(self.model).config)
+        task = SequenceLossTask(batch.labels, answers, loss, options)
+        with self.autocast():
+            results = run_batch(wrapped, batch, task, self.router_loss)
+        output, more = add_router_loss(results, self.router_loss, batch.num_pairs)
+        values, counts = label_metrics(output, batch)
+        if batch.z is not None:
+            values[KL] = batch.z * batch.num_pairs
+        sums.add({**values, **more, "loss": output.loss}, batch.num_pairs, counts)
+        return output
+
+
+def label_metrics(
+    output: PairLossOutput, batch: PackedAnswers
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The metrics of the answers of each label: sums by name, and what they are divided by."""
+    values, counts = {}, {}
+    columns = {**dict(zip(SEQUENCE_METRIC_NAMES, output.metrics, strict=True))}
+    columns["logps"] = output.logps
+    for side, mask in (("chosen", batch.is_desirable), ("rejected", ~batch.is_desirable)):
+        for name, column in columns.items():
+            # An answer of the other label may be NaN; times 0 it would still be.
+            values[f"{name}/{side}"] = torch.where(mask, column, 0.0)
+            counts[f"{name}/{side}"] = mask
+    return values, counts
+
+
+def mismatched_logratios(
+    model: nn.Module, batches: Iterable[PackedPairs], autocast: Any, device: torch.device
+) -> Tensor:
+    """[] fp64: the sum of the log-ratios of all mismatched answers, without a gradient.
+
+    The policy is in eval mode, as the reference was when it scored them.
+
+    Args:
+        model: the policy, not wrapped.
+        batches: micro-batches of PackedAnswers.
+        autocast: makes the context of a forward pass.
+        device: device of the policy.
+    """
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    options = head_options(causal_lm(model).config)
+    with torch.no_grad(), evaluating(model):
+        for batch in batches:
+            assert isinstance(batch, PackedAnswers)
+            if batch.mismatched is None or not batch.num_pairs:
+                continue
+            mismatched = batch.mismatched.to(device)
+            assert mismatched.ref_logps is not None
+            with micro_batch(model, mismatched), autocast():
+                scores = run_batch(model, mismatched, ScoreTask(mismatched.labels, options))
+            logps = sum_per_sequence(scores, mismatched.bounds)  # [S]
+            total = total + (logps - mismatched.ref_logps).sum()
+    return total
+
+
+def with_z(step: StepBatch, total: Tensor) -> StepBatch:
+    """The step with its z: the mean of the mismatched log-ratios, or 0 if that is below 0.
+
+    Args:
+        step: this rank's part of the step.
+        total: [] fp64, the sum of the mismatched log-ratios of all ranks.
+    """
+    z = (total / step.num_pairs).clamp(min=0.0)  # NaN stays NaN
+    batches: list[Any] = [replace(batch, z=z) for batch in step.micro_batches]  # type: ignore[call-arg]
+    return replace(step, micro_batches=batches)
