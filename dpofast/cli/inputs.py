@@ -93,7 +93,7 @@ def load_inputs(options: RunOptions) -> Inputs:
 
 def trainer_class(options: RunOptions) -> Any:
     """The trainer of the loss that the options name."""
-    from dpofast.options.loss_fields import is_unpaired
+    from dpofast.options.named_loss import is_unpaired
     from dpofast.train.kto import KTOTrainer
     from dpofast.train.trainer import DPOTrainer
 

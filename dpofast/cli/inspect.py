@@ -72,7 +72,7 @@ def _label_line(labels: list[bool | None]) -> str:
 
 def _show_step(options: RunOptions, step: int, rank: tuple[int, int]) -> None:
     from dpofast.model.packable import attention_window
-    from dpofast.options.loss_fields import is_unpaired
+    from dpofast.options.named_loss import is_unpaired
     from dpofast.train.data.dataset import PairPreparer
     from dpofast.train.data.sampler import planned_steps, train_sampler
     from dpofast.train.data.stream import RunStream

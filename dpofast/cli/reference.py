@@ -53,7 +53,7 @@ def _export(yaml_file: str | None, overrides: list[str]) -> None:
     """Write the training pairs and their stored log-probs to a file; nothing is scored."""
     from dpofast.cli.train import make_trainer
     from dpofast.export import Source, check_output, export_pairs
-    from dpofast.options.loss_fields import is_unpaired
+    from dpofast.options.named_loss import is_unpaired
 
     own, others = split_own_options(overrides, ("output",))
     options = read_options(yaml_file, others, ("output",))

@@ -159,7 +159,7 @@ def _load_pairs(
     options: RunOptions, source: Any, split: str, load: Callable[..., Any] | None = None
 ) -> Any:
     from dpofast.data import load_preferences
-    from dpofast.options.loss_fields import is_unpaired
+    from dpofast.options.named_loss import is_unpaired
 
     name = None
     if isinstance(source, str) and options.script.dataset_streaming:

@@ -18,13 +18,9 @@ from dpofast.errors import ConfigError
 from dpofast.options.allowed_changes import read_allowed
 from dpofast.options.foreign import refuse_unknown_options
 from dpofast.options.init_kwargs import read_init_kwargs
-from dpofast.options.loss_fields import (
-    LOSS_NAMES,
-    LossFields,
-    settle_loss_fields,
-    unused_loss_options,
-)
+from dpofast.options.loss_fields import LossFields, settle_loss_fields, unused_loss_options
 from dpofast.options.metric_fields import settle_metrics
+from dpofast.options.named_loss import LOSS_NAMES
 from dpofast.options.save_signals import settle_save_signals
 from dpofast.options.unsupported import check_unsupported, unused_options
 from dpofast.reference.store.location import default_folder

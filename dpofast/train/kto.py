@@ -45,11 +45,6 @@ class KTOTrainer(DPOTrainer):
             remedy = "it takes pairs, and KTOTrainer has none; leave it out"
             refuse(name, options.get(name), remedy)
         super().__init__(*args, **options)
-        if self.is_deepspeed_enabled:
-            raise ConfigError(
-                f"deepspeed: {self.pair_loss.name} doesn't run under DeepSpeed; leave it out, and "
-                "the ranks share each step by DDP."
-            )
 
     def training_step(
         self, model: nn.Module, inputs: StepBatch, num_items_in_batch: Any = None

@@ -18,7 +18,7 @@ from dpofast.demo.run import run_demo
 from dpofast.demo.training import Measured, Recipe, Start, make_recipes
 from dpofast.demo.warmup import WarmupOptions, warm_up
 from dpofast.errors import ConfigError, DPOFastError, ModelError, NonFiniteError
-from dpofast.options.loss_fields import LOSS_NAMES
+from dpofast.options.named_loss import LOSS_NAMES
 from tests.cli.runs import error_of
 
 PNG = b"\x89PNG"

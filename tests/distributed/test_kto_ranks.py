@@ -16,16 +16,27 @@ SCRIPT = Path(__file__).with_name("kto_ranks.py")
 NAMES = ("loss", "grad_norm", "kl", "rewards/chosen", "rewards/rejected", "rewards/margins")
 
 
-def logs_of(folder, ranks, rows_per_device, accumulation):
-    launch(SCRIPT, ranks, str(folder), str(rows_per_device), str(accumulation))
-    return json.loads((folder / "kto.json").read_text())
+WAYS = ["ddp", "zero2", "zero3"]
 
 
-def test_two_ranks_train_and_evaluate_as_one(tmp_path):
-    (tmp_path / "one").mkdir()
-    (tmp_path / "two").mkdir()
-    one = logs_of(tmp_path / "one", 1, 4, 1)
-    two = logs_of(tmp_path / "two", 2, 1, 2)
+def logs_of(folder, ranks, rows_per_device, accumulation, ways):
+    launch(SCRIPT, ranks, str(folder), str(rows_per_device), str(accumulation), *ways)
+    return {way: json.loads((folder / f"{way}.json").read_text()) for way in ways}
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory):
+    return logs_of(tmp_path_factory.mktemp("one"), 1, 4, 1, ["ddp"])["ddp"]
+
+
+@pytest.fixture(scope="module")
+def on_two(tmp_path_factory):
+    return logs_of(tmp_path_factory.mktemp("two"), 2, 1, 2, WAYS)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_two_ranks_train_and_evaluate_as_one(one, on_two, way):
+    two = on_two[way]
     assert len(one) == len(two)
     steps = [(a, b) for a, b in zip(one, two, strict=True) if "grad_norm" in a]
     assert len(steps) == 6

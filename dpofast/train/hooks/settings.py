@@ -10,7 +10,7 @@ from torch import nn
 from dpofast.errors import ConfigError
 from dpofast.model.parts import is_peft_model
 from dpofast.options.config import DPOConfig
-from dpofast.options.loss_fields import loss_names
+from dpofast.options.named_loss import loss_names
 from dpofast.train.own.metrics import MetricsFunction
 from dpofast.train.steps.micro_batches import PairLossPass
 from dpofast_kernels import (

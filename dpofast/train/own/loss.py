@@ -6,7 +6,7 @@ from dataclasses import fields
 
 from dpofast.errors import ConfigError
 from dpofast.options.config import DPOConfig
-from dpofast.options.loss_fields import check_loss_kind
+from dpofast.options.named_loss import check_loss_kind
 from dpofast.options.weighting_fields import refuse_weighting_of_coupled
 from dpofast_kernels import (
     CoupledFunction,

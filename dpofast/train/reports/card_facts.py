@@ -19,7 +19,7 @@ from dpofast.monitor.guard import ReportGuard
 from dpofast.monitor.public_names import hub_id, is_personal, public_name
 from dpofast.monitor.summary import hardware, versions
 from dpofast.options.beta_fields import beta_in_words
-from dpofast.options.loss_fields import loss_names
+from dpofast.options.named_loss import loss_names
 from dpofast.options.weighting_fields import weighting_facts
 from dpofast.train.data.dataset import RunDataset
 from dpofast.train.data.stream import RunStream

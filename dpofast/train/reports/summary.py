@@ -17,7 +17,7 @@ from dpofast.monitor.guard import ReportGuard
 from dpofast.monitor.summary import SUMMARY_FILE, environment, last_evaluation, write_json
 from dpofast.options.beta_fields import beta_in_words
 from dpofast.options.config import DPOConfig
-from dpofast.options.loss_fields import loss_names
+from dpofast.options.named_loss import loss_names
 from dpofast.train.data.stream import RunStream
 from dpofast.train.data.training_set import TrainingSet
 from dpofast.train.reference.run_reference import RunReference

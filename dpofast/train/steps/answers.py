@@ -115,14 +115,13 @@ def mismatched_logratios(
     with torch.no_grad(), evaluating(model):
         for batch in batches:
             assert isinstance(batch, PackedAnswers)
-            if batch.mismatched is None or not batch.num_pairs:
-                continue
-            mismatched = batch.mismatched.to(device)
-            assert mismatched.ref_logps is not None
-            with micro_batch(model, mismatched), autocast():
-                scores = run_batch(model, mismatched, ScoreTask(mismatched.labels, options))
-            logps = sum_per_sequence(scores, mismatched.bounds)  # [S]
-            total = total + (logps - mismatched.ref_logps).sum()
+            # A micro-batch without answers runs one token: other ranks wait for its collectives.
+            other = (batch if batch.mismatched is None else batch.mismatched).to(device)
+            assert other.ref_logps is not None
+            with micro_batch(model, other), autocast():
+                scores = run_batch(model, other, ScoreTask(other.labels, options))
+            logps = sum_per_sequence(scores, other.bounds)  # [S]
+            total = total + (logps - other.ref_logps).sum()
     return total
 
 
