@@ -22,6 +22,7 @@ from dpofast.demo.model import make_model, make_tokenizer
 from dpofast.demo.screen import ProgressCallback, Screen
 from dpofast.demo.warmup import warm_up
 from dpofast.errors import ConfigError
+from dpofast.options.named_loss import is_unpaired
 from dpofast.train.reports.summary import reference_summary
 
 BETA = 1.0  # ten times the usual, because a tiny model drifts away from its reference easily
@@ -98,7 +99,8 @@ def make_recipes(losses: Sequence[str], betas: Sequence[float]) -> list[Recipe]:
     """Combine every loss with every beta, loss by loss.
 
     Raises:
-        ConfigError: an unknown loss, a beta that isn't above 0, or one that is named twice.
+        ConfigError: an unknown loss or one of single answers, a beta that isn't above 0, or a
+            value that is named twice.
     """
     for option, values in (("loss_type", losses), ("beta", betas)):
         twice = next((value for value in values if values.count(value) > 1), None)
@@ -106,7 +108,13 @@ def make_recipes(losses: Sequence[str], betas: Sequence[float]) -> list[Recipe]:
             raise ConfigError(f"{option}: {twice} occurs twice; name it once.")
     recipes = [Recipe(loss, beta) for loss in losses for beta in betas]
     for recipe in recipes:
-        make_config(Path("unused"), Path("unused"), recipe, seed=0)  # raises before anything runs
+        # Everything is checked before anything runs.
+        config = make_config(Path("unused"), Path("unused"), recipe, seed=0)
+        if is_unpaired(config):
+            raise ConfigError(
+                f"loss_type: {recipe.loss_type} takes answers one by one, and the demo compares "
+                "losses of pairs; leave it out. dpofast train runs it."
+            )
     return recipes
 
 

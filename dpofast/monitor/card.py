@@ -47,7 +47,7 @@ class CardData:
         name: name for readers: a hub id, a file's name, or what the data is.
         hub_id: id on the hub; None if it isn't known to be there.
         use: "training" or "evaluation".
-        pairs: pairs used; None if the number is unknown.
+        pairs: pairs or single answers used; None if the number is unknown.
         config: configuration of a hub dataset.
         set_name: name of an evaluation set in the logs; "eval" for a single one.
     """
@@ -72,6 +72,7 @@ class CardFacts:
         hub_model_id: id under which the model is published; None if it is not.
         is_chat: whether the tokenizer has a chat template.
         method: name of the method, and the number of its paper on arXiv if it has one.
+        examples: what the run counts: pairs or answers.
         reference: what the reference was; "none" for a method without one.
         datasets: datasets of the run.
         options: options that decide what was learnt, by name.
@@ -91,6 +92,7 @@ class CardFacts:
     hub_model_id: str | None = None
     is_chat: bool = False
     method: tuple[str, str | None] = DPO
+    examples: str = "pairs"
     reference: str = ""
     datasets: Sequence[CardData] = ()
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -235,7 +237,10 @@ def _training(facts: CardFacts, plot: str | None) -> str:
     parts = ["\n".join(f"- {name}: {value}" for name, value in known.items() if value)]
     if plot:
         parts.append(f"![Loss, margins, accuracy and log-probs over the steps]({plot})")
-    parts.append(metrics_table(facts.log_history, has_reference=facts.reference != "none"))
+    has_reference = facts.reference != "none"
+    parts.append(
+        metrics_table(facts.log_history, has_reference=has_reference, examples=facts.examples)
+    )
     return "\n\n".join(filter(None, parts))
 
 
@@ -244,7 +249,7 @@ def _data(facts: CardFacts) -> str:
         (_dataset(data), data.use, "" if data.pairs is None else f"{data.pairs:,}")
         for data in facts.datasets
     ]
-    return table(("dataset", "used for", "pairs"), rows)
+    return table(("dataset", "used for", facts.examples), rows)
 
 
 def _versions(facts: CardFacts) -> str:

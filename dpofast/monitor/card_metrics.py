@@ -26,11 +26,7 @@ REWARDS_WITHOUT_REFERENCE = (
     "A reward is beta times the log of an answer's probability under this model, or its mean per "
     "token, as the loss compares them."
 )
-EXPLANATION = (
-    "Reward accuracy is the share of pairs whose chosen answer has the higher reward. The columns "
-    "of training are means over the pairs since the log before. Loss, rewards and log-probs are in "
-    "nats."
-)
+ACCURACY = "Reward accuracy is the share of pairs whose chosen answer has the higher reward. "
 
 Log = dict[str, Any]
 
@@ -52,12 +48,15 @@ def evaluations(log_history: Sequence[Log]) -> dict[str, Log]:
     return found
 
 
-def metrics_table(log_history: Sequence[Log], *, has_reference: bool = True) -> str:
+def metrics_table(
+    log_history: Sequence[Log], *, has_reference: bool = True, examples: str = "pairs"
+) -> str:
     """A table of the metrics, in Markdown; empty if nothing was logged.
 
     Args:
         log_history: one dict per log event, with `step`, as transformers' TrainerState keeps them.
         has_reference: whether rewards compare the model with a reference.
+        examples: what the run counts: pairs or answers.
     """
     training = [log for log in log_history if "loss" in log and "step" in log]
     columns: list[tuple[str, Log]] = []
@@ -77,7 +76,11 @@ def metrics_table(log_history: Sequence[Log], *, has_reference: bool = True) -> 
     ]
     rewards = REWARDS if has_reference else REWARDS_WITHOUT_REFERENCE
     titles = ("metric", *(title for title, _ in columns))
-    return f"{table(titles, rows)}\n\n{rewards} {EXPLANATION}"
+    accuracy = ACCURACY if any("rewards/accuracies" in log for _, log in columns) else ""
+    return (
+        f"{table(titles, rows)}\n\n{rewards} {accuracy}The columns of training are means over the "
+        f"{examples} since the log before. Loss, rewards and log-probs are in nats."
+    )
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

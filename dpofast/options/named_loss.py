@@ -8,6 +8,7 @@ from typing import Any
 from dpofast.data.packing.likelihood import Likelihood
 from dpofast.errors import ConfigError
 from dpofast.options.beta_fields import check_beta_fields
+from dpofast.options.metric_fields import USUAL_METRICS
 from dpofast.options.weighting_fields import refuse_weighting_of_coupled
 from dpofast_kernels import (
     COUPLED_LOSSES,
@@ -111,6 +112,7 @@ def _unpaired_loss(config: Any) -> UnpairedLoss:
         "ld_alpha": (None, 1.0),
         "target_kl": (None,),
         "use_weighting": (False,),
+        "metrics": (list(USUAL_METRICS), []),
     }
     for option, values in neutral.items():
         if getattr(config, option) not in values:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any, ClassVar, NoReturn
 
-from torch import Tensor, nn
-
 from dpofast.data.packing.batch import StepBatch
 from dpofast.errors import ConfigError
 from dpofast.options.config import DPOConfig
@@ -16,6 +14,8 @@ from dpofast.train.data.dataset import PairPreparer
 from dpofast.train.steps.answers import AnswerLossPass, mismatched_logratios, with_z
 from dpofast.train.steps.micro_batches import PairLossPass
 from dpofast.train.trainer import DPOTrainer
+
+_REMEDY = "it takes pairs, and KTOTrainer has none; leave it out"
 
 
 class KTOTrainer(DPOTrainer):
@@ -42,25 +42,23 @@ class KTOTrainer(DPOTrainer):
 
     def __init__(self, *args: Any, **options: Any) -> None:
         for name in ("loss_fn", "metrics_fn", "compute_metrics"):
-            remedy = "it takes pairs, and KTOTrainer has none; leave it out"
-            refuse(name, options.get(name), remedy)
+            refuse(name, options.get(name), _REMEDY)
         super().__init__(*args, **options)
+        refuse("compute_metrics", self.compute_metrics, _REMEDY)  # from its place in the arguments
 
-    def training_step(
-        self, model: nn.Module, inputs: StepBatch, num_items_in_batch: Any = None
-    ) -> Tensor:
-        """Estimate z of the step, and then run it as DPOTrainer does."""
-        if isinstance(inputs, StepBatch):
-            self.throughput.start_step()
-            inputs = self._with_z(inputs)
-        return super().training_step(model, inputs, num_items_in_batch)
+    def evaluate(self, *args: Any, **options: Any) -> dict[str, float]:
+        """As DPOTrainer; z is that of each step of the evaluation.
+
+        Raises:
+            ConfigError: compute_metrics was set after the trainer was made.
+        """
+        refuse("compute_metrics", self.compute_metrics, _REMEDY)
+        return super().evaluate(*args, **options)
 
     def _evaluate_step(self, step: Any, *args: Any) -> None:
-        if isinstance(step, StepBatch):
-            step = self._with_z(step)
-        super()._evaluate_step(step, *args)
+        super()._evaluate_step(self.prepared_step(step), *args)
 
-    def _with_z(self, step: StepBatch) -> StepBatch:
+    def prepared_step(self, step: StepBatch) -> StepBatch:
         """The step with its z, the same on all ranks, which call this together."""
         if not self.pair_loss.takes_z:
             return step

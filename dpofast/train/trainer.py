@@ -339,6 +339,7 @@ class DPOTrainer(
         scale = self.args.world_size / inputs.num_pairs
         total = torch.zeros((), dtype=torch.float64, device=self.args.device)
         self.throughput.start_step()
+        inputs = self.prepared_step(inputs)
         if self.first_step is not None:
             self.first_step.loss = self.step_loss()
             self.first_step.begin(self.optimizer.param_groups)
@@ -355,6 +356,13 @@ class DPOTrainer(
         if self.first_loss is None:
             self.first_loss = self.sum_over_ranks(total).item() / self.args.world_size
         return total
+
+    def prepared_step(self, step: StepBatch) -> StepBatch:
+        """The step with what its loss needs of all its pairs; nothing for a loss of pairs.
+
+        All ranks call this, with the policy and the optimizer in training mode.
+        """
+        return step
 
     def _run_micro_batch(self, model: nn.Module, batch: PackedPairs, scale: float) -> Tensor:
         """Run forward and backward, and return `scale` times the batch's loss: [], no gradient."""

@@ -9,6 +9,7 @@ import torch
 from dpofast import DPOTrainer
 from dpofast.data.tokens.mismatched import mismatched_rows
 from dpofast.errors import CheckpointError, ConfigError, DataError
+from dpofast.train.steps.answers import with_z
 from tests.answers import answer_rows, make_kto
 from tests.support import (
     BETA,
@@ -110,11 +111,7 @@ def test_weights_of_rows_multiply_their_losses(tmp_path):
     with float64_throughout():
         plain = PlainKTO(tiny_llama().double(), "kto", (1.0, 1.0))
         expected = np.asarray(plain.train(rows, 4, 3, seed=3))
-        tokens = rows.add_column("row", list(range(len(rows))))
-        trainer = make_kto(tmp_path, tiny_llama().double(), options={"max_steps": 3})
-        train_set = trainer.train_set()
-        train_set.pairs = train_set.pairs.add_column("weight", tokens["weight"][:])
-        trainer.train_dataset = train_set.pairs
+        trainer = make_kto(tmp_path, tiny_llama().double(), rows, options={"max_steps": 3})
         trainer.train()
     np.testing.assert_allclose(np.asarray(history(trainer)), expected, rtol=1e-9)
 
@@ -226,6 +223,12 @@ def test_one_prompt_is_enough_without_z(tmp_path):
 def test_functions_of_pairs_and_predictions_are_refused(tmp_path):
     with pytest.raises(ConfigError, match="metrics_fn isn't supported: it takes pairs"):
         make_kto(tmp_path, metrics_fn=lambda outputs: {})
+    with pytest.raises(ConfigError, match="but the kto loss has none; leave it out"):
+        make_kto(tmp_path, options={"metrics": ["entropy"]})
+    trainer = make_kto(tmp_path, eval_dataset=answer_rows())
+    trainer.compute_metrics = lambda prediction: {}
+    with pytest.raises(ConfigError, match="compute_metrics isn't supported: it takes pairs"):
+        trainer.evaluate()
     with pytest.raises(ConfigError, match="predict: predictions are those of pairs"):
         make_kto(tmp_path).predict(answer_rows())
     with pytest.raises(ConfigError, match="loss_type: kto takes answers one by one"):
@@ -253,7 +256,34 @@ def test_the_best_checkpoint_is_chosen_by_a_metric_that_is_measured(tmp_path):
     trainer = make_kto(tmp_path, options=options, eval_dataset=answer_rows())
     with pytest.raises(ConfigError, match="no evaluation of this run measures 'eval_rewards/acc"):
         trainer.train()
-    options["metric_for_best_model"] = "rewards/margins"
+    options |= {"metric_for_best_model": "kl", "loss_type": "apo_zero_unpaired"}
+    trainer = make_kto(tmp_path, options=options, eval_dataset=answer_rows())
+    with pytest.raises(ConfigError, match="no evaluation of this run measures 'eval_kl'"):
+        trainer.train()
+    options |= {"metric_for_best_model": "rewards/margins", "loss_type": "kto"}
     trainer = make_kto(tmp_path, options=options, eval_dataset=answer_rows())
     trainer.train()
     assert trainer.state.best_metric is not None
+
+
+def test_an_infinite_log_ratio_is_not_clamped_to_0(tmp_path):
+    trainer = make_kto(tmp_path)
+    step = next(iter(trainer.get_train_dataloader()))
+    for total in (-torch.inf, torch.inf, torch.nan):
+        found = with_z(step, torch.tensor(total, dtype=torch.float64))
+        assert all(batch.z.isnan() for batch in found.micro_batches)
+
+
+@pytest.mark.parametrize(
+    ("loss_type", "name", "paper"),
+    [("kto", "KTO", "2402.01306"), ("apo_zero_unpaired", "APO", "2408.06266")],
+)
+def test_cards_name_the_method(tmp_path, loss_type, name, paper):
+    trainer = make_kto(tmp_path, options={"loss_type": loss_type, "max_steps": 1})
+    trainer.train()
+    trainer.create_model_card()
+    text = (tmp_path / "run" / "README.md").read_text(encoding="utf-8")
+    assert f"by [{name}](https://huggingface.co/papers/{paper})" in text
+    assert "| dataset | used for | answers |" in text
+    assert "Reward accuracy" not in text
+    assert "Direct Preference" not in text

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from dpofast.columns import LABEL_COLUMN, UNPAIRED
+from dpofast.columns import LABEL_COLUMN, UNPAIRED, WEIGHT_COLUMNS
 from dpofast.data.reading.formats import read_form, with_template_options
 from dpofast.data.reading.kinds import LABELS, wrong_kind
 from dpofast.data.reading.messages import speaker
@@ -14,8 +14,10 @@ from dpofast.data.reading.options import refuse_media
 from dpofast.data.reading.pair import Pair, Row
 from dpofast.data.reading.row_error import RowError, naming, shown
 from dpofast.data.reading.tokenised import read_ids
+from dpofast.data.reading.weights import pair_weights
 
 _ANSWER = UNPAIRED.answers[0]
+WEIGHT = WEIGHT_COLUMNS[0]
 _WORDS = {"true": True, "1": True, "false": False, "0": False}
 
 
@@ -39,7 +41,9 @@ def read_unpaired(
     label, label_columns = _read_label(row, found)
     read = _read_ids(row) or _read_written(row, found, roles)
     read.values[LABEL_COLUMN] = label
-    return [replace(read, used=read.used | label_columns)]
+    # How probable it is that one answer is better than another is a property of pairs.
+    read.values.update(pair_weights({WEIGHT: row.get(WEIGHT)}))
+    return [replace(read, used=read.used | label_columns | {WEIGHT})]
 
 
 def _read_ids(row: Mapping[str, Any]) -> Pair | None:

@@ -9,12 +9,10 @@ from transformers.trainer_utils import IntervalStrategy
 
 from dpofast.data.packing.pair_columns import set_names
 from dpofast.errors import ConfigError
-from dpofast.model.router import METRIC
-from dpofast.monitor.kl import DRIFT, KL
 from dpofast.monitor.set_metrics import set_metric_names
 from dpofast.options.config import DPOConfig
 from dpofast.train.hooks.overrides import override_of
-from dpofast.train.own.metrics import NLL, SPEEDS
+from dpofast.train.own.metrics import SPEEDS
 from dpofast.train.steps.micro_batches import PairLossPass
 
 # Methods whose overrides may add metrics to an evaluation.
@@ -38,15 +36,12 @@ def check_best_metric(trainer: Any, measured: PairLossPass) -> None:
         return
     is_named = isinstance(trainer.eval_dataset, dict)
     sets = {f"eval_{key}_" if is_named else "eval_": s for key, s in trainer.eval_sets().items()}
-    names = [*measured.names, *([METRIC] if measured.router_loss is not None else [])]
-    names += [NLL] if measured.likelihood else []
-    names += measured.token_metrics
-    if trainer.pair_loss.is_reference_free:
-        names = [name for name in names if name not in (KL, DRIFT)]
-    names += [] if measured.own_metrics is None else measured.own_metrics.names
+    names = measured.names_with(trainer.pair_loss)
     full = wanted if wanted.startswith("eval_") else f"eval_{wanted}"
     measured_by = {
-        prefix: [*names, *set_metric_names(set_names(dataset.pairs))]
+        prefix: names
+        if trainer.takes_answers
+        else [*names, *set_metric_names(set_names(dataset.pairs))]
         for prefix, dataset in sets.items()
     } or {"eval_": names}
     choices = [prefix + name for prefix, found in measured_by.items() for name in found]

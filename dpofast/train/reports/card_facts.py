@@ -41,8 +41,10 @@ QUOTED = (
     "seed",
 )
 
-# Methods without a reference: names and papers, by the name of the loss.
+# Methods that aren't DPO: names and papers, by the name of the loss.
 METHODS: dict[str, tuple[str, str | None]] = {
+    "kto": ("KTO", "2402.01306"),
+    "apo_zero_unpaired": ("APO", "2408.06266"),
     **dict.fromkeys(("cpo", "cpo_hinge", "cpo_ipo"), ("CPO", "2401.08417")),
     "simpo": ("SimPO", "2405.14734"),
     "alphapo": ("AlphaPO", "2501.03884"),
@@ -67,6 +69,7 @@ def card_facts(trainer: Any, given: Mapping[str, Any], guard: ReportGuard) -> Ca
         "adapter": lambda: _adapter_kind(trainer.model),
         "is_chat": lambda: bool(getattr(trainer.processing_class, "chat_template", None)),
         "method": lambda: _method(trainer),
+        "examples": lambda: "answers" if trainer.takes_answers else "pairs",
         "reference": lambda: _reference(trainer),
         "datasets": lambda: _datasets(trainer, given),
         "options": lambda: card_options(trainer),
@@ -196,7 +199,9 @@ def card_title(trainer: Any, given: Mapping[str, Any]) -> str:
     own = published.split("/")[-1] if published else public_name(trainer.args.output_dir)
     base = trainer.base_model
     start = base.split("/")[-1] if base else causal_lm(trainer.model).config.model_type
-    return public_name(name) or own or f"{start}-DPO"
+    method = _method(trainer)
+    short = {DPO: "DPO", FINE_TUNING: "SFT"}.get(method, method[0])
+    return public_name(name) or own or f"{start}-{short}"
 
 
 def _published(trainer: Any) -> str | None:
@@ -219,9 +224,13 @@ def _known(trainer: Any, given: Any) -> TrainingSet | None:
 def _method(trainer: Any) -> tuple[str, str | None]:
     """The name of the method, and the number of its paper on arXiv."""
     names = loss_names(trainer.user_args, trainer.pair_loss)
+    named = next((METHODS[name] for name in names if name in METHODS), None)
+    # A mixture with a loss of DPO has a reference, and is DPO.
+    if trainer.takes_answers and named is not None:
+        return named
     if not trainer.pair_loss.is_reference_free:
         return DPO
-    return next((METHODS[name] for name in names if name in METHODS), FINE_TUNING)
+    return named or FINE_TUNING
 
 
 def _reference(trainer: Any) -> str:

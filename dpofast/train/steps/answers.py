@@ -15,6 +15,7 @@ from dpofast.errors import ConfigError
 from dpofast.model.forward import evaluating, micro_batch, run_batch
 from dpofast.model.head import ScoreTask, SequenceLossTask, head_options
 from dpofast.model.parts import causal_lm
+from dpofast.model.router import METRIC as ROUTER
 from dpofast.model.router import add_router_loss
 from dpofast.monitor.kl import KL
 from dpofast.monitor.metrics import MetricSums
@@ -41,6 +42,10 @@ class AnswerLossPass(PairLossPass):
     @property
     def names(self) -> tuple[str, ...]:
         return ("loss", *OF_LABELS, MARGINS, KL)
+
+    def names_with(self, loss: Any) -> list[str]:
+        names = list(self.names) if loss.takes_z else [n for n in self.names if n != KL]
+        return [*names, *([ROUTER] if self.router_loss is not None else [])]
 
     def finish(self, means: dict[str, float]) -> dict[str, float]:
         """The means, and the mean reward of desirable answers minus that of the others."""
@@ -128,10 +133,16 @@ def mismatched_logratios(
 def with_z(step: StepBatch, total: Tensor) -> StepBatch:
     """The step with its z: the mean of the mismatched log-ratios, or 0 if that is below 0.
 
+    The mismatched answers have been scored, so they are left out.
+
     Args:
         step: this rank's part of the step.
         total: [] fp64, the sum of the mismatched log-ratios of all ranks.
     """
-    z = (total / step.num_pairs).clamp(min=0.0)  # NaN stays NaN
-    batches: list[Any] = [replace(batch, z=z) for batch in step.micro_batches]  # type: ignore[call-arg]
+    # Were it -inf, clamping would hide it.
+    z = torch.where(total.isfinite(), total / step.num_pairs, torch.nan).clamp(min=0.0)
+    batches: list[Any] = [
+        replace(batch, z=z, mismatched=None)  # type: ignore[call-arg]
+        for batch in step.micro_batches
+    ]
     return replace(step, micro_batches=batches)

@@ -178,7 +178,7 @@ class CoupledPass:
             # Whatever else the run measures, the second phase does.
             task = replace(task, extras=replace(task.extras, weighting=None, statistics=()))
             _, logps, *_ = run_batch(self.model, moved, task)
-        lengths = batch.lengths.to(self.device)
+        lengths = batch.lengths.to(self.device, non_blocking=True)
         columns = (logps[: 2 * batch.num_pairs], moved.ref_logps, lengths)
         return torch.cat([each.double().view(-1, 2) for each in columns], 1)
 
@@ -192,7 +192,9 @@ class CoupledPass:
         # The rows that this rank leaves to the others come last.
         rows = own.new_full((step.num_pairs, 1 + NUM_COLUMNS), torch.nan)
         rows[:, 0] = torch.inf
-        rows[: len(own), 0] = torch.tensor(indices, dtype=torch.float64).to(self.device)
+        rows[: len(own), 0] = torch.tensor(indices, dtype=torch.float64).to(
+            self.device, non_blocking=True
+        )
         rows[: len(own), 1:] = own
         gathered = self.gather(rows)  # [ranks x P, 1 + NUM_COLUMNS]
         order = torch.argsort(gathered[:, 0], stable=True)

@@ -18,14 +18,22 @@ from dpofast.model.forward import run_batch
 from dpofast.model.head import PairLossTask, head_options
 from dpofast.model.pair_losses import batch_losses
 from dpofast.model.parts import causal_lm
+from dpofast.model.router import METRIC as ROUTER
 from dpofast.model.router import RouterLoss, add_router_loss
-from dpofast.monitor.kl import kl_sums
+from dpofast.monitor.kl import DRIFT, KL, kl_sums
 from dpofast.monitor.metrics import MetricSums
 from dpofast.monitor.set_metrics import set_metrics
 from dpofast.train.own.metrics import MEASURED, NLL, OwnMetrics
 from dpofast.train.steps.coupled import CoupledPairs, same_dropout
 from dpofast.train.steps.token_metrics import statistics_of, token_metric_sums
-from dpofast_kernels import METRIC_NAMES, PairExtras, PairLoss, PairLossOutput, PairWeighting
+from dpofast_kernels import (
+    METRIC_NAMES,
+    PairExtras,
+    PairLoss,
+    PairLossOutput,
+    PairWeighting,
+    PreferenceLoss,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,6 +64,15 @@ class PairLossPass:
     def names(self) -> tuple[str, ...]:
         """The metrics that every pass counts, and what `finish` adds to their means."""
         return MEASURED
+
+    def names_with(self, loss: PreferenceLoss) -> list[str]:
+        """All metrics that the passes count with this loss, without those of each dataset."""
+        own = () if self.own_metrics is None else self.own_metrics.names
+        names = [*self.names, *self.token_metrics, *own]
+        names += [ROUTER] if self.router_loss is not None else []
+        names += [NLL] if self.likelihood else []
+        without = (KL, DRIFT) if loss.is_reference_free else ()
+        return [name for name in names if name not in without]
 
     def finish(self, means: dict[str, float]) -> dict[str, float]:
         """The means of the metrics, with what follows from them."""

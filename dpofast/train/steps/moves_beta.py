@@ -79,7 +79,13 @@ class MovesBeta:
             sums: the metrics of the micro-batch.
         """
         if isinstance(self._betas, KLController) and DRIFT in sums.totals:
-            both = torch.stack([sums.totals[DRIFT], sums.counts[DRIFT]])  # [2]
+            # Lengths, and so their sums, are on the host.
+            both = torch.stack(
+                [
+                    each[DRIFT].to(self.args.device, non_blocking=True)
+                    for each in (sums.totals, sums.counts)
+                ]
+            )  # [2]
             self._drift = both if self._drift is None else self._drift + both
 
     def step_sums(self) -> Tensor:

@@ -25,7 +25,7 @@ def token_metric_sums(
         metrics: names of `TOKEN_METRICS`.
         statistics: [K, 2P] fp64, sums over each answer of `statistics_of(metrics)`; None if there
             is no metric.
-        lengths: [P, 2] int64, scored tokens of chosen and rejected, on the same device.
+        lengths: [P, 2] int64, scored tokens of chosen and rejected, on any device.
 
     Returns:
         The sums by name, [] fp64, and the numbers of their tokens, [] int64. The names are the same

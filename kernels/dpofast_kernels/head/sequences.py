@@ -47,9 +47,8 @@ def segment_sums(
         # Without sequences there are no rows either. Adding the rows' sum, which is 0, keeps the
         # result part of autograd's graph.
         return per_token_logps.new_zeros(0, dtype=torch.float64) + per_token_logps.double().sum()
-    return torch.segment_reduce(
-        per_token_logps.double(), "sum", offsets=bounds.to(per_token_logps.device), unsafe=True
-    )
+    offsets = bounds.to(per_token_logps.device, non_blocking=True)
+    return torch.segment_reduce(per_token_logps.double(), "sum", offsets=offsets, unsafe=True)
 
 
 def check_bounds(bounds: Tensor, num_rows: int) -> list[int]:

@@ -69,13 +69,6 @@ class UnpairedLoss(PreferenceLoss):
         slopes = self.beta * weights * loss * rest
         return weights * loss, torch.where(is_desirable, -slopes, slopes)
 
-    def first_values(
-        self,
-        is_desirable: Tensor,  # [S]
-    ) -> Tensor:
-        """[S] fp64: each answer's loss if policy and reference are the same; z is 0 then."""
-        return 0.5 * self._weights(is_desirable)
-
     def _weights(self, is_desirable: Tensor) -> Tensor:
         """[S] fp64."""
         weights = torch.full(

@@ -214,6 +214,15 @@ def test_what_every_row_can_have():
     assert source_notes(rows).unused_columns == ("score",)
 
 
+def test_weights_are_read_and_confidences_are_not():
+    rows = load_unpaired([{**TEXT, "weight": 2, "label_confidence": 0.9}])
+    assert rows["weight"][:] == [2.0]
+    assert "label_confidence" not in rows.column_names
+    assert source_notes(rows).unused_columns == ("label_confidence",)
+    with pytest.raises(DataError, match="weight is -1"):
+        load_unpaired([{**TEXT, "weight": -1}])
+
+
 @pytest.mark.parametrize("ending", ["json", "jsonl", "parquet", "arrow", "csv"])
 def test_every_kind_of_file(tmp_path, ending):
     path = write_rows(tmp_path / f"rows.{ending}", [TEXT, {**TEXT, "label": False}])
