@@ -7,9 +7,11 @@ import io
 import pytest
 from datasets import enable_progress_bars
 from datasets.utils.tqdm import tqdm as datasets_bar
+from huggingface_hub.utils import enable_progress_bars as enable_hub_bars
 from huggingface_hub.utils import tqdm as hub_bar
 from tqdm import tqdm as plain_bar
 from transformers import TrainerCallback
+from transformers.utils.logging import enable_progress_bar
 from transformers.utils.logging import tqdm as transformers_bar
 
 from dpofast import progress
@@ -41,7 +43,9 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch):
     monkeypatch.delenv("RANK", raising=False)
-    enable_progress_bars()  # other tests switch them off
+    # Other tests switch them off.
+    for enable in (enable_progress_bars, enable_progress_bar, enable_hub_bars):
+        enable()
     return Clock(monkeypatch)
 
 

@@ -19,7 +19,7 @@ pytest.importorskip("trl", reason="needs the extra `bench`")
 pytestmark = [pytest.mark.peer, pytest.mark.slow]  # imports TRL
 
 STEPS, ROWS_PER_STEP = 10, 6
-# Of longer answers, TRL's sums of log-probs in float32 lose the digits that are compared.
+# TRL adds log-probs up in float32, which loses the digits that are compared if answers are long.
 MOST_LETTERS = 600
 REAL_ROWS_PER_STEP = 2
 CASES = [
