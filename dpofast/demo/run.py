@@ -70,8 +70,8 @@ def _summary(trainer: Any, start: Start, after: Measured) -> dict[str, Any]:
         "chosen_logps_change": float(change[0]),
         "rejected_logps_change": float(change[1]),
         "pairs_per_second": training["pairs_per_second"],
-        "train_pairs": len(trainer.train_dataset),
-        "held_out_pairs": len(trainer.eval_dataset),
+        "train_pairs": len(start.data.train),
+        "held_out_pairs": len(start.pairs),
         **{name: stored[name] + read[name] for name in REFERENCE_COUNTS},
         "versions": versions(),
         "hardware": hardware(),
@@ -82,8 +82,13 @@ def _expected_first_loss(loss: Any) -> float | None:
     """The loss while policy and reference are the same; None for a loss without a reference."""
     import torch
 
+    from dpofast_kernels import UnpairedLoss
+
     if loss.is_reference_free:
         return None
+    if isinstance(loss, UnpairedLoss):
+        labels, zeros = torch.tensor([True, False]), torch.zeros(2, dtype=torch.float64)
+        return float(loss.sequence_loss(zeros, labels, zeros[0])[0].mean())
     return float(loss.first_value(torch.ones(1, 2, dtype=torch.int64)))
 
 

@@ -78,6 +78,7 @@ class Start:
         seed: random seed of data and weights.
         data: the demo's pairs.
         stored: counts as in summary.json, of the answers that were found and scored.
+        pairs: the held-out pairs, tokenised.
         ref_logps: [P, 2] fp64, summed log-probs of held-out answers under the warmed-up model.
         measured: measurements of the warmed-up model.
     """
@@ -86,6 +87,7 @@ class Start:
     seed: int
     data: DemoData
     stored: dict[str, Any]
+    pairs: Any
     ref_logps: np.ndarray
     measured: Measured
 
@@ -99,8 +101,7 @@ def make_recipes(losses: Sequence[str], betas: Sequence[float]) -> list[Recipe]:
     """Combine every loss with every beta, loss by loss.
 
     Raises:
-        ConfigError: an unknown loss or one of single answers, a beta that isn't above 0, or a
-            value that is named twice.
+        ConfigError: an unknown loss, a beta that isn't above 0, or a value that is named twice.
     """
     for option, values in (("loss_type", losses), ("beta", betas)):
         twice = next((value for value in values if values.count(value) > 1), None)
@@ -109,12 +110,7 @@ def make_recipes(losses: Sequence[str], betas: Sequence[float]) -> list[Recipe]:
     recipes = [Recipe(loss, beta) for loss in losses for beta in betas]
     for recipe in recipes:
         # Everything is checked before anything runs.
-        config = make_config(Path("unused"), Path("unused"), recipe, seed=0)
-        if is_unpaired(config):
-            raise ConfigError(
-                f"loss_type: {recipe.loss_type} takes answers one by one, and the demo compares "
-                "losses of pairs; leave it out. dpofast train runs it."
-            )
+        make_config(Path("unused"), Path("unused"), recipe, seed=0)
     return recipes
 
 
@@ -140,8 +136,9 @@ def prepare(folder: Path, seed: int, screen: Screen) -> Start:
     scorer.score_datasets()
     stored = reference_summary(scorer.reference)
     screen.reference(stored, folder / "reference")
-    ref_logps = scorer.eval_sets()["eval"].ref_logps
-    return Start(folder, seed, data, stored, ref_logps, _measure(scorer, data, ref_logps))
+    pairs, ref_logps = scorer.eval_dataset, scorer.eval_sets()["eval"].ref_logps
+    measured = _measure(scorer, data, pairs, ref_logps)
+    return Start(folder, seed, data, stored, pairs, ref_logps, measured)
 
 
 def train(start: Start, recipe: Recipe, output_dir: Path, screen: Screen) -> tuple[Any, Measured]:
@@ -165,7 +162,7 @@ def train(start: Start, recipe: Recipe, output_dir: Path, screen: Screen) -> tup
     with screen.progress(f"training by {recipe.title}") as progress:
         trainer.add_callback(ProgressCallback(progress))
         trainer.train()
-    return trainer, _measure(trainer, start.data, start.ref_logps)
+    return trainer, _measure(trainer, start.data, start.pairs, start.ref_logps)
 
 
 def make_config(output_dir: Path, folder: Path, recipe: Recipe, seed: int) -> Any:
@@ -175,7 +172,10 @@ def make_config(output_dir: Path, folder: Path, recipe: Recipe, seed: int) -> An
         ConfigError: an unknown loss, or a beta that isn't above 0.
     """
     from dpofast import DPOConfig
+    from dpofast_kernels import UNPAIRED_LOSSES
 
+    # A step of a loss of single answers has the two answers of as many pairs.
+    batch = PAIRS_PER_STEP * (2 if recipe.loss_type in UNPAIRED_LOSSES else 1)
     config = DPOConfig(
         output_dir=str(output_dir),
         loss_type=recipe.loss_type,
@@ -185,8 +185,8 @@ def make_config(output_dir: Path, folder: Path, recipe: Recipe, seed: int) -> An
         lr_scheduler_type="cosine",
         warmup_steps=5,
         num_train_epochs=EPOCHS,
-        per_device_train_batch_size=PAIRS_PER_STEP,
-        per_device_eval_batch_size=PAIRS_PER_STEP,
+        per_device_train_batch_size=batch,
+        per_device_eval_batch_size=batch,
         eval_strategy="epoch",
         save_strategy="no",
         logging_steps=2,
@@ -203,13 +203,13 @@ def make_config(output_dir: Path, folder: Path, recipe: Recipe, seed: int) -> An
 
 
 def make_trainer(folder: Path, data: DemoData, config: Any) -> Any:
-    """Make a DPOTrainer that trains the warmed-up model of `folder`."""
+    """Make the trainer of the config's loss, for the warmed-up model of `folder`."""
     import datasets
     from transformers import PrinterCallback
 
-    from dpofast import DPOTrainer
+    from dpofast import DPOTrainer, KTOTrainer
 
-    trainer = DPOTrainer(
+    trainer = (KTOTrainer if is_unpaired(config) else DPOTrainer)(
         model=str(folder / "warm"),
         args=config,
         train_dataset=datasets.Dataset.from_list(data.train),
@@ -240,11 +240,11 @@ def _warm_up(data: DemoData, folder: Path, seed: int, screen: Screen) -> None:
     screen.warmed_up(model.num_parameters(), folder)
 
 
-def _measure(trainer: Any, data: DemoData, ref_logps: np.ndarray) -> Measured:
+def _measure(trainer: Any, data: DemoData, pairs: Any, ref_logps: np.ndarray) -> Measured:
     tokenizer = trainer.processing_class
     prompts = [row["prompt"][0]["content"] for row in data.held_out]
     answers = answer(trainer.model, tokenizer, prompts)
-    policy = score_policy(trainer.model, trainer.eval_dataset, tokenizer.pad_token_id)
+    policy = score_policy(trainer.model, pairs, tokenizer.pad_token_id)
     return Measured(
         reward_accuracy=reward_accuracy(policy.logps, ref_logps),
         policy=policy,

@@ -19,7 +19,6 @@ from dpofast.demo.training import Measured, Recipe, Start, make_recipes
 from dpofast.demo.warmup import WarmupOptions, warm_up
 from dpofast.errors import ConfigError, DPOFastError, ModelError, NonFiniteError
 from dpofast.options.named_loss import LOSS_NAMES
-from dpofast_kernels import UNPAIRED_LOSSES
 from tests.cli.runs import error_of
 
 PNG = b"\x89PNG"
@@ -33,7 +32,7 @@ def measured(logps: list[list[float]], reward_accuracy: float, exact: float) -> 
 def start_in(folder: Path) -> Start:
     row: Any = {"prompt": [], "chosen": [], "rejected": []}
     before = measured([[-4.0, -3.0], [-6.0, -8.0]], reward_accuracy=0.0, exact=0.5)
-    return Start(folder, 7, DemoData([], [], [row, row]), {}, before.policy.logps, before)
+    return Start(folder, 7, DemoData([], [], [row, row]), {}, [], before.policy.logps, before)
 
 
 AFTER = measured([[-2.0, -9.0], [-5.0, -10.0]], reward_accuracy=1.0, exact=1.0)
@@ -49,8 +48,8 @@ def test_recipes_go_loss_by_loss() -> None:
     ]
 
 
-@pytest.mark.parametrize("name", [name for name in LOSS_NAMES if name not in UNPAIRED_LOSSES])
-def test_every_loss_of_pairs_can_be_chosen(name: str) -> None:
+@pytest.mark.parametrize("name", LOSS_NAMES)
+def test_every_loss_can_be_chosen(name: str) -> None:
     assert make_recipes([name], [1.0]) == [Recipe(name, 1.0)]
 
 
@@ -59,7 +58,6 @@ def test_every_loss_of_pairs_can_be_chosen(name: str) -> None:
     [
         ("--loss_type sigmoid dpoo", "Unknown loss 'dpoo'"),
         ("--loss_type dpo", "Did you mean 'sigmoid'?"),
-        ("--loss_type sigmoid kto", "loss_type: kto takes answers one by one, and the demo"),
         ("--loss_type ipo hinge ipo", "loss_type: ipo occurs twice; name it once."),
         ("--beta 1 0", "beta is 0.0, expected a finite number above 0."),
         ("--beta -1", "beta: got -1.0, expected a number above 0."),
@@ -245,3 +243,9 @@ def test_runs_of_a_comparison_are_those_that_run_by_themselves(
             assert alone[f"{name}_after"] == in_grid[name]
         assert (alone["loss_type"], alone["beta"]) == (recipe.loss_type, recipe.beta)
     assert alone["first_loss_expected"] is None  # simpo has no reference
+
+    single = run_demo(tmp_path / "kto", 1, Recipe("kto", 0.5))  # splits the pairs
+    assert single["first_loss"] == pytest.approx(single["first_loss_expected"], abs=0.02)
+    assert single["chosen_logps_change"] > single["rejected_logps_change"] + 0.1
+    for name in ("train_pairs", "held_out_pairs"):
+        assert single[name] == alone[name]
