@@ -5,6 +5,7 @@ from __future__ import annotations
 from itertools import groupby
 
 import datasets
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -38,7 +39,7 @@ def with_mismatched(
         DataError: all rows have the same prompt.
     """
     table = rows.with_format("arrow")[:]
-    prompts = _numbers(table[PROMPT].to_pylist())
+    prompts = _numbers(table[PROMPT])
     sources = mismatched_rows(prompts)
     if sources is None:
         raise DataError(
@@ -76,11 +77,22 @@ def mismatched_rows(prompts: list[int]) -> list[int] | None:
 
 def _cut(answers: pa.ChunkedArray, prompts: pa.ChunkedArray, max_length: int) -> pa.Array:
     """The answers without the tokens that would make a sequence longer than `max_length`."""
-    room = (max_length - length for length in pc.list_value_length(prompts).to_pylist())
-    cut = [ids[:most] for ids, most in zip(answers.to_pylist(), room, strict=True)]
-    return pa.array(cut, answers.type)
+    lengths = pc.list_value_length(answers).to_numpy()
+    kept = np.minimum(lengths, max_length - pc.list_value_length(prompts).to_numpy())
+    places = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+    ids = pc.list_flatten(answers).to_numpy()[places < np.repeat(kept, lengths)]
+    offsets = np.concatenate([[0], np.cumsum(kept)])
+    return pa.LargeListArray.from_arrays(offsets, ids).cast(answers.type)
 
 
-def _numbers(prompts: list[list[int]]) -> list[int]:
-    numbers: dict[tuple[int, ...], int] = {}
-    return [numbers.setdefault(tuple(prompt), len(numbers)) for prompt in prompts]
+def _numbers(prompts: pa.ChunkedArray) -> list[int]:
+    """A number for each prompt, the same for the same ones."""
+    ids, lengths = (
+        column.to_numpy() for column in (pc.list_flatten(prompts), pc.list_value_length(prompts))
+    )
+    ends = np.cumsum(lengths)
+    numbers: dict[bytes, int] = {}
+    return [
+        numbers.setdefault(ids[end - length : end].tobytes(), len(numbers))
+        for end, length in zip(ends, lengths, strict=True)
+    ]

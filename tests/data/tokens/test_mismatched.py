@@ -52,3 +52,25 @@ def test_the_column_has_the_ids_of_these_answers():
     with pytest.raises(DataError, match="train: all 2 rows have the same prompt, and kto compares"):
         with_mismatched(rows.select([0, 0]), "train")
     assert len(with_mismatched(rows.select([]), "train")) == 0
+
+
+@pytest.mark.parametrize("parts", [1, 3])
+def test_the_columns_of_long_tables_are_those_of_their_rows(parts):
+    rng = random.Random(parts)
+
+    def ids(low, high):
+        return [rng.randrange(9) for _ in range(rng.randint(low, high))]
+
+    rows = [{"prompt_ids": ids(0, 4), "completion_ids": ids(1, 9)} for _ in range(300)]
+    size = len(rows) // parts
+    table = datasets.concatenate_datasets(
+        [datasets.Dataset.from_list(rows[start : start + size]) for start in range(0, 300, size)]
+    )
+    numbers = {}
+    prompts = [numbers.setdefault(tuple(row["prompt_ids"]), len(numbers)) for row in rows]
+    found = with_mismatched(table, "train", max_length=8)["mismatched_ids"][:]
+    assert found == [
+        rows[source]["completion_ids"][: 8 - len(row["prompt_ids"])]
+        for row, source in zip(rows, mismatched_rows(prompts), strict=True)
+    ]
+    assert with_mismatched(table.select([]), "train", max_length=8)["mismatched_ids"][:] == []
