@@ -7,20 +7,20 @@ be known first: a forward pass finds them, `losses_and_slopes` turns them into d
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import ClassVar, Self
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from dpofast_kernels.preference.custom import (
+    FunctionLoss,
     NotAPairLossError,
     PairFunction,
     checked_losses,
-    function_name,
 )
 from dpofast_kernels.preference.loss import PairLoss, PreferenceLoss, ZeroLoss
-from dpofast_kernels.preference.mixture import check_mixture
+from dpofast_kernels.preference.mixture import WeightedSum
 
 
 @dataclass(frozen=True)
@@ -73,34 +73,8 @@ class CoupledLoss(PreferenceLoss):
 
 
 @dataclass(frozen=True, kw_only=True)
-class CoupledMixture(CoupledLoss):
-    """The sum of weight x loss over several losses of the same beta, some of which couple pairs.
-
-    Attributes:
-        parts: the losses. label_smoothing is that of the parts that have it.
-        weights: their weights, finite and at least 0; one of them is above 0.
-
-    Raises:
-        ValueError: as in `MixtureLoss`.
-    """
-
-    name: ClassVar[str] = "mixture"
-    takes_label_smoothing: ClassVar[bool] = True
-
-    parts: tuple[PreferenceLoss, ...]
-    weights: tuple[float, ...]
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_mixture(self.parts, self.weights, self.beta)
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """The names of the parts."""
-        return tuple(name for part in self.parts for name in part.names)
-
-    def with_beta(self, beta: float) -> Self:
-        return replace(self, beta=beta, parts=tuple(part.with_beta(beta) for part in self.parts))
+class CoupledMixture(WeightedSum[PreferenceLoss], CoupledLoss):
+    """A `WeightedSum` of losses, some of which couple pairs."""
 
     def losses(
         self,
@@ -127,14 +101,6 @@ class CoupledMixture(CoupledLoss):
         losses, d_chosen, d_rejected = torch.stack(found).sum(0)  # [3, P]
         return losses, d_chosen, d_rejected
 
-    def first_value(self, lengths: Tensor) -> Tensor:
-        values = [part.first_value(lengths) * weight for part, weight in self._weighted()]
-        return torch.stack(values).sum(0)
-
-    def _weighted(self) -> list[tuple[PreferenceLoss, float]]:
-        """The parts with their weights, without those of weight 0: 0 times infinity is NaN."""
-        return [each for each in zip(self.parts, self.weights, strict=True) if each[1]]
-
 
 @dataclass(frozen=True)
 class CoupledFunction:
@@ -148,29 +114,8 @@ class CoupledFunction:
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
-class CoupledCustomLoss(CoupledLoss):
-    """A coupled loss given as a function; see `make_coupled_custom_loss`, which also checks it.
-
-    Attributes:
-        function: (chosen log-ratios [P] fp64, rejected log-ratios [P] fp64, lengths [P, 2] int64)
-            -> losses [P] fp64 of the pairs. It must be differentiable.
-
-    Raises:
-        TypeError: the function can't be called, or beta isn't a number.
-        ValueError: beta is out of range, or there is a label_smoothing.
-    """
-
-    name: ClassVar[str] = "custom"
-
-    function: PairFunction
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not callable(self.function):
-            raise TypeError(f"function is {self.function!r}, expected a function.")
-
-    def __repr__(self) -> str:
-        return f"CoupledCustomLoss(beta={self.beta}, function={function_name(self.function)})"
+class CoupledCustomLoss(FunctionLoss, CoupledLoss):
+    """A coupled loss given as a function; see `make_coupled_custom_loss`, which also checks it."""
 
     def losses(
         self,

@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from dpofast_kernels.preference.loss import PairLoss
+from dpofast_kernels.preference.loss import PairLoss, PreferenceLoss
 
 # (chosen log-ratios [P] fp64, rejected log-ratios [P] fp64, lengths [P, 2] int64) -> losses [P]
 PairFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -20,12 +20,12 @@ class NotAPairLossError(ValueError):
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
-class CustomLoss(PairLoss):
-    """A loss given as a function of log-ratios; see `make_custom_loss`, which also checks it.
+class FunctionLoss(PreferenceLoss):
+    """A loss given as a function of log-ratios.
 
     Attributes:
         function: (chosen log-ratios [P] fp64, rejected log-ratios [P] fp64, lengths [P, 2] int64)
-            -> losses [P] fp64. It must be differentiable, and no pair may depend on another one.
+            -> losses [P] fp64 of the pairs. It must be differentiable.
 
     Raises:
         TypeError: the function can't be called, or beta isn't a number.
@@ -42,7 +42,16 @@ class CustomLoss(PairLoss):
             raise TypeError(f"function is {self.function!r}, expected a function.")
 
     def __repr__(self) -> str:
-        return f"CustomLoss(beta={self.beta}, function={function_name(self.function)})"
+        name = function_name(self.function)
+        return f"{type(self).__name__}(beta={self.beta}, function={name})"
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class CustomLoss(FunctionLoss, PairLoss):
+    """A loss given as a function whose pairs don't depend on each other.
+
+    See `make_custom_loss`, which also checks it.
+    """
 
     def pair_loss(
         self, chosen_logratios: Tensor, rejected_logratios: Tensor, lengths: Tensor

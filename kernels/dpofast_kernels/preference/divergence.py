@@ -127,7 +127,7 @@ class DivergenceLoss(PairLoss):
         chosen_logratios: Tensor,
         rejected_logratios: Tensor,
         lengths: Tensor,
-        smoothing: Tensor,
+        smoothing: float | Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
         chosen, rejected, slopes = self._scores(chosen_logratios, rejected_logratios)
         loss, d_chosen, d_rejected = self.loss.smoothed_loss(chosen, rejected, lengths, smoothing)

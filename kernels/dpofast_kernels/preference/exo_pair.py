@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dpofast_kernels.preference.loss import PairLoss, along_difference, same_for_all
+from dpofast_kernels.preference.loss import SmoothedLoss, along_difference, same_for_all
 
 
 @dataclass(frozen=True)
-class EXOPairLoss(PairLoss):
+class EXOPairLoss(SmoothedLoss):
     """KL((q, 1 - q) || (1 - e, e)) with q = sigmoid(z), DPO's margin z and label_smoothing e > 0.
 
     It is least at z = log((1 - e) / e).
@@ -27,7 +27,6 @@ class EXOPairLoss(PairLoss):
 
     name: ClassVar[str] = "exo_pair"
     takes_divergence: ClassVar[bool] = True
-    takes_label_smoothing: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -37,27 +36,17 @@ class EXOPairLoss(PairLoss):
                 "0: set it to 1e-3, as its paper does."
             )
 
-    def pair_loss(
-        self, chosen_logratios: Tensor, rejected_logratios: Tensor, lengths: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        right, swapped = math.log1p(-self.label_smoothing), math.log(self.label_smoothing)
-        return self._loss(chosen_logratios, rejected_logratios, right, swapped)
-
     def smoothed_loss(
         self,
         chosen_logratios: Tensor,
         rejected_logratios: Tensor,
         lengths: Tensor,
-        smoothing: Tensor,
+        smoothing: float | Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        right, swapped = torch.log1p(-smoothing), torch.log(smoothing)  # [P]
-        return self._loss(chosen_logratios, rejected_logratios, right, swapped)
-
-    def _loss(
-        self, chosen: Tensor, rejected: Tensor, right: float | Tensor, swapped: float | Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """The loss for log(1 - e) and log e."""
-        margins = self.beta * (chosen - rejected)  # [P]
+        # A single number stays on the host; [] or [P].
+        smoothing = torch.as_tensor(smoothing, dtype=torch.float64)
+        right, swapped = torch.log1p(-smoothing), torch.log(smoothing)
+        margins = self.beta * (chosen_logratios - rejected_logratios)  # [P]
         is_right, is_swapped = torch.sigmoid(margins), torch.sigmoid(-margins)  # q, 1 - q
         loss = is_right * (F.logsigmoid(margins) - right)
         loss = loss + is_swapped * (F.logsigmoid(-margins) - swapped)

@@ -202,13 +202,14 @@ class PairLoss(PreferenceLoss):
         chosen_logratios: Tensor,  # [P]
         rejected_logratios: Tensor,  # [P]
         lengths: Tensor,  # [P, 2]
-        smoothing: Tensor,  # [P]
+        smoothing: float | Tensor,  # [] or [P]
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """`pair_loss` with a label smoothing for each pair in place of the loss's own.
+        """`pair_loss` with another label smoothing than the loss's own.
 
         Args:
             chosen_logratios, rejected_logratios, lengths: as in `pair_loss`.
-            smoothing: [P] fp64, probability that the pair's labels are swapped, in [0, 1].
+            smoothing: probability that a pair's labels are swapped, in [0, 1]; a number for all
+                pairs, or [P] fp64.
 
         Returns:
             As `pair_loss`.
@@ -234,6 +235,19 @@ class PairLoss(PreferenceLoss):
             [P, 2] fp64, or None if the two derivatives have no fixed ratio.
         """
         return None
+
+
+@dataclass(frozen=True)
+class SmoothedLoss(PairLoss):
+    """A loss whose formula, `smoothed_loss`, takes one label smoothing or one for each pair."""
+
+    takes_label_smoothing: ClassVar[bool] = True
+
+    def pair_loss(
+        self, chosen_logratios: Tensor, rejected_logratios: Tensor, lengths: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        inputs = (chosen_logratios, rejected_logratios, lengths)
+        return self.smoothed_loss(*inputs, self.label_smoothing)
 
 
 @dataclass(frozen=True)

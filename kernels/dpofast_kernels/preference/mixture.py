@@ -5,16 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar, Self
+from typing import ClassVar, Generic, Self, TypeVar
 
 import torch
 from torch import Tensor
 
 from dpofast_kernels.preference.loss import PairLoss, PreferenceLoss
 
+Part = TypeVar("Part", bound=PreferenceLoss)
+
 
 @dataclass(frozen=True, kw_only=True)
-class MixtureLoss(PairLoss):
+class WeightedSum(PreferenceLoss, Generic[Part]):
     """The sum of weight x loss over several losses of the same beta, as in MPO, arXiv:2411.10442.
 
     Attributes:
@@ -29,7 +31,7 @@ class MixtureLoss(PairLoss):
     name: ClassVar[str] = "mixture"
     takes_label_smoothing: ClassVar[bool] = True
 
-    parts: tuple[PairLoss, ...]
+    parts: tuple[Part, ...]
     weights: tuple[float, ...]
 
     def __post_init__(self) -> None:
@@ -40,6 +42,22 @@ class MixtureLoss(PairLoss):
     def names(self) -> tuple[str, ...]:
         """The names of the parts."""
         return tuple(name for part in self.parts for name in part.names)
+
+    def with_beta(self, beta: float) -> Self:
+        return replace(self, beta=beta, parts=tuple(part.with_beta(beta) for part in self.parts))
+
+    def first_value(self, lengths: Tensor) -> Tensor:
+        values = [part.first_value(lengths) * weight for part, weight in self._weighted()]
+        return torch.stack(values).sum(0)
+
+    def _weighted(self) -> list[tuple[Part, float]]:
+        """The parts with their weights, without those of weight 0: 0 times infinity is NaN."""
+        return [each for each in zip(self.parts, self.weights, strict=True) if each[1]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixtureLoss(WeightedSum[PairLoss], PairLoss):
+    """A `WeightedSum` of losses that are sums over pairs."""
 
     @property
     def is_reference_free(self) -> bool:
@@ -53,9 +71,6 @@ class MixtureLoss(PairLoss):
     def is_by_answer(self) -> bool:
         return all(part.is_by_answer for part, _ in self._weighted())
 
-    def with_beta(self, beta: float) -> Self:
-        return replace(self, beta=beta, parts=tuple(part.with_beta(beta) for part in self.parts))
-
     def pair_loss(
         self, chosen_logratios: Tensor, rejected_logratios: Tensor, lengths: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -67,14 +82,10 @@ class MixtureLoss(PairLoss):
         chosen_logratios: Tensor,
         rejected_logratios: Tensor,
         lengths: Tensor,
-        smoothing: Tensor,
+        smoothing: float | Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
         inputs = (chosen_logratios, rejected_logratios, lengths, smoothing)
         return _sum((part.smoothed_loss(*inputs), weight) for part, weight in self._weighted())
-
-    def first_value(self, lengths: Tensor) -> Tensor:
-        values = [part.first_value(lengths) * weight for part, weight in self._weighted()]
-        return torch.stack(values).sum(0)
 
     def direction(self, lengths: Tensor) -> Tensor | None:
         found = [part.direction(lengths) for part, _ in self._weighted()]
@@ -82,10 +93,6 @@ class MixtureLoss(PairLoss):
         if first is None or any(each is None or not torch.equal(each, first) for each in found):
             return None
         return first
-
-    def _weighted(self) -> list[tuple[PairLoss, float]]:
-        """The parts with their weights, without those of weight 0: 0 times infinity is NaN."""
-        return [each for each in zip(self.parts, self.weights, strict=True) if each[1]]
 
 
 def check_mixture(parts: Sequence[PreferenceLoss], weights: Sequence[float], beta: float) -> None:

@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dpofast_kernels.preference.loss import PairLoss, along_difference, same_for_all
+from dpofast_kernels.preference.loss import SmoothedLoss, along_difference, same_for_all
 
 
 @dataclass(frozen=True)
-class RobustLoss(PairLoss):
+class RobustLoss(SmoothedLoss):
     """[-(1 - e) log sigmoid(z) + e log sigmoid(-z)] / (1 - 2e) with DPO's margin z.
 
     If a share e of the labels is swapped at random, its expectation is DPO's loss on the true
@@ -25,26 +25,15 @@ class RobustLoss(PairLoss):
 
     name: ClassVar[str] = "robust"
     takes_divergence: ClassVar[bool] = True
-    takes_label_smoothing: ClassVar[bool] = True
-
-    def pair_loss(
-        self, chosen_logratios: Tensor, rejected_logratios: Tensor, lengths: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        return self._loss(chosen_logratios, rejected_logratios, self.label_smoothing)
 
     def smoothed_loss(
         self,
         chosen_logratios: Tensor,
         rejected_logratios: Tensor,
         lengths: Tensor,
-        smoothing: Tensor,
+        smoothing: float | Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        return self._loss(chosen_logratios, rejected_logratios, smoothing)
-
-    def _loss(
-        self, chosen: Tensor, rejected: Tensor, smoothing: float | Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        margins = self.beta * (chosen - rejected)  # [P]
+        margins = self.beta * (chosen_logratios - rejected_logratios)  # [P]
         # The weights of the label as it is, and of its opposite.
         own = (1.0 - smoothing) / (1.0 - 2.0 * smoothing)
         other = smoothing / (1.0 - 2.0 * smoothing)

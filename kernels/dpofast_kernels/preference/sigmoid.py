@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dpofast_kernels.preference.loss import (
-    PairLoss,
+    SmoothedLoss,
     along_difference,
     along_mean_difference,
     same_for_all,
@@ -19,7 +19,7 @@ from dpofast_kernels.preference.loss import (
 
 
 @dataclass(frozen=True)
-class SigmoidLoss(PairLoss):
+class SigmoidLoss(SmoothedLoss):
     """-(1 - e) log sigmoid(z) - e log sigmoid(-z) with z = beta (chosen - rejected log-ratio).
 
     Source: arXiv:2305.18290, eq. 7. With label_smoothing e > 0 it is cDPO: E. Mitchell, "A note on
@@ -27,27 +27,16 @@ class SigmoidLoss(PairLoss):
     """
 
     name: ClassVar[str] = "sigmoid"
-    takes_label_smoothing: ClassVar[bool] = True
     takes_divergence: ClassVar[bool] = True
-
-    def pair_loss(
-        self, chosen_logratios: Tensor, rejected_logratios: Tensor, lengths: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        return self._loss(chosen_logratios, rejected_logratios, self.label_smoothing)
 
     def smoothed_loss(
         self,
         chosen_logratios: Tensor,
         rejected_logratios: Tensor,
         lengths: Tensor,
-        smoothing: Tensor,
+        smoothing: float | Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        return self._loss(chosen_logratios, rejected_logratios, smoothing)
-
-    def _loss(
-        self, chosen: Tensor, rejected: Tensor, smoothing: float | Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        loss, slope = logistic(self.beta * (chosen - rejected), smoothing)
+        loss, slope = logistic(self.beta * (chosen_logratios - rejected_logratios), smoothing)
         return loss, self.beta * slope, -self.beta * slope
 
     def first_value(self, lengths: Tensor) -> Tensor:
@@ -58,35 +47,24 @@ class SigmoidLoss(PairLoss):
 
 
 @dataclass(frozen=True)
-class SigmoidNormLoss(PairLoss):
+class SigmoidNormLoss(SmoothedLoss):
     """The sigmoid loss of z = beta (chosen - rejected mean log-ratio per token).
 
     Source: length-normalised DPO of Tulu 3, arXiv:2411.15124.
     """
 
     name: ClassVar[str] = "sigmoid_norm"
-    takes_label_smoothing: ClassVar[bool] = True
     takes_divergence: ClassVar[bool] = True
-
-    def pair_loss(
-        self, chosen_logratios: Tensor, rejected_logratios: Tensor, lengths: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        return self._loss(chosen_logratios, rejected_logratios, lengths, self.label_smoothing)
 
     def smoothed_loss(
         self,
         chosen_logratios: Tensor,
         rejected_logratios: Tensor,
         lengths: Tensor,
-        smoothing: Tensor,
+        smoothing: float | Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        return self._loss(chosen_logratios, rejected_logratios, lengths, smoothing)
-
-    def _loss(
-        self, chosen: Tensor, rejected: Tensor, lengths: Tensor, smoothing: float | Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        tokens = lengths.to(chosen)  # [P, 2]
-        mean_margins = chosen / tokens[:, 0] - rejected / tokens[:, 1]  # [P]
+        tokens = lengths.to(chosen_logratios)  # [P, 2]
+        mean_margins = chosen_logratios / tokens[:, 0] - rejected_logratios / tokens[:, 1]  # [P]
         loss, slope = logistic(self.beta * mean_margins, smoothing)
         return loss, self.beta * slope / tokens[:, 0], -self.beta * slope / tokens[:, 1]
 

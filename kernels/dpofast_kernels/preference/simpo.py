@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from dpofast_kernels.preference.loss import PairLoss, along_mean_difference
+from dpofast_kernels.preference.loss import SmoothedLoss, along_mean_difference
 from dpofast_kernels.preference.sigmoid import logistic
 
 # Beyond this exponent, AlphaPO's reward is constant, so that float32 holds it.
@@ -17,7 +17,7 @@ LARGEST_EXPONENT = 80.0
 
 
 @dataclass(frozen=True)
-class SimPOLoss(PairLoss):
+class SimPOLoss(SmoothedLoss):
     """The sigmoid loss of z = beta (chosen - rejected mean log-prob per token) - gamma.
 
     Source: arXiv:2405.14734, eq. 6.
@@ -27,7 +27,6 @@ class SimPOLoss(PairLoss):
     """
 
     name: ClassVar[str] = "simpo"
-    takes_label_smoothing: ClassVar[bool] = True
     reference_free: ClassVar[bool] = True
     rewards_per_token: ClassVar[bool] = True
     option_names: ClassVar[tuple[str, ...]] = ("simpo_gamma",)
@@ -39,27 +38,16 @@ class SimPOLoss(PairLoss):
         if not math.isfinite(self.simpo_gamma):
             raise ValueError(f"simpo_gamma is {self.simpo_gamma}, expected a finite number.")
 
-    def pair_loss(
-        self, chosen_logratios: Tensor, rejected_logratios: Tensor, lengths: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        return self._loss(chosen_logratios, rejected_logratios, lengths, self.label_smoothing)
-
     def smoothed_loss(
         self,
         chosen_logratios: Tensor,
         rejected_logratios: Tensor,
         lengths: Tensor,
-        smoothing: Tensor,
+        smoothing: float | Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        return self._loss(chosen_logratios, rejected_logratios, lengths, smoothing)
-
-    def _loss(
-        self, chosen: Tensor, rejected: Tensor, lengths: Tensor, smoothing: float | Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        tokens = lengths.to(chosen)  # [P, 2]
-        mean_chosen, mean_rejected = chosen / tokens[:, 0], rejected / tokens[:, 1]  # [P]
-        chosen_reward, chosen_slope = self._reward(mean_chosen)
-        rejected_reward, rejected_slope = self._reward(mean_rejected)
+        tokens = lengths.to(chosen_logratios)  # [P, 2]
+        chosen_reward, chosen_slope = self._reward(chosen_logratios / tokens[:, 0])  # [P]
+        rejected_reward, rejected_slope = self._reward(rejected_logratios / tokens[:, 1])  # [P]
         margins = self.beta * (chosen_reward - rejected_reward) - self.simpo_gamma
         loss, slope = logistic(margins, smoothing)
         slope = self.beta * slope
