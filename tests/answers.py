@@ -7,7 +7,7 @@ import random
 from datasets import Dataset
 
 from dpofast import KTOConfig, KTOTrainer
-from tests.support import BETA, LEARNING_RATE, VOCAB_SIZE, byte_tokenizer, tiny_llama
+from tests.support import VOCAB_SIZE, byte_tokenizer, run_config, tiny_llama
 
 
 def answer_rows(num_rows=10, seed=0):
@@ -26,29 +26,7 @@ def answer_rows(num_rows=10, seed=0):
 
 
 def make_kto(folder, model=None, rows=None, *, options=None, trainer_class=KTOTrainer, **more):
-    config = KTOConfig(
-        **{
-            "output_dir": str(folder / "run"),
-            "reference_store": str(folder / "store"),
-            "per_device_train_batch_size": 2,
-            "gradient_accumulation_steps": 2,
-            "beta": BETA,
-            "learning_rate": LEARNING_RATE,
-            "lr_scheduler_type": "constant",
-            "optim": "adamw_torch",
-            "max_steps": 6,
-            "logging_steps": 1,
-            "save_strategy": "no",
-            "overwrite_output_dir": True,
-            "report_to": [],
-            "bf16": False,
-            "gradient_checkpointing": False,
-            "use_cpu": True,
-            "disable_tqdm": True,
-            "seed": 3,
-            **(options or {}),
-        }
-    )
+    config = run_config(folder, KTOConfig, options)
     return trainer_class(
         tiny_llama() if model is None else model,
         args=config,

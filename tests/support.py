@@ -7,7 +7,7 @@ import copy
 import random
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from unittest import mock
 
 import torch
@@ -163,17 +163,12 @@ def float64_throughout() -> Iterator[None]:
         yield
 
 
-def make_trainer(
-    folder: Path,
-    model: Any = None,
-    pairs: Any = None,
-    *,
-    options: dict[str, Any] | None = None,
-    trainer_class: type[DPOTrainer] = DPOTrainer,
-    **arguments: Any,
-) -> DPOTrainer:
-    """Make a trainer for six steps of four pairs, with its run and its store below `folder`."""
-    config = DPOConfig(
+Config = TypeVar("Config", bound=DPOConfig)
+
+
+def run_config(folder: Path, config_class: type[Config], options: dict[str, Any] | None) -> Config:
+    """The options of six steps of four examples, with the run and its store below `folder`."""
+    return config_class(
         **{
             "output_dir": str(folder / "run"),
             "reference_store": str(folder / "store"),
@@ -196,6 +191,19 @@ def make_trainer(
             **(options or {}),
         }
     )
+
+
+def make_trainer(
+    folder: Path,
+    model: Any = None,
+    pairs: Any = None,
+    *,
+    options: dict[str, Any] | None = None,
+    trainer_class: type[DPOTrainer] = DPOTrainer,
+    **arguments: Any,
+) -> DPOTrainer:
+    """Make a trainer for six steps of four pairs, with its run and its store below `folder`."""
+    config = run_config(folder, DPOConfig, options)
     return trainer_class(
         tiny_llama() if model is None else model,
         args=config,
