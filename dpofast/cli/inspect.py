@@ -98,8 +98,11 @@ def _show_step(options: RunOptions, step: int, rank: tuple[int, int]) -> None:
     else:
         pairs, start, epoch = train_set, 0, 0
     pairs.measure_lengths(layout, max_row_tokens(config, _refuse_to_measure))
-    in_order = pairs.is_window
-    sampler = train_sampler(config, len(pairs), pairs.token_limit, rank, in_order=in_order)
+    sampler = train_sampler(
+        *(config, len(pairs), pairs.token_limit, rank),
+        in_order=pairs.is_window,
+        prompts=pairs.prompts,
+    )
     if not pairs.is_window:
         _refuse_beyond("step", step, planned_steps(config, sampler), "the run's steps")
         epoch = step // len(sampler)

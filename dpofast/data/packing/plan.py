@@ -44,7 +44,7 @@ class BatchShape:
 
     Attributes:
         pairs: most pairs in a micro-batch.
-        micro_batches: most micro-batches that one rank runs in a step.
+        micro_batches: most micro-batches that one rank runs in a step of pairs_per_step pairs.
         world_size: number of ranks.
     """
 
@@ -135,22 +135,19 @@ class StepSampler(Sampler[Any]):
         return full + (rest > 0 and not self.drop_last)
 
     def __iter__(self) -> Iterator[PlannedStep]:
-        order = self._order()
-        for index in range(len(self)):
-            yield self._planned(order, index)
+        for pairs in self._steps():
+            yield self._planned(pairs)
 
     def step(self, index: int) -> PlannedStep:
         """One step of the epoch, counted from 0."""
-        return self._planned(self._order(), index)
+        return self._planned(self._steps()[index])
 
     def figures(self) -> PackFigures | None:
         """How well the epoch's first steps are packed; None without packed rows or steps."""
         if self.limit is None or not len(self):
             return None
-        size, lengths = self.shape.pairs_per_step, self.limit.lengths
-        order = self._order()[: DESCRIBED_STEPS * size]
-        steps = [order[start : start + size] for start in range(0, len(order), size)]
-        tokens = [[lengths[pair] for pair in step] for step in steps]
+        lengths = self.limit.lengths
+        tokens = [[lengths[pair] for pair in step] for step in self._steps()[:DESCRIBED_STEPS]]
         packed = [pack_step(step, self.shape.world_size, self.limit.max_tokens) for step in tokens]
         return pack_figures(zip(tokens, packed, strict=True), self.limit.max_tokens)
 
@@ -165,9 +162,12 @@ class StepSampler(Sampler[Any]):
             "one sequence at a time"
         )
 
-    def _planned(self, order: list[int], index: int) -> PlannedStep:
-        start = index * self.shape.pairs_per_step
-        pairs = order[start : start + self.shape.pairs_per_step]
+    def _steps(self) -> list[list[int]]:
+        """The pairs of each step of the epoch, on all ranks."""
+        order, size = self._order(), self.shape.pairs_per_step
+        return [order[start : start + size] for start in range(0, len(self) * size, size)]
+
+    def _planned(self, pairs: list[int]) -> PlannedStep:
         slots = self._slots(pairs)
         per_token = None
         if self.tokens is not None:

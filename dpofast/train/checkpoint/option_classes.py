@@ -31,6 +31,7 @@ COMPARED = frozenset(
         "f_divergence_type",
         "fp16",
         "gradient_accumulation_steps",
+        "group_by_prompt",
         "label_smoothing",
         "ld_alpha",
         "learning_rate",

@@ -21,6 +21,7 @@ from dpofast.data.packing.answers import AnswerSteps
 from dpofast.data.packing.collate import Layout
 from dpofast.data.packing.likelihood import NO_LIKELIHOOD, Likelihood
 from dpofast.data.packing.plan import StepSampler, TokenLimit
+from dpofast.data.packing.prompt_order import number_prompts
 from dpofast.data.packing.step_dataset import StepDataset, token_limit
 from dpofast.errors import DataError
 from dpofast.model.context import Context, context_of, refuse_longer
@@ -72,6 +73,7 @@ class RunDataset:
     usual_confidence: float = 1.0
     likelihood: Likelihood = NO_LIKELIHOOD
     is_window: bool = False
+    _prompts: np.ndarray | None = field(default=None, init=False, repr=False)
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -94,6 +96,12 @@ class RunDataset:
             self.token_limit = self._count_tokens(layout, row_tokens)
         else:
             self.token_limit = replace(self.token_limit, max_tokens=row_tokens)
+
+    def prompts(self) -> np.ndarray:
+        """The number of each pair's prompt: [n] int64. They are counted once."""
+        if self._prompts is None:
+            self._prompts = number_prompts(self.pairs)
+        return self._prompts
 
     def answer_pairs(self) -> datasets.Dataset:
         """Pairs of all answers that are scored: prompt_ids, chosen_ids, rejected_ids and row."""

@@ -51,7 +51,8 @@ def total_steps(config: DPOConfig, train_set: TrainingSet) -> int:
     if isinstance(train_set, RunStream):
         return train_set.num_steps
     # The number of steps doesn't depend on the packing, so no token limit is needed.
-    return planned_steps(config, train_sampler(config, len(train_set), None))
+    epoch = train_sampler(config, len(train_set), None, prompts=train_set.prompts)
+    return planned_steps(config, epoch)
 
 
 def _prepare_stream(data: PairPreparer, given: Any, world_size: int) -> RunStream:
@@ -60,6 +61,12 @@ def _prepare_stream(data: PairPreparer, given: Any, world_size: int) -> RunStrea
         raise ConfigError(
             f"max_steps: {name} is a stream, whose length nobody knows, so num_train_epochs can't "
             "say when the run ends; set max_steps."
+        )
+    if config.group_by_prompt:
+        raise ConfigError(
+            f"group_by_prompt: {name} is a stream, which is read in its own order, so pairs of a "
+            "prompt can't be brought together; leave it out (pairs of a prompt that follow each "
+            "other mostly share a step), or give a dataset without streaming."
         )
     _refuse_split_by_rank(given, config)
     _refuse_other_names(given, data)

@@ -136,7 +136,7 @@ def card_options(trainer: Any) -> dict[str, Any]:
         "warmup_steps": config.warmup_steps or None,
         "warmup_ratio": (not config.warmup_steps and config.warmup_ratio) or None,
         "optim": _value(config.optim) if optimizer is None else type(optimizer).__name__,
-        "pairs per step": config.pairs_per_rank * config.world_size,
+        "pairs per step": _pairs_per_step(config),
         "steps": state.global_step or None,
         "epochs": round(state.epoch, 2) if state.epoch else None,
         **{name: getattr(config, name, None) or None for name in QUOTED if name != "seed"},
@@ -151,6 +151,11 @@ def card_options(trainer: Any) -> dict[str, Any]:
     if stage := zero_stage(config)[0]:
         options["DeepSpeed"] = f"ZeRO stage {stage}"
     return options
+
+
+def _pairs_per_step(config: Any) -> int | str:
+    pairs: int = config.pairs_per_rank * config.world_size
+    return f"{pairs} or more, with all pairs of a prompt" if config.group_by_prompt else pairs
 
 
 def _own_options(loss: Any) -> dict[str, Any]:
