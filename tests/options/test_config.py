@@ -131,6 +131,8 @@ def test_defaults_are_trls(tmp_path):
         ({"auto_find_batch_size": True}, "auto_find_batch_size"),
         ({"bf16_full_eval": True}, "bf16_full_eval"),
         ({"train_sampling_strategy": "group_by_length"}, "train_sampling_strategy"),
+        ({"group_by_prompt": "no"}, "group_by_prompt: got 'no', expected true or false"),
+        ({"group_by_prompt": True, "loss_type": "kto"}, "group_by_prompt: the kto loss takes answ"),
         ({"lerning_rate": 1e-5}, "did you mean 'learning_rate'"),
         ({"max_prompt_length": 0}, "max_prompt_length: got 0, expected a whole number >= 1"),
         ({"max_completion_length": 1.5}, "max_completion_length: got 1.5"),

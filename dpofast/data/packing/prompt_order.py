@@ -12,6 +12,7 @@ If no prompt has two pairs, the steps are those of plain DPO.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -139,7 +140,8 @@ class PromptOrder:
         places = self.sizes[torch.randperm(len(self.sizes), generator=generator).numpy()]
         values, counts = np.unique(places, return_counts=True)
         commonest = int(values[counts.argmax()])
-        moved = np.flatnonzero(places == commonest)[-(-self.pairs_per_step // commonest) :]
+        enough = math.ceil(self.pairs_per_step / commonest)
+        moved = np.flatnonzero(places == commonest)[-enough:]
         return np.concatenate([np.delete(places, moved), places[moved]])
 
 
@@ -188,14 +190,14 @@ class GroupedSampler(StepSampler):
     def describe_order(self) -> str:
         """A sentence for the log about the sizes of groups and steps."""
         found = self.order_figures()
+        sizes = " to ".join(map(str, sorted({found.smallest_step, found.largest_step})))
         last = ""
         if found.last_step:
             fate = "is left out (dataloader_drop_last)" if self.drop_last else "is smaller"
             last = f"; the last of an epoch, with {found.last_step} pairs, {fate}"
         return (
             f"{self.num_pairs} pairs of {found.prompts} prompts, at most {found.largest_group} of "
-            f"one, in {found.steps} steps of {found.smallest_step} to {found.largest_step} "
-            f"pairs{last}"
+            f"one, in {found.steps} steps of {sizes} pairs{last}"
         )
 
     def _steps(self) -> list[list[int]]:
