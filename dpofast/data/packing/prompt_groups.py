@@ -16,8 +16,8 @@ class Part:
     """Pairs of one prompt that a row holds as one group: a shared prefix, then each answer once.
 
     Attributes:
-        pairs: the pairs, counted in the dataset; those that have an answer in common, directly or
-            through other pairs, are neighbours.
+        pairs: the pairs, counted in the dataset. They keep their order, except that those that are
+            linked by answers in common are neighbours.
         tokens: tokens of the group in a packed row that shares prefixes.
     """
 
@@ -94,9 +94,12 @@ class PromptGroups:
         Returns:
             The parts, by the first appearance of their prompts.
         """
+        rows = np.asarray(pairs, np.int64)
+        # A pair whose answers are the same stays alone, as it needs both of them.
+        keys = np.where(np.diff(self.answers[rows])[:, 0] == 0, -1 - rows, self.prompts[rows])
         of_prompt: dict[int, list[int]] = {}
-        for pair, prompt in zip(pairs, self.prompts[np.asarray(pairs, np.int64)], strict=True):
-            of_prompt.setdefault(int(prompt), []).append(pair)
+        for pair, key in zip(pairs, keys.tolist(), strict=True):
+            of_prompt.setdefault(key, []).append(pair)
         parts: list[Part] = []
         for group in of_prompt.values():
             if len(group) == 1:
@@ -109,16 +112,21 @@ class PromptGroups:
         """The parts of some pairs of one prompt."""
         answers = np.sort(self.answers[group], 1)  # [P, 2]
         order = np.lexsort((np.array(group), answers[:, 1], answers[:, 0]))
-        waiting = [(group[i], int(answers[i, 0]), int(answers[i, 1])) for i in order.tolist()]
+        waiting = [(i, int(answers[i, 0]), int(answers[i, 1])) for i in order.tolist()]
         parts = []
         while waiting:
             part, left = _GrowingPart(self), []
             for pair in waiting:
                 if not part.takes(pair, max_tokens):
                     left.append(pair)
-            parts.append(Part(_neighbours(part.pairs), part.tokens))
+            pairs = [group[i] for i in _neighbours(sorted(part.pairs))]
+            parts.append(Part(pairs, part.tokens))
             waiting = left
         return parts
+
+    def tokens_of_pair(self, low: int, high: int) -> int:
+        """Tokens of a pair of two answers in a row that shares their prefix."""
+        return int(self.lengths[low] + self.lengths[high]) - self.prefix(low, high)
 
     def prefix(self, low: int, high: int) -> int:
         """Leading tokens that the answers from `low` to `high`, both of one prompt, share."""
@@ -130,7 +138,7 @@ class _GrowingPart:
 
     def __init__(self, groups: PromptGroups) -> None:
         self.groups = groups
-        self.pairs: list[tuple[int, int, int]] = []  # pair, and its two answers
+        self.pairs: list[tuple[int, int, int]] = []  # place of a pair in the group, two answers
         self.tokens = 0
         self._answers: set[int] = set()
         self._sum = 0  # of their lengths
@@ -138,7 +146,7 @@ class _GrowingPart:
 
     def takes(self, candidate: tuple[int, int, int], max_tokens: int | None) -> bool:
         """Add a pair with its two answers, if that is right; says whether it is."""
-        groups, (pair, low, high) = self.groups, candidate
+        groups, (_, low, high) = self.groups, candidate
         new = {low, high} - self._answers
         if new:
             total = self._sum + sum(int(groups.lengths[answer]) for answer in new)
@@ -147,7 +155,7 @@ class _GrowingPart:
             count = len(self._answers) + len(new)
             tokens = total - (count - 1) * groups.prefix(lowest, highest)
             if self.pairs:
-                if tokens > self.tokens + int(groups.pair_tokens[pair]):
+                if tokens > self.tokens + groups.tokens_of_pair(low, high):
                     return False
                 if max_tokens is not None and tokens > max_tokens:
                     return False
@@ -158,7 +166,7 @@ class _GrowingPart:
 
 
 def _neighbours(pairs: Sequence[tuple[int, int, int]]) -> list[int]:
-    """The pairs, each (pair, answer, answer), with those that are linked by answers together."""
+    """The pairs, each (place, answer, answer), with those that are linked by answers together."""
     leader: dict[int, int] = {}  # of an answer: another answer that is linked to it
 
     def leader_of(answer: int) -> int:
