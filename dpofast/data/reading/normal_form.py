@@ -7,10 +7,13 @@ It has these columns:
 - prompt_ids, chosen_ids and rejected_ids in their place, if the source is tokenised already.
 - completion in place of chosen and rejected, or completion_ids, and label, a bool, if the data is
   unpaired.
+- completions in place of chosen and rejected, or completions_ids, a list of all answers of a prompt;
+  pairs, a list of [chosen, rejected], places in that list; and ties, the pairs that equal scores
+  leave unmade, if the rows are ranked. Every answer there is in a pair, and none is empty.
 - row: the row's index in the source, counted from 0. Pairs from one row share it.
 - source: the data set that the row comes from, if several were mixed.
 - left_out: why the row is left out, null for a pair that is used; the column is only there if a row
-  is left out. Such a row has no pair.
+  is left out. Such a row has no pair. A pair of a ranked row that is left out is a row of its own.
 - problem: place of a row that was left out because it can't be used, and what is wrong with it.
 - If the source has them: tools and chat_template_kwargs, as JSON; ref_chosen_logps and
   ref_rejected_logps, in nats; weight and label_confidence; and plain_prompt, the prompt of an
@@ -28,7 +31,15 @@ from typing import Any
 import datasets
 import pyarrow as pa
 
-from dpofast.columns import LABEL_COLUMN, PAIRED, REF_COLUMNS, WEIGHT_COLUMNS, RowKind
+from dpofast.columns import (
+    LABEL_COLUMN,
+    PAIRED,
+    PAIRS_COLUMN,
+    REF_COLUMNS,
+    TIES_COLUMN,
+    WEIGHT_COLUMNS,
+    RowKind,
+)
 
 # A Dataset whose description begins with this line is in the normal form. Selecting rows keeps the
 # description. What else is known about the source follows, as JSON.
@@ -47,11 +58,20 @@ OPTIONAL_TYPES: dict[str, pa.DataType] = {
 
 def answer_types(kind: RowKind) -> dict[str, dict[str, pa.DataType]]:
     """Type of the prompt and the answers ("text", "messages" or "ids") -> types of the columns."""
-    label = {LABEL_COLUMN: pa.bool_()} if kind.labelled else {}
+    text, messages, ids = pa.string(), pa.list_(pa.string()), pa.list_(pa.int32())
+    others: dict[str, pa.DataType] = {LABEL_COLUMN: pa.bool_()} if kind.labelled else {}
+    if kind.many:
+        others = {PAIRS_COLUMN: pa.list_(pa.list_(pa.int32())), TIES_COLUMN: pa.int32()}
+
+    def types(columns: tuple[str, ...], part: pa.DataType) -> dict[str, pa.DataType]:
+        prompt, *answers = columns
+        answer = pa.list_(part) if kind.many else part
+        return {prompt: part, **dict.fromkeys(answers, answer), **others}
+
     return {
-        "text": {**dict.fromkeys(kind.columns, pa.string()), **label},
-        "messages": {**dict.fromkeys(kind.columns, pa.list_(pa.string())), **label},
-        "ids": {**dict.fromkeys(kind.id_columns, pa.list_(pa.int32())), **label},
+        "text": types(kind.columns, text),
+        "messages": types(kind.columns, messages),
+        "ids": types(kind.id_columns, ids),
     }
 
 
@@ -88,7 +108,7 @@ def is_normal_form(source: Any, kind: RowKind = PAIRED) -> bool:
 
     Args:
         source: anything.
-        kind: UNPAIRED asks for a result of `load_unpaired`.
+        kind: RANKED asks for rows with many answers, UNPAIRED for a result of `load_unpaired`.
     """
     if not isinstance(source, datasets.Dataset) or not source.info.description.startswith(_MARK):
         return False

@@ -70,6 +70,7 @@ class PreparationReport:
         prompt_lengths, answer_lengths, sequence_lengths: lengths in all pairs read, before the
             cut; a sequence is a prompt and one answer.
         labels: "desirable" and "undesirable" -> kept rows; None for pairs.
+        ties: pairs of answers in ranked rows that equal scores leave unmade.
     """
 
     name: str
@@ -89,6 +90,7 @@ class PreparationReport:
     answer_lengths: Lengths
     sequence_lengths: Lengths
     labels: Mapping[str, int] | None = None
+    ties: int = 0
 
     @property
     def noun(self) -> str:
@@ -100,6 +102,12 @@ class PreparationReport:
         lines = [f"{self.name}: {_count(self.pairs_read, self.noun)} read, {self.pairs_kept} kept"]
         if self.labels is not None:
             lines.append("  labels: " + ", ".join(f"{n} {name}" for name, n in self.labels.items()))
+        if self.ties:
+            not_made = "is" if self.ties == 1 else "are"
+            lines.append(
+                f"  {_count(self.ties, 'pair')} of answers {not_made} not made, as the scores are "
+                "equal"
+            )
         for reason, rows in self.left_out.items():
             places = ", ".join(map(str, rows[:_SHOWN_ROWS]))
             more = f", ... ({len(rows) - _SHOWN_ROWS} more)" if len(rows) > _SHOWN_ROWS else ""
@@ -141,6 +149,8 @@ class PreparationReport:
         plain |= asdict(plain.pop("limits"))
         if plain.pop("labels") is not None:
             plain["labels"] = dict(self.labels or {})
+        if not self.ties:
+            del plain["ties"]
         plain["left_out"] = {reason: list(rows) for reason, rows in self.left_out.items()}
         plain |= {"problems": list(self.problems), "unused": list(self.unused)}
         for part, lengths in self._all_lengths().items():
