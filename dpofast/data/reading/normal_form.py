@@ -7,7 +7,7 @@ It has these columns:
 - prompt_ids, chosen_ids and rejected_ids in their place, if the source is tokenised already.
 - completion in place of chosen and rejected, or completion_ids, and label, a bool, if the data is
   unpaired.
-- completions in place of chosen and rejected, or completions_ids, a list of all answers of a prompt;
+- completions in place of chosen and rejected, or completions_ids, a list of answers to the prompt;
   pairs, a list of [chosen, rejected], places in that list; and ties, the pairs that equal scores
   leave unmade, if the rows are ranked. Every answer there is in a pair, and none is empty.
 - row: the row's index in the source, counted from 0. Pairs from one row share it.
@@ -83,18 +83,21 @@ class SourceNotes:
         unused_columns: columns that hold values but that no pair was made from.
         message_fields: fields that messages have besides role and content.
         nulls_left_out: whether nulls in structs of Arrow were left out.
+        answer_pairs: which pairs were made of ranked rows.
     """
 
     unused_columns: tuple[str, ...] = ()
     message_fields: tuple[str, ...] = ()
     nulls_left_out: bool = False
+    answer_pairs: tuple[str, ...] = ()
 
     def merged(self, other: SourceNotes) -> SourceNotes:
         """The notes on two sources that are read together."""
         columns = dict.fromkeys((*self.unused_columns, *other.unused_columns))
         fields = dict.fromkeys((*self.message_fields, *other.message_fields))
         nulls = self.nulls_left_out or other.nulls_left_out
-        return SourceNotes(tuple(columns), tuple(fields), nulls)
+        made = dict.fromkeys((*self.answer_pairs, *other.answer_pairs))
+        return SourceNotes(tuple(columns), tuple(fields), nulls, tuple(made))
 
 
 def normal_form(table: pa.Table, notes: SourceNotes) -> datasets.Dataset:
@@ -125,5 +128,6 @@ def source_notes(dataset: datasets.Dataset) -> SourceNotes:
     for part in dataset.info.description.split(_MARK)[1:]:
         values: Mapping[str, Any] = json.JSONDecoder().raw_decode(part.lstrip())[0]
         columns, fields = (tuple(values[name]) for name in ("unused_columns", "message_fields"))
-        notes = notes.merged(SourceNotes(columns, fields, values["nulls_left_out"]))
+        made = tuple(values["answer_pairs"])
+        notes = notes.merged(SourceNotes(columns, fields, values["nulls_left_out"], made))
     return notes
