@@ -27,8 +27,8 @@ class PairAnswers:
     2i + 1 its rejected one. With one, answer i is that of row i, and any two can be a pair.
 
     Attributes:
-        prompts: token ids of the prompts, r lists.
-        answers: token ids of the answers: r lists for each of the row's answers.
+        prompt_ids: token ids of the prompts, r lists.
+        answer_ids: token ids of the answers: r lists for each of the row's answers.
         keys: [a, 16] uint8, key of each answer in the store.
         first: [u] int64, first occurrence of each distinct answer, sorted by key.
         pairs: [n, 2] int64, chosen and rejected answer of each pair.
@@ -38,8 +38,8 @@ class PairAnswers:
             messages; None if its name is that of its side.
     """
 
-    prompts: TokenLists
-    answers: tuple[TokenLists, ...]
+    prompt_ids: TokenLists
+    answer_ids: tuple[TokenLists, ...]
     keys: np.ndarray
     first: np.ndarray
     pairs: np.ndarray
@@ -49,14 +49,14 @@ class PairAnswers:
 
     def ids(self, answer: int) -> tuple[list[int], list[int]]:
         """Return the prompt ids and the answer ids of an answer, given as an index below a."""
-        row, side = divmod(answer, len(self.answers))
-        return self.prompts[row].tolist(), self.answers[side][row].tolist()
+        row, side = divmod(answer, len(self.answer_ids))
+        return self.prompt_ids[row].tolist(), self.answer_ids[side][row].tolist()
 
     def lengths(self, answers: np.ndarray) -> np.ndarray:
         """Count the tokens in prompt and answer, for answers [m] int64: [m] int64."""
-        rows, sides = np.divmod(answers, len(self.answers))
-        answer_lengths = np.stack([each.lengths for each in self.answers])  # [1 or 2, r]
-        lengths: np.ndarray = self.prompts.lengths[rows] + answer_lengths[sides, rows]
+        rows, sides = np.divmod(answers, len(self.answer_ids))
+        answer_lengths = np.stack([each.lengths for each in self.answer_ids])  # [1 or 2, r]
+        lengths: np.ndarray = self.prompt_ids.lengths[rows] + answer_lengths[sides, rows]
         return lengths
 
     def prompts(self, answers: np.ndarray) -> np.ndarray:
@@ -67,14 +67,14 @@ class PairAnswers:
         """
         numbers: dict[bytes, int] = {}
         found = [
-            numbers.setdefault(self.prompts[row].tobytes(), len(numbers))
-            for row in (answers // len(self.answers)).tolist()
+            numbers.setdefault(self.prompt_ids[row].tobytes(), len(numbers))
+            for row in (answers // len(self.answer_ids)).tolist()
         ]
         return np.array(found, np.int64)
 
     def name(self, answer: int) -> str:
         """Name an answer in messages, such as "row 7 (chosen)" or "pairs.json, row 7 (chosen)"."""
-        row, side = divmod(answer, len(self.answers))
+        row, side = divmod(answer, len(self.answer_ids))
         source = "" if self.sources is None else f"{self.sources[row].as_py()}, "
         name = SIDES[side] if self.places is None else f"answer {self.places[row]}"
         return f"{source}row {self.source_numbers[row]} ({name})"
