@@ -112,7 +112,7 @@ class PooledPairs:
         if not set(ID_COLUMNS).isdisjoint(self.column_names):
             # Each answer is decoded once, however many of the pairs it is in.
             numbers, where = np.unique(self.index[pairs], return_inverse=True)
-            ids = self.answers.select_columns([PROMPT, ANSWER])[numbers]
+            ids = self.answers[numbers.tolist()]
             chosen, rejected = where.reshape(-1, 2).T.tolist()
             for name, places in zip(ID_COLUMNS, (chosen, chosen, rejected), strict=True):
                 of_answers = ids[PROMPT if name == ID_COLUMNS[0] else ANSWER]

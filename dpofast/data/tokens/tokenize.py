@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
@@ -14,20 +13,21 @@ import pyarrow as pa
 from dpofast.columns import (
     LABEL_COLUMN,
     PAIRED,
+    RANKED,
     REF_COLUMNS,
     TIES_COLUMN,
     WEIGHT_COLUMNS,
     RowKind,
     kind_of_columns,
 )
-from dpofast.data.reading.bad_rows import BadRows, check_strictness
+from dpofast.data.reading.bad_rows import check_strictness
 from dpofast.data.reading.normal_form import is_normal_form, source_notes
 from dpofast.data.reading.preferences import load_preferences
 from dpofast.data.reading.reasons import EMPTY
 from dpofast.data.reading.records import place_of_row
 from dpofast.data.reading.row_error import STRICT_REMEDY, RowError
 from dpofast.data.tokens.boundary import BoundaryTokenizer, RowTexts, SplitRow
-from dpofast.data.tokens.left_out import IDENTICAL_CUT, NO_ROOM, reason_left_out
+from dpofast.data.tokens.left_out import NO_ROOM, reason_left_out
 from dpofast.data.tokens.outcome import (
     Outcome,
     OutcomeSums,
@@ -35,7 +35,11 @@ from dpofast.data.tokens.outcome import (
     bad_row,
     is_kept,
     outcome_features,
-    problems,
+)
+from dpofast.data.tokens.refusals import (
+    refuse_bad_rows,
+    refuse_nothing_kept,
+    warn_of_rerendered_prompts,
 )
 from dpofast.data.tokens.render import TokenizerError
 from dpofast.data.tokens.render_process import RowRenderer
@@ -44,8 +48,6 @@ from dpofast.data.tokens.row_parts import row_parts
 from dpofast.data.tokens.truncate import Cut, LengthLimits
 from dpofast.data.tokens.unused import unused_parts, warn_of_missing_text
 from dpofast.errors import ConfigError, DataError
-
-logger = logging.getLogger(__name__)
 
 TOKENISED_ROWS = 256  # that are tokenised at a time
 # Columns of the normal form that outcomes keep.
@@ -86,7 +88,7 @@ def tokenize_preferences(
         ref_rejected_logps, weight and label_confidence, if the source has them.
     Raises:
         DataError: some rows can't be used. Names the dataset and the first ten rows, and says what
-            is wrong and what to do.
+            is wrong and what to do. Or the rows are ranked, which `tokenize_ranked` tokenises.
         ConfigError: both strict and skip_bad_rows are set, or a length, truncation_mode or
             num_proc can't be used.
     """
@@ -94,6 +96,10 @@ def tokenize_preferences(
     check_strictness(strict, skip_bad_rows)
     if not is_normal_form(dataset):
         dataset = load_preferences(dataset, strict=strict, skip_bad_rows=skip_bad_rows, name=name)
+    if kind_of_columns(dataset.column_names) is RANKED:
+        raise DataError(
+            f"{name} has rows with many answers; tokenise them with tokenize_ranked of dpofast.data"
+        )
     return tokenize_rows(
         dataset,
         tokenizer,
@@ -357,46 +363,3 @@ class RowTokenizer:
 
 def _rows_of(batch: Mapping[str, list[Any]]) -> list[dict[str, Any]]:
     return [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
-
-
-def refuse_bad_rows(name: str, table: pa.Table) -> None:
-    """Raise DataError if the table of outcomes has bad rows."""
-    bad = BadRows()
-    for problem in problems(table):
-        bad.add(problem)
-    if bad.count:
-        raise bad.error(name, len(table))
-
-
-def refuse_nothing_kept(report: PreparationReport) -> None:
-    """Raise DataError if no row of a dataset was kept."""
-    if report.pairs_kept:
-        return
-    found, limits = report.left_out, report.limits
-    remedies = ["raise max_length"] if NO_ROOM in found else []
-    remedies += [f"raise {limits.names}"] if IDENTICAL_CUT in found else []
-    if found.keys() - {NO_ROOM, IDENTICAL_CUT}:
-        remedies.append(
-            "give pairs with two different answers"
-            if report.labels is None
-            else "give rows with an answer"
-        )
-    reasons = ", ".join(f"{r} {len(rows)}" for r, rows in found.items())
-    raise DataError(
-        f"{report.name}: all {report.pairs_read} {report.noun}s were left out ({reasons}); "
-        f"{', or '.join(dict.fromkeys(remedies))}"
-    )
-
-
-def warn_of_rerendered_prompts(report: PreparationReport) -> None:
-    """Warn of prompts that the template renders in two ways, if a dataset has any."""
-    if report.rerendered_prompts:
-        logger.warning(
-            "%s: in %d of %d %ss the chat template renders the prompt otherwise before an answer "
-            "than alone; there the prompt ends where the two part, so the model is trained on a "
-            "context that differs from the one it generates from.",
-            report.name,
-            report.rerendered_prompts,
-            report.pairs_read,
-            report.noun,
-        )
