@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import time
-
 import pytest
 
-from dpofast.data import load_preferences, mix_preferences, tokenize_preferences, tokenize_ranked
-from dpofast.errors import DataError
+from dpofast.data import load_preferences, tokenize_preferences, tokenize_ranked
 from tests.data.builders import (
     CHAT_TEMPLATE,
     THINKING_TEMPLATE,
