@@ -18,9 +18,10 @@ from dpofast.data.reading.pair_stream import PairStream
 from dpofast.data.reading.records import Record
 from dpofast.data.reading.table import TableBuilder
 from dpofast.data.tokens.outcome import OutcomeSums, is_kept, outcome_features
+from dpofast.data.tokens.refusals import refuse_bad_rows
 from dpofast.data.tokens.render_process import RowRenderer
 from dpofast.data.tokens.report import PreparationReport
-from dpofast.data.tokens.tokenize import TOKENISED_ROWS, RowTokenizer, refuse_bad_rows
+from dpofast.data.tokens.tokenize import TOKENISED_ROWS, RowTokenizer
 from dpofast.data.tokens.truncate import LengthLimits
 from dpofast.data.tokens.unused import SHAPED_ROWS, unused_parts, warn_of_missing_text
 
