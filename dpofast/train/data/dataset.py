@@ -252,6 +252,7 @@ class PairPreparer:
             strict=config.strict,
             skip_bad_rows=config.skip_bad_rows,
             name=name,
+            answer_pairs=config.answer_pairs,
         )
         sources = rows_by_source(pairs)
         is_text = pairs.features.get("prompt") == datasets.Value("string")
