@@ -189,7 +189,7 @@ class StepLoaders:
 
     def _tokens_of(self, dataset: RunDataset) -> ChosenTokens | None:
         """The tokens of the pairs, if a likelihood term takes a mean over them."""
-        return ChosenTokens.of(dataset.pairs) if self.config.likelihood() else None
+        return dataset.chosen_tokens() if self.config.likelihood() else None
 
     def _make_ready(self, stream: RunStream, window: Window) -> None:
         """Score and plan a window, unless it is ready; the first one is logged and reported."""
