@@ -21,7 +21,8 @@ from benchmarks.train_child import MODULE as CHILD_MODULE
 from benchmarks.train_contenders import ENTRIES, OURS, TRUTH
 from dpofast.data.packing.collate import Layout
 from dpofast.data.packing.plan import BatchShape, StepSampler
-from dpofast.data.packing.step_dataset import token_limit
+from dpofast.data.packing.prompt_groups import PromptGroups
+from dpofast.data.packing.token_limit import token_limit
 
 CONTEST = Contest(ENTRIES, OURS, TRUTH, CHILD_MODULE)
 
@@ -49,7 +50,7 @@ def planned_counts(work: Work, name: str) -> Counts:
     """Body tokens and scored positions of one of our contenders, planned for its timed steps."""
     case, pairs = work.case, work.pairs
     layout = Layout(ENTRIES[name].layout or "")
-    limit = token_limit(pairs, layout, case.max_tokens)
+    limit = token_limit(PromptGroups.of(pairs), layout, case.max_tokens)
     shape = BatchShape(work.batch_size, case.pairs_per_step // work.batch_size, 1)
     # No seed: the race trains in the file's order. Its first step isn't timed.
     _, *timed = StepSampler(len(pairs), shape, rank=0, seed=None, limit=limit)
@@ -59,7 +60,7 @@ def planned_counts(work: Work, name: str) -> Counts:
         for batch in step.micro_batches:
             head_rows += sum(answers[pair] for pair in batch)
             if limit is not None:
-                body_tokens += sum(limit.lengths[pair] for pair in batch)
+                body_tokens += sum(part.tokens for part in limit.parts(batch))
             else:
                 # Padding makes both sequences of every pair as long as the micro-batch's longest.
                 body_tokens += 2 * len(batch) * max(_longest(pairs[pair]) for pair in batch)

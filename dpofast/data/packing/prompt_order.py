@@ -15,39 +15,13 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
 import torch
-import xxhash
 
 from dpofast.data.packing.likelihood import ChosenTokens
-from dpofast.data.packing.plan import BatchShape, StepSampler, TokenLimit
-
-_BATCH_ROWS = 10_000
-
-
-def number_prompts(pairs: Any) -> np.ndarray:
-    """Number the prompts of tokenised pairs in the order of their first appearance.
-
-    Args:
-        pairs: datasets.Dataset with int lists prompt_ids.
-
-    Returns:
-        [n] int64; two pairs have the same number if their prompts have the same ids. Prompts are
-        compared by a hash of 128 bits.
-    """
-    numbers: dict[bytes, int] = {}
-    found: list[int] = []
-    view = pairs.select_columns(["prompt_ids"]).with_format("arrow")
-    for table in view.iter(batch_size=_BATCH_ROWS):
-        for chunk in table.column("prompt_ids").chunks:
-            ends = np.cumsum(chunk.value_lengths().to_numpy(zero_copy_only=False)).tolist()
-            ids = chunk.flatten().to_numpy(zero_copy_only=False).astype("<i8")
-            for start, end in pairwise([0, *ends]):
-                digest = xxhash.xxh3_128_digest(ids[start:end].data)
-                found.append(numbers.setdefault(digest, len(numbers)))
-    return np.asarray(found, dtype=np.int64)
+from dpofast.data.packing.plan import BatchShape, StepSampler
+from dpofast.data.packing.token_limit import TokenLimit
 
 
 @dataclass(frozen=True)

@@ -85,6 +85,7 @@ ROUNDING = frozenset(
 # the reference's identity.
 SHOWN_BY_OTHERS = frozenset(
     {
+        "answer_pairs",
         "model_init_kwargs",
         "pad_token",
         "ref_model_init_kwargs",

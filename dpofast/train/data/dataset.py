@@ -5,24 +5,28 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, ClassVar, Protocol, TypeVar
 
 import datasets
 import numpy as np
 
-from dpofast.columns import REF_COLUMNS
+from dpofast.columns import RANKED, REF_COLUMNS, kind_of_columns
 from dpofast.data import (
+    PooledPairs,
     PreparationReport,
     load_preferences,
     rows_by_source,
     tokenize_preferences,
+    tokenize_ranked,
 )
 from dpofast.data.packing.answers import AnswerSteps
 from dpofast.data.packing.collate import Layout
-from dpofast.data.packing.likelihood import NO_LIKELIHOOD, Likelihood
-from dpofast.data.packing.plan import StepSampler, TokenLimit
-from dpofast.data.packing.prompt_order import number_prompts
-from dpofast.data.packing.step_dataset import StepDataset, token_limit
+from dpofast.data.packing.likelihood import NO_LIKELIHOOD, ChosenTokens, Likelihood
+from dpofast.data.packing.plan import StepSampler
+from dpofast.data.packing.prompt_groups import PromptGroups
+from dpofast.data.packing.step_dataset import StepDataset
+from dpofast.data.packing.token_limit import TokenLimit, token_limit
 from dpofast.errors import DataError
 from dpofast.model.context import Context, context_of, refuse_longer
 from dpofast.model.vocabulary import refuse_unknown_ids, vocabulary_of
@@ -46,7 +50,8 @@ class RunDataset:
     Attributes:
         name: dataset name, used in messages and reports; unique within the run.
         given: the object that the user passed, by which the dataset is recognised later.
-        pairs: tokenised pairs, with the columns prompt_ids, chosen_ids, rejected_ids and row.
+        pairs: tokenised pairs, with the columns prompt_ids, chosen_ids, rejected_ids and row;
+            PooledPairs if they were made of rows with many answers.
         report: what the preparation kept, cut and left out.
         sources: name of each dataset in a mixture -> pairs read from it; empty for one dataset.
         ref_logps: [n, 2] fp64, summed reference log-probs of chosen and rejected, in nats; with
@@ -63,7 +68,7 @@ class RunDataset:
 
     name: str
     given: Any
-    pairs: datasets.Dataset
+    pairs: datasets.Dataset | PooledPairs
     report: PreparationReport
     sources: dict[str, int] = field(default_factory=dict)
     ref_logps: np.ndarray | None = None
@@ -73,7 +78,6 @@ class RunDataset:
     usual_confidence: float = 1.0
     likelihood: Likelihood = NO_LIKELIHOOD
     is_window: bool = False
-    _prompts: np.ndarray | None = field(default=None, init=False, repr=False)
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -97,18 +101,40 @@ class RunDataset:
         else:
             self.token_limit = replace(self.token_limit, max_tokens=row_tokens)
 
-    def prompts(self) -> np.ndarray:
-        """The number of each pair's prompt: [n] int64. They are counted once."""
-        if self._prompts is None:
-            self._prompts = number_prompts(self.pairs)
-        return self._prompts
-
     def answer_pairs(self) -> datasets.Dataset:
-        """Pairs of all answers that are scored: prompt_ids, chosen_ids, rejected_ids and row."""
-        return self.pairs
+        """All answers that are scored, with the column row.
+
+        Returns:
+            Pairs with prompt_ids, chosen_ids and rejected_ids; or, where `answer_index` isn't None,
+            single answers with prompt_ids and completion_ids.
+        """
+        return self.pairs.answers if isinstance(self.pairs, PooledPairs) else self.pairs
+
+    @property
+    def answer_index(self) -> np.ndarray | None:
+        """[n, 2] int64, the row of each pair's answers in `answer_pairs`; None if it has pairs."""
+        return self.pairs.index if isinstance(self.pairs, PooledPairs) else None
+
+    def chosen_tokens(self) -> ChosenTokens:
+        """The tokens of each pair that a likelihood term takes a mean over."""
+        if not isinstance(self.pairs, PooledPairs):
+            return ChosenTokens.of(self.pairs)
+        prompts, chosen, _ = self.pairs.lengths().T
+        return ChosenTokens.of_lengths(prompts, chosen)
 
     def _count_tokens(self, layout: Layout, row_tokens: int) -> TokenLimit | None:
-        return token_limit(self.pairs, layout, row_tokens)
+        return token_limit(self.groups, layout, row_tokens)
+
+    @cached_property
+    def groups(self) -> PromptGroups:
+        """The prompts and the distinct answers of the pairs."""
+        if isinstance(self.pairs, PooledPairs):
+            return PromptGroups.of_pool(self.pairs.answers, self.pairs.index)
+        return PromptGroups.of(self.pairs)
+
+    def prompts(self) -> np.ndarray:
+        """[n] int64, number of each pair's prompt."""
+        return self.groups.prompts
 
     def resume(self, recorded: Any) -> int:
         """The step from which a resumed run reads the dataset: any step is read as fast."""
@@ -126,6 +152,8 @@ class RunDataset:
         return StepDataset(
             *(self.pairs, self.ref_logps, layout, self.usual_confidence, self.likelihood),
             ld_alpha=ld_alpha,
+            groups=self.groups if layout.runs_answers_once else None,
+            max_tokens=None if self.token_limit is None else self.token_limit.max_tokens,
         )
 
 
@@ -138,7 +166,7 @@ class ReadPairs:
         is_text: whether the rows were text, and not messages or ids.
     """
 
-    pairs: datasets.Dataset
+    pairs: datasets.Dataset | PooledPairs
     report: PreparationReport
     sources: dict[str, int]
     is_text: bool
@@ -240,10 +268,12 @@ class PairPreparer:
             strict=config.strict,
             skip_bad_rows=config.skip_bad_rows,
             name=name,
+            answer_pairs=config.answer_pairs,
         )
         sources = rows_by_source(pairs)
         is_text = pairs.features.get("prompt") == datasets.Value("string")
-        tokens, report = tokenize_preferences(
+        is_ranked = kind_of_columns(pairs.column_names) is RANKED
+        tokens, report = (tokenize_ranked if is_ranked else tokenize_preferences)(
             pairs,
             self.tokenizer,
             **vars(config.length_limits()),

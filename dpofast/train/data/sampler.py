@@ -9,8 +9,9 @@ from typing import NoReturn
 import numpy as np
 
 from dpofast.data.packing.likelihood import ChosenTokens
-from dpofast.data.packing.plan import BatchShape, StepSampler, TokenLimit
+from dpofast.data.packing.plan import BatchShape, StepSampler
 from dpofast.data.packing.prompt_order import GroupedSampler, PromptOrder
+from dpofast.data.packing.token_limit import TokenLimit
 from dpofast.errors import ConfigError
 from dpofast.options.config import DPOConfig
 

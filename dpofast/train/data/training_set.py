@@ -72,7 +72,13 @@ def _prepare_stream(data: PairPreparer, given: Any, world_size: int) -> RunStrea
     _refuse_other_names(given, data)
     stream = given
     if not isinstance(given, PairStream):
-        stream = PairStream(given, columns=data.columns, roles=data.roles, name=name)
+        stream = PairStream(
+            given,
+            columns=data.columns,
+            roles=data.roles,
+            name=name,
+            answer_pairs=config.answer_pairs,
+        )
     tokens = TokenStream(
         stream,
         data.tokenizer,
@@ -104,7 +110,7 @@ def _refuse_split_by_rank(given: Any, config: DPOConfig) -> None:
 
 
 def _refuse_other_names(given: Any, data: PairPreparer) -> None:
-    """Raise ConfigError if a PairStream doesn't have the trainer's names of columns and roles."""
+    """Raise ConfigError if a PairStream doesn't have the trainer's names and `answer_pairs`."""
     for name in ("columns", "roles"):
         ours = dict(getattr(data, name) or {})
         if isinstance(given, PairStream) and ours and getattr(given, name) != ours:
@@ -112,6 +118,12 @@ def _refuse_other_names(given: Any, data: PairPreparer) -> None:
                 f"{name}: train_dataset is a PairStream, which has {name} of its own; give these "
                 "to it, or pass what it was made of."
             )
+    wanted = data.config.answer_pairs
+    if isinstance(given, PairStream) and wanted not in (None, given.answer_pairs):
+        raise ConfigError(
+            f"answer_pairs: train_dataset is a PairStream, which has {given.answer_pairs!r} of its "
+            "own; give this option to it, or pass what it was made of."
+        )
 
 
 def _how_it_is_read(stream: RunStream) -> list[str]:

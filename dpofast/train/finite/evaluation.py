@@ -68,7 +68,7 @@ def check_evaluation(
     if math.isfinite(metrics.get("loss", 0.0)):
         return
     pairs = losses.bad_pairs()
-    rows = pairs if dataset is None else [dataset.pairs["row"][pair] for pair in pairs]
+    rows = pairs if dataset is None or not pairs else dataset.pairs[pairs]["row"]
     found = exchange((rows, non_finite_names(model.named_parameters())))
     where = rows_in_words(sorted(row for rows, _ in found for row in rows))
     name = "the evaluated pairs" if dataset is None else dataset.name

@@ -193,7 +193,7 @@ class StepLoaders:
 
     def _tokens_of(self, dataset: RunDataset) -> ChosenTokens | None:
         """The tokens of the pairs, if a likelihood term takes a mean over them."""
-        return ChosenTokens.of(dataset.pairs) if self.config.likelihood() else None
+        return dataset.chosen_tokens() if self.config.likelihood() else None
 
     def _make_ready(self, stream: RunStream, window: Window) -> None:
         """Score and plan a window, unless it is ready; the first one is logged and reported."""
@@ -230,8 +230,8 @@ def packing_summary(plan: StepSampler | None) -> dict[str, Any] | None:
     figures = None if plan is None else plan.figures()
     if plan is None or plan.limit is None or figures is None:
         return None
-    limit = plan.limit
-    return {"max_tokens": limit.max_tokens, **asdict(figures), "tokens_saved": limit.saved}
+    max_tokens = plan.limit.max_tokens
+    return {"max_tokens": max_tokens, **asdict(figures), "tokens_saved": figures.saved}
 
 
 def whole_step(step: Any) -> Any:
