@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from itertools import permutations
 
 from datasets import Dataset
 
 from tests.support import VOCAB_SIZE
 
-SIZES = (6, 1, 3, 1, 3, 2, 3, 1, 1, 1)  # 22 pairs of 10 prompts
+SIZES = (6, 1, 3, 1, 6, 2, 3, 1, 1, 4)  # 28 pairs of 10 prompts
 
 
 def grouped_pairs(
     sizes: Sequence[int] = SIZES, seed: int = 0, lengths: tuple[int, int] = (1, 14)
 ) -> Dataset:
     """Tokenised pairs with this many of each prompt, which don't follow each other.
+
+    The pairs of a prompt have four answers among them.
 
     Args:
         sizes: number of pairs of each prompt.
@@ -29,10 +32,8 @@ def grouped_pairs(
 
     rows = []
     for size in sizes:
-        prompt = ids(1, 12)
-        for _ in range(size):
-            rows.append(
-                {"prompt_ids": prompt, "chosen_ids": ids(*lengths), "rejected_ids": ids(*lengths)}
-            )
-    rng.shuffle(rows)
+        prompt, answers = ids(1, 12), [ids(*lengths) for _ in range(4)]
+        for one, other in rng.sample([*permutations(answers, 2)], size):
+            rows.append({"prompt_ids": prompt, "chosen_ids": one, "rejected_ids": other})
+    random.Random(seed).shuffle(rows)  # the order doesn't depend on the lengths
     return Dataset.from_list(rows)

@@ -30,7 +30,7 @@ from tests.support import make_trainer, tiny_llama, token_pairs
 STEPS = 13
 PAIRS_PER_STEP = 4
 SPEEDS = ("_per_second", "runtime")
-# 18 pairs make epochs of five steps, of which the last has two pairs. "grouped" has 22 pairs of ten
+# 18 pairs make epochs of five steps, of which the last has two pairs. "grouped" has 28 pairs of ten
 # prompts in five steps. An epoch edge is a save at
 # the end of an epoch; steps 5 and 10 are such saves in all ways.
 WAYS: dict[str, dict[str, Any]] = {

@@ -83,7 +83,7 @@ def test_a_loss_that_couples_pairs_is_that_of_one_rank(one, two, way):
 
 @pytest.mark.parametrize("way", GROUPED_WAYS)
 def test_steps_of_whole_prompts_are_those_of_one_rank(one, two, way):
-    """They have seven pairs, four, and one, which leaves a rank without pairs."""
+    """They have six pairs, four, and one, which leaves a rank without pairs."""
     assert_same(one["ddp.grouped"], two[way])
     losses = [log["loss"] for log in one["ddp.grouped"]["logs"]]
     assert max(losses) - min(losses) > 0.01

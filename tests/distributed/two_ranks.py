@@ -64,8 +64,8 @@ def pairs_of(variant: str) -> tuple[Any, Any]:
 
     The pair of that step is of one dataset of ".sets", and the rank without pairs logs both.
     """
-    if variant == "grouped":  # steps of 7, 4 and 1 pairs
-        return grouped_pairs((5, 2, 2, 1, 1, 1)), token_pairs(5, seed=4)
+    if variant == "grouped":  # steps of 6, 4 and 1 pairs
+        return grouped_pairs((2, 3, 1, 3, 1, 1)), token_pairs(5, seed=4)
     if variant != "sets":
         return token_pairs(9), token_pairs(5, seed=4)
     soft = token_pairs(4).add_column("weight", [1.0, 0.5, 0.0, 3.0])
@@ -76,7 +76,13 @@ def pairs_of(variant: str) -> tuple[Any, Any]:
 
 # Options of the loss by the variant of a way.
 LOSSES: dict[str, dict[str, Any]] = {
-    "grouped": {"group_by_prompt": True, "loss_type": ["sigmoid", "aot_unpaired"]},
+    # In step 1, gradients of an answer that is chosen and rejected cancel out up to rounding, which
+    # Adam would turn into updates of full size.
+    "grouped": {
+        "group_by_prompt": True,
+        "loss_type": ["sigmoid", "aot_unpaired"],
+        "adam_epsilon": 1e-4,
+    },
     "kl": {"target_kl": 0.3, "target_kl_gain": 1.0},
     "free": {
         "loss_type": ["orpo", "sft"],

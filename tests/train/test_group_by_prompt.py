@@ -30,9 +30,10 @@ from tests.support import (
     train,
 )
 from tests.train.data.stream_runs import stream_of
+from tests.train.data.test_pooled import paired_rows, ranked_rows
 
 GROUPED = {"group_by_prompt": True, "learning_rate": 5e-4}
-STEPS_PER_EPOCH = 5  # four of at least 4 pairs, and one of the other 3 of the 22 pairs
+STEPS_PER_EPOCH = 5  # four of at least 4 pairs, and one of the other 3 of the 28 pairs
 
 
 def of_pairs(name):
@@ -224,7 +225,7 @@ def test_reports_say_how_large_steps_are(tmp_path, caplog):
     sizes = list(map(len, steps_of(grouped_pairs(), 1)))
     smallest, largest = min(sizes[:-1]), max(sizes[:-1])
     assert (
-        f"group_by_prompt: 22 pairs of 10 prompts, at most 6 of one, in 5 steps of {smallest} to "
+        f"group_by_prompt: 28 pairs of 10 prompts, at most 6 of one, in 5 steps of {smallest} to "
         f"{largest} pairs; the last of an epoch, with {sizes[-1]} pairs, is smaller." in caplog.text
     )
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
@@ -238,7 +239,7 @@ def test_reports_say_how_large_steps_are(tmp_path, caplog):
         "last_step": sizes[-1],
     }
     assert summary["pairs_trained"] == sum(sizes) == sum(SIZES)
-    assert trainer.get_total_train_batch_size(trainer.args) == 4  # the mean is 4.4
+    assert trainer.get_total_train_batch_size(trainer.args) == 6  # the mean is 5.6
     trainer.create_model_card()
     card = (tmp_path / "run" / CARD_FILE).read_text()
     assert "| pairs per step | 4 or more, with all pairs of a prompt |" in card
@@ -251,7 +252,7 @@ def test_reports_say_how_large_steps_are(tmp_path, caplog):
 
 def test_a_prompt_of_several_datasets_is_one(tmp_path):
     pairs = grouped_pairs()
-    mixture = mix_preferences({"a": pairs.select(range(12)), "b": pairs.select(range(12, 22))})
+    mixture = mix_preferences({"a": pairs.select(range(12)), "b": pairs.select(range(12, 28))})
     trainer = make_trainer(tmp_path, pairs=mixture, options=GROUPED)
     trainer.train()
     plan, tokenised = trainer.train_set().plan, trainer.train_set().pairs
@@ -261,6 +262,17 @@ def test_a_prompt_of_several_datasets_is_one(tmp_path):
         for step in plan
     ]
     assert sum(map(len, found)) == len(SIZES) == len(set.union(*found))
+
+
+def test_rows_with_many_answers_have_the_steps_of_their_pairs(tmp_path):
+    rows = ranked_rows()
+    ranked = make_trainer(tmp_path, pairs=rows, options=GROUPED)
+    plain = make_trainer(tmp_path, pairs=paired_rows(rows), options=GROUPED)
+    np.testing.assert_allclose(train(ranked), train(plain), rtol=1e-6)
+    plan, number = ranked.train_set().plan, ranked.train_set().prompts()
+    assert len(plan) == 6  # each row makes five pairs, which are a step of at least four
+    for step in plan:
+        assert len({number[pair] for row in step.micro_batches for pair in row}) == 1
 
 
 def test_an_evaluation_is_the_same(tmp_path):

@@ -19,7 +19,7 @@ from tests.support import make_trainer, token_pairs
         {"layout": "unshared", "max_tokens_per_microbatch": 90, "dataloader_drop_last": True},
         {"train_sampling_strategy": "sequential"},
         {"data_seed": 11, "gradient_accumulation_steps": 1},
-        {"group_by_prompt": True, "max_tokens_per_microbatch": 40},
+        {"group_by_prompt": True, "layout": "unshared", "max_tokens_per_microbatch": 90},
         {"group_by_prompt": True, "layout": "unshared", "train_sampling_strategy": "sequential"},
     ],
 )
