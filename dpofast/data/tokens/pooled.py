@@ -96,6 +96,10 @@ class PooledPairs:
             raise ValueError(f"got the format {type!r}, expected 'arrow'")
         return ArrowPairs(self)
 
+    def written_out(self) -> datasets.Dataset:
+        """A Dataset of the pairs, with the ids of an answer once for each pair that it is in."""
+        return datasets.Dataset(self.with_format("arrow")[:])
+
     def lengths(self) -> np.ndarray:
         """[n, 3] int64, tokens of prompt, chosen and rejected answer of each pair."""
         table = self.answers.select_columns([PROMPT, ANSWER]).with_format("arrow")[:]

@@ -88,6 +88,11 @@ def test_arrow_tables_are_those_of_a_dataset():
         POOLED.with_format("torch")
 
 
+def test_pairs_are_written_out_as_a_dataset():
+    assert POOLED.written_out().to_list() == PLAIN.to_list()
+    assert POOLED.select([]).written_out().column_names == PLAIN.column_names
+
+
 def test_what_a_run_reads_of_the_pairs_is_the_same():
     ours, plain = PairColumns.of(POOLED), PairColumns.of(PLAIN)
     np.testing.assert_array_equal(ours.weights, plain.weights)

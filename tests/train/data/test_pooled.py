@@ -133,6 +133,13 @@ def test_an_answer_that_the_model_cannot_take_is_named_by_its_row(tmp_path, capl
     assert "train: 1 answers are longer than the 256 positions of" in caplog.text
 
 
+def test_some_pairs_of_a_run_can_be_evaluated(tmp_path):
+    trainer = make_trainer(tmp_path, pairs=ROWS)
+    some = trainer.train_dataset.select([3, 4, 11])
+    pairs = [paired_rows(ROWS)[pair] for pair in (3, 4, 11)]
+    assert trainer.evaluate(some)["eval_loss"] == trainer.evaluate(pairs)["eval_loss"]
+
+
 def test_pairs_get_the_reference_log_probs_of_their_answers(tmp_path):
     trainer = make_trainer(tmp_path, pairs=ROWS)
     trainer.score_datasets()
