@@ -1,4 +1,4 @@
-"""Tokenised pairs whose answers stand once, however many pairs they are in."""
+"""Tokenised pairs that hold each answer once, however many of them it is in."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A run on rows with many answers is the run on the pairs that they stand for."""
+"""A run on rows with many answers is the run on the pairs that are made of them."""
 
 from __future__ import annotations
 
