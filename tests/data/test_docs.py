@@ -61,9 +61,8 @@ def test_every_error_on_the_page_is_what_such_a_file_gets(tmp_path):
 
 
 def test_the_example_with_many_answers_prints_what_it_says(capsys):
-    (example,) = (
-        code for code in re.findall(r"```python\n(.*?)```", PAGE, re.S) if '"pairs"]' in code
-    )
+    examples = re.findall(r"```python\n(.*?)```", PAGE, re.S)
+    (example,) = (code for code in examples if '"pairs"]' in code)
     exec(example, {})
     assert capsys.readouterr().out.splitlines() == re.findall(r"\)  # (.*)", example)
 
