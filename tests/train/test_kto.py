@@ -8,8 +8,9 @@ import torch
 
 from dpofast import DPOTrainer
 from dpofast.data.tokens.mismatched import mismatched_rows
-from dpofast.errors import CheckpointError, ConfigError, DataError
-from dpofast.train.steps.answers import with_z
+from dpofast.errors import CheckpointError, ConfigError, DataError, NonFiniteError
+from dpofast.train import kto
+from dpofast.train.steps.answers import mismatched_logratios, with_z
 from tests.answers import answer_rows, make_kto
 from tests.support import (
     BETA,
@@ -270,8 +271,54 @@ def test_an_infinite_log_ratio_is_not_clamped_to_0(tmp_path):
     trainer = make_kto(tmp_path)
     step = next(iter(trainer.get_train_dataloader()))
     for total in (-torch.inf, torch.inf, torch.nan):
-        found = with_z(step, torch.tensor(total, dtype=torch.float64))
+        own = [torch.zeros(batch.num_pairs).double() for batch in step.micro_batches]
+        found = with_z(step, own, torch.tensor(total, dtype=torch.float64))
         assert all(batch.z.isnan() for batch in found.micro_batches)
+
+
+@pytest.fixture
+def one_bad_mismatched_answer(monkeypatch):
+    """Gives a trainer a NaN for one mismatched answer of each step; returns their rows."""
+
+    def poison(trainer):
+        rows, prepared_step = [], trainer.prepared_step
+
+        def of_step(model, batches, *args):
+            found = mismatched_logratios(model, batches, *args)
+            found[-1][-1] = torch.nan
+            return found
+
+        def prepared(step):
+            rows.append(step.indices[-1][-1])
+            return prepared_step(step)
+
+        monkeypatch.setattr(kto, "mismatched_logratios", of_step)
+        trainer.prepared_step = prepared
+        return rows
+
+    return poison
+
+
+@pytest.mark.parametrize("options", [{}, {"max_tokens_per_microbatch": 1}], ids=str)
+def test_a_bad_mismatched_answer_is_named_by_its_row(tmp_path, one_bad_mismatched_answer, options):
+    """Its NaN is in z, and so in the loss of every row of the step."""
+    trainer = make_kto(tmp_path, options=options)
+    rows = one_bad_mismatched_answer(trainer)
+    with pytest.raises(NonFiniteError) as caught:
+        trainer.train()
+    assert f"the loss is NaN or infinite at row {rows[0]} of train, counted" in str(caught.value)
+
+
+def test_a_bad_mismatched_answer_of_an_evaluation_is_named_by_its_row(
+    tmp_path, one_bad_mismatched_answer, caplog
+):
+    options = {"per_device_eval_batch_size": 5, "max_tokens_per_microbatch": 40}
+    trainer = make_kto(tmp_path, options=options, eval_dataset=answer_rows())
+    rows = one_bad_mismatched_answer(trainer)
+    trainer.evaluate()
+    assert len(rows) == 2
+    low, high = sorted(rows)
+    assert f"The loss of eval is nan, which comes from rows {low}, {high} (counted" in caplog.text
 
 
 @pytest.mark.parametrize(
