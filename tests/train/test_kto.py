@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 
 from dpofast import DPOTrainer
 from dpofast.data.tokens.mismatched import mismatched_rows
@@ -12,11 +13,13 @@ from dpofast.errors import CheckpointError, ConfigError, DataError, NonFiniteErr
 from dpofast.train import kto
 from dpofast.train.steps.answers import mismatched_logratios, with_z
 from tests.answers import answer_rows, make_kto
+from tests.data.builders import CHAT_TEMPLATE
 from tests.support import (
     BETA,
     LEARNING_RATE,
     PlainDPO,
     answer_logps,
+    byte_tokenizer,
     clip_exactly,
     float64_throughout,
     history,
@@ -321,6 +324,22 @@ def test_a_bad_mismatched_answer_of_an_evaluation_is_named_by_its_row(
     assert f"The loss of eval is nan, which comes from rows {low}, {high} (counted" in caplog.text
 
 
+def test_messages_about_unpaired_data_speak_of_rows(tmp_path, caplog):
+    written = [{"prompt": "a", "completion": "b", "label": True}]
+    written += [{"prompt": "c", "completion": "d", "label": False}]
+    rows = Dataset.from_list([{**row, "weight": 2.0} for row in written])
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = CHAT_TEMPLATE
+    with caplog.at_level("INFO"):
+        make_kto(tmp_path, rows=rows, processing_class=tokenizer)
+    assert "train: the rows have weight from 2 to 2" in caplog.text
+    assert "train: the rows are text, so they are tokenised as they are" in caplog.text
+    assert "give prompt and completion as lists of messages" in caplog.text
+    assert "pair" not in "".join(m for m in caplog.messages if m.startswith("train: "))
+    with pytest.raises(DataError, match="the weight of every row is 0, so no row counts; raise"):
+        make_kto(tmp_path, rows=Dataset.from_list([{**row, "weight": 0.0} for row in written]))
+
+
 @pytest.mark.parametrize(
     ("loss_type", "name", "paper"),
     [("kto", "KTO", "2402.01306"), ("apo_zero_unpaired", "APO", "2408.06266")],
@@ -332,5 +351,6 @@ def test_cards_name_the_method(tmp_path, loss_type, name, paper):
     text = (tmp_path / "run" / "README.md").read_text(encoding="utf-8")
     assert f"by [{name}](https://huggingface.co/papers/{paper})" in text
     assert "| dataset | used for | answers |" in text
+    assert "| answers per step | 4 |" in text
     assert "Reward accuracy" not in text
     assert "Direct Preference" not in text

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Protocol, TypeVar
 import datasets
 import numpy as np
 
-from dpofast.columns import REF_COLUMNS
+from dpofast.columns import PAIRED, REF_COLUMNS, RowKind
 from dpofast.data import (
     PreparationReport,
     load_preferences,
@@ -159,6 +159,7 @@ class PairPreparer:
     """
 
     dataset_class: ClassVar[type[RunDataset]] = RunDataset
+    kind: ClassVar[RowKind] = PAIRED
 
     def __init__(
         self,
@@ -291,11 +292,12 @@ class PairPreparer:
     def say_untemplated(self, is_text: bool, name: str) -> None:
         """Log that text goes to a chat model as it is, which may not be what was meant."""
         if is_text and getattr(self.tokenizer, "chat_template", None) and self.config.should_log:
+            *columns, last = self.kind.columns
             logger.info(
-                "%s: the pairs are text, so they are tokenised as they are, without the "
-                "tokenizer's chat template. If the model is to see a conversation, give prompt, "
-                "chosen and rejected as lists of messages.",
-                name,
+                "%s: the %ss are text, so they are tokenised as they are, without the tokenizer's "
+                "chat template. If the model is to see a conversation, give %s and %s as lists of "
+                "messages.",
+                *(name, self.kind.noun, ", ".join(columns), last),
             )
 
     def say_weights(self, pairs: Any, name: str) -> None:
