@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-from functools import partial
 from pathlib import Path
 
 from benchmarks import program
@@ -21,6 +20,7 @@ from benchmarks.reference_contenders import ENTRIES, OURS, TRUTH
 from benchmarks.rounds import Contest, Counts, Race
 from benchmarks.train_cases import Work
 from dpofast.data.packing.collate import Layout
+from dpofast.data.packing.packed_row import runs_of_prompts
 from dpofast.reference.build.answers import read_answers
 from dpofast.reference.build.batches import BatchesOfTokens
 
@@ -46,8 +46,10 @@ def planned_counts(work: Work) -> Counts:
     """Body tokens and scored positions of our builder, from its plan."""
     answers = read_answers(work.timed_pairs)
     # The builder's rows hold a prompt once for all of its answers.
-    num_tokens = partial(Layout("shared").num_tokens, by_prompt=True)
-    batches = BatchesOfTokens(work.case.max_tokens, num_tokens)(answers, answers.first)
+    layout = Layout("shared")
+    batches = BatchesOfTokens(
+        work.case.max_tokens, lambda each: layout.num_tokens(each, runs_of_prompts(each))
+    )(answers, answers.first)
     scored = sum(len(answers.ids(answer)[1]) for answer in answers.first.tolist())
     return {"body_tokens": sum(batch.num_tokens for batch in batches), "head_rows": scored}
 

@@ -23,7 +23,8 @@ from benchmarks.train_child import MODULE as CHILD_MODULE
 from benchmarks.train_contenders import ENTRIES, OF_ANSWERS, OF_PAIRS, TRUTH
 from dpofast.data.packing.collate import Layout
 from dpofast.data.packing.plan import BatchShape, StepSampler
-from dpofast.data.packing.step_dataset import token_limit
+from dpofast.data.packing.prompt_groups import PromptGroups
+from dpofast.data.packing.token_limit import token_limit
 
 
 def contest(names: tuple[str, ...]) -> Contest:
@@ -62,21 +63,29 @@ def planned_counts(work: Work, name: str) -> Counts:
     """Body tokens and scored positions of one of our contenders, planned for its timed steps."""
     case, pairs = work.case, work.pairs
     layout = Layout(ENTRIES[name].layout or "", merges=ENTRIES[name].merges)
-    limit = token_limit(pairs, layout, case.max_tokens)
+    limit = token_limit(PromptGroups.of(pairs), layout, case.max_tokens)
     shape = BatchShape(work.batch_size, case.pairs_per_step // work.batch_size, 1)
     # No seed: the race trains in the file's order. Its first step isn't timed.
     _, *timed = StepSampler(len(pairs), shape, rank=0, seed=None, limit=limit)
-    answers = [len(pair["chosen_ids"]) + len(pair["rejected_ids"]) for pair in pairs]
     body_tokens = head_rows = 0
     for step in timed:
         for batch in step.micro_batches:
-            head_rows += sum(answers[pair] for pair in batch)
+            parts = [[pair] for pair in batch]
             if limit is not None:
-                body_tokens += sum(limit.lengths[pair] for pair in batch)
+                found = limit.parts(batch)
+                parts = [part.pairs for part in found]
+                body_tokens += sum(part.tokens for part in found)
             else:
                 # Padding makes both sequences of every pair as long as the micro-batch's longest.
                 body_tokens += 2 * len(batch) * max(_longest(pairs[pair]) for pair in batch)
+            head_rows += sum(_scored([pairs[pair] for pair in part]) for part in parts)
     return {"body_tokens": body_tokens, "head_rows": head_rows}
+
+
+def _scored(group: list[dict[str, list[int]]]) -> int:
+    """Tokens of the answers of some pairs of one prompt, which run once for all of them."""
+    answers = [tuple(pair[side]) for pair in group for side in ("chosen_ids", "rejected_ids")]
+    return sum(map(len, set(answers) if len(group) > 1 else answers))
 
 
 def _longest(pair: dict[str, list[int]]) -> int:

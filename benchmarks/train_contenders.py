@@ -163,8 +163,8 @@ def _ours(layout: str, merges: bool = True) -> Callable[[Work, Meter], None]:
             callbacks=[StepCallback(meter)],
             peft_config=work.adapter(),
         )
-        loaders = trainer.loaders
-        loaders.layout = replace(loaders.layout, merges=merges)
+        if not merges:
+            trainer.loaders.layout = replace(trainer.loaders.layout, merges=False)
         meter.watch(trainer.model)
         meter.attention = work.attention if layout == "padded" else packed_attention_of(work)
         trainer.train()

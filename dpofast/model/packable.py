@@ -54,15 +54,17 @@ def choose_layout(wanted: str, model: nn.Module, pad_token_id: int) -> Layout:
     Raises:
         ConfigError: a packed layout is wanted but would be wrong for this model.
     """
+    # Two runs of an answer that several pairs have would draw other noise.
+    padded = Layout("padded", pad_token_id, merges=next(dropouts(model), None) is None)
     if wanted == "padded":
-        return Layout("padded", pad_token_id)
+        return padded
     reason = why_not_packed(model)
     if reason is None:
         return Layout("shared" if wanted == "auto" else wanted, pad_token_id)
     if wanted != "auto":
         raise ConfigError(f"layout: {wanted!r} would be wrong here, as {reason}; use 'padded'.")
     logger.info("Layout: padded, as %s.", reason)
-    return Layout("padded", pad_token_id)
+    return padded
 
 
 def why_not_packed(model: nn.Module) -> str | None:

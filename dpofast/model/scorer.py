@@ -10,6 +10,7 @@ from torch import nn
 
 from dpofast.data.packing.batch import TokenIds
 from dpofast.data.packing.collate import Layout
+from dpofast.data.packing.packed_row import runs_of_prompts
 from dpofast.model.forward import evaluating, micro_batch, run_batch
 from dpofast.model.head import ScoreTask, head_options
 from dpofast.model.parts import causal_lm
@@ -43,7 +44,7 @@ class SequenceScorer:
             One array per answer: [num_tokens] fp64, its per-token log-probs in nats. With
             log-sum-exps it is [2, num_tokens], the log-probs first.
         """
-        batch = self.layout.collate(sequences, by_prompt=True)
+        batch = self.layout.collate(sequences, group_sizes=runs_of_prompts(sequences))
         batch = batch.to(next(self.model.parameters()).device)
         with evaluating(self.model), micro_batch(self.model, batch), self.autocast():
             task = ScoreTask(batch.labels, self.options, self.with_logsumexps)
@@ -53,4 +54,4 @@ class SequenceScorer:
 
     def num_tokens(self, sequences: Sequence[tuple[TokenIds, TokenIds]]) -> int:
         """Positions that the body runs over in a call with these sequences, padding included."""
-        return self.layout.num_tokens(sequences, by_prompt=True)
+        return self.layout.num_tokens(sequences, runs_of_prompts(sequences))

@@ -8,9 +8,9 @@ KL, DRIFT = "kl", "kl/absolute"
 
 
 def kl_sums(
-    logps: Tensor,  # [S]
-    ref_logps: Tensor,  # [S]
-    bounds: Tensor,  # [S+1]
+    logps: Tensor,  # [2P]
+    ref_logps: Tensor,  # [2P]
+    lengths: Tensor,  # [P, 2]
     token_weights: Tensor | None = None,  # [N]
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Two distances from the reference, as sums over answers and their number of scored tokens.
@@ -23,16 +23,16 @@ def kl_sums(
     that rise and rejected ones that fall don't cancel out. It is at least |kl|.
 
     Args:
-        logps: [S] summed log-probs of the policy, in nats, one per answer.
-        ref_logps: [S] summed log-probs of the reference.
-        bounds: [S+1] int64, bounds of the answers. All are on one device, or the bounds on the CPU.
+        logps: [2P] summed log-probs of the policy, in nats, one per answer of a pair.
+        ref_logps: [2P] summed log-probs of the reference.
+        lengths: [P, 2] int64, scored tokens of the answers, on any device.
         token_weights: [N] factors of the tokens in the summed log-probs; None for 1.
 
     Returns:
         The sums by name, [] fp64 in nats, and the tokens, [] each counted by its factor. Neither
         has a gradient.
     """
-    logratios = logps.detach().double() - ref_logps.detach().double()  # [S]
+    logratios = logps.detach().double() - ref_logps.detach().double()  # [2P]
     sums = {KL: logratios.sum(), DRIFT: logratios.abs().sum()}
-    tokens = bounds[-1] - bounds[0] if token_weights is None else token_weights.sum()
+    tokens = lengths.sum() if token_weights is None else token_weights.sum()
     return sums, tokens

@@ -16,7 +16,8 @@ from benchmarks.data import REAL, find_data, race_tokenizer
 from dpofast.data import load_preferences, tokenize_preferences
 from dpofast.data.packing.batch import TokenIds
 from dpofast.data.packing.collate import Layout
-from dpofast.data.packing.step_dataset import token_limit
+from dpofast.data.packing.prompt_groups import PromptGroups
+from dpofast.data.packing.token_limit import token_limit
 from tests.exactness import assert_alike, case_of, compare, laid_out, separate
 from tests.support import PlainDPO, float64_throughout, make_trainer, tiny_llama, train
 
@@ -100,10 +101,10 @@ def test_what_answers_begin_with_is_saved_as_counting_says(instructions):
     answers = sum(len(chosen) + len(rejected) for _, chosen, rejected in rows)
     prompts = sum(len(prompt) for prompt, *_ in rows)
     assert begun > 0.08 * answers
-    shared = token_limit(pairs, Layout("shared"), 2048)
+    groups = PromptGroups.of(pairs)
+    shared, unshared = (token_limit(groups, Layout(n), 2048) for n in ("shared", "unshared"))
     assert sum(shared.lengths) == prompts + answers - begun
-    assert shared.num_tokens == sum(token_limit(pairs, Layout("unshared"), 2048).lengths)
-    assert shared.num_tokens == 2 * prompts + answers
+    assert sum(shared.plain) == sum(unshared.lengths) == 2 * prompts + answers
 
 
 def test_the_real_answers_begin_alike_in_an_eighth_of_their_text():

@@ -15,8 +15,10 @@ from torch.utils.data import Dataset
 from dpofast.columns import LABEL_COLUMN, MISMATCHED_COLUMN, UNPAIRED
 from dpofast.data.packing.batch import PackedPairs, StepBatch
 from dpofast.data.packing.collate import Layout
+from dpofast.data.packing.packed_row import runs_of_prompts
 from dpofast.data.packing.pair_columns import PairColumns
-from dpofast.data.packing.plan import MicroBatch, PlannedStep, TokenLimit
+from dpofast.data.packing.plan import MicroBatch, PlannedStep
+from dpofast.data.packing.token_limit import TokenLimit
 
 PROMPT, ANSWER = UNPAIRED.id_columns
 
@@ -102,7 +104,8 @@ class AnswerSteps(Dataset[StepBatch]):
 
         def collated(answers: str, side: int) -> PackedPairs:
             sequences = list(zip(rows[PROMPT], rows[answers], strict=True))
-            return self.layout.collate(sequences, ref_logps[:, side].tolist(), by_prompt=True)
+            runs = runs_of_prompts(sequences)
+            return self.layout.collate(sequences, ref_logps[:, side].tolist(), runs)
 
         has_mismatched = MISMATCHED_COLUMN in self.pairs.column_names
         mismatched = collated(MISMATCHED_COLUMN, 1) if has_mismatched else None
@@ -131,4 +134,4 @@ def answer_token_limit(rows: Any, layout: Layout, max_tokens: int) -> TokenLimit
     table = rows.select_columns([PROMPT, *names]).with_format("arrow")[:]
     prompts, *answers = (pc.list_value_length(table[name]).to_numpy() for name in (PROMPT, *names))
     lengths = (prompts + np.max(answers, axis=0)).tolist()
-    return TokenLimit(lengths, max_tokens, sum(lengths))
+    return TokenLimit(lengths, max_tokens, lengths)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import accumulate
@@ -19,7 +20,7 @@ PromptAnswer = tuple[TokenIds, TokenIds]  # one sequence: prompt ids and answer 
 
 @dataclass(frozen=True)
 class PackedPairs(NoDict):
-    """One micro-batch, ready for the model; its sequences are chosen_0, rejected_0, chosen_1, ...
+    """One micro-batch, ready for the model: P pairs of S sequences, which are prompt and answer.
 
     The model needs no attention mask. In a packed row, `shared_layout` says which tokens attend to
     which. In padded rows, padding comes after all tokens, where a causal model never looks.
@@ -33,20 +34,27 @@ class PackedPairs(NoDict):
             hidden state at scored_positions[n] predicts labels[n].
         labels: [N] int64, the answers' tokens.
         bounds: [S+1] int64 on the CPU; the scored tokens of sequence s are bounds[s]:bounds[s+1].
-            Scored prompts, if any, are sequences after those of all pairs.
-        ref_logps: [2P] fp64, summed reference log-probs in nats; None while they are being made.
-        num_tokens: tokens in all sequences, padding excluded.
-        uses: [B, L] int64, number of sequences that contain the position; 0 for padding.
+            Scored prompts, if any, are sequences after all answers.
+        ref_logps: [2P] fp64, summed reference log-probs in nats, of chosen_0, rejected_0,
+            chosen_1, ...; None while they are being made.
+        num_tokens: tokens in the sequences of all pairs, padding excluded. A sequence that several
+            pairs have counts once for each.
+        uses: [B, L] int64, how often the sequences of the pairs contain the position; 0 for
+            padding.
         shared_layout: attention layout of a packed row [1, L]; None for padded rows.
         weights: [P] fp64, factors of the pairs' losses; None if all are 1.
         label_confidence: [P] fp64, probability that the chosen answer is the better one; None if
             the options say it for all pairs.
         sets: [P] int64, number of each pair's dataset in `set_names`; None if there is only one.
         set_names: names of the datasets in a mixture, the same on all ranks.
-        prompts: [R] int64 on the CPU, the pair of each scored prompt; None if prompts aren't
-            scored.
+        pairs: [P, 2] int64 on the CPU, sequences of chosen and rejected of each pair. A sequence
+            can be in several pairs. None for (0, 1), (2, 3), ...
+        prompts: [P] int64 on the CPU, the sequence that is each pair's prompt, or -1 if the prompt
+            has one token, which nothing predicts; None if prompts aren't scored.
         coefficients: [S] fp64, what each nat of a sequence's log-prob adds to the summed loss; None
             if the loss has no likelihood term.
+        likelihood: what each nat of a chosen answer and of its prompt adds to the summed loss, if
+            their pair has the weight 1; None if the loss has no likelihood term.
         token_weights: [N] fp64, factor of each token's log-prob in the sum of its sequence;
             `ref_logps` are weighted in the same way. None if all are 1.
     """
@@ -70,8 +78,10 @@ class PackedPairs(NoDict):
     label_confidence: Tensor | None = None
     sets: Tensor | None = None
     set_names: tuple[str, ...] = ()
+    pairs: Tensor | None = None
     prompts: Tensor | None = None
     coefficients: Tensor | None = None
+    likelihood: tuple[float, float] | None = None
     token_weights: Tensor | None = None
 
     @classmethod
@@ -84,8 +94,8 @@ class PackedPairs(NoDict):
         position_ids: Tensor | None,
         scored_positions: list[Tensor],
         uses: Tensor,
+        counts: Sequence[int] | None = None,
         shared_layout: SharedLayout | None = None,
-        prompt_positions: list[Tensor] | None = None,
     ) -> PackedPairs:
         """Make a micro-batch from the fields that a layout decides, and compute the other fields.
 
@@ -93,20 +103,13 @@ class PackedPairs(NoDict):
             sequences: S sequences, in the order of the batch.
             ref_logps: one summed reference log-prob per sequence, in nats.
             scored_positions: one tensor per sequence, with a position per answer token.
+            counts: how often the pairs have each sequence; None for once.
             input_ids, position_ids, uses, shared_layout: as in the class.
-            prompt_positions: one tensor per pair, with a position per prompt token but the last;
-                None to score no prompts.
         """
         empty = torch.empty(0, dtype=torch.int64)  # torch.cat refuses an empty list
         labels = [torch.tensor(answer) for _, answer in sequences]
-        num_tokens = sum(len(prompt) + len(answer) for prompt, answer in sequences)
-        prompts = None
-        if prompt_positions is not None:
-            # A prompt of one token has nothing to score, and is no sequence.
-            scored = [pair for pair, positions in enumerate(prompt_positions) if len(positions)]
-            prompts = torch.tensor(scored, dtype=torch.int64)
-            labels += [torch.tensor(sequences[2 * pair][0][1:]) for pair in scored]
-            scored_positions = [*scored_positions, *(prompt_positions[pair] for pair in scored)]
+        lengths = [len(prompt) + len(answer) for prompt, answer in sequences]
+        num_tokens = sum(map(operator.mul, lengths, counts or [1] * len(lengths)))
         return cls(
             input_ids=input_ids,
             position_ids=position_ids,
@@ -117,17 +120,91 @@ class PackedPairs(NoDict):
             num_tokens=num_tokens,
             uses=uses,
             shared_layout=shared_layout,
+        )
+
+    def with_prompts(self, prompts: Sequence[tuple[TokenIds, Tensor]]) -> PackedPairs:
+        """The batch with sequences more, after all answers: prompts that are scored.
+
+        Args:
+            prompts: token ids of a prompt, and the positions of all of them but the last one, in
+                the hidden states flattened. If they are those of the pairs, `prompts` is right.
+        """
+        if not prompts:
+            return self
+        # A prompt of one token has nothing to score, and is no sequence.
+        scored = [(ids, positions) for ids, positions in prompts if len(ids) > 1]
+        is_scored = torch.tensor([len(ids) > 1 for ids, _ in prompts])
+        numbers = len(self.bounds) - 2 + is_scored.cumsum(0)
+        lengths = torch.tensor([len(positions) for _, positions in scored], dtype=torch.int64)
+        pairs = self.pairs
+        if pairs is None:
+            pairs = torch.arange(2 * self.num_pairs).view(-1, 2)
+        return replace(
+            self,
+            scored_positions=torch.cat([self.scored_positions, *(each for _, each in scored)]),
+            labels=torch.cat([self.labels, *(torch.tensor(ids[1:]) for ids, _ in scored)]),
+            bounds=torch.cat([self.bounds, self.bounds[-1] + lengths.cumsum(0)]),
+            pairs=pairs,
+            prompts=torch.where(is_scored, numbers, -1),
+        )
+
+    def of_each_slot(self) -> PackedPairs:
+        """The batch with a sequence for each answer of each pair; the body runs none twice.
+
+        Pairs need that if they don't agree on a sequence's weights or on its reference log-prob.
+        """
+        if self.pairs is None:
+            return self
+        lengths = self.bounds.diff().tolist()
+        num_answers = len(lengths) if self.prompts is None else int(self.pairs.max()) + 1
+        order = [*self.pairs.flatten().tolist(), *range(num_answers, len(lengths))]
+        positions, labels = (
+            _picked(each, self.bounds.tolist(), order)
+            for each in (self.scored_positions, self.labels)
+        )
+        more = self.pairs.numel() - num_answers  # sequences
+        prompts = self.prompts
+        if prompts is not None:
+            prompts = torch.where(prompts < 0, prompts, prompts + more)
+        return replace(
+            self,
+            scored_positions=positions,
+            labels=labels,
+            bounds=torch.tensor([0, *accumulate(lengths[sequence] for sequence in order)]),
+            pairs=None if prompts is None else torch.arange(self.pairs.numel()).view(-1, 2),
             prompts=prompts,
         )
 
     @property
     def num_pairs(self) -> int:
-        return (len(self.bounds) - 1 - (0 if self.prompts is None else len(self.prompts))) // 2
+        return (len(self.bounds) - 1) // 2 if self.pairs is None else len(self.pairs)
 
     @property
     def lengths(self) -> Tensor:
         """[P, 2] int64 on the CPU, scored tokens of chosen and rejected."""
-        return self.bounds[: 2 * self.num_pairs + 1].diff().view(-1, 2)
+        return self.of_pairs(self.bounds.diff()).view(-1, 2)
+
+    def of_pairs(
+        self,
+        per_sequence: Tensor,  # [..., S]
+    ) -> Tensor:
+        """[..., 2P]: the numbers of chosen_0, rejected_0, chosen_1, ..."""
+        if self.pairs is None:
+            return per_sequence
+        return per_sequence[..., self.pairs.flatten().to(per_sequence.device)]
+
+    def ref_of_sequences(self) -> Tensor:
+        """[S] fp64: the reference's log-prob of each sequence; 0 for a prompt.
+
+        All pairs that have a sequence have the same for it.
+        """
+        assert self.ref_logps is not None
+        if self.pairs is None:
+            return self.ref_logps
+        found = self.ref_logps.new_zeros(len(self.bounds) - 1)
+        # On a GPU, several equal numbers are written to one place in any order.
+        found[self.pairs.flatten().to(found.device)] = self.ref_logps
+        return found
 
     def with_likelihood(self, of_answer: float, of_prompt: float) -> PackedPairs:
         """The batch with coefficients of its chosen answers and prompts, times their weights."""
@@ -135,11 +212,13 @@ class PackedPairs(NoDict):
         if self.weights is not None:
             weights = self.weights
         coefficients = torch.zeros(len(self.bounds) - 1, dtype=torch.float64)  # [S]
-        end = 2 * self.num_pairs
-        coefficients[0:end:2] = of_answer * weights
+        chosen = self.of_pairs(torch.arange(len(coefficients)))[0::2]  # [P]
+        coefficients.index_add_(0, chosen, of_answer * weights)
         if self.prompts is not None:
-            coefficients[end:] = of_prompt * weights[self.prompts]
-        return replace(self, coefficients=coefficients)
+            has_prompt = self.prompts >= 0
+            of_prompts = of_prompt * weights[has_prompt]
+            coefficients.index_add_(0, self.prompts[has_prompt], of_prompts)
+        return replace(self, coefficients=coefficients, likelihood=(of_answer, of_prompt))
 
     def likelihood_of_pairs(
         self,
@@ -150,12 +229,14 @@ class PackedPairs(NoDict):
         Args:
             logps: summed log-probs of all sequences, on the device of the batch.
         """
-        assert self.coefficients is not None
-        terms, end = self.coefficients * logps.detach(), 2 * self.num_pairs
-        of_pairs = terms[0:end:2].clone()
+        assert self.likelihood is not None
+        of_answer, of_prompt = self.likelihood
+        logps = logps.detach()
+        terms = of_answer * self.of_pairs(logps)[0::2]  # [P]
         if self.prompts is not None:
-            of_pairs.index_add_(0, self.prompts.to(terms.device), terms[end:])
-        return of_pairs
+            prompts = self.prompts.to(logps.device)
+            terms = terms + of_prompt * torch.where(prompts >= 0, logps[prompts], 0.0)
+        return terms if self.weights is None else terms * self.weights
 
     @property
     def num_body_tokens(self) -> int:
@@ -179,10 +260,20 @@ class PackedPairs(NoDict):
         moved: dict[str, Any] = {
             field.name: function(value)
             for field in fields(self)
-            if field.name not in ("bounds", "prompts")
+            if field.name not in ("bounds", "pairs", "prompts")
             and isinstance(value := getattr(self, field.name), Tensor)
         }
         return replace(self, **moved)
+
+
+def _picked(
+    rows: Tensor,  # [N]
+    bounds: Sequence[int],
+    sequences: Sequence[int],
+) -> Tensor:
+    """The rows of some sequences, in their order."""
+    parts = [rows[bounds[index] : bounds[index + 1]] for index in sequences]
+    return torch.cat([rows[:0], *parts])
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from itertools import groupby
+from collections.abc import Iterator, Sequence
+from itertools import accumulate, groupby, pairwise
 
 import torch
 from torch import Tensor
@@ -17,8 +17,9 @@ def collate_packed(
     sequences: Sequence[PromptAnswer],
     ref_logps: Sequence[float] | None = None,
     share: bool = True,
-    by_prompt: bool = False,
-    scores_prompts: bool = False,
+    group_sizes: Sequence[int] | None = None,
+    counts: Sequence[int] | None = None,
+    scored_prompts: Sequence[int] = (),
 ) -> PackedPairs:
     """Lay out (prompt ids, answer ids) sequences in one row [1, T].
 
@@ -30,22 +31,25 @@ def collate_packed(
     Args:
         sequences: S sequences with at least one prompt token and one answer token each.
         ref_logps: one summed reference log-prob per sequence, in nats.
-        share: group the two sequences of each pair; False makes every sequence its own group.
-        by_prompt: with `share`, group all consecutive sequences that have the same prompt.
-        scores_prompts: score the prompts of chosen sequences, too; the sequences are pairs then.
+        share: share prefixes within groups; False makes every sequence its own group.
+        group_sizes: numbers of consecutive sequences that have the same prompt; None for pairs.
+        counts: how often the pairs have each sequence; None for once.
+        scored_prompts: sequences whose prompts are scored, too.
     """
     row: list[int] = []
     groups: list[tuple[int, list[int]]] = []  # tokens in the prefix and in each tail
     uses: list[int] = []
     scored: list[Tensor] = []
     prompts: list[Tensor] = []  # of every sequence
-    for group in _group_sequences(sequences, share, by_prompt):
+    counts = counts or [1] * len(sequences)
+    for start, end in _groups(len(sequences), share, group_sizes):
+        group = sequences[start:end]
         ids = [[*prompt, *answer] for prompt, answer in group]
         prefix, tails = _prefix_and_tails(ids)
         prefix_start = len(row)
         row += ids[0][:prefix]
-        uses += [len(group)] * prefix
-        for sequence, (prompt, _) in zip(ids, group, strict=True):
+        uses += [sum(counts[start:end])] * prefix
+        for index, (sequence, (prompt, _)) in enumerate(zip(ids, group, strict=True), start):
             # Positions within the sequence whose tokens predict its later tokens.
             positions = torch.arange(len(sequence) - 1)
             # Positions before `prefix` are in the shared prefix: the prompt's last token, and more
@@ -56,42 +60,50 @@ def collate_packed(
             prompts.append(places[: len(prompt) - 1])
             scored.append(places[len(prompt) - 1 :])
             row += sequence[prefix:]
-            uses += [1] * (len(sequence) - prefix)
+            uses += [counts[index]] * (len(sequence) - prefix)
         groups.append((prefix, tails))
     if not groups:
         # A rank without pairs still runs one token, because other ranks wait for its collectives.
         row, uses, groups = [0], [1], [(1, [0])]
     layout = build_layout(groups)
-    return PackedPairs.from_sequences(
+    packed = PackedPairs.from_sequences(
         sequences,
         ref_logps,
         input_ids=torch.tensor(row)[None],
         position_ids=layout.position_ids[None],
         scored_positions=scored,
         uses=torch.tensor(uses)[None],
+        counts=counts,
         shared_layout=layout,
-        prompt_positions=prompts[0::2] if scores_prompts else None,
     )
+    return packed.with_prompts([(sequences[i][0], prompts[i]) for i in scored_prompts])
 
 
 def packed_tokens(
-    sequences: Sequence[PromptAnswer], share: bool = True, by_prompt: bool = False
+    sequences: Sequence[PromptAnswer], share: bool = True, group_sizes: Sequence[int] | None = None
 ) -> int:
     """Length of the row that `collate_packed` makes, without making it."""
     lengths = [
-        _prefix_and_tails([[*prompt, *answer] for prompt, answer in group])
-        for group in _group_sequences(sequences, share, by_prompt)
+        _prefix_and_tails([[*prompt, *answer] for prompt, answer in sequences[start:end]])
+        for start, end in _groups(len(sequences), share, group_sizes)
     ]
     return sum(prefix + sum(tails) for prefix, tails in lengths) or 1  # an empty row has one token
 
 
-def _group_sequences(
-    sequences: Sequence[PromptAnswer], share: bool, by_prompt: bool
-) -> list[list[PromptAnswer]]:
-    if share and by_prompt:
-        return [list(group) for _, group in groupby(sequences, key=lambda pair: [*pair[0]])]
-    size = 2 if share else 1
-    return [list(sequences[start : start + size]) for start in range(0, len(sequences), size)]
+def runs_of_prompts(sequences: Sequence[PromptAnswer]) -> list[int]:
+    """Numbers of consecutive sequences that have the same prompt."""
+    return [len(list(run)) for _, run in groupby(sequences, key=lambda pair: [*pair[0]])]
+
+
+def _groups(
+    num_sequences: int, share: bool, group_sizes: Sequence[int] | None
+) -> Iterator[tuple[int, int]]:
+    """First and last sequence of each group."""
+    if not share:
+        group_sizes = [1] * num_sequences
+    elif group_sizes is None:
+        group_sizes = [2] * (num_sequences // 2)
+    return pairwise([0, *accumulate(group_sizes)])
 
 
 def _prefix_and_tails(ids: Sequence[Sequence[int]]) -> tuple[int, list[int]]:

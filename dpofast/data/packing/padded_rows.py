@@ -13,7 +13,8 @@ def collate_padded(
     sequences: Sequence[PromptAnswer],
     ref_logps: Sequence[float] | None = None,
     pad_token_id: int = 0,
-    scores_prompts: bool = False,
+    counts: Sequence[int] | None = None,
+    scored_prompts: Sequence[int] = (),
 ) -> PackedPairs:
     """Lay out (prompt ids, answer ids) sequences, each in its own row, padded on the right.
 
@@ -26,31 +27,33 @@ def collate_padded(
             still has to run the model, because other ranks wait for its collectives.
         ref_logps: one summed reference log-prob per sequence, in nats.
         pad_token_id: fills the ends of the rows; any id in the vocabulary works.
-        scores_prompts: score the prompts of chosen sequences, too; the sequences are pairs then.
+        counts: how often the pairs have each sequence; None for once.
+        scored_prompts: sequences whose prompts are scored, too.
     """
     num_rows, width = padded_shape(sequences)
     input_ids = torch.full((num_rows, width), pad_token_id)  # [S, L]
     uses = torch.zeros_like(input_ids)
     # Averages over tokens weight them by `uses`. Without sequences, they would divide by zero.
     uses[:, 0] = 1
+    counts = counts or [1] * len(sequences)
     scored, prompts = [], []
     for index, (prompt, answer) in enumerate(sequences):
         length = len(prompt) + len(answer)
         input_ids[index, :length] = torch.tensor([*prompt, *answer])
-        uses[index, :length] = 1
+        uses[index, :length] = counts[index]
         first = index * width + len(prompt) - 1  # the prompt's last token predicts the first label
         scored.append(torch.arange(first, first + len(answer)))
-        if index % 2 == 0:
-            prompts.append(torch.arange(index * width, first))
-    return PackedPairs.from_sequences(
+        prompts.append(torch.arange(index * width, first))
+    padded = PackedPairs.from_sequences(
         sequences,
         ref_logps,
         input_ids=input_ids,
         position_ids=None,
         scored_positions=scored,
         uses=uses,
-        prompt_positions=prompts if scores_prompts else None,
+        counts=counts,
     )
+    return padded.with_prompts([(sequences[i][0], prompts[i]) for i in scored_prompts])
 
 
 def padded_shape(sequences: Sequence[PromptAnswer]) -> tuple[int, int]:

@@ -8,15 +8,17 @@ step sees the same pairs.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.utils.data import Sampler
 
-from dpofast.data.packing.balance import PackFigures, pack_figures, pack_step
+from dpofast.data.packing.balance import pack_step
+from dpofast.data.packing.figures import PlanFigures, plan_figures
 from dpofast.data.packing.likelihood import ChosenTokens, PairsPerToken
+from dpofast.data.packing.token_limit import TokenLimit
 
 MicroBatch = list[int]  # indices of pairs in the dataset
 # Steps that `figures` packs: enough for stable figures, and few enough to be quick.
@@ -55,26 +57,6 @@ class BatchShape:
     @property
     def pairs_per_step(self) -> int:
         return self.pairs * self.micro_batches * self.world_size
-
-
-@dataclass(frozen=True)
-class TokenLimit:
-    """The token limit on packed rows, and the lengths that a plan needs to stay within it.
-
-    Attributes:
-        lengths: tokens that each pair of the dataset adds to a packed row.
-        max_tokens: most tokens in a row; a longer pair gets a row of its own.
-        num_tokens: tokens in all sequences of the dataset, shared prefixes counted twice.
-    """
-
-    lengths: Sequence[int]
-    max_tokens: int
-    num_tokens: int
-
-    @property
-    def saved(self) -> float:
-        """Fraction of all tokens that the body doesn't compute because they are shared."""
-        return 1.0 - sum(self.lengths) / max(self.num_tokens, 1)
 
 
 def split_step(pairs: list[int], shape: BatchShape) -> list[list[MicroBatch]]:
@@ -143,26 +125,22 @@ class StepSampler(Sampler[Any]):
         """One step of the epoch, counted from 0."""
         return self._planned(self._order(), index)
 
-    def figures(self) -> PackFigures | None:
+    def figures(self) -> PlanFigures | None:
         """How well the epoch's first steps are packed; None without packed rows or steps."""
         if self.limit is None or not len(self):
             return None
-        size, lengths = self.shape.pairs_per_step, self.limit.lengths
-        order = self._order()[: DESCRIBED_STEPS * size]
+        size, order = self.shape.pairs_per_step, self._order()
         steps = [order[start : start + size] for start in range(0, len(order), size)]
-        tokens = [[lengths[pair] for pair in step] for step in steps]
-        packed = [pack_step(step, self.shape.world_size, self.limit.max_tokens) for step in tokens]
-        return pack_figures(zip(tokens, packed, strict=True), self.limit.max_tokens)
+        return plan_figures(steps[:DESCRIBED_STEPS], self.limit, self.shape.world_size)
 
-    def describe(self, found: PackFigures) -> str:
+    def describe(self, found: PlanFigures) -> str:
         """A sentence for the log that states these figures."""
         assert self.limit is not None
         longer = f"; {found.over_cap} pairs are longer" if found.over_cap else ""
         return (
             f"{found.micro_batches} rows in {found.steps} steps, filled to {found.fill:.0%} of "
             f"{self.limit.max_tokens} tokens{longer}; the fullest of a step has "
-            f"{found.imbalance_mean:.3f} times the mean; {self.limit.saved:.1%} fewer tokens than "
-            "one sequence at a time"
+            f"{found.imbalance_mean:.3f} times the mean; {_saved(found)}"
         )
 
     def _planned(self, order: list[int], index: int) -> PlannedStep:
@@ -177,10 +155,14 @@ class StepSampler(Sampler[Any]):
     def _slots(self, pairs: list[int]) -> list[list[MicroBatch]]:
         if self.limit is None:
             return split_step(pairs, self.shape)
-        tokens = [self.limit.lengths[pair] for pair in pairs]
+        parts = self.limit.parts(pairs)
+        tokens = [part.tokens for part in parts]
         packed = pack_step(tokens, self.shape.world_size, self.limit.max_tokens)
-        # pack_step counts pairs within the step; micro-batches count them in the dataset.
-        return [[[pairs[index] for index in row] for row in slot] for slot in packed]
+        # pack_step counts parts within the step; micro-batches count pairs in the dataset.
+        return [
+            [[pair for index in row for pair in parts[index].pairs] for row in slot]
+            for slot in packed
+        ]
 
     def _order(self) -> list[int]:
         if self.seed is None:
@@ -188,3 +170,15 @@ class StepSampler(Sampler[Any]):
         # transformers seeds its sampler the same way, so runs see the same pairs in each step.
         generator = torch.Generator().manual_seed(self.seed + self.epoch)
         return torch.randperm(self.num_pairs, generator=generator).tolist()
+
+
+def _saved(found: PlanFigures) -> str:
+    """What sharing saves, in words."""
+    if found.tokens == found.pair_tokens:
+        return f"{found.saved:.1%} fewer tokens than one sequence at a time"
+    again = f" ({found.repeats} answers run again, as not all of a prompt fit a row)"
+    return (
+        f"{found.plain_tokens:,} tokens one sequence at a time, {found.pair_tokens:,} one pair at "
+        f"a time, {found.tokens:,} with each answer of a prompt once"
+        f"{again if found.repeats else ''}: {found.saved:.1%} fewer tokens"
+    )

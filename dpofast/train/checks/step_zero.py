@@ -17,7 +17,7 @@ from dpofast.model.parts import causal_lm
 from dpofast.model.randomness import training_mode_for_a_look
 from dpofast.train.reference.run_reference import RunReference
 from dpofast.zero.weights import spread
-from dpofast_kernels import PairLossOutput, PreferenceLoss, UnpairedLoss
+from dpofast_kernels import PairLossOutput, PreferenceLoss, UnpairedLoss, sum_per_sequence
 
 # The largest mean log-ratio per token, in nats, that rounding explains: the reference was scored in
 # batches of other shapes. A wrong reference is off by tenths of nats or more.
@@ -153,4 +153,4 @@ class StepZeroCheck:
             scores = run_batch(self.policy, batch, task).double().cpu()  # [N]
         if batch.token_weights is not None:
             scores = scores * batch.token_weights.cpu()
-        return torch.stack([part.sum() for part in scores.split(batch.bounds.diff().tolist())])
+        return batch.of_pairs(sum_per_sequence(scores, batch.bounds))

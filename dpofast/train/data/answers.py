@@ -26,7 +26,7 @@ from dpofast.data import (
 )
 from dpofast.data.packing.answers import AnswerSteps, answer_token_limit
 from dpofast.data.packing.collate import Layout
-from dpofast.data.packing.plan import TokenLimit
+from dpofast.data.packing.token_limit import TokenLimit
 from dpofast.errors import ConfigError
 from dpofast.train.data.dataset import PairPreparer, ReadPairs, RunDataset
 from dpofast_kernels import UnpairedLoss

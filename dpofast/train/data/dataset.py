@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, ClassVar, Protocol, TypeVar
 
 import datasets
@@ -20,8 +21,10 @@ from dpofast.data import (
 from dpofast.data.packing.answers import AnswerSteps
 from dpofast.data.packing.collate import Layout
 from dpofast.data.packing.likelihood import NO_LIKELIHOOD, Likelihood
-from dpofast.data.packing.plan import StepSampler, TokenLimit
-from dpofast.data.packing.step_dataset import StepDataset, token_limit
+from dpofast.data.packing.plan import StepSampler
+from dpofast.data.packing.prompt_groups import PromptGroups
+from dpofast.data.packing.step_dataset import StepDataset
+from dpofast.data.packing.token_limit import TokenLimit, token_limit
 from dpofast.errors import DataError
 from dpofast.model.context import Context, context_of, refuse_longer
 from dpofast.model.vocabulary import refuse_unknown_ids, vocabulary_of
@@ -100,7 +103,12 @@ class RunDataset:
         return self.pairs
 
     def _count_tokens(self, layout: Layout, row_tokens: int) -> TokenLimit | None:
-        return token_limit(self.pairs, layout, row_tokens)
+        return token_limit(self.groups, layout, row_tokens)
+
+    @cached_property
+    def groups(self) -> PromptGroups:
+        """The prompts and the distinct answers of the pairs."""
+        return PromptGroups.of(self.pairs)
 
     def resume(self, recorded: Any) -> int:
         """The step from which a resumed run reads the dataset: any step is read as fast."""
@@ -118,6 +126,8 @@ class RunDataset:
         return StepDataset(
             *(self.pairs, self.ref_logps, layout, self.usual_confidence, self.likelihood),
             ld_alpha=ld_alpha,
+            groups=self.groups if layout.runs_answers_once else None,
+            max_tokens=None if self.token_limit is None else self.token_limit.max_tokens,
         )
 
 

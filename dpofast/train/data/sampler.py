@@ -6,7 +6,8 @@ import math
 from typing import NoReturn
 
 from dpofast.data.packing.likelihood import ChosenTokens
-from dpofast.data.packing.plan import BatchShape, StepSampler, TokenLimit
+from dpofast.data.packing.plan import BatchShape, StepSampler
+from dpofast.data.packing.token_limit import TokenLimit
 from dpofast.errors import ConfigError
 from dpofast.options.config import DPOConfig
 

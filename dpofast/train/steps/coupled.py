@@ -27,6 +27,7 @@ from dpofast_kernels import (
     PairLoss,
     PreferenceLoss,
     ZeroLoss,
+    sum_per_sequence,
 )
 
 NUM_COLUMNS = 6  # of a pair: log-probs of policy and reference, and lengths, of both answers
@@ -88,14 +89,27 @@ class CoupledPairs:
         """For an evaluation, which has no gradients."""
         return cls(losses, losses.new_zeros(2 * len(losses)))
 
-    def added_to(self, extras: PairExtras) -> PairExtras:
+    def added_to(self, extras: PairExtras, batch: PackedPairs) -> PairExtras:
         """What the head takes of the micro-batch, with these coefficients of its pairs."""
-        given = extras.coefficients
-        if given is None:
-            return replace(extras, coefficients=self.coefficients)
-        # Prompts, whose likelihood some losses count, come after the sequences of the pairs.
-        of_prompts = given.new_zeros(len(given) - len(self.coefficients))
-        return replace(extras, coefficients=given + torch.cat([self.coefficients, of_prompts]))
+        coefficients = _of_sequences(self.coefficients, batch)
+        if extras.coefficients is not None:
+            coefficients = coefficients + extras.coefficients
+        return replace(extras, coefficients=coefficients)
+
+
+def _of_sequences(
+    per_answer: Tensor,  # [2P]
+    batch: PackedPairs,
+) -> Tensor:
+    """[S]: for each sequence, the sum over the pairs that have it."""
+    if batch.pairs is None:
+        return per_answer
+    flat = batch.pairs.flatten()
+    slots = torch.argsort(flat, stable=True).to(per_answer.device)  # [2P]
+    counts = torch.bincount(flat, minlength=len(batch.bounds) - 1)  # [S]
+    bounds = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+    # In the same order every time, unlike index_add_ on a GPU.
+    return sum_per_sequence(per_answer[slots], bounds)
 
 
 def same_dropout(coupled: CoupledPairs | None) -> contextlib.AbstractContextManager[None]:
@@ -179,7 +193,7 @@ class CoupledPass:
             task = replace(task, extras=replace(task.extras, weighting=None, statistics=()))
             _, logps, *_ = run_batch(self.model, moved, task)
         lengths = batch.lengths.to(self.device, non_blocking=True)
-        columns = (logps[: 2 * batch.num_pairs], moved.ref_logps, lengths)
+        columns = (moved.of_pairs(logps), moved.ref_logps, lengths)
         return torch.cat([each.double().view(-1, 2) for each in columns], 1)
 
     def _gathered(self, step: StepBatch, own: Tensor) -> tuple[Tensor, Tensor]:

@@ -226,8 +226,8 @@ def packing_summary(plan: StepSampler | None) -> dict[str, Any] | None:
     figures = None if plan is None else plan.figures()
     if plan is None or plan.limit is None or figures is None:
         return None
-    limit = plan.limit
-    return {"max_tokens": limit.max_tokens, **asdict(figures), "tokens_saved": limit.saved}
+    max_tokens = plan.limit.max_tokens
+    return {"max_tokens": max_tokens, **asdict(figures), "tokens_saved": figures.saved}
 
 
 def whole_step(step: Any) -> Any:

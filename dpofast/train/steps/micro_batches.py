@@ -102,20 +102,19 @@ class PairLossPass:
         batch = batch.to(self.device)
         task = self.task(batch, loss)
         if coupled is not None:
-            task = replace(task, extras=coupled.added_to(task.extras))
+            task = replace(task, extras=coupled.added_to(task.extras, batch))
         with same_dropout(coupled), self.autocast():
             results = run_batch(wrapped, batch, task, self.router_loss)
-        if coupled is not None:
-            # The coefficients' sum has the gradients, but the loss another value.
-            summed, logps, *rest = results
-            linear = (coupled.coefficients * logps[: 2 * batch.num_pairs]).sum()
-            results = (summed + (coupled.losses.sum() - linear), logps, *rest)
         output, more = add_router_loss(results, self.router_loss, batch.num_pairs)
         likelihood = None
         if batch.coefficients is not None:
             likelihood = batch.likelihood_of_pairs(output.logps)  # [P]
             more |= {NLL: likelihood.sum() / self.likelihood.weight}
-            output = _of_answers(output, batch.num_pairs)
+        output = _of_pairs(output, batch)
+        if coupled is not None:
+            # The coefficients' sum has the gradients, but the loss another value.
+            linear = (coupled.coefficients * output.logps).sum()
+            output = replace(output, loss=output.loss + (coupled.losses.sum() - linear))
         metrics = dict(zip(METRIC_NAMES, output.metrics, strict=True))
         if self.own_metrics is not None:
             metrics |= self.own_metrics(output, batch)
@@ -123,7 +122,7 @@ class PairLossPass:
         more |= of_tokens
         if not loss.is_reference_free:
             assert batch.ref_logps is not None
-            kl, tokens = kl_sums(output.logps, batch.ref_logps, batch.bounds, batch.token_weights)
+            kl, tokens = kl_sums(output.logps, batch.ref_logps, batch.lengths, batch.token_weights)
             more, counts = more | kl, counts | dict.fromkeys(kl, tokens)
         sums.add({**metrics, **more, "loss": output.loss}, batch.num_pairs, counts)
         if batch.sets is not None:
@@ -140,19 +139,14 @@ class PairLossPass:
 
     def task(self, batch: PackedPairs, loss: PairLoss) -> PairLossTask:
         """What the head computes of a micro-batch, which is on the model's device."""
-        ref_logps, pairs = batch.ref_logps, None
-        assert ref_logps is not None
-        if batch.prompts is not None:
-            # The prompts are sequences after those of the pairs, and in none of the pairs.
-            pairs = torch.arange(2 * batch.num_pairs).view(-1, 2)
-            ref_logps = torch.cat([ref_logps, ref_logps.new_zeros(len(batch.prompts))])
         extras = PairExtras(
-            *(pairs, batch.weights, batch.label_confidence),
+            *(batch.pairs, batch.weights, batch.label_confidence),
             *(batch.coefficients, batch.token_weights),
             *(self.weighting, statistics_of(self.token_metrics)),
         )
         options = head_options(causal_lm(self.model).config)
-        return PairLossTask(batch.labels, batch.bounds, ref_logps, loss, options, extras)
+        refs = batch.ref_of_sequences()
+        return PairLossTask(batch.labels, batch.bounds, refs, loss, options, extras)
 
     def _add_sets(self, batch: PackedPairs, metrics: dict[str, Tensor], sums: MetricSums) -> None:
         """Count the metrics of each dataset of a mixture."""
@@ -165,13 +159,13 @@ class PairLossPass:
         sums.add(values, 0, counts)
 
 
-def _of_answers(output: PairLossOutput, num_pairs: int) -> PairLossOutput:
-    """The output without the sequences after the answers, which are prompts."""
+def _of_pairs(output: PairLossOutput, batch: PackedPairs) -> PairLossOutput:
+    """The output with the log-probs [2P] and statistics [K, 2P] of chosen_0, rejected_0, ..."""
     statistics = output.statistics
     return replace(
         output,
-        logps=output.logps[: 2 * num_pairs],
-        statistics=None if statistics is None else statistics[:, : 2 * num_pairs],
+        logps=batch.of_pairs(output.logps),
+        statistics=None if statistics is None else batch.of_pairs(statistics),
     )
 
 

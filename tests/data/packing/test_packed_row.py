@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dpofast.data.packing.packed_row import collate_packed, packed_tokens
+from dpofast.data.packing.packed_row import collate_packed, packed_tokens, runs_of_prompts
 from dpofast_kernels.attention import attends
 
 ids = st.lists(st.integers(3, 5), min_size=1, max_size=6)
@@ -21,7 +21,9 @@ def sequences_of(some_pairs):
 def test_each_label_is_predicted_from_its_own_sequence(some_pairs, share, by_prompt):
     """A scored position attends to its own sequence up to there, in order."""
     sequences = sequences_of(some_pairs)
-    batch = collate_packed(sequences, share=share, by_prompt=by_prompt)
+    batch = collate_packed(
+        sequences, share=share, group_sizes=runs_of_prompts(sequences) if by_prompt else None
+    )
     row, positions = batch.input_ids[0], batch.position_ids[0]
     looks_at = attends(batch.shared_layout)
     uses = torch.zeros_like(row)
@@ -52,7 +54,7 @@ def test_lengths_are_counted_as_they_are_laid_out(some_pairs, share):
 
 def test_all_neighbours_of_one_prompt_share_it_when_asked_to():
     sequences = [([1, 2], [3]), ([1, 2], [3, 4]), ([1, 2], [5]), ([1], [2])]
-    batch = collate_packed(sequences, by_prompt=True)
+    batch = collate_packed(sequences, group_sizes=runs_of_prompts(sequences))
     assert batch.input_ids.tolist() == [[1, 2, 3, 3, 4, 5, 1, 2]]
     assert batch.scored_positions.tolist() == [1, 1, 3, 1, 6]
     assert batch.uses.tolist() == [[3, 3, 1, 1, 1, 1, 1, 1]]

@@ -8,8 +8,9 @@ import torch
 from benchmarks.data import find_data, race_tokenizer
 from dpofast.data import load_preferences, tokenize_preferences
 from dpofast.data.packing.collate import Layout
-from dpofast.data.packing.plan import BatchShape, StepSampler, TokenLimit, split_step
-from dpofast.data.packing.step_dataset import token_limit
+from dpofast.data.packing.plan import BatchShape, StepSampler, split_step
+from dpofast.data.packing.prompt_groups import PromptGroups
+from dpofast.data.packing.token_limit import TokenLimit, token_limit
 
 REAL_PAIRS_PER_STEP, REAL_MAX_TOKENS = 32, 8_192
 
@@ -60,7 +61,7 @@ def test_without_a_seed_the_order_is_that_of_the_dataset():
 def test_packed_steps_have_the_same_pairs_as_padded_ones(world_size):
     shape = BatchShape(2, 2, world_size)
     lengths = [5 + 7 * index % 31 for index in range(21)]
-    limit = TokenLimit(lengths, 40, 2 * sum(lengths))
+    limit = TokenLimit(lengths, 40, [2 * length for length in lengths])
     plain = [list(StepSampler(21, shape, rank, seed=5)) for rank in range(world_size)]
     packed = [list(StepSampler(21, shape, rank, seed=5, limit=limit)) for rank in range(world_size)]
     for step in range(len(plain[0])):
@@ -75,7 +76,7 @@ def test_packed_steps_have_the_same_pairs_as_padded_ones(world_size):
 
 
 def test_the_sentence_about_a_packed_plan():
-    limit = TokenLimit([10, 20, 30, 50], 40, 200)
+    limit = TokenLimit([10, 20, 30, 50], 40, [50] * 4)
     sampler = StepSampler(4, BatchShape(4, 1, 1), 0, seed=None, limit=limit)
     sentence = sampler.describe(sampler.figures())
     assert sentence.startswith("3 rows in 1 steps, filled to 92% of 40 tokens; 1 pairs are longer")
@@ -87,7 +88,7 @@ def test_the_sentence_about_a_packed_plan():
 def real_limit():
     path = find_data("dpo_en_demo")[0]
     pairs, _ = tokenize_preferences(load_preferences(path), race_tokenizer(path), max_length=None)
-    return token_limit(pairs, Layout("shared"), REAL_MAX_TOKENS)
+    return token_limit(PromptGroups.of(pairs), Layout("shared"), REAL_MAX_TOKENS)
 
 
 def real_epoch(limit, ranks, seed):

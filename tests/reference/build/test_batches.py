@@ -11,6 +11,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from dpofast.data.packing.collate import Layout
+from dpofast.data.packing.packed_row import runs_of_prompts
 from dpofast.model.scorer import SequenceScorer
 from dpofast.reference.build.answers import read_answers
 from dpofast.reference.build.batches import BatchesOfTokens
@@ -43,7 +44,7 @@ def cut(batches, dataset):
 
 def positions(sequences, layout="shared"):
     """Count the positions that the model's body really computes in a call."""
-    return Layout(layout).collate(sequences, by_prompt=True).num_body_tokens
+    return Layout(layout).collate(sequences, group_sizes=runs_of_prompts(sequences)).num_body_tokens
 
 
 def shared_prompts(num_prompts, answers_each):

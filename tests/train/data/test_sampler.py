@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from dpofast.data.packing.step_dataset import token_limit
+from dpofast.data.packing.prompt_groups import PromptGroups
+from dpofast.data.packing.token_limit import token_limit
 from dpofast.errors import ConfigError
 from dpofast.train.data.sampler import planned_steps, train_sampler
 from tests.support import make_trainer, token_pairs
@@ -24,7 +25,7 @@ def test_it_gives_what_the_trainer_s_loader_runs(tmp_path, options):
     pairs = token_pairs(11)
     trainer = make_trainer(tmp_path, pairs=pairs, options=options)
     loader = trainer.get_train_dataloader()
-    limit = token_limit(pairs, trainer.layout, trainer.loaders.row_tokens)
+    limit = token_limit(PromptGroups.of(pairs), trainer.layout, trainer.loaders.row_tokens)
     sampler = train_sampler(trainer.args, len(pairs), limit)
     assert len(sampler) == len(loader)
     for epoch in (0, 2):
