@@ -314,6 +314,7 @@ def with_answers(case: Case, answers: int) -> Case:
         answers=answers,
         pairs_per_step=size,
         steps=2,
+        max_tokens=max(case.max_tokens, case.max_length),  # a group is longer than a pair
         fixed_batch=next(each for each in range(case.fixed_batch, 0, -1) if size % each == 0),
     )
 

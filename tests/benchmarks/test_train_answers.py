@@ -150,6 +150,7 @@ def test_the_race_on_a_cpu_is_the_one_that_is_described():
         answers=4,
         pairs_per_step=24,
         steps=2,
+        max_tokens=4096,
         batch_sizes={"trl": sizes, "trl_compact": sizes},
     )
     assert (case.prompts, case.fixed_batch, case.batches_of("trl")) == (8, 4, sizes)
