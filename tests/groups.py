@@ -1,4 +1,4 @@
-"""Answers to a prompt, the pairs made of them, and micro-batches of such pairs as runs make them."""
+"""Answers to a prompt, pairs made of them, and the micro-batches that runs make of the pairs."""
 
 from __future__ import annotations
 
