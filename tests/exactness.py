@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dpofast.data.packing.batch import TokenIds
+from dpofast.data.packing.batch import PackedPairs, TokenIds
 from dpofast.data.packing.collate import Layout
 from dpofast.model.forward import micro_batch, run_batch
 from dpofast.model.head import PairLossTask, head_options
@@ -107,6 +107,11 @@ def laid_out(model: Any, case: Case, layout: Layout) -> Outcome:
     loss = make_loss("sigmoid", beta=case.beta)
     options = head_options(lm.config)
     task = PairLossTask(batch.labels, batch.bounds, batch.ref_logps, loss, options)
+    return Outcome(model, *run_task(model, batch, task))
+
+
+def run_task(model: Any, batch: PackedPairs, task: PairLossTask) -> tuple[Tensor, Tensor]:
+    """Run a micro-batch forward and backward: its loss, and the hidden states that are scored."""
     scored = []
 
     def spy(hidden_states: Tensor, *weights: Any) -> Any:
@@ -116,7 +121,7 @@ def laid_out(model: Any, case: Case, layout: Layout) -> Outcome:
     with micro_batch(model, batch):
         total, *_ = run_batch(model, batch, spy)
         total.backward()
-    return Outcome(model, total, scored[0])
+    return total, scored[0]
 
 
 def compare(model: Any, case: Case, layout: Layout) -> None:

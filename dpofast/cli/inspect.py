@@ -1,4 +1,4 @@
-"""`dpofast inspect`: shows one pair or unpaired row, or the packed rows of one optimizer step."""
+"""`dpofast inspect`: shows one row of the data, or the packed rows of one optimizer step."""
 
 from __future__ import annotations
 

@@ -40,9 +40,9 @@ def plain_weight(model, pair, clamp=None):
     return weight if clamp is None else weight.clamp(max=clamp)
 
 
-def sharp_llama():
+def sharp_llama(seed=0):
     """Logits of a wide spread, so that the weights of pairs differ."""
-    model = tiny_llama().double()
+    model = tiny_llama(seed).double()
     with torch.no_grad():
         model.lm_head.weight.mul_(6.0)
     return model

@@ -15,11 +15,13 @@ import xxhash
 from dpofast.columns import ID_COLUMNS
 from dpofast.data.reading.messages import content_text, decode_messages
 from dpofast.data.reading.mixture import (
+    Sources,
     check_shares,
     in_normal_form,
     sources_of,
     take_shares,
     taken_of,
+    what_counts,
 )
 from dpofast.data.reading.records import BATCH_ROWS
 from dpofast.errors import ConfigError, DataError
@@ -71,33 +73,28 @@ def hold_out(
     if shares is not None:
         check_shares(shares, sources.names)
     sizes = sources.sizes()
-    fraction = _fraction(eval_split, sizes, shares, name)
+    counted = what_counts(dataset)
+    fraction = _fraction(eval_split, sizes, shares, name, counted)
     prompts = np.array(list(_prompt_hashes(dataset, seed)), dtype=object)
-    held: dict[int, bool] = {}
-    for number in sources.names.values():
-        is_own = sources.numbers == number
-        pairs_of = Counter[int]()
-        for prompt, count in zip(prompts[is_own], sources.counts[is_own], strict=True):
-            pairs_of[prompt] += int(count)
-        _decide(pairs_of, fraction, held)
+    held = _held(sources, prompts, fraction)
     is_held = np.array([held.get(prompt, False) for prompt in prompts], dtype=bool)
     if len(set(held.values())) < 2:
         raise DataError(
-            f"{name}: no pairs can be held out, because all pairs of a dataset have the same "
-            "prompt; give a dataset of held-out pairs instead (eval_dataset, or eval_dataset_name "
-            "on the command line and in YAML)"
+            f"{name}: no {counted} can be held out, because all {counted} of a dataset have the "
+            f"same prompt; give a dataset of held-out {counted} instead (eval_dataset, or "
+            "eval_dataset_name on the command line and in YAML)"
         )
     logger.info(
-        "%s: %s of %s pairs held out, with %s of %s prompts",
-        *(name, f"{sources.counts[is_held].sum():,}", f"{sum(sizes.values()):,}"),
+        "%s: %s of %s %s held out, with %s of %s prompts",
+        *(name, f"{sources.counts[is_held].sum():,}", f"{sum(sizes.values()):,}", counted),
         *(f"{sum(held.values()):,}", f"{len(held):,}"),
     )
     training = dataset.select(np.flatnonzero(~is_held))
     held_out = dataset.select(np.flatnonzero(is_held))
     if shares is not None:
         count = int(eval_split) if eval_split >= 1 else None
-        training = take_shares(training, shares, seed, name="training pairs")
-        held_out = take_shares(held_out, shares, seed, name="held-out pairs", at_most=count)
+        training = take_shares(training, shares, seed, name=f"training {counted}")
+        held_out = take_shares(held_out, shares, seed, name=f"held-out {counted}", at_most=count)
     return training, held_out
 
 
@@ -111,8 +108,30 @@ def check_eval_split(eval_split: Any) -> None:
         )
 
 
+def _held(sources: Sources, prompts: np.ndarray, fraction: Fraction) -> dict[int, bool]:
+    """Hash of a prompt -> whether it is held out.
+
+    Args:
+        sources: the datasets of a mixture, or a single one.
+        prompts: hash of each row's prompt, [n].
+        fraction: part of the pairs to hold out of each dataset.
+    """
+    held: dict[int, bool] = {}
+    for number in sources.names.values():
+        is_own = sources.numbers == number
+        pairs_of = Counter[int]()
+        for prompt, count in zip(prompts[is_own], sources.counts[is_own], strict=True):
+            pairs_of[prompt] += int(count)
+        _decide(pairs_of, fraction, held)
+    return held
+
+
 def _fraction(
-    eval_split: float, sizes: Mapping[str, int], shares: Mapping[str, float] | None, name: str
+    eval_split: float,
+    sizes: Mapping[str, int],
+    shares: Mapping[str, float] | None,
+    name: str,
+    counted: str,
 ) -> Fraction:
     """The part to hold out of each dataset."""
     if eval_split < 1:
@@ -121,7 +140,7 @@ def _fraction(
     total = sum(used.values())
     if eval_split >= total:
         raise DataError(
-            f"{name}: eval_split is {eval_split:,}, but there are only {total:,} pairs, and at "
+            f"{name}: eval_split is {eval_split:,}, but there are only {total:,} {counted}, and at "
             "least one has to be left to train on; hold out fewer"
         )
     return Fraction(int(eval_split), total)

@@ -17,6 +17,7 @@ import xxhash
 
 from dpofast.columns import (
     ID_COLUMNS,
+    PAIRED,
     RANKED,
     REF_COLUMNS,
     SOURCE_COLUMN,
@@ -156,7 +157,7 @@ def take_shares(
         f"{count:,} of {available[key]:,} from {key} ({count / size:.2%})"
         for key, count in counts.items()
     )
-    logger.info("%s: %s pairs, %s", name, f"{size:,}", taken)
+    logger.info("%s: %s %s, %s", name, f"{size:,}", what_counts(mixture), taken)
     return mixture.select(np.sort(np.concatenate(chosen)))
 
 
@@ -179,11 +180,17 @@ def taken_of(
         smallest = min(available, key=lambda key: (min(available[key], 1), shares[key]))
         has = ", ".join(f"{key} has {rows:,}" for key, rows in available.items())
         raise DataError(
-            f"{name}: the shares leave no pair of {smallest} ({has}); "
-            + ("raise its share" if available[smallest] else "hold out more or fewer pairs")
-            + ", give it more pairs, or leave it out"
+            f"{name}: the shares leave nothing of {smallest} ({has}); "
+            + ("raise its share" if available[smallest] else "hold out more or less")
+            + ", give it more rows, or leave it out"
         )
     return dict(zip(available, counts, strict=True))
+
+
+def what_counts(dataset: datasets.Dataset) -> str:
+    """What messages call the examples of a dataset in the normal form, in the plural."""
+    kind = kind_of_columns(dataset.column_names)
+    return f"{(UNPAIRED if kind.labelled else PAIRED).noun}s"
 
 
 def rows_by_source(dataset: datasets.Dataset) -> dict[str, int]:

@@ -74,6 +74,7 @@ class AnswerPreparer(PairPreparer):
     """
 
     dataset_class = AnswerDataset
+    kind = UNPAIRED
 
     def check_stream(self) -> None:
         raise ConfigError(

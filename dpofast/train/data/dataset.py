@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Protocol, TypeVar
 import datasets
 import numpy as np
 
-from dpofast.columns import RANKED, REF_COLUMNS, kind_of_columns
+from dpofast.columns import PAIRED, RANKED, REF_COLUMNS, RowKind, kind_of_columns
 from dpofast.data import (
     PooledPairs,
     PreparationReport,
@@ -195,6 +195,7 @@ class PairPreparer:
     """
 
     dataset_class: ClassVar[type[RunDataset]] = RunDataset
+    kind: ClassVar[RowKind] = PAIRED
 
     def __init__(
         self,
@@ -220,8 +221,8 @@ class PairPreparer:
         """Tokenise a dataset, unless the run has it already.
 
         Args:
-            dataset: pairs in any form that `load_preferences` reads; a RunDataset, or an object
-                that was given before, is not prepared again.
+            dataset: pairs in any form that `load_preferences` reads, or PooledPairs; a RunDataset,
+                or an object that was given before, is not prepared again.
             name: dataset name; gets a number appended if another dataset of the run has that name.
 
         Raises:
@@ -261,6 +262,8 @@ class PairPreparer:
             DataError: the data can't be used at all; names the file and the row.
         """
         config = self.config
+        if isinstance(dataset, PooledPairs):  # some of the pairs of a dataset of this run
+            dataset = dataset.written_out()
         pairs = load_preferences(
             dataset,
             columns=self.columns,
@@ -329,11 +332,12 @@ class PairPreparer:
     def say_untemplated(self, is_text: bool, name: str) -> None:
         """Log that text goes to a chat model as it is, which may not be what was meant."""
         if is_text and getattr(self.tokenizer, "chat_template", None) and self.config.should_log:
+            *columns, last = self.kind.columns
             logger.info(
-                "%s: the pairs are text, so they are tokenised as they are, without the "
-                "tokenizer's chat template. If the model is to see a conversation, give prompt, "
-                "chosen and rejected as lists of messages.",
-                name,
+                "%s: the %ss are text, so they are tokenised as they are, without the tokenizer's "
+                "chat template. If the model is to see a conversation, give %s and %s as lists of "
+                "messages.",
+                *(name, self.kind.noun, ", ".join(columns), last),
             )
 
     def say_weights(self, pairs: Any, name: str) -> None:

@@ -72,6 +72,6 @@ def planned_steps(config: DPOConfig, epoch: StepSampler) -> int:
 def refuse_no_step(num_pairs: int, pairs_per_step: int) -> NoReturn:
     """Raise ConfigError: dataloader_drop_last leaves out all pairs."""
     raise ConfigError(
-        f"dataloader_drop_last: the {num_pairs} pairs don't fill one step of {pairs_per_step}, so "
+        f"dataloader_drop_last: {num_pairs} examples don't fill one step of {pairs_per_step}, so "
         "none would be trained; leave it out, or make steps smaller."
     )

@@ -88,6 +88,11 @@ def test_arrow_tables_are_those_of_a_dataset():
         POOLED.with_format("torch")
 
 
+def test_pairs_are_written_out_as_a_dataset():
+    assert POOLED.written_out().to_list() == PLAIN.to_list()
+    assert POOLED.select([]).written_out().column_names == PLAIN.column_names
+
+
 def test_what_a_run_reads_of_the_pairs_is_the_same():
     ours, plain = PairColumns.of(POOLED), PairColumns.of(PLAIN)
     np.testing.assert_array_equal(ours.weights, plain.weights)
@@ -95,10 +100,9 @@ def test_what_a_run_reads_of_the_pairs_is_the_same():
     lengths = POOLED.lengths()
     np.testing.assert_array_equal(lengths[:, :2], [[4, 8]] * 30)
     assert lengths[:, 2].tolist() == [len(pair["rejected_ids"]) for pair in PLAIN]
-    np.testing.assert_array_equal(
-        ChosenTokens.of_lengths(lengths[:, 0], lengths[:, 1]).prompts,
-        ChosenTokens.of(PLAIN).prompts,
-    )
+    tokens = ChosenTokens.of_lengths(lengths[:, 0], lengths[:, 1])
+    np.testing.assert_array_equal(tokens.prompts, ChosenTokens.of(PLAIN).prompts)
+    np.testing.assert_array_equal(tokens.answers, ChosenTokens.of(PLAIN).answers)
 
 
 def test_pairs_of_a_batch_share_their_lists_of_ids():

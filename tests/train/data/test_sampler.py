@@ -64,5 +64,5 @@ def test_number_of_steps(tmp_path, options, steps):
 
 def test_a_run_of_no_step_is_refused(tmp_path):
     trainer = make_trainer(tmp_path, options={"dataloader_drop_last": True})
-    with pytest.raises(ConfigError, match="the 3 pairs don't fill one step of 4"):
+    with pytest.raises(ConfigError, match="3 examples don't fill one step of 4"):
         planned_steps(trainer.args, train_sampler(trainer.args, 3, None))

@@ -181,7 +181,7 @@ def test_an_endless_stream_without_a_usable_pair_ends(tmp_path, monkeypatch):
 
 def test_pairs_that_never_fill_a_step_are_refused(tmp_path):
     options = {"dataloader_drop_last": True}
-    with pytest.raises(ConfigError, match="the 3 pairs don't fill one step of 4"):
+    with pytest.raises(ConfigError, match="3 examples don't fill one step of 4"):
         make_trainer(tmp_path, pairs=stream_of(ROWS[:3]), options=options)
 
 

@@ -1,0 +1,233 @@
+"""Pairs of a prompt in groups train as the same pairs by themselves, whatever the loss needs."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+
+from dpofast.data import mix_preferences
+from dpofast.options.metric_fields import TOKEN_METRICS
+from dpofast.train import trainer as trainer_module
+from dpofast_kernels import CoupledFunction, make_coupled_loss
+from tests.coupled import Gradients, neighbours
+from tests.groups import all_pairs
+from tests.support import (
+    BETA,
+    VOCAB_SIZE,
+    float64_throughout,
+    make_trainer,
+    tiny_llama,
+    tiny_mixtral,
+)
+from tests.train.test_wpo import sharp_llama
+
+# What a log says about the run's speed and its rows, which differ.
+OF_THE_WORK = ("pairs_per_s", "tokens_per_s", "lengths/row", "lengths/scored", "memory/", "mfu")
+
+
+def pools(num_prompts: int = 2, num_answers: int = 4, seed: int = 0) -> list[dict[str, Any]]:
+    """All pairs of the answers to some prompts, in random order. Some answers begin alike."""
+    rng = random.Random(seed)
+
+    def ids(count: int) -> list[int]:
+        return [rng.randrange(3, VOCAB_SIZE) for _ in range(count)]
+
+    rows = []
+    for _ in range(num_prompts):
+        prompt, start = ids(rng.randint(1, 9)), ids(3)
+        answers = [start[: rng.randint(0, 3)] + ids(rng.randint(1, 9)) for _ in range(num_answers)]
+        for chosen, rejected in all_pairs(num_answers):
+            both = {"chosen_ids": answers[chosen], "rejected_ids": answers[rejected]}
+            rows.append({"prompt_ids": prompt, **both})
+    rng.shuffle(rows)
+    return rows
+
+
+def numbered(rows: list[dict[str, Any]], **columns: Any) -> Dataset:
+    """The pairs with more columns, each a function of the pair's number."""
+    return Dataset.from_list(
+        [{**row, **{name: of(i) for name, of in columns.items()}} for i, row in enumerate(rows)]
+    )
+
+
+def own_reference(rows):
+    """An answer has another log-prob in every pair."""
+    return numbered(
+        rows, ref_chosen_logps=lambda i: -30.0 - i / 7, ref_rejected_logps=lambda i: -31.0 + i / 9
+    )
+
+
+def ipo_by_hand(chosen_logratios, rejected_logratios, lengths):
+    margins = chosen_logratios / lengths[:, 0] - rejected_logratios / lengths[:, 1]
+    return (margins - 0.5 / BETA).square()
+
+
+def own_metrics(pairs):
+    logratios = pairs.chosen_logps - pairs.ref_chosen_logps
+    return {"kl/longer": logratios * pairs.lengths[:, 0], "own": pairs.rejected_logps}
+
+
+def mixture(rows):
+    sets = {"a": numbered(rows[::3]), "b": numbered(rows[1::3] + rows[2::3])}
+    return mix_preferences(sets, {"a": 2.0, "b": 1.0})
+
+
+def experts(seed=0):
+    model = tiny_mixtral(seed, output_router_logits=True).double()
+    model.set_experts_implementation("eager")  # the grouped kernels take no float64
+    return model
+
+
+@dataclass(frozen=True)
+class Run:
+    """Options of a run, arguments of its trainer, its pairs, and what makes its model."""
+
+    options: dict[str, Any] = field(default_factory=dict)
+    given: dict[str, Any] = field(default_factory=dict)
+    pairs: Any = numbered
+    model: Any = sharp_llama
+
+    @property
+    def loss_type(self) -> list[str]:
+        names = self.options.get("loss_type", "sigmoid")
+        return [names] if isinstance(names, str) else names
+
+
+def weighted(rows):
+    return numbered(
+        rows, weight=lambda i: [1.0, 0.0, 0.25, 3.0][i % 4], label_confidence=lambda i: 0.6 + i / 50
+    )
+
+
+RUNS = {
+    "sigmoid": Run(),
+    "padded": Run({"layout": "padded"}),
+    "ipo": Run({"loss_type": "ipo"}),
+    "sigmoid_norm": Run({"loss_type": "sigmoid_norm"}),
+    "likelihood": Run({"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.3]}),
+    "likelihood of a padded mixture": Run(
+        {"loss_type": ["sigmoid", "robust", "sft"], "loss_weights": [0.5, 0.2, 1.0]}
+        | {"layout": "padded"},
+        pairs=weighted,
+    ),
+    "sft": Run({"loss_type": "sft"}),
+    "orpo": Run({"loss_type": "orpo"}),
+    "cpo": Run({"loss_type": "cpo"}),
+    "simpo": Run({"loss_type": "simpo"}),
+    "ld_alpha": Run({"ld_alpha": 0.4}),
+    "ld_alpha in a mixture, padded": Run(
+        {"ld_alpha": 0.4, "loss_type": ["sigmoid", "ipo"], "layout": "padded"}
+    ),
+    "columns": Run(pairs=weighted),
+    "wpo": Run({"use_weighting": True}),
+    "wpo with likelihood": Run(
+        {"use_weighting": True, "loss_type": ["sigmoid", "sft"]},
+        pairs=weighted,
+    ),
+    "wpo with ld_alpha": Run(
+        {"use_weighting": True, "ld_alpha": 0.4},
+        pairs=weighted,
+    ),
+    "aot": Run({"loss_type": "aot"}),
+    "aot_unpaired with likelihood, padded": Run(
+        {"loss_type": ["aot_unpaired", "sft"], "layout": "padded"}
+    ),
+    "coupled function": Run(given={"loss_fn": CoupledFunction(neighbours)}),
+    "own loss and metrics": Run(given={"loss_fn": ipo_by_hand, "metrics_fn": own_metrics}),
+    "token metrics": Run({"metrics": list(TOKEN_METRICS)}),
+    "token metrics, padded": Run(
+        {"metrics": list(TOKEN_METRICS), "layout": "padded", "loss_type": "orpo"}
+    ),
+    "target_kl": Run({"target_kl": 0.01, "target_kl_gain": 0.5}),
+    "own reference": Run(pairs=own_reference),
+    "own reference, likelihood": Run(
+        {"loss_type": ["sigmoid", "sft"], "layout": "padded"}, pairs=own_reference
+    ),
+    "datasets": Run(pairs=mixture),
+    "datasets, aot": Run({"loss_type": "aot"}, pairs=mixture),
+    "datasets, likelihood": Run({"loss_type": ["sigmoid", "sft"]}, pairs=mixture),
+    "experts": Run(model=experts),
+    "experts, padded": Run({"layout": "padded"}, model=experts),
+}
+
+
+def apart(monkeypatch):
+    """Let the layouts of trainers run every pair by itself."""
+    choose = trainer_module.choose_layout
+    monkeypatch.setattr(
+        *(trainer_module, "choose_layout"),
+        lambda *args: replace(choose(*args), merges=False),
+    )
+
+
+class Done:
+    """A run of two steps of all pairs, whose policy isn't its reference, and its evaluation."""
+
+    def __init__(self, folder, run: Run) -> None:
+        kept, self.seen = Gradients(), []
+        options = {
+            **{"max_steps": 2, "per_device_train_batch_size": 12, "optim": "sgd"},
+            **{"gradient_accumulation_steps": 1, "max_tokens_per_microbatch": 4096},
+            **{"include_for_metrics": ["loss"], "per_device_eval_batch_size": 12},
+            **run.options,
+        }
+        brings_own = run.pairs is own_reference or set(run.loss_type) <= {"sft", "orpo", "cpo", "simpo"}
+        if set(run.loss_type) & {"sft", "orpo", "cpo"}:
+            del options["include_for_metrics"]  # pairs have no losses of their own
+        with float64_throughout():
+            self.trainer = make_trainer(
+                *(folder, run.model(), run.pairs(pools())),
+                options=options,
+                eval_dataset=run.pairs(pools(num_answers=3, seed=5)),
+                compute_metrics=lambda seen: self.seen.append(seen) or {},
+                callbacks=[kept],
+                ref_model=None if brings_own else run.model(seed=1),
+                **run.given,
+            )
+            self.step = next(iter(self.trainer.get_train_dataloader()))
+            self.trainer.train()
+            self.evaluated = self.trainer.evaluate()
+        self.gradients = kept.grads
+
+    def logs(self) -> list[dict[str, float]]:
+        return [
+            {
+                name: value
+                for name, value in log.items()
+                if isinstance(value, float) and not name.removeprefix("eval_").startswith(SKIPPED)
+            }
+            for log in [*self.trainer.state.log_history, self.evaluated]
+        ]
+
+    @property
+    def predictions(self) -> list[np.ndarray]:
+        (seen,) = self.seen
+        return [*seen.predictions, *([] if seen.losses is None else [seen.losses])]
+
+
+SKIPPED = (*OF_THE_WORK, "train_runtime", "train_s", "runtime", "samples_per", "steps_per")
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_groups_train_as_pairs_by_themselves(tmp_path, monkeypatch, name):
+    """Loss, gradients, all metrics, and the values of each pair in the dataset's order."""
+    found = Done(tmp_path / "groups", RUNS[name])
+    apart(monkeypatch)
+    expected = Done(tmp_path / "pairs", RUNS[name])
+    (batch,), (plain,) = found.step.micro_batches, expected.step.micro_batches
+    assert batch.input_ids.numel() < 0.8 * plain.input_ids.numel()
+    assert batch.num_tokens == plain.num_tokens
+    largest = max(gradient.abs().max() for gradient in expected.gradients)
+    assert largest > 1e-4
+    for ours, theirs in zip(found.gradients, expected.gradients, strict=True):
+        assert (ours - theirs).abs().max() <= 1e-9 * largest
+    for ours, theirs in zip(found.logs(), expected.logs(), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-8, abs=1e-10)
+    for ours, theirs in zip(found.predictions, expected.predictions, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-10)
