@@ -298,5 +298,5 @@ def test_a_stream_is_refused(tmp_path):
 def test_too_few_pairs_for_a_step_are_named(tmp_path):
     options = {**GROUPED, "dataloader_drop_last": True}
     trainer = make_trainer(tmp_path, pairs=grouped_pairs((2, 1)), options=options)
-    with pytest.raises(ConfigError, match="the 3 pairs don't fill one step of 4"):
+    with pytest.raises(ConfigError, match="3 examples don't fill one step of 4"):
         trainer.train()
