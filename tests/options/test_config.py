@@ -97,6 +97,8 @@ def test_defaults_are_trls(tmp_path):
         ({"discopop_tau": 2.0, "loss_type": "discopop"}, "discopop_tau is 2.0, .* at most 1"),
         ({"discopop_tau": "x", "loss_type": "discopop"}, "discopop_tau is 'x', expected a number"),
         ({"dpop_lambda": -1.0, "loss_type": "dpop"}, "dpop_lambda is -1.0, expected"),
+        ({"answer_pairs": "best"}, "answer_pairs: got 'best', .* all, best_worst, adjacent, given"),
+        ({"answer_pairs": "all", "loss_type": "kto"}, "answer_pairs: the kto loss takes answers"),
         ({"beta_schedule": "exp"}, "beta_schedule: got 'exp', .* constant, linear, cosine"),
         ({"beta_schedule": "linear"}, "beta_schedule: linear needs .*; set beta_end"),
         ({"beta_schedule": "cosine", "beta_end": 0.0}, "beta_end: got 0.0, .* above 0"),

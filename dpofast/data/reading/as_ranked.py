@@ -1,4 +1,4 @@
-"""Writes pairs as ranked rows with two answers each, so that they can stand beside ranked rows."""
+"""Writes pairs as ranked rows with two answers each, for mixtures with ranked rows."""
 
 from __future__ import annotations
 

@@ -15,6 +15,7 @@ import xxhash
 from dpofast.columns import ID_COLUMNS
 from dpofast.data.reading.messages import content_text, decode_messages
 from dpofast.data.reading.mixture import (
+    Sources,
     check_shares,
     in_normal_form,
     sources_of,
@@ -73,13 +74,7 @@ def hold_out(
     sizes = sources.sizes()
     fraction = _fraction(eval_split, sizes, shares, name)
     prompts = np.array(list(_prompt_hashes(dataset, seed)), dtype=object)
-    held: dict[int, bool] = {}
-    for number in sources.names.values():
-        is_own = sources.numbers == number
-        pairs_of = Counter[int]()
-        for prompt, count in zip(prompts[is_own], sources.counts[is_own], strict=True):
-            pairs_of[prompt] += int(count)
-        _decide(pairs_of, fraction, held)
+    held = _held(sources, prompts, fraction)
     is_held = np.array([held.get(prompt, False) for prompt in prompts], dtype=bool)
     if len(set(held.values())) < 2:
         raise DataError(
@@ -109,6 +104,24 @@ def check_eval_split(eval_split: Any) -> None:
             f"got {eval_split!r} as eval_split, expected the part of the pairs to hold out, above "
             "0 and below 1, or their number, a whole number of at least 1."
         )
+
+
+def _held(sources: Sources, prompts: np.ndarray, fraction: Fraction) -> dict[int, bool]:
+    """Hash of a prompt -> whether it is held out.
+
+    Args:
+        sources: the datasets of a mixture, or a single one.
+        prompts: hash of each row's prompt, [n].
+        fraction: part of the pairs to hold out of each dataset.
+    """
+    held: dict[int, bool] = {}
+    for number in sources.names.values():
+        is_own = sources.numbers == number
+        pairs_of = Counter[int]()
+        for prompt, count in zip(prompts[is_own], sources.counts[is_own], strict=True):
+            pairs_of[prompt] += int(count)
+        _decide(pairs_of, fraction, held)
+    return held
 
 
 def _fraction(

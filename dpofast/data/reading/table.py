@@ -225,7 +225,8 @@ class TableBuilder:
                 raise RowError(f"the row was left out before: {why}")
             if self.kind.id_columns[0] in record.values:
                 self._kind_without_pairs = "ids"
-            return [self._left_out(number, record.values["left_out"])]
+            row = self._left_out(number, record.values["left_out"])
+            return [{**row, TIES_COLUMN: record.values.get(TIES_COLUMN)}]
         return [self._row(record, pair, number) for pair in result]
 
     def _row(self, record: Record, pair: Pair, number: int) -> Row:
