@@ -1,4 +1,4 @@
-"""Tokenised pairs whose answers stand once, however many pairs they are in."""
+"""Tokenised pairs that hold each answer once, however many of them it is in."""
 
 from __future__ import annotations
 
@@ -95,6 +95,10 @@ class PooledPairs:
         if type != "arrow":
             raise ValueError(f"got the format {type!r}, expected 'arrow'")
         return ArrowPairs(self)
+
+    def written_out(self) -> datasets.Dataset:
+        """A Dataset of the pairs, with the ids of an answer once for each pair that it is in."""
+        return datasets.Dataset(self.with_format("arrow")[:])
 
     def lengths(self) -> np.ndarray:
         """[n, 3] int64, tokens of prompt, chosen and rejected answer of each pair."""

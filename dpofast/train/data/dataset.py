@@ -204,8 +204,8 @@ class PairPreparer:
         """Tokenise a dataset, unless the run has it already.
 
         Args:
-            dataset: pairs in any form that `load_preferences` reads; a RunDataset, or an object
-                that was given before, is not prepared again.
+            dataset: pairs in any form that `load_preferences` reads, or PooledPairs; a RunDataset,
+                or an object that was given before, is not prepared again.
             name: dataset name; gets a number appended if another dataset of the run has that name.
 
         Raises:
@@ -245,6 +245,8 @@ class PairPreparer:
             DataError: the data can't be used at all; names the file and the row.
         """
         config = self.config
+        if isinstance(dataset, PooledPairs):  # some of the pairs of a dataset of this run
+            dataset = dataset.written_out()
         pairs = load_preferences(
             dataset,
             columns=self.columns,

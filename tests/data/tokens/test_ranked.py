@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-
 import pytest
 
 from dpofast.data import load_preferences, mix_preferences, tokenize_preferences, tokenize_ranked
@@ -138,3 +136,89 @@ def test_a_useless_pair_is_left_out_without_the_others_of_its_row():
     # Both answers of the pair that is left out are in other pairs, and are cut once.
     assert (report.answers_cut, report.tokens_cut) == (2, 2)
     assert pooled.answers["completion"][:] == [0, 1, 2]
+
+
+def test_an_empty_answer_after_rendering_leaves_out_its_pairs_alone():
+    tokenizer = byte_bpe(
+        chat_template="{% for m in messages %}{{ m['content'] | replace('z', '') + eos_token }}"
+        "{% endfor %}"
+    )
+    texts = ["z", "a", "b"]
+    rows = [
+        {
+            "prompt": [user("q")],
+            "completions": [[assistant(text)] for text in texts],
+            "scores": [3, 2, 1],
+        }
+    ]
+    (pooled, report), (plain, _) = both(rows, tokenizer)
+    assert ids_of(pooled) == ids_of(plain)
+    assert len(pooled) == 1
+    assert report.left_out == {"empty answer": (0, 0)}
+
+
+def test_strict_refuses_a_row_with_a_useless_pair():
+    rows = [{"prompt_ids": [5], "completions_ids": [[1], [1], [4]], "scores": [3, 2, 1]}]
+    with pytest.raises(DataError, match=r"train, row 0 .*: the row has identical answers"):
+        tokenize_ranked(load_preferences(rows), None, max_length=None, strict=True)
+
+
+def test_a_row_that_the_template_refuses_is_a_bad_row():
+    template = "{% if messages[-1]['content'] == 'x' %}{{ raise_exception('no x') }}{% endif %}"
+    tokenizer = byte_bpe(chat_template=template + CHAT_TEMPLATE)
+    rows = load_preferences([*CHATS, {**CHATS[1], "completions": [[assistant("a")]] * 2}])
+    with pytest.raises(DataError, match=r"2 of 4 rows can't be used:\n.*row 0.*no x.*\n.*row 2"):
+        tokenize_ranked(rows, tokenizer, max_length=None)
+    pooled, report = tokenize_ranked(rows, tokenizer, max_length=None, skip_bad_rows=True)
+    assert set(pooled["row"]) == {1}
+    assert [len(report.problems), len(report.left_out["bad row"])] == [2, 12]
+    assert report.pairs_read == 14
+
+
+def test_rows_that_were_left_out_when_they_were_read_are_reported():
+    rows = [*IDS, {**IDS[0], "completions_ids": [[1], [], [2]]}, {**IDS[0], "ranks": [1, 1, 1]}]
+    data = load_preferences(rows, skip_bad_rows=True)
+    pooled, report = tokenize_ranked(data, None, max_length=None, skip_bad_rows=True)
+    assert len(pooled) == report.pairs_kept == 4
+    assert report.left_out == {"empty answer": (1, 1), "bad row": (2,)}
+    assert report.pairs_read == 7
+    assert report.answers_read == {"prompts": 2, "answers": 5}
+
+
+def test_the_report_counts_prompts_answers_and_ties():
+    row = {**IDS[0], "completions_ids": [[1, 2, 3], [4, 2, 3], [9]]}
+    rows = [{**row, "ranks": [1, 2, 2]}, row]
+    _, report = tokenize_ranked(load_preferences(rows), None, max_length=6)
+    lines = report.lines()
+    assert lines[0] == "train: 5 pairs read, 5 kept"
+    assert lines[1] == "  made of 2 prompts with 6 answers"
+    assert lines[2] == "  1 pair of answers is not made, as the scores are equal"
+    plain = report.as_dict()
+    assert (plain["ties"], plain["answers_read"]) == (1, {"prompts": 2, "answers": 6})
+    # Each answer that is cut counts once, though it is in two pairs.
+    assert (report.answers_cut, report.tokens_cut) == (4, 4)
+    assert plain["answer_lengths"]["longest"] == 3
+
+
+def test_a_mixture_keeps_the_sources_and_weights_of_its_pairs():
+    rows = [{**IDS[0], "weight": 2.0}]
+    mixture = mix_preferences({"many": rows, "two": pairs_of(IDS)}, weights={"many": 3, "two": 1})
+    pooled, _ = tokenize_ranked(mixture, None, max_length=None)
+    assert pooled["source"] == ["many"] * 3 + ["two"] * 3
+    assert pooled["weight"] == [6.0] * 3 + [1.0] * 3
+    assert pooled["row"] == [0, 0, 0, 0, 1, 2]
+    assert ids_of(pooled)[:3] == ids_of(pooled)[3:]
+    assert len(pooled.answers) == 9
+    assert set(pooled.answers["source"]) == {"many", "two"}
+
+
+def test_processes_give_the_same_pairs():
+    rows, tokenizer = load_preferences(TEXTS * 3), TOKENIZERS["merges"]
+    alone, _ = tokenize_ranked(rows, tokenizer, max_length=None)
+    shared, _ = tokenize_ranked(rows, tokenizer, max_length=None, num_proc=2)
+    assert list(shared) == list(alone)
+
+
+def test_ranked_rows_are_not_tokenised_as_pairs():
+    with pytest.raises(DataError, match=r"train has rows with many answers; .* tokenize_ranked"):
+        tokenize_preferences(load_preferences(IDS), None, max_length=None)
