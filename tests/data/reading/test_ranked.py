@@ -128,6 +128,9 @@ def test_rows_in_the_normal_form_keep_their_pairs():
         load_preferences(loaded, answer_pairs="adjacent")
     roles = {"nobody": "user"}  # has the rows read again
     assert load_preferences(loaded, roles=roles).to_list() == loaded.to_list()
+    pairs = [{"prompt": "p", "chosen": "x", "rejected": rejected} for rejected in ("", "y")]
+    mixture = mix_preferences({"many": loaded, "two": pairs})
+    assert load_preferences(mixture, roles=roles).to_list() == mixture.to_list()
 
 
 BAD = {
