@@ -104,7 +104,7 @@ def _why_nothing_in_common(conversations: Sequence[list[Message]], names: Sequen
     if len(conversations) == 1:
         return f"{names[0]} has an answer but no prompt before it; give it one or remove the row"
     firsts = [messages[0] for messages in conversations]
-    # Of many conversations, the first and one that differs from it say what is wrong.
+    # The first conversation and one that differs from it say what is wrong.
     at = next((i for i, each in enumerate(firsts) if not same(each, firsts[0])), 1)
     first, second = firsts[0], firsts[at]
     one, other = names[0], names[at]

@@ -57,7 +57,9 @@ def kind_of_row(row: Mapping[str, Any]) -> RowKind | None:
         return PAIRED
     if has_label and UNPAIRED.answers[0] in filled:
         return UNPAIRED
-    if not _OF_RANKED.isdisjoint(filled):
+    # A file of pairs can have `completions`, too, and a pair without any answer there.
+    can_be_ranked = _OF_PAIRS.isdisjoint(row) or not {*RANKINGS}.isdisjoint(filled)
+    if can_be_ranked and not _OF_RANKED.isdisjoint(filled):
         return RANKED
     if not _OF_PAIRS.isdisjoint(row):  # both answers are null, so they are empty
         return PAIRED

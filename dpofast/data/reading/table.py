@@ -15,6 +15,7 @@ from dpofast.columns import (
     PAIRED,
     PAIRS_COLUMN,
     RANKED,
+    SOURCE_COLUMN,
     TIES_COLUMN,
     UNPAIRED,
     WEIGHT_COLUMNS,
@@ -225,8 +226,8 @@ class TableBuilder:
                 raise RowError(f"the row was left out before: {why}")
             if self.kind.id_columns[0] in record.values:
                 self._kind_without_pairs = "ids"
-            row = self._left_out(number, record.values["left_out"])
-            return [{**row, TIES_COLUMN: record.values.get(TIES_COLUMN)}]
+            kept = {name: record.values.get(name) for name in (SOURCE_COLUMN, TIES_COLUMN)}
+            return [{**self._left_out(number, record.values["left_out"]), **kept}]
         return [self._row(record, pair, number) for pair in result]
 
     def _row(self, record: Record, pair: Pair, number: int) -> Row:
@@ -248,8 +249,8 @@ class TableBuilder:
         row = {"row": number, **pair.values}
         if pair.kind == "messages":
             self._encode(row)
-        if self.again and record.values.get("source") is not None:
-            row["source"] = record.values["source"]
+        if self.again and record.values.get(SOURCE_COLUMN) is not None:
+            row[SOURCE_COLUMN] = record.values[SOURCE_COLUMN]
         self._optional.update(column for column in row if column in OPTIONAL_TYPES)
         return row
 

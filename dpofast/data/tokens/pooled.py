@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from dpofast.columns import ID_COLUMNS
 
-# Columns of the answers: the token ids, and the index of the answer in its row's completions.
+# Columns of the answers: the token ids, and the place of the answer in its row's completions.
 PROMPT, ANSWER, PLACE = "prompt_ids", "completion_ids", "completion"
 _READ_PAIRS = 1000  # that an iteration decodes at a time
 
@@ -28,8 +28,8 @@ class PooledPairs:
 
     Attributes:
         answers: A rows with int lists prompt_ids and completion_ids; int `row`, the row in the
-            source; int `completion`, the index among the row's completions; and `source`, the name
-            of the dataset in a mixture.
+            source; int `completion`, the place among the row's completions that were in a pair when
+            it was read; and `source`, the name of the dataset in a mixture.
         index: [n, 2] int64, the chosen and the rejected answer of each pair.
         columns: n rows with `row`, and `source`, `weight` and `label_confidence` if there are any.
         column_names: columns that reading a pair gives; by default all.
@@ -51,13 +51,15 @@ class PooledPairs:
     def __getitem__(self, key: Any) -> Any:
         """A pair as a dict, some pairs as a dict of lists, or a column as a list."""
         if isinstance(key, str):
-            return self.select_columns([key])._read(np.arange(len(self)))[key]
+            return self.select_columns([key])[:][key]
         if isinstance(key, slice):
-            return self._read(np.arange(len(self))[key])
-        if np.ndim(key):
-            return self._read(np.arange(len(self))[np.asarray(key, np.int64)])
-        pair = self._read(np.arange(len(self))[[int(key)]])
-        return {name: values[0] for name, values in pair.items()}
+            return self._read(np.arange(*key.indices(len(self))))
+        pairs = np.atleast_1d(np.asarray(key, np.int64))
+        pairs = np.where(pairs < 0, pairs + len(self), pairs)
+        if np.any((pairs < 0) | (pairs >= len(self))):
+            raise IndexError(f"got the pair {key}, but there are {len(self)} pairs")
+        found = self._read(pairs)
+        return found if np.ndim(key) else {name: values[0] for name, values in found.items()}
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         for batch in self.iter(_READ_PAIRS):

@@ -94,9 +94,9 @@ def test_one_answer_is_no_pair(count, word):
 
 
 def test_an_option_that_contradicts_the_column_is_refused():
-    with pytest.raises(RowError, match="answer_pairs is given, .* has scores .* all, best_worst"):
+    with pytest.raises(RowError, match=r"answer_pairs is given, .* has scores .* all, best_worst"):
         answer_pairs_of({"scores": [1, 2]}, 2, "given")
-    with pytest.raises(RowError, match="the row has preferences, .* answer_pairs is all; leave"):
+    with pytest.raises(RowError, match=r"the row has preferences, .* answer_pairs is all; leave"):
         answer_pairs_of({"preferences": [[0, 1]]}, 2, "all")
 
 

@@ -124,10 +124,13 @@ def test_rows_in_the_normal_form_keep_their_pairs():
     loaded = load_preferences([TEXT, {**TEXT, "completions": ["a", "", "c", "d"]}])
     assert load_preferences(loaded) is loaded
     assert load_preferences(loaded, answer_pairs="all") is loaded
-    with pytest.raises(ConfigError, match="answer_pairs is adjacent, .* were made with all; give"):
+    with pytest.raises(ConfigError, match=r"answer_pairs is adjacent, .* were made with all; give"):
         load_preferences(loaded, answer_pairs="adjacent")
     roles = {"nobody": "user"}  # has the rows read again
     assert load_preferences(loaded, roles=roles).to_list() == loaded.to_list()
+    pairs = [{"prompt": "p", "chosen": "x", "rejected": rejected} for rejected in ("", "y")]
+    mixture = mix_preferences({"many": loaded, "two": pairs})
+    assert load_preferences(mixture, roles=roles).to_list() == mixture.to_list()
 
 
 BAD = {
@@ -163,14 +166,14 @@ def test_bad_rows_are_named_or_left_out(tmp_path, change, message):
 
 
 def test_a_column_of_scores_without_answers_asks_for_their_name():
-    with pytest.raises(DataError, match="no column 'completions' .*columns={'completions': "):
+    with pytest.raises(DataError, match=r"no column 'completions' .*columns={'completions': "):
         load_preferences([{"prompt": "q", "responses": ["a", "b"], "scores": [1, 2]}])
 
 
 def test_unpaired_rows_and_ranked_ones_do_not_go_together():
-    with pytest.raises(DataError, match="holds rows with many answers .* completion and label"):
+    with pytest.raises(DataError, match=r"holds rows with many answers .* completion and label"):
         load_unpaired([TEXT], name="rows")
-    with pytest.raises(DataError, match="rows holds rows with many answers .* completion and"):
+    with pytest.raises(DataError, match=r"rows holds rows with many answers .* completion and"):
         split_pairs([TEXT], name="rows")
     unpaired = load_unpaired([{"prompt": "a", "completion": "b", "label": True}])
     with pytest.raises(DataError, match="one holds rows with many answers and two unpaired rows"):
@@ -186,7 +189,7 @@ RANKED_IDS = {"prompt_ids": [5], "completions_ids": [[6], [7]], "scores": [0, 1]
     ("ranked", "pair", "answers"),
     [
         (TEXT, {"prompt": "p", "chosen": "x", "rejected": "y"}, ["x", "y"]),
-        (CHAT, MESSAGES, [['{"role": "assistant", "content": "%s"}' % text] for text in "xy"]),
+        (CHAT, MESSAGES, [[json.dumps(assistant(text))] for text in "xy"]),
         (RANKED_IDS, TOKENS, [[2], [3]]),
     ],
     ids=["text", "messages", "ids"],
@@ -208,7 +211,7 @@ def test_pairs_beside_ranked_rows_become_ranked_rows(ranked, pair, answers):
 def test_pairs_with_log_probs_are_refused_beside_ranked_rows():
     pair = {"prompt": "p", "chosen": "x", "rejected": "y"}
     scored = {**pair, "ref_chosen_logps": -1.0, "ref_rejected_logps": -2.0}
-    with pytest.raises(DataError, match="two has ref_chosen_logps .* but one has not"):
+    with pytest.raises(DataError, match=r"two has ref_chosen_logps .* but one has not"):
         mix_preferences({"one": [TEXT], "two": [scored]})
 
 

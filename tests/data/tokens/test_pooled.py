@@ -63,8 +63,9 @@ def test_it_reads_as_a_dataset_of_the_pairs():
     for name in PLAIN.column_names:
         assert POOLED[name] == PLAIN[name][:]
     assert list(POOLED.iter(batch_size=8)) == list(PLAIN.iter(batch_size=8))
-    with pytest.raises(IndexError):
-        POOLED[30]
+    for key in (30, -31, [2, 30]):
+        with pytest.raises(IndexError, match="there are 30 pairs"):
+            POOLED[key]
     with pytest.raises(ValueError, match="no column 'label'"):
         POOLED["label"]
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import random
+import time
+
 import pytest
 
 from dpofast.data import load_preferences, mix_preferences, tokenize_preferences, tokenize_ranked
 from dpofast.errors import DataError
+from dpofast.reference.build.answers import read_answers
 from tests.data.builders import (
     CHAT_TEMPLATE,
     THINKING_TEMPLATE,
@@ -91,6 +95,26 @@ def test_texts_give_the_pairs_of_a_paired_file(tokenizer, limits):
     }
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("limits", LIMITS)
+def test_random_texts_give_the_pairs_of_a_paired_file(limits):
+    rng = random.Random(5)
+
+    def text(longest):
+        return "".join(rng.choice("abcdx ") for _ in range(rng.randint(0, longest)))
+
+    rows = []
+    for _ in range(200):
+        scores = [rng.randrange(3) for _ in range(rng.randint(2, 5))]
+        answers = [text(5) + "b" for _ in scores]
+        if len(set(scores)) > 1:
+            rows.append({"prompt": "a" + text(6), "completions": answers, "scores": scores})
+    # In the vocabulary of whole words, an answer decides on how another one is split.
+    for name in TOKENIZERS.keys() - {"words"}:
+        (pooled, _), (plain, _) = both(rows, TOKENIZERS[name], **limits)
+        assert ids_of(pooled) == ids_of(plain), name
+
+
 @pytest.mark.parametrize("template", [CHAT_TEMPLATE, THINKING_TEMPLATE])
 @pytest.mark.parametrize("limits", [{}, {"max_length": 40}])
 def test_messages_give_the_pairs_of_a_paired_file(template, limits):
@@ -107,8 +131,10 @@ def test_token_ids_give_the_pairs_of_a_paired_file(length):
 
 def test_under_keep_end_the_longest_answer_of_a_row_cuts_the_prompt_of_all_its_pairs():
     options = {"max_length": 6, "truncation_mode": "keep_end"}
-    (pooled, _), _ = both(IDS, None, **options)
+    (pooled, _), (plain, _) = both(IDS, None, **options)
     assert [pair["prompt_ids"] for pair in pooled] == [[6, 7, 8]] * 3
+    # Each pair has one of the longest answers, so a file of pairs gives the same.
+    assert ids_of(pooled) == ids_of(plain)
     # A pair of the shorter answers alone keeps its whole prompt.
     rows = [{**IDS[0], "completions_ids": [[1, 2, 3, 4], [5], [9]]}]
     (pooled, report), (plain, _) = both(rows, None, **options)
@@ -222,3 +248,32 @@ def test_processes_give_the_same_pairs():
 def test_ranked_rows_are_not_tokenised_as_pairs():
     with pytest.raises(DataError, match=r"train has rows with many answers; .* tokenize_ranked"):
         tokenize_preferences(load_preferences(IDS), None, max_length=None)
+
+
+@pytest.mark.slow
+def test_a_pool_of_a_thousand_prompts_is_prepared_in_seconds():
+    rng = random.Random(0)
+
+    def ids(length):
+        return [rng.randrange(3, 1000) for _ in range(length)]
+
+    rows = [
+        {
+            "prompt_ids": ids(200),
+            "completions_ids": [ids(200) for _ in range(7)],
+            "scores": list(range(7)),
+        }
+        for _ in range(1000)
+    ]
+    data = load_preferences(rows)
+    start = time.process_time()
+    pooled, _ = tokenize_ranked(data, None, max_length=None)
+    tokenised = time.process_time()
+    answers = read_answers(pooled.answers, pooled.index)
+    order = rng.sample(range(len(pooled)), len(pooled))
+    for first in range(0, 2400, 24):  # 100 steps
+        pooled[order[first : first + 24]]
+    read = time.process_time()
+    assert (len(pooled), len(answers.first)) == (21_000, 7_000)
+    assert tokenised - start < 15.0  # 2 s on a quiet core
+    assert read - tokenised < 5.0

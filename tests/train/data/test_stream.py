@@ -277,3 +277,5 @@ def test_names_beside_those_of_a_pair_stream_are_refused_unless_they_are_the_sam
         (name,) = more
         with pytest.raises(ConfigError, match=f"^{name}: train_dataset is a PairStream, which has"):
             make_trainer(tmp_path, pairs=given, **more)
+    with pytest.raises(ConfigError, match=r"^answer_pairs: train_dataset is a PairStream, which"):
+        make_trainer(tmp_path, pairs=given, columns=names, answer_pairs="all")
