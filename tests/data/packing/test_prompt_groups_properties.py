@@ -31,8 +31,9 @@ limits = st.sampled_from([1, 9, 14, 20, 40, 10_000])
 
 
 def dataset_of(pairs):
-    return Dataset.from_dict(dict(zip(ID_COLUMNS, map(list, zip(*pairs, strict=True)), strict=True)))
-
+    return Dataset.from_dict(
+        dict(zip(ID_COLUMNS, map(list, zip(*pairs, strict=True)), strict=True))
+    )
 
 
 def counted(pairs):
@@ -135,7 +136,9 @@ def check_batch(batch, own, pairs, ref_logps):
     units = cut_units(batch.bounds.tolist(), both)
     assert sum(unit.num_pairs for unit in units) == len(own)
     sequences = batch.of_pairs(numbers_of(batch)).view(-1, 2).tolist()
-    plain = sum(len(row[0]) * 2 + len(row[1]) + len(row[2]) for row in (pairs[pair] for pair in own))
+    plain = sum(
+        len(row[0]) * 2 + len(row[1]) + len(row[2]) for row in (pairs[pair] for pair in own)
+    )
     assert batch.num_tokens == plain
     if own:
         assert batch.uses.sum() == plain
