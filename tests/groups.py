@@ -62,7 +62,7 @@ def random_ids(generator: torch.Generator, count: int) -> list[int]:
     return found
 
 
-def case_of_pools(*pools: Pool, seed: int = 1, beta: float = 0.7) -> Case:
+def case_of_pools(*pools: Pool, seed: int = 1, beta: float = 0.1) -> Case:
     """All pairs of these pools, in turns. An answer has one reference log-prob in all its pairs."""
     generator = torch.Generator().manual_seed(seed)
     of_pools = []

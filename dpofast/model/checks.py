@@ -251,6 +251,7 @@ def check_head(model: nn.Module) -> None:
         bounds=torch.tensor([0, 8]),
         ref_logps=None,
         num_tokens=8,
+        sequence_tokens=8,
         uses=torch.ones_like(input_ids),
     )
     options = head_options(lm.config)

@@ -92,7 +92,7 @@ class TrainingFlops:
             segments = list(zip(layout.query_lengths, layout.key_lengths, strict=True))
         else:
             # The lengths of padded rows are on the device; their mean is close enough.
-            num_tokens, num_rows = batch.num_tokens, len(batch.input_ids)
+            num_tokens, num_rows = batch.sequence_tokens, len(batch.input_ids)
             segments = [(num_tokens // num_rows,) * 2] * num_rows
         attention = sum(
             flops * sum(causal_scores(*segment, window) for segment in segments)

@@ -117,6 +117,14 @@ def test_attention_of_shared_rows_is_less_than_that_of_separate_ones():
     assert unshared - shared == tokens * flops.per_token + 2 * scores * 12 * 4 * 8
 
 
+@pytest.mark.parametrize("name", ["shared", "padded"])
+def test_an_answer_of_several_pairs_counts_once(name):
+    flops = TrainingFlops(tiny_llama())
+    once, again = (Layout(name).collate(SEQUENCES, counts=counts) for counts in (None, [3, 2]))
+    assert again.num_tokens == 3 * 5 + 2 * 7 > once.num_tokens
+    assert flops.of(again) == flops.of(once)
+
+
 @pytest.mark.parametrize(
     ("name", "dtype", "expected"),
     [

@@ -126,7 +126,9 @@ def test_other_prompts_with_the_same_answers_share_nothing():
 HEADS = [
     # chunks of 16 rows, fewer than a group has
     pytest.param(MANY, {"workspace_bytes": 1}, id="torch in small chunks"),
-    pytest.param((POOLS["all of 3"],), {"backend": "triton"}, id="triton"),
+    pytest.param(
+        *((POOLS["all of 3"],), {"backend": "triton"}), marks=pytest.mark.slow, id="triton"
+    ),
     pytest.param(
         (POOLS["all of 3"], POOLS["alike"]),
         {"backend": "triton", "workspace_bytes": 97 * 8 * 5},

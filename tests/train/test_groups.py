@@ -12,14 +12,16 @@ import torch
 from datasets import Dataset
 
 from dpofast.data import mix_preferences
+from dpofast.errors import ModelError, NonFiniteError
 from dpofast.options.metric_fields import TOKEN_METRICS
 from dpofast.train import trainer as trainer_module
-from dpofast_kernels import CoupledFunction, make_coupled_loss
+from dpofast_kernels import CoupledFunction
 from tests.coupled import Gradients, neighbours
 from tests.groups import all_pairs
 from tests.support import (
     BETA,
     VOCAB_SIZE,
+    answer_logps,
     float64_throughout,
     make_trainer,
     tiny_llama,
@@ -152,6 +154,18 @@ RUNS = {
     "datasets": Run(pairs=mixture),
     "datasets, aot": Run({"loss_type": "aot"}, pairs=mixture),
     "datasets, likelihood": Run({"loss_type": ["sigmoid", "sft"]}, pairs=mixture),
+    "cut groups": Run({"max_tokens_per_microbatch": 60}),
+    "cut groups, all else": Run(
+        {"max_tokens_per_microbatch": 60, "use_weighting": True, "metrics": list(TOKEN_METRICS)}
+        | {"loss_type": ["sigmoid", "sft"]},
+        pairs=weighted,
+    ),
+    "cut groups, aot": Run({"max_tokens_per_microbatch": 60, "loss_type": ["aot", "sft"]}),
+    "padded micro-batches": Run(
+        {"layout": "padded", "per_device_train_batch_size": 4, "gradient_accumulation_steps": 3}
+        | {"loss_type": ["sigmoid", "sft"], "per_device_eval_batch_size": 5},
+        pairs=weighted,
+    ),
     "experts": Run(model=experts),
     "experts, padded": Run({"layout": "padded"}, model=experts),
 }
@@ -177,7 +191,8 @@ class Done:
             **{"include_for_metrics": ["loss"], "per_device_eval_batch_size": 12},
             **run.options,
         }
-        brings_own = run.pairs is own_reference or set(run.loss_type) <= {"sft", "orpo", "cpo", "simpo"}
+        needs_none = set(run.loss_type) <= {"sft", "orpo", "cpo", "simpo"}
+        needs_none |= run.pairs is own_reference
         if set(run.loss_type) & {"sft", "orpo", "cpo"}:
             del options["include_for_metrics"]  # pairs have no losses of their own
         with float64_throughout():
@@ -187,7 +202,7 @@ class Done:
                 eval_dataset=run.pairs(pools(num_answers=3, seed=5)),
                 compute_metrics=lambda seen: self.seen.append(seen) or {},
                 callbacks=[kept],
-                ref_model=None if brings_own else run.model(seed=1),
+                ref_model=None if needs_none else run.model(seed=1),
                 **run.given,
             )
             self.step = next(iter(self.trainer.get_train_dataloader()))
@@ -206,6 +221,14 @@ class Done:
         ]
 
     @property
+    def body_tokens(self) -> int:
+        return sum(batch.num_body_tokens for batch in self.step.micro_batches)
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(batch.num_tokens for batch in self.step.micro_batches)
+
+    @property
     def predictions(self) -> list[np.ndarray]:
         (seen,) = self.seen
         return [*seen.predictions, *([] if seen.losses is None else [seen.losses])]
@@ -214,15 +237,21 @@ class Done:
 SKIPPED = (*OF_THE_WORK, "train_runtime", "train_s", "runtime", "samples_per", "steps_per")
 
 
-@pytest.mark.parametrize("name", RUNS)
+# Runs that touch most of the code; the others are slow together.
+QUICK = ("likelihood of a padded mixture", "wpo with ld_alpha", "datasets, aot")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in RUNS],
+)
 def test_groups_train_as_pairs_by_themselves(tmp_path, monkeypatch, name):
     """Loss, gradients, all metrics, and the values of each pair in the dataset's order."""
     found = Done(tmp_path / "groups", RUNS[name])
     apart(monkeypatch)
     expected = Done(tmp_path / "pairs", RUNS[name])
-    (batch,), (plain,) = found.step.micro_batches, expected.step.micro_batches
-    assert batch.input_ids.numel() < 0.8 * plain.input_ids.numel()
-    assert batch.num_tokens == plain.num_tokens
+    assert found.body_tokens < 0.85 * expected.body_tokens
+    assert found.num_tokens == expected.num_tokens
     largest = max(gradient.abs().max() for gradient in expected.gradients)
     assert largest > 1e-4
     for ours, theirs in zip(found.gradients, expected.gradients, strict=True):
@@ -231,3 +260,84 @@ def test_groups_train_as_pairs_by_themselves(tmp_path, monkeypatch, name):
         assert ours == pytest.approx(theirs, rel=1e-8, abs=1e-10)
     for ours, theirs in zip(found.predictions, expected.predictions, strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-10)
+
+
+class _NanAt:
+    """The loss of one pair is NaN, which is known by the lengths of its answers."""
+
+    def __init__(self, pair):
+        self.sizes = torch.tensor([len(pair["chosen_ids"]), len(pair["rejected_ids"])])
+
+    def __call__(self, chosen, rejected, lengths):
+        losses = torch.nn.functional.softplus(rejected - chosen)
+        return torch.where((lengths == self.sizes).all(1), torch.nan, losses)
+
+
+@pytest.mark.parametrize("layout", ["shared", pytest.param("padded", marks=pytest.mark.slow)])
+def test_the_row_of_a_loss_that_is_nan_is_named(tmp_path, layout):
+    """Rows are numbered as in the dataset, though a group changes their order."""
+    rows = pools(num_prompts=1)
+    sizes = [(len(row["chosen_ids"]), len(row["rejected_ids"])) for row in rows]
+    place = max(i for i in range(6) if sizes.count(sizes[i]) == 1)
+    options = {"layout": layout, "per_device_train_batch_size": 6, "max_steps": 1}
+    trainer = make_trainer(
+        *(tmp_path, None, numbered(rows)), options=options, loss_fn=_NanAt(rows[place])
+    )
+    with pytest.raises(NonFiniteError, match=f"NaN or infinite at row {place} of train"):
+        trainer.train()
+
+
+def test_a_reference_that_is_not_the_policy_stops_a_run_of_groups(tmp_path, monkeypatch):
+    """The check of the first batch says the same as with pairs by themselves."""
+    messages = []
+    for name in ("groups", "pairs"):
+        if name == "pairs":
+            apart(monkeypatch)
+        options = {"per_device_train_batch_size": 12, "gradient_accumulation_steps": 1}
+        trainer = make_trainer(tmp_path / name, None, numbered(pools()), options=options)
+        next(iter(trainer.get_train_dataloader()))  # the reference is scored
+        with torch.no_grad():
+            trainer.model.lm_head.weight.mul_(1.5)
+        with pytest.raises(ModelError, match="the reference log-probs are not those") as raised:
+            trainer.train()
+        messages.append(str(raised.value))
+    assert messages[0] == messages[1]
+
+
+@pytest.mark.parametrize("layout", ["auto", "padded"])
+def test_answers_with_dropout_run_once_for_each_pair(tmp_path, layout):
+    """Two runs of an answer draw other noise, as in plain DPO."""
+    options = {"layout": layout, "per_device_train_batch_size": 6, "disable_dropout": False}
+    for rate, is_grouped in ((0.3, False), (0.0, True)):
+        model = tiny_llama(attention_dropout=rate)
+        rows = numbered(pools(num_prompts=1))
+        trainer = make_trainer(tmp_path / str(rate), model, rows, options=options)
+        (batch,) = next(iter(trainer.get_train_dataloader())).micro_batches
+        assert (batch.pairs is not None) == is_grouped
+
+
+@pytest.mark.slow
+def test_adapters_with_dropout_run_answers_once_for_each_pair(tmp_path):
+    peft = pytest.importorskip("peft", reason="needs the extra `peft`")
+    for rate in (0.3, 0.0):
+        config = peft.LoraConfig(r=2, target_modules=["q_proj"], lora_dropout=rate)
+        trainer = make_trainer(
+            *(tmp_path / str(rate), tiny_llama(), numbered(pools(num_prompts=1))),
+            options={"per_device_train_batch_size": 6, "disable_dropout": False},
+            peft_config=config,
+        )
+        (batch,) = next(iter(trainer.get_train_dataloader())).micro_batches
+        assert (batch.pairs is None) == (rate > 0.0)
+
+
+@pytest.mark.slow
+def test_predict_has_the_pairs_in_the_order_of_the_dataset(tmp_path):
+    rows = pools(seed=3)
+    trainer = make_trainer(tmp_path, tiny_llama(1), ref_model=tiny_llama())
+    found = trainer.predict(numbered(rows)).predictions
+    for side in ("chosen", "rejected"):
+        with torch.no_grad():
+            expected = [
+                answer_logps(trainer.model, row["prompt_ids"], row[f"{side}_ids"]) for row in rows
+            ]
+        np.testing.assert_allclose(getattr(found, f"{side}_logps"), expected, rtol=1e-5)

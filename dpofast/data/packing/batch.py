@@ -39,6 +39,7 @@ class PackedPairs(NoDict):
             chosen_1, ...; None while they are being made.
         num_tokens: tokens in the sequences of all pairs, padding excluded. A sequence that several
             pairs have counts once for each.
+        sequence_tokens: tokens in all sequences, each counted once, padding excluded.
         uses: [B, L] int64, how often the sequences of the pairs contain the position; 0 for
             padding.
         shared_layout: attention layout of a packed row [1, L]; None for padded rows.
@@ -72,6 +73,7 @@ class PackedPairs(NoDict):
     bounds: Tensor
     ref_logps: Tensor | None
     num_tokens: int
+    sequence_tokens: int
     uses: Tensor
     shared_layout: SharedLayout | None = None
     weights: Tensor | None = None
@@ -118,6 +120,7 @@ class PackedPairs(NoDict):
             bounds=torch.tensor([0, *accumulate(map(len, labels))]),
             ref_logps=None if ref_logps is None else torch.tensor(ref_logps, dtype=torch.float64),
             num_tokens=num_tokens,
+            sequence_tokens=sum(lengths),
             uses=uses,
             shared_layout=shared_layout,
         )

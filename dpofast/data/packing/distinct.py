@@ -43,7 +43,7 @@ class DistinctSequences:
         Args:
             pairs: the pairs of a micro-batch, counted in the dataset.
             groups: prompts and answers of the dataset; None to run both sequences of each pair.
-            max_tokens: most tokens of a group of several pairs; None for no limit.
+            max_tokens: most tokens of a group of more than two answers; None for no limit.
         """
         found = cls([], [], [], [], [])
         parts = [[pair] for pair in pairs]

@@ -99,7 +99,7 @@ class PromptGroups:
 
         Args:
             pairs: some pairs, counted in the dataset.
-            max_tokens: most tokens in a part of several pairs; None for no limit.
+            max_tokens: most tokens in a part of more than two answers; None for no limit.
 
         Returns:
             The parts, by the first appearance of their prompts.
