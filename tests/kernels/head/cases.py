@@ -15,6 +15,7 @@ from dpofast_kernels import (
     PairLoss,
     linear_logps,
     linear_pair_loss,
+    make_loss,
     pair_metrics,
 )
 from dpofast_kernels.head import chunked
@@ -34,6 +35,13 @@ PRECISION_CASES = [
     if backend == "torch" or full or dtype == torch.bfloat16
 ]
 FULL_OPTIONS = {"softcap": 5.0, "logit_scale": 0.7, "temperature": 1.3}
+LOSS_CASES = {
+    "sigmoid": make_loss("sigmoid", beta=0.3),
+    "cdpo": make_loss("sigmoid", beta=0.3, label_smoothing=0.2),
+    "hinge": make_loss("hinge", beta=0.3),
+    "ipo": make_loss("ipo", beta=0.3),
+}
+SIGMOID = LOSS_CASES["sigmoid"]
 
 
 @dataclass
@@ -149,6 +157,13 @@ def gradients(inputs: Inputs) -> dict[str, Tensor]:
 def relative_error(actual: Tensor, expected: Tensor) -> float:
     """Norm of the difference, divided by the norm of what is expected."""
     return ((actual - expected).norm() / expected.norm().clamp_min(1e-300)).item()
+
+
+def assert_close(actual: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:
+    """Compare what `run_pair_loss` returns."""
+    assert actual.keys() == expected.keys()
+    for name, value in expected.items():
+        assert relative_error(actual[name], value) <= tolerance, name
 
 
 def set_chunk_rows(monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
