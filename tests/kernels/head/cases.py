@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import Any
 
 import pytest
 import torch
@@ -169,6 +170,19 @@ def assert_close(actual: dict[str, Tensor], expected: dict[str, Tensor], toleran
 def set_chunk_rows(monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
     """Set the most rows of a chunk, whatever fits the workspace."""
     monkeypatch.setattr(chunked, "max_chunk_rows", lambda *_: rows)
+
+
+def count_scored_rows(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """A list to which each pass over a chunk's logits adds the chunk's number of rows."""
+    scored: list[int] = []
+    score = chunked.ChunkedHead.score
+
+    def counted(head: chunked.ChunkedHead, rows: slice, **options: bool) -> Any:
+        scored.append(rows.stop - rows.start)
+        return score(head, rows, **options)
+
+    monkeypatch.setattr(chunked.ChunkedHead, "score", counted)
+    return scored
 
 
 def allowed_error(naive_error: float, dtype: torch.dtype) -> float:

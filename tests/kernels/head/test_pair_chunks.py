@@ -8,9 +8,13 @@ import pytest
 import torch
 
 from dpofast_kernels import (
+    LOSSES,
+    DivergenceLoss,
     PairLoss,
     linear_pair_loss,
     make_custom_loss,
+    make_loss,
+    make_mixture,
 )
 from dpofast_kernels.head import chunked
 from tests.kernels.head.cases import (
@@ -20,6 +24,7 @@ from tests.kernels.head.cases import (
     SHORT_LENGTHS,
     SIGMOID,
     assert_close,
+    count_scored_rows,
     make_inputs,
     options_for,
     run_pair_loss,
@@ -93,16 +98,22 @@ def test_long_pair_of_a_loss_of_one_side(side, monkeypatch):
     assert_close(run_pair_loss(inputs, loss, options_for(inputs, "torch")), expected, 1e-12)
 
 
-def test_logits_of_long_pairs_are_computed_once(monkeypatch):
-    inputs = make_inputs()
-    set_chunk_rows(monkeypatch, 5)
-    scored = []
-    score = chunked.ChunkedHead.score
-    monkeypatch.setattr(
-        chunked.ChunkedHead, "score", lambda head, rows: scored.append(rows) or score(head, rows)
-    )
-    run_pair_loss(inputs, SIGMOID, options_for(inputs, "torch"))
-    assert sum(rows.stop - rows.start for rows in scored) == sum(LENGTHS)
+EVERY_LOSS = [make_loss(name, 0.3, 0.1 if name == "exo_pair" else 0.0) for name in LOSSES]
+EVERY_LOSS += [
+    make_mixture(["sigmoid", "bco_pair"], [0.8, 0.2], 0.3),
+    DivergenceLoss(beta=0.3, loss=SIGMOID, divergence="js_divergence"),
+    make_custom_loss(lambda chosen, rejected, lengths: chosen.square() - rejected, beta=0.3),
+]
+
+
+@pytest.mark.parametrize("rows", [5, 30])  # pairs longer than a chunk, and pairs that fit
+@pytest.mark.parametrize("loss", EVERY_LOSS, ids=lambda loss: "+".join(loss.names))
+def test_logits_are_computed_once(loss, rows, monkeypatch):
+    inputs = make_inputs(hidden_size=8, vocab_size=20)
+    set_chunk_rows(monkeypatch, rows)
+    scored = count_scored_rows(monkeypatch)
+    run_pair_loss(inputs, loss, options_for(inputs, "torch"))
+    assert sum(scored) == sum(LENGTHS)
 
 
 @pytest.mark.parametrize(("rows", "weight_grads"), [(30, 1), (13, 1), (5, 2)])
