@@ -72,8 +72,7 @@ def hold_out(
     if shares is not None:
         check_shares(shares, names)
     sizes = {key: int(np.sum(numbers == number)) for key, number in names.items()}
-    counted = what_counts(dataset)
-    fraction = _fraction(eval_split, sizes, shares, name, counted)
+    fraction = _fraction(eval_split, sizes, shares, name, counted := what_counts(dataset))
     prompts = np.array(list(_prompt_hashes(dataset, seed)), dtype=object)
     held: dict[int, bool] = {}
     for number in names.values():
