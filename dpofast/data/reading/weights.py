@@ -10,7 +10,7 @@ from dpofast.columns import WEIGHT_COLUMNS
 from dpofast.data.reading.row_error import RowError, naming, shown
 
 _EXPECTED = {
-    "weight": "how much the pair counts in the loss, a number of at least 0",
+    "weight": "how much the row counts in the loss, a number of at least 0",
     "label_confidence": "the probability that chosen is the better answer, a number from 0 to 1",
 }
 _LARGEST = {"weight": math.inf, "label_confidence": 1.0}

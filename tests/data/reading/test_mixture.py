@@ -168,5 +168,5 @@ def test_no_sets_are_refused():
 
 def test_a_set_that_would_give_nothing_is_named():
     sets = {"x": texts(3, "x"), "y": texts(3, "y"), "z": texts(3, "z")}
-    with pytest.raises(DataError, match=r"no pair of z \(x has 3, y has 3, z has 3\); raise"):
+    with pytest.raises(DataError, match=r"nothing of z \(x has 3, y has 3, z has 3\); raise"):
         mix_preferences(sets, {"x": 0.98, "y": 0.011, "z": 0.009})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from dpofast_kernels import (
     PairLoss,
     linear_logps,
     linear_pair_loss,
+    make_loss,
     pair_metrics,
 )
 from dpofast_kernels.head import chunked
@@ -34,6 +36,13 @@ PRECISION_CASES = [
     if backend == "torch" or full or dtype == torch.bfloat16
 ]
 FULL_OPTIONS = {"softcap": 5.0, "logit_scale": 0.7, "temperature": 1.3}
+LOSS_CASES = {
+    "sigmoid": make_loss("sigmoid", beta=0.3),
+    "cdpo": make_loss("sigmoid", beta=0.3, label_smoothing=0.2),
+    "hinge": make_loss("hinge", beta=0.3),
+    "ipo": make_loss("ipo", beta=0.3),
+}
+SIGMOID = LOSS_CASES["sigmoid"]
 
 
 @dataclass
@@ -151,9 +160,29 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
     return ((actual - expected).norm() / expected.norm().clamp_min(1e-300)).item()
 
 
+def assert_close(actual: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:
+    """Compare what `run_pair_loss` returns."""
+    assert actual.keys() == expected.keys()
+    for name, value in expected.items():
+        assert relative_error(actual[name], value) <= tolerance, name
+
+
 def set_chunk_rows(monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
     """Set the most rows of a chunk, whatever fits the workspace."""
     monkeypatch.setattr(chunked, "max_chunk_rows", lambda *_: rows)
+
+
+def count_scored_rows(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """A list to which each pass over a chunk's logits adds the chunk's number of rows."""
+    scored: list[int] = []
+    score = chunked.ChunkedHead.score
+
+    def counted(head: chunked.ChunkedHead, rows: slice, **options: bool) -> Any:
+        scored.append(rows.stop - rows.start)
+        return score(head, rows, **options)
+
+    monkeypatch.setattr(chunked.ChunkedHead, "score", counted)
+    return scored
 
 
 def allowed_error(naive_error: float, dtype: torch.dtype) -> float:

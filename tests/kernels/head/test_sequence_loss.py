@@ -19,6 +19,7 @@ from dpofast_kernels.head.singles import Singles
 from tests.kernels.head.cases import (
     FULL_OPTIONS,
     SHORT_LENGTHS,
+    count_scored_rows,
     gradients,
     make_inputs,
     options_for,
@@ -104,6 +105,16 @@ def test_fused_is_close_to_torch():
     expected = plain(inputs.to(torch.float64), answers, KTO, options_for(inputs, "torch"))
     found = run(inputs, answers, KTO, options_for(inputs, "triton_fused"))
     assert_same(found, expected, 2e-2)
+
+
+@pytest.mark.parametrize("rows", [2, 100])  # most answers longer than a chunk, and none
+@pytest.mark.parametrize("loss", [KTO, APO], ids=lambda loss: loss.name)
+def test_logits_are_computed_once(monkeypatch, loss, rows):
+    inputs = make_inputs()
+    set_chunk_rows(monkeypatch, rows)
+    scored = count_scored_rows(monkeypatch)
+    run(inputs, answers_of(inputs), loss, options_for(inputs, "torch"))
+    assert sum(scored) == len(inputs.labels)
 
 
 def test_naive_is_the_same_in_fp64():

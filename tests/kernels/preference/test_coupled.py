@@ -65,6 +65,19 @@ def test_values_and_derivatives_are_those_of_the_formula(name, smoothing):
     torch.autograd.gradcheck(lambda c, r: loss.losses(c, r, *logps[2:]), (chosen, rejected))
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+@pytest.mark.parametrize("name", COUPLED_LOSSES)
+def test_extreme_margins_are_finite(name, smoothing):
+    far = torch.tensor([-1e4, -750.0, 0.0, 720.0, 1e4]).double()
+    zeros = torch.zeros_like(far)
+    loss = make_coupled_loss(name, beta=2.0, label_smoothing=smoothing)
+    for logps in ((far, zeros, zeros, zeros), (zeros, far, zeros, zeros)):
+        found = loss.losses_and_slopes(*logps, torch.ones(5, 2))
+        assert all(values.isfinite().all() for values in found)
+        expected = by_hand(name, (*logps, None), 2.0, smoothing)
+        torch.testing.assert_close(found[0].sum(), expected.sum(), rtol=1e-13, atol=0)
+
+
 def test_a_loss_belongs_to_the_pair_of_the_policys_log_ratio():
     chosen = torch.tensor([5.0, -4.0, 1.0]).double()  # ranks 2, 0, 1
     reference = torch.tensor([0.0, 2.0, -1.0]).double()  # sorted: -1, 0, 2
