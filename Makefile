@@ -5,7 +5,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constr
 STAMP := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-ranks test-slow test-gpu torture lint format bench race race-ref wheel freeze
+.PHONY: help setup demo test test-ranks test-slow test-gpu torture lint format bench race race-groups race-ref wheel freeze
 
 help:  ## list these commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 12
@@ -64,6 +64,9 @@ bench: setup  ## race the head and its loss against plain PyTorch and other libr
 
 race: setup  ## race whole training steps against TRL and plain PyTorch, on this machine (15 minutes)
 	$(BIN)/python -m benchmarks.train --json runs/bench/train.json
+
+race-groups: setup  ## race steps on prompts with four answers, all six pairs of each (25 minutes)
+	$(BIN)/python -m benchmarks.train --answers 4 --json runs/bench/train-groups.json
 
 race-ref: setup  ## race the scoring of the reference against TRL's, on this machine (15 minutes)
 	$(BIN)/python -m benchmarks.reference --json runs/bench/reference.json

@@ -17,14 +17,20 @@ from benchmarks.head_cases import BETA, Case, Inputs, make_inputs
 from benchmarks.stamps import stamps
 from dpofast_kernels import (
     LOSSES,
+    UNPAIRED_LOSSES,
+    Answers,
     DivergenceLoss,
     HeadOptions,
     PairLoss,
     PairLossOutput,
+    SequenceLossOutput,
+    UnpairedLoss,
     backend_for,
     linear_pair_loss,
+    linear_sequence_loss,
     make_loss,
     make_mixture,
+    make_unpaired_loss,
 )
 
 BASE = "sigmoid"
@@ -36,12 +42,16 @@ MADE: dict[str, Callable[[], PairLoss]] = {
         beta=BETA, loss=make_loss(BASE, BETA), divergence="js_divergence"
     ),
 }
-NAMES = (*LOSSES, *MADE)
+NAMES = (*LOSSES, *UNPAIRED_LOSSES, *MADE)
 ALL = "all"
+Z = 0.3  # what losses of single answers compare log-ratios with, in nats
+Output = PairLossOutput | SequenceLossOutput
 
 
-def loss_of(name: str) -> PairLoss:
+def loss_of(name: str) -> PairLoss | UnpairedLoss:
     """The loss of a name in NAMES, at the benchmark's beta."""
+    if name in UNPAIRED_LOSSES:
+        return make_unpaired_loss(name, BETA)
     return MADE[name]() if name in MADE else make_loss(name, BETA, SMOOTHINGS.get(name, 0.0))
 
 
@@ -77,26 +87,35 @@ def race_losses(cases: list[Case], options: argparse.Namespace) -> int:
 def _contender(name: str, inputs: Inputs) -> Contender:
     loss, options = loss_of(name), HeadOptions()
 
-    def run() -> PairLossOutput:
-        output = linear_pair_loss(
-            inputs.hidden_states,
-            inputs.weight,
-            inputs.labels,
-            inputs.bounds,
-            inputs.ref_logps,
-            loss,
-            options,
-        )
+    def run() -> Output:
+        head = (inputs.hidden_states, inputs.weight, inputs.labels)
+        output: Output
+        if isinstance(loss, UnpairedLoss):
+            output = linear_sequence_loss(*head, _answers(inputs), loss, options)
+        else:
+            output = linear_pair_loss(*head, inputs.bounds, inputs.ref_logps, loss, options)
         torch.autograd.grad(output.loss, [inputs.hidden_states, inputs.weight])
         return output
 
     return Contender(name, run)
 
 
-def _is_right(output: PairLossOutput, inputs: Inputs, loss: PairLoss) -> bool:
+def _answers(inputs: Inputs) -> Answers:
+    """The answers of the pairs, each by itself."""
+    is_desirable = torch.arange(len(inputs.ref_logps)) % 2 == 0
+    z = torch.tensor(Z, dtype=torch.float64)
+    return Answers(inputs.bounds, inputs.ref_logps, is_desirable, z)
+
+
+def _is_right(output: Output, inputs: Inputs, loss: PairLoss | UnpairedLoss) -> bool:
     logratios = output.logps.cpu() - inputs.ref_logps.cpu()
-    lengths = inputs.bounds.diff().view(-1, 2)
-    expected = loss.pair_loss(logratios[0::2], logratios[1::2], lengths)[0].sum()
+    if isinstance(loss, UnpairedLoss):
+        answers = _answers(inputs)
+        assert answers.z is not None
+        expected = loss.sequence_loss(logratios, answers.is_desirable, answers.z)[0].sum()
+    else:
+        lengths = inputs.bounds.diff().view(-1, 2)
+        expected = loss.pair_loss(logratios[0::2], logratios[1::2], lengths)[0].sum()
     return bool(torch.isclose(output.loss.detach().double().cpu(), expected, rtol=1e-6))
 
 

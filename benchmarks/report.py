@@ -20,9 +20,10 @@ RESULTS = REPOSITORY / "benchmarks" / "results"
 README = REPOSITORY / "README.md"
 BEGIN = "<!-- figures: written by `python -m benchmarks.report`, from benchmarks/results/ -->"
 END = "<!-- end of figures -->"
-# Contenders in the README, in this order. The README leaves out variants of our contender and the
-# bare products.
+# Contenders in the README, in this order. The README leaves out other layouts of ours and the bare
+# products.
 RIVALS = {
+    "ungrouped": "dpofast without groups: each pair for itself",
     "naive": "plain PyTorch",
     "compile": "the same under torch.compile",
     "trl": "TRL",
@@ -172,7 +173,9 @@ def _what_ran(result: dict[str, Any]) -> list[str]:
     family, shape = case["model"]
     layers = case["layers"] or shape["num_hidden_layers"]
     model = f"{family} of {layers} layers x {shape['hidden_size']}, {case['dtype']}"
-    return [f"{model}, on {case['data']}"]
+    answers = case.get("answers", 2)  # older results do not say
+    pairs = f", {answers} answers to a prompt and all their pairs" if answers > 2 else ""
+    return [f"{model}, on {case['data']}{pairs}"]
 
 
 def _machine(result: dict[str, Any]) -> str:

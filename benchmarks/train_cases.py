@@ -18,10 +18,14 @@ import torch
 from datasets import Dataset, concatenate_datasets, load_from_disk
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from benchmarks.answer_pairs import answer_pairs, num_pairs, rows_needed
+
 BETA = 0.1
 MAX_GRAD_NORM = 1.0
 SEED = 0
 TINY_VOCABULARY = 300
+# Pairs in a step of a race with more than two answers to a prompt.
+GROUPED_PAIRS = 24
 LORA_LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 # By dtype: allowed relative differences of a step's loss and gradient norm from naive's.
 TOLERANCES = {
@@ -71,6 +75,7 @@ class Case:
         layers: number of layers; None for the shape's.
         dtype: torch's name for the dtype of the weights and of all arithmetic.
         data: preference file whose first pairs are trained on; "random" for short random pairs.
+        answers: answers to a prompt, all of whose pairs are trained; 2 for the file's own pairs.
         pairs_per_step: pairs in an optimizer step.
         steps: timed steps, each with pairs of its own. An untimed step comes first, with the pairs
             of the first timed one.
@@ -87,6 +92,7 @@ class Case:
     layers: int | None = None
     dtype: str = "float32"
     data: str = "dpo_en_demo"
+    answers: int = 2
     pairs_per_step: int = 8
     steps: int = 4
     max_length: int = 4096
@@ -98,12 +104,24 @@ class Case:
     batch_sizes: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if self.answers < 2:
+            raise ValueError(f"Pairs need at least 2 answers to a prompt, not {self.answers}.")
+        if self.pairs_per_step % num_pairs(self.answers):
+            raise ValueError(
+                f"Steps of {self.pairs_per_step} pairs can't be made of whole prompts, which have "
+                f"{num_pairs(self.answers)} pairs each."
+            )
         for name, sizes in {"ours": (self.fixed_batch,), **self.batch_sizes}.items():
             if all(self.pairs_per_step % size for size in sizes):
                 raise ValueError(
                     f"Steps of {self.pairs_per_step} pairs can't be made of micro-batches of "
                     f"{' or '.join(map(str, sizes))} pairs ({name})."
                 )
+
+    @property
+    def prompts(self) -> int:
+        """Prompts of the timed steps."""
+        return self.pairs_per_step * self.steps // num_pairs(self.answers)
 
     @property
     def tolerances(self) -> dict[str, float]:
@@ -218,7 +236,8 @@ def prepare(case: Case, folder: Path, data: Path | None) -> str:
     Returns:
         Where the pairs come from: "file", "generated" or "random".
     """
-    tokenizer, pairs, origin = _texts(case, data) if case.data != "random" else _random(case)
+    tokenizer, rows, origin = _texts(case, data) if case.data != "random" else _random(case)
+    pairs = answer_pairs(rows, case.prompts, case.answers, case.max_length)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "case.json").write_text(json.dumps(asdict(case)), encoding="utf-8")
     pairs.save_to_disk(str(folder / "pairs"))
@@ -234,10 +253,10 @@ def _texts(case: Case, data: Path | None) -> tuple[Any, Dataset, str]:
 
     path, origin = find_data(case.data, data)
     tokenizer = race_tokenizer(path)
-    wanted = case.pairs_per_step * case.steps
+    wanted = rows_needed(case.prompts, case.answers)
     rows = load_preferences(str(path))
     if len(rows) < wanted:
-        raise ValueError(f"{path} has {len(rows)} pairs, but {wanted} are to be trained.")
+        raise ValueError(f"{path} has {len(rows)} pairs, but the race needs {wanted}.")
     pairs, _ = tokenize_preferences(
         rows.select(range(wanted)), tokenizer, max_length=case.max_length
     )
@@ -257,7 +276,7 @@ def _random(case: Case) -> tuple[Any, Dataset, str]:
 
     rows = [
         {"prompt_ids": ids(), "chosen_ids": ids(), "rejected_ids": ids()}
-        for _ in range(case.pairs_per_step * case.steps)
+        for _ in range(rows_needed(case.prompts, case.answers))
     ]
     return train_bpe(["some words"], TINY_VOCABULARY), Dataset.from_list(rows), "random"
 
@@ -282,6 +301,24 @@ def gpu_case(shape: str, batch_sizes: tuple[int, ...]) -> Case:
     )
 
 
+def with_answers(case: Case, answers: int) -> Case:
+    """The same race on prompts with several answers: fewer, larger steps of whole prompts.
+
+    A step has the pairs of as many prompts as make `GROUPED_PAIRS` pairs or fewer, and of at least
+    one.
+    """
+    of_prompt = max(1, num_pairs(answers))  # fewer than two answers are refused by Case
+    size = of_prompt * max(1, GROUPED_PAIRS // of_prompt)
+    return replace(
+        case,
+        answers=answers,
+        pairs_per_step=size,
+        steps=2,
+        max_tokens=max(case.max_tokens, case.max_length),  # a group is longer than a pair
+        fixed_batch=next(each for each in range(case.fixed_batch, 0, -1) if size % each == 0),
+    )
+
+
 def tiny(case: Case) -> Case:
     """The same race with a tiny model and few short pairs, for a dry run."""
     sizes = {name: (1, 2) if len(each) > 1 else each for name, each in case.batch_sizes.items()}
@@ -289,7 +326,7 @@ def tiny(case: Case) -> Case:
         case,
         shape="tiny",
         data="random",
-        pairs_per_step=4,
+        pairs_per_step=4 if case.answers == 2 else 2 * num_pairs(case.answers),
         steps=2,
         max_tokens=64,
         fixed_batch=2,

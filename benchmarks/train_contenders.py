@@ -10,7 +10,7 @@ import contextlib
 import copy
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -100,12 +100,14 @@ class Entry:
         run: function that does all the work and reports to the meter; raises if it can't.
         note: description.
         layout: layout of our contenders; None for others.
+        merges: whether our contender runs the pairs of a prompt together.
         on: devices where it takes part without being asked for.
     """
 
     run: Callable[[Work, Meter], Any]
     note: str
     layout: str | None = None
+    merges: bool = True
     on: tuple[str, ...] = ("cpu", "cuda")
 
 
@@ -137,8 +139,13 @@ def trainer_options(work: Work, name: str) -> dict[str, Any]:
     }
 
 
-def _ours(layout: str) -> Callable[[Work, Meter], None]:
-    """Train with our trainer. All layouts share one reference store, which the first one fills."""
+def _ours(layout: str, merges: bool = True) -> Callable[[Work, Meter], None]:
+    """Train with our trainer. All layouts share one reference store, which the first one fills.
+
+    Args:
+        layout: the option of that name.
+        merges: whether the pairs of a prompt run together; no option of a run switches that off.
+    """
 
     def run(work: Work, meter: Meter) -> None:
         from dpofast import DPOConfig, DPOTrainer
@@ -156,6 +163,8 @@ def _ours(layout: str) -> Callable[[Work, Meter], None]:
             callbacks=[StepCallback(meter)],
             peft_config=work.adapter(),
         )
+        if not merges:
+            trainer.loaders.layout = replace(trainer.loaders.layout, merges=False)
         meter.watch(trainer.model)
         meter.attention = work.attention if layout == "padded" else packed_attention_of(work)
         trainer.train()
@@ -343,6 +352,13 @@ ENTRIES: dict[str, Entry] = {
     "shared": Entry(_ours("shared"), "ours: packed rows, what a pair begins with once", "shared"),
     "unshared": Entry(_ours("unshared"), "ours: packed rows, each sequence for itself", "unshared"),
     "padded": Entry(_ours("padded"), "ours: a row for each sequence", "padded"),
+    "grouped": Entry(_ours("shared"), "ours: packed rows, each answer to a prompt once", "shared"),
+    "ungrouped": Entry(
+        _ours("shared", merges=False),
+        "ours: packed rows, what a pair begins with once, each pair for itself",
+        "shared",
+        merges=False,
+    ),
     "trl": Entry(_trl(), "TRL, reference log-probs precomputed"),
     "trl_compact": Entry(
         _trl(compact=True),
@@ -352,4 +368,8 @@ ENTRIES: dict[str, Entry] = {
     "trl_plain": Entry(_trl(precompute=False), "TRL, reference on every step", on=("cuda",)),
     "naive": Entry(_naive, "plain PyTorch: two models, padded, all logits"),
 }
-OURS, TRUTH = "shared", "naive"
+TRUTH = "naive"
+_RIVALS = ("trl", "trl_compact", "trl_plain", TRUTH)
+# The race of pairs, and that of prompts with several answers. Ours comes first in each.
+OF_PAIRS = ("shared", "unshared", "padded", *_RIVALS)
+OF_ANSWERS = ("grouped", "ungrouped", *_RIVALS)

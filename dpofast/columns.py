@@ -13,6 +13,9 @@ ID_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
 LABEL_COLUMN = "label"
 # The token ids of an answer to another prompt, which KTO compares an unpaired row with.
 MISMATCHED_COLUMN = "mismatched_ids"
+# Which answers of a ranked row are compared: [chosen, rejected], places in its list of answers; and
+# how many pairs its equal scores leave unmade.
+PAIRS_COLUMN, TIES_COLUMN = "pairs", "ties"
 # Reference log-probs that a dataset can carry: float64, in nats. The names are TRL's.
 REF_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
 # How much a pair counts in the loss, and the probability that its chosen answer is the better one:
@@ -29,16 +32,18 @@ class RowKind:
     """What a row of data has besides its prompt.
 
     Attributes:
-        name: "paired" or "unpaired".
+        name: "paired", "unpaired" or "ranked".
         noun: what messages call a row.
         answers: columns of the answers, as text or as messages.
         labelled: whether a column says if the answer is desirable.
+        many: whether a column of answers holds a list of any number of them.
     """
 
     name: str
     noun: str
     answers: tuple[str, ...]
     labelled: bool = False
+    many: bool = False
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -54,9 +59,13 @@ class RowKind:
 PAIRED = RowKind("paired", "pair", PAIR_COLUMNS[1:])
 # One answer and a label, as KTO takes them (arXiv:2402.01306).
 UNPAIRED = RowKind("unpaired", "row", ("completion",), labelled=True)
-_OF_UNPAIRED = frozenset((*UNPAIRED.answers, *UNPAIRED.id_columns[1:]))
+# Any number of answers to one prompt, and the pairs of them that are compared.
+RANKED = RowKind("ranked", "row", ("completions",), many=True)
 
 
 def kind_of_columns(columns: Collection[str]) -> RowKind:
     """The kind of rows in the normal form or tokenised, from the names of their columns."""
-    return PAIRED if _OF_UNPAIRED.isdisjoint(columns) else UNPAIRED
+    for kind in (RANKED, UNPAIRED):
+        if not {*kind.answers, *kind.id_columns[1:]}.isdisjoint(columns):
+            return kind
+    return PAIRED

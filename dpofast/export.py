@@ -14,7 +14,7 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet
 
-from dpofast.columns import REF_COLUMNS
+from dpofast.columns import RANKED, REF_COLUMNS, kind_of_columns
 from dpofast.data.reading.files import data_suffix
 from dpofast.data.reading.preferences import load_preferences
 from dpofast.data.reading.sources import read_records
@@ -104,6 +104,12 @@ def export_pairs(
     path = check_output(path, source.source)
     _refuse_cuts(report)
     pairs = source.pairs()
+    if kind_of_columns(pairs.column_names) is RANKED:
+        raise DataError(
+            "The rows have many answers (completions), and the file would have columns of one "
+            "pair: write each pair as a row with chosen and rejected first. A run that has this "
+            "reference store needs no such file."
+        )
     _refuse_ref_columns(pairs)
     indices = _source_indices(pairs, tokens)
     logps = _stored_logps(namespace, tokens)

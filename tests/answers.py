@@ -31,6 +31,5 @@ def make_kto(folder, model=None, rows=None, *, options=None, trainer_class=KTOTr
         tiny_llama() if model is None else model,
         args=config,
         train_dataset=answer_rows() if rows is None else rows,
-        processing_class=byte_tokenizer(),
-        **more,
+        **{"processing_class": byte_tokenizer(), **more},
     )

@@ -70,7 +70,7 @@ def _print_metrics(metrics: dict[str, float], path: Path) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("metric", "mean over pairs")
+    table = Table("metric", "mean")
     table.columns[1].justify = "right"
     for name, value in metrics.items():
         table.add_row(name.removeprefix("eval_"), f"{value:.4f}")

@@ -1,4 +1,4 @@
-"""`dpofast inspect`: shows one pair or unpaired row, or the packed rows of one optimizer step."""
+"""`dpofast inspect`: shows one row of the data, or the packed rows of one optimizer step."""
 
 from __future__ import annotations
 
@@ -98,8 +98,11 @@ def _show_step(options: RunOptions, step: int, rank: tuple[int, int]) -> None:
     else:
         pairs, start, epoch = train_set, 0, 0
     pairs.measure_lengths(layout, max_row_tokens(config, _refuse_to_measure))
-    in_order = pairs.is_window
-    sampler = train_sampler(config, len(pairs), pairs.token_limit, rank, in_order=in_order)
+    sampler = train_sampler(
+        *(config, len(pairs), pairs.token_limit, rank),
+        in_order=pairs.is_window,
+        prompts=pairs.prompts,
+    )
     if not pairs.is_window:
         _refuse_beyond("step", step, planned_steps(config, sampler), "the run's steps")
         epoch = step // len(sampler)
@@ -110,7 +113,7 @@ def _show_step(options: RunOptions, step: int, rank: tuple[int, int]) -> None:
     assert figures is not None  # rows are packed
     print_rich(Text(f"Layout: {layout.name}; {sampler.describe(figures)}."))
     _print_headline(planned, f"step {step} (epoch {epoch}), rank {rank[0]} of {rank[1]}")
-    _print_packed_rows(planned, pairs.pairs, layout, tokenizer, attention_window(model))
+    _print_packed_rows(planned, pairs, layout, tokenizer, attention_window(model))
 
 
 def _print_headline(planned: PlannedStep, place: str) -> None:
@@ -122,21 +125,19 @@ def _print_headline(planned: PlannedStep, place: str) -> None:
 
 
 def _print_packed_rows(
-    planned: PlannedStep, pairs: Any, layout: Layout, tokenizer: Any, window: int | None
+    planned: PlannedStep, dataset: Any, layout: Layout, tokenizer: Any, window: int | None
 ) -> None:
     """Lay out each micro-batch of a step as training would, and print it."""
     import numpy as np
 
-    from dpofast.data.packing.step_dataset import StepDataset
     from dpofast.inspect.packed import render_packed
 
     # The layout doesn't depend on the reference's log-probs, so nothing is scored.
-    unknown_logps = np.full((len(pairs), 2), np.nan)
-    rows = planned.micro_batches
-    batches = StepDataset(pairs, unknown_logps, layout).__getitems__(planned).micro_batches
-    for number, (row, batch) in enumerate(zip(rows, batches, strict=True)):
-        print_rich(Text(f"\nrow {number} of {len(rows)}", style="bold reverse"))
-        examples = [pairs[pair] for pair in row]
+    dataset.ref_logps = np.zeros((len(dataset), 2))
+    step = dataset.step_dataset(layout).__getitems__(planned)
+    for number, (row, batch) in enumerate(zip(step.indices, step.micro_batches, strict=True)):
+        print_rich(Text(f"\nrow {number} of {len(step.indices)}", style="bold reverse"))
+        examples = [dataset.pairs[pair] for pair in row]
         print_rich(render_packed(batch, examples, tokenizer, window=window))
 
 

@@ -152,6 +152,7 @@ def _open_stream(options: RunOptions, name: str, split: str) -> Any:
         roles=script.dataset_roles,
         split=split,
         config_name=script.dataset_config,
+        answer_pairs=options.config.answer_pairs,
     )
 
 
@@ -167,6 +168,7 @@ def _load_pairs(
         name, source = source, _open_stream(options, source, split).source
     if load is None:
         load = load_either if is_unpaired(options.config) else load_preferences
+    of_pairs = {"answer_pairs": options.config.answer_pairs} if load is load_preferences else {}
     return load(
         source,
         name=name,
@@ -176,4 +178,5 @@ def _load_pairs(
         strict=options.config.strict,
         skip_bad_rows=options.config.skip_bad_rows,
         config_name=options.script.dataset_config,
+        **of_pairs,
     )

@@ -22,7 +22,9 @@ def train(parsed: argparse.Namespace, overrides: list[str]) -> None:
         trainer.train(resume_from_checkpoint=options.config.resume_from_checkpoint)
         trainer.save_model()
     if is_main_process():
-        _print_result(Path(options.config.output_dir))
+        from dpofast.train.reports.card_facts import examples_of
+
+        _print_result(Path(options.config.output_dir), examples_of(trainer))
 
 
 def make_trainer(options: RunOptions) -> Any:
@@ -53,7 +55,8 @@ def make_trainer(options: RunOptions) -> Any:
     return trainer
 
 
-def _print_result(folder: Path) -> None:
+def _print_result(folder: Path, examples: str) -> None:
+    """Print what has been trained; `examples` says of what, such as pairs."""
     from rich.console import Console
 
     from dpofast.monitor.callbacks import METRICS_FILE
@@ -64,11 +67,11 @@ def _print_result(folder: Path) -> None:
 
     console = Console(highlight=False)
     with ReportGuard()(f"printing {SUMMARY_FILE}"):
-        _print_summary(folder / SUMMARY_FILE, console)
+        _print_summary(folder / SUMMARY_FILE, examples, console)
     console.print(f"model, {CARD_FILE}, {SUMMARY_FILE}, {METRICS_FILE} and {PLOT_FILE}: {folder}")
 
 
-def _print_summary(path: Path, console: Any) -> None:
+def _print_summary(path: Path, examples: str, console: Any) -> None:
     import json
 
     summary = json.loads(path.read_text(encoding="utf-8"))
@@ -76,7 +79,7 @@ def _print_summary(path: Path, console: Any) -> None:
         console.print(f"{summary['global_step']} steps, all trained before this start")
     else:
         console.print(
-            f"{summary['global_step']} steps, {summary['pairs_per_second']:.2f} pairs/s, "
+            f"{summary['global_step']} steps, {summary['pairs_per_second']:.2f} {examples}/s, "
             f"first loss {summary['first_loss']:.4f}, mean loss {summary['train_loss']:.4f}"
         )
     console.print(

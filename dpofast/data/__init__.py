@@ -19,17 +19,17 @@ from dpofast.data.reading.row_stream import is_stream
 from dpofast.data.reading.split_pairs import split_pairs
 from dpofast.data.tokens.fingerprint import data_fingerprint, pairs_fingerprint
 from dpofast.data.tokens.mismatched import with_mismatched
+from dpofast.data.tokens.pooled import PooledPairs
+from dpofast.data.tokens.ranked import tokenize_ranked
+from dpofast.data.tokens.refusals import refuse_nothing_kept, warn_of_rerendered_prompts
 from dpofast.data.tokens.report import PreparationReport
 from dpofast.data.tokens.stream import TokenisedRows, TokenStream
-from dpofast.data.tokens.tokenize import (
-    refuse_nothing_kept,
-    tokenize_preferences,
-    warn_of_rerendered_prompts,
-)
+from dpofast.data.tokens.tokenize import tokenize_preferences
 from dpofast.data.tokens.unpaired import refuse_one_label, tokenize_unpaired
 
 __all__ = [
     "PairStream",
+    "PooledPairs",
     "PreparationReport",
     "TokenStream",
     "TokenisedRows",
@@ -49,6 +49,7 @@ __all__ = [
     "rows_by_source",
     "split_pairs",
     "tokenize_preferences",
+    "tokenize_ranked",
     "tokenize_unpaired",
     "warn_of_rerendered_prompts",
     "with_mismatched",

@@ -12,6 +12,7 @@ from dpofast.demo.screen import Sample, Samples, Screen
 from dpofast.demo.training import Measured, Recipe, Start, prepare, train
 from dpofast.monitor.plots import PLOT_FILE, plot_run
 from dpofast.monitor.summary import SUMMARY_FILE, hardware, versions, write_json
+from dpofast.train.reports.card_facts import examples_of
 from dpofast.train.reports.summary import reference_summary
 
 REFERENCE_COUNTS = ("ref_forward_passes", "ref_rows_scored", "ref_store_hits")
@@ -48,7 +49,8 @@ def run_demo(folder: Path, seed: int = 0, recipe: Recipe | None = None) -> dict[
     }
     write_json(folder / SUMMARY_FILE, summary)
     plot_run(trainer.state.log_history, folder / PLOT_FILE, f"{recipe.title}, on the demo's pairs")
-    screen.result(summary, _samples(start.data, start.measured, after), folder)
+    samples = _samples(start.data, start.measured, after)
+    screen.result(summary, samples, folder, examples_of(trainer))
     return summary
 
 

@@ -127,8 +127,17 @@ class Screen:
             f"Store: {folder}"
         )
 
-    def result(self, summary: dict[str, Any], samples: Samples, folder: Path) -> None:
-        """Print accuracies, log-probs and sample answers, before and after."""
+    def result(
+        self, summary: dict[str, Any], samples: Samples, folder: Path, examples: str
+    ) -> None:
+        """Print accuracies, log-probs and sample answers, before and after.
+
+        Args:
+            summary: what summary.json holds.
+            samples: answers to show.
+            folder: the demo's folder.
+            examples: what was trained on, such as pairs.
+        """
         self._heading("Held-out pairs, before and after")
         table = Table("", "before", "after", box=None, padding=(0, 2, 0, 2))
         table.columns[1].justify = table.columns[2].justify = "right"
@@ -146,7 +155,7 @@ class Screen:
             f"Log-prob of chosen answers {summary['chosen_logps_change']:+.2f} nats, of rejected "
             f"ones {summary['rejected_logps_change']:+.2f}. The first loss was "
             f"{summary['first_loss']:.6f}{meaning}. "
-            f"{summary['pairs_per_second']:.1f} pairs/s."
+            f"{summary['pairs_per_second']:.1f} {examples}/s."
         )
         self._samples(samples)
         self.console.print(

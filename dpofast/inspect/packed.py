@@ -3,85 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
-import torch
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
-from torch import Tensor
 
 from dpofast.data.packing.batch import PackedPairs
 from dpofast.inspect.picture import AttentionPicture, PicturePart
+from dpofast.inspect.row_parts import PREFIX, RowPart, RowUnit, row_units
 from dpofast.inspect.tokens import CHOSEN, MASKED, REJECTED, SHARED, TokenPart, token_table
 
 _STYLES = {"prefix": SHARED, "chosen": CHOSEN, "rejected": REJECTED}
-
-
-@dataclass(frozen=True)
-class RowPart:
-    """A stretch of a packed row: a prefix that a pair's sequences share, or what follows it.
-
-    In the layout `unshared`, nothing is shared and a part is a whole sequence.
-
-    Attributes:
-        pair: number of the pair in the row, from 0.
-        name: "prefix", "chosen" or "rejected".
-        start: index of the part's first token in the row.
-        length: number of tokens; 0 for a sequence that ends with the prefix.
-        position: index of the part's first token in its sequence.
-        scored: where in the row the hidden states are that predict the answer's tokens, as runs
-            (first index, last index); empty for a prefix.
-    """
-
-    pair: int
-    name: str
-    start: int
-    length: int
-    position: int
-    scored: tuple[tuple[int, int], ...] = ()
-
-
-def row_parts(batch: PackedPairs) -> Iterator[RowPart]:
-    """Yield the parts of a packed row of pairs, in the row's order.
-
-    A pair in the layout `shared` has three parts: prefix, chosen, rejected. A pair in the layout
-    `unshared` has two: chosen and rejected, each with the prompt before it.
-    """
-    layout = batch.shared_layout
-    assert layout is not None
-    num_groups = int(layout.group_ids[-1]) + 1
-    # A group has a prefix and at most two tails, so three numbers are enough for its parts.
-    part_ids = layout.group_ids * 3 + layout.tail_ids  # [T]
-    lengths = torch.bincount(part_ids, minlength=3 * num_groups).view(num_groups, 3).tolist()
-    is_shared = num_groups == batch.num_pairs
-    start = 0
-    for pair, name, length, position in _pairs(lengths) if is_shared else _sequences(lengths):
-        scored = () if name == "prefix" else _scored_runs(batch, pair, name)
-        yield RowPart(pair, name, start, length, position, scored)
-        start += length
-
-
-def _pairs(lengths: Sequence[Sequence[int]]) -> Iterator[tuple[int, str, int, int]]:
-    """Yield (pair, name, length, position) for the parts of groups that are pairs."""
-    for pair, (prefix, chosen, rejected) in enumerate(lengths):
-        yield pair, "prefix", prefix, 0
-        yield pair, "chosen", chosen, prefix
-        yield pair, "rejected", rejected, prefix
-
-
-def _sequences(lengths: Sequence[Sequence[int]]) -> Iterator[tuple[int, str, int, int]]:
-    """Yield (pair, name, length, position) for groups that are single sequences."""
-    for group, (length, _, _) in enumerate(lengths):  # such a group is all prefix, without tails
-        pair, answer = divmod(group, 2)
-        yield pair, ("chosen", "rejected")[answer], length, 0
-
-
-def _scored_runs(batch: PackedPairs, pair: int, name: str) -> tuple[tuple[int, int], ...]:
-    sequence = 2 * pair + (name == "rejected")
-    first, end = batch.bounds[sequence : sequence + 2].tolist()
-    return tuple(_runs(batch.scored_positions[first:end]))
 
 
 def render_packed(
@@ -105,17 +38,30 @@ def render_packed(
     """
     if not batch.num_pairs:
         return Text("no pairs: one token runs along, and nothing is scored", style="yellow")
-    parts = list(row_parts(batch))
+    units = row_units(batch)
     input_ids = batch.input_ids[0].tolist()
-    shown: list[RenderableType] = [_headline(batch), _table(parts, examples), Text()]
-    shown += [*_pictures(batch, parts, examples, window), Text()]
-    for pair, example in enumerate(examples):
-        own = [part for part in parts if part.pair == pair]
-        source = f" of {example['source']}" if "source" in example else ""
-        shown.append(Text(f"pair {example['row']}{source}", style="bold"))
-        stretches = _stretches(own, input_ids, len(example["prompt_ids"]))
+    shown: list[RenderableType] = [_headline(batch), _table(units, examples), Text()]
+    shown += [*_pictures(batch, units, examples, window), Text()]
+    for unit in units:
+        shown.append(Text(_title(unit, examples), style="bold"))
+        if len(unit.pairs) > 1:
+            shown += [Text(f"{better} over {worse}") for better, worse in unit.names]
+        prompt_length = len(examples[unit.pairs[0]]["prompt_ids"])
+        stretches = _stretches(unit, input_ids, prompt_length)
         shown.append(token_table(list(stretches), tokenizer, max_tokens))
     return Group(*shown)
+
+
+def _title(unit: RowUnit, examples: Sequence[Mapping[str, Any]]) -> str:
+    example = examples[unit.pairs[0]]
+    source = f" of {example['source']}" if "source" in example else ""
+    return f"pair{'s' if len(unit.pairs) > 1 else ''} {_rows(unit, examples)}{source}"
+
+
+def _rows(unit: RowUnit, examples: Sequence[Mapping[str, Any]]) -> str:
+    """The numbers of the pairs in the data; pairs of one row of the data have its number."""
+    rows = dict.fromkeys(str(examples[pair]["row"]) for pair in unit.pairs)
+    return ", ".join(rows)
 
 
 def _headline(batch: PackedPairs) -> Text:
@@ -127,32 +73,29 @@ def _headline(batch: PackedPairs) -> Text:
     )
 
 
-def _table(parts: Sequence[RowPart], examples: Sequence[Mapping[str, Any]]) -> Table:
+def _table(units: Sequence[RowUnit], examples: Sequence[Mapping[str, Any]]) -> Table:
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
-    table.add_column("pair", justify="right", no_wrap=True)
+    table.add_column("pair", justify="right", overflow="fold", max_width=20)
     table.add_column("part", no_wrap=True)
     for name in ("tokens", "in the row", "positions"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("scored from", overflow="fold")
-    last_pair = -1
-    for part in parts:
-        # Only the first line of a pair shows its number.
-        number = str(examples[part.pair]["row"]) if part.pair != last_pair else ""
-        last_pair = part.pair
-        table.add_row(
-            number,
-            Text(part.name, style=_STYLES[part.name]),
-            str(part.length),
-            _span(part.start, part.length),
-            _span(part.position, part.length),
-            ", ".join(_span(first, last - first + 1) for first, last in part.scored),
-        )
+    for unit in units:
+        for index, part in enumerate(unit.parts):
+            table.add_row(
+                "" if index else _rows(unit, examples),  # only in the first line of a group
+                Text(part.name, style=_style(part)),
+                str(part.length),
+                _span(part.start, part.length),
+                _span(part.position, part.length),
+                ", ".join(_span(first, last - first + 1) for first, last in part.scored),
+            )
     return table
 
 
 def _pictures(
     batch: PackedPairs,
-    parts: Sequence[RowPart],
+    units: Sequence[RowUnit],
     examples: Sequence[Mapping[str, Any]],
     window: int | None,
 ) -> Iterator[RenderableType]:
@@ -160,8 +103,9 @@ def _pictures(
     layout = batch.shared_layout
     assert layout is not None
     drawn = [
-        PicturePart(part.start, f"{examples[part.pair]['row']} {part.name}", _STYLES[part.name])
-        for part in parts
+        PicturePart(part.start, f"{_rows(unit, examples)} {part.name}", _style(part))
+        for unit in units
+        for part in unit.parts
         if part.length
     ]
     yield AttentionPicture(layout, drawn)
@@ -171,25 +115,19 @@ def _pictures(
         yield AttentionPicture(layout, drawn, window)
 
 
-def _stretches(
-    parts: Sequence[RowPart], input_ids: Sequence[int], prompt_length: int
-) -> Iterator[TokenPart]:
-    """Split a pair's parts where the prompt ends, so that each stretch is shown in one style."""
-    for part in parts:
+def _stretches(unit: RowUnit, input_ids: Sequence[int], prompt_length: int) -> Iterator[TokenPart]:
+    """Split the parts where the prompt ends, so that each stretch is shown in one style."""
+    begin = "both begin" if len(unit.pairs) == 1 else "all begin"
+    for part in unit.parts:
         ids = input_ids[part.start : part.start + part.length]
         num_masked = max(prompt_length - part.position, 0)
-        title = "both begin" if part.name == "prefix" else part.name
+        title = begin if part.name == PREFIX else part.name
         yield TokenPart("prompt", MASKED, ids[:num_masked])
-        yield TokenPart(title, _STYLES[part.name], ids[num_masked:])
+        yield TokenPart(title, _style(part), ids[num_masked:])
 
 
-def _runs(
-    positions: Tensor,  # [n]
-) -> Iterator[tuple[int, int]]:
-    """First and last number of each run of consecutive numbers."""
-    breaks = (positions.diff() != 1).nonzero()[:, 0].tolist()
-    firsts, lasts = [0, *(index + 1 for index in breaks)], [*breaks, len(positions) - 1]
-    return ((int(positions[i]), int(positions[j])) for i, j in zip(firsts, lasts, strict=True))
+def _style(part: RowPart) -> str:
+    return _STYLES.get(part.name, "")
 
 
 def _span(start: int, length: int) -> str:

@@ -13,6 +13,7 @@ from dpofast.data.prefix import common_prefix_length
 from dpofast.data.tokens.left_out import reason_left_out
 from dpofast.data.tokens.tokenize import split_row
 from dpofast.data.tokens.truncate import Cut, LengthLimits
+from dpofast.inspect.ranked import render_ranked
 from dpofast.inspect.tokens import CHOSEN, CUT, MASKED, REJECTED, SHARED, TokenPart, token_table
 
 
@@ -23,7 +24,7 @@ def render_untokenised_pair(
     limits: LengthLimits | None = None,
     max_tokens: int = 200,
 ) -> RenderableType:
-    """Tokenise a pair or an unpaired row as training would, and render it.
+    """Tokenise a pair, an unpaired row or a ranked row as training would, and render it.
 
     Args:
         row: a row in the normal form, `load_preferences(...)[i]` or `load_unpaired(...)[i]`.
@@ -37,11 +38,6 @@ def render_untokenised_pair(
     """
     # Nothing is cut yet: render_pair shows what the cut takes away.
     split = split_row(row, tokenizer)
-    example = {
-        "row": row.get("row"),
-        LABEL_COLUMN: row.get(LABEL_COLUMN),
-        **dict(zip(kind_of_columns(row).id_columns, split.ids, strict=True)),
-    }
     notes = []
     if split.merged:
         notes.append("the tokenizer merges prompt and answer: the answer was tokenised by itself")
@@ -50,7 +46,16 @@ def render_untokenised_pair(
             "the chat template renders the prompt otherwise before an answer than alone: it ends "
             "where they part"
         )
-    shown = render_pair(example, tokenizer, limits=limits, max_tokens=max_tokens)
+    kind = kind_of_columns(row)
+    if kind.many:
+        shown = render_ranked(row, split.ids, tokenizer, limits=limits, max_tokens=max_tokens)
+    else:
+        example = {
+            "row": row.get("row"),
+            LABEL_COLUMN: row.get(LABEL_COLUMN),
+            **dict(zip(kind.id_columns, split.ids, strict=True)),
+        }
+        shown = render_pair(example, tokenizer, limits=limits, max_tokens=max_tokens)
     return Group(shown, *(Text(note, style="yellow") for note in notes))
 
 

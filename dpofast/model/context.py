@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow.compute as pc
 from torch import nn
 
-from dpofast.columns import ID_COLUMNS
+from dpofast.columns import kind_of_columns
 from dpofast.errors import DataError
 from dpofast.model.parts import causal_lm
 from dpofast.model.place import place_of_pair
@@ -66,16 +66,18 @@ def refuse_longer(pairs: Any, name: str, contexts: Iterable[Context]) -> list[Co
     """Looks for pairs that are longer than a model's context even after truncation.
 
     Args:
-        pairs: tokenised datasets.Dataset, with the column `row` of positions in the user's data.
+        pairs: tokenised datasets.Dataset of pairs, or of single answers, with the column `row` of
+            positions in the user's data.
         name: dataset name, used in messages.
         contexts: contexts of the models that will run the pairs.
 
     Raises:
         DataError: a model can't run a pair. If it has RoPE, a warning is logged instead.
     """
-    table = pairs.select_columns(list(ID_COLUMNS)).with_format("arrow")[:]
-    prompt, *answers = (pc.list_value_length(table[column]).to_numpy() for column in ID_COLUMNS)
-    lengths = prompt + np.maximum(*answers)  # [n]
+    columns = kind_of_columns(pairs.column_names).id_columns
+    table = pairs.select_columns(list(columns)).with_format("arrow")[:]
+    prompt, *answers = (pc.list_value_length(table[column]).to_numpy() for column in columns)
+    lengths = prompt + np.max(answers, axis=0)  # [n]
     warned = []
     for context in contexts:
         longer = np.flatnonzero(lengths > context.length)
@@ -90,9 +92,10 @@ def refuse_longer(pairs: Any, name: str, contexts: Iterable[Context]) -> list[Co
             )
         warned.append(context)
         logger.warning(
-            "%s: %d pairs are longer than the %d positions of %s, the longest has %d "
+            "%s: %d %s are longer than the %d positions of %s, the longest has %d "
             "tokens (%s); unless that is meant, set max_length to %d.",
-            *(name, len(longer), context.length, context.model),
+            *(name, len(longer), "pairs" if len(answers) == 2 else "answers"),
+            *(context.length, context.model),
             *(tokens, place, context.length),
         )
     return warned

@@ -86,8 +86,5 @@ def _answer_losses(
     assert batch.ref_logps is not None
     logratios = logps.detach().double() - batch.ref_logps.to(logps.device)
     z = logratios.new_zeros(()) if batch.z is None else batch.z.to(logratios)
-    losses, slopes = loss.sequence_loss(logratios, batch.is_desirable.to(logps.device), z)
-    if batch.weights is None:
-        return losses, slopes
-    weights = batch.weights.to(logratios)
-    return weights * losses, weights * slopes
+    weights = None if batch.weights is None else batch.weights.to(logratios)
+    return loss.sequence_loss(logratios, batch.is_desirable.to(logps.device), z, weights)

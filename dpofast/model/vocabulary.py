@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow.compute as pc
 from torch import nn
 
-from dpofast.columns import ID_COLUMNS
+from dpofast.columns import kind_of_columns
 from dpofast.errors import DataError
 from dpofast.model.parts import body_of, causal_lm, shape
 from dpofast.model.place import place_of_pair
@@ -50,16 +50,18 @@ def refuse_unknown_ids(pairs: Any, name: str, vocabularies: Iterable[Vocabulary]
     the end of the weight.
 
     Args:
-        pairs: tokenised datasets.Dataset, with the column `row` of positions in the user's data.
+        pairs: tokenised datasets.Dataset of pairs, or of single answers, with the column `row` of
+            positions in the user's data.
         name: dataset name, used in messages.
         vocabularies: vocabularies of the models.
 
     Raises:
         DataError: there is such an id; the message names its row in the user's data.
     """
-    table = pairs.select_columns(list(ID_COLUMNS)).with_format("arrow")[:]
+    columns = kind_of_columns(pairs.column_names).id_columns
+    table = pairs.select_columns(list(columns)).with_format("arrow")[:]
     for vocabulary in vocabularies:
-        for column in ID_COLUMNS:
+        for column in columns:
             ids = pc.list_flatten(table[column])
             # The extremes suffice for nearly every dataset; ids are searched only after they fail.
             limits = pc.min_max(ids).as_py()

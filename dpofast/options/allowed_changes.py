@@ -46,6 +46,7 @@ ALLOWABLE = (
         "dpop_lambda",
         "f_alpha_divergence_coef",
         "f_divergence_type",
+        "group_by_prompt",
         "label_smoothing",
         "ld_alpha",
         "loss_fn",

@@ -16,11 +16,12 @@ from dpofast.data.reading.bad_rows import check_strictness
 from dpofast.data.tokens.truncate import TRUNCATION_MODES, LengthLimits
 from dpofast.errors import ConfigError
 from dpofast.options.allowed_changes import read_allowed
+from dpofast.options.data_fields import check_data_fields
 from dpofast.options.foreign import refuse_unknown_options
 from dpofast.options.init_kwargs import read_init_kwargs
 from dpofast.options.loss_fields import LossFields, settle_loss_fields, unused_loss_options
 from dpofast.options.metric_fields import settle_metrics
-from dpofast.options.named_loss import LOSS_NAMES
+from dpofast.options.named_loss import LOSS_NAMES, is_unpaired
 from dpofast.options.save_signals import settle_save_signals
 from dpofast.options.unsupported import check_unsupported, unused_options
 from dpofast.reference.store.location import default_folder
@@ -38,9 +39,10 @@ logger = logging.getLogger(__name__)
 class DPOConfig(LossFields):
     """transformers' TrainingArguments and the options of DPO; names and defaults as in TRL.
 
-    How a run is saved, resumed and stopped is in `RunFields`, what it measures in `MetricFields`,
-    how beta moves in `BetaFields`, how pairs are weighted in `WeightingFields`, and what else
-    decides the loss in `LossFields`. TRL's other options are fields, too (`TRLFields`).
+    How a run is saved, resumed and stopped is in `RunFields`, which pairs its data make in
+    `DataFields`, what it measures in `MetricFields`, how beta moves in `BetaFields`, how pairs are
+    weighted in `WeightingFields`, and what else decides the loss in `LossFields`. TRL's other
+    options are fields, too (`TRLFields`).
     Those that can't change what is trained are accepted with one line in the log, and the others
     are refused.
 
@@ -228,6 +230,7 @@ class DPOConfig(LossFields):
         self.max_completion_length = self.length_limits().max_completion_length
         self.max_target_length = None  # so a copy may change the value
         self.make_loss()
+        check_data_fields(self, is_unpaired(self))
         check_unsupported(self)
         return remarks + unused_loss_options(self)
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from dpofast.options.trl_fields import TRLFields
+from dpofast.options.data_fields import DataFields
 
 
 # kw_only keeps the positional order of TrainingArguments and of DPOConfig's own options.
 @dataclass(kw_only=True)
-class RunFields(TRLFields):
+class RunFields(DataFields):
     """The fields; docs/checkpoints.md says what they do.
 
     Attributes:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any, ClassVar, NoReturn
 
+import torch
+
 from dpofast.data.packing.batch import StepBatch
 from dpofast.errors import ConfigError
 from dpofast.options.config import DPOConfig
@@ -65,7 +67,9 @@ class KTOTrainer(DPOTrainer):
         own = mismatched_logratios(
             *(self.model, step.micro_batches, self.accelerator.autocast, self.args.device)
         )
-        return with_z(step, self.sum_over_ranks(own[None])[0])
+        nothing = torch.zeros(1, dtype=torch.float64, device=self.args.device)
+        total = self.sum_over_ranks(sum((each.sum() for each in own), nothing))
+        return with_z(step, own, total[0])
 
     def predict(self, *args: Any, **options: Any) -> NoReturn:
         """Not supported: predictions are those of pairs.

@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks.head import cases_of, parse
 from benchmarks.head_losses import NAMES, loss_of, race_losses
-from dpofast_kernels import LOSSES, make_loss
+from dpofast_kernels import LOSSES, UNPAIRED_LOSSES, make_loss
 
 
 def options(tmp_path, *words):
@@ -16,11 +16,11 @@ def options(tmp_path, *words):
 
 
 def test_each_loss_is_timed_beside_sigmoid(tmp_path, capsys):
-    given = options(tmp_path, "mixture", "apo_zero")
+    given = options(tmp_path, "mixture", "apo_zero", "kto")
     assert race_losses(cases_of(given), given) == 0
     report = json.loads((tmp_path / "losses.json").read_text())
     (case,) = report["cases"]
-    assert list(case["losses"]) == ["sigmoid", "mixture", "apo_zero"]
+    assert list(case["losses"]) == ["sigmoid", "mixture", "apo_zero", "kto"]
     printed = capsys.readouterr().out
     for name, found in case["losses"].items():
         assert len(found["seconds"]) == 2
@@ -44,9 +44,20 @@ def test_a_wrong_loss_is_not_timed(tmp_path, monkeypatch, capsys):
 
 
 def test_all_losses_take_part():
-    assert set(LOSSES) < set(NAMES)
+    assert {*LOSSES, *UNPAIRED_LOSSES} < set(NAMES)
     for name in NAMES:
         assert name in ("mixture", "divergence") or loss_of(name).name == name
+
+
+@pytest.mark.parametrize("mode", ["--losses", "--statistics"])
+def test_a_cpu_races_them_on_a_small_head_unless_told_otherwise(mode):
+    def sizes(*words):
+        cases = cases_of(parse(["--device", "cpu", mode, "all", *words]))
+        return [(case.num_tokens, case.hidden_size, case.vocab_size) for case in cases]
+
+    assert sizes() == [(512, 512, 32768)]
+    assert sizes("--vocab", "1000", "--tokens", "64", "128") == [(64, 512, 1000), (128, 512, 1000)]
+    assert sizes("--shapes", "mistral-7b") == [(1024, 4096, 32768)]
 
 
 def test_an_unknown_loss_is_refused(tmp_path, capsys):

@@ -87,6 +87,15 @@ def test_figures_of_a_race_of_steps(folder):
     assert "(`python -m benchmarks.train --device cpu` at 0123456, 2026-01-02)" in text
 
 
+def test_figures_of_a_race_with_several_answers(folder):
+    case = {**RESULT["case"], "answers": 4}
+    put(folder, changed(case=case, ratios={"ungrouped_speed": 3.0, "trl_speed": 9.0}))
+    run(folder)
+    text = (folder / "README.md").read_text()
+    assert "float32, on pairs, 4 answers to a prompt and all their pairs**" in text
+    assert "| dpofast without groups: each pair for itself | 3.00 | - |" in text
+
+
 def test_times_are_turned_into_speeds(folder):
     put(folder, changed(**OF_HEAD))
     assert run(folder) == 0

@@ -9,12 +9,13 @@ from itertools import takewhile
 import pytest
 
 from benchmarks import program, train
-from benchmarks.harness import ABSENT, FAILED, TIMED, WRONG, Result
-from benchmarks.rounds import TRIAL_STEPS, Race, Standing
-from benchmarks.train import CONTEST, benchmark, case_of, parse, planned_counts
+from benchmarks.harness import ABSENT, FAILED, TIMED, WRONG
+from benchmarks.rounds import TRIAL_STEPS, Race
+from benchmarks.train import PAIRS, benchmark, case_of, parse, planned_counts
 from benchmarks.train_cases import Case, Work, gpu_case, prepare, race_case, tiny
 from benchmarks.train_child import run
-from benchmarks.train_contenders import ENTRIES
+from benchmarks.train_contenders import OF_PAIRS
+from tests.racing import Children, compare
 
 CASE = tiny(race_case())
 BATCH = CASE.fixed_batch
@@ -39,13 +40,6 @@ def stock_trl(monkeypatch):
     utils = pytest.importorskip("trl.trainer.utils")
     for name in ("_use_triton", "_ChunkedLogProbFunction"):
         monkeypatch.setattr(utils, name, getattr(utils, name))
-
-
-def compare(found, truth):
-    assert "reason" not in found
-    standing = Standing(Result("it", ""), num_pairs=1, runs=[found])
-    standing.judge(truth, CASE.tolerances)
-    assert standing.result.status == TIMED, standing.result.reason
 
 
 def timed_pairs(work):
@@ -90,7 +84,7 @@ def test_naive_is_dpo_that_trains_and_is_counted(work, truth):
 )
 def test_ours_trains_the_same_on_what_was_planned(layout, body_tokens, work, truth):
     found = run(layout, work)
-    compare(found, truth)
+    compare(found, truth, CASE)
     expected = {"body_tokens": body_tokens(work), "head_rows": answer_tokens(work)}
     assert found["counts"] == planned_counts(work, layout) == expected
     assert found["attention"] == "sdpa"
@@ -100,7 +94,7 @@ def test_ours_trains_the_same_on_what_was_planned(layout, body_tokens, work, tru
 @pytest.mark.parametrize("name", TRL)
 def test_trl_trains_the_same(name, work, truth, stock_trl):
     found = run(name, work)
-    compare(found, truth)
+    compare(found, truth, CASE)
     models = 2 if name == "trl_plain" else 1
     assert found["counts"]["body_tokens"] == models * padded_tokens(work)
     rows = found["counts"]["head_rows"]
@@ -127,29 +121,8 @@ def test_adapters_and_checkpointing_in_bf16_as_on_a_gpu(name, tmp_path):
     assert found["losses"][0] == pytest.approx(0.6931471805599453, abs=1e-2)
 
 
-class Children:
-    """Replaces the processes: gives the report of each contender, or why there is none."""
-
-    def __init__(self, **changes):
-        self.changes, self.calls = changes, []
-
-    def __call__(self, name, batch_size, steps):
-        self.calls.append((name, batch_size, steps))
-        seconds = {"shared": 1.0, "naive": 8.0}.get(name, 4.0) * steps / CASE.steps
-        found = {
-            "seconds": seconds * (0.5 if batch_size == 1 else 1.0),
-            "losses": [0.7] * (1 + steps),
-            "grad_norms": [2.0] * (1 + steps),
-            "counts": {"body_tokens": 10, "head_rows": 5},
-            "peak_bytes": 2.0e9 if name == "naive" else 1.0e9,
-            "attention": "sdpa",
-        }
-        change = self.changes.get(name, {})
-        return change if "reason" in change else {**found, **change}
-
-
 def raced(children, rounds=2, case=CASE):
-    race = Race(CONTEST, case, children, {})
+    race = Race(PAIRS.contest, case, children, {})
     race.choose_batches()
     for number in range(rounds):
         race.run_round(number)
@@ -161,8 +134,8 @@ def test_rounds_are_interleaved_and_the_best_batch_size_is_found_before():
     race = raced(children)
     trials = [("trl", 1), ("trl", 2), ("trl_compact", 1), ("trl_compact", 2)]
     assert children.calls[:4] == [(*trial, TRIAL_STEPS) for trial in trials]
-    assert [race.standings[name].batch_size for name in ENTRIES] == [2, 2, 2, 1, 1, 2, 2]
-    names = list(ENTRIES)
+    assert [race.standings[name].batch_size for name in OF_PAIRS] == [2, 2, 2, 1, 1, 2, 2]
+    names = list(OF_PAIRS)
     rounds = [call[0] for call in children.calls[4:]]
     assert rounds == [*names, *names[1:], names[0]]
     assert all(steps == CASE.steps for _, _, steps in children.calls[4:])

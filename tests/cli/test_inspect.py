@@ -78,6 +78,24 @@ def test_rows_are_those_that_training_runs(
     assert f"row {len(expected) - 1} of {len(expected)}" in shown
 
 
+def test_a_step_has_all_pairs_of_its_prompts(
+    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two prompts of three pairs each, which don't follow each other."""
+    pairs = [{**pair, "prompt": f"Say {index % 2}: "} for index, pair in enumerate(PAIRS)]
+    data = write_pairs(tmp_path / "two.json", pairs)
+    command = [*command, f"--dataset_name={data}", "--group_by_prompt=true"]
+    command += ["--per_device_train_batch_size=1", "--num_train_epochs=1"]
+    numbers = []
+    for step in range(2):
+        assert main([*command, f"--step={step}"]) == 0
+        shown = capsys.readouterr().out
+        assert "3 of the step's 3 pairs" in shown
+        numbers.append(sorted(map(int, re.findall(r"^pair (\d+)$", shown, flags=re.MULTILINE))))
+    assert sorted(numbers) == [[0, 2, 4], [1, 3, 5]]
+    assert "the run's steps are 0 to 1." in error_of(capsys, [*command, "--step=2"])
+
+
 def test_ranks_share_a_step(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     shown = []
     for rank in range(2):

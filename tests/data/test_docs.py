@@ -13,6 +13,7 @@ from dpofast.data import (
     load_preferences,
     load_unpaired,
     tokenize_preferences,
+    tokenize_ranked,
     tokenize_unpaired,
 )
 from dpofast.errors import DataError
@@ -25,7 +26,8 @@ _ALL_ROWS = [
     for line in block.splitlines()
 ]
 UNPAIRED_ROWS = [row for row in _ALL_ROWS if data_kind([row]) == "unpaired"]
-ROWS = [row for row in _ALL_ROWS if row not in UNPAIRED_ROWS]  # pairs
+RANKED_ROWS = [row for row in _ALL_ROWS if data_kind([row]) == "ranked"]
+ROWS = [row for row in _ALL_ROWS if data_kind([row]) == "paired"]
 BROKEN_FILES = {
     "pairs.jsonl": '{"prompt": "a", "chosen": "b", "rejected": "c"}\n\n'
     '{"prompt": "a", "chosen": 4, "rejected": "c"}\n',
@@ -34,9 +36,12 @@ BROKEN_FILES = {
 }
 
 
-def test_every_row_on_the_page_is_a_pair_or_unpaired():
+def test_every_row_on_the_page_can_be_read():
     tokenizer = byte_bpe(chat_template=CHAT_TEMPLATE)
-    assert (len(ROWS), len(UNPAIRED_ROWS)) == (20, 7)
+    assert (len(ROWS), len(RANKED_ROWS), len(UNPAIRED_ROWS)) == (20, 4, 7)
+    for row, num_pairs in zip(RANKED_ROWS, (5, 2, 2, 3), strict=True):
+        pairs, _ = tokenize_ranked(load_preferences([row]), tokenizer, max_length=None)
+        assert len(pairs) == num_pairs, row
     for row in UNPAIRED_ROWS:
         rows, _ = tokenize_unpaired(load_unpaired([row]), tokenizer, max_length=None)
         assert len(rows) == 1, row
@@ -53,6 +58,24 @@ def test_every_error_on_the_page_is_what_such_a_file_gets(tmp_path):
         with pytest.raises(DataError) as caught:
             load_preferences(tmp_path / name)
         assert str(caught.value).removeprefix(f"{tmp_path}/") in PAGE.splitlines()
+
+
+def test_the_example_with_many_answers_prints_what_it_says(capsys):
+    examples = re.findall(r"```python\n(.*?)```", PAGE, re.S)
+    (example,) = (code for code in examples if '"pairs"]' in code)
+    exec(example, {})
+    assert capsys.readouterr().out.splitlines() == re.findall(r"\)  # (.*)", example)
+
+
+def test_the_errors_about_rows_with_many_answers_are_those_on_the_page(tmp_path):
+    answers = '{"prompt": "a", "completions": ["b", "c", "d"]'
+    lines = f'{answers}, "scores": [7, 7, 7]}}\n{answers}, "preferences": [[0, 1], [0, 3]]}}\n'
+    (tmp_path / "ranked.jsonl").write_text(lines)
+    with pytest.raises(DataError) as caught:
+        load_preferences(tmp_path / "ranked.jsonl")
+    _, *errors = str(caught.value).replace(f"{tmp_path}/", "").splitlines()
+    assert {error.strip() for error in errors} <= set(PAGE.splitlines())
+    assert len(errors) == 2
 
 
 def test_the_errors_about_the_kind_of_rows_are_those_on_the_page(tmp_path, monkeypatch):

@@ -24,18 +24,21 @@ from dpofast import DPOTrainer
 from dpofast.cli.process_end import run_to_end
 from dpofast.errors import DPOFastError
 from dpofast.train.exchange import exchange
+from tests.grouped import grouped_pairs
 from tests.support import make_trainer, tiny_llama, token_pairs
 
 STEPS = 13
 PAIRS_PER_STEP = 4
 SPEEDS = ("_per_second", "runtime")
-# 18 pairs make epochs of five steps, of which the last has two pairs. An epoch edge is a save at
+# 18 pairs make epochs of five steps, of which the last has two pairs. "grouped" has 28 pairs of ten
+# prompts in five steps. An epoch edge is a save at
 # the end of an epoch; steps 5 and 10 are such saves in all ways.
 WAYS: dict[str, dict[str, Any]] = {
     "plain": {},
     "dropout": {"disable_dropout": False},
     "workers": {"dataloader_num_workers": 2},
     "adapter": {},
+    "grouped": {"group_by_prompt": True},
     "epoch edge": {"num_train_epochs": 3, "max_steps": -1, "logging_steps": 4},
 }
 
@@ -48,7 +51,7 @@ def trainer_of(folder: Path, mode: str, way: str, options: dict[str, Any]) -> DP
     return make_trainer(
         folder,
         tiny_llama(**dropout),
-        token_pairs(18),
+        grouped_pairs() if way == "grouped" else token_pairs(18),
         options={
             "per_device_train_batch_size": 1,
             "gradient_accumulation_steps": PAIRS_PER_STEP // ranks,

@@ -13,7 +13,7 @@ from tests.distributed.launch import run_ranks
 from tests.distributed.same_jobs import checkpoint, job, run_jobs
 
 MODES = {"one": ("ddp", 1), "ddp": ("ddp", 2), **{f"zero{n}": (f"zero{n}", 2) for n in (1, 2, 3)}}
-WAYS = ("dropout", "workers", "adapter", "epoch edge")
+WAYS = ("dropout", "workers", "adapter", "epoch edge", "grouped")
 # A tenth of all save points, modes and ways: each mode, each way, steps inside and at the end of an
 # epoch, and between two logs.
 ON_ONE_RANK = [("one", "dropout", (2, 7))]
@@ -22,6 +22,7 @@ ON_TWO_RANKS = [
     ("ddp", "dropout", (7,)),
     ("zero1", "adapter", (2,)),
     ("zero2", "epoch edge", (10, 11)),
+    ("zero2", "grouped", (7,)),
     ("zero3", "dropout", (4,)),
 ]
 

@@ -16,6 +16,7 @@ SCRIPT = Path(__file__).with_name("two_ranks.py")
 HOOK_WAYS = ["ddp.hooks", "zero1.hooks", "zero2.hooks"]
 COUPLED_WAYS = ["ddp.coupled", "zero2.coupled", "zero3.coupled"]
 SET_WAYS = ["ddp.sets", "zero2.sets"]
+GROUPED_WAYS = ["ddp.grouped", "zero2.grouped", "zero3.grouped"]
 KL_WAYS = ["ddp.kl", "zero2.kl"]
 # Losses without a reference, with means over the tokens of a step; and of means per token.
 LOSS_WAYS = [f"{kind}.{loss}" for loss in ("free", "norm") for kind in ("ddp", "zero2")]
@@ -29,7 +30,7 @@ MIXTURE_WAYS = ["ddp.mixtral", "zero3.mixtral"]
 @pytest.fixture(scope="module")
 def one(tmp_path_factory):
     folder = tmp_path_factory.mktemp("one")
-    more = ("ddp.coupled", "ddp.sets", "ddp.kl", "ddp.free", "ddp.norm")
+    more = ("ddp.coupled", "ddp.sets", "ddp.kl", "ddp.free", "ddp.norm", "ddp.grouped")
     ways = ("ddp", "ddp.hooks", *more)
     launch(SCRIPT, 1, str(folder), "4", "1", *ways)
     return {way: json.loads((folder / f"{way}.json").read_text()) for way in ways}
@@ -37,7 +38,7 @@ def one(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
-    more = HOOK_WAYS + COUPLED_WAYS + SET_WAYS + KL_WAYS + LOSS_WAYS
+    more = HOOK_WAYS + COUPLED_WAYS + SET_WAYS + KL_WAYS + LOSS_WAYS + GROUPED_WAYS
     return run_on_two(tmp_path_factory, WAYS + BF16_WAYS + more)
 
 
@@ -77,6 +78,14 @@ def test_a_loss_that_couples_pairs_is_that_of_one_rank(one, two, way):
     """It depends on the order of a step's pairs, which the ranks restore."""
     assert_same(one["ddp.coupled"], two[way])
     losses = [log["loss"] for log in one["ddp.coupled"]["logs"]]
+    assert max(losses) - min(losses) > 0.01
+
+
+@pytest.mark.parametrize("way", GROUPED_WAYS)
+def test_steps_of_whole_prompts_are_those_of_one_rank(one, two, way):
+    """They have six pairs, four, and one, which leaves a rank without pairs."""
+    assert_same(one["ddp.grouped"], two[way])
+    losses = [log["loss"] for log in one["ddp.grouped"]["logs"]]
     assert max(losses) - min(losses) > 0.01
 
 

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
 from dpofast.data.packing.collate import Layout
-from dpofast.inspect.packed import render_packed, row_parts
+from dpofast.data.packing.plan import PlannedStep
+from dpofast.data.packing.step_dataset import StepDataset
+from dpofast.inspect.packed import render_packed
+from dpofast.inspect.row_parts import row_units
 from tests.data.builders import byte_bpe
 
 ids = st.lists(st.integers(3, 5), min_size=1, max_size=6)
@@ -26,7 +31,9 @@ def laid_out(some_pairs, layout="shared"):
 @given(pairs, st.sampled_from(["shared", "unshared"]))
 def test_parts_tile_the_row_and_say_where_each_answer_is_scored(some_pairs, layout):
     batch = laid_out(some_pairs, layout)
-    parts = list(row_parts(batch))
+    units = row_units(batch)
+    assert [unit.pairs for unit in units] == [[pair] for pair in range(len(some_pairs))]
+    parts = [part for unit in units for part in unit.parts]
     assert sum(part.length for part in parts) == batch.num_body_tokens
     place = 0
     scored = {}
@@ -36,7 +43,7 @@ def test_parts_tile_the_row_and_say_where_each_answer_is_scored(some_pairs, layo
         expected = torch.arange(part.position, part.position + part.length)
         assert torch.equal(batch.position_ids[0, part.start : place], expected)
         if part.name != "prefix":
-            answer = 2 * part.pair + (part.name == "rejected")
+            answer = 2 * part.unit + (part.name == "rejected")
             runs = [torch.arange(first, final + 1) for first, final in part.scored]
             scored[answer] = torch.cat(runs)
             assert all(run[0] - before[-1] > 1 for before, run in pairwise(runs))
@@ -133,3 +140,39 @@ def test_long_parts_are_shortened():
 @pytest.mark.parametrize("layout", ["shared", "unshared"])
 def test_a_row_without_pairs_says_so(layout):
     assert printed([], layout) == ["no pairs: one token runs along, and nothing is scored"]
+
+
+def test_a_group_of_several_pairs_names_its_answers():
+    prompt, answers = tokens("ab"), [tokens(text) for text in ("cd", "ce", "cef")]
+    pairs = Dataset.from_list(
+        [
+            {"prompt_ids": prompt, "chosen_ids": answers[one], "rejected_ids": answers[other]}
+            for one, other in [(0, 1), (2, 0)]
+        ]
+    )
+    steps = StepDataset(pairs, np.zeros((2, 2)), Layout("shared"))
+    (batch,) = steps.__getitems__(PlannedStep(([0, 1],), 2)).micro_batches
+    examples = [{"row": row, "prompt_ids": prompt} for row in (4, 9)]
+    console = Console(width=80, no_color=True)
+    with console.capture() as capture:
+        console.print(render_packed(batch, examples, byte_bpe()))
+    lines = [line.rstrip() for line in capture.get().splitlines()]
+    assert lines[:6] == [
+        "2 pairs in 7 tokens (17 one sequence at a time), 7 scored",
+        "pair  part      tokens  in the row  positions  scored from",
+        "4, 9  prefix         3         0-2        0-2",
+        "      answer 1       1           3          3  1-2",
+        "      answer 2       1           4          3  1-2",
+        "      answer 3       2         5-6        3-4  1-2, 5",
+    ]
+    assert lines[-9:] == [
+        "",
+        "pairs 4, 9",
+        "answer 1 over answer 2",
+        "answer 3 over answer 1",
+        "prompt (2)    a|b",
+        "all begin (1) c",
+        "answer 1 (1)  d",
+        "answer 2 (1)  e",
+        "answer 3 (2)  e|f",
+    ]

@@ -24,23 +24,26 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from dpofast_kernels import STATISTICS, HeadOptions
-from dpofast_kernels.head import fused_triton, pairs_triton, rows_triton
+from dpofast_kernels.head import fused_triton, pairs_triton, rows_triton, singles_triton
 from dpofast_kernels.head.launch import launch_table
 from dpofast_kernels.head.logits_triton import logit_constants
 from dpofast_kernels.head.statistics_triton import statistic_constants
-from dpofast_kernels.preference.formulas_triton import FORMULAS
+from dpofast_kernels.preference.formulas_triton import FORMULAS, UNPAIRED_FORMULAS
 
 KERNELS = {
     name.removesuffix("_kernel"): kernel
-    for module in (pairs_triton, rows_triton, fused_triton)
+    for module in (pairs_triton, singles_triton, rows_triton, fused_triton)
     for name, kernel in vars(module).items()
     if name.endswith("_kernel")
 }
+# Kernels without an entry in the launch table, and the kernel whose entry they use.
+LAUNCHED_AS = {"sequence_loss": "pair_loss"}
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 TYPES = {
     "p_labels": "*i64",
     "p_bounds": "*i64",
     "p_pairs": "*i64",
+    "p_is_desirable": "*i1",
     "n": "i32",
     "V": "i32",
     "H": "i32",
@@ -79,6 +82,12 @@ def variants(kernel: str) -> Iterator[Variant]:
                 constants = {"FORMULA": formula, "HAS_PAIRS": general, "HAS_SMOOTHING": general}
                 constants["PER_TOKEN"] = general
                 yield f"{loss}:general" if general else loss, types, constants
+    elif kernel == "sequence_loss":
+        types = {"p_per_token_logps": "*fp32", "*": "*fp64"}
+        for loss, formula in UNPAIRED_FORMULAS.items():
+            for weighted in (False, True):
+                constants = {"FORMULA": formula, "HAS_WEIGHTS": weighted}
+                yield f"{loss}:weighted" if weighted else loss, types, constants
     elif kernel == "target_products":
         for dtype in ("bf16", "fp16"):
             yield dtype, {"p_targets": "*fp32", "*": f"*{dtype}"}, {}
@@ -139,7 +148,7 @@ def input_types(inputs: str, d_logits: str) -> dict[str, str]:
 def compiled(
     kernel: str, architecture: str, types: dict[str, str], constants: dict[str, Any]
 ) -> Any:
-    options = dict(launch_table()[architecture][kernel])
+    options = dict(launch_table()[architecture][LAUNCHED_AS.get(kernel, kernel)])
     if kernel == "score_tiles_wide" and needs_narrow_tiles(constants):
         options = fused_triton.narrowed(options)
     launch = {name: options.pop(name) for name in ("num_warps", "num_stages")}
@@ -220,8 +229,9 @@ def jobs() -> Iterator[tuple[str, str, str]]:
     """
     table = {name: entry for name, entry in launch_table().items() if name != "cpu"}
     for architecture, entry in table.items():
-        for kernel in entry:
-            is_repeat = architecture == "sm_86" and entry[kernel] == table["sm_80"][kernel]
+        for kernel in (*entry, *LAUNCHED_AS):
+            launched = LAUNCHED_AS.get(kernel, kernel)
+            is_repeat = architecture == "sm_86" and entry[launched] == table["sm_80"][launched]
             if kernel != "measured" and not is_repeat:
                 for variant, *_ in variants(kernel):
                     yield kernel, architecture, variant

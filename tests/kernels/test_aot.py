@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 
-from dpofast_kernels.head import fused_triton, pairs_triton, rows_triton
+from dpofast_kernels.head import fused_triton, pairs_triton, rows_triton, singles_triton
 from dpofast_kernels.head.launch import launch_table
-from dpofast_kernels.preference import LOSSES
-from tests.kernels.compile_kernels import GENERAL, jobs
+from dpofast_kernels.preference import LOSSES, UNPAIRED_LOSSES
+from tests.kernels.compile_kernels import GENERAL, LAUNCHED_AS, jobs
 
 ROOT = Path(__file__).resolve().parents[2]
 # Bytes of shared memory that a block can have.
@@ -85,10 +85,11 @@ def check(compiled: Callable[..., list[dict[str, Any]]], target: str, statistics
     found = list(compiled(target, statistics))
     if target == "sm_86":
         common = {kernel for kernel in entry if entry[kernel] == other[kernel]}
+        common |= {kernel for kernel, launched in LAUNCHED_AS.items() if launched in common}
         found += [line for line in compiled("sm_80", statistics) if line["kernel"] in common]
     for line in found:
         print(*line.values())
-    expected = WITH_STATISTICS if statistics else entry.keys() - {"measured"}
+    expected = WITH_STATISTICS if statistics else {*entry, *LAUNCHED_AS} - {"measured"}
     assert {line["kernel"] for line in found} == expected
     for line in found:
         assert line["shared"] <= SHARED_MEMORY[target], line
@@ -99,7 +100,7 @@ def check(compiled: Callable[..., list[dict[str, Any]]], target: str, statistics
 def test_nothing_is_left_out():
     kernels = {
         name.removesuffix("_kernel")
-        for module in (fused_triton, pairs_triton, rows_triton)
+        for module in (fused_triton, pairs_triton, rows_triton, singles_triton)
         for name in vars(module)
         if name.endswith("_kernel")
     }
@@ -111,6 +112,10 @@ def test_nothing_is_left_out():
         *LOSSES,
         "custom",
         *(f"{loss}:general" for loss in GENERAL),
+    }
+    assert {variant for kernel, _, variant in jobs() if kernel == "sequence_loss"} == {
+        *UNPAIRED_LOSSES,
+        *(f"{loss}:weighted" for loss in UNPAIRED_LOSSES),
     }
 
 

@@ -5,17 +5,21 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 
 from dpofast import DPOTrainer
 from dpofast.data.tokens.mismatched import mismatched_rows
-from dpofast.errors import CheckpointError, ConfigError, DataError
-from dpofast.train.steps.answers import with_z
+from dpofast.errors import CheckpointError, ConfigError, DataError, NonFiniteError
+from dpofast.train import kto
+from dpofast.train.steps.answers import mismatched_logratios, with_z
 from tests.answers import answer_rows, make_kto
+from tests.data.builders import CHAT_TEMPLATE
 from tests.support import (
     BETA,
     LEARNING_RATE,
     PlainDPO,
     answer_logps,
+    byte_tokenizer,
     clip_exactly,
     float64_throughout,
     history,
@@ -270,8 +274,70 @@ def test_an_infinite_log_ratio_is_not_clamped_to_0(tmp_path):
     trainer = make_kto(tmp_path)
     step = next(iter(trainer.get_train_dataloader()))
     for total in (-torch.inf, torch.inf, torch.nan):
-        found = with_z(step, torch.tensor(total, dtype=torch.float64))
+        own = [torch.zeros(batch.num_pairs).double() for batch in step.micro_batches]
+        found = with_z(step, own, torch.tensor(total, dtype=torch.float64))
         assert all(batch.z.isnan() for batch in found.micro_batches)
+
+
+@pytest.fixture
+def one_bad_mismatched_answer(monkeypatch):
+    """Gives a trainer a NaN for one mismatched answer of each step; returns their rows."""
+
+    def poison(trainer):
+        rows, prepared_step = [], trainer.prepared_step
+
+        def of_step(model, batches, *args):
+            found = mismatched_logratios(model, batches, *args)
+            found[-1][-1] = torch.nan
+            return found
+
+        def prepared(step):
+            rows.append(step.indices[-1][-1])
+            return prepared_step(step)
+
+        monkeypatch.setattr(kto, "mismatched_logratios", of_step)
+        trainer.prepared_step = prepared
+        return rows
+
+    return poison
+
+
+@pytest.mark.parametrize("options", [{}, {"max_tokens_per_microbatch": 1}], ids=str)
+def test_a_bad_mismatched_answer_is_named_by_its_row(tmp_path, one_bad_mismatched_answer, options):
+    """Its NaN is in z, and so in the loss of every row of the step."""
+    trainer = make_kto(tmp_path, options=options)
+    rows = one_bad_mismatched_answer(trainer)
+    with pytest.raises(NonFiniteError) as caught:
+        trainer.train()
+    assert f"the loss is NaN or infinite at row {rows[0]} of train, counted" in str(caught.value)
+
+
+def test_a_bad_mismatched_answer_of_an_evaluation_is_named_by_its_row(
+    tmp_path, one_bad_mismatched_answer, caplog
+):
+    options = {"per_device_eval_batch_size": 5, "max_tokens_per_microbatch": 40}
+    trainer = make_kto(tmp_path, options=options, eval_dataset=answer_rows())
+    rows = one_bad_mismatched_answer(trainer)
+    trainer.evaluate()
+    assert len(rows) == 2
+    low, high = sorted(rows)
+    assert f"The loss of eval is nan, which comes from rows {low}, {high} (counted" in caplog.text
+
+
+def test_messages_about_unpaired_data_speak_of_rows(tmp_path, caplog):
+    written = [{"prompt": "a", "completion": "b", "label": True}]
+    written += [{"prompt": "c", "completion": "d", "label": False}]
+    rows = Dataset.from_list([{**row, "weight": 2.0} for row in written])
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = CHAT_TEMPLATE
+    with caplog.at_level("INFO"):
+        make_kto(tmp_path, rows=rows, processing_class=tokenizer)
+    assert "train: the rows have weight from 2 to 2" in caplog.text
+    assert "train: the rows are text, so they are tokenised as they are" in caplog.text
+    assert "give prompt and completion as lists of messages" in caplog.text
+    assert "pair" not in "".join(m for m in caplog.messages if m.startswith("train: "))
+    with pytest.raises(DataError, match="the weight of every row is 0, so no row counts; raise"):
+        make_kto(tmp_path, rows=Dataset.from_list([{**row, "weight": 0.0} for row in written]))
 
 
 @pytest.mark.parametrize(
@@ -285,5 +351,6 @@ def test_cards_name_the_method(tmp_path, loss_type, name, paper):
     text = (tmp_path / "run" / "README.md").read_text(encoding="utf-8")
     assert f"by [{name}](https://huggingface.co/papers/{paper})" in text
     assert "| dataset | used for | answers |" in text
+    assert "| answers per step | 4 |" in text
     assert "Reward accuracy" not in text
     assert "Direct Preference" not in text

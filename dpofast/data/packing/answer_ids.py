@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import xxhash
 
-from dpofast.columns import ID_COLUMNS
+from dpofast.columns import ID_COLUMNS, UNPAIRED
 
 _LISTS = pa.large_list(pa.int32())  # 64-bit offsets: a dataset can have more than 2**31 tokens
 
@@ -146,6 +146,18 @@ def answer_ids(pairs: Any) -> AnswerIds:
         TokenColumn.of(chosen, rejected),
         np.stack([number, len(table) + number], 1),
     )
+
+
+def pooled_answer_ids(answers: Any, index: np.ndarray) -> AnswerIds:
+    """The answers of pairs that share them.
+
+    Args:
+        answers: a datasets.Dataset with int lists prompt_ids and completion_ids.
+        index: [n, 2] int64, the chosen and the rejected answer of each pair.
+    """
+    table = answers.select_columns(list(UNPAIRED.id_columns)).with_format("arrow")[:]
+    prompts, completions = (table[name] for name in UNPAIRED.id_columns)
+    return AnswerIds(TokenColumn.of(prompts), TokenColumn.of(completions), index)
 
 
 def _common_prefix(one: np.ndarray, other: np.ndarray) -> int:

@@ -85,6 +85,11 @@ class ChosenTokens:
             pc.list_value_length(table[name]).to_numpy().astype(np.int64)
             for name in ("prompt_ids", "chosen_ids")
         )
+        return cls.of_lengths(prompts, answers)
+
+    @classmethod
+    def of_lengths(cls, prompts: np.ndarray, answers: np.ndarray) -> ChosenTokens:
+        """Count the tokens of pairs, given the lengths [n] of prompts and chosen answers."""
         return cls(answers, np.maximum(prompts - 1, 0))
 
     def pairs_per_token(self, pairs: Sequence[int] | slice) -> PairsPerToken:

@@ -46,7 +46,7 @@ class BatchShape:
 
     Attributes:
         pairs: most pairs in a micro-batch.
-        micro_batches: most micro-batches that one rank runs in a step.
+        micro_batches: most micro-batches that one rank runs in a step of pairs_per_step pairs.
         world_size: number of ranks.
     """
 
@@ -117,21 +117,19 @@ class StepSampler(Sampler[Any]):
         return full + (rest > 0 and not self.drop_last)
 
     def __iter__(self) -> Iterator[PlannedStep]:
-        order = self._order()
-        for index in range(len(self)):
-            yield self._planned(order, index)
+        for pairs in self._steps():
+            yield self._planned(pairs)
 
     def step(self, index: int) -> PlannedStep:
         """One step of the epoch, counted from 0."""
-        return self._planned(self._order(), index)
+        return self._planned(self._steps()[index])
 
     def figures(self) -> PlanFigures | None:
         """How well the epoch's first steps are packed; None without packed rows or steps."""
         if self.limit is None or not len(self):
             return None
-        size, order = self.shape.pairs_per_step, self._order()
-        steps = [order[start : start + size] for start in range(0, len(order), size)]
-        return plan_figures(steps[:DESCRIBED_STEPS], self.limit, self.shape.world_size)
+        steps = self._steps()[:DESCRIBED_STEPS]
+        return plan_figures(steps, self.limit, self.shape.world_size)
 
     def describe(self, found: PlanFigures) -> str:
         """A sentence for the log that states these figures."""
@@ -143,9 +141,12 @@ class StepSampler(Sampler[Any]):
             f"{found.imbalance_mean:.3f} times the mean; {_saved(found)}"
         )
 
-    def _planned(self, order: list[int], index: int) -> PlannedStep:
-        start = index * self.shape.pairs_per_step
-        pairs = order[start : start + self.shape.pairs_per_step]
+    def _steps(self) -> list[list[int]]:
+        """The pairs of each step of the epoch, on all ranks."""
+        order, size = self._order(), self.shape.pairs_per_step
+        return [order[start : start + size] for start in range(0, len(self) * size, size)]
+
+    def _planned(self, pairs: list[int]) -> PlannedStep:
         slots = self._slots(pairs)
         per_token = None
         if self.tokens is not None:

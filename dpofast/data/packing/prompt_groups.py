@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from dpofast.data.packing.answer_ids import AnswerIds, answer_ids
+from dpofast.data.packing.answer_ids import AnswerIds, answer_ids, pooled_answer_ids
 
 
 @dataclass(frozen=True)
@@ -54,8 +54,18 @@ class PromptGroups:
 
     @classmethod
     def of(cls, pairs: Any) -> PromptGroups:
-        """Find the groups of tokenised pairs, a Dataset or PooledPairs."""
+        """Find the groups of a datasets.Dataset of tokenised pairs."""
         return cls._numbered(answer_ids(pairs))
+
+    @classmethod
+    def of_pool(cls, answers: Any, index: np.ndarray) -> PromptGroups:
+        """Find the groups of pairs that share answers.
+
+        Args:
+            answers: datasets.Dataset with int lists prompt_ids and completion_ids.
+            index: [n, 2] int64, the chosen and the rejected answer of each pair.
+        """
+        return cls._numbered(pooled_answer_ids(answers, index))
 
     @classmethod
     def _numbered(cls, ids: AnswerIds) -> PromptGroups:

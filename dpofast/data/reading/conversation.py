@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from dpofast.columns import PAIRED
 from dpofast.data.reading.implicit import shared_length, split_messages
 from dpofast.data.reading.json_text import refuse_messages
 from dpofast.data.reading.messages import (
@@ -133,7 +134,7 @@ def _common_prompt(answers: Sequence[list[Message]], row: Row) -> list[Message] 
     if not any(whole):
         return None
     if not all(whole):
-        one, other = row.answers if whole[0] else reversed(row.answers)
+        one, other = row.answers[whole.index(True)], row.answers[whole.index(False)]
         raise RowError(
             f"{one} begins with a message from the user or the system and {other} doesn't, so only "
             "one of them is a whole conversation; write both in one way"
@@ -257,8 +258,9 @@ def _no_place(what: str, row: Row) -> RowError:
             f"{what} says something that isn't in the conversation of {name}, and nothing says "
             f"where it belongs; write it into {name}, or remove {what} to train without it"
         )
+    answers = " and ".join(row.answers) if row.kind is PAIRED else row.listed(*row.answers)
     return RowError(
-        f"{what} says something that isn't in the conversations of chosen and rejected, and "
+        f"{what} says something that isn't in the conversations of {answers}, and "
         f"nothing says where it belongs; write it into both, or remove {what} to train without it"
     )
 

@@ -10,10 +10,12 @@ from dpofast.columns import (
     ID_COLUMNS,
     PAIR_COLUMNS,
     PAIRED,
+    RANKED,
     REF_COLUMNS,
     UNPAIRED,
     WEIGHT_COLUMNS,
 )
+from dpofast.data.reading.answer_pairs import RANKINGS
 from dpofast.data.reading.conversation import read_conversation
 from dpofast.data.reading.instruction import read_instruction
 from dpofast.data.reading.json_text import (
@@ -56,6 +58,7 @@ COLUMNS = (
     *OTHER_COLUMNS,
     *(*ID_COLUMNS, *OLD_ID_COLUMNS, *MASK_COLUMNS, *LABEL_COLUMNS),
     *(*UNPAIRED.answers, *UNPAIRED.id_columns[1:], *LABELS),
+    *(*RANKED.answers, *RANKED.id_columns[1:], *RANKINGS),
     *("tools", "chat_template_kwargs", "plain_prompt"),
     *MEDIA_COLUMNS,
     *REF_COLUMNS,
@@ -91,7 +94,7 @@ def read_pairs(
     ours = under_our_names(row, roles)
     # A row for KTO would fail both checks, because it has no `chosen`. Its owner is helped more
     # by the message that the rows are unpaired, so that check comes first.
-    _refuse_unpaired(ours)
+    _refuse_other_kind(ours)
     _require_answers(ours, found)
     return [_read_written_pair(one, roles) for one in _each_rejected(ours)]
 
@@ -249,8 +252,8 @@ def _are_messages(value: Any) -> bool:
     return is_messages(value) or value == []
 
 
-def _refuse_unpaired(row: Row) -> None:
-    """Refuse a row for KTO among pairs; a source of such rows is refused as a whole."""
+def _refuse_other_kind(row: Row) -> None:
+    """Refuse a row of another kind among pairs; a source of such rows is refused as a whole."""
     if (problem := wrong_kind(row.values, PAIRED)) is not None:
         raise RowError(problem)
 
@@ -260,6 +263,13 @@ def _require_answers(row: Row, found: Sequence[str]) -> None:
         if column in row:
             continue
         example = _likely_column(column, [str(name) for name in found]) or "your_column"
+        ranking = next((name for name in RANKINGS if isinstance(row.get(name), list)), None)
+        if ranking is not None:
+            raise RowError(
+                f"there is {ranking}, but no column 'completions' with the answers (found: "
+                f"{', '.join(map(str, found))}); name it with "
+                f"{naming('columns', {'completions': 'your_column'})}"
+            )
         raise RowError(
             f"there is no column {column!r} (found: {', '.join(map(str, found)) or 'none'}); name "
             f"it with {naming('columns', {column: example})} or add it"

@@ -15,11 +15,13 @@ import xxhash
 from dpofast.columns import ID_COLUMNS
 from dpofast.data.reading.messages import content_text, decode_messages
 from dpofast.data.reading.mixture import (
+    Sources,
     check_shares,
     in_normal_form,
     sources_of,
     take_shares,
     taken_of,
+    what_counts,
 )
 from dpofast.data.reading.records import BATCH_ROWS
 from dpofast.errors import ConfigError, DataError
@@ -39,9 +41,9 @@ def hold_out(
 
     Two pairs have the same prompt if the texts of its messages are the same, white space aside, or
     if their prompt_ids are equal. Roles, tools and other fields don't count, as a template may
-    leave them out. All pairs of a prompt go to the same part. Which part that is depends on a hash
-    of the prompt and the seed, and on where the wanted size draws the line in the order of these
-    hashes, but not on the order of the rows.
+    leave them out. All pairs of a prompt go to the same part, so a row with many answers stays
+    whole. Which part that is depends on a hash of the prompt and the seed, and on where the wanted
+    size draws the line in the order of these hashes, but not on the order of the rows.
 
     Each dataset of a mixture is split by itself. A prompt that occurs in several goes to the part
     that the first of them decides. Rows that were left out when they were read stay with the
@@ -67,33 +69,32 @@ def hold_out(
     """
     check_eval_split(eval_split)
     dataset = in_normal_form(dataset, name)
-    names, numbers = sources_of(dataset, name)
+    sources = sources_of(dataset, name)
     if shares is not None:
-        check_shares(shares, names)
-    sizes = {key: int(np.sum(numbers == number)) for key, number in names.items()}
-    fraction = _fraction(eval_split, sizes, shares, name)
+        check_shares(shares, sources.names)
+    sizes = sources.sizes()
+    counted = what_counts(dataset)
+    fraction = _fraction(eval_split, sizes, shares, name, counted)
     prompts = np.array(list(_prompt_hashes(dataset, seed)), dtype=object)
-    held: dict[int, bool] = {}
-    for number in names.values():
-        _decide(Counter(prompts[numbers == number]), fraction, held)
+    held = _held(sources, prompts, fraction)
     is_held = np.array([held.get(prompt, False) for prompt in prompts], dtype=bool)
     if len(set(held.values())) < 2:
         raise DataError(
-            f"{name}: no pairs can be held out, because all pairs of a dataset have the same "
-            "prompt; give a dataset of held-out pairs instead (eval_dataset, or eval_dataset_name "
-            "on the command line and in YAML)"
+            f"{name}: no {counted} can be held out, because all {counted} of a dataset have the "
+            f"same prompt; give a dataset of held-out {counted} instead (eval_dataset, or "
+            "eval_dataset_name on the command line and in YAML)"
         )
     logger.info(
-        "%s: %s of %s pairs held out, with %s of %s prompts",
-        *(name, f"{is_held.sum():,}", f"{sum(sizes.values()):,}"),
+        "%s: %s of %s %s held out, with %s of %s prompts",
+        *(name, f"{sources.counts[is_held].sum():,}", f"{sum(sizes.values()):,}", counted),
         *(f"{sum(held.values()):,}", f"{len(held):,}"),
     )
     training = dataset.select(np.flatnonzero(~is_held))
     held_out = dataset.select(np.flatnonzero(is_held))
     if shares is not None:
         count = int(eval_split) if eval_split >= 1 else None
-        training = take_shares(training, shares, seed, name="training pairs")
-        held_out = take_shares(held_out, shares, seed, name="held-out pairs", at_most=count)
+        training = take_shares(training, shares, seed, name=f"training {counted}")
+        held_out = take_shares(held_out, shares, seed, name=f"held-out {counted}", at_most=count)
     return training, held_out
 
 
@@ -107,8 +108,30 @@ def check_eval_split(eval_split: Any) -> None:
         )
 
 
+def _held(sources: Sources, prompts: np.ndarray, fraction: Fraction) -> dict[int, bool]:
+    """Hash of a prompt -> whether it is held out.
+
+    Args:
+        sources: the datasets of a mixture, or a single one.
+        prompts: hash of each row's prompt, [n].
+        fraction: part of the pairs to hold out of each dataset.
+    """
+    held: dict[int, bool] = {}
+    for number in sources.names.values():
+        is_own = sources.numbers == number
+        pairs_of = Counter[int]()
+        for prompt, count in zip(prompts[is_own], sources.counts[is_own], strict=True):
+            pairs_of[prompt] += int(count)
+        _decide(pairs_of, fraction, held)
+    return held
+
+
 def _fraction(
-    eval_split: float, sizes: Mapping[str, int], shares: Mapping[str, float] | None, name: str
+    eval_split: float,
+    sizes: Mapping[str, int],
+    shares: Mapping[str, float] | None,
+    name: str,
+    counted: str,
 ) -> Fraction:
     """The part to hold out of each dataset."""
     if eval_split < 1:
@@ -117,7 +140,7 @@ def _fraction(
     total = sum(used.values())
     if eval_split >= total:
         raise DataError(
-            f"{name}: eval_split is {eval_split:,}, but there are only {total:,} pairs, and at "
+            f"{name}: eval_split is {eval_split:,}, but there are only {total:,} {counted}, and at "
             "least one has to be left to train on; hold out fewer"
         )
     return Fraction(int(eval_split), total)
@@ -149,31 +172,31 @@ def _prompt_text(prompt: str | list[str]) -> str:
     return "\0".join("".join(text.split()) for text in texts)
 
 
-def _decide(rows_of: Mapping[int, int], fraction: Fraction, held: dict[int, bool]) -> None:
+def _decide(pairs_of: Mapping[int, int], fraction: Fraction, held: dict[int, bool]) -> None:
     """Decide for each prompt of one dataset whether it is held out.
 
     Args:
-        rows_of: hash of a prompt -> number of its rows.
-        fraction: part of the rows to hold out.
+        pairs_of: hash of a prompt -> number of its pairs.
+        fraction: part of the pairs to hold out.
         held: hash of a prompt -> whether it is held out; decisions are added, none is changed.
     """
-    total = sum(rows_of.values())
+    total = sum(pairs_of.values())
     wanted = min(max(int(fraction * total + Fraction(1, 2)), 1), total - 1)
-    # How many rows are still to be held out.
-    missing = wanted - sum(count for prompt, count in rows_of.items() if held.get(prompt))
-    any_held = any(held.get(prompt) for prompt in rows_of)
-    any_kept = any(held.get(prompt) is False for prompt in rows_of)
+    # How many pairs are still to be held out.
+    missing = wanted - sum(count for prompt, count in pairs_of.items() if held.get(prompt))
+    any_held = any(held.get(prompt) for prompt in pairs_of)
+    any_kept = any(held.get(prompt) is False for prompt in pairs_of)
     rest = []
-    for prompt in sorted(prompt for prompt in rows_of if prompt not in held):
-        held[prompt] = rows_of[prompt] <= missing
+    for prompt in sorted(prompt for prompt in pairs_of if prompt not in held):
+        held[prompt] = pairs_of[prompt] <= missing
         if held[prompt]:
-            missing -= rows_of[prompt]
+            missing -= pairs_of[prompt]
             any_held = True
         else:
             rest.append(prompt)
     if not rest or (len(rest) == 1 and not any_kept):
         return
-    # Each remaining prompt has more rows than are missing. One more may still be nearer.
-    smallest = min(rest, key=lambda prompt: rows_of[prompt])
-    if rows_of[smallest] < 2 * missing or not any_held:
+    # Each remaining prompt has more pairs than are missing. One more may still be nearer.
+    smallest = min(rest, key=lambda prompt: pairs_of[prompt])
+    if pairs_of[smallest] < 2 * missing or not any_held:
         held[smallest] = True

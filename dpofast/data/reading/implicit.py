@@ -33,11 +33,6 @@ GENERATION_PROMPTS = (
     "\nAssistant:",
 )
 
-_NOTHING_IN_COMMON = (
-    "chosen and rejected begin differently, so no prompt can be found in them; give the prompt in "
-    "a column of its own"
-)
-
 
 def split_texts(chosen: str, rejected: str) -> tuple[str, str, str]:
     """Split two texts that begin with the same prompt.
@@ -58,7 +53,7 @@ def split_texts(chosen: str, rejected: str) -> tuple[str, str, str]:
         # The limit leaves at least one character to each answer.
         end = _before_last_word(common, limit=min(len(chosen), len(rejected)) - 1)
     if end == 0:
-        raise RowError(_NOTHING_IN_COMMON)
+        raise RowError(_nothing_in_common(*PAIRED.answers))
     return common[:end], chosen[end:], rejected[end:]
 
 
@@ -108,10 +103,15 @@ def _why_nothing_in_common(conversations: Sequence[list[Message]], names: Sequen
             return f"{name} has no message from the assistant (found: {', '.join(found)}); {remedy}"
     if len(conversations) == 1:
         return f"{names[0]} has an answer but no prompt before it; give it one or remove the row"
-    first, second = (messages[0] for messages in conversations)
+    firsts = [messages[0] for messages in conversations]
+    # The first conversation and one that differs from it say what is wrong.
+    at = next((i for i, each in enumerate(firsts) if not same(each, firsts[0])), 1)
+    first, second = firsts[0], firsts[at]
+    one, other = names[0], names[at]
     systems = [speaker(message) == "system" for message in (first, second)]
     if any(systems) and not all(systems):
-        one, other = ("chosen", "rejected") if systems[0] else ("rejected", "chosen")
+        if systems[1]:
+            one, other = other, one
         return (
             f"{one} begins with a system message and {other} doesn't; write it into both, or only "
             "into a column system"
@@ -119,10 +119,17 @@ def _why_nothing_in_common(conversations: Sequence[list[Message]], names: Sequen
     if (speaker(first), first.get("content")) == (speaker(second), second.get("content")):
         fields = [k for k in {**first, **second} if not same(first.get(k), second.get(k))]
         return (
-            f"the first messages of chosen and rejected differ in {', '.join(fields) or 'order'}, "
+            f"the first messages of {one} and {other} differ in {', '.join(fields) or 'order'}, "
             "so no prompt can be found in them; write them in the same way"
         )
-    return _NOTHING_IN_COMMON
+    return _nothing_in_common(one, other)
+
+
+def _nothing_in_common(one: str, other: str) -> str:
+    return (
+        f"{one} and {other} begin differently, so no prompt can be found in them; give the prompt "
+        "in a column of its own"
+    )
 
 
 def _after_last_marker(common: str) -> int | None:

@@ -6,6 +6,7 @@ import functools
 import logging
 import math
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import datasets
@@ -16,18 +17,22 @@ import xxhash
 
 from dpofast.columns import (
     ID_COLUMNS,
+    PAIRED,
+    RANKED,
     REF_COLUMNS,
     SOURCE_COLUMN,
     UNPAIRED,
     WEIGHT_COLUMNS,
     kind_of_columns,
 )
+from dpofast.data.reading.as_ranked import all_ranked
 from dpofast.data.reading.normal_form import (
     SourceNotes,
     is_normal_form,
     normal_form,
     source_notes,
 )
+from dpofast.data.reading.pair_counts import pair_counts
 from dpofast.data.reading.preferences import load_preferences
 from dpofast.data.reading.shares import largest_counts
 from dpofast.errors import ConfigError, DataError
@@ -36,7 +41,6 @@ logger = logging.getLogger(__name__)
 
 WEIGHT, _ = WEIGHT_COLUMNS
 LEFT_OUT = -1  # in place of a dataset's number, for a row that isn't trained on
-_NONE = -2  # the number of no dataset
 
 
 def mix_preferences(
@@ -49,7 +53,8 @@ def mix_preferences(
     """Put several datasets together.
 
     Without shares, the mixture has all rows of all datasets. With shares, it is the largest one
-    that repeats no row and has each dataset's share within one row. The rows that are taken of a
+    that repeats no row and has each dataset's share of the pairs within one row. If any dataset's
+    rows have many answers, pairs become rows with two answers. The rows that are taken of a
     dataset depend on the seed and on the rows' numbers, not on the other datasets.
 
     Args:
@@ -81,6 +86,7 @@ def mix_preferences(
     _refuse_pairs_beside_unpaired(parts)
     _refuse_two_kinds(parts)
     _refuse_half_scored(parts)
+    parts = all_ranked(parts)
     tables = []
     for name, part in parts.items():
         table = part.with_format("arrow")[:]
@@ -117,7 +123,8 @@ def take_shares(
     """Select rows so that the datasets of a mixture have these shares.
 
     Rows that were left out when they were read, and pairs with equal answers, don't count. They
-    stay, so that they are reported.
+    stay, so that they are reported. A row with many answers counts as often as it has pairs, and
+    is taken whole or not at all.
 
     Args:
         mixture: result of `mix_preferences`, or a selection of its rows.
@@ -129,24 +136,28 @@ def take_shares(
     Raises:
         DataError: a share leaves a dataset without a row.
     """
-    found, source = sources_of(mixture)
-    available = {key: int(np.sum(source == found.get(key, _NONE))) for key in shares}
+    sources = sources_of(mixture)
+    available = dict.fromkeys(shares, 0) | sources.sizes()
     counts = taken_of(available, shares, name, at_most)
     rows = _column(mixture, "row").to_numpy()
-    chosen = [np.flatnonzero(source == LEFT_OUT)]
+    chosen = [np.flatnonzero(sources.numbers == LEFT_OUT)]
     for key, count in counts.items():
-        indices = np.flatnonzero(source == found[key])
+        indices = np.flatnonzero(sources.numbers == sources.names[key])
         # Ranks by a hash of the row's number don't change when other rows are held out. numpy
         # doesn't promise that a seed gives the same permutation in its next version.
         ranks = [xxhash.xxh3_64_intdigest(b"%d" % row, seed % 2**64) for row in rows[indices]]
-        first = np.argsort(np.array(ranks, dtype=np.uint64), kind="stable")[:count]
-        chosen.append(indices[first])
+        order = indices[np.argsort(np.array(ranks, dtype=np.uint64), kind="stable")]
+        ends = np.cumsum(sources.counts[order])
+        # The row with many answers that would be one too many is left out, but for the first.
+        num_rows = max(int(np.searchsorted(ends, count, side="right")), 1)
+        chosen.append(order[:num_rows])
+        counts[key] = int(ends[num_rows - 1])
     size = sum(counts.values())
     taken = ", ".join(
         f"{count:,} of {available[key]:,} from {key} ({count / size:.2%})"
         for key, count in counts.items()
     )
-    logger.info("%s: %s pairs, %s", name, f"{size:,}", taken)
+    logger.info("%s: %s %s, %s", name, f"{size:,}", what_counts(mixture), taken)
     return mixture.select(np.sort(np.concatenate(chosen)))
 
 
@@ -169,46 +180,64 @@ def taken_of(
         smallest = min(available, key=lambda key: (min(available[key], 1), shares[key]))
         has = ", ".join(f"{key} has {rows:,}" for key, rows in available.items())
         raise DataError(
-            f"{name}: the shares leave no pair of {smallest} ({has}); "
-            + ("raise its share" if available[smallest] else "hold out more or fewer pairs")
-            + ", give it more pairs, or leave it out"
+            f"{name}: the shares leave nothing of {smallest} ({has}); "
+            + ("raise its share" if available[smallest] else "hold out more or less")
+            + ", give it more rows, or leave it out"
         )
     return dict(zip(available, counts, strict=True))
+
+
+def what_counts(dataset: datasets.Dataset) -> str:
+    """What messages call the examples of a dataset in the normal form, in the plural."""
+    kind = kind_of_columns(dataset.column_names)
+    return f"{(UNPAIRED if kind.labelled else PAIRED).noun}s"
 
 
 def rows_by_source(dataset: datasets.Dataset) -> dict[str, int]:
     """Name of each dataset in a mixture -> number of its pairs; empty if it isn't a mixture."""
     if SOURCE_COLUMN not in dataset.column_names:
         return {}
-    found, source = sources_of(dataset)
-    return {name: int(np.sum(source == number)) for name, number in found.items()}
+    return sources_of(dataset).sizes()
 
 
-def sources_of(dataset: datasets.Dataset, name: str = "") -> tuple[dict[str, int], np.ndarray]:
+@dataclass(frozen=True, slots=True)
+class Sources:
+    """Which dataset of a mixture each row comes from.
+
+    Attributes:
+        names: name of each dataset -> its number.
+        numbers: number of each row's dataset, [n] int; LEFT_OUT for a row that isn't trained on:
+            one that was left out when it was read, or has equal answers.
+        counts: pairs of each row, [n] int64; see `pair_counts`.
+    """
+
+    names: dict[str, int]
+    numbers: np.ndarray
+    counts: np.ndarray
+
+    def sizes(self) -> dict[str, int]:
+        """Name of each dataset -> its pairs."""
+        return {
+            name: int(self.counts[self.numbers == number].sum())
+            for name, number in self.names.items()
+        }
+
+
+def sources_of(dataset: datasets.Dataset, name: str = "") -> Sources:
     """Number the datasets of a mixture in the order in which they first occur.
 
     Args:
         dataset: a mixture; or a single dataset, which gets the number 0.
         name: name of a single dataset.
-
-    Returns:
-        Name of each dataset -> its number; and the number for each row, [n] int, LEFT_OUT for a
-        row that isn't trained on: one that was left out when it was read, or has equal answers.
     """
     if SOURCE_COLUMN in dataset.column_names:
         encoded = _column(dataset, SOURCE_COLUMN).combine_chunks().dictionary_encode()
         names, numbers = encoded.dictionary.to_pylist(), encoded.indices.to_numpy()
     else:
         names, numbers = [name], np.zeros(len(dataset), dtype=np.int32)
-    kind = kind_of_columns(dataset.column_names)
-    is_tokenised = ID_COLUMNS[0] in dataset.column_names
-    _, *columns = kind.id_columns if is_tokenised else kind.columns
-    # A row that was left out has nulls in the columns of its answers.
-    first, *others = (_column(dataset, column).to_pylist() for column in columns)
-    second = others[0] if others else [None] * len(first)
-    differ = np.array([one != other for one, other in zip(first, second, strict=True)], dtype=bool)
-    numbers = np.where(differ, numbers, LEFT_OUT)
-    return {name: number for number, name in enumerate(names)}, numbers
+    counts = pair_counts(dataset)
+    numbers = np.where(counts > 0, numbers, LEFT_OUT)
+    return Sources({name: number for number, name in enumerate(names)}, numbers, counts)
 
 
 def check_shares(shares: Mapping[str, float], names: Collection[str]) -> None:
@@ -272,9 +301,16 @@ def _refuse_pairs_beside_unpaired(parts: Mapping[str, datasets.Dataset]) -> None
     paired = next((name for name, kind in kinds.items() if not kind.labelled), None)
     unpaired = next((name for name, kind in kinds.items() if kind.labelled), None)
     if paired is not None and unpaired is not None:
+        is_ranked = kinds[paired] is RANKED
+        what = "rows with many answers" if is_ranked else "pairs"
+        remedy = (
+            "write each of those answers as a row with completion and label"
+            if is_ranked
+            else "split the pairs with split_pairs of dpofast.data"
+        )
         raise DataError(
-            f"{paired} holds pairs and {unpaired} unpaired rows, and the rows of a run are all of "
-            "one kind; split the pairs with split_pairs of dpofast.data"
+            f"{paired} holds {what} and {unpaired} unpaired rows, and the rows of a run are all of "
+            f"one kind; {remedy}"
         )
 
 

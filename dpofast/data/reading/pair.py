@@ -1,4 +1,4 @@
-"""A row under this package's names of columns, and the pair or unpaired row read from it."""
+"""A row under this package's names of columns, and the pair or other row read from it."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from dpofast.columns import PAIRED, RowKind
+from dpofast.columns import PAIRED, PAIRS_COLUMN, RANKED, RowKind
 from dpofast.data.reading.messages import is_empty_answer, same
 
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """One pair, or one unpaired row, in the normal form.
+    """One pair, one unpaired row or one ranked row in the normal form.
 
     Attributes:
         kind: type of the prompt and the answers: "text", "messages" or "ids".
@@ -21,7 +21,8 @@ class Pair:
         values: column -> value, for all columns of the normal form except `row`. Messages are lists
             of dicts here.
         used: columns of the source that the pair was made from. All others didn't matter.
-        row_kind: whether it is a pair or an unpaired row.
+        row_kind: what it is.
+        empty: name of an empty answer of a ranked row, for which this pair is left out.
     """
 
     kind: str
@@ -29,16 +30,22 @@ class Pair:
     values: dict[str, Any] = field(default_factory=dict)
     used: frozenset[str] = frozenset()
     row_kind: RowKind = PAIRED
+    empty: str | None = None
 
     @property
     def identical(self) -> bool:
-        """Whether there are several answers, and all are the same."""
+        """Whether the two answers of a pair are the same."""
+        if self.row_kind is RANKED:
+            answers = self.values[self._answer_columns[0]]
+            return any(same(answers[one], answers[two]) for one, two in self.values[PAIRS_COLUMN])
         first, *others = (self.values[column] for column in self._answer_columns)
         return bool(others) and all(same(first, other) for other in others)
 
     @property
     def blank(self) -> str | None:
         """The column of the first answer without text and tool call; None if there is none."""
+        if self.empty is not None or self.row_kind is RANKED:
+            return self.empty
         for name, column in zip(self.row_kind.answers, self._answer_columns, strict=True):
             answer = self.values[column]
             if self.kind == "messages":

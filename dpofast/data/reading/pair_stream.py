@@ -9,6 +9,7 @@ from typing import Any
 
 import datasets
 
+from dpofast.data.reading.answer_pairs import check_answer_pairs
 from dpofast.data.reading.mappings import check_columns, check_roles
 from dpofast.data.reading.records import Record
 from dpofast.data.reading.row_stream import is_stream, picked_split, stream_records
@@ -21,11 +22,13 @@ class PairStream:
     Args:
         source: an IterableDataset of `datasets` or PyTorch, or an IterableDatasetDict; or the path
             of a file or folder, or a hub name, as `load_preferences` takes them.
-        columns, split, name, roles, config_name: as in `load_preferences`.
+        columns, split, name, roles, config_name, answer_pairs: as in `load_preferences`. A row with
+            many answers becomes pairs.
 
     Raises:
         DataError: there is no such source or split.
-        ConfigError: `columns` or `roles` can't be used, such as a column that no format has.
+        ConfigError: `columns` or `roles` can't be used, such as a column that no format has; or
+            `answer_pairs` has no such value.
     """
 
     def __init__(
@@ -37,7 +40,10 @@ class PairStream:
         name: str = "dataset",
         roles: Mapping[str, str] | None = None,
         config_name: str | None = None,
+        answer_pairs: str | None = None,
     ) -> None:
+        check_answer_pairs(answer_pairs)
+        self.answer_pairs = answer_pairs
         self.source, self.split, self.config_name = source, split, config_name
         self.columns, self.roles = check_columns(columns), check_roles(roles)
         self.name = name

@@ -13,13 +13,16 @@ from dpofast.columns import (
     ID_COLUMNS,
     LABEL_COLUMN,
     PAIRED,
+    RANKED,
     REF_COLUMNS,
     UNPAIRED,
     WEIGHT_COLUMNS,
+    kind_of_columns,
 )
 from dpofast.data.reading.normal_form import is_normal_form, normal_form, source_notes
 from dpofast.data.reading.preferences import load_preferences
 from dpofast.data.reading.reasons import IDENTICAL
+from dpofast.errors import DataError
 
 # Columns that say something about both answers of a pair together, or that the rows don't keep.
 _DROPPED = (*REF_COLUMNS, WEIGHT_COLUMNS[1])
@@ -46,11 +49,17 @@ def split_pairs(dataset: Any, *, name: str | None = None) -> datasets.Dataset:
         The unpaired rows: with prompt_ids, completion_ids, label and row, as `tokenize_unpaired`
         gives them, or in the normal form.
     Raises:
-        DataError: the dataset can't be used.
+        DataError: the dataset can't be used, or its rows have many answers.
     """
     if _is_tokenised(dataset):
         return datasets.Dataset(_split(dataset.with_format("arrow")[:], ID_COLUMNS))
     pairs = load_preferences(dataset, name=name)
+    if kind_of_columns(pairs.column_names) is RANKED:
+        raise DataError(
+            f"{name or 'the dataset'} holds rows with many answers (completions), and whether one "
+            "of them is good by itself isn't said; write each answer as a row with completion and "
+            "label, or the best and the worst as chosen and rejected"
+        )
     notes = source_notes(pairs)
     dropped = tuple(column for column in _DROPPED if column in pairs.column_names)
     notes = replace(notes, unused_columns=(*notes.unused_columns, *dropped))

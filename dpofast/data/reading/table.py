@@ -11,13 +11,23 @@ from typing import Any
 
 import pyarrow as pa
 
-from dpofast.columns import PAIRED, UNPAIRED, WEIGHT_COLUMNS, RowKind
+from dpofast.columns import (
+    PAIRED,
+    PAIRS_COLUMN,
+    RANKED,
+    SOURCE_COLUMN,
+    TIES_COLUMN,
+    UNPAIRED,
+    WEIGHT_COLUMNS,
+    RowKind,
+)
 from dpofast.data.reading.bad_rows import BadRows
 from dpofast.data.reading.formats import read_pairs
-from dpofast.data.reading.kinds import refuse_other_kind
+from dpofast.data.reading.kinds import kind_of_rows, refuse_other_kind
 from dpofast.data.reading.messages import encode_messages
 from dpofast.data.reading.normal_form import OPTIONAL_TYPES, SourceNotes, answer_types
 from dpofast.data.reading.pair import Pair
+from dpofast.data.reading.ranked import RankedReader
 from dpofast.data.reading.reasons import BAD_ROW, EMPTY
 from dpofast.data.reading.records import BATCH_ROWS, Record
 from dpofast.data.reading.row_error import STRICT_REMEDY, RowError, empty_answer
@@ -41,7 +51,11 @@ class TableBuilder:
         columns: column name here -> column name in the source.
         roles: role in the source -> role that templates know.
         again: the source is in the normal form already.
-        kind: what the rows are: PAIRED or UNPAIRED.
+        kind: what the rows are: PAIRED, UNPAIRED or RANKED.
+        answer_pairs: which pairs ranked rows make, as in `load_preferences`.
+
+    Attributes:
+        ties: pairs of ranked rows that equal scores left unmade.
     """
 
     def __init__(
@@ -52,18 +66,21 @@ class TableBuilder:
         roles: Mapping[str, str],
         again: bool,
         kind: RowKind = PAIRED,
+        answer_pairs: str | None = None,
     ) -> None:
         self.strict, self.skip_bad_rows = strict, skip_bad_rows
         self.columns, self.roles, self.again = columns, roles, again
         self.kind = kind
-        self._read_row = read_unpaired if kind is UNPAIRED else read_pairs
+        self.ties = 0
+        self._ranked = RankedReader(answer_pairs, again, as_pairs=kind is PAIRED)
+        self._source_kind = kind
         self._bad = BadRows()
         self._rows_read = 0
         self._form: tuple[str, str] | None = None  # kind and format that all pairs must share
         self._weighted: set[str] = set()  # those of WEIGHT_COLUMNS that all rows must have
         self._kind_without_pairs = "text"
         self._filled: dict[str, None] = {}  # columns of the source with a value, in their order
-        self._used = {"row", *OPTIONAL_TYPES} if again else {"row"}
+        self._used = {"row", *OPTIONAL_TYPES, PAIRS_COLUMN, TIES_COLUMN} if again else {"row"}
         self._message_fields: dict[str, None] = {}  # fields of messages, in their order
         self._optional: set[str] = set()  # optional columns of the normal form that any row has
         self._nulls_left_out = False
@@ -94,6 +111,15 @@ class TableBuilder:
             batches.append(self._batch())
         # Every batch has all optional columns, because a later row could need any of them.
         return self._without_unused(pa.Table.from_batches(batches))
+
+    def take_ranked(self, records: Sequence[Record]) -> None:
+        """Read the rows as ranked ones, pair by pair, if the first of them are.
+
+        Args:
+            records: the first rows of a source that isn't read as a whole.
+        """
+        if kind_of_rows(record.values for record in self._renamed(records)) is RANKED:
+            self._source_kind = RANKED
 
     def start(self, row: int) -> None:
         """Take the next row that `read` gets for this one of the source, counted from 0."""
@@ -126,7 +152,7 @@ class TableBuilder:
         """What was seen in the source, once the table is built."""
         unused = tuple(column for column in self._filled if column not in self._used)
         fields = tuple(name for name in self._message_fields if name not in _KNOWN_FIELDS)
-        return SourceNotes(unused, fields, self._nulls_left_out)
+        return SourceNotes(unused, fields, self._nulls_left_out, tuple(self._ranked.made))
 
     def _read_chunk(self, records: Sequence[Record], blanks_decide: bool = True) -> list[Row]:
         """The rows of the normal form for some rows of the source.
@@ -136,7 +162,7 @@ class TableBuilder:
             blanks_decide: settle the form of all pairs even if all answers here are blank.
         """
         if not self._rows_read and records:
-            refuse_other_kind(self._renamed(records), self.kind, records[0].source)
+            refuse_other_kind(self._renamed(records), self._source_kind, records[0].source)
         read = [self._pairs(record) for record in records]
         if self._form is None:
             # Most of the first rows decide which form is right, not the very first row.
@@ -174,11 +200,17 @@ class TableBuilder:
             if self._was_left_out(record.values):
                 return []
             row = self._rename(record)
-            pairs = self._read_row(row, record.columns, self.roles)
+            pairs = self._read_row(row, record.columns)
         except RowError as error:
             return error
         self._filled |= _filled(row)
         return pairs
+
+    def _read_row(self, row: Mapping[str, Any], found: Sequence[str]) -> list[Pair]:
+        if self._source_kind is RANKED:
+            return self._ranked(row, found, self.roles)
+        read = read_unpaired if self._source_kind is UNPAIRED else read_pairs
+        return read(row, found, self.roles)
 
     def _rows(self, record: Record, result: list[Pair] | RowError, number: int) -> list[Row]:
         """The rows of the normal form for one row of the source.
@@ -194,37 +226,54 @@ class TableBuilder:
                 raise RowError(f"the row was left out before: {why}")
             if self.kind.id_columns[0] in record.values:
                 self._kind_without_pairs = "ids"
-            return [self._left_out(number, record.values["left_out"])]
+            kept = {name: record.values.get(name) for name in (SOURCE_COLUMN, TIES_COLUMN)}
+            return [{**self._left_out(number, record.values["left_out"]), **kept}]
         return [self._row(record, pair, number) for pair in result]
 
     def _row(self, record: Record, pair: Pair, number: int) -> Row:
+        ties = pair.values.get(TIES_COLUMN, 0)
         if pair.blank is not None:
             if self.strict:
                 raise empty_answer(pair.blank)
             self._used |= pair.used
-            return self._left_out(number, EMPTY)
+            self.ties += ties
+            return {**self._left_out(number, EMPTY), TIES_COLUMN: ties}
+        self._refuse_other_form(pair)
+        if not self.again:  # a mixture may have them in some rows
+            refuse_half_weighted(pair.values, self._weighted)
+        if self.strict and pair.identical:
+            which = "two answers of a pair" if self.kind is RANKED else "chosen and rejected"
+            raise RowError(f"{which} are identical; {STRICT_REMEDY}")
+        self._used |= pair.used
+        self.ties += ties
+        row = {"row": number, **pair.values}
+        if pair.kind == "messages":
+            self._encode(row)
+        if self.again and record.values.get(SOURCE_COLUMN) is not None:
+            row[SOURCE_COLUMN] = record.values[SOURCE_COLUMN]
+        self._optional.update(column for column in row if column in OPTIONAL_TYPES)
+        return row
+
+    def _refuse_other_form(self, pair: Pair) -> None:
+        assert self._form is not None
+        kind, columns = self._form
         if (pair.kind, pair.columns) != self._form:
-            assert self._form is not None
-            kind, columns = self._form
             raise RowError(
                 f"the row is {pair.kind} in {pair.columns}, but the rows around it are {kind} in "
                 f"{columns}; write all rows in one form"
             )
-        if not self.again:  # a mixture may have them in some rows
-            refuse_half_weighted(pair.values, self._weighted)
-        if self.strict and pair.identical:
-            raise RowError(f"chosen and rejected are identical; {STRICT_REMEDY}")
-        self._used |= pair.used
-        row = {"row": number, **pair.values}
-        if pair.kind == "messages":
-            for column in self.kind.columns:
-                for message in row[column]:
-                    self._message_fields |= _filled(message)
-                row[column] = encode_messages(row[column], column)
-        if self.again and record.values.get("source") is not None:
-            row["source"] = record.values["source"]
-        self._optional.update(column for column in row if column in OPTIONAL_TYPES)
-        return row
+
+    def _encode(self, row: Row) -> None:
+        """Store the messages of a row as the normal form has them."""
+        prompt, *answers = self.kind.columns
+        parts = {column: [row[column]] for column in (prompt, *answers)}
+        if self.kind.many:
+            parts.update({column: row[column] for column in answers})
+        for column, values in parts.items():
+            for message in itertools.chain.from_iterable(values):
+                self._message_fields |= _filled(message)
+            stored = [encode_messages(messages, column) for messages in values]
+            row[column] = stored if self.kind.many and column != prompt else stored[0]
 
     def _left_out(self, number: int, reason: str, problem: str | None = None) -> Row:
         row = {"row": number, "left_out": reason, "problem": problem}

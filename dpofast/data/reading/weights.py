@@ -27,7 +27,7 @@ def pair_weights(row: Mapping[str, Any]) -> dict[str, float]:
         value = row.get(column)
         if value is None or (isinstance(value, str) and not value.strip()):  # in CSV files
             continue
-        number = _number(value)
+        number = number_in(value)
         if not (math.isfinite(number) and 0.0 <= number <= _LARGEST[column]):
             raise RowError(
                 f"{column} is {shown(value)}, but this column is {_EXPECTED[column]}; mend the "
@@ -60,7 +60,7 @@ def refuse_half_weighted(found: Collection[str], expected: Collection[str]) -> N
             )
 
 
-def _number(value: Any) -> float:
+def number_in(value: Any) -> float:
     """The number that a value is or says; NaN if it is none."""
     if isinstance(value, bool):
         return math.nan

@@ -8,20 +8,26 @@ import pyarrow as pa
 import xxhash
 
 from dpofast.columns import LABEL_COLUMN, WEIGHT_COLUMNS, kind_of_columns
+from dpofast.data.tokens.pooled import PooledPairs
 
 _BATCH_ROWS = 10_000
 
 
-def data_fingerprint(dataset: datasets.Dataset) -> str:
+def data_fingerprint(dataset: datasets.Dataset | PooledPairs) -> str:
     """Hash the token ids of all pairs, or all unpaired rows with their labels, and their order.
+
+    Of pooled pairs, it hashes the ids of the answers, and which of them make a pair.
 
     The hash is the same on every machine and doesn't depend on how the dataset is chunked or
     stored. It is xxh3_128 over the lengths and the ids of each column, as little-endian int64; and
-    over the labels, as bytes, if there are any.
+    over the labels, as bytes, or the numbers of the pairs' answers, if there are any.
 
     Returns:
         32 hexadecimal digits.
     """
+    index = dataset.index if isinstance(dataset, PooledPairs) else None
+    if isinstance(dataset, PooledPairs):
+        dataset = dataset.answers
     # Lengths are hashed apart from ids, so [1, 2], [3] and [1], [2, 3] differ.
     columns = kind_of_columns(dataset.column_names).id_columns
     hashers = {name: (xxhash.xxh3_128(), xxhash.xxh3_128()) for name in columns}
@@ -39,10 +45,12 @@ def data_fingerprint(dataset: datasets.Dataset) -> str:
         total.update(lengths.digest() + values.digest())
     if LABEL_COLUMN in dataset.column_names:
         total.update(bytes(dataset[LABEL_COLUMN][:]))
+    if index is not None:
+        total.update(np.ascontiguousarray(index, "<i8").tobytes())
     return total.hexdigest()
 
 
-def pairs_fingerprint(dataset: datasets.Dataset) -> str:
+def pairs_fingerprint(dataset: datasets.Dataset | PooledPairs) -> str:
     """Hash all that a run trains on: the token ids, and the weights and confidences of the pairs.
 
     Returns:

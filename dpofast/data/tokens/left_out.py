@@ -24,6 +24,8 @@ def reason_left_out(answers: Sequence[list[int]], cut: Cut) -> str | None:
         return IDENTICAL
     if not cut.fits:
         return NO_ROOM
+    if not any(cut.answers):  # as in nearly all rows
+        return None
     _, *kept = cut.apply([], *answers)
     return IDENTICAL_CUT if _are_identical(kept) else None
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import datasets
 import numpy as np
@@ -22,7 +22,7 @@ from dpofast.data.tokens.left_out import REASONS
 from dpofast.data.tokens.report import Lengths, PreparationReport
 from dpofast.data.tokens.truncate import Cut, LengthLimits
 
-_NOTES = ("merged", "rerendered")
+NOTES = ("merged", "rerendered")
 
 
 def outcome_features(kind: RowKind) -> dict[str, Any]:
@@ -31,7 +31,7 @@ def outcome_features(kind: RowKind) -> dict[str, Any]:
         **dict.fromkeys(kind.id_columns, datasets.List(datasets.Value("int32"))),
         **dict.fromkeys(("reason", "problem"), datasets.Value("string")),
         **dict.fromkeys((*_length_columns(kind), *_cut_columns(kind)), datasets.Value("int32")),
-        **dict.fromkeys(_NOTES, datasets.Value("bool")),
+        **dict.fromkeys(NOTES, datasets.Value("bool")),
     }
 
 
@@ -43,6 +43,13 @@ def _length_columns(kind: RowKind) -> list[str]:
 def _cut_columns(kind: RowKind) -> list[str]:
     """Columns with the tokens that are cut from each part."""
     return [f"{part}_cut" for part in kind.columns]
+
+
+class Outcome(Protocol):
+    """The outcome of one row's tokenisation."""
+
+    def columns(self, kind: RowKind) -> dict[str, Any]:
+        """The outcome as columns of a table."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,23 +141,32 @@ class OutcomeSums:
             self._desirable += sum(table[LABEL_COLUMN].filter(kept).to_pylist())
         self._problems += problems(table)
         prompt_cut, *cuts = (table[name].to_numpy() for name in _cut_columns(self._kind))
-        answer_cuts = np.concatenate(cuts)
-        self._cuts["tokens"] += int(prompt_cut.sum() + answer_cuts.sum())
-        self._cuts["answers"] += int(np.sum(answer_cuts > 0))
-        self._cuts["prompts"] += int(np.sum(prompt_cut > 0))
-        for name in _NOTES:
+        self._add_cuts(prompt_cut, np.concatenate(cuts))
+        for name in NOTES:
             self._cuts[name] += int(table[name].to_numpy().sum())
         lengths_of = [table[name].to_numpy() for name in _length_columns(self._kind)]
         has_ids = lengths_of[0] > 0  # rows left out before they were tokenised have no lengths
         prompt, *each = (lengths[has_ids] for lengths in lengths_of)
         answers = np.concatenate(each)
-        sequences = np.concatenate([prompt] * len(each)) + answers
-        for count, lengths in zip(
-            self._lengths.values(), (prompt, answers, sequences), strict=True
-        ):
-            count.update(lengths.tolist())
-        for reason, rows in _left_out(table).items():
-            self._left_out[reason] += rows
+        self._add_lengths(prompt, answers, np.concatenate([prompt] * len(each)) + answers)
+        self._add_left_out(table["reason"].to_pylist(), places(table))
+
+    def _add_cuts(self, prompts: np.ndarray, answers: np.ndarray) -> None:
+        """Add the tokens that prompts and answers lose."""
+        self._cuts["tokens"] += int(prompts.sum() + answers.sum())
+        self._cuts["answers"] += int(np.sum(answers > 0))
+        self._cuts["prompts"] += int(np.sum(prompts > 0))
+
+    def _add_lengths(self, *lengths: np.ndarray) -> None:
+        """Add the tokens of prompts, of answers, and of prompts with an answer, before the cut."""
+        for count, of_part in zip(self._lengths.values(), lengths, strict=True):
+            count.update(of_part.tolist())
+
+    def _add_left_out(self, reasons: Sequence[str | None], rows: Sequence[int | str]) -> None:
+        """Add the reason of each row; None for rows that are kept."""
+        for reason, row in zip(reasons, rows, strict=True):
+            if reason is not None:
+                self._left_out[reason].append(row)
 
     def report(
         self,
@@ -172,7 +188,6 @@ class OutcomeSums:
             name=name,
             pairs_read=self._read,
             pairs_kept=self._kept,
-            labels=self._labels(),
             left_out={reason: tuple(rows) for reason, rows in self._left_out.items() if rows},
             problems=tuple(self._problems),
             unused=tuple(unused),
@@ -186,21 +201,21 @@ class OutcomeSums:
             prompt_lengths=prompt,
             answer_lengths=answer,
             sequence_lengths=sequence,
+            **self._of_kind(),
         )
 
-    def _labels(self) -> dict[str, int] | None:
+    def _of_kind(self) -> dict[str, Any]:
+        """The fields of a report that only this kind of rows has."""
         if not self._kind.labelled:
-            return None
-        return {"desirable": self._desirable, "undesirable": self._kept - self._desirable}
+            return {}
+        labels = {"desirable": self._desirable, "undesirable": self._kept - self._desirable}
+        return {"labels": labels}
 
 
-def _left_out(table: pa.Table) -> dict[str, tuple[int | str, ...]]:
-    """Reason -> rows left out for it."""
-    reasons = np.array(table["reason"].to_pylist(), dtype=object)
-    rows = table["row"].to_pylist()
-    if "source" in table.column_names:
-        sources = table["source"].to_pylist()
-        pairs = zip(sources, rows, strict=True)
-        rows = [row if source is None else f"{source} row {row}" for source, row in pairs]
-    found = {reason: np.flatnonzero(reasons == reason) for reason in REASONS}
-    return {reason: tuple(rows[i] for i in at) for reason, at in found.items() if at.size}
+def places(table: pa.Table) -> list[int | str]:
+    """What a report calls each row of a table of outcomes: its number; with its source, if any."""
+    rows: list[int | str] = table["row"].to_pylist()
+    if "source" not in table.column_names:
+        return rows
+    named = zip(table["source"].to_pylist(), rows, strict=True)
+    return [row if source is None else f"{source} row {row}" for source, row in named]

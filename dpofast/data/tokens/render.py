@@ -9,10 +9,10 @@ from typing import Any
 
 from jinja2 import TemplateError
 
-from dpofast.columns import kind_of_columns
 from dpofast.data.reading.messages import Message, content_text, decode_messages
 from dpofast.data.reading.row_error import RowError
 from dpofast.data.tokens.boundary import RowTexts
+from dpofast.data.tokens.row_parts import part_names, row_parts
 from dpofast.errors import one_line
 
 # Jinja runs the template's own expressions, so a template raises almost anything on messages that
@@ -42,12 +42,12 @@ def render_row_texts(row: Mapping[str, Any], tokenizer: Any) -> RowTexts:
             have.
         RowError: the template refuses the row, or writes a content as Python writes it.
     """
-    columns = kind_of_columns(row).columns
+    given = row_parts(row)
     if isinstance(row["prompt"], str):
-        return _plain(*(row[column] for column in columns), tokenizer=tokenizer)
-    parts = [decode_messages(row[column]) for column in columns]
+        return _plain(*given, tokenizer=tokenizer)
+    parts = [decode_messages(part) for part in given]
     if tokenizer.chat_template:
-        return _templated(parts, _renderer(row, tokenizer), columns[1:])
+        return _templated(parts, _renderer(row, tokenizer), part_names(row)[1:])
     if row.get("plain_prompt") is None:
         raise TokenizerError(
             "the data are messages, but the tokenizer has no chat template; give it one "
@@ -96,7 +96,7 @@ def _templated(parts: list[list[Message]], render: Render, names: Sequence[str])
     Args:
         parts: messages of the prompt and of each answer.
         render: renders them.
-        names: columns of the answers, used in errors.
+        names: names of the answers, used in errors.
     """
     try:
         if any(isinstance(m.get("content"), list) for part in parts for m in part):

@@ -20,13 +20,13 @@ import struct
 import sys
 import warnings
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
 from typing import Any
 
-from dpofast.columns import PAIRED, UNPAIRED
+from dpofast.columns import PAIRED, RANKED, UNPAIRED
 from dpofast.data.reading.row_error import RowError
 from dpofast.data.tokens.boundary import RowTexts
 from dpofast.data.tokens.render import TokenizerError, render_row_texts
@@ -34,7 +34,7 @@ from dpofast.data.tokens.render import TokenizerError, render_row_texts
 Row = Mapping[str, Any]  # of the normal form
 
 _COLUMNS = (
-    *(*PAIRED.columns, *UNPAIRED.answers),
+    *(*PAIRED.columns, *UNPAIRED.answers, *RANKED.answers),
     *("tools", "chat_template_kwargs", "plain_prompt"),
 )
 _MB = 1_000_000
@@ -306,9 +306,13 @@ def _within_limits(row: Row, tokenizer: Any, limits: TemplateLimits) -> Any:
     return texts.prompt, texts.wholes, texts.rendered
 
 
-def _strings(value: Any) -> Sequence[str]:
-    """The strings of a column of the normal form: messages, or one text."""
-    return value if isinstance(value, list) else [value or ""]
+def _strings(value: Any) -> Iterator[str]:
+    """The strings of a column of the normal form: messages, or one text, of an answer or many."""
+    if isinstance(value, list):
+        for each in value:
+            yield from _strings(each)
+    else:
+        yield value or ""
 
 
 def _texts(row: Row, tokenizer: Any) -> RowTexts | RowError:

@@ -70,6 +70,9 @@ class PreparationReport:
         prompt_lengths, answer_lengths, sequence_lengths: lengths in all pairs read, before the
             cut; a sequence is a prompt and one answer.
         labels: "desirable" and "undesirable" -> kept rows; None for pairs.
+        ties: pairs of answers in ranked rows that equal scores leave unmade.
+        answers_read: "prompts" and "answers" -> how many the pairs of ranked rows are made of,
+            each counted once; None for other rows.
     """
 
     name: str
@@ -89,6 +92,8 @@ class PreparationReport:
     answer_lengths: Lengths
     sequence_lengths: Lengths
     labels: Mapping[str, int] | None = None
+    ties: int = 0
+    answers_read: Mapping[str, int] | None = None
 
     @property
     def noun(self) -> str:
@@ -100,9 +105,19 @@ class PreparationReport:
         lines = [f"{self.name}: {_count(self.pairs_read, self.noun)} read, {self.pairs_kept} kept"]
         if self.labels is not None:
             lines.append("  labels: " + ", ".join(f"{n} {name}" for name, n in self.labels.items()))
+        if self.answers_read is not None:
+            counts = (_count(n, name[:-1]) for name, n in self.answers_read.items())
+            lines.append(f"  made of {' with '.join(counts)}")
+        if self.ties:
+            not_made = "is" if self.ties == 1 else "are"
+            lines.append(
+                f"  {_count(self.ties, 'pair')} of answers {not_made} not made, as the scores are "
+                "equal"
+            )
         for reason, rows in self.left_out.items():
-            places = ", ".join(map(str, rows[:_SHOWN_ROWS]))
-            more = f", ... ({len(rows) - _SHOWN_ROWS} more)" if len(rows) > _SHOWN_ROWS else ""
+            named = list(dict.fromkeys(rows))  # several pairs can be of one row
+            places = ", ".join(map(str, named[:_SHOWN_ROWS]))
+            more = f", ... ({len(named) - _SHOWN_ROWS} more)" if len(named) > _SHOWN_ROWS else ""
             lines.append(f"  left out, {reason}: {len(rows)} (rows from 0: {places}{more})")
         lines += [f"    {problem}" for problem in self.problems[:_SHOWN_ROWS]]
         if self.unused:
@@ -141,6 +156,10 @@ class PreparationReport:
         plain |= asdict(plain.pop("limits"))
         if plain.pop("labels") is not None:
             plain["labels"] = dict(self.labels or {})
+        if not self.ties:
+            del plain["ties"]
+        if plain.pop("answers_read") is not None:
+            plain["answers_read"] = dict(self.answers_read or {})
         plain["left_out"] = {reason: list(rows) for reason, rows in self.left_out.items()}
         plain |= {"problems": list(self.problems), "unused": list(self.unused)}
         for part, lengths in self._all_lengths().items():

@@ -18,9 +18,10 @@ from dpofast.data.reading.pair_stream import PairStream
 from dpofast.data.reading.records import Record
 from dpofast.data.reading.table import TableBuilder
 from dpofast.data.tokens.outcome import OutcomeSums, is_kept, outcome_features
+from dpofast.data.tokens.refusals import refuse_bad_rows
 from dpofast.data.tokens.render_process import RowRenderer
 from dpofast.data.tokens.report import PreparationReport
-from dpofast.data.tokens.tokenize import TOKENISED_ROWS, RowTokenizer, refuse_bad_rows
+from dpofast.data.tokens.tokenize import TOKENISED_ROWS, RowTokenizer
 from dpofast.data.tokens.truncate import LengthLimits
 from dpofast.data.tokens.unused import SHAPED_ROWS, unused_parts, warn_of_missing_text
 
@@ -71,11 +72,17 @@ class TokenStream:
         self.stream, self.name = stream, name
         self.limits, self.skip_bad_rows = limits, skip_bad_rows
         self._builder = TableBuilder(
-            strict, skip_bad_rows, stream.columns, stream.roles, again=False
+            strict,
+            skip_bad_rows,
+            stream.columns,
+            stream.roles,
+            again=False,
+            answer_pairs=stream.answer_pairs,
         )
         self._renderer = RowRenderer(tokenizer)
         self._tokenize = RowTokenizer(self._renderer, limits, strict, name)
         self._sums = OutcomeSums()
+        self._ties = 0  # pairs that the equal scores of those rows leave unmade
         self._counted = 0  # rows of the first pass that are in the sums
         self._unused: dict[str, None] = {}  # what the template doesn't use, in the order of finding
         self._fields: set[str] = set()  # fields of messages that were looked at for this
@@ -100,6 +107,8 @@ class TokenStream:
         records = list(itertools.islice(self._records, num_rows))
         self.row += len(records)
         self.ended = len(records) < num_rows
+        self._builder.take_ranked(records)
+        ties = self._builder.ties
         table = self._builder.read(records, self.stream.name, self.ended)
         if table is None or not len(table):
             return TokenisedRows(first, datasets.Dataset(_no_pairs()))
@@ -110,6 +119,7 @@ class TokenStream:
                 refuse_bad_rows(self.name, outcomes)
             if self.epoch == 0 and first >= self._counted:
                 self._counted = self.row
+                self._ties += self._builder.ties - ties
                 self._sums.add(outcomes)
                 self._look_at(rows)
         passed_on = [c for c in _PASSED_ON if c in table.column_names]
@@ -121,7 +131,8 @@ class TokenStream:
         """What became of the rows that were read, each counted once, however often it is read."""
         notes = self._builder.notes()
         unused = (*notes.unused_columns, *self._unused)
-        return self._sums.report(self.name, self.limits, unused, notes.nulls_left_out)
+        report = self._sums.report(self.name, self.limits, unused, notes.nulls_left_out)
+        return replace(report, ties=self._ties)
 
     def _outcomes(self, rows: datasets.Dataset) -> pa.Table:
         """The table of outcomes, and the columns that are passed on."""

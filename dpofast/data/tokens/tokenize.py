@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
@@ -14,37 +13,45 @@ import pyarrow as pa
 from dpofast.columns import (
     LABEL_COLUMN,
     PAIRED,
+    RANKED,
     REF_COLUMNS,
+    TIES_COLUMN,
     WEIGHT_COLUMNS,
     RowKind,
     kind_of_columns,
 )
-from dpofast.data.reading.bad_rows import BadRows, check_strictness
+from dpofast.data.reading.bad_rows import check_strictness
 from dpofast.data.reading.normal_form import is_normal_form, source_notes
 from dpofast.data.reading.preferences import load_preferences
 from dpofast.data.reading.reasons import EMPTY
 from dpofast.data.reading.records import place_of_row
 from dpofast.data.reading.row_error import STRICT_REMEDY, RowError
 from dpofast.data.tokens.boundary import BoundaryTokenizer, RowTexts, SplitRow
-from dpofast.data.tokens.left_out import IDENTICAL_CUT, NO_ROOM, reason_left_out
+from dpofast.data.tokens.left_out import NO_ROOM, reason_left_out
 from dpofast.data.tokens.outcome import (
+    Outcome,
     OutcomeSums,
     RowOutcome,
     bad_row,
     is_kept,
     outcome_features,
-    problems,
+)
+from dpofast.data.tokens.refusals import (
+    refuse_bad_rows,
+    refuse_nothing_kept,
+    warn_of_rerendered_prompts,
 )
 from dpofast.data.tokens.render import TokenizerError
 from dpofast.data.tokens.render_process import RowRenderer
 from dpofast.data.tokens.report import PreparationReport
-from dpofast.data.tokens.truncate import LengthLimits
+from dpofast.data.tokens.row_parts import row_parts
+from dpofast.data.tokens.truncate import Cut, LengthLimits
 from dpofast.data.tokens.unused import unused_parts, warn_of_missing_text
 from dpofast.errors import ConfigError, DataError
 
-logger = logging.getLogger(__name__)
-
 TOKENISED_ROWS = 256  # that are tokenised at a time
+# Columns of the normal form that outcomes keep.
+_PASSED_ON = ("row", "source", LABEL_COLUMN, TIES_COLUMN, *REF_COLUMNS, *WEIGHT_COLUMNS)
 
 
 def tokenize_preferences(
@@ -81,7 +88,7 @@ def tokenize_preferences(
         ref_rejected_logps, weight and label_confidence, if the source has them.
     Raises:
         DataError: some rows can't be used. Names the dataset and the first ten rows, and says what
-            is wrong and what to do.
+            is wrong and what to do. Or the rows are ranked, which `tokenize_ranked` tokenises.
         ConfigError: both strict and skip_bad_rows are set, or a length, truncation_mode or
             num_proc can't be used.
     """
@@ -89,6 +96,10 @@ def tokenize_preferences(
     check_strictness(strict, skip_bad_rows)
     if not is_normal_form(dataset):
         dataset = load_preferences(dataset, strict=strict, skip_bad_rows=skip_bad_rows, name=name)
+    if kind_of_columns(dataset.column_names) is RANKED:
+        raise DataError(
+            f"{name} has rows with many answers; tokenise them with tokenize_ranked of dpofast.data"
+        )
     return tokenize_rows(
         dataset,
         tokenizer,
@@ -119,25 +130,48 @@ def tokenize_rows(
         kind: what they are.
         limits: the options that decide what is cut.
     """
+    tokenize = RowTokenizer(RowRenderer(tokenizer), limits, strict, name, kind)
+    table, report = outcomes_and_report(
+        dataset, tokenize, skip_bad_rows=skip_bad_rows, num_proc=num_proc
+    )
+    passed_on = [c for c in table.column_names if c not in tokenize.features]
+    table = table.filter(is_kept(table)).select([*kind.id_columns, *passed_on])
+    return datasets.Dataset(table), report
+
+
+def outcomes_and_report(
+    dataset: datasets.Dataset,
+    tokenize: RowTokenizer,
+    *,
+    skip_bad_rows: bool,
+    num_proc: int | None,
+) -> tuple[pa.Table, PreparationReport]:
+    """Tokenise rows, and report what became of them.
+
+    Args:
+        dataset: rows in the normal form.
+        tokenize: tokenises them; its renderer is closed.
+        skip_bad_rows, num_proc: as in `tokenize_preferences`.
+    Returns:
+        The table of outcomes, with the columns that are passed on; and the report.
+    """
     if num_proc is not None and (not isinstance(num_proc, int) or num_proc < 1):
         raise ConfigError(f"dataset_num_proc is {num_proc!r}, expected an integer of at least 1")
+    name = tokenize.name
     if not len(dataset):
-        raise DataError(f"{name} holds no {kind.noun}s; give it at least one")
-    with contextlib.closing(RowRenderer(tokenizer)) as renderer:
+        raise DataError(f"{name} holds no {tokenize.kind.noun}s; give it at least one")
+    with contextlib.closing(tokenize.renderer) as renderer:
         warn_of_missing_text(dataset, renderer, name)
-        tokenize = RowTokenizer(renderer, limits, strict, name, kind)
         outcomes = _outcomes_of(dataset, tokenize, num_proc)
         unused = unused_parts(dataset, renderer)
     table = outcomes.with_format("arrow")[:]
     nulls = source_notes(dataset).nulls_left_out
-    report = OutcomeSums(table, kind=kind).report(name, limits, unused, nulls)
+    report = tokenize.sums(table).report(name, tokenize.limits, unused, nulls)
     if not skip_bad_rows:
-        refuse_bad_rows(report.name, table)
+        refuse_bad_rows(name, table)
     refuse_nothing_kept(report)
     warn_of_rerendered_prompts(report)
-    passed_on = [c for c in outcomes.column_names if c not in outcome_features(kind)]
-    table = table.filter(is_kept(table)).select([*kind.id_columns, *passed_on])
-    return datasets.Dataset(table), report
+    return table, report
 
 
 def _outcomes_of(
@@ -145,16 +179,14 @@ def _outcomes_of(
 ) -> datasets.Dataset:
     """The outcomes of all rows, and the columns that are passed on."""
     passed_on = {
-        column: dataset.features[column]
-        for column in ("row", "source", LABEL_COLUMN, *REF_COLUMNS, *WEIGHT_COLUMNS)
-        if column in dataset.column_names
+        column: dataset.features[column] for column in _PASSED_ON if column in dataset.column_names
     }
     return dataset.map(
         tokenize,
         batched=True,
         batch_size=TOKENISED_ROWS,
         remove_columns=[c for c in dataset.column_names if c not in passed_on],
-        features=datasets.Features({**passed_on, **outcome_features(tokenize.kind)}),
+        features=datasets.Features({**passed_on, **tokenize.features}),
         num_proc=num_proc if num_proc is None else min(num_proc, len(dataset)),
         # Nothing is written to disk, so a file of an earlier run can't be taken for this result.
         keep_in_memory=True,
@@ -192,8 +224,17 @@ class RowTokenizer:
         self.renderer, self.tokenizer, self.limits = renderer, renderer.tokenizer, limits
         self.strict, self.name, self.kind = strict, name, kind
 
+    @property
+    def features(self) -> dict[str, Any]:
+        """Column of an outcome -> its type in `datasets`."""
+        return outcome_features(self.kind)
+
+    def sums(self, table: pa.Table) -> OutcomeSums:
+        """What became of the rows in a table of outcomes."""
+        return OutcomeSums(table, kind=self.kind)
+
     def __call__(self, batch: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
-        """Columns of the normal form -> columns `outcome_features(kind)`.
+        """Columns of the normal form -> columns `features`.
 
         Raises:
             DataError: the tokenizer can't tokenise any such row, or strict refuses a row.
@@ -204,7 +245,7 @@ class RowTokenizer:
         for index, split in zip(waiting, self._split([rows[i] for i in waiting]), strict=True):
             outcomes[index] = self._outcome(split, rows[index])
         columns = [outcome.columns(self.kind) for outcome in outcomes if outcome is not None]
-        return {c: [each[c] for each in columns] for c in outcome_features(self.kind)}
+        return {c: [each[c] for each in columns] for c in self.features}
 
     def split(self, row: Mapping[str, Any]) -> SplitRow:
         """Token ids of a row before any cut.
@@ -221,7 +262,7 @@ class RowTokenizer:
             raise self._at_row(row, split)
         return split
 
-    def _left_out(self, row: Mapping[str, Any]) -> RowOutcome | None:
+    def _left_out(self, row: Mapping[str, Any]) -> Outcome | None:
         """The outcome of a row that was left out when the data was read; None for other rows."""
         reason = row.get("left_out")
         if not reason:
@@ -232,10 +273,10 @@ class RowTokenizer:
 
     def _split(self, rows: Sequence[Mapping[str, Any]]) -> list[SplitRow | RowError]:
         """Token ids of each row before any cut, or what is wrong with the row."""
-        prompt_ids, *answers = self.kind.id_columns
-        is_tokenised = any(prompt_ids in row for row in rows)
+        is_tokenised = any(self.kind.id_columns[0] in row for row in rows)
         if is_tokenised:
-            splits = [SplitRow(row[prompt_ids], tuple(row[c] for c in answers)) for row in rows]
+            parts = [row_parts(row, self.kind) for row in rows]
+            splits = [SplitRow(prompt, tuple(answers)) for prompt, *answers in parts]
             return [self._checked(split, is_tokenised) for split in splits]
         texts = self._rendered(rows)
         good = [text for text in texts if isinstance(text, RowTexts)]
@@ -277,10 +318,22 @@ class RowTokenizer:
         # len(tokenizer) would be too small if there are gaps between the ids.
         return max(self.tokenizer.get_vocab().values())
 
-    def _outcome(self, split: SplitRow | RowError, row: Mapping[str, Any]) -> RowOutcome:
+    def _outcome(self, split: SplitRow | RowError, row: Mapping[str, Any]) -> Outcome:
         if isinstance(split, RowError):
             return bad_row(str(self._at_row(row, split)))
         cut = self.limits.plan_cut(*split.lengths)
+        return RowOutcome(split, cut, self._reason(split, cut, row))
+
+    def _reason(self, split: SplitRow, cut: Cut, row: Mapping[str, Any]) -> str | None:
+        """Why answers of a row are left out; None if they aren't.
+
+        Args:
+            split: the prompt with these answers, before the cut.
+            cut: what they lose.
+            row: the row.
+        Raises:
+            DataError: they are left out, and strict refuses that.
+        """
         reason = reason_left_out(split.answers, cut)
         # A text that becomes only EOS is an empty answer. Someone who gives the ids themselves may
         # want just EOS.
@@ -290,7 +343,7 @@ class RowTokenizer:
             reason = EMPTY
         if reason is not None and self.strict:
             raise self._at_row(row, self._refusal(reason, len(split.prompt_ids)))
-        return RowOutcome(split, cut, reason)
+        return reason
 
     def _refusal(self, reason: str, prompt_length: int) -> RowError:
         if reason == NO_ROOM:
@@ -310,46 +363,3 @@ class RowTokenizer:
 
 def _rows_of(batch: Mapping[str, list[Any]]) -> list[dict[str, Any]]:
     return [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
-
-
-def refuse_bad_rows(name: str, table: pa.Table) -> None:
-    """Raise DataError if the table of outcomes has bad rows."""
-    bad = BadRows()
-    for problem in problems(table):
-        bad.add(problem)
-    if bad.count:
-        raise bad.error(name, len(table))
-
-
-def refuse_nothing_kept(report: PreparationReport) -> None:
-    """Raise DataError if no row of a dataset was kept."""
-    if report.pairs_kept:
-        return
-    found, limits = report.left_out, report.limits
-    remedies = ["raise max_length"] if NO_ROOM in found else []
-    remedies += [f"raise {limits.names}"] if IDENTICAL_CUT in found else []
-    if found.keys() - {NO_ROOM, IDENTICAL_CUT}:
-        remedies.append(
-            "give pairs with two different answers"
-            if report.labels is None
-            else "give rows with an answer"
-        )
-    reasons = ", ".join(f"{r} {len(rows)}" for r, rows in found.items())
-    raise DataError(
-        f"{report.name}: all {report.pairs_read} {report.noun}s were left out ({reasons}); "
-        f"{', or '.join(dict.fromkeys(remedies))}"
-    )
-
-
-def warn_of_rerendered_prompts(report: PreparationReport) -> None:
-    """Warn of prompts that the template renders in two ways, if a dataset has any."""
-    if report.rerendered_prompts:
-        logger.warning(
-            "%s: in %d of %d %ss the chat template renders the prompt otherwise before an answer "
-            "than alone; there the prompt ends where the two part, so the model is trained on a "
-            "context that differs from the one it generates from.",
-            report.name,
-            report.rerendered_prompts,
-            report.pairs_read,
-            report.noun,
-        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dpofast.errors import ConfigError
@@ -28,6 +29,10 @@ class Cut:
         """The cut of a row that loses no token."""
         return cls(0, (0,) * num_answers, fits)
 
+    def of_answers(self, places: Sequence[int]) -> Cut:
+        """The cut of a pair of the answers, which is the same in whatever pair an answer is."""
+        return Cut(self.prompt, tuple(self.answers[place] for place in places), self.fits)
+
     def apply(self, prompt: list[int], *answers: list[int]) -> tuple[list[int], ...]:
         """The token ids of the prompt and of each answer after the cut."""
         cut = zip(answers, self.answers, strict=True)
@@ -41,8 +46,8 @@ class LengthLimits:
     Attributes:
         max_length: most tokens of a prompt and one answer; None for no limit.
         truncation_mode: keep_start leaves the prompt whole and cuts answers on the right. keep_end
-            cuts the prompt on its left first, by as much as the longer answer needs, down to one
-            token. Then it cuts answers.
+            cuts the prompt on its left first, by as much as the longest answer needs, down to
+            one token. Then it cuts answers.
         max_prompt_length: most tokens of a prompt, which is cut on its left; None for no limit.
         max_completion_length: most tokens of an answer, which is cut on its right; None for no
             limit. `max_length` is applied to what these two leave.
@@ -84,6 +89,9 @@ class LengthLimits:
 
     def plan_cut(self, prompt: int, *answers: int) -> Cut:
         """Decide what to cut from a row.
+
+        What an answer loses doesn't depend on the others under keep_start. Under keep_end, the
+        longest answer decides on the prompt's cut, which all of them share.
 
         Args:
             prompt, answers: tokens in the prompt and in each answer, at least 1.

@@ -11,6 +11,7 @@ from typing import Any
 
 import datasets
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 
 from dpofast.columns import kind_of_columns
@@ -25,6 +26,7 @@ from dpofast.data.reading.records import place_of_row
 from dpofast.data.reading.row_error import RowError, shown
 from dpofast.data.tokens.render import texts_missing
 from dpofast.data.tokens.render_process import RowRenderer
+from dpofast.data.tokens.row_parts import part_names, row_parts, with_parts
 
 logger = logging.getLogger(__name__)
 
@@ -109,12 +111,12 @@ def _telling_rows(dataset: datasets.Dataset) -> Iterator[Row]:
 def _changes_texts(dataset: datasets.Dataset, renderer: RowRenderer, field: str) -> bool:
     """Whether the texts of a row change if a field is left out of its messages."""
     for row in _rows_with(dataset, field):
-        bare = dict(row)
-        for column, messages in zip(kind_of_columns(row).columns, _parts(row), strict=True):
+        bare = []
+        for name, messages in zip(part_names(row), _parts(row), strict=True):
             without = [{k: v for k, v in m.items() if k != field} for m in messages]
-            bare[column] = encode_messages(without, column)
+            bare.append(encode_messages(without, name))
         try:
-            if renderer.texts(row) != renderer.texts(bare):
+            if renderer.texts(row) != renderer.texts(with_parts(row, bare)):
                 return True
         except RowError:  # the template needs the field, or refuses the row in any case
             return True
@@ -127,10 +129,12 @@ def _rows_with(dataset: datasets.Dataset, field: str) -> Iterator[Row]:
     has_key = np.zeros(len(dataset), bool)
     columns = kind_of_columns(dataset.column_names).columns
     for chunks in dataset.with_format("arrow")[:].select(columns).columns:
-        column = chunks.combine_chunks()
-        found = pc.match_substring(pc.list_flatten(column), key)
-        parents = pc.list_parent_indices(column).filter(found)
-        has_key[parents.to_numpy()] = True
+        texts = chunks.combine_chunks()
+        parents = np.arange(len(texts))
+        while pa.types.is_list(texts.type):  # messages, or the messages of many answers
+            parents = parents[pc.list_parent_indices(texts).to_numpy()]
+            texts = pc.list_flatten(texts)
+        has_key[parents[pc.match_substring(texts, key).to_numpy(zero_copy_only=False)]] = True
     for index in np.flatnonzero(has_key)[:_TRIED_ROWS]:
         yield dataset[int(index)]
 
@@ -150,7 +154,7 @@ def _is_filled(dataset: datasets.Dataset, column: str) -> bool:
 
 
 def _parts(row: Row) -> list[list[Message]]:
-    return [decode_messages(row[column]) for column in kind_of_columns(row).columns]
+    return [decode_messages(part) for part in row_parts(row)]
 
 
 def _template_text(tokenizer: Any) -> str:

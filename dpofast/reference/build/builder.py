@@ -175,7 +175,7 @@ def reference_logps(namespace: Namespace, answers: PairAnswers) -> np.ndarray:
     logps, found = namespace.lookup(answers.keys)
     refuse_missing(namespace, answers, found, RowDetail.SUMS)
     refuse_wrong(namespace, answers, logps)
-    return logps.reshape(-1, 2)
+    return logps[answers.pairs]
 
 
 def refuse_missing(
@@ -186,7 +186,7 @@ def refuse_missing(
     Args:
         namespace: namespace that was searched.
         answers: answers of the dataset.
-        found: [2n] bool, whether each answer has such a row.
+        found: [a] bool, whether each answer has such a row.
         detail: detail that was asked for.
     """
     if found.all():
@@ -200,13 +200,24 @@ def refuse_missing(
     )
 
 
-def refuse_wrong(namespace: Namespace, answers: PairAnswers, logps: np.ndarray) -> None:
-    """Raise ReferenceStoreError if a log-prob [2n] is none: not finite, or above 0."""
+def refuse_wrong(
+    namespace: Namespace, answers: PairAnswers, logps: np.ndarray, scored: np.ndarray | None = None
+) -> None:
+    """Raise ReferenceStoreError if a log-prob is none: not finite, or above 0.
+
+    Args:
+        namespace: namespace that the log-probs were read from.
+        answers: answers of the dataset.
+        logps: [m] fp64, log-probs.
+        scored: [m] int64, the answer of each log-prob; None if they are those of all answers.
+    """
     wrong = np.flatnonzero(~(np.isfinite(logps) & (logps <= LOGP_ROUNDING)))
     if wrong.size:
+        place = int(wrong[0])
+        answer = place if scored is None else int(scored[place])
         raise ReferenceStoreError(
-            f"The reference store {namespace.store_folder} has {logps[wrong[0]]} as the log-prob "
-            f"of {answers.name(int(wrong[0]))}, which no reference gives, so something else wrote "
+            f"The reference store {namespace.store_folder} has {logps[place]} as the log-prob "
+            f"of {answers.name(answer)}, which no reference gives, so something else wrote "
             "it: make a new store (reference_store)."
         )
 

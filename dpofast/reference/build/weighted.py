@@ -36,11 +36,14 @@ def weighted_logps(namespace: Namespace, answers: PairAnswers, weights: TokenWei
     namespace.refresh()
     detail = RowDetail.LOGPS
     refuse_missing(namespace, answers, namespace.contains(answers.keys, detail), detail)
-    keys = answers.keys
-    parts = [keys[start : start + PART_ANSWERS] for start in range(0, len(keys), PART_ANSWERS)]
-    sums = [_weighted_sums(namespace, part, weights) for part in parts]
+    # An answer's weights depend on the other one of the pair, so each pair is summed by itself.
+    of_pairs = answers.pairs.reshape(-1)  # [2n]
+    parts = [
+        of_pairs[start : start + PART_ANSWERS] for start in range(0, len(of_pairs), PART_ANSWERS)
+    ]
+    sums = [_weighted_sums(namespace, answers.keys[part], weights) for part in parts]
     logps = np.concatenate([np.empty(0), *sums])
-    refuse_wrong(namespace, answers, logps)
+    refuse_wrong(namespace, answers, logps, of_pairs)
     return logps.reshape(-1, 2)
 
 

@@ -31,6 +31,7 @@ COMPARED = frozenset(
         "f_divergence_type",
         "fp16",
         "gradient_accumulation_steps",
+        "group_by_prompt",
         "label_smoothing",
         "ld_alpha",
         "learning_rate",
@@ -84,6 +85,7 @@ ROUNDING = frozenset(
 # the reference's identity.
 SHOWN_BY_OTHERS = frozenset(
     {
+        "answer_pairs",
         "model_init_kwargs",
         "pad_token",
         "ref_model_init_kwargs",

@@ -12,7 +12,7 @@ from dpofast.options.allowed_changes import FIXED, LIMITS, ROUNDING, SCHEDULED, 
 Facts = Mapping[str, Any]
 
 # What versions did that don't record these facts, because there was nothing else.
-FIRST_LOSSES: Facts = {
+FIRST_OPTIONS: Facts = {
     "alpha": None,
     "cpo_alpha": None,
     "beta_end": None,
@@ -24,6 +24,7 @@ FIRST_LOSSES: Facts = {
     "dpop_lambda": None,
     "f_alpha_divergence_coef": None,
     "f_divergence_type": "reverse_kl",
+    "group_by_prompt": False,
     "ld_alpha": None,
     "loss_weights": None,
     "simpo_gamma": None,
@@ -90,7 +91,7 @@ def compare(
         CheckpointError: facts differ that may not; names each of them, and what to do.
     """
     if "loss_type" in recorded:
-        recorded = {**FIRST_LOSSES, **recorded}
+        recorded = {**FIRST_OPTIONS, **recorded}
     harmless, allows, refused = [], [], []
     for change in _changes(recorded, now):
         if change.name in ROUNDING or _is_only_length(change.name, recorded, now):

@@ -46,6 +46,7 @@ class AnswerDataset(RunDataset):
     """
 
     def answer_pairs(self) -> datasets.Dataset:
+        assert isinstance(self.pairs, datasets.Dataset)
         table = self.pairs.with_format("arrow")[:]
         other = MISMATCHED_COLUMN if MISMATCHED_COLUMN in table.column_names else ANSWER
         columns = dict(zip(ID_COLUMNS, (PROMPT, ANSWER, other), strict=True))
@@ -73,6 +74,7 @@ class AnswerPreparer(PairPreparer):
     """
 
     dataset_class = AnswerDataset
+    kind = UNPAIRED
 
     def check_stream(self) -> None:
         raise ConfigError(

@@ -11,16 +11,18 @@ from typing import Any, ClassVar, Protocol, TypeVar
 import datasets
 import numpy as np
 
-from dpofast.columns import REF_COLUMNS
+from dpofast.columns import PAIRED, RANKED, REF_COLUMNS, RowKind, kind_of_columns
 from dpofast.data import (
+    PooledPairs,
     PreparationReport,
     load_preferences,
     rows_by_source,
     tokenize_preferences,
+    tokenize_ranked,
 )
 from dpofast.data.packing.answers import AnswerSteps
 from dpofast.data.packing.collate import Layout
-from dpofast.data.packing.likelihood import NO_LIKELIHOOD, Likelihood
+from dpofast.data.packing.likelihood import NO_LIKELIHOOD, ChosenTokens, Likelihood
 from dpofast.data.packing.plan import StepSampler
 from dpofast.data.packing.prompt_groups import PromptGroups
 from dpofast.data.packing.step_dataset import StepDataset
@@ -48,7 +50,8 @@ class RunDataset:
     Attributes:
         name: dataset name, used in messages and reports; unique within the run.
         given: the object that the user passed, by which the dataset is recognised later.
-        pairs: tokenised pairs, with the columns prompt_ids, chosen_ids, rejected_ids and row.
+        pairs: tokenised pairs, with the columns prompt_ids, chosen_ids, rejected_ids and row;
+            PooledPairs if they were made of rows with many answers.
         report: what the preparation kept, cut and left out.
         sources: name of each dataset in a mixture -> pairs read from it; empty for one dataset.
         ref_logps: [n, 2] fp64, summed reference log-probs of chosen and rejected, in nats; with
@@ -65,7 +68,7 @@ class RunDataset:
 
     name: str
     given: Any
-    pairs: datasets.Dataset
+    pairs: datasets.Dataset | PooledPairs
     report: PreparationReport
     sources: dict[str, int] = field(default_factory=dict)
     ref_logps: np.ndarray | None = None
@@ -99,8 +102,25 @@ class RunDataset:
             self.token_limit = replace(self.token_limit, max_tokens=row_tokens)
 
     def answer_pairs(self) -> datasets.Dataset:
-        """Pairs of all answers that are scored: prompt_ids, chosen_ids, rejected_ids and row."""
-        return self.pairs
+        """All answers that are scored, with the column row.
+
+        Returns:
+            Pairs with prompt_ids, chosen_ids and rejected_ids; or, where `answer_index` isn't None,
+            single answers with prompt_ids and completion_ids.
+        """
+        return self.pairs.answers if isinstance(self.pairs, PooledPairs) else self.pairs
+
+    @property
+    def answer_index(self) -> np.ndarray | None:
+        """[n, 2] int64, the row of each pair's answers in `answer_pairs`; None if it has pairs."""
+        return self.pairs.index if isinstance(self.pairs, PooledPairs) else None
+
+    def chosen_tokens(self) -> ChosenTokens:
+        """The tokens of each pair that a likelihood term takes a mean over."""
+        if not isinstance(self.pairs, PooledPairs):
+            return ChosenTokens.of(self.pairs)
+        prompts, chosen, _ = self.pairs.lengths().T
+        return ChosenTokens.of_lengths(prompts, chosen)
 
     def _count_tokens(self, layout: Layout, row_tokens: int) -> TokenLimit | None:
         return token_limit(self.groups, layout, row_tokens)
@@ -108,7 +128,13 @@ class RunDataset:
     @cached_property
     def groups(self) -> PromptGroups:
         """The prompts and the distinct answers of the pairs."""
+        if isinstance(self.pairs, PooledPairs):
+            return PromptGroups.of_pool(self.pairs.answers, self.pairs.index)
         return PromptGroups.of(self.pairs)
+
+    def prompts(self) -> np.ndarray:
+        """[n] int64, number of each pair's prompt."""
+        return self.groups.prompts
 
     def resume(self, recorded: Any) -> int:
         """The step from which a resumed run reads the dataset: any step is read as fast."""
@@ -140,7 +166,7 @@ class ReadPairs:
         is_text: whether the rows were text, and not messages or ids.
     """
 
-    pairs: datasets.Dataset
+    pairs: datasets.Dataset | PooledPairs
     report: PreparationReport
     sources: dict[str, int]
     is_text: bool
@@ -169,6 +195,7 @@ class PairPreparer:
     """
 
     dataset_class: ClassVar[type[RunDataset]] = RunDataset
+    kind: ClassVar[RowKind] = PAIRED
 
     def __init__(
         self,
@@ -194,8 +221,8 @@ class PairPreparer:
         """Tokenise a dataset, unless the run has it already.
 
         Args:
-            dataset: pairs in any form that `load_preferences` reads; a RunDataset, or an object
-                that was given before, is not prepared again.
+            dataset: pairs in any form that `load_preferences` reads, or PooledPairs; a RunDataset,
+                or an object that was given before, is not prepared again.
             name: dataset name; gets a number appended if another dataset of the run has that name.
 
         Raises:
@@ -235,6 +262,8 @@ class PairPreparer:
             DataError: the data can't be used at all; names the file and the row.
         """
         config = self.config
+        if isinstance(dataset, PooledPairs):  # some of the pairs of a dataset of this run
+            dataset = dataset.written_out()
         pairs = load_preferences(
             dataset,
             columns=self.columns,
@@ -242,10 +271,12 @@ class PairPreparer:
             strict=config.strict,
             skip_bad_rows=config.skip_bad_rows,
             name=name,
+            answer_pairs=config.answer_pairs,
         )
         sources = rows_by_source(pairs)
         is_text = pairs.features.get("prompt") == datasets.Value("string")
-        tokens, report = tokenize_preferences(
+        is_ranked = kind_of_columns(pairs.column_names) is RANKED
+        tokens, report = (tokenize_ranked if is_ranked else tokenize_preferences)(
             pairs,
             self.tokenizer,
             **vars(config.length_limits()),
@@ -301,11 +332,12 @@ class PairPreparer:
     def say_untemplated(self, is_text: bool, name: str) -> None:
         """Log that text goes to a chat model as it is, which may not be what was meant."""
         if is_text and getattr(self.tokenizer, "chat_template", None) and self.config.should_log:
+            *columns, last = self.kind.columns
             logger.info(
-                "%s: the pairs are text, so they are tokenised as they are, without the "
-                "tokenizer's chat template. If the model is to see a conversation, give prompt, "
-                "chosen and rejected as lists of messages.",
-                name,
+                "%s: the %ss are text, so they are tokenised as they are, without the tokenizer's "
+                "chat template. If the model is to see a conversation, give %s and %s as lists of "
+                "messages.",
+                *(name, self.kind.noun, ", ".join(columns), last),
             )
 
     def say_weights(self, pairs: Any, name: str) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from dpofast.columns import WEIGHT_COLUMNS
+from dpofast.columns import WEIGHT_COLUMNS, kind_of_columns
 from dpofast.data.packing.pair_columns import number_column
 from dpofast.errors import DataError
 from dpofast.model.place import place_of_pair
@@ -19,7 +19,7 @@ def check_pair_weights(pairs: Any, name: str, loss: PreferenceLoss, *, is_whole:
     """Refuse weights of which nothing is trained, and confidences that the loss can't use.
 
     Args:
-        pairs: datasets.Dataset of tokenised pairs.
+        pairs: datasets.Dataset of tokenised pairs, or of tokenised unpaired rows.
         name: dataset name, used in messages.
         loss: the loss of the run.
         is_whole: whether the pairs are a whole dataset, and not a part of a stream.
@@ -29,8 +29,9 @@ def check_pair_weights(pairs: Any, name: str, loss: PreferenceLoss, *, is_whole:
     """
     weights = number_column(pairs, WEIGHT)
     if weights is not None and is_whole and not np.any(weights):
+        noun = kind_of_columns(pairs.column_names).noun
         raise DataError(
-            f"{name}: the weight of every pair is 0, so no pair counts; raise some of them, or "
+            f"{name}: the weight of every {noun} is 0, so no {noun} counts; raise some of them, or "
             f"remove the column {WEIGHT!r}."
         )
     confidence = number_column(pairs, CONFIDENCE)
@@ -67,7 +68,8 @@ def describe_pair_weights(pairs: Any, name: str) -> str | None:
         if values is not None:
             low, high = np.nanmin(values), np.nanmax(values)
             parts.append(f"{column} from {low:g} to {high:g}, mean {np.nanmean(values):.4g}")
-    return f"{name}: the pairs have {'; and '.join(parts)}." if parts else None
+    noun = kind_of_columns(pairs.column_names).noun
+    return f"{name}: the {noun}s have {'; and '.join(parts)}." if parts else None
 
 
 def _is_smoothed(name: str) -> bool:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NoReturn
+
+import numpy as np
 
 from dpofast.data.packing.likelihood import ChosenTokens
 from dpofast.data.packing.plan import BatchShape, StepSampler
+from dpofast.data.packing.prompt_order import GroupedSampler, PromptOrder
 from dpofast.data.packing.token_limit import TokenLimit
 from dpofast.errors import ConfigError
 from dpofast.options.config import DPOConfig
@@ -20,6 +24,7 @@ def train_sampler(
     *,
     in_order: bool = False,
     tokens: ChosenTokens | None = None,
+    prompts: Callable[[], np.ndarray] | None = None,
 ) -> StepSampler:
     """A sampler of one rank's training steps.
 
@@ -30,6 +35,7 @@ def train_sampler(
         rank: (rank, world size) to sample for; by default those of this process.
         in_order: keep the order of the pairs, whatever the options say.
         tokens: tokens of the pairs, if the loss has a likelihood term.
+        prompts: gives the number of each pair's prompt, [n] int64; group_by_prompt needs it.
     """
     number, world_size = rank or (config.process_index, config.world_size)
     shape = BatchShape(
@@ -37,10 +43,13 @@ def train_sampler(
     )
     seed = config.seed if config.data_seed is None else config.data_seed
     is_random = config.train_sampling_strategy == "random" and not in_order
-    drop_last = config.dataloader_drop_last
-    return StepSampler(
-        *(num_pairs, shape, number, seed if is_random else None, drop_last, limit, tokens)
-    )
+    seed = seed if is_random else None
+    options = (config.dataloader_drop_last, limit, tokens)
+    if not config.group_by_prompt:
+        return StepSampler(num_pairs, shape, number, seed, *options)
+    assert prompts is not None, "streams are refused"
+    order = PromptOrder(prompts(), shape.pairs_per_step, seed)
+    return GroupedSampler(order, shape, number, *options)
 
 
 def planned_steps(config: DPOConfig, epoch: StepSampler) -> int:
@@ -63,6 +72,6 @@ def planned_steps(config: DPOConfig, epoch: StepSampler) -> int:
 def refuse_no_step(num_pairs: int, pairs_per_step: int) -> NoReturn:
     """Raise ConfigError: dataloader_drop_last leaves out all pairs."""
     raise ConfigError(
-        f"dataloader_drop_last: the {num_pairs} pairs don't fill one step of {pairs_per_step}, so "
+        f"dataloader_drop_last: {num_pairs} examples don't fill one step of {pairs_per_step}, so "
         "none would be trained; leave it out, or make steps smaller."
     )

@@ -51,7 +51,8 @@ def total_steps(config: DPOConfig, train_set: TrainingSet) -> int:
     if isinstance(train_set, RunStream):
         return train_set.num_steps
     # The number of steps doesn't depend on the packing, so no token limit is needed.
-    return planned_steps(config, train_sampler(config, len(train_set), None))
+    epoch = train_sampler(config, len(train_set), None, prompts=train_set.prompts)
+    return planned_steps(config, epoch)
 
 
 def _prepare_stream(data: PairPreparer, given: Any, world_size: int) -> RunStream:
@@ -61,11 +62,23 @@ def _prepare_stream(data: PairPreparer, given: Any, world_size: int) -> RunStrea
             f"max_steps: {name} is a stream, whose length nobody knows, so num_train_epochs can't "
             "say when the run ends; set max_steps."
         )
+    if config.group_by_prompt:
+        raise ConfigError(
+            f"group_by_prompt: {name} is a stream, which is read in its own order, so pairs of a "
+            "prompt can't be brought together; leave it out (pairs of a prompt that follow each "
+            "other mostly share a step), or give a dataset without streaming."
+        )
     _refuse_split_by_rank(given, config)
     _refuse_other_names(given, data)
     stream = given
     if not isinstance(given, PairStream):
-        stream = PairStream(given, columns=data.columns, roles=data.roles, name=name)
+        stream = PairStream(
+            given,
+            columns=data.columns,
+            roles=data.roles,
+            name=name,
+            answer_pairs=config.answer_pairs,
+        )
     tokens = TokenStream(
         stream,
         data.tokenizer,
@@ -97,7 +110,7 @@ def _refuse_split_by_rank(given: Any, config: DPOConfig) -> None:
 
 
 def _refuse_other_names(given: Any, data: PairPreparer) -> None:
-    """Raise ConfigError if a PairStream doesn't have the trainer's names of columns and roles."""
+    """Raise ConfigError if a PairStream doesn't have the trainer's names and `answer_pairs`."""
     for name in ("columns", "roles"):
         ours = dict(getattr(data, name) or {})
         if isinstance(given, PairStream) and ours and getattr(given, name) != ours:
@@ -105,6 +118,12 @@ def _refuse_other_names(given: Any, data: PairPreparer) -> None:
                 f"{name}: train_dataset is a PairStream, which has {name} of its own; give these "
                 "to it, or pass what it was made of."
             )
+    wanted = data.config.answer_pairs
+    if isinstance(given, PairStream) and wanted not in (None, given.answer_pairs):
+        raise ConfigError(
+            f"answer_pairs: train_dataset is a PairStream, which has {given.answer_pairs!r} of its "
+            "own; give this option to it, or pass what it was made of."
+        )
 
 
 def _how_it_is_read(stream: RunStream) -> list[str]:

@@ -11,11 +11,19 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer
 
+from dpofast.data.packing.batch import PackedPairs
 from dpofast.errors import NonFiniteError
 from dpofast.model.finite import non_finite_names
 from dpofast.options.config import DPOConfig
 from dpofast.train.exchange import exchange
-from dpofast.train.finite.non_finite import distinct, have, names_in_words, rows_in_words
+from dpofast.train.finite.non_finite import (
+    bad_logps,
+    distinct,
+    have,
+    names_in_words,
+    rows_in_words,
+    z_of,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -24,29 +32,32 @@ class EvaluatedLosses:
     """The losses of an evaluation's micro-batches on this rank, which stay on their device."""
 
     def __init__(self) -> None:
-        self._found: list[tuple[list[int], Tensor, Tensor | None]] = []
+        # The pairs of each micro-batch, their mean loss, which of them are bad, and their z.
+        self._found: list[tuple[list[int], Tensor, Tensor | None, Tensor | None]] = []
 
-    def add(self, indices: list[int], loss: Any, logps: Tensor | None) -> None:
+    def add(self, indices: list[int], batch: PackedPairs, loss: Any, logps: Tensor | None) -> None:
         """Note a micro-batch.
 
         Args:
             indices: its pairs, counted in the dataset.
+            batch: the micro-batch.
             loss: their mean loss; None if an override gives none.
             logps: [2P], the log-probs of their answers; None if they aren't known.
         """
         if isinstance(loss, Tensor) and indices:
-            self._found.append((indices, loss.detach(), logps))
+            bad = None if logps is None else bad_logps(batch, logps.detach())
+            self._found.append((indices, loss.detach(), bad, z_of(batch)))
 
     def bad_pairs(self) -> list[int]:
         """The pairs whose log-probs aren't finite; all of a micro-batch if none can be told."""
         pairs: list[int] = []
-        for indices, loss, logps in self._found:
-            is_known = logps is not None and not bool(logps.isfinite().all())
-            if is_known or not bool(loss.isfinite().all()):
-                flags = [True] * len(indices)
-                if logps is not None and is_known:
-                    flags = logps.view(len(indices), -1).isfinite().logical_not().any(1).tolist()
-                pairs += [index for index, is_bad in zip(indices, flags, strict=True) if is_bad]
+        for indices, loss, bad, z in self._found:
+            flags = [False] if bad is None else bad.tolist()
+            if not any(flags):
+                # Pairs that can't be told apart, unless they only share the z of others.
+                is_bad = not bool(loss.isfinite().all()) and (z is None or bool(z.isfinite()))
+                flags = [is_bad] * len(indices)
+            pairs += [index for index, is_bad in zip(indices, flags, strict=True) if is_bad]
         return pairs
 
 
@@ -68,10 +79,10 @@ def check_evaluation(
     if math.isfinite(metrics.get("loss", 0.0)):
         return
     pairs = losses.bad_pairs()
-    rows = pairs if dataset is None else [dataset.pairs["row"][pair] for pair in pairs]
+    rows = pairs if dataset is None or not pairs else dataset.pairs[pairs]["row"]
     found = exchange((rows, non_finite_names(model.named_parameters())))
     where = rows_in_words(sorted(row for rows, _ in found for row in rows))
-    name = "the evaluated pairs" if dataset is None else dataset.name
+    name = "the evaluated data" if dataset is None else dataset.name
     what = f"The loss of {name} is {metrics['loss']}"
     if weights := distinct(names for _, names in found):
         raise NonFiniteError(

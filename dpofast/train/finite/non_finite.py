@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dpofast.data.packing.batch import PackedPairs, StepBatch
 from dpofast.model.pair_losses import batch_losses
+from dpofast.model.scored_answers import ScoredAnswers
 from dpofast.train.checkpoint.resume import newest_whole
 from dpofast_kernels import CoupledLoss, PreferenceLoss
 
@@ -199,16 +200,34 @@ def distinct(lists: Iterable[Iterable[str]]) -> list[str]:
     return list(dict.fromkeys(chain.from_iterable(lists)))
 
 
+def bad_logps(
+    batch: PackedPairs,
+    logps: Tensor,  # [2P] or, of single answers, [S]
+) -> Tensor:
+    """[P] or [S] bool: which pairs or answers have a log-prob that is NaN or infinite.
+
+    Of single answers, that of the mismatched answer counts, too.
+    """
+    bad = (~logps.isfinite()).view(batch.num_pairs, -1).any(1)
+    return bad | ~batch.mismatched_logratios.isfinite() if isinstance(batch, ScoredAnswers) else bad
+
+
+def z_of(batch: PackedPairs) -> Tensor | None:
+    """[]: the z in the loss of every answer of the step, on all ranks; None without."""
+    return batch.z if isinstance(batch, ScoredAnswers) else None
+
+
 def _bad_pairs(each: Pass, loss: PreferenceLoss) -> list[bool]:
     """Whether each pair of a micro-batch isn't finite; all of them if none can be told apart."""
     everything = [True] * each.batch.num_pairs
     if each.logps is None or each.batch.ref_logps is None:
         return everything
-    bad = (~each.logps.isfinite()).view(each.batch.num_pairs, -1).any(1)  # [P]
-    if not isinstance(
-        loss, CoupledLoss
-    ):  # a loss that couples pairs spreads a NaN over all of them
+    bad = bad_logps(each.batch, each.logps)  # [P]
+    z = z_of(each.batch)
+    is_bad_z = z is not None and not bool(z.isfinite())
+    # A loss that couples pairs spreads a NaN over all of them, and so does z.
+    if not is_bad_z and not isinstance(loss, CoupledLoss):
         losses, *_ = batch_losses(loss, each.logps, each.batch, each.pair_weights)
         bad |= ~losses.isfinite()
     flags: list[bool] = bad.tolist()
-    return flags if any(flags) else everything
+    return flags if is_bad_z or any(flags) else everything

@@ -168,7 +168,7 @@ class EvaluatesPairs(ChoosesFiniteBest, ComputesLoss, Trainer):
                 self.count(sums, loss, batch, "compute_loss", "prediction_step")
                 output = self._computed.output
                 logps_found = None if output is None else output.logps
-                losses.add(step.indices[index], loss, logps_found)
+                losses.add(step.indices[index], batch, loss, logps_found)
             if found is not None:
                 pair_weights = None if output is None else output.pair_weights
                 found.add(step.indices[index], logps, batch, pair_weights)

@@ -284,7 +284,7 @@ class RunReference:
     def _stored_logps(
         self, dataset: RunDataset, row_tokens: int | None, rescore: bool
     ) -> np.ndarray:
-        answers = read_answers(dataset.answer_pairs())
+        answers = read_answers(dataset.answer_pairs(), dataset.answer_index)
         if not self.is_gone:
             logps = self._filled(self._model, dataset, answers, row_tokens, rescore)
             if self.ref_model is not None and not _is_placed(self.ref_model):

@@ -69,7 +69,7 @@ def card_facts(trainer: Any, given: Mapping[str, Any], guard: ReportGuard) -> Ca
         "adapter": lambda: _adapter_kind(trainer.model),
         "is_chat": lambda: bool(getattr(trainer.processing_class, "chat_template", None)),
         "method": lambda: _method(trainer),
-        "examples": lambda: "answers" if trainer.takes_answers else "pairs",
+        "examples": lambda: examples_of(trainer),
         "reference": lambda: _reference(trainer),
         "datasets": lambda: _datasets(trainer, given),
         "options": lambda: card_options(trainer),
@@ -136,7 +136,7 @@ def card_options(trainer: Any) -> dict[str, Any]:
         "warmup_steps": config.warmup_steps or None,
         "warmup_ratio": (not config.warmup_steps and config.warmup_ratio) or None,
         "optim": _value(config.optim) if optimizer is None else type(optimizer).__name__,
-        "pairs per step": config.pairs_per_rank * config.world_size,
+        f"{examples_of(trainer)} per step": _pairs_per_step(config),
         "steps": state.global_step or None,
         "epochs": round(state.epoch, 2) if state.epoch else None,
         **{name: getattr(config, name, None) or None for name in QUOTED if name != "seed"},
@@ -151,6 +151,16 @@ def card_options(trainer: Any) -> dict[str, Any]:
     if stage := zero_stage(config)[0]:
         options["DeepSpeed"] = f"ZeRO stage {stage}"
     return options
+
+
+def _pairs_per_step(config: Any) -> int | str:
+    pairs: int = config.pairs_per_rank * config.world_size
+    return f"{pairs} or more, with all pairs of a prompt" if config.group_by_prompt else pairs
+
+
+def examples_of(trainer: Any) -> str:
+    """What the trainer learns from, in the plural."""
+    return "answers" if trainer.takes_answers else "pairs"
 
 
 def _own_options(loss: Any) -> dict[str, Any]:

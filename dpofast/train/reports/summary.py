@@ -13,6 +13,7 @@ from transformers.trainer_utils import TrainOutput
 
 from dpofast.data.packing.likelihood import Likelihood
 from dpofast.data.packing.plan import StepSampler
+from dpofast.data.packing.prompt_order import GroupedSampler
 from dpofast.monitor.guard import ReportGuard
 from dpofast.monitor.summary import SUMMARY_FILE, environment, last_evaluation, write_json
 from dpofast.options.beta_fields import beta_in_words
@@ -67,6 +68,7 @@ def run_summary(
         "data": lambda: {"data": {each.name: _data_summary(each) for each in datasets}},
         "layout": lambda: {"layout": loaders.layout.name},
         "packing": lambda: {"packing": packing_summary(plan)},
+        "group_by_prompt": lambda: {"group_by_prompt": _order_summary(plan)},
         "settings": lambda: {
             "loss": repr(loss),
             "loss_type": loss_names(config, loss),
@@ -84,6 +86,11 @@ def run_summary(
         with guard(f"{SUMMARY_FILE}: its part {name!r}"):
             facts.update(part())
     return facts
+
+
+def _order_summary(plan: StepSampler | None) -> dict[str, Any] | None:
+    """The sizes of steps that keep prompts together; None for the usual steps."""
+    return asdict(plan.order_figures()) if isinstance(plan, GroupedSampler) else None
 
 
 def _data_summary(dataset: TrainingSet) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,6 +17,7 @@ from dpofast.model.head import ScoreTask, SequenceLossTask, head_options
 from dpofast.model.parts import causal_lm
 from dpofast.model.router import METRIC as ROUTER
 from dpofast.model.router import add_router_loss
+from dpofast.model.scored_answers import ScoredAnswers
 from dpofast.monitor.kl import KL
 from dpofast.monitor.metrics import MetricSums
 from dpofast.train.steps.coupled import CoupledPairs
@@ -104,8 +105,8 @@ def label_metrics(
 
 def mismatched_logratios(
     model: nn.Module, batches: Iterable[PackedPairs], autocast: Any, device: torch.device
-) -> Tensor:
-    """[] fp64: the sum of the log-ratios of all mismatched answers, without a gradient.
+) -> list[Tensor]:
+    """The log-ratios of each micro-batch's mismatched answers: [S] fp64, without a gradient.
 
     The policy is in eval mode, as the reference was when it scored them.
 
@@ -115,7 +116,7 @@ def mismatched_logratios(
         autocast: makes the context of a forward pass.
         device: device of the policy.
     """
-    total = torch.zeros((), dtype=torch.float64, device=device)
+    found = []
     options = head_options(causal_lm(model).config)
     with torch.no_grad(), evaluating(model):
         for batch in batches:
@@ -126,23 +127,22 @@ def mismatched_logratios(
             with micro_batch(model, other), autocast():
                 scores = run_batch(model, other, ScoreTask(other.labels, options))
             logps = sum_per_sequence(scores, other.bounds)  # [S]
-            total = total + (logps - other.ref_logps).sum()
-    return total
+            found.append(logps - other.ref_logps)
+    return found
 
 
-def with_z(step: StepBatch, total: Tensor) -> StepBatch:
+def with_z(step: StepBatch, logratios: Sequence[Tensor], total: Tensor) -> StepBatch:
     """The step with its z: the mean of the mismatched log-ratios, or 0 if that is below 0.
-
-    The mismatched answers have been scored, so they are left out.
 
     Args:
         step: this rank's part of the step.
-        total: [] fp64, the sum of the mismatched log-ratios of all ranks.
+        logratios: the log-ratios [S] of each micro-batch's mismatched answers.
+        total: [] fp64, the sum of those of all ranks.
     """
     # Were it -inf, clamping would hide it.
     z = torch.where(total.isfinite(), total / step.num_pairs, torch.nan).clamp(min=0.0)
-    batches: list[Any] = [
-        replace(batch, z=z, mismatched=None)  # type: ignore[call-arg]
-        for batch in step.micro_batches
-    ]
+    batches: list[PackedPairs] = []
+    for batch, own in zip(step.micro_batches, logratios, strict=True):
+        assert isinstance(batch, PackedAnswers)
+        batches.append(ScoredAnswers.with_z(batch, z, own))
     return replace(step, micro_batches=batches)

@@ -16,6 +16,7 @@ from dpofast.data.packing.batch import StepBatch
 from dpofast.data.packing.collate import Layout
 from dpofast.data.packing.likelihood import ChosenTokens
 from dpofast.data.packing.plan import BatchShape, StepSampler
+from dpofast.data.packing.prompt_order import GroupedSampler
 from dpofast.options.config import DPOConfig
 from dpofast.options.save_signals import watched_signals
 from dpofast.train.data.dataset import RunDataset, log_report
@@ -146,6 +147,7 @@ class StepLoaders:
             dataset.token_limit,
             in_order=dataset.is_window,
             tokens=self._tokens_of(dataset),
+            prompts=dataset.prompts,
         )
         dataset.plan = plan
         if quietly:
@@ -153,6 +155,8 @@ class StepLoaders:
         figures = plan.figures()  # None where rows are padded
         packing = "each sequence in a row of its own" if figures is None else plan.describe(figures)
         logger.info("Layout: %s; %s.", self.layout.name, packing)
+        if isinstance(plan, GroupedSampler):
+            logger.info("group_by_prompt: %s.", plan.describe_order())
 
     def training(self, dataset: TrainingSet) -> DataLoader[StepBatch]:
         """A loader of the training steps of a dataset that is scored and planned.
@@ -189,7 +193,7 @@ class StepLoaders:
 
     def _tokens_of(self, dataset: RunDataset) -> ChosenTokens | None:
         """The tokens of the pairs, if a likelihood term takes a mean over them."""
-        return ChosenTokens.of(dataset.pairs) if self.config.likelihood() else None
+        return dataset.chosen_tokens() if self.config.likelihood() else None
 
     def _make_ready(self, stream: RunStream, window: Window) -> None:
         """Score and plan a window, unless it is ready; the first one is logged and reported."""

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from transformers import TrainingArguments
 
+from dpofast.data.packing.prompt_order import GroupedSampler
 from dpofast.errors import ConfigError
 from dpofast.options.config import DPOConfig
+from dpofast.train.data.training_set import TrainingSet
 from dpofast.train.steps.loop_arguments import LoopArguments
 
 
@@ -18,6 +21,8 @@ class TakesWholeSteps:
     """
 
     args: DPOConfig
+    train_dataset: Any
+    train_set: Callable[[], TrainingSet]
 
     @property
     def user_args(self) -> DPOConfig:
@@ -25,7 +30,13 @@ class TakesWholeSteps:
         return self.args.config if isinstance(self.args, LoopArguments) else self.args
 
     def get_total_train_batch_size(self, args: TrainingArguments) -> int:
-        """The number of pairs in an optimizer step on all ranks."""
+        """The number of pairs in an optimizer step on all ranks; the mean if steps differ by plan.
+
+        transformers logs it, and computes train_samples_per_second from it if max_steps is set.
+        """
+        plan = None if self.train_dataset is None else self.train_set().plan
+        if isinstance(plan, GroupedSampler):
+            return round(plan.mean_pairs())
         # While the loop runs, gradient_accumulation_steps is 1 in `args`.
         return self.user_args.pairs_per_rank * int(self.user_args.world_size)
 

@@ -16,7 +16,7 @@ How a call travels through the files, from the public op down to one chunk of ro
     |-- long_units  pairs that don't fit into a chunk
     chunked         one head, chunk by chunk: score rows, then add their gradients
     |-- workspace   sizes of chunks, and the memory for a chunk's logits
-    |-- rows        the interface of a back end: score, differentiate, pair_loss
+    |-- rows        the interface of a back end: score, differentiate, the losses
     tiled           the PyTorch back end, default on a CPU
     |-- matmul      the three matrix products, accumulated in fp32
     |-- sequences   sums of per-token log-probs over sequences
@@ -24,9 +24,9 @@ How a call travels through the files, from the public op down to one chunk of ro
 
 `linear_logps`, `linear_scores` and `linear_statistics` skip one_pass. On a GPU, rows_triton or
 fused_triton replaces tiled; tiles_triton has the kernels of fused_triton. Both back ends use
-pairs_triton for the loss, and logits_triton and statistics_triton for what their kernels share;
-launch reads the launch parameters of each kernel. naive computes all logits at once, and tests
-compare every back end with it.
+pairs_triton and singles_triton for the losses, and logits_triton and statistics_triton for what
+their kernels share; launch reads the launch parameters of each kernel. naive computes all logits at
+once, and tests compare every back end with it.
 
 A row here is a row of hidden states: one scored token.
 """

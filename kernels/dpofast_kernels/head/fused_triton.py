@@ -27,9 +27,11 @@ from dpofast_kernels.head.dtypes import accumulate_dtype, product_dtype
 from dpofast_kernels.head.launch import is_interpreted, launch_options
 from dpofast_kernels.head.logits_triton import logit_constants
 from dpofast_kernels.head.options import HeadOptions
-from dpofast_kernels.head.pairs import Pairs, PairTerms
+from dpofast_kernels.head.pairs import Pairs, PairTerms, SequenceTerms
 from dpofast_kernels.head.pairs_triton import pair_loss_fwd
 from dpofast_kernels.head.rows import LogitGradients, ScoredRows
+from dpofast_kernels.head.singles import Singles
+from dpofast_kernels.head.singles_triton import sequence_loss_fwd
 from dpofast_kernels.head.statistics_triton import statistic_constants
 from dpofast_kernels.head.tiles_triton import (
     finish_rows_kernel,
@@ -130,6 +132,9 @@ class FusedRows:
 
     def pair_loss(self, per_token_logps: Tensor, pairs: Pairs) -> PairTerms:
         return pair_loss_fwd(per_token_logps, pairs)
+
+    def sequence_loss(self, per_token_logps: Tensor, singles: Singles) -> SequenceTerms:
+        return sequence_loss_fwd(per_token_logps, singles)
 
 
 def narrowed(tiles: dict[str, Any]) -> dict[str, Any]:

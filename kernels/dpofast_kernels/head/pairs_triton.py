@@ -16,7 +16,7 @@ from torch import Tensor
 from dpofast_kernels.head.launch import launch_options
 from dpofast_kernels.head.pairs import Pairs, PairTerms
 from dpofast_kernels.head.sequences import segment_sums
-from dpofast_kernels.preference import LOSSES, METRIC_NAMES, PairLoss
+from dpofast_kernels.preference import LOSSES, METRIC_NAMES, PairLoss, PreferenceLoss
 from dpofast_kernels.preference.formulas_triton import FORMULAS
 
 # Index of each metric in the output [8, P]. A jit function can read globals only if they are
@@ -32,7 +32,7 @@ _LOGRATIOS_REJECTED = tl.constexpr(METRIC_NAMES.index("logratios/rejected"))
 
 
 @triton.jit
-def _sum_rows(p_logps, p_bound, BN: tl.constexpr):
+def sum_rows(p_logps, p_bound, BN: tl.constexpr):
     """Sum over a sequence's rows, and their number, in fp64.
 
     The order of the sum depends only on the number of rows, not on where they start.
@@ -60,7 +60,7 @@ def pair_loss_kernel(
     p_ref_logps,  # [S] fp64
     p_pairs,  # [P, 2] int64, read only with HAS_PAIRS
     p_smoothing,  # [P] fp64, read only with HAS_SMOOTHING
-    p_settings,  # [4] fp64: see `_settings`. Triton would round float arguments to fp32.
+    p_settings,  # [4] fp64: see `settings_of`. Triton would round float arguments to fp32.
     p_losses,  # [P] fp64
     p_logps,  # [P, 2] fp64
     p_slopes,  # [P, 2] fp64
@@ -77,8 +77,8 @@ def pair_loss_kernel(
         i_chosen, i_rejected = tl.load(p_pairs + 2 * i_pair), tl.load(p_pairs + 2 * i_pair + 1)
     else:
         i_chosen, i_rejected = 2 * i_pair, 2 * i_pair + 1
-    chosen, chosen_length = _sum_rows(p_per_token_logps, p_bounds + i_chosen, BN)
-    rejected, rejected_length = _sum_rows(p_per_token_logps, p_bounds + i_rejected, BN)
+    chosen, chosen_length = sum_rows(p_per_token_logps, p_bounds + i_chosen, BN)
+    rejected, rejected_length = sum_rows(p_per_token_logps, p_bounds + i_rejected, BN)
     chosen_logratio = chosen - tl.load(p_ref_logps + i_chosen)
     rejected_logratio = rejected - tl.load(p_ref_logps + i_rejected)
     beta, smoothing = tl.load(p_settings), tl.load(p_settings + 1)
@@ -142,7 +142,7 @@ def pair_loss_fwd(
             ref_logps,
             bounds if incidence is None else incidence.pairs.contiguous(),
             ref_logps if pairs.smoothing is None else pairs.smoothing.contiguous(),
-            _settings(loss.beta, loss.label_smoothing, *loss.options, ref_logps.device),
+            settings_of(loss, ref_logps.device),
             losses,
             logps,
             slopes,
@@ -161,17 +161,19 @@ def pair_loss_fwd(
     return PairTerms(losses, sums, slopes, metrics)
 
 
-@lru_cache(maxsize=64)
-def _settings(
-    beta: float, label_smoothing: float, option: float, second: float, device: torch.device
-) -> Tensor:
-    """[4] fp64 on the device: beta, label_smoothing and the loss's own options.
+def settings_of(loss: PreferenceLoss, device: torch.device) -> Tensor:
+    """[4] fp64 on the device: beta, label_smoothing and the loss's own options."""
+    return _on_device((loss.beta, loss.label_smoothing, *loss.options), device)
 
-    It is cached, as most runs have the same numbers in every step. A new one is copied without
-    waiting: a GPU's driver takes so few bytes over at once.
+
+@lru_cache(maxsize=64)
+def _on_device(numbers: tuple[float, ...], device: torch.device) -> Tensor:
+    """The numbers as fp64.
+
+    The result is cached, as most runs have the same numbers in every step. A new one is copied
+    without waiting: a GPU's driver takes so few bytes over at once.
     """
-    numbers = torch.tensor([beta, label_smoothing, option, second], dtype=torch.float64)
-    return numbers.to(device, non_blocking=True)
+    return torch.tensor(numbers, dtype=torch.float64).to(device, non_blocking=True)
 
 
 def formula_of(loss: PairLoss) -> Any:

@@ -1,4 +1,4 @@
-"""The interface of a back end: scores of a chunk of rows, their gradient, and the pair loss."""
+"""The interface of a back end: scores of a chunk of rows, their gradient, and the losses."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dpofast_kernels.head.pairs import PairOps
+from dpofast_kernels.head.singles import SingleOps
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,7 +54,7 @@ class LogitGradients:
     factors: Tensor | None
 
 
-class RowOps(PairOps, Protocol):
+class RowOps(PairOps, SingleOps, Protocol):
     """The row operations of a back end, for one weight [V, H], its options, and statistics."""
 
     @property

@@ -25,9 +25,11 @@ from dpofast_kernels.head.logits_triton import (
 )
 from dpofast_kernels.head.matmul import logits_into
 from dpofast_kernels.head.options import HeadOptions
-from dpofast_kernels.head.pairs import Pairs, PairTerms
+from dpofast_kernels.head.pairs import Pairs, PairTerms, SequenceTerms
 from dpofast_kernels.head.pairs_triton import pair_loss_fwd
 from dpofast_kernels.head.rows import LogitGradients, ScoredRows
+from dpofast_kernels.head.singles import Singles
+from dpofast_kernels.head.singles_triton import sequence_loss_fwd
 from dpofast_kernels.head.statistics_triton import (
     moments,
     rescaled_moment,
@@ -302,6 +304,9 @@ class TritonRows:
 
     def pair_loss(self, per_token_logps: Tensor, pairs: Pairs) -> PairTerms:
         return pair_loss_fwd(per_token_logps, pairs)
+
+    def sequence_loss(self, per_token_logps: Tensor, singles: Singles) -> SequenceTerms:
+        return sequence_loss_fwd(per_token_logps, singles)
 
 
 def _in_place(logits: Tensor, dtype: torch.dtype) -> Tensor:

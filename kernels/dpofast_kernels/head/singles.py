@@ -1,22 +1,29 @@
-"""The single answers of a call: which rows they have, and how their losses follow from log-probs.
-
-Their losses are computed by PyTorch on every back end, from the sums per sequence. They are a few
-operations on [S] numbers for each chunk, beside a product of the size of the vocabulary.
-"""
+"""The single answers of a call: which rows they have, and how log-probs give their losses."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
 from dpofast_kernels.head.options import SEQUENCE_METRIC_NAMES
-from dpofast_kernels.head.pairs import PairOps, SequenceTerms
+from dpofast_kernels.head.pairs import SequenceTerms
 from dpofast_kernels.head.sequences import segment_sums
 from dpofast_kernels.head.units import Chunk
 from dpofast_kernels.preference import UnpairedLoss
+
+
+class SingleOps(Protocol):
+    """The part of a back end that computes the losses of single answers."""
+
+    def sequence_loss(
+        self,
+        per_token_logps: Tensor,  # [n]
+        singles: Singles,
+    ) -> SequenceTerms:
+        """Sums per sequence in fp64, each one's weighted loss, its derivative and its metrics."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,11 +79,18 @@ class Singles:
 
     def terms(
         self,
-        ops: PairOps,
+        ops: SingleOps,
         per_token_logps: Tensor,  # [N]
         statistics: Tensor | None = None,
     ) -> SequenceTerms:
         """The weighted losses, and the derivative of their sum by each sequence's log-prob."""
+        return ops.sequence_loss(per_token_logps, self)
+
+    def terms_in_torch(
+        self,
+        per_token_logps: Tensor,  # [N]
+    ) -> SequenceTerms:
+        """The same as `terms`, by PyTorch."""
         logps = segment_sums(per_token_logps, self.bounds)  # [S]
         losses, d_logps = self.losses(logps)
         return SequenceTerms(losses, logps, d_logps, self.metrics(logps), None, None)
@@ -86,10 +100,8 @@ class Singles:
         logps: Tensor,  # [S]
     ) -> tuple[Tensor, Tensor]:
         """Weighted loss of each sequence and its derivative, [S] each."""
-        losses, slopes = self.loss.sequence_loss(logps - self.ref_logps, self.is_desirable, self.z)
-        if self.weights is None:
-            return losses, slopes
-        return losses * self.weights, slopes * self.weights
+        logratios = logps - self.ref_logps
+        return self.loss.sequence_loss(logratios, self.is_desirable, self.z, self.weights)
 
     def metrics(
         self,

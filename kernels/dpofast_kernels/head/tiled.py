@@ -12,9 +12,10 @@ from torch import Tensor
 from dpofast_kernels.head.dtypes import accumulate_dtype, product_dtype
 from dpofast_kernels.head.matmul import logits_into
 from dpofast_kernels.head.options import HeadOptions
-from dpofast_kernels.head.pairs import Pairs, PairTerms
+from dpofast_kernels.head.pairs import Pairs, PairTerms, SequenceTerms
 from dpofast_kernels.head.rows import LogitGradients, ScoredRows
 from dpofast_kernels.head.sequences import segment_sums
+from dpofast_kernels.head.singles import Singles
 from dpofast_kernels.head.statistics import RowStatistics
 
 # A CPU works on this many columns of the logits at a time: the product is a little faster, and its
@@ -111,6 +112,9 @@ class TorchRows:
         logps = segment_sums(per_token_logps, pairs.bounds)  # [S]
         losses, *slopes = pairs.pair_losses(logps)
         return PairTerms(losses, logps, torch.stack(slopes, 1), pairs.metrics(logps))
+
+    def sequence_loss(self, per_token_logps: Tensor, singles: Singles) -> SequenceTerms:
+        return singles.terms_in_torch(per_token_logps)
 
     def _blocks(self) -> Iterator[slice]:
         """Slices that cover the vocabulary; a single slice, except on a CPU."""

@@ -1,10 +1,9 @@
-"""Losses of preference pairs, their derivatives and metrics.
+"""Losses of preference pairs and of single answers, their derivatives and metrics.
 
 Each formula is written twice, in PyTorch and for Triton. Both versions are in this folder. Sums of
 losses, other divergences and WPO's weights are computed from their results, in PyTorch. A user's
 own loss is a function in PyTorch only, which autograd derives. So are the losses that couple pairs,
-which are computed for all pairs of an optimizer step at once. Losses of single answers are in
-PyTorch only.
+which are computed for all pairs of an optimizer step at once.
 """
 
 from __future__ import annotations

@@ -1,8 +1,11 @@
-"""The pair losses as jit functions. Each formula is that of the loss's class in this folder.
+"""The losses as jit functions. Each formula is that of the loss's class in this folder.
 
-Each function takes the chosen and the rejected log-ratio, the chosen and the rejected length, beta,
-label_smoothing and the loss's own two options (0 if it has none), all fp64 scalars. It returns the
-loss, d loss / d chosen log-ratio and d loss / d rejected log-ratio.
+Each function of pairs takes the chosen and the rejected log-ratio, the chosen and the rejected
+length, beta, label_smoothing and the loss's own two options (0 if it has none), all fp64 scalars.
+It returns the loss, d loss / d chosen log-ratio and d loss / d rejected log-ratio.
+
+Each function of single answers takes the log-ratio, z, whether the answer is desirable, beta and
+the answer's weight, and returns the loss and d loss / d log-ratio.
 """
 
 # jit functions can't have types.
@@ -244,7 +247,24 @@ def _orpo_formula(
     return beta * softplus(-log_odds_ratio), d_chosen, d_rejected
 
 
-# Formulas by the name of their loss. A test compares the keys with those of the registry.
+@triton.jit
+def _prospect(distance, is_desirable, beta, weight):
+    x = beta * tl.where(is_desirable, distance, -distance)
+    slope = beta * weight * _bell(x)
+    return weight * _sigmoid(-x), tl.where(is_desirable, -slope, slope)
+
+
+@triton.jit
+def _kto_formula(logratio, z, is_desirable, beta, weight):
+    return _prospect(logratio - z, is_desirable, beta, weight)
+
+
+@triton.jit
+def _apo_zero_unpaired_formula(logratio, z, is_desirable, beta, weight):
+    return _prospect(logratio, is_desirable, beta, weight)
+
+
+# Formulas by the name of their loss. Tests compare the keys with those of the registries.
 FORMULAS: dict[str, Any] = {
     "sigmoid": _sigmoid_formula,
     "sigmoid_norm": _sigmoid_norm_formula,
@@ -265,4 +285,8 @@ FORMULAS: dict[str, Any] = {
     "simpo": _simpo_formula,
     "alphapo": _alphapo_formula,
     "orpo": _orpo_formula,
+}
+UNPAIRED_FORMULAS: dict[str, Any] = {
+    "kto": _kto_formula,
+    "apo_zero_unpaired": _apo_zero_unpaired_formula,
 }

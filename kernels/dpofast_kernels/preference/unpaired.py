@@ -49,6 +49,7 @@ class UnpairedLoss(PreferenceLoss):
         logratios: Tensor,  # [S]
         is_desirable: Tensor,  # [S]
         z: Tensor,  # []
+        weights: Tensor | None = None,  # [S]
     ) -> tuple[Tensor, Tensor]:
         """Loss of each answer and its derivative; autograd can differentiate the loss, too.
 
@@ -57,27 +58,30 @@ class UnpairedLoss(PreferenceLoss):
             is_desirable: [S] bool.
             z: [] fp64, the log-ratio that answers are compared with, in nats, without gradient;
                 ignored by a loss that takes none.
+            weights: [S] fp64, factor of each answer's loss; None for 1.
 
         Returns:
             Loss and d loss / d logratios: [S] each.
         """
         distances = logratios - z if self.takes_z else logratios  # [S]
         x = self.beta * torch.where(is_desirable, distances, -distances)
-        weights = self._weights(is_desirable)  # [S]
+        factors = self._factors(is_desirable)  # [S]
+        if weights is not None:
+            factors = factors * weights
         # 1 - sigmoid(x) would round to 0 beyond x = 37.
         loss, rest = torch.sigmoid(-x), torch.sigmoid(x)
-        slopes = self.beta * weights * loss * rest
-        return weights * loss, torch.where(is_desirable, -slopes, slopes)
+        slopes = self.beta * factors * loss * rest
+        return factors * loss, torch.where(is_desirable, -slopes, slopes)
 
-    def _weights(self, is_desirable: Tensor) -> Tensor:
-        """[S] fp64."""
-        weights = torch.full(
+    def _factors(self, is_desirable: Tensor) -> Tensor:
+        """[S] fp64: the loss's own weight of each answer."""
+        factors = torch.full(
             is_desirable.shape,
             self.undesirable_weight,
             dtype=torch.float64,
             device=is_desirable.device,
         )
-        return weights.masked_fill_(is_desirable, self.desirable_weight)
+        return factors.masked_fill_(is_desirable, self.desirable_weight)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dpofast.data import hold_out, load_preferences, mix_preferences, rows_by_source
+from dpofast.data import (
+    hold_out,
+    load_preferences,
+    load_unpaired,
+    mix_preferences,
+    rows_by_source,
+)
 from dpofast.data.reading.preferences import is_normal_form
 from dpofast.errors import ConfigError, DataError
 from tests.data.builders import assistant, user
@@ -275,6 +281,17 @@ def test_a_split_that_cannot_be_used_is_refused(split):
         hold_out(text_rows("ab"), split)
 
 
+def test_messages_about_unpaired_rows_speak_of_rows(caplog):
+    rows = load_unpaired([{"prompt": p, "completion": "x", "label": True} for p in "abcd"])
+    with caplog.at_level("INFO", logger="dpofast"):
+        hold_out(rows, 1, name="x")
+    assert "x: 1 of 4 rows held out" in caplog.text
+    with pytest.raises(DataError, match="eval_split is 4, but there are only 4 rows"):
+        hold_out(rows, 4)
+    with pytest.raises(DataError, match="no rows can be held out, because all rows of a"):
+        hold_out(rows.select([0]), 0.5)
+
+
 def test_a_split_that_leaves_nothing_is_refused():
     with pytest.raises(DataError, match="eval_split is 2, but there are only 2 pairs"):
         hold_out(text_rows("ab"), 2, name="x")
@@ -284,5 +301,5 @@ def test_a_split_that_leaves_nothing_is_refused():
     with pytest.raises(DataError, match="no pairs can be held out"):
         hold_out(one_prompt_each, 0.5)
     mixture = mix_preferences({"a": text_rows("abc"), "b": text_rows("x")})
-    with pytest.raises(DataError, match=r"held-out pairs: .* no pair of b \(a has 2, b has 0\)"):
+    with pytest.raises(DataError, match=r"held-out pairs: .* nothing of b \(a has 2, b has 0\)"):
         hold_out(mixture, 0.5, shares={"a": 0.5, "b": 0.5})

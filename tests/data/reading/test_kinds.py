@@ -24,6 +24,8 @@ PAIRED_ROWS = {
     "empty answers": {"prompt": "a", "chosen": None, "rejected": None, "label": 1},
     "swift": {"messages": [user("a"), assistant("b")], "rejected_response": "c", "label": True},
     "ids": {"prompt_ids": [1], "chosen_ids": [2], "rejected_ids": [3]},
+    "unused completions": {**PAIR, "completions": ["b", "c"], "scores": [1, 0]},
+    "no answers beside completions": {"chosen": None, "rejected": None, "completions": ["b", "c"]},
     "nothing tells": {"text": "a"},
 }
 

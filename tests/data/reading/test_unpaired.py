@@ -203,7 +203,7 @@ def test_columns_and_roles_are_mapped():
     rows = load_unpaired([row], columns=columns, roles={"oracle": "user"})
     assert parts(rows) == [[user("a")], [assistant("b")]]
     with pytest.raises(ConfigError, match="did you mean 'completion'"):
-        load_unpaired([row], columns={"completions": "a"})
+        load_unpaired([row], columns={"completon": "a"})
 
 
 def test_what_every_row_can_have():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import datasets
 import numpy as np
@@ -10,6 +11,7 @@ import pyarrow as pa
 import pytest
 
 from dpofast.data import PairStream, TokenStream, load_preferences, tokenize_preferences
+from dpofast.data.reading.answer_pairs import answer_pairs_of
 from dpofast.data.tokens.report import PERCENTILES, Lengths
 from dpofast.data.tokens.truncate import LengthLimits
 from dpofast.errors import ConfigError, DataError
@@ -166,6 +168,31 @@ def test_a_split_of_a_dict_is_streamed():
     assert load_preferences(splits, split="test")["prompt"][:] == ["test"]
     with pytest.raises(DataError, match=r"no split 'dev' \(found: train, test\)"):
         PairStream(splits, split="dev")
+
+
+@pytest.mark.parametrize("how", [None, "adjacent"])
+def test_rows_with_many_answers_become_pairs_as_they_are_read(how):
+    rows = [
+        {"prompt": f"q{n}", "completions": ["a", "b", "", "b", "dd"], "scores": [n, 1, 2, 1, 3]}
+        for n in range(7)
+    ]
+    names = ("chosen", "rejected")
+    pairs = [
+        {"prompt": row["prompt"], "row": number}
+        | {name: row["completions"][place] for name, place in zip(names, pair, strict=True)}
+        for number, row in enumerate(rows)
+        for pair in answer_pairs_of(row, 5, how).pairs
+    ]
+    expected, report = tokenize_preferences(pairs, TOKENIZER, **vars(LIMITS))
+    ties = sum(answer_pairs_of(row, 5, how).ties for row in rows)
+    assert ties
+    stream = PairStream(streams_of(rows)["generator"], answer_pairs=how)
+    tokens = TokenStream(stream, TOKENIZER, limits=LIMITS)
+    assert in_pieces(tokens, 3) == expected.to_list()
+    assert tokens.report() == replace(report, ties=ties)
+    tokens.start(1, 3)
+    assert in_pieces(tokens, 3) == [pair for pair in expected.to_list() if pair["row"] >= 3]
+    assert tokens.report().ties == ties, "rows of the first pass count once"
 
 
 def test_blank_rows_at_the_beginning_do_not_decide_the_form():

@@ -15,6 +15,7 @@ from dpofast_kernels import (
     make_unpaired_loss,
     sum_per_sequence,
 )
+from dpofast_kernels.head.singles import Singles
 from tests.kernels.head.cases import (
     FULL_OPTIONS,
     SHORT_LENGTHS,
@@ -86,12 +87,15 @@ def test_torch_is_exact_however_chunks_are_cut(monkeypatch, loss, rows):
 
 
 @pytest.mark.parametrize("rows", [2, 100])
-def test_triton_is_torch(monkeypatch, rows):
+@pytest.mark.parametrize("backend", ["triton", "triton_fused"])
+@pytest.mark.parametrize("loss", [KTO, APO], ids=lambda loss: loss.name)
+def test_triton_is_torch(monkeypatch, loss, backend, rows):
     inputs = make_inputs(lengths=SHORT_LENGTHS, hidden_size=16, vocab_size=50)
-    answers = answers_of(inputs)
-    expected = plain(inputs, answers, KTO, options_for(inputs, "torch"))
+    answers = answers_of(inputs, weighted=rows == 2)
+    expected = plain(inputs, answers, loss, options_for(inputs, "torch"))
     set_chunk_rows(monkeypatch, rows)
-    assert_same(run(inputs, answers, KTO, options_for(inputs, "triton")), expected, 1e-11)
+    monkeypatch.setattr(Singles, "terms_in_torch", None)
+    assert_same(run(inputs, answers, loss, options_for(inputs, backend)), expected, 1e-11)
 
 
 def test_fused_is_close_to_torch():

@@ -1,4 +1,4 @@
-"""The losses of single answers compared with figures worked out by hand, and with autograd."""
+"""The losses of single answers compared with figures by hand, with autograd, and with Triton."""
 
 from __future__ import annotations
 
@@ -8,6 +8,11 @@ import pytest
 import torch
 
 from dpofast_kernels import UNPAIRED_LOSSES, make_unpaired_loss
+from dpofast_kernels.head.singles import Singles
+from dpofast_kernels.head.singles_triton import sequence_loss_fwd
+from dpofast_kernels.preference import KTOLoss
+from dpofast_kernels.preference.formulas_triton import UNPAIRED_FORMULAS
+from tests.kernels.preference.formulas import sigmoid
 
 CASES = [
     make_unpaired_loss(name, beta, *weights)
@@ -17,30 +22,111 @@ CASES = [
 ]
 
 
+# Triton's interpreter is slow: one beta is enough for it.
+TRITON_CASES = [loss for loss in CASES if loss.beta == 0.1]
+Z = torch.tensor(1.7).double()
+
+
 def plain_formula(loss, logratios, is_desirable, z):
-    """TRL's lines, per answer."""
+    """[S]: the losses as docs/losses.md has them; 1 - s(x) is s(-x), which loses no digits."""
     z = z if loss.name == "kto" else 0.0
-    desirable = 1.0 - torch.sigmoid(loss.beta * (logratios - z))
-    undesirable = 1.0 - torch.sigmoid(loss.beta * (z - logratios))
-    return torch.where(
-        is_desirable, loss.desirable_weight * desirable, loss.undesirable_weight * undesirable
-    )
+    desirable = loss.desirable_weight * sigmoid(-loss.beta * (logratios - z))
+    undesirable = loss.undesirable_weight * sigmoid(-loss.beta * (z - logratios))
+    return torch.where(is_desirable, desirable, undesirable)
 
 
+def answers():
+    """Log-ratios [S], ordinary and extreme ones, labels [S] and weights [S]."""
+    ordinary = torch.linspace(-60.0, 60.0, 61).double()
+    extreme = torch.tensor([-1e4, -750.0, -37.0, 0.0, 1e-12, 40.0, 720.0, 1e4]).double()
+    logratios = torch.cat([ordinary, extreme]).repeat_interleave(2)
+    weights = torch.linspace(0.0, 2.0, len(logratios)).double()
+    return logratios, torch.arange(len(logratios)) % 2 == 0, weights
+
+
+def in_triton(loss, per_token_logps, bounds, ref_logps, is_desirable, z, weights=None):
+    singles = Singles(bounds, bounds.tolist(), ref_logps, is_desirable, loss, z, weights)
+    return sequence_loss_fwd(per_token_logps, singles)
+
+
+@pytest.mark.parametrize("is_weighted", [False, True])
 @pytest.mark.parametrize("loss", CASES, ids=repr)
-def test_values_and_derivatives_are_those_of_the_plain_formula(loss):
-    # 1 - sigmoid(x) loses digits further out.
-    logratios = torch.linspace(-8.0, 8.0, 61, dtype=torch.float64) / loss.beta
+def test_values_and_derivatives_are_those_of_the_plain_formula(loss, is_weighted):
+    logratios, is_desirable, weights = answers()
     logratios.requires_grad_()
-    is_desirable = torch.arange(61) % 3 == 0
-    z = torch.tensor(1.7, dtype=torch.float64)
-    expected = plain_formula(loss, logratios, is_desirable, z)
+    expected = plain_formula(loss, logratios, is_desirable, Z)
+    if is_weighted:
+        expected = expected * weights
     (slopes,) = torch.autograd.grad(expected.sum(), logratios)
-    value, found = loss.sequence_loss(logratios, is_desirable, z)
-    torch.testing.assert_close(value, expected, rtol=1e-9, atol=1e-15)
-    torch.testing.assert_close(found, slopes, rtol=1e-9, atol=1e-15)
+    given = (weights,) if is_weighted else ()
+    value, found = loss.sequence_loss(logratios, is_desirable, Z, *given)
+    assert value.isfinite().all()
+    torch.testing.assert_close(value, expected, rtol=1e-12, atol=1e-15)
+    torch.testing.assert_close(found, slopes, rtol=1e-12, atol=1e-16)
+    # The loss itself can be differentiated, too; PyTorch's own sigmoid rounds 1 - s(x) for that.
     (own,) = torch.autograd.grad(value.sum(), logratios)
-    torch.testing.assert_close(found, own, rtol=1e-9, atol=1e-15)
+    torch.testing.assert_close(found, own, rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize("is_weighted", [False, True])
+@pytest.mark.parametrize("loss", TRITON_CASES, ids=repr)
+def test_triton_formula_is_the_same(loss, is_weighted):
+    logratios, is_desirable, weights = answers()
+    given = (weights,) if is_weighted else ()
+    expected = loss.sequence_loss(logratios, is_desirable, Z, *given)
+    # Sequences of one token: their log-probs are the log-ratios.
+    bounds = torch.arange(len(logratios) + 1)
+    terms = in_triton(loss, logratios, bounds, torch.zeros_like(logratios), is_desirable, Z, *given)
+    assert torch.equal(terms.logps, logratios)
+    torch.testing.assert_close(terms.losses, expected[0], rtol=1e-13, atol=1e-300)
+    torch.testing.assert_close(terms.d_logps, expected[1], rtol=1e-13, atol=1e-300)
+
+
+@pytest.mark.parametrize("loss", TRITON_CASES, ids=repr)
+def test_triton_sums_and_metrics(loss):
+    generator = torch.Generator().manual_seed(0)
+    bounds = torch.tensor([0, 3, 2051, 2052])
+    logps = torch.randn(2052, generator=generator).double()
+    ref_logps, is_desirable = logps[:3], torch.tensor([True, False, True])
+    sums = torch.stack([part.sum() for part in logps.tensor_split(bounds[1:-1])])
+    expected = loss.sequence_loss(sums - ref_logps, is_desirable, Z)
+    terms = in_triton(loss, logps, bounds, ref_logps, is_desirable, Z)
+    torch.testing.assert_close(terms.logps, sums, rtol=1e-13, atol=1e-12)
+    torch.testing.assert_close(terms.losses, expected[0], rtol=1e-12, atol=1e-15)
+    torch.testing.assert_close(terms.d_logps, expected[1], rtol=1e-12, atol=1e-15)
+    logratios = sums - ref_logps
+    metrics = torch.stack([loss.beta * logratios, logratios / bounds.diff()])
+    torch.testing.assert_close(terms.metrics, metrics, rtol=1e-12, atol=1e-13)
+
+
+def test_every_loss_has_its_triton_formula():
+    assert UNPAIRED_FORMULAS.keys() == UNPAIRED_LOSSES.keys()
+
+
+class OwnLoss(KTOLoss):
+    """A subclass keeps the name of its base, but Triton's formula of the base isn't its own."""
+
+    def sequence_loss(self, logratios, is_desirable, z, weights=None):
+        loss, slopes = super().sequence_loss(-logratios, is_desirable, z, weights)
+        return loss, -slopes
+
+
+def test_a_loss_without_a_formula_in_triton():
+    logratios, is_desirable, weights = answers()
+    loss, bounds = OwnLoss(0.1), torch.arange(len(logratios) + 1)
+    expected = loss.sequence_loss(logratios, is_desirable, Z, weights)
+    terms = in_triton(
+        loss, logratios, bounds, torch.zeros_like(logratios), is_desirable, Z, weights
+    )
+    torch.testing.assert_close((terms.losses, terms.d_logps), expected, rtol=0.0, atol=0.0)
+
+
+@pytest.mark.parametrize("loss", TRITON_CASES, ids=repr)
+def test_a_run_gone_wrong_shows_in_the_loss(loss):
+    logps, labels = torch.tensor([float("nan"), 1.0]).double(), torch.tensor([True, False])
+    found, _ = loss.sequence_loss(logps, labels, Z)
+    terms = in_triton(loss, logps, torch.arange(3), torch.zeros(2).double(), labels, Z)
+    assert found.isnan().tolist() == terms.losses.isnan().tolist() == [True, False]
 
 
 def test_values_by_hand():

@@ -55,5 +55,32 @@ def test_what_is_not_tokenised_pairs_is_refused(columns, message):
         read_answers(Dataset.from_dict(columns))
 
 
+def test_answers_of_pooled_pairs_are_those_of_the_pairs_written_out():
+    rows = Dataset.from_dict(
+        {
+            "prompt_ids": [[1, 2], [1, 2], [1, 2], [3]],
+            "completion_ids": [[4], [5, 6], [7], [4]],
+            "row": [8, 8, 8, 9],
+            "completion": [0, 1, 3, 0],
+            "source": ["a", "a", "a", "b"],
+        }
+    )
+    index = np.array([[0, 1], [2, 1], [2, 0], [3, 3]])
+    chosen, rejected = (rows.select(side)["completion_ids"][:] for side in index.T)
+    prompts = rows.select(index[:, 0])["prompt_ids"][:]
+    written = {"prompt_ids": prompts, "chosen_ids": chosen, "rejected_ids": rejected}
+    plain = read_answers(Dataset.from_dict(written))
+    pooled = read_answers(rows, index)
+    np.testing.assert_array_equal(pooled.keys[pooled.pairs], plain.keys[plain.pairs])
+    np.testing.assert_array_equal(pooled.keys[pooled.first], plain.keys[plain.first])
+    for one, other in zip(pooled.pairs.ravel(), plain.pairs.ravel(), strict=True):
+        assert pooled.ids(one) == plain.ids(other)
+    assert pooled.lengths(np.array([0, 1, 3])).tolist() == [3, 4, 2]
+    assert pooled.prompts(np.array([3, 0, 2])).tolist() == [0, 1, 1]
+    assert [pooled.name(2), pooled.name(3)] == ["a, row 8 (answer 3)", "b, row 9 (answer 0)"]
+    with pytest.raises(DataError, match="no column 'completion_ids'"):
+        read_answers(pairs(2), index)
+
+
 def test_an_empty_dataset_has_no_answers():
     assert len(read_answers(pairs(3).select([])).keys) == 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from datasets import Dataset
 
 from dpofast.errors import MissingRowsError, ReferenceStoreError
 from dpofast.reference.build import weighted
@@ -52,6 +53,23 @@ def test_weighted_sums_are_those_of_a_loop_over_tokens(tmp_path, monkeypatch):
     found = weighted_logps(rows, read_answers(dataset), halves)
     assert found.shape == (10, 2)
     np.testing.assert_allclose(found, expected(dataset), rtol=1e-14)
+
+
+def test_weighted_sums_of_an_answer_depend_on_the_pair_that_it_is_in(tmp_path):
+    dataset = pairs(4)
+    rows, _ = build(tmp_path, dataset)
+    answers = {
+        "prompt_ids": [ids for ids in dataset["prompt_ids"] for _ in (0, 1)],
+        "completion_ids": [pair[f"{s}_ids"] for pair in dataset for s in ("chosen", "rejected")],
+    }
+    index = np.array([[0, 1], [1, 0], [6, 7], [2, 3]])
+    pooled = read_answers(Dataset.from_dict(answers), index)
+    picked = [dataset[0], {**dataset[0]}, dataset[3], dataset[1]]
+    picked[1]["chosen_ids"], picked[1]["rejected_ids"] = (
+        picked[1]["rejected_ids"],
+        picked[1]["chosen_ids"],
+    )
+    np.testing.assert_allclose(weighted_logps(rows, pooled, halves), expected(picked), rtol=1e-14)
 
 
 def test_an_empty_dataset_has_no_sums(tmp_path):

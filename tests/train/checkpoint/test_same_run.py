@@ -64,16 +64,18 @@ def test_allowed_changes_are_reported_and_the_others_refused():
     assert "beta" not in message
 
 
-def test_checkpoints_from_before_there_were_other_losses_are_compared_with_what_these_did():
+def test_checkpoints_from_before_there_were_other_options_are_compared_with_what_these_did():
     before = {**FACTS, "loss_type": "sigmoid"}
     own = {"f_divergence_type": "reverse_kl", "loss_weights": None, "dpop_lambda": None}
-    own |= {"ld_alpha": None}
+    own |= {"ld_alpha": None, "group_by_prompt": False}
     unchanged = compare(before, {**before, **own}, frozenset(), "run/checkpoint-4", None)
     assert (unchanged.allowed, unchanged.harmless) == ((), ())
     now = {**before, **own, "f_divergence_type": "js_divergence", "loss_weights": [3.0]}
-    now |= {"ld_alpha": 0.5}
+    now |= {"ld_alpha": 0.5, "group_by_prompt": True}
     with pytest.raises(
-        CheckpointError, match=r"f_divergence_type: reverse_kl in the .*\n.*3\.0.*\n  ld_alpha: "
+        CheckpointError,
+        match=r"f_divergence_type: reverse_kl in the .*\n.*3\.0.*\n  ld_alpha: .*\n"
+        r"  group_by_prompt: False in the ",
     ):
         compare(before, now, frozenset(), "run/checkpoint-4", None)
 

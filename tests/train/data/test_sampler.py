@@ -8,6 +8,7 @@ from dpofast.data.packing.prompt_groups import PromptGroups
 from dpofast.data.packing.token_limit import token_limit
 from dpofast.errors import ConfigError
 from dpofast.train.data.sampler import planned_steps, train_sampler
+from tests.grouped import grouped_pairs
 from tests.support import make_trainer, token_pairs
 
 
@@ -18,15 +19,18 @@ from tests.support import make_trainer, token_pairs
         {"layout": "unshared", "max_tokens_per_microbatch": 90, "dataloader_drop_last": True},
         {"train_sampling_strategy": "sequential"},
         {"data_seed": 11, "gradient_accumulation_steps": 1},
+        {"group_by_prompt": True, "layout": "unshared", "max_tokens_per_microbatch": 90},
+        {"group_by_prompt": True, "layout": "unshared", "train_sampling_strategy": "sequential"},
     ],
 )
 def test_it_gives_what_the_trainer_s_loader_runs(tmp_path, options):
     """Compare every token in two epochs."""
-    pairs = token_pairs(11)
+    pairs = grouped_pairs() if options.get("group_by_prompt") else token_pairs(11)
     trainer = make_trainer(tmp_path, pairs=pairs, options=options)
     loader = trainer.get_train_dataloader()
     limit = token_limit(PromptGroups.of(pairs), trainer.layout, trainer.loaders.row_tokens)
-    sampler = train_sampler(trainer.args, len(pairs), limit)
+    prompts = trainer.train_set().prompts
+    sampler = train_sampler(trainer.args, len(pairs), limit, prompts=prompts)
     assert len(sampler) == len(loader)
     for epoch in (0, 2):
         loader.set_epoch(epoch)
@@ -60,5 +64,5 @@ def test_number_of_steps(tmp_path, options, steps):
 
 def test_a_run_of_no_step_is_refused(tmp_path):
     trainer = make_trainer(tmp_path, options={"dataloader_drop_last": True})
-    with pytest.raises(ConfigError, match="the 3 pairs don't fill one step of 4"):
+    with pytest.raises(ConfigError, match="3 examples don't fill one step of 4"):
         planned_steps(trainer.args, train_sampler(trainer.args, 3, None))

@@ -181,7 +181,7 @@ def test_an_endless_stream_without_a_usable_pair_ends(tmp_path, monkeypatch):
 
 def test_pairs_that_never_fill_a_step_are_refused(tmp_path):
     options = {"dataloader_drop_last": True}
-    with pytest.raises(ConfigError, match="the 3 pairs don't fill one step of 4"):
+    with pytest.raises(ConfigError, match="3 examples don't fill one step of 4"):
         make_trainer(tmp_path, pairs=stream_of(ROWS[:3]), options=options)
 
 
@@ -277,3 +277,5 @@ def test_names_beside_those_of_a_pair_stream_are_refused_unless_they_are_the_sam
         (name,) = more
         with pytest.raises(ConfigError, match=f"^{name}: train_dataset is a PairStream, which has"):
             make_trainer(tmp_path, pairs=given, **more)
+    with pytest.raises(ConfigError, match=r"^answer_pairs: train_dataset is a PairStream, which"):
+        make_trainer(tmp_path, pairs=given, columns=names, answer_pairs="all")
