@@ -29,12 +29,16 @@ from tests.support import (
 )
 from tests.train.test_wpo import sharp_llama
 
+SIDES = ("chosen_ids", "rejected_ids")
 # What a log says about the run's speed and its rows, which differ.
 OF_THE_WORK = ("pairs_per_s", "tokens_per_s", "lengths/row", "lengths/scored", "memory/", "mfu")
 
 
 def pools(num_prompts: int = 2, num_answers: int = 4, seed: int = 0) -> list[dict[str, Any]]:
-    """All pairs of the answers to some prompts, in random order. Some answers begin alike."""
+    """Pairs of the answers to some prompts, in random order. Some answers begin alike.
+
+    They are all pairs but one, and one of them again, so that some answers are in more pairs.
+    """
     rng = random.Random(seed)
 
     def ids(count: int) -> list[int]:
@@ -44,7 +48,8 @@ def pools(num_prompts: int = 2, num_answers: int = 4, seed: int = 0) -> list[dic
     for _ in range(num_prompts):
         prompt, start = ids(rng.randint(1, 9)), ids(3)
         answers = [start[: rng.randint(0, 3)] + ids(rng.randint(1, 9)) for _ in range(num_answers)]
-        for chosen, rejected in all_pairs(num_answers):
+        pairs = all_pairs(num_answers)
+        for chosen, rejected in [*pairs[1:], pairs[-1]]:
             both = {"chosen_ids": answers[chosen], "rejected_ids": answers[rejected]}
             rows.append({"prompt_ids": prompt, **both})
     rng.shuffle(rows)
@@ -63,6 +68,11 @@ def own_reference(rows):
     return numbered(
         rows, ref_chosen_logps=lambda i: -30.0 - i / 7, ref_rejected_logps=lambda i: -31.0 + i / 9
     )
+
+
+def of_one_length(rows):
+    """All answers have one length, so that ld_alpha weights none of their tokens."""
+    return numbered([{**row, **{side: row[side][:1] * 5 for side in SIDES}} for row in rows])
 
 
 def ipo_by_hand(chosen_logratios, rejected_logratios, lengths):
@@ -126,6 +136,7 @@ RUNS = {
     "ld_alpha in a mixture, padded": Run(
         {"ld_alpha": 0.4, "loss_type": ["sigmoid", "ipo"], "layout": "padded"}
     ),
+    "ld_alpha, one length": Run({"ld_alpha": 0.4}, pairs=of_one_length),
     "columns": Run(pairs=weighted),
     "wpo": Run({"use_weighting": True}),
     "wpo with likelihood": Run(
