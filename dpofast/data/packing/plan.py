@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.data import Sampler
 
@@ -92,6 +93,8 @@ class StepSampler(Sampler[Any]):
         tokens: tokens of the pairs, if the loss has a likelihood term. Its mean is taken over the
             pairs of a step.
         over_all: take that mean over all pairs, as an evaluation does.
+        prompts: [n] int64, number of each pair's prompt, if rows are padded and a micro-batch runs
+            each answer once. Pairs of a prompt are then neighbours when a step is spread by number.
     """
 
     def __init__(
@@ -104,8 +107,10 @@ class StepSampler(Sampler[Any]):
         limit: TokenLimit | None = None,
         tokens: ChosenTokens | None = None,
         over_all: bool = False,
+        prompts: np.ndarray | None = None,
     ) -> None:
         self.limit, self.tokens, self.over_all = limit, tokens, over_all
+        self.prompts = prompts
         self.num_pairs, self.shape, self.rank = num_pairs, shape, rank
         self.seed, self.drop_last, self.epoch = seed, drop_last, 0
 
@@ -155,7 +160,7 @@ class StepSampler(Sampler[Any]):
 
     def _slots(self, pairs: list[int]) -> list[list[MicroBatch]]:
         if self.limit is None:
-            return split_step(pairs, self.shape)
+            return split_step(self._by_prompt(pairs), self.shape)
         parts = self.limit.parts(pairs)
         tokens = [part.tokens for part in parts]
         packed = pack_step(tokens, self.shape.world_size, self.limit.max_tokens)
@@ -164,6 +169,15 @@ class StepSampler(Sampler[Any]):
             [[pair for index in row for pair in parts[index].pairs] for row in slot]
             for slot in packed
         ]
+
+    def _by_prompt(self, pairs: list[int]) -> list[int]:
+        """The pairs with those of a prompt together, in the order of its first pair."""
+        if self.prompts is None:
+            return pairs
+        of_prompt: dict[int, list[int]] = {}
+        for pair, prompt in zip(pairs, self.prompts[pairs].tolist(), strict=True):
+            of_prompt.setdefault(prompt, []).append(pair)
+        return [pair for together in of_prompt.values() for pair in together]
 
     def _order(self) -> list[int]:
         if self.seed is None:
@@ -177,7 +191,7 @@ def _saved(found: PlanFigures) -> str:
     """What sharing saves, in words."""
     if found.tokens == found.pair_tokens:
         return f"{found.saved:.1%} fewer tokens than one sequence at a time"
-    again = f" ({found.repeats} answers run again, as not all of a prompt fit a row)"
+    again = f" ({found.repeats} answers run again, as their groups were cut)"
     return (
         f"{found.plain_tokens:,} tokens one sequence at a time, {found.pair_tokens:,} one pair at "
         f"a time, {found.tokens:,} with each answer of a prompt once"

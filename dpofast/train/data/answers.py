@@ -58,6 +58,10 @@ class AnswerDataset(RunDataset):
             )
         )
 
+    def padded_prompts(self, layout: Layout) -> None:
+        """None: single answers are in no pairs."""
+        return None
+
     def step_dataset(self, layout: Layout, ld_alpha: float | None = None) -> AnswerSteps:
         """The scored rows, indexed by planned steps; these losses have no ld_alpha."""
         assert self.ref_logps is not None, "the dataset is scored first"

@@ -136,6 +136,10 @@ class RunDataset:
         """[n] int64, number of each pair's prompt."""
         return self.groups.prompts
 
+    def padded_prompts(self, layout: Layout) -> np.ndarray | None:
+        """`prompts`, if padded micro-batches run an answer once for all of its pairs there."""
+        return None if layout.is_packed or not layout.runs_answers_once else self.prompts()
+
     def resume(self, recorded: Any) -> int:
         """The step from which a resumed run reads the dataset: any step is read as fast."""
         return 0

@@ -25,6 +25,7 @@ def train_sampler(
     in_order: bool = False,
     tokens: ChosenTokens | None = None,
     prompts: Callable[[], np.ndarray] | None = None,
+    padded_prompts: np.ndarray | None = None,
 ) -> StepSampler:
     """A sampler of one rank's training steps.
 
@@ -36,6 +37,7 @@ def train_sampler(
         in_order: keep the order of the pairs, whatever the options say.
         tokens: tokens of the pairs, if the loss has a likelihood term.
         prompts: gives the number of each pair's prompt, [n] int64; group_by_prompt needs it.
+        padded_prompts: the same numbers, if padded micro-batches run each answer once.
     """
     number, world_size = rank or (config.process_index, config.world_size)
     shape = BatchShape(
@@ -46,7 +48,7 @@ def train_sampler(
     seed = seed if is_random else None
     options = (config.dataloader_drop_last, limit, tokens)
     if not config.group_by_prompt:
-        return StepSampler(num_pairs, shape, number, seed, *options)
+        return StepSampler(num_pairs, shape, number, seed, *options, prompts=padded_prompts)
     assert prompts is not None, "streams are refused"
     order = PromptOrder(prompts(), shape.pairs_per_step, seed)
     return GroupedSampler(order, shape, number, *options)

@@ -148,6 +148,7 @@ class StepLoaders:
             in_order=dataset.is_window,
             tokens=self._tokens_of(dataset),
             prompts=dataset.prompts,
+            padded_prompts=dataset.padded_prompts(self.layout),
         )
         dataset.plan = plan
         if quietly:
@@ -188,6 +189,7 @@ class StepLoaders:
             limit=dataset.token_limit,
             tokens=self._tokens_of(dataset),
             over_all=True,
+            prompts=dataset.padded_prompts(self.layout),
         )
         return self._loader(dataset, plan)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
@@ -123,3 +124,13 @@ def test_an_uneven_row_is_a_pair_that_no_plan_could_split(real_limit, ranks, see
         tokens = [sum(real_limit.lengths[pair] for pair in row) for row in rows]
         if max(tokens) * len(tokens) > 1.06 * sum(tokens):
             assert len(rows[tokens.index(max(tokens))]) == 1
+
+
+def test_pairs_of_a_prompt_share_a_padded_micro_batch():
+    """Then an answer that several of them have runs once."""
+    prompts = np.array([0, 1, 0, 1, 2, 0])
+    shape = BatchShape(3, 2, 1)
+    (step,) = StepSampler(6, shape, 0, seed=None, prompts=prompts)
+    assert step.micro_batches == ([0, 2, 5], [1, 3, 4])
+    (plain,) = StepSampler(6, shape, 0, seed=None, prompts=np.arange(6))
+    assert plain.micro_batches == ([0, 1, 2], [3, 4, 5]), "that of plain DPO"
