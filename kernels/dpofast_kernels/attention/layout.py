@@ -62,6 +62,7 @@ class SharedLayout:
         cu_seqlens_k: [Z+1] int32, bounds of the segments' keys among the gathered keys.
         query_lengths: number of queries of each segment, at least 1.
         key_lengths: number of keys of each segment, at least its number of queries.
+        groups: length of the prefix and lengths of the tails of each group, as in `build_layout`.
     """
 
     position_ids: Tensor
@@ -74,6 +75,7 @@ class SharedLayout:
     cu_seqlens_k: Tensor
     query_lengths: tuple[int, ...]
     key_lengths: tuple[int, ...]
+    groups: tuple[tuple[int, tuple[int, ...]], ...]
 
     @property
     def num_tokens(self) -> int:
@@ -119,6 +121,7 @@ class SharedLayout:
             cu_seqlens_k=function(self.cu_seqlens_k),
             query_lengths=self.query_lengths,
             key_lengths=self.key_lengths,
+            groups=self.groups,
         )
 
 
@@ -165,6 +168,7 @@ def build_layout(groups: Sequence[tuple[int, Sequence[int]]]) -> SharedLayout:
         cu_seqlens_k=_limits(segments.key_lengths),
         query_lengths=tuple(segments.query_lengths),
         key_lengths=tuple(segments.key_lengths),
+        groups=tuple((prefix, tuple(tails)) for prefix, tails in groups),
     )
 
 
