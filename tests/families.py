@@ -233,6 +233,33 @@ OTHER_PACKABLE_FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         {**PACKABLE_FAMILIES["opt"][1], "do_layer_norm_before": False, "word_embed_proj_dim": 16},
     ),
 }
+_HYBRID = {
+    **_PAD_8,
+    "num_hidden_layers": 4,
+    "layer_types": ["linear_attention", "linear_attention", "full_attention", "linear_attention"],
+}
+_DELTA = {
+    **_HYBRID,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+}
+_SHARED_EXPERT = {**_NUMBERED, "shared_expert_intermediate_size": 16}
+# Families with layers that pass a state or inputs on from token to token, and run packed.
+RECURRENT_FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "kimi_linear": (
+        "KimiLinearConfig",
+        {
+            **{**_HYBRID, **_LATENT, **_FIRST_DENSE, "q_lora_rank": None, "head_dim": None},
+            **{"num_local_experts": 4, "linear_num_heads": 4, "linear_head_dim": 8},
+        },
+    ),
+    "olmo_hybrid": ("OlmoHybridConfig", _DELTA),
+    "qwen3_5": ("Qwen3_5TextConfig", _DELTA),
+    "qwen3_5_moe": ("Qwen3_5MoeTextConfig", {**_DELTA, **_SHARED_EXPERT}),
+    "qwen3_next": ("Qwen3NextConfig", {**_DELTA, **_SHARED_EXPERT}),
+}
 UNPACKABLE_FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "mamba": ("MambaConfig", {**SIZES, "num_hidden_layers": 2, "state_size": 4}),
     "jamba": (
@@ -249,22 +276,6 @@ UNPACKABLE_FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
             "mamba_dt_rank": 4,
             "use_mamba_kernels": False,
             "pad_token_id": 0,
-        },
-    ),
-    "qwen3_next": (
-        "Qwen3NextConfig",
-        {
-            **BASE,
-            **HEAD_8,
-            "num_experts": 4,
-            "num_experts_per_tok": 2,
-            "moe_intermediate_size": 16,
-            "shared_expert_intermediate_size": 16,
-            "linear_num_key_heads": 2,
-            "linear_num_value_heads": 2,
-            "linear_key_head_dim": 8,
-            "linear_value_head_dim": 8,
-            "layer_types": ["linear_attention", "full_attention", "linear_attention"],
         },
     ),
     "bloom": (
@@ -328,6 +339,7 @@ FAMILIES = {
     **MIXING_FAMILIES,
     **PACKABLE_FAMILIES,
     **OTHER_PACKABLE_FAMILIES,
+    **RECURRENT_FAMILIES,
     **UNPACKABLE_FAMILIES,
 }
 

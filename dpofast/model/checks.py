@@ -17,7 +17,7 @@ from dpofast.model.attention import LayerAttention, any_dtype_attention, recorde
 from dpofast.model.context import context_of
 from dpofast.model.forward import evaluating, micro_batch, run_batch, run_body
 from dpofast.model.head import head_options
-from dpofast.model.parts import causal_lm, num_layers
+from dpofast.model.parts import causal_lm, num_attention_layers
 from dpofast.model.quantised import computing_dtype
 from dpofast.model.rope import check_rope
 from dpofast.model.vocabulary import vocabulary_of
@@ -109,6 +109,7 @@ def check_layout(layout: Layout, model: nn.Module) -> list[LayerAttention]:
 
     Raises:
         ConfigError: the hidden states differ, or a layer didn't call our attention.
+        ModelError: a layer with a state didn't call what keeps sequences apart.
     """
     lm = causal_lm(model)
     sequences = sample_sequences(model)
@@ -117,7 +118,8 @@ def check_layout(layout: Layout, model: nn.Module) -> list[LayerAttention]:
     padded = _scored_states(model, collate_padded(sequences))
     error = ((packed - padded).norm() / padded.norm().clamp_min(1e-12)).item()
     dtype = product_precision(computing_dtype(model), packed.device)
-    if len(calls) < num_layers(lm) or not error <= STATES_TOLERANCE[dtype]:  # NaN is an error, too
+    is_right = error <= STATES_TOLERANCE[dtype]  # NaN is an error, too
+    if len(calls) < num_attention_layers(lm) or not is_right:
         raise ConfigError(
             f"layout: {layout.name} rows give {type(lm).__name__} other hidden "
             f"states than padded ones (by {error:.1%}); use layout: padded, and please report "

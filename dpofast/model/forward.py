@@ -18,8 +18,9 @@ from dpofast.data.packing.batch import PackedPairs
 from dpofast.errors import ModelError
 from dpofast.model.attention import attention_calls, packed_attention
 from dpofast.model.head import HeadTask, head_forwards
-from dpofast.model.parts import body_of, causal_lm, num_layers
+from dpofast.model.parts import body_of, causal_lm, num_attention_layers
 from dpofast.model.quantised import quantised_layers
+from dpofast.model.recurrent import packed_recurrence
 from dpofast.model.replace import replaced_forwards
 from dpofast.model.rope import rope_of_each_row
 from dpofast_kernels.attention import SharedLayout
@@ -45,12 +46,14 @@ def micro_batch(model: nn.Module, batch: PackedPairs) -> Iterator[None]:
     Args:
         model: causal LM or PeftModel. Inside the block call `run_batch` with this model or with
             whatever wraps it (DDP, DeepSpeed's engine).
-        batch: the micro-batch. In a packed row each token attends as its layout says; padded rows
-            keep the model's own attention, and each gets the RoPE that it would have alone.
+        batch: the micro-batch. In a packed row each token attends as its layout says, and layers
+            with a state keep the sequences apart. Padded rows keep the model's own layers, and each
+            gets the RoPE that it would have alone.
     """
     lm = causal_lm(model)
     with (
         packed_attention(lm.config, batch.shared_layout),
+        packed_recurrence(lm, batch.shared_layout),
         rope_of_each_row(lm, batch),
         pair_step(model),
     ):
@@ -139,8 +142,10 @@ def _pair_forward(
     calls_before = attention_calls.count
     more = {} if body_task is None else {"output_router_logits": True}
     outputs = _call_body(model, input_ids, position_ids, shared_layout, **more)
-    # Every layer must have called our attention. Some families ignore its name without an error.
-    if shared_layout is not None and attention_calls.count - calls_before < num_layers(model):
+    # Every layer with attention must have called ours. Some families ignore its name without an
+    # error. Layers with a state check by themselves that they call what keeps sequences apart.
+    num_calls = attention_calls.count - calls_before
+    if shared_layout is not None and num_calls < num_attention_layers(model):
         raise ModelError(
             f"{type(model).__name__} ran a packed row through an attention that would mix its "
             "sequences; set layout: padded."

@@ -10,7 +10,8 @@ from dpofast.data.packing.collate import Layout
 from dpofast.errors import ConfigError
 from dpofast.model.dropout import describe_noise, dropouts
 from dpofast.model.layer_sizes import UnknownSizesError, attention_sizes
-from dpofast.model.parts import causal_lm
+from dpofast.model.parts import ATTENTION_LAYERS, causal_lm
+from dpofast.model.recurrent import recurrent_family, why_not_replaced
 from dpofast.model.rope import depends_on_length
 
 logger = logging.getLogger(__name__)
@@ -22,10 +23,11 @@ PACKABLE = frozenset(
     afmoe apertus arcee biogpt bitnet cohere cohere2 cohere2_moe cwm deepseek_v2 deepseek_v3 dots1
     ernie4_5 ernie4_5_moe exaone4 exaone_moe flex_olmo gemma gemma2 gemma3_text gemma3n_text
     gemma4_text glm glm4 glm4_moe glm4_moe_lite gpt2 gpt_bigcode gpt_neox gpt_oss granite
-    granite_swa granitemoe granitemoeshared helium hunyuan_v1_dense hunyuan_v1_moe internlm3
-    jais2 jetmoe llama longcat_flash mimo_v2_flash minicpm3 minimax_m2 ministral ministral3
-    mistral mixtral nanochat olmo olmo2 olmo3 olmoe opt persimmon phi phi3 phimoe qwen2
-    qwen2_moe qwen3 qwen3_moe seed_oss smollm3 solar_open starcoder2 vaultgemma youtu
+    granite_swa granitemoe granitemoeshared helium hunyuan_v1_dense hunyuan_v1_moe internlm3 jais2
+    jetmoe kimi_linear llama longcat_flash mimo_v2_flash minicpm3 minimax_m2 ministral ministral3
+    mistral mixtral nanochat olmo olmo2 olmo3 olmo_hybrid olmoe opt persimmon phi phi3 phimoe qwen2
+    qwen2_moe qwen3 qwen3_5_moe_text qwen3_5_text qwen3_moe qwen3_next seed_oss smollm3 solar_open
+    starcoder2 vaultgemma youtu
     """.split()  # noqa: SIM905  a list of them would fill pages
 )
 # Why some other model types can't be packed. State-space, convolution and chunked layers, which
@@ -38,8 +40,6 @@ NOT_PACKABLE = {
     **dict.fromkeys(("nemotron", "stablelm"), NOT_TOLD),
     **dict.fromkeys(("doge", "gpt_neo"), "its attention is told what to look at by a mask alone"),
 }
-# Types of layers that look at other tokens only through attention.
-PACKABLE_LAYERS = {"full_attention", "sliding_attention"}
 
 
 def choose_layout(wanted: str, model: nn.Module, pad_token_id: int) -> Layout:
@@ -74,7 +74,9 @@ def why_not_packed(model: nn.Module) -> str | None:
     """
     lm = causal_lm(model)
     config = lm.config
-    others = set(getattr(config, "layer_types", None) or ()) - PACKABLE_LAYERS
+    family = recurrent_family(lm)
+    known = ATTENTION_LAYERS if family is None else ATTENTION_LAYERS | family.layer_types
+    others = set(getattr(config, "layer_types", None) or ()) - known
     if others:
         return f"its layers of type {', '.join(sorted(others))} mix the sequences of a row"
     if config.model_type in NOT_PACKABLE:
@@ -85,6 +87,8 @@ def why_not_packed(model: nn.Module) -> str | None:
         return "its ALiBi counts distances along the row"
     if depends_on_length(lm):
         return "its RoPE depends on the longest position of a row"
+    if (reason := why_not_replaced(lm)) is not None:
+        return reason
     # Our attention has no dropout of its own. In the layers outside attention, both answers would
     # get the same dropout on the prefix that they share, unlike in separate rows.
     if (noise := next(dropouts(model), None)) is not None:

@@ -9,6 +9,9 @@ from torch import Tensor, nn
 
 from dpofast.errors import ModelError
 
+# Types of layers that have attention, and look at other tokens in no other way.
+ATTENTION_LAYERS = frozenset({"full_attention", "sliding_attention"})
+
 
 def causal_lm(model: Any) -> Any:
     """The transformers model inside a PeftModel, or the model itself."""
@@ -41,9 +44,13 @@ def body_of(model: Any) -> nn.Module:
     return body
 
 
-def num_layers(model: Any) -> int:
-    """Number of decoder layers; each calls attention at least once, if the model has attention."""
-    return int(model.config.get_text_config().num_hidden_layers)
+def num_attention_layers(model: Any) -> int:
+    """Number of decoder layers that have attention; each calls it at least once."""
+    config = model.config.get_text_config()
+    layer_types = getattr(config, "layer_types", None)
+    if layer_types is None:
+        return int(config.num_hidden_layers)
+    return sum(each in ATTENTION_LAYERS for each in layer_types)
 
 
 def numel(parameter: Tensor) -> int:

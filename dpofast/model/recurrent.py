@@ -1,0 +1,135 @@
+"""Layers that pass something on from token to token, in packed rows."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from types import ModuleType
+from typing import Any
+
+from torch import nn
+
+from dpofast.errors import ModelError
+from dpofast.model.recurrent_families import RECURRENT_FAMILIES, RecurrentFamily
+from dpofast.model.replace import replaced_forwards
+from dpofast_kernels.attention import SharedLayout
+from dpofast_kernels.recurrent import RowParts
+
+
+def recurrent_family(lm: Any) -> RecurrentFamily | None:
+    """The family of a causal LM, if it has layers that pass something on and can be packed."""
+    return RECURRENT_FAMILIES.get(lm.config.model_type)
+
+
+def why_not_replaced(lm: Any) -> str | None:
+    """The reason why a model's mixers can't run packed rows; None if they can, or there are none.
+
+    The reason is the rest of a sentence that begins with "Layout: padded, as ".
+    """
+    family = recurrent_family(lm)
+    if family is None:
+        return None
+    mixers = _mixers(lm, family)
+    expected = sum(each in family.layer_types for each in lm.config.layer_types)
+    if len(mixers) != expected:
+        return (
+            f"{len(mixers)} of its {expected} layers with a state or a convolution are a "
+            f"{family.mixer}, and only that is known"
+        )
+    missing = [name for name in family.functions if mixers and not hasattr(_home(mixers[0]), name)]
+    if missing:
+        return f"this version's {family.mixer} doesn't call {' and '.join(missing)}"
+    return None
+
+
+@contextlib.contextmanager
+def packed_recurrence(lm: Any, layout: SharedLayout | None) -> Iterator[None]:
+    """Inside the `with` block, a model's mixers keep the sequences of a packed row apart.
+
+    The shared prefix runs once, and each tail starts from the state and the inputs of its end. The
+    backward belongs inside the block, too, because gradient checkpointing runs the layers again.
+
+    Args:
+        lm: causal LM.
+        layout: layout of the packed row; None for padded rows, which keep the model's own layers.
+    """
+    family = recurrent_family(lm)
+    if layout is None or family is None:
+        yield
+        return
+    parts = RowParts.of(layout.groups)
+    replacements = [
+        (mixer, partial(_packed_forward, own=mixer.forward, family=family, parts=parts))
+        for mixer in _mixers(lm, family)
+    ]
+    with replaced_forwards(replacements):
+        yield
+
+
+def _mixers(lm: Any, family: RecurrentFamily) -> list[nn.Module]:
+    return [module for module in lm.modules() if type(module).__name__ == family.mixer]
+
+
+def _home(mixer: nn.Module) -> ModuleType:
+    """The Python module in which a mixer looks its functions up."""
+    return sys.modules[type(mixer).__module__]
+
+
+def _packed_forward(
+    mixer: nn.Module,
+    *args: Any,
+    own: Callable[..., Any],
+    family: RecurrentFamily,
+    parts: RowParts,
+    **kwargs: Any,
+) -> Any:
+    """The forward of a mixer during a step with a packed row: its own, with other functions.
+
+    Args:
+        own: the mixer's own forward.
+        family: what is replaced.
+        parts: the parts of the row.
+        args, kwargs: what the mixer's own forward takes.
+
+    Raises:
+        ModelError: the mixer has passed something on without the functions that are replaced.
+    """
+    home, called = _home(mixer), set()
+
+    def noted(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            called.add(name)
+            return function(*args, **kwargs)
+
+        return call
+
+    functions = {
+        name: noted(name, make_shared(getattr(home, name), parts))
+        for name, make_shared in family.functions.items()
+    }
+    with _replaced_functions(home, functions):
+        output = own(*args, **kwargs)
+    if missing := [name for name in functions if name not in called]:
+        raise ModelError(
+            f"{family.mixer} ran a packed row without calling {' and '.join(missing)}, so it would "
+            "mix the row's sequences; set layout: padded."
+        )
+    return output
+
+
+@contextlib.contextmanager
+def _replaced_functions(
+    home: ModuleType, functions: Mapping[str, Callable[..., Any]]
+) -> Iterator[None]:
+    """Sets functions of a Python module inside the block.
+
+    This lasts for one call of one mixer, so nothing else of the module meets them.
+    """
+    kept = {name: getattr(home, name) for name in functions}
+    vars(home).update(functions)
+    try:
+        yield
+    finally:
+        vars(home).update(kept)
