@@ -8,22 +8,23 @@ import pytest
 import torch
 import transformers
 
-VOCAB_SIZE = 97
-SIZES: dict[str, Any] = {"vocab_size": VOCAB_SIZE, "hidden_size": 32}
-BASE: dict[str, Any] = {
-    **SIZES,
-    "intermediate_size": 48,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,  # fewer than the tokens of a packed row
-    "attention_dropout": 0.0,
-}
-MULTI_HEAD = {key: value for key, value in BASE.items() if key != "num_key_value_heads"}
-WINDOW = {"sliding_window": 6}
-MIXED = {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
-EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
-HEAD_8 = {"head_dim": 8}
+from tests.family_sizes import (
+    BASE,
+    EXPERTS,
+    FIRST_DENSE,
+    HEAD_8,
+    LATENT,
+    MIXED,
+    MULTI_HEAD,
+    NUMBERED,
+    PAD,
+    PAD_8,
+    ROUTED,
+    SIZES,
+    VOCAB_SIZE,
+    WINDOW,
+)
+from tests.recurrent_families import RECURRENT_FAMILIES
 
 # Family: (transformers' class of its config, fields of that config).
 PACKABLE_FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -56,27 +57,7 @@ PACKABLE_FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt_oss": ("GptOssConfig", {**BASE, **HEAD_8, **WINDOW, **MIXED, **EXPERTS}),
     "olmo2": ("Olmo2Config", {**BASE, "pad_token_id": 0}),
 }
-# Fields for all other model types that run packed, listed in the same form further down.
-_PAD = {**BASE, "pad_token_id": 0}
-_PAD_8 = {**_PAD, **HEAD_8}
-_ROUTED = {
-    "n_routed_experts": 4,
-    "num_experts_per_tok": 2,
-    "moe_intermediate_size": 16,
-    "n_shared_experts": 1,
-    "n_group": 1,
-    "topk_group": 1,
-}
-_FIRST_DENSE = {**_ROUTED, "first_k_dense_replace": 1}
-_NUMBERED = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
-_LATENT = {
-    "num_key_value_heads": 4,
-    "q_lora_rank": 16,
-    "kv_lora_rank": 16,
-    "qk_rope_head_dim": 8,
-    "qk_nope_head_dim": 8,
-    "v_head_dim": 8,
-}
+# Fields for some of the other model types that run packed, listed in the same form further down.
 _GPT2 = {
     **{"vocab_size": VOCAB_SIZE, "n_embd": 32, "n_head": 4, "n_layer": 3, "n_positions": 64},
     **{"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
@@ -104,41 +85,41 @@ _PER_LAYER_INPUTS = {
 OTHER_PACKABLE_FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "afmoe": (
         "AfmoeConfig",
-        {**_PAD_8, **_NUMBERED, **WINDOW, **MIXED, "num_shared_experts": 1},
+        {**PAD_8, **NUMBERED, **WINDOW, **MIXED, "num_shared_experts": 1},
     ),
-    "apertus": ("ApertusConfig", _PAD),
-    "arcee": ("ArceeConfig", _PAD_8),
+    "apertus": ("ApertusConfig", PAD),
+    "arcee": ("ArceeConfig", PAD_8),
     "biogpt": (
         "BioGptConfig",
-        {**_PAD, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
+        {**PAD, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
     ),
-    "bitnet": ("BitNetConfig", _PAD),
-    "cohere": ("CohereConfig", _PAD),
-    "cohere2": ("Cohere2Config", {**_PAD, **WINDOW, **MIXED}),
-    "cohere2_moe": ("Cohere2MoeConfig", {**_PAD_8, **_NUMBERED, **WINDOW, **MIXED}),
-    "cwm": ("CwmConfig", {**_PAD_8, **WINDOW, **MIXED, "rope_parameters": _LLAMA3}),
-    "deepseek_v3": ("DeepseekV3Config", {**_PAD, **_LATENT, **_FIRST_DENSE}),
-    "deepseek_v2": ("DeepseekV2Config", {**_PAD, **_LATENT, **_FIRST_DENSE}),
-    "dots1": ("Dots1Config", {**_PAD_8, **_FIRST_DENSE, **WINDOW, **MIXED}),
-    "ernie4_5": ("Ernie4_5Config", _PAD_8),
+    "bitnet": ("BitNetConfig", PAD),
+    "cohere": ("CohereConfig", PAD),
+    "cohere2": ("Cohere2Config", {**PAD, **WINDOW, **MIXED}),
+    "cohere2_moe": ("Cohere2MoeConfig", {**PAD_8, **NUMBERED, **WINDOW, **MIXED}),
+    "cwm": ("CwmConfig", {**PAD_8, **WINDOW, **MIXED, "rope_parameters": _LLAMA3}),
+    "deepseek_v3": ("DeepseekV3Config", {**PAD, **LATENT, **FIRST_DENSE}),
+    "deepseek_v2": ("DeepseekV2Config", {**PAD, **LATENT, **FIRST_DENSE}),
+    "dots1": ("Dots1Config", {**PAD_8, **FIRST_DENSE, **WINDOW, **MIXED}),
+    "ernie4_5": ("Ernie4_5Config", PAD_8),
     "ernie4_5_moe": (
         "Ernie4_5_MoeConfig",
-        {**_PAD, "moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 16},
+        {**PAD, "moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 16},
     ),
-    "exaone4": ("Exaone4Config", {**_PAD, **WINDOW, **MIXED}),
+    "exaone4": ("Exaone4Config", {**PAD, **WINDOW, **MIXED}),
     "exaone_moe": (
         "ExaoneMoeConfig",
         {
-            **{**_PAD, **_NUMBERED, **WINDOW, **MIXED},
+            **{**PAD, **NUMBERED, **WINDOW, **MIXED},
             "mlp_layer_types": ["dense", "sparse", "sparse"],
         },
     ),
-    "flex_olmo": ("FlexOlmoConfig", {**_PAD, "num_experts": 4, "num_experts_per_tok": 2}),
-    "gemma": ("GemmaConfig", _PAD_8),
+    "flex_olmo": ("FlexOlmoConfig", {**PAD, "num_experts": 4, "num_experts_per_tok": 2}),
+    "gemma": ("GemmaConfig", PAD_8),
     "gemma3n": (
         "Gemma3nTextConfig",
         {
-            **{**_PAD_8, **WINDOW, **_PER_LAYER_INPUTS, "intermediate_size": [48, 48, 64, 64]},
+            **{**PAD_8, **WINDOW, **_PER_LAYER_INPUTS, "intermediate_size": [48, 48, 64, 64]},
             **{"num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2},
             **{"laurel_rank": 4, "activation_sparsity_pattern": [0.5, 0.0, 0.0, 0.0]},
         },
@@ -147,7 +128,7 @@ OTHER_PACKABLE_FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma4": (
         "Gemma4TextConfig",
         {
-            **{**_PAD_8, **WINDOW, **_PER_LAYER_INPUTS, "global_head_dim": 16},
+            **{**PAD_8, **WINDOW, **_PER_LAYER_INPUTS, "global_head_dim": 16},
             **{"num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2},
             "use_double_wide_mlp": True,
         },
@@ -155,36 +136,36 @@ OTHER_PACKABLE_FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma4 with experts": (
         "Gemma4TextConfig",
         {
-            **{**_PAD_8, **WINDOW, "global_head_dim": 16, "num_global_key_value_heads": 1},
+            **{**PAD_8, **WINDOW, "global_head_dim": 16, "num_global_key_value_heads": 1},
             **{"num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2},
             **{"attention_k_eq_v": True, "hidden_size_per_layer_input": 0},
             **{"enable_moe_block": True, "num_experts": 4, "top_k_experts": 2},
             "moe_intermediate_size": 16,
         },
     ),
-    "glm": ("GlmConfig", _PAD_8),
-    "glm4": ("Glm4Config", _PAD_8),
-    "glm4_moe": ("Glm4MoeConfig", {**_PAD_8, **_FIRST_DENSE}),
-    "glm4_moe_lite": ("Glm4MoeLiteConfig", {**_PAD, **_LATENT, **_FIRST_DENSE}),
+    "glm": ("GlmConfig", PAD_8),
+    "glm4": ("Glm4Config", PAD_8),
+    "glm4_moe": ("Glm4MoeConfig", {**PAD_8, **FIRST_DENSE}),
+    "glm4_moe_lite": ("Glm4MoeLiteConfig", {**PAD, **LATENT, **FIRST_DENSE}),
     "gpt2": ("GPT2Config", _GPT2),
     "gpt_bigcode": ("GPTBigCodeConfig", _GPT2),
-    "granite": ("GraniteConfig", {**_PAD, "attention_multiplier": 0.3, "logits_scaling": 2.0}),
-    "granite_swa": ("GraniteSWAConfig", {**_PAD, **WINDOW, **MIXED}),
-    "granitemoe": ("GraniteMoeConfig", {**_PAD, **EXPERTS}),
+    "granite": ("GraniteConfig", {**PAD, "attention_multiplier": 0.3, "logits_scaling": 2.0}),
+    "granite_swa": ("GraniteSWAConfig", {**PAD, **WINDOW, **MIXED}),
+    "granitemoe": ("GraniteMoeConfig", {**PAD, **EXPERTS}),
     "granitemoeshared": (
         "GraniteMoeSharedConfig",
-        {**_PAD, **EXPERTS, "shared_intermediate_size": 16},
+        {**PAD, **EXPERTS, "shared_intermediate_size": 16},
     ),
-    "helium": ("HeliumConfig", _PAD_8),
-    "hunyuan_v1_dense": ("HunYuanDenseV1Config", _PAD_8),
-    "hunyuan_v1_moe": ("HunYuanMoEV1Config", {**_PAD_8, "num_experts": 4, "moe_topk": 2}),
-    "internlm3": ("InternLM3Config", _PAD_8),
-    "jais2": ("Jais2Config", _PAD_8),
-    "jetmoe": ("JetMoeConfig", {**_PAD, **EXPERTS, "kv_channels": 8}),
+    "helium": ("HeliumConfig", PAD_8),
+    "hunyuan_v1_dense": ("HunYuanDenseV1Config", PAD_8),
+    "hunyuan_v1_moe": ("HunYuanMoEV1Config", {**PAD_8, "num_experts": 4, "moe_topk": 2}),
+    "internlm3": ("InternLM3Config", PAD_8),
+    "jais2": ("Jais2Config", PAD_8),
+    "jetmoe": ("JetMoeConfig", {**PAD, **EXPERTS, "kv_channels": 8}),
     "longcat_flash": (
         "LongcatFlashConfig",
         {
-            **{**_PAD_8, **_LATENT, "num_layers": 2, "ffn_hidden_size": 48},
+            **{**PAD_8, **LATENT, "num_layers": 2, "ffn_hidden_size": 48},
             **{"expert_ffn_hidden_size": 16, "n_routed_experts": 4, "zero_expert_num": 2},
             "moe_topk": 2,
         },
@@ -192,35 +173,35 @@ OTHER_PACKABLE_FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "mimo_v2_flash": (
         "MiMoV2FlashConfig",
         {
-            **{**_PAD_8, **_ROUTED, **WINDOW, **MIXED, "v_head_dim": 4},
+            **{**PAD_8, **ROUTED, **WINDOW, **MIXED, "v_head_dim": 4},
             "mlp_layer_types": ["dense", "sparse", "sparse"],
         },
     ),
-    "minicpm3": ("MiniCPM3Config", {**_PAD, **_LATENT}),
-    "minimax_m2": ("MiniMaxM2Config", {**_PAD_8, **EXPERTS}),
-    "ministral": ("MinistralConfig", {**_PAD_8, **WINDOW, **MIXED}),
-    "ministral3": ("Ministral3Config", {**_PAD_8, "rope_parameters": _YARN}),
-    "nanochat": ("NanoChatConfig", _PAD),
-    "olmo": ("OlmoConfig", _PAD),
-    "olmo3": ("Olmo3Config", {**_PAD, **WINDOW, **MIXED}),
-    "olmoe": ("OlmoeConfig", {**_PAD, "num_experts": 4, "num_experts_per_tok": 2}),
+    "minicpm3": ("MiniCPM3Config", {**PAD, **LATENT}),
+    "minimax_m2": ("MiniMaxM2Config", {**PAD_8, **EXPERTS}),
+    "ministral": ("MinistralConfig", {**PAD_8, **WINDOW, **MIXED}),
+    "ministral3": ("Ministral3Config", {**PAD_8, "rope_parameters": _YARN}),
+    "nanochat": ("NanoChatConfig", PAD),
+    "olmo": ("OlmoConfig", PAD),
+    "olmo3": ("Olmo3Config", {**PAD, **WINDOW, **MIXED}),
+    "olmoe": ("OlmoeConfig", {**PAD, "num_experts": 4, "num_experts_per_tok": 2}),
     "persimmon": ("PersimmonConfig", {**MULTI_HEAD, "hidden_dropout": 0.0}),
-    "phi": ("PhiConfig", {**_PAD, "resid_pdrop": 0.0, "embd_pdrop": 0.0}),
-    "phimoe": ("PhimoeConfig", {**_PAD_8, **EXPERTS}),
+    "phi": ("PhiConfig", {**PAD, "resid_pdrop": 0.0, "embd_pdrop": 0.0}),
+    "phimoe": ("PhimoeConfig", {**PAD_8, **EXPERTS}),
     "qwen2_moe": (
         "Qwen2MoeConfig",
-        {**_PAD, **_NUMBERED, "shared_expert_intermediate_size": 16, "mlp_only_layers": [1]},
+        {**PAD, **NUMBERED, "shared_expert_intermediate_size": 16, "mlp_only_layers": [1]},
     ),
-    "qwen3_moe": ("Qwen3MoeConfig", {**_PAD_8, **_NUMBERED}),
-    "seed_oss": ("SeedOssConfig", {**_PAD_8, "residual_dropout": 0.0}),
-    "smollm3": ("SmolLM3Config", {**_PAD, "no_rope_layer_interval": 2}),
-    "solar_open": ("SolarOpenConfig", {**_PAD_8, **_ROUTED}),
-    "starcoder2": ("Starcoder2Config", {**_PAD, **WINDOW}),
+    "qwen3_moe": ("Qwen3MoeConfig", {**PAD_8, **NUMBERED}),
+    "seed_oss": ("SeedOssConfig", {**PAD_8, "residual_dropout": 0.0}),
+    "smollm3": ("SmolLM3Config", {**PAD, "no_rope_layer_interval": 2}),
+    "solar_open": ("SolarOpenConfig", {**PAD_8, **ROUTED}),
+    "starcoder2": ("Starcoder2Config", {**PAD, **WINDOW}),
     "vaultgemma": (
         "VaultGemmaConfig",
-        {**_PAD_8, **WINDOW, **MIXED, "attn_logit_softcapping": 5.0, "query_pre_attn_scalar": 8},
+        {**PAD_8, **WINDOW, **MIXED, "attn_logit_softcapping": 5.0, "query_pre_attn_scalar": 8},
     ),
-    "youtu": ("YoutuConfig", {**_PAD, **_LATENT}),
+    "youtu": ("YoutuConfig", {**PAD, **LATENT}),
     # variants of families above
     "llama3 rope": ("LlamaConfig", {**BASE, "rope_parameters": _LLAMA3}),
     "qwen2 with window": (
@@ -232,33 +213,6 @@ OTHER_PACKABLE_FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         "OPTConfig",
         {**PACKABLE_FAMILIES["opt"][1], "do_layer_norm_before": False, "word_embed_proj_dim": 16},
     ),
-}
-_HYBRID = {
-    **_PAD_8,
-    "num_hidden_layers": 4,
-    "layer_types": ["linear_attention", "linear_attention", "full_attention", "linear_attention"],
-}
-_DELTA = {
-    **_HYBRID,
-    "linear_num_key_heads": 2,
-    "linear_num_value_heads": 4,
-    "linear_key_head_dim": 8,
-    "linear_value_head_dim": 8,
-}
-_SHARED_EXPERT = {**_NUMBERED, "shared_expert_intermediate_size": 16}
-# Families with layers that pass a state or inputs on from token to token, and run packed.
-RECURRENT_FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
-    "kimi_linear": (
-        "KimiLinearConfig",
-        {
-            **{**_HYBRID, **_LATENT, **_FIRST_DENSE, "q_lora_rank": None, "head_dim": None},
-            **{"num_local_experts": 4, "linear_num_heads": 4, "linear_head_dim": 8},
-        },
-    ),
-    "olmo_hybrid": ("OlmoHybridConfig", _DELTA),
-    "qwen3_5": ("Qwen3_5TextConfig", _DELTA),
-    "qwen3_5_moe": ("Qwen3_5MoeTextConfig", {**_DELTA, **_SHARED_EXPERT}),
-    "qwen3_next": ("Qwen3NextConfig", {**_DELTA, **_SHARED_EXPERT}),
 }
 UNPACKABLE_FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "mamba": ("MambaConfig", {**SIZES, "num_hidden_layers": 2, "state_size": 4}),
@@ -296,12 +250,12 @@ DEAF_FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         "MptConfig",
         {"vocab_size": VOCAB_SIZE, "d_model": 32, "n_layers": 2, "n_heads": 4, "max_seq_len": 64},
     ),
-    "nemotron": ("NemotronConfig", {**_PAD, "hidden_dropout": 0.0}),
-    "stablelm": ("StableLmConfig", {**_PAD, "hidden_dropout": 0.0}),
+    "nemotron": ("NemotronConfig", {**PAD, "hidden_dropout": 0.0}),
+    "stablelm": ("StableLmConfig", {**PAD, "hidden_dropout": 0.0}),
 }
 # Families that call our attention, but would be wrong in packed rows.
 MASKED_FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
-    "doge": ("DogeConfig", _PAD),
+    "doge": ("DogeConfig", PAD),
     "gpt_neo": (
         "GPTNeoConfig",
         {
@@ -313,24 +267,17 @@ MASKED_FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 # Families that mix tokens outside of attention, or whose attention works on chunks.
 MIXING_FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
-    "lfm2": ("Lfm2Config", {**_PAD, "layer_types": ["conv", "full_attention", "conv"]}),
     "llama4": (
         "Llama4TextConfig",
         {
-            **{**_PAD_8, "num_local_experts": 2, "intermediate_size_mlp": 48},
+            **{**PAD_8, "num_local_experts": 2, "intermediate_size_mlp": 48},
             **{"attention_chunk_size": 8, "interleave_moe_layer_step": 2},
         },
     ),
     "minimax": (
         "MiniMaxConfig",
-        {**_PAD_8, **EXPERTS, "layer_types": ["linear_attention", "full_attention"] * 2}
+        {**PAD_8, **EXPERTS, "layer_types": ["linear_attention", "full_attention"] * 2}
         | {"num_hidden_layers": 4, "block_size": 16},
-    ),
-    "nemotron_h": (
-        "NemotronHConfig",
-        {key: value for key, value in {**_PAD_8, **_ROUTED}.items() if key != "num_hidden_layers"}
-        | {"layers_block_type": ["mamba", "attention", "moe"], "mamba_num_heads": 4}
-        | {"mamba_head_dim": 8, "mamba_n_groups": 1, "ssm_state_size": 8},
     ),
 }
 FAMILIES = {

@@ -61,7 +61,7 @@ def check_model(
 
     Returns:
         The attention backends of its packed rows, in words for the log; None for padded rows,
-        which run the model's own attention.
+        which run the model's own attention, and for models without attention.
 
     Raises:
         ModelError: the model does something to its logits that dpofast doesn't know, or its
@@ -76,7 +76,7 @@ def check_model(
             check_rows(model)
             return None
         calls = check_layout(layout, model)
-    return check_attention(calls, device, autocast_dtype)
+    return check_attention(calls, device, autocast_dtype) if calls else None
 
 
 def sample_sequences(model: nn.Module) -> list[tuple[TokenIds, TokenIds]]:

@@ -10,7 +10,7 @@ from dpofast.data.packing.collate import Layout
 from dpofast.errors import ConfigError
 from dpofast.model.dropout import describe_noise, dropouts
 from dpofast.model.layer_sizes import UnknownSizesError, attention_sizes
-from dpofast.model.parts import ATTENTION_LAYERS, causal_lm
+from dpofast.model.parts import ATTENTION_LAYERS, TOKENWISE_LAYERS, causal_lm
 from dpofast.model.recurrent import recurrent_family, why_not_replaced
 from dpofast.model.rope import depends_on_length
 
@@ -20,14 +20,15 @@ logger = logging.getLogger(__name__)
 # and gradients for each of them, and every run compares its own model's hidden states again.
 PACKABLE = frozenset(
     """
-    afmoe apertus arcee biogpt bitnet cohere cohere2 cohere2_moe cwm deepseek_v2 deepseek_v3 dots1
-    ernie4_5 ernie4_5_moe exaone4 exaone_moe flex_olmo gemma gemma2 gemma3_text gemma3n_text
-    gemma4_text glm glm4 glm4_moe glm4_moe_lite gpt2 gpt_bigcode gpt_neox gpt_oss granite
-    granite_swa granitemoe granitemoeshared helium hunyuan_v1_dense hunyuan_v1_moe internlm3 jais2
-    jetmoe kimi_linear llama longcat_flash mimo_v2_flash minicpm3 minimax_m2 ministral ministral3
-    mistral mixtral nanochat olmo olmo2 olmo3 olmo_hybrid olmoe opt persimmon phi phi3 phimoe qwen2
-    qwen2_moe qwen3 qwen3_5_moe_text qwen3_5_text qwen3_moe qwen3_next seed_oss smollm3 solar_open
-    starcoder2 vaultgemma youtu
+    afmoe apertus arcee bamba biogpt bitnet cohere cohere2 cohere2_moe cwm deepseek_v2 deepseek_v3
+    dots1 ernie4_5 ernie4_5_moe exaone4 exaone_moe falcon_h1 flex_olmo gemma gemma2 gemma3_text
+    gemma3n_text gemma4_text glm glm4 glm4_moe glm4_moe_lite gpt2 gpt_bigcode gpt_neox gpt_oss
+    granite granite_swa granitemoe granitemoehybrid granitemoeshared helium hunyuan_v1_dense
+    hunyuan_v1_moe internlm3 jais2 jetmoe kimi_linear lfm2 lfm2_moe lfm3 llama longcat_flash mamba2
+    mimo_v2_flash minicpm3 minimax_m2 ministral ministral3 mistral mixtral nanochat nemotron_h olmo
+    olmo2 olmo3 olmo_hybrid olmoe opt persimmon phi phi3 phimoe qwen2 qwen2_moe qwen3
+    qwen3_5_moe_text qwen3_5_text qwen3_moe qwen3_next seed_oss smollm3 solar_open starcoder2
+    vaultgemma youtu zamba2
     """.split()  # noqa: SIM905  a list of them would fill pages
 )
 # Why some other model types can't be packed. State-space, convolution and chunked layers, which
@@ -75,8 +76,9 @@ def why_not_packed(model: nn.Module) -> str | None:
     lm = causal_lm(model)
     config = lm.config
     family = recurrent_family(lm)
-    known = ATTENTION_LAYERS if family is None else ATTENTION_LAYERS | family.layer_types
-    others = set(getattr(config, "layer_types", None) or ()) - known
+    others = set(getattr(config, "layer_types", None) or ()) - ATTENTION_LAYERS - TOKENWISE_LAYERS
+    if family is not None:
+        others -= family.layer_types
     if others:
         return f"its layers of type {', '.join(sorted(others))} mix the sequences of a row"
     if config.model_type in NOT_PACKABLE:

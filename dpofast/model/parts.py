@@ -9,8 +9,11 @@ from torch import Tensor, nn
 
 from dpofast.errors import ModelError
 
-# Types of layers that have attention, and look at other tokens in no other way.
+# Types of layers: those that look at other tokens only through attention, those that look at none,
+# and those that have attention beside something else that passes on from token to token.
 ATTENTION_LAYERS = frozenset({"full_attention", "sliding_attention"})
+TOKENWISE_LAYERS = frozenset({"mlp", "moe"})
+HYBRID_LAYERS = frozenset({"hybrid"})
 
 
 def causal_lm(model: Any) -> Any:
@@ -50,7 +53,7 @@ def num_attention_layers(model: Any) -> int:
     layer_types = getattr(config, "layer_types", None)
     if layer_types is None:
         return int(config.num_hidden_layers)
-    return sum(each in ATTENTION_LAYERS for each in layer_types)
+    return sum(each in ATTENTION_LAYERS | HYBRID_LAYERS for each in layer_types)
 
 
 def numel(parameter: Tensor) -> int:

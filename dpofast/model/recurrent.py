@@ -38,7 +38,8 @@ def why_not_replaced(lm: Any) -> str | None:
             f"{len(mixers)} of its {expected} layers with a state or a convolution are a "
             f"{family.mixer}, and only that is known"
         )
-    missing = [name for name in family.functions if mixers and not hasattr(_home(mixers[0]), name)]
+    names = {*family.functions, *family.whole}
+    missing = sorted(name for name in names if mixers and not hasattr(_home(mixers[0]), name))
     if missing:
         return f"this version's {family.mixer} doesn't call {' and '.join(missing)}"
     return None
@@ -109,7 +110,7 @@ def _packed_forward(
         name: noted(name, make_shared(getattr(home, name), parts))
         for name, make_shared in family.functions.items()
     }
-    with _replaced_functions(home, functions):
+    with _replaced_functions(home, {**functions, **dict.fromkeys(family.whole, _nothing)}):
         output = own(*args, **kwargs)
     if missing := [name for name in functions if name not in called]:
         raise ModelError(
@@ -117,6 +118,10 @@ def _packed_forward(
             "mix the row's sequences; set layout: padded."
         )
     return output
+
+
+def _nothing(*_: Any, **__: Any) -> None:
+    """What a function gives that would run a whole mixer in one kernel, where there is none."""
 
 
 @contextlib.contextmanager

@@ -27,6 +27,7 @@ from tests.families import (
     UNPACKABLE_FAMILIES,
     tiny_model,
 )
+from tests.recurrent_families import RECURRENT_FAMILIES
 from tests.support import make_trainer, tiny_llama, tiny_mixtral, train
 
 NO_SDPA = {"gemma2", "gpt_oss", "mamba", "bloom"}  # transformers refuses sdpa for these
@@ -61,7 +62,7 @@ def test_all_model_types_that_are_packed_equal_separate_sequences(family, name):
 
 def test_every_packable_model_type_is_compared():
     """A model type that is added to the list needs a model in the tests as well."""
-    families = {**PACKABLE_FAMILIES, **OTHER_PACKABLE_FAMILIES}
+    families = {**PACKABLE_FAMILIES, **OTHER_PACKABLE_FAMILIES, **RECURRENT_FAMILIES}
     classes = {getattr(transformers, name, None) for name, _ in families.values()} - {None}
     missing = {family for family, (name, _) in families.items() if not hasattr(transformers, name)}
     assert {each.model_type for each in classes} == PACKABLE - missing
@@ -74,9 +75,7 @@ def test_the_reason_why_a_model_is_padded_is_named(family, caplog):
     (line,) = [record.message for record in caplog.records if "Layout: padded" in record.message]
     reason = {
         "llama4": "its layers of type chunked_attention",
-        "lfm2": "its layers of type conv",
         "minimax": "its layers of type linear_attention",
-        "nemotron_h": "its layers of type linear_attention, moe",
         "nemotron": "its layers don't hand on to attention what it needs to know",
         "doge": "its attention is told what to look at by a mask alone",
         "gpt_neo": "its attention is told what to look at by a mask alone",
