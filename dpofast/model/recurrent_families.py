@@ -118,10 +118,10 @@ def _check_without_cache(initial_state: Tensor | None, keeps_state: bool) -> Non
         )
 
 
-_CONVOLUTION = {"causal_conv1d_fn": _convolution}
-_GATED_DELTA = {**_CONVOLUTION, "torch_chunk_gated_delta_rule": _delta_rule}
-_KIMI_DELTA = {**_CONVOLUTION, "chunk_kimi_delta_attention": _delta_rule}
-_STATE_SPACE = {**_CONVOLUTION, "mamba2_chunk_scan": _state_space}
+_CONVOLUTION: dict[str, MakeShared] = {"causal_conv1d_fn": _convolution}
+_GATED_DELTA: dict[str, MakeShared] = {**_CONVOLUTION, "torch_chunk_gated_delta_rule": _delta_rule}
+_KIMI_DELTA: dict[str, MakeShared] = {**_CONVOLUTION, "chunk_kimi_delta_attention": _delta_rule}
+_STATE_SPACE: dict[str, MakeShared] = {**_CONVOLUTION, "mamba2_chunk_scan": _state_space}
 _LINEAR = frozenset({"linear_attention"})
 _CONV = frozenset({"conv"})
 _HYBRID = frozenset({"linear_attention", "hybrid"})

@@ -15,7 +15,7 @@ class Scan(Protocol):
     """A recurrence over the tokens of one sequence, or of a part of it."""
 
     def __call__(
-        self, inputs: Sequence[Tensor], initial_state: Tensor | None, keeps_state: bool
+        self, inputs: Sequence[Tensor], initial_state: Tensor | None, keeps_state: bool, /
     ) -> tuple[Tensor, Tensor | None]:
         """Runs the recurrence.
 
