@@ -26,6 +26,7 @@ COEFFICIENT = 0.3
 FAMILIES = (
     *("mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss", "olmoe"),
     *("flex_olmo", "jetmoe", "granitemoe", "granitemoeshared", "ernie4_5_moe", "minimax_m2"),
+    *("granitemoehybrid", "qwen3_5_moe"),
 )
 
 
