@@ -65,12 +65,12 @@ def tiny_mixtral(seed: int = 0, **overrides: Any) -> MixtralForCausalLM:
     return MixtralForCausalLM(config)
 
 
-def token_pairs(num_pairs: int = 12, seed: int = 0) -> Dataset:
+def token_pairs(num_pairs: int = 12, seed: int = 0, vocab_size: int = VOCAB_SIZE) -> Dataset:
     """Tokenised pairs of random ids and uneven lengths."""
     rng = random.Random(seed)
 
     def ids(low: int, high: int) -> list[int]:
-        return [rng.randrange(3, VOCAB_SIZE) for _ in range(rng.randint(low, high))]
+        return [rng.randrange(3, vocab_size) for _ in range(rng.randint(low, high))]
 
     return Dataset.from_list(
         [

@@ -6,15 +6,16 @@ A way is "ddp", the name of a DeepSpeed configuration, or "own" for a user's con
 own batch fields. With the suffix ".bf16" it trains in that precision. With ".mixtral" it trains a
 mixture of experts with the routers' auxiliary loss and gradient checkpointing. That runs padded,
 because then the micro-batches are the same on any number of ranks. With ".stretched" it trains a
-model with dynamic RoPE on sequences beyond its original length. With ".hooks" it trains the sigmoid
-loss written by hand and a penalty that a subclass adds, and measures metrics of its own. With
-".coupled" it trains a loss that depends on all pairs of a step and on their order. With ".sets" it
-trains two datasets with weights and soft labels, and evaluates both. With ".kl" the drift moves
-beta, of which each rank's betas are written, too. With ".free" it trains losses without a
-reference, whose likelihood is a mean over tokens; with ".norm" a loss of means per token whose
-pairs have WPO's weights. Both measure all metrics over tokens. With ".grouped" all pairs of a
-prompt are in one step, and a part of the loss couples them. The main rank writes its logs to
-FOLDER/WAY.json.
+model with dynamic RoPE on sequences beyond its original length. With ".recurrent" it trains a model
+with gated delta rules, whose convolutions' weights are used outside of their own modules. With
+".hooks" it trains the sigmoid loss written by hand and a penalty that a subclass adds, and measures
+metrics of its own. With ".coupled" it trains a loss that depends on all pairs of a step and on
+their order. With ".sets" it trains two datasets with weights and soft labels, and evaluates both.
+With ".kl" the drift moves beta, of which each rank's betas are written, too. With ".free" it trains
+losses without a reference, whose likelihood is a mean over tokens; with ".norm" a loss of means per
+token whose pairs have WPO's weights. Both measure all metrics over tokens. With ".grouped" all
+pairs of a prompt are in one step, and a part of the loss couples them. The main rank writes its
+logs to FOLDER/WAY.json.
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ from dpofast import CoupledFunction, DPOConfig, DPOTrainer
 from dpofast.cli.process_end import run_to_end
 from dpofast.data import mix_preferences
 from dpofast.options.metric_fields import TOKEN_METRICS
+from tests import family_sizes
+from tests.families import tiny_model
 from tests.grouped import grouped_pairs
 from tests.rope import ORIGINAL_LENGTH, rope_parameters
 from tests.support import byte_tokenizer, tiny_llama, tiny_mixtral, token_pairs
@@ -56,6 +59,8 @@ def model_of(variant: str) -> Any:
     if variant == "stretched":
         rope = rope_parameters("dynamic", frequencies=4)
         return tiny_llama(max_position_embeddings=ORIGINAL_LENGTH, rope_parameters=rope)
+    if variant == "recurrent":
+        return tiny_model("qwen3_5")
     return tiny_llama()
 
 
@@ -66,6 +71,9 @@ def pairs_of(variant: str) -> tuple[Any, Any]:
     """
     if variant == "grouped":  # steps of 6, 4 and 1 pairs
         return grouped_pairs((2, 3, 1, 3, 1, 1)), token_pairs(5, seed=4)
+    if variant == "recurrent":
+        small = {"vocab_size": family_sizes.VOCAB_SIZE}
+        return token_pairs(9, **small), token_pairs(5, seed=4, **small)
     if variant != "sets":
         return token_pairs(9), token_pairs(5, seed=4)
     soft = token_pairs(4).add_column("weight", [1.0, 0.5, 0.0, 3.0])
@@ -144,6 +152,7 @@ def train(way: str, folder: Path, pairs_per_device: int, accumulation: int) -> N
     kind, _, variant = way.partition(".")
     os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)  # left by the previous way
     is_mixture = variant == "mixtral"
+    model = model_of(variant)  # before the options: they could make transformers spread its weights
     config = DPOConfig(
         output_dir=str(folder / way),
         reference_store=str(folder / "store" / way),
@@ -172,7 +181,7 @@ def train(way: str, folder: Path, pairs_per_device: int, accumulation: int) -> N
     has_hooks = variant == "hooks"
     pairs, held_out = pairs_of(variant)
     trainer = (Penalised if has_hooks else DPOTrainer)(
-        model_of(variant),
+        model,
         args=config,
         train_dataset=pairs,
         eval_dataset=held_out,

@@ -181,23 +181,16 @@ def test_a_model_without_weights_takes_the_layout_of_the_whole(tmp_path, family)
     assert why_not_packed(load_skeleton(str(tmp_path), dtype="bfloat16")) is None
 
 
-def short_pairs(count):
-    """Tokenised pairs with ids below the vocabulary of the tiny models."""
-    pairs = token_pairs(count).to_list()
-    return [{name: [i % VOCAB_SIZE for i in ids] for name, ids in pair.items()} for pair in pairs]
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("family", RECURRENT_FAMILIES)
 def test_a_run_in_packed_rows_equals_one_in_padded_rows(tmp_path, family):
     losses = {}
     # the auxiliary loss of routers depends on which pairs share a row
-    model_options = {"router_aux_loss_coef": 0.0}
+    plain = {"max_steps": 3, "learning_rate": 1e-3, "router_aux_loss_coef": 0.0}
+    pairs = token_pairs(8, vocab_size=VOCAB_SIZE)
     for layout in ("auto", "padded"):
-        options = {"max_steps": 3, "layout": layout, "learning_rate": 1e-3, **model_options}
-        trainer = make_trainer(
-            tmp_path / layout, tiny_model(family), short_pairs(8), options=options
-        )
+        options = {**plain, "layout": layout}
+        trainer = make_trainer(tmp_path / layout, tiny_model(family), pairs, options=options)
         trainer.train()
         assert trainer.layout.name == ("shared" if layout == "auto" else layout)
         logs = [log for log in trainer.state.log_history if "grad_norm" in log]
@@ -292,7 +285,9 @@ def test_a_run_with_such_a_kernel_stops_before_its_first_step(tmp_path, monkeypa
     _, home = home_of(model)
     own = home.torch_chunk_gated_delta_rule
     monkeypatch.setattr(home, "torch_chunk_gated_delta_rule", ignoring_the_state(own))
-    trainer = make_trainer(tmp_path, model, short_pairs(4), options={"max_steps": 1})
+    trainer = make_trainer(
+        tmp_path, model, token_pairs(4, vocab_size=VOCAB_SIZE), options={"max_steps": 1}
+    )
     with pytest.raises(ConfigError, match="use layout: padded"):
         trainer.train()
     assert trainer.state.global_step == 0

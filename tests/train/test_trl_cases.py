@@ -25,12 +25,6 @@ class RemoteForCausalLM(LlamaForCausalLM):
 """
 
 
-def small_ids(count, seed=0):
-    """Tokenised pairs with ids below the vocabulary of the tiny families."""
-    pairs = token_pairs(count, seed).to_list()
-    return [{name: [i % VOCAB_SIZE for i in ids] for name, ids in pair.items()} for pair in pairs]
-
-
 # Families whose layers are compared with separate sequences in tests/model.
 COMPARED = ("cohere2", "glm4_moe", "gpt_oss", "olmo3", "qwen3_moe")
 
@@ -43,7 +37,7 @@ def test_every_parameter_of_a_family_moves(tmp_path, family):
     model = tiny_model(family)
     before = {name: value.clone() for name, value in model.named_parameters()}
     options = {"max_steps": 2, "learning_rate": 1e-2, "per_device_train_batch_size": 4}
-    make_trainer(tmp_path, model, small_ids(8), options=options).train()
+    make_trainer(tmp_path, model, token_pairs(8, vocab_size=VOCAB_SIZE), options=options).train()
     same = [name for name, value in model.named_parameters() if torch.equal(value, before[name])]
     assert not same
     assert len(before) > 5
@@ -61,7 +55,7 @@ def test_adapters_on_experts_move_and_nothing_below_them(tmp_path, is_wrapped):
     trainer = make_trainer(
         tmp_path,
         peft.get_peft_model(model, config) if is_wrapped else model,
-        small_ids(8),
+        token_pairs(8, vocab_size=VOCAB_SIZE),
         options={"max_steps": 3, "learning_rate": 1e-1, "router_aux_loss_coef": 0.0},
         **arguments,
     )
