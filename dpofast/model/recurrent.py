@@ -41,7 +41,8 @@ def why_not_replaced(lm: Any) -> str | None:
     names = {*family.functions, *family.whole}
     missing = sorted(name for name in names if mixers and not hasattr(_home(mixers[0]), name))
     if missing:
-        return f"this version's {family.mixer} doesn't call {' and '.join(missing)}"
+        names_missing = " and ".join(missing)
+        return f"this version of transformers has no {names_missing} for {family.mixer}"
     return None
 
 

@@ -132,8 +132,8 @@ def _mamba2(mixer: str, layer_types: frozenset[str] = _LINEAR) -> RecurrentFamil
     return RecurrentFamily(mixer, layer_types, _STATE_SPACE, whole)
 
 
-# By model type. The names are those of transformers 5.23. Where a version has others, the model
-# runs padded.
+# By model type. The names are those of transformers 5.17 to 5.23. Where a version has others, the
+# model runs padded.
 RECURRENT_FAMILIES = {
     "bamba": _mamba2("BambaMixer"),
     "falcon_h1": _mamba2("FalconH1Mixer", _HYBRID),

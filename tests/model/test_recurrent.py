@@ -300,7 +300,7 @@ def test_functions_of_other_names_are_noticed(monkeypatch, family):
     for name in (*names.functions, *names.whole):
         with monkeypatch.context() as patch:
             patch.delattr(home, name)
-            reason = f"this version's {names.mixer} doesn't call {name}"
+            reason = f"this version of transformers has no {name} for {names.mixer}"
             assert why_not_packed(model) == reason
             assert choose_layout("auto", model, 0).name == "padded"
             with pytest.raises(ConfigError, match=reason):
