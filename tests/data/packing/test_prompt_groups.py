@@ -144,13 +144,11 @@ def test_an_answer_with_two_reference_log_probs_is_scored_for_each():
 
 
 def test_a_pool_is_planned_fast():
+    """In time of this process, as other work on the machine would count in wall time."""
     pairs = pairs_of_pools(1000, 7, length=60)
-    seconds = []
-    for _ in range(3):  # the best of three, as other work can slow down any of them
-        start = time.perf_counter()
-        limit = token_limit(PromptGroups.of(pairs), Layout("shared"), 2048)
-        sampler = StepSampler(len(pairs), BatchShape(24, 1, 1), 0, seed=None, limit=limit)
-        planned = [pair for step in sampler for row in step.micro_batches for pair in row]
-        seconds.append(time.perf_counter() - start)
-        assert sorted(planned) == list(range(len(pairs)))
-    assert min(seconds) < 1.0
+    start = time.process_time()
+    limit = token_limit(PromptGroups.of(pairs), Layout("shared"), 2048)
+    sampler = StepSampler(len(pairs), BatchShape(24, 1, 1), 0, seed=None, limit=limit)
+    planned = [pair for step in sampler for row in step.micro_batches for pair in row]
+    assert time.process_time() - start < 1.0
+    assert sorted(planned) == list(range(len(pairs)))
