@@ -143,6 +143,24 @@ def test_an_answer_with_two_reference_log_probs_is_scored_for_each():
     assert batch.input_ids.tolist() == [[*PROMPT, 4, 5, 6]], "the body runs it once"
 
 
+@pytest.mark.parametrize("make", ["all pairs", "no answer twice"])
+def test_a_prompt_with_thousands_of_pairs_is_cut_fast(make):
+    """Into parts that are nearly full, though a part looks at some pairs only."""
+    num_pairs = 4950
+    both = np.array([*itertools.combinations(range(100), 2)])
+    if make == "no answer twice":
+        both = np.random.default_rng(0).permutation(2 * num_pairs).reshape(-1, 2)
+    shared = np.full(both.max() + 1, 50)
+    groups = PromptGroups(np.zeros(num_pairs, np.int64), both, shared + 100, shared)
+    start = time.perf_counter()
+    parts = groups.parts(range(num_pairs), 2000)
+    assert time.perf_counter() - start < 4.0
+    assert sorted(pair for part in parts for pair in part.pairs) == [*range(num_pairs)]
+    assert sum(part.tokens for part in parts) > 0.9 * 2000 * len(parts)
+    # Each of 19 answers with each: 171 pairs. Or 9 pairs, whose answers are no others'.
+    assert num_pairs / len(parts) > (171 / 5 if make == "all pairs" else 8.9)
+
+
 def test_a_pool_is_planned_fast():
     """In time of this process, as other work on the machine would count in wall time."""
     pairs = pairs_of_pools(1000, 7, length=60)
