@@ -105,19 +105,30 @@ class PromptGroups:
         Returns:
             The parts, by the first appearance of their prompts.
         """
+        parts: list[Part] = []
+        for group in self._of_prompts(pairs):
+            if len(group) == 1:
+                parts.append(Part(group, int(self.pair_tokens[group[0]])))
+            else:
+                parts += self._cut(group, max_tokens)
+        return parts
+
+    def uncut(self, pairs: Sequence[int]) -> list[list[int]]:
+        """Group pairs by their prompts; arguments and order as in `parts`, but nothing is cut."""
+        return [
+            [group[place] for place in _neighbours(range(len(group)), self.answers[group].tolist())]
+            for group in self._of_prompts(pairs)
+        ]
+
+    def _of_prompts(self, pairs: Sequence[int]) -> list[list[int]]:
+        """The pairs of each prompt."""
         rows = np.asarray(pairs, np.int64)
         # A pair whose answers are the same stays alone, as it needs both of them.
         keys = np.where(np.diff(self.answers[rows])[:, 0] == 0, -1 - rows, self.prompts[rows])
         of_prompt: dict[int, list[int]] = {}
         for pair, key in zip(pairs, keys.tolist(), strict=True):
             of_prompt.setdefault(key, []).append(pair)
-        parts: list[Part] = []
-        for group in of_prompt.values():
-            if len(group) == 1:
-                parts.append(Part(group, int(self.pair_tokens[group[0]])))
-            else:
-                parts += self._cut(group, max_tokens)
-        return parts
+        return list(of_prompt.values())
 
     def _cut(self, group: list[int], max_tokens: int | None) -> list[Part]:
         """The parts of some pairs of one prompt."""

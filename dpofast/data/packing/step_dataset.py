@@ -74,10 +74,13 @@ class StepDataset(Dataset[StepBatch]):
         return StepBatch(laid_out, step.num_pairs, tuple(each.pairs for each in distinct))
 
     def _parts_of(self, batch: MicroBatch) -> list[list[int]]:
-        """The groups of a micro-batch whose plan doesn't say them."""
+        """The groups of a micro-batch whose plan doesn't say them.
+
+        In padded rows, which share no prefix, a group has all pairs of a prompt.
+        """
         if self._groups is None:
             return [[pair] for pair in batch]
-        return [part.pairs for part in self._groups.parts(batch)]
+        return self._groups.uncut(batch)
 
     def _lay_out(self, distinct: DistinctSequences, step: PlannedStep) -> PackedPairs:
         batch = distinct.pairs
