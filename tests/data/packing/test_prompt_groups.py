@@ -143,6 +143,19 @@ def test_an_answer_with_two_reference_log_probs_is_scored_for_each():
     assert batch.input_ids.tolist() == [[*PROMPT, 4, 5, 6]], "the body runs it once"
 
 
+def test_a_row_holds_the_parts_that_the_plan_cut():
+    """As one group, the pairs of the two parts would take more tokens than a row has."""
+    first, second = [5] * 30, [6] * 30
+    pairs = dataset((PROMPT, [*first, 7], [*first, 8]), (PROMPT, [*second, 7], second))
+    limit = token_limit(PromptGroups.of(pairs), Layout("shared"), 80)
+    (planned,) = StepSampler(2, BatchShape(2, 1, 1), 0, None, limit=limit)
+    assert planned.parts == ([[0], [1]],)
+    (batch,) = (
+        StepDataset(pairs, np.zeros((2, 2)), Layout("shared")).__getitems__(planned).micro_batches
+    )
+    assert batch.input_ids.numel() == 35 + 34
+
+
 @pytest.mark.parametrize("make", ["all pairs", "no answer twice"])
 def test_a_prompt_with_thousands_of_pairs_is_cut_fast(make):
     """Into parts that are nearly full, though a part looks at some pairs only."""
@@ -152,9 +165,9 @@ def test_a_prompt_with_thousands_of_pairs_is_cut_fast(make):
         both = np.random.default_rng(0).permutation(2 * num_pairs).reshape(-1, 2)
     shared = np.full(both.max() + 1, 50)
     groups = PromptGroups(np.zeros(num_pairs, np.int64), both, shared + 100, shared)
-    start = time.perf_counter()
+    start = time.process_time()
     parts = groups.parts(range(num_pairs), 2000)
-    assert time.perf_counter() - start < 4.0
+    assert time.process_time() - start < 2.0
     assert sorted(pair for part in parts for pair in part.pairs) == [*range(num_pairs)]
     assert sum(part.tokens for part in parts) > 0.9 * 2000 * len(parts)
     # Each of 19 answers with each: 171 pairs. Or 9 pairs, whose answers are no others'.
