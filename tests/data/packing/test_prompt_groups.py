@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from datasets import Dataset
 
+from dpofast.data.packing.answer_ids import answer_ids
 from dpofast.data.packing.collate import Layout
 from dpofast.data.packing.plan import BatchShape, StepSampler
 from dpofast.data.packing.prompt_groups import PromptGroups
@@ -62,6 +63,17 @@ def test_equal_prompts_and_answers_have_equal_numbers():
     assert groups.answers[3].tolist() == [other, one]
     assert groups.lengths[groups.answers].tolist() == [[4, 4], [2, 2], [4, 5], [4, 4]]
     assert groups.pair_tokens.tolist() == [5, 3, 6, 5]
+
+
+def test_the_prompts_of_a_dataset_are_copied_once():
+    """They are most of the tokens of many datasets, and each is that of two answers."""
+    pairs = pairs_of_pools(2, 3)
+    ids = answer_ids(pairs)
+    assert len(ids.prompts.values) == sum(map(len, pairs["prompt_ids"]))
+    for both, pair in zip(ids.pairs.tolist(), pairs, strict=True):
+        for occurrence, side in zip(both, SIDES, strict=True):
+            assert ids.prompts[ids.rows[occurrence]].tolist() == pair["prompt_ids"]
+            assert ids.answers[occurrence].tolist() == pair[side]
 
 
 def test_a_group_shares_one_prefix_and_runs_each_answer_once():
