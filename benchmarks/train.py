@@ -69,12 +69,12 @@ def planned_counts(work: Work, name: str) -> Counts:
     _, *timed = StepSampler(len(pairs), shape, rank=0, seed=None, limit=limit)
     body_tokens = head_rows = 0
     for step in timed:
-        for batch in step.micro_batches:
+        for index, batch in enumerate(step.micro_batches):
             parts = [[pair] for pair in batch]
             if limit is not None:
-                found = limit.parts(batch)
-                parts = [part.pairs for part in found]
-                body_tokens += sum(part.tokens for part in found)
+                assert step.parts is not None, "rows are packed"
+                parts = step.parts[index]
+                body_tokens += sum(one.tokens for part in parts for one in limit.parts(part))
             else:
                 # Padding makes both sequences of every pair as long as the micro-batch's longest.
                 body_tokens += 2 * len(batch) * max(_longest(pairs[pair]) for pair in batch)

@@ -111,7 +111,7 @@ def rows_of(case: Case, layout: Layout, max_tokens: int) -> tuple[list[PackedPai
     limit = token_limit(PromptGroups.of(pairs), layout, max_tokens)
     shape = BatchShape(len(pairs), 1, 1)
     (planned,) = StepSampler(len(pairs), shape, 0, seed=None, limit=limit)
-    steps = StepDataset(pairs, ref_logps, layout, max_tokens=max_tokens)
+    steps = StepDataset(pairs, ref_logps, layout)
     step = steps.__getitems__(planned)
     return step.micro_batches, [pair for part in step.indices for pair in part]
 

@@ -130,10 +130,12 @@ def _print_packed_rows(
     """Lay out each micro-batch of a step as training would, and print it."""
     import numpy as np
 
+    from dpofast.data.packing.likelihood import NO_LIKELIHOOD
     from dpofast.inspect.packed import render_packed
 
-    # The layout doesn't depend on the reference's log-probs, so nothing is scored.
+    # Rows depend neither on the reference's log-probs, so nothing is scored, nor on the loss.
     dataset.ref_logps = np.zeros((len(dataset), 2))
+    dataset.likelihood = NO_LIKELIHOOD
     step = dataset.step_dataset(layout).__getitems__(planned)
     for number, (row, batch) in enumerate(zip(step.indices, step.micro_batches, strict=True)):
         print_rich(Text(f"\nrow {number} of {len(step.indices)}", style="bold reverse"))

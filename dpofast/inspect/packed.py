@@ -58,9 +58,16 @@ def _title(unit: RowUnit, examples: Sequence[Mapping[str, Any]]) -> str:
     return f"pair{'s' if len(unit.pairs) > 1 else ''} {_rows(unit, examples)}{source}"
 
 
-def _rows(unit: RowUnit, examples: Sequence[Mapping[str, Any]]) -> str:
-    """The numbers of the pairs in the data; pairs of one row of the data have its number."""
-    rows = dict.fromkeys(str(examples[pair]["row"]) for pair in unit.pairs)
+def _rows(unit: RowUnit, examples: Sequence[Mapping[str, Any]], most: int | None = None) -> str:
+    """The numbers of the pairs in the data; pairs of one row of the data have its number.
+
+    Args:
+        unit, examples: the pairs, and what is known of each pair.
+        most: most numbers to name; None for all.
+    """
+    rows = list(dict.fromkeys(str(examples[pair]["row"]) for pair in unit.pairs))
+    if most is not None and len(rows) > most:
+        return f"{rows[0]} and {len(rows) - 1} more"
     return ", ".join(rows)
 
 
@@ -103,7 +110,8 @@ def _pictures(
     layout = batch.shared_layout
     assert layout is not None
     drawn = [
-        PicturePart(part.start, f"{_rows(unit, examples)} {part.name}", _style(part))
+        # A label takes its width from the picture.
+        PicturePart(part.start, f"{_rows(unit, examples, most=2)} {part.name}", _style(part))
         for unit in units
         for part in unit.parts
         if part.length

@@ -70,7 +70,7 @@ def batch_losses(
     if pair_weights is not None:
         weights = pair_weights.detach() if weights is None else weights * pair_weights.detach()
     logratios = logps.detach().double() - batch.ref_logps.to(device)
-    lengths = batch.lengths.to(device)
+    lengths = batch.lengths.to(device, non_blocking=True)
     if not isinstance(loss, PairLoss):
         refs = batch.ref_logps.to(device)
         own = logps.detach().double()

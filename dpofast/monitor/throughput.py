@@ -61,7 +61,7 @@ class Throughput:
             1,
             batch.num_tokens,
             batch.num_body_tokens,
-            len(batch.labels),
+            int(batch.lengths.sum()),  # on the CPU; an answer counts in each of its pairs
             self._flops_of(batch),
         )
         for name, number in zip(COUNTED, numbers, strict=True):

@@ -96,6 +96,18 @@ def test_a_step_has_all_pairs_of_its_prompts(
     assert "the run's steps are 0 to 1." in error_of(capsys, [*command, "--step=2"])
 
 
+@pytest.mark.parametrize("losses", [["sigmoid", "sft"], ["orpo"]])
+def test_a_step_of_a_loss_with_a_likelihood_term_is_shown(
+    command: list[str], capsys: pytest.CaptureFixture[str], losses: list[str]
+) -> None:
+    """Rows don't depend on the loss."""
+    shown = []
+    for own in ([], ["--loss_type", *losses]):
+        assert main([*command, "--step=1", *own]) == 0
+        shown.append(capsys.readouterr().out)
+    assert pairs_and_tokens(shown[0]) == pairs_and_tokens(shown[1])
+
+
 def test_ranks_share_a_step(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     shown = []
     for rank in range(2):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
+from itertools import combinations, pairwise
 
 import numpy as np
 import pytest
@@ -140,6 +140,28 @@ def test_long_parts_are_shortened():
 @pytest.mark.parametrize("layout", ["shared", "unshared"])
 def test_a_row_without_pairs_says_so(layout):
     assert printed([], layout) == ["no pairs: one token runs along, and nothing is scored"]
+
+
+def test_the_picture_of_many_pairs_is_no_wider_than_the_terminal():
+    prompt, answers = tokens("ab"), [tokens(text) for text in ("cd", "ce", "df", "e", "fgh", "h")]
+    pairs = Dataset.from_list(
+        [
+            {"prompt_ids": prompt, "chosen_ids": one, "rejected_ids": other}
+            for one, other in combinations(answers, 2)
+        ]
+    )
+    steps = StepDataset(pairs, np.zeros((15, 2)), Layout("shared"))
+    step = steps.__getitems__(PlannedStep(([*range(15)],), 15))
+    examples = [{"row": 1000 + pair, "prompt_ids": prompt} for pair in step.indices[0]]
+    console = Console(width=64, no_color=True)
+    with console.capture() as capture:
+        console.print(render_packed(step.micro_batches[0], examples, byte_bpe()))
+    lines = capture.get().splitlines()
+    picture = [line for line in lines if "│" in line]
+    assert picture[0].startswith("1000 and 14 more prefix   │█")
+    assert len(picture) >= 6
+    first = lines.index(picture[0])
+    assert lines[first : first + len(picture)] == picture, "no line is broken"
 
 
 def test_a_group_of_several_pairs_names_its_answers():

@@ -93,6 +93,9 @@ def test_the_pools_are_grouped_as_they_are_meant_to_be():
     assert sizes.pop("answers of one text") == 2 + answers.pop("answers of one text") - 1
     assert sizes.pop("apart") > answers.pop("apart")
     assert sizes == answers
+    # Padded rows share no prefix, so that nothing is saved by cutting a group.
+    (batch,), _ = rows_of(case_of_pools(POOLS["apart"]), PADDED, 1_000_000)
+    assert len(batch.bounds) - 1 == len(APART)
 
 
 @pytest.mark.parametrize("max_tokens", [1, 30, 47])

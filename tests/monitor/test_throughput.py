@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,6 +16,22 @@ from dpofast.monitor.throughput import Throughput
 from tests.support import make_trainer, tiny_llama, token_pairs
 
 PAIR = [([5, 6, 7], [8, 9]), ([5, 6, 7], [10, 11, 12, 13])]
+
+
+def test_an_answer_counts_in_each_of_its_pairs():
+    """Whether the model runs it once or not, and whether the prompt is scored as well or not."""
+    (one, other), last = PAIR, ([5, 6, 7], [14])
+    apart = Layout("shared").collate([one, other, one, last])
+    once = Layout("shared").collate([one, other, last], group_sizes=[3], counts=[2, 1, 1])
+    once = replace(once, pairs=torch.tensor([[0, 1], [0, 2]]))
+    scored = Layout("shared").collate([one, other, one, last], scored_prompts=[0, 2])
+    for batch in (apart, once, scored):
+        counts = Throughput(tiny_llama(), torch.float32, torch.device("cpu"), world_size=1)
+        counts.start_step()
+        counts.add(batch)
+        found = counts.metrics(lambda own: own)
+        assert found["lengths/pair"] == (5 + 7 + 5 + 4) / 2
+        assert found["lengths/scored"] == (2 + 4 + 2 + 1) / 2
 
 
 def test_figures_of_two_ranks_since_the_last_log(monkeypatch):

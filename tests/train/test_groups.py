@@ -31,7 +31,7 @@ from tests.train.test_wpo import sharp_llama
 
 SIDES = ("chosen_ids", "rejected_ids")
 # What a log says about the run's speed and its rows, which differ.
-OF_THE_WORK = ("pairs_per_s", "tokens_per_s", "lengths/row", "lengths/scored", "memory/", "mfu")
+OF_THE_WORK = ("pairs_per_s", "tokens_per_s", "lengths/row", "memory/", "mfu")
 
 
 def pools(num_prompts: int = 2, num_answers: int = 4, seed: int = 0) -> list[dict[str, Any]]:

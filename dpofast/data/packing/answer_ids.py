@@ -56,27 +56,35 @@ class AnswerIds:
     """The answers of n pairs, each with its prompt. An answer may occur several times.
 
     Attributes:
-        prompts, answers: m lists each, for m occurrences of answers.
+        prompts: r lists, for r rows.
+        answers: m lists, for m occurrences of answers.
+        rows: [m] int64, the row of each occurrence.
         pairs: [n, 2] int64, occurrences of chosen and rejected.
     """
 
     prompts: TokenColumn
     answers: TokenColumn
+    rows: np.ndarray
     pairs: np.ndarray
 
     @property
     def lengths(self) -> np.ndarray:
         """[m] int64: tokens of prompt and answer."""
-        return self.prompts.lengths + self.answers.lengths
+        return self._prompt_lengths + self.answers.lengths
+
+    @property
+    def _prompt_lengths(self) -> np.ndarray:
+        """[m] int64: tokens of the prompt of each occurrence."""
+        return self.prompts.lengths[self.rows]
 
     def prompt_numbers(self) -> np.ndarray:
         """[m] int64: equal numbers for equal prompts, in the order of their first pairs."""
         numbers: dict[bytes, int] = {}
         digests = self.prompts.digests()
-        for first in self.pairs[:, 0].tolist():
+        for first in self.rows[self.pairs[:, 0]].tolist():
             numbers.setdefault(digests[first], len(numbers))
         found = [numbers.setdefault(digest, len(numbers)) for digest in digests]
-        return np.array(found, np.int64)
+        return np.array(found, np.int64)[self.rows]
 
     def distinct(self, prompts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Number the distinct answers.
@@ -124,7 +132,7 @@ class AnswerIds:
             prompts: [m] int64, from `prompt_numbers`.
         """
         shared = np.zeros(len(first), np.int64)
-        of_prompt, sizes = prompts[first], self.prompts.lengths
+        of_prompt, sizes = prompts[first], self._prompt_lengths
         for index in np.flatnonzero(of_prompt[1:] == of_prompt[:-1]).tolist():
             one, other = int(first[index]), int(first[index + 1])
             begins_alike = _common_prefix(self.answers[one], self.answers[other])
@@ -142,9 +150,10 @@ def answer_ids(pairs: Any) -> AnswerIds:
     prompts, chosen, rejected = (table[name] for name in ID_COLUMNS)
     number = np.arange(len(table))
     return AnswerIds(
-        TokenColumn.of(prompts, prompts),
+        TokenColumn.of(prompts),
         TokenColumn.of(chosen, rejected),
-        np.stack([number, len(table) + number], 1),
+        rows=np.concatenate([number, number]),
+        pairs=np.stack([number, len(table) + number], 1),
     )
 
 
@@ -157,7 +166,8 @@ def pooled_answer_ids(answers: Any, index: np.ndarray) -> AnswerIds:
     """
     table = answers.select_columns(list(UNPAIRED.id_columns)).with_format("arrow")[:]
     prompts, completions = (table[name] for name in UNPAIRED.id_columns)
-    return AnswerIds(TokenColumn.of(prompts), TokenColumn.of(completions), index)
+    ids = (TokenColumn.of(prompts), TokenColumn.of(completions))
+    return AnswerIds(*ids, rows=np.arange(len(table)), pairs=index)
 
 
 def _common_prefix(one: np.ndarray, other: np.ndarray) -> int:

@@ -194,7 +194,7 @@ class PackedPairs(NoDict):
         """[..., 2P]: the numbers of chosen_0, rejected_0, chosen_1, ..."""
         if self.pairs is None:
             return per_sequence
-        return per_sequence[..., self.pairs.flatten().to(per_sequence.device)]
+        return per_sequence[..., _copied(self.pairs.flatten(), per_sequence.device)]
 
     def ref_of_sequences(self) -> Tensor:
         """[S] fp64: the reference's log-prob of each sequence; 0 for a prompt.
@@ -206,7 +206,7 @@ class PackedPairs(NoDict):
             return self.ref_logps
         found = self.ref_logps.new_zeros(len(self.bounds) - 1)
         # On a GPU, several equal numbers are written to one place in any order.
-        found[self.pairs.flatten().to(found.device)] = self.ref_logps
+        found[_copied(self.pairs.flatten(), found.device)] = self.ref_logps
         return found
 
     def with_likelihood(self, of_answer: float, of_prompt: float) -> PackedPairs:
@@ -237,7 +237,7 @@ class PackedPairs(NoDict):
         logps = logps.detach()
         terms = of_answer * self.of_pairs(logps)[0::2]  # [P]
         if self.prompts is not None:
-            prompts = self.prompts.to(logps.device)
+            prompts = _copied(self.prompts, logps.device)
             terms = terms + of_prompt * torch.where(prompts >= 0, logps[prompts], 0.0)
         return terms if self.weights is None else terms * self.weights
 
@@ -248,8 +248,7 @@ class PackedPairs(NoDict):
 
     def to(self, device: torch.device | str) -> PackedPairs:
         """Copy to `device`, except what the head cuts its chunks by, on the CPU."""
-        # With non_blocking, a copy from pinned memory overlaps with computation.
-        moved = self._map(lambda tensor: tensor.to(device, non_blocking=True))
+        moved = self._map(lambda tensor: _copied(tensor, device))
         layout = self.shared_layout
         return moved if layout is None else replace(moved, shared_layout=layout.to(device))
 
@@ -267,6 +266,11 @@ class PackedPairs(NoDict):
             and isinstance(value := getattr(self, field.name), Tensor)
         }
         return replace(self, **moved)
+
+
+def _copied(tensor: Tensor, device: torch.device | str) -> Tensor:
+    # With non_blocking, the host doesn't wait until the device has done all that it was given.
+    return tensor.to(device, non_blocking=True)
 
 
 def _picked(

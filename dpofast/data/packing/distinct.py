@@ -34,21 +34,17 @@ class DistinctSequences:
     @classmethod
     def of(
         cls,
-        pairs: Sequence[int],
+        parts: Sequence[list[int]],
         groups: PromptGroups | None,
-        max_tokens: int | None,
     ) -> DistinctSequences:
-        """Find the distinct sequences of some pairs.
+        """Find the distinct sequences of some groups of pairs.
 
         Args:
-            pairs: the pairs of a micro-batch, counted in the dataset.
-            groups: prompts and answers of the dataset; None to run both sequences of each pair.
-            max_tokens: most tokens of a group of more than two answers; None for no limit.
+            parts: the pairs of each group of a micro-batch, counted in the dataset.
+            groups: prompts and answers of the dataset; None to run both sequences of each pair,
+                which is a group of its own.
         """
         found = cls([], [], [], [], [])
-        parts = [[pair] for pair in pairs]
-        if groups is not None:
-            parts = [part.pairs for part in groups.parts(pairs, max_tokens)]
         for part in parts:
             found._add(part, None if groups is None else groups.answers[part])
         return found

@@ -18,7 +18,7 @@ class PlanFigures(PackFigures):
     Attributes:
         plain_tokens: tokens of the same pairs, with each of their sequences by itself.
         pair_tokens: tokens of the same pairs, with a shared prefix within each pair only.
-        repeats: how often an answer runs again in a step, because its group didn't fit a row.
+        repeats: how often an answer runs again in a step, because its group was cut.
     """
 
     plain_tokens: int

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -34,11 +35,14 @@ class PlannedStep:
         micro_batches: this rank's micro-batches; one can be empty.
         num_pairs: pairs in the step on all ranks.
         pairs_per_token: what a likelihood term needs to take its mean; None if nothing asks for it.
+        parts: of each micro-batch, the lists of its pairs that it holds as one group, in its order;
+            None where rows are padded.
     """
 
     micro_batches: tuple[MicroBatch, ...]
     num_pairs: int
     pairs_per_token: PairsPerToken | None = None
+    parts: tuple[list[list[int]], ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -152,23 +156,19 @@ class StepSampler(Sampler[Any]):
         return [order[start : start + size] for start in range(0, len(self) * size, size)]
 
     def _planned(self, pairs: list[int]) -> PlannedStep:
-        slots = self._slots(pairs)
         per_token = None
         if self.tokens is not None:
             per_token = self.tokens.pairs_per_token(slice(None) if self.over_all else pairs)
-        return PlannedStep(tuple(slot[self.rank] for slot in slots), len(pairs), per_token)
-
-    def _slots(self, pairs: list[int]) -> list[list[MicroBatch]]:
         if self.limit is None:
-            return split_step(self._by_prompt(pairs), self.shape)
-        parts = self.limit.parts(pairs)
-        tokens = [part.tokens for part in parts]
+            slots = split_step(self._by_prompt(pairs), self.shape)
+            return PlannedStep(tuple(slot[self.rank] for slot in slots), len(pairs), per_token)
+        found = self.limit.parts(pairs)
+        tokens = [part.tokens for part in found]
         packed = pack_step(tokens, self.shape.world_size, self.limit.max_tokens)
         # pack_step counts parts within the step; micro-batches count pairs in the dataset.
-        return [
-            [[pair for index in row for pair in parts[index].pairs] for row in slot]
-            for slot in packed
-        ]
+        parts = tuple([found[index].pairs for index in slot[self.rank]] for slot in packed)
+        own = tuple(list(chain.from_iterable(row)) for row in parts)
+        return PlannedStep(own, len(pairs), per_token, parts)
 
     def _by_prompt(self, pairs: list[int]) -> list[int]:
         """The pairs with those of a prompt together, in the order of its first pair."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,6 +10,9 @@ from typing import Any
 import numpy as np
 
 from dpofast.data.packing.answer_ids import AnswerIds, answer_ids, pooled_answer_ids
+
+# Pairs in a row that a part may refuse before it is closed. More hardly fill rows better.
+PATIENCE = 64
 
 
 @dataclass(frozen=True)
@@ -94,9 +98,6 @@ class PromptGroups:
         need more, because a longer prefix that the two answers of a pair share may be none of the
         whole group.
 
-        The parts of some of the result's parts are these parts again, so that a row can be laid out
-        from its pairs alone.
-
         Args:
             pairs: some pairs, counted in the dataset.
             max_tokens: most tokens in a part of more than two answers; None for no limit.
@@ -104,34 +105,40 @@ class PromptGroups:
         Returns:
             The parts, by the first appearance of their prompts.
         """
-        rows = np.asarray(pairs, np.int64)
-        # A pair whose answers are the same stays alone, as it needs both of them.
-        keys = np.where(np.diff(self.answers[rows])[:, 0] == 0, -1 - rows, self.prompts[rows])
-        of_prompt: dict[int, list[int]] = {}
-        for pair, key in zip(pairs, keys.tolist(), strict=True):
-            of_prompt.setdefault(key, []).append(pair)
         parts: list[Part] = []
-        for group in of_prompt.values():
+        for group in self._of_prompts(pairs):
             if len(group) == 1:
                 parts.append(Part(group, int(self.pair_tokens[group[0]])))
             else:
                 parts += self._cut(group, max_tokens)
         return parts
 
+    def uncut(self, pairs: Sequence[int]) -> list[list[int]]:
+        """Group pairs by their prompts; arguments and order as in `parts`, but nothing is cut."""
+        return [
+            [group[place] for place in _neighbours(range(len(group)), self.answers[group].tolist())]
+            for group in self._of_prompts(pairs)
+        ]
+
+    def _of_prompts(self, pairs: Sequence[int]) -> list[list[int]]:
+        """The pairs of each prompt."""
+        rows = np.asarray(pairs, np.int64)
+        # A pair whose answers are the same stays alone, as it needs both of them.
+        keys = np.where(np.diff(self.answers[rows])[:, 0] == 0, -1 - rows, self.prompts[rows])
+        of_prompt: dict[int, list[int]] = {}
+        for pair, key in zip(pairs, keys.tolist(), strict=True):
+            of_prompt.setdefault(key, []).append(pair)
+        return list(of_prompt.values())
+
     def _cut(self, group: list[int], max_tokens: int | None) -> list[Part]:
         """The parts of some pairs of one prompt."""
-        answers = np.sort(self.answers[group], 1)  # [P, 2]
-        order = np.lexsort((np.array(group), answers[:, 1], answers[:, 0]))
-        waiting = [(i, int(answers[i, 0]), int(answers[i, 1])) for i in order.tolist()]
+        waiting = _WaitingPairs(np.sort(self.answers[group], 1).tolist())
         parts = []
         while waiting:
-            part, left = _GrowingPart(self), []
-            for pair in waiting:
-                if not part.takes(pair, max_tokens):
-                    left.append(pair)
-            pairs = [group[i] for i in _neighbours(sorted(part.pairs))]
+            part = _GrowingPart(self, max_tokens)
+            places = waiting.taken_by(part)
+            pairs = [group[place] for place in _neighbours(places, waiting.both)]
             parts.append(Part(pairs, part.tokens))
-            waiting = left
         return parts
 
     def tokens_of_pair(self, low: int, high: int) -> int:
@@ -144,52 +151,101 @@ class PromptGroups:
 
 
 class _GrowingPart:
-    """A part of a group, while pairs are added to it."""
+    """A part of a group, while answers are added to it."""
 
-    def __init__(self, groups: PromptGroups) -> None:
-        self.groups = groups
-        self.pairs: list[tuple[int, int, int]] = []  # place of a pair in the group, two answers
+    def __init__(self, groups: PromptGroups, max_tokens: int | None) -> None:
+        self.groups, self.max_tokens = groups, max_tokens
+        self.answers: set[int] = set()
         self.tokens = 0
-        self._answers: set[int] = set()
-        self._sum = 0  # of their lengths
+        self._sum = 0  # of the answers' lengths
         self._low = self._high = -1
 
-    def takes(self, candidate: tuple[int, int, int], max_tokens: int | None) -> bool:
-        """Add a pair with its two answers, if that is right; says whether it is."""
-        groups, (_, low, high) = self.groups, candidate
-        new = {low, high} - self._answers
-        if new:
-            total = self._sum + sum(int(groups.lengths[answer]) for answer in new)
-            lowest = min(low, self._low) if self.pairs else low
-            highest = max(high, self._high)
-            count = len(self._answers) + len(new)
-            tokens = total - (count - 1) * groups.prefix(lowest, highest)
-            if self.pairs:
-                if tokens > self.tokens + groups.tokens_of_pair(low, high):
-                    return False
-                if max_tokens is not None and tokens > max_tokens:
-                    return False
-            self.tokens, self._sum, self._low, self._high = tokens, total, lowest, highest
-            self._answers |= new
-        self.pairs.append(candidate)
+    def takes(self, low: int, high: int) -> bool:
+        """Add the answers of a pair, if that is right; says whether it is."""
+        groups, new = self.groups, {low, high} - self.answers
+        if not new:
+            return True
+        total = self._sum + sum(int(groups.lengths[answer]) for answer in new)
+        lowest = min(low, self._low) if self.answers else low
+        highest = max(high, self._high)
+        count = len(self.answers) + len(new)
+        tokens = total - (count - 1) * groups.prefix(lowest, highest)
+        if self.answers:
+            if tokens > self.tokens + groups.tokens_of_pair(low, high):
+                return False
+            if self.max_tokens is not None and tokens > self.max_tokens:
+                return False
+        self.tokens, self._sum, self._low, self._high = tokens, total, lowest, highest
+        self.answers |= new
         return True
 
 
-def _neighbours(pairs: Sequence[tuple[int, int, int]]) -> list[int]:
-    """The pairs, each (place, answer, answer), with those that are linked by answers together."""
+class _WaitingPairs:
+    """The pairs of a group that no part has yet; the effort grows as their number does.
+
+    Args:
+        both: the two different answers of each pair, the lower number first.
+    """
+
+    def __init__(self, both: list[list[int]]) -> None:
+        self.both = both
+        # By the lower and the higher answer: the places of these pairs in the group.
+        self._places: dict[int, dict[int, list[int]]] = {}
+        for place, (low, high) in enumerate(both):
+            self._places.setdefault(low, {}).setdefault(high, []).append(place)
+        # Neighbours have most in common. Pairs that a part has taken can still be here.
+        self._next = deque((low, high) for low in sorted(self._places) for high in self._of(low))
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def _of(self, low: int) -> list[int]:
+        return sorted(self._places[low])
+
+    def taken_by(self, part: _GrowingPart) -> list[int]:
+        """Let a part take pairs from the first one on, and remove these.
+
+        Returns:
+            Their places in the group, ascending.
+        """
+        missed: list[tuple[int, int]] = []
+        while self._next and len(missed) < PATIENCE:
+            low, high = self._next.popleft()
+            if high in self._places.get(low, ()) and not part.takes(low, high):
+                missed.append((low, high))
+        self._next.extendleft(reversed(missed))
+        found: list[int] = []
+        for low in part.answers & self._places.keys():  # all pairs that need no more answers
+            highs = self._places[low]
+            for high in part.answers & highs.keys():
+                found += highs.pop(high)
+            if not highs:
+                del self._places[low]
+        return sorted(found)
+
+
+def _neighbours(places: Sequence[int], both: Sequence[Sequence[int]]) -> list[int]:
+    """The places of pairs, with those that are linked by answers together.
+
+    Args:
+        places: some pairs.
+        both: the two answers of each pair.
+    """
     leader: dict[int, int] = {}  # of an answer: another answer that is linked to it
 
     def leader_of(answer: int) -> int:
         while leader.setdefault(answer, answer) != answer:
+            leader[answer] = leader[leader[answer]]  # so that chains stay short
             answer = leader[answer]
         return answer
 
-    for _, one, other in pairs:
+    for place in places:
+        one, other = both[place]
         leader[leader_of(one)] = leader_of(other)
     linked: dict[int, list[int]] = {}
-    for pair, one, _ in pairs:
-        linked.setdefault(leader_of(one), []).append(pair)
-    return [pair for together in linked.values() for pair in together]
+    for place in places:
+        linked.setdefault(leader_of(both[place][0]), []).append(place)
+    return [place for together in linked.values() for place in together]
 
 
 class _RangeMinimum:

@@ -16,7 +16,7 @@ from dpofast.data.packing.distinct import DistinctSequences
 from dpofast.data.packing.ld_weights import ld_weights
 from dpofast.data.packing.likelihood import NO_LIKELIHOOD, ChosenTokens, Likelihood
 from dpofast.data.packing.pair_columns import PairColumns
-from dpofast.data.packing.plan import PlannedStep
+from dpofast.data.packing.plan import MicroBatch, PlannedStep
 from dpofast.data.packing.prompt_groups import PromptGroups
 
 
@@ -35,7 +35,6 @@ class StepDataset(Dataset[StepBatch]):
         ld_alpha: weight of the tokens by which an answer is longer than the other one, in
             `ref_logps` already; None for 1.
         groups: prompts and answers of the pairs; found here if the layout needs them.
-        max_tokens: most tokens in a packed row, as the steps are planned; None for no limit.
     """
 
     def __init__(
@@ -48,7 +47,6 @@ class StepDataset(Dataset[StepBatch]):
         *,
         ld_alpha: float | None = None,
         groups: PromptGroups | None = None,
-        max_tokens: int | None = None,
     ) -> None:
         self.likelihood = likelihood
         self._columns = PairColumns.of(pairs, usual_confidence)
@@ -58,7 +56,6 @@ class StepDataset(Dataset[StepBatch]):
         if groups is None and layout.runs_answers_once:
             groups = PromptGroups.of(pairs)
         self._groups = groups if layout.runs_answers_once else None
-        self._max_tokens = max_tokens if layout.is_packed else None
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -71,12 +68,19 @@ class StepDataset(Dataset[StepBatch]):
 
     def __getitems__(self, step: PlannedStep) -> StepBatch:
         """Lay out one step; PyTorch's fetcher passes what the batch sampler yields."""
-        distinct = [
-            DistinctSequences.of(batch, self._groups, self._max_tokens)
-            for batch in step.micro_batches
-        ]
+        parts = step.parts or [self._parts_of(batch) for batch in step.micro_batches]
+        distinct = [DistinctSequences.of(of_batch, self._groups) for of_batch in parts]
         laid_out = [self._lay_out(each, step) for each in distinct]
         return StepBatch(laid_out, step.num_pairs, tuple(each.pairs for each in distinct))
+
+    def _parts_of(self, batch: MicroBatch) -> list[list[int]]:
+        """The groups of a micro-batch whose plan doesn't say them.
+
+        In padded rows, which share no prefix, a group has all pairs of a prompt.
+        """
+        if self._groups is None:
+            return [[pair] for pair in batch]
+        return self._groups.uncut(batch)
 
     def _lay_out(self, distinct: DistinctSequences, step: PlannedStep) -> PackedPairs:
         batch = distinct.pairs

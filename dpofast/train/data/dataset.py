@@ -157,7 +157,6 @@ class RunDataset:
             *(self.pairs, self.ref_logps, layout, self.usual_confidence, self.likelihood),
             ld_alpha=ld_alpha,
             groups=self.groups if layout.runs_answers_once else None,
-            max_tokens=None if self.token_limit is None else self.token_limit.max_tokens,
         )
 
 

@@ -109,7 +109,7 @@ class OwnMetrics:
         if not batch.num_pairs:  # the ranks add up the same names, even without pairs
             return dict.fromkeys(self.names, output.logps)
         logps, ref_logps = output.logps.detach(), batch.ref_logps.to(output.logps)  # [2P]
-        lengths = batch.lengths.to(logps.device)
+        lengths = batch.lengths.to(logps.device, non_blocking=True)
         columns = (logps[0::2], logps[1::2], ref_logps[0::2], ref_logps[1::2], lengths)
         with torch.no_grad():
             # Copies: the function may work in place, and the values are needed after it.

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from datasets import Dataset
 
+from dpofast.data.packing.answer_ids import answer_ids
 from dpofast.data.packing.collate import Layout
 from dpofast.data.packing.plan import BatchShape, StepSampler
 from dpofast.data.packing.prompt_groups import PromptGroups
@@ -62,6 +63,17 @@ def test_equal_prompts_and_answers_have_equal_numbers():
     assert groups.answers[3].tolist() == [other, one]
     assert groups.lengths[groups.answers].tolist() == [[4, 4], [2, 2], [4, 5], [4, 4]]
     assert groups.pair_tokens.tolist() == [5, 3, 6, 5]
+
+
+def test_the_prompts_of_a_dataset_are_copied_once():
+    """They are most of the tokens of many datasets, and each is that of two answers."""
+    pairs = pairs_of_pools(2, 3)
+    ids = answer_ids(pairs)
+    assert len(ids.prompts.values) == sum(map(len, pairs["prompt_ids"]))
+    for both, pair in zip(ids.pairs.tolist(), pairs, strict=True):
+        for occurrence, side in zip(both, SIDES, strict=True):
+            assert ids.prompts[ids.rows[occurrence]].tolist() == pair["prompt_ids"]
+            assert ids.answers[occurrence].tolist() == pair[side]
 
 
 def test_a_group_shares_one_prefix_and_runs_each_answer_once():
@@ -141,6 +153,37 @@ def test_an_answer_with_two_reference_log_probs_is_scored_for_each():
     assert batch.pairs is None
     assert batch.labels.tolist() == [4, 5, 5, 6]
     assert batch.input_ids.tolist() == [[*PROMPT, 4, 5, 6]], "the body runs it once"
+
+
+def test_a_row_holds_the_parts_that_the_plan_cut():
+    """As one group, the pairs of the two parts would take more tokens than a row has."""
+    first, second = [5] * 30, [6] * 30
+    pairs = dataset((PROMPT, [*first, 7], [*first, 8]), (PROMPT, [*second, 7], second))
+    limit = token_limit(PromptGroups.of(pairs), Layout("shared"), 80)
+    (planned,) = StepSampler(2, BatchShape(2, 1, 1), 0, None, limit=limit)
+    assert planned.parts == ([[0], [1]],)
+    (batch,) = (
+        StepDataset(pairs, np.zeros((2, 2)), Layout("shared")).__getitems__(planned).micro_batches
+    )
+    assert batch.input_ids.numel() == 35 + 34
+
+
+@pytest.mark.parametrize("make", ["all pairs", "no answer twice"])
+def test_a_prompt_with_thousands_of_pairs_is_cut_fast(make):
+    """Into parts that are nearly full, though a part looks at some pairs only."""
+    num_pairs = 4950
+    both = np.array([*itertools.combinations(range(100), 2)])
+    if make == "no answer twice":
+        both = np.random.default_rng(0).permutation(2 * num_pairs).reshape(-1, 2)
+    shared = np.full(both.max() + 1, 50)
+    groups = PromptGroups(np.zeros(num_pairs, np.int64), both, shared + 100, shared)
+    start = time.process_time()
+    parts = groups.parts(range(num_pairs), 2000)
+    assert time.process_time() - start < 2.0
+    assert sorted(pair for part in parts for pair in part.pairs) == [*range(num_pairs)]
+    assert sum(part.tokens for part in parts) > 0.9 * 2000 * len(parts)
+    # Each of 19 answers with each: 171 pairs. Or 9 pairs, whose answers are no others'.
+    assert num_pairs / len(parts) > (171 / 5 if make == "all pairs" else 8.9)
 
 
 def test_a_pool_is_planned_fast():
