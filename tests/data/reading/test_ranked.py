@@ -111,6 +111,15 @@ def test_an_empty_answer_does_not_hide_the_prompt_of_whole_conversations():
 def test_answers_in_no_pair_are_not_kept():
     row = load_preferences([TEXT], answer_pairs="best_worst")[0]
     assert (row["completions"], row["pairs"], row["ties"]) == (["b", "d"], [[0, 1]], 0)
+    assert row["places"] == [1, 3], "in the source"
+
+
+def test_places_and_errors_stay_those_of_the_source_when_rows_are_read_again():
+    rows = load_preferences([TEXT, TEXT], answer_pairs="best_worst")
+    assert load_preferences(rows, strict=True)["places"][:] == [[1, 3]] * 2
+    cleared = rows.map(lambda row: {"completions": [row["completions"][0], " "]})
+    with pytest.raises(DataError, match=r"completions\[3\] is an empty answer"):
+        load_preferences(cleared, strict=True)
 
 
 def test_identical_answers_are_kept_for_the_report_or_refused():
@@ -204,6 +213,7 @@ def test_pairs_beside_ranked_rows_become_ranked_rows(ranked, pair, answers):
     assert mixture[0] == {**load_preferences([ranked])[0], "source": "many", "left_out": None}
     assert [mixture[i][column] for i in (1, 2, 3)] == [answers, None, answers]
     assert mixture["pairs"][1:] == [[[0, 1]], None, [[0, 1]]]
+    assert mixture["places"][1:] == [[0, 1], None, [0, 1]]
     assert mixture["left_out"][:] == [None, None, "empty answer", None]
     assert rows_by_source(mixture) == {"many": len(mixture[0]["pairs"]), "two": 2}
 
