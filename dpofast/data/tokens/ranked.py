@@ -88,8 +88,8 @@ class RankedTokenizer(RowTokenizer):
         pairs = row[PAIRS_COLUMN]
         if isinstance(split, RowError):
             problem = str(self._at_row(row, split))
-            reasons = (BAD_ROW,) * len(pairs)
-            return RankedOutcome(None, Cut.nothing(0), (), reasons, problem=problem)
+            all_bad = (BAD_ROW,) * len(pairs)
+            return RankedOutcome(None, Cut.nothing(0), (), all_bad, problem=problem)
         cut = self.limits.plan_cut(*split.lengths)
         kept, reasons = [], []
         for pair in pairs:
