@@ -108,6 +108,7 @@ class RankedReader:
         is_ids = all(row.get(column) is not None for column in (_PROMPT_IDS, _ANSWER_IDS))
         column = _ANSWER_IDS if is_ids else _ANSWERS
         given = _listed(row.get(column), column)
+        _refuse_records(given, column)
         places = row[PLACES_COLUMN] if self.again else range(len(given))
         names = tuple(f"{column}[{place}]" for place in places)
         compared = self._compared(row, len(given))
@@ -232,11 +233,23 @@ def _listed(value: Any, column: str) -> list[Any]:
     answers = answers.tolist() if hasattr(answers, "tolist") else answers
     if not isinstance(answers, list | tuple):
         found = "null" if value is None else shown(value)
+        is_repr = isinstance(value, str) and value.lstrip().startswith("[")
+        how = "as JSON, with texts in double quotes" if is_repr else "with one item for each answer"
         raise RowError(
-            f"{column} is not a list of answers but {found}; write a list with one item for each "
-            "answer, or remove the row"
+            f"{column} is not a list of answers but {found}; write a list {how}, or remove the row"
         )
     return list(answers)
+
+
+def _refuse_records(answers: Sequence[Any], column: str) -> None:
+    """Refuse answers that have other things beside their text, such as their scores."""
+    for index, answer in enumerate(answers):
+        if isinstance(answer, Mapping) and answer and not {"role", "from"} & answer.keys():
+            raise RowError(
+                f"{column}[{index}] is an object with {', '.join(map(str, answer))}; write each "
+                f"answer as a text in {column}, and what says which ones are better as a list in "
+                "scores, ranks or preferences"
+            )
 
 
 def _from_json(value: Any) -> Any:

@@ -148,6 +148,11 @@ BAD = {
     "nan": ({"scores": [1, float("nan"), 2, 3]}, r"scores\[1\] is nan"),
     "no answer": ({"scores": None, "preferences": [[0, 4]]}, "4 names no answer"),
     "no list": ({"completions": "abcd"}, "completions is not a list of answers but 'abcd'"),
+    "Python's list": ({"completions": "['a', 'b']"}, "write a list as JSON, with texts in double"),
+    "objects": (
+        {"completions": [{"text": "a", "score": 1}] * 4, "scores": None},
+        r"completions\[0\] is an object with text, score; write each answer as a text",
+    ),
     "null answer": ({"completions": ["a", None, "c", "d"]}, r"completions\[1\] is null; .* too"),
     "a number": ({"completions": ["a", 2, "c", "d"]}, r"completions\[1\] is not text but int 2"),
     "log-probs": ({"ref_chosen_logps": -1.0}, "has ref_chosen_logps, .* remove the columns"),
@@ -174,9 +179,21 @@ def test_bad_rows_are_named_or_left_out(tmp_path, change, message):
     assert loaded["problem"][1].startswith(f"{path}, line 2: ")
 
 
-def test_a_column_of_scores_without_answers_asks_for_their_name():
-    with pytest.raises(DataError, match=r"no column 'completions' .*columns={'completions': "):
-        load_preferences([{"prompt": "q", "responses": ["a", "b"], "scores": [1, 2]}])
+def test_a_list_of_answers_with_another_name_is_named():
+    row = {"prompt": "q", "responses": ["a", "b"], "scores": [1, 2]}
+    with pytest.raises(DataError, match=r"no column 'completions' .*={'completions': 'responses'}"):
+        load_preferences([row])
+    del row["scores"]
+    with pytest.raises(DataError, match=r"if responses has .*={'completions': 'responses'}"):
+        load_preferences([row])
+    with pytest.raises(DataError, match=r"there is no column 'rejected'"):
+        load_preferences([{**row, "chosen": "a"}])
+
+
+def test_one_column_can_be_given_for_two():
+    rows = [{"prompt": "q", "rated": ["1", "2"]}]
+    columns = {"completions": "rated", "scores": "rated"}
+    assert load_preferences(rows, columns=columns)[0]["pairs"] == [[1, 0]]
 
 
 def test_unpaired_rows_and_ranked_ones_do_not_go_together():
