@@ -151,7 +151,7 @@ class _GrowingPart:
         self.pairs: list[tuple[int, int, int]] = []  # place of a pair in the group, two answers
         self.tokens = 0
         self._answers: set[int] = set()
-        self._sum = 0  # of their lengths
+        self._sum = self._prefix = 0  # of their lengths; of what they share
         self._low = self._high = -1
 
     def takes(self, candidate: tuple[int, int, int], max_tokens: int | None) -> bool:
@@ -159,17 +159,24 @@ class _GrowingPart:
         groups, (_, low, high) = self.groups, candidate
         new = {low, high} - self._answers
         if new:
-            total = self._sum + sum(int(groups.lengths[answer]) for answer in new)
+            added = sum(int(groups.lengths[answer]) for answer in new)
+            # At least what it takes if the prefix gets no shorter: most pairs fail this at once.
+            least = self.tokens + added - len(new) * self._prefix
+            if self.pairs and max_tokens is not None and least > max_tokens:
+                return False
+            total = self._sum + added
             lowest = min(low, self._low) if self.pairs else low
             highest = max(high, self._high)
             count = len(self._answers) + len(new)
-            tokens = total - (count - 1) * groups.prefix(lowest, highest)
+            prefix = groups.prefix(lowest, highest)
+            tokens = total - (count - 1) * prefix
             if self.pairs:
                 if tokens > self.tokens + groups.tokens_of_pair(low, high):
                     return False
                 if max_tokens is not None and tokens > max_tokens:
                     return False
-            self.tokens, self._sum, self._low, self._high = tokens, total, lowest, highest
+            self.tokens, self._sum, self._prefix = tokens, total, prefix
+            self._low, self._high = lowest, highest
             self._answers |= new
         self.pairs.append(candidate)
         return True

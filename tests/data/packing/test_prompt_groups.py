@@ -154,3 +154,15 @@ def test_a_pool_is_planned_fast():
         seconds.append(time.perf_counter() - start)
         assert sorted(planned) == list(range(len(pairs)))
     assert min(seconds) < 1.0
+
+
+def test_pairs_that_do_not_fit_a_full_part_cost_little(monkeypatch):
+    pairs = itertools.combinations([[answer, 5] for answer in range(10, 40)], 2)
+    groups = PromptGroups.of(dataset(*((PROMPT, *both) for both in pairs)))
+    calls, prefix = [], PromptGroups.prefix
+    monkeypatch.setattr(
+        PromptGroups, "prefix", lambda self, *ends: calls.append(ends) or prefix(self, *ends)
+    )
+    parts = groups.parts(range(435), len(PROMPT) + 12)
+    assert sum(len(part.pairs) for part in parts) == 435
+    assert len(calls) < 2 * 435, "of about 30,000 if each part looked at all that is left"
