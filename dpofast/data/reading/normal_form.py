@@ -131,6 +131,6 @@ def source_notes(dataset: datasets.Dataset) -> SourceNotes:
     for part in dataset.info.description.split(_MARK)[1:]:
         values: Mapping[str, Any] = json.JSONDecoder().raw_decode(part.lstrip())[0]
         columns, fields = (tuple(values[name]) for name in ("unused_columns", "message_fields"))
-        made = tuple(values["answer_pairs"])
+        made = tuple(values.get("answer_pairs", ()))  # not in data that older versions saved
         notes = notes.merged(SourceNotes(columns, fields, values["nulls_left_out"], made))
     return notes

@@ -108,6 +108,13 @@ def test_an_empty_answer_does_not_hide_the_prompt_of_whole_conversations():
     assert len(lost) == 2
 
 
+def test_the_normal_form_of_older_versions_is_read():
+    saved = load_preferences([{"prompt": "p", "chosen": "x", "rejected": "y"}])
+    saved.info.description = saved.info.description.replace(', "answer_pairs": []', "")
+    assert "answer_pairs" not in saved.info.description
+    assert load_preferences(saved) is saved
+
+
 def test_answers_in_no_pair_are_not_kept():
     row = load_preferences([TEXT], answer_pairs="best_worst")[0]
     assert (row["completions"], row["pairs"], row["ties"]) == (["b", "d"], [[0, 1]], 0)
