@@ -13,9 +13,9 @@ ID_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
 LABEL_COLUMN = "label"
 # The token ids of an answer to another prompt, which KTO compares an unpaired row with.
 MISMATCHED_COLUMN = "mismatched_ids"
-# Which answers of a ranked row are compared: [chosen, rejected], places in its list of answers; and
-# how many pairs its equal scores leave unmade.
-PAIRS_COLUMN, TIES_COLUMN = "pairs", "ties"
+# Which answers of a ranked row are compared: [chosen, rejected], places in its list of answers; how
+# many pairs its equal scores leave unmade; and the place of each answer in the source's list.
+PAIRS_COLUMN, TIES_COLUMN, PLACES_COLUMN = "pairs", "ties", "places"
 # Reference log-probs that a dataset can carry: float64, in nats. The names are TRL's.
 REF_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
 # How much a pair counts in the loss, and the probability that its chosen answer is the better one:

@@ -78,9 +78,8 @@ def load_inputs(options: RunOptions) -> Inputs:
         raise ConfigError(f"{options.source}: eval_strategy is set, but {NO_HELD_OUT_PAIRS}")
     if options.script.eval_split is not None and not evaluates:
         logger.info(
-            "Training doesn't measure on the %s held-out pairs unless eval_strategy is set; "
-            "`dpofast eval` with the same options does.",
-            f"{len(eval_dataset):,}",
+            "Training doesn't measure on the held-out pairs unless eval_strategy is set; "
+            "`dpofast eval` with the same options does."
         )
     return Inputs(
         model=load_policy_model(options),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from rich.text import Text
@@ -54,11 +55,16 @@ def _show_pair(options: RunOptions, row: int) -> None:
         raise ConfigError(f"--row: got {row}, but the data's rows are 0 to {max(rows)}.")
     if LABEL_COLUMN in pairs.column_names:
         print_rich(Text(_label_line(pairs[LABEL_COLUMN][:])))
-    for index in shown:
-        pair = pairs[index]
+    found = [pairs[index] for index in shown]
+    # If all are left out, rendering the first one raises the reason.
+    for pair in [pair for pair in found if not pair.get("left_out")] or found:
         if "source" in pair:
             print_rich(Text(pair["source"], style="bold"))
         print_rich(render_untokenised_pair(pair, tokenizer, limits=limits))
+    lost = Counter(pair["left_out"] for pair in found if pair.get("left_out"))
+    for reason, count in lost.items():
+        plural = "s" * (count > 1)
+        print_rich(Text(f"left out of training, {count} more pair{plural}: {reason}"))
 
 
 def _label_line(labels: list[bool | None]) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from dpofast.columns import PAIRS_COLUMN, TIES_COLUMN
+from dpofast.columns import PAIRS_COLUMN, PLACES_COLUMN, TIES_COLUMN
 from dpofast.data.prefix import common_prefix_length
 from dpofast.data.tokens.left_out import reason_left_out
 from dpofast.data.tokens.truncate import Cut, LengthLimits
@@ -35,7 +35,7 @@ def render_ranked(
         max_tokens: most tokens to print of one part; of a longer part, the middle is left out.
 
     Returns:
-        A rich renderable. Answers are numbered from 0, without those in no pair.
+        A rich renderable. Answers have their numbers in the source, counted from 0.
     """
     limits = limits or LengthLimits()
     prompt, *answers = (list(part) for part in ids)
@@ -47,16 +47,14 @@ def render_ranked(
         TokenPart("prompt, masked", MASKED, prompt[cut.prompt :]),
         TokenPart("all answers begin", SHARED, kept[0][:shared]),
     ]
+    places = row[PLACES_COLUMN]
     pairs = [(int(chosen), int(rejected)) for chosen, rejected in row[PAIRS_COLUMN]]
-    for number, (answer, rest) in enumerate(zip(answers, kept, strict=True)):
-        parts.append(TokenPart(f"answer {number}, scored", _style(number, pairs), rest[shared:]))
-        parts.append(TokenPart(f"answer {number}, cut", CUT, answer[len(rest) :]))
-    lines = [
-        _headline(row, prompt, answers, shared),
-        *_pair_lines(pairs, row[TIES_COLUMN], answers, cut),
-    ]
+    for number, (place, answer, rest) in enumerate(zip(places, answers, kept, strict=True)):
+        parts.append(TokenPart(f"answer {place}, scored", _style(number, pairs), rest[shared:]))
+        parts.append(TokenPart(f"answer {place}, cut", CUT, answer[len(rest) :]))
+    lines = [_headline(row, prompt, answers, shared), *_pair_lines(row, pairs, answers, cut)]
     if limits.names:
-        lines.append(_cut_line(cut, limits))
+        lines.append(_cut_line(cut, limits, places))
     return Group(*lines, token_table(parts, tokenizer, max_tokens))
 
 
@@ -80,27 +78,30 @@ def _headline(
 
 
 def _pair_lines(
-    pairs: Sequence[tuple[int, int]], ties: int, answers: Sequence[list[int]], cut: Cut
+    row: Mapping[str, Any],
+    pairs: Sequence[tuple[int, int]],
+    answers: Sequence[list[int]],
+    cut: Cut,
 ) -> list[Text]:
     """Which answers are compared, and which pairs training leaves out."""
-    made = ", ".join(f"{chosen} > {rejected}" for chosen, rejected in pairs)
+    places, ties = row[PLACES_COLUMN], row[TIES_COLUMN]
+    names = [f"{places[chosen]} > {places[rejected]}" for chosen, rejected in pairs]
+    made = ", ".join(names)
     lines = [Text(f"pairs, chosen > rejected ({len(pairs)}): {made}")]
     if ties:
         lines.append(Text(f"pairs that equal scores leave unmade: {ties}"))
-    for pair in pairs:
-        both = [answers[place] for place in pair]
+    for name, pair in zip(names, pairs, strict=True):
+        both = [answers[number] for number in pair]
         if reason := reason_left_out(both, cut.of_answers(pair)):
-            chosen, rejected = pair
-            lines.append(
-                Text(f"left out of training, {chosen} > {rejected}: {reason}", style="bold yellow")
-            )
+            lines.append(Text(f"left out of training, {name}: {reason}", style="bold yellow"))
     return lines
 
 
-def _cut_line(cut: Cut, limits: LengthLimits) -> Text:
+def _cut_line(cut: Cut, limits: LengthLimits, places: Sequence[int]) -> Text:
     if not cut.fits or not any((cut.prompt, *cut.answers)):
         return Text(f"{limits}: nothing is cut")
-    of = ", ".join(f"{tokens} of answer {n}" for n, tokens in enumerate(cut.answers) if tokens)
+    cuts = zip(places, cut.answers, strict=True)
+    of = ", ".join(f"{tokens} of answer {place}" for place, tokens in cuts if tokens)
     return Text(
         f"{limits}: cut {cut.prompt} tokens of the prompt on its left"
         + (f", {of} on its right" if of else ""),

@@ -79,3 +79,18 @@ def test_what_takes_no_rows_with_many_answers_says_so(
     main(["ref", "build", *arguments[1:]])
     message = error_of(capsys, ["ref", "export", *arguments[1:], f"--output={tmp_path}/out.jsonl"])
     assert "the file would have columns of one pair: write each pair as a row" in message
+
+
+def test_a_row_with_an_empty_answer_is_shown_with_what_it_loses(
+    tmp_path: Path, model_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = run_arguments(tmp_path, model_folder)[1:]
+    rows = [{**ROWS[0], "completions": ["a", "b", "", "d"]}, {**ROWS[1], "completions": [""] * 4}]
+    write_pairs(tmp_path / "pairs.json", rows)
+    assert main(["inspect", *arguments, "--row=0"]) == 0
+    shown = capsys.readouterr().out
+    assert "pairs, chosen > rejected (2): 0 > 1, 0 > 3" in shown
+    assert "left out of training, 3 more pairs: empty answer" in shown
+    assert "left out of training: empty answer" in error_of(
+        capsys, ["inspect", *arguments, "--row=1"]
+    )

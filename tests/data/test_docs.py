@@ -6,6 +6,7 @@ import json
 import re
 from pathlib import Path
 
+import datasets
 import pytest
 
 from dpofast.data import (
@@ -100,3 +101,29 @@ def test_the_list_of_generation_prompts_is_where_the_page_says():
     path, name = "dpofast/data/reading/implicit.py", "GENERATION_PROMPTS"
     assert re.search(rf"`{name}` in\s+`{path}`", PAGE)
     assert f"\n{name} = (" in (Path(__file__).parents[2] / path).read_text(encoding="utf-8")
+
+
+def test_the_examples_for_datasets_of_objects_make_ranked_rows(tmp_path, monkeypatch):
+    (example,) = (
+        code for code in re.findall(r"```python\n(.*?)```", PAGE, re.S) if "nectar" in code
+    )
+    answers = [{"model": "a", "response": "x", "overall_score": 8.5, "annotations": {"b": "c"}}]
+    answers.append({**answers[0], "response": "y", "overall_score": 9.0})
+    ultrafeedback = {"instruction": "q", "models": ["a", "b"], "completions": answers}
+    ranked = [
+        {"answer": "x", "model": "a", "rank": 2.0},
+        {"answer": "y", "model": "b", "rank": 1.0},
+    ]
+    nectar = {"prompt": "\n\nHuman: q\n\nAssistant: ", "answers": ranked, "turns": 1}
+    for row in (ultrafeedback, nectar):
+        with pytest.raises(DataError, match="completions"):
+            load_preferences([row])
+    sets = {
+        name: datasets.Dataset.from_list([row])
+        for name, row in (("ultrafeedback", ultrafeedback), ("nectar", nectar))
+    }
+    monkeypatch.chdir(tmp_path)
+    exec(example, sets)
+    for source in (sets["ultrafeedback"], sets["nectar"], "nectar.jsonl"):
+        (row,) = load_preferences(source)
+        assert (row["pairs"], len(row["completions"])) == ([[1, 0]], 2)

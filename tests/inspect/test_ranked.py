@@ -47,3 +47,11 @@ def test_a_pair_that_was_left_out_says_why():
     rows = load_preferences([{**ROW, "completions": [" xy", "", " x", " xz"]}])
     with pytest.raises(DataError, match=r"row 0 .*: left out of training: empty answer"):
         render_untokenised_pair(rows[1], byte_bpe())
+
+
+def test_answers_have_their_numbers_in_the_source():
+    row = load_preferences([ROW], answer_pairs="best_worst")[0]
+    text = printed(render_untokenised_pair(row, byte_bpe(), limits=LengthLimits(5)))
+    assert "pairs, chosen > rejected (1): 1 > 2" in text
+    assert "on its left, 1 of answer 1 on its right" in text
+    assert [f"answer {place}, scored" in text for place in range(4)] == [False, True, True, False]

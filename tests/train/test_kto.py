@@ -334,7 +334,7 @@ def test_messages_about_unpaired_data_speak_of_rows(tmp_path, caplog):
         make_kto(tmp_path, rows=rows, processing_class=tokenizer)
     assert "train: the rows have weight from 2 to 2" in caplog.text
     assert "train: the rows are text, so they are tokenised as they are" in caplog.text
-    assert "give prompt and completion as lists of messages" in caplog.text
+    assert "give prompts and answers as lists of messages" in caplog.text
     assert "pair" not in "".join(m for m in caplog.messages if m.startswith("train: "))
     with pytest.raises(DataError, match="the weight of every row is 0, so no row counts; raise"):
         make_kto(tmp_path, rows=Dataset.from_list([{**row, "weight": 0.0} for row in written]))

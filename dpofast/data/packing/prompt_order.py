@@ -167,8 +167,9 @@ class GroupedSampler(StepSampler):
         sizes = " to ".join(map(str, sorted({found.smallest_step, found.largest_step})))
         last = ""
         if found.last_step:
+            plural = "s" * (found.last_step > 1)
             fate = "is left out (dataloader_drop_last)" if self.drop_last else "is smaller"
-            last = f"; the last of an epoch, with {found.last_step} pairs, {fate}"
+            last = f"; the last of an epoch, with {found.last_step} pair{plural}, {fate}"
         return (
             f"{self.num_pairs} pairs of {found.prompts} prompts, at most {found.largest_group} of "
             f"one, in {found.steps} steps of {sizes} pairs{last}"

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dpofast.data.reading.row_error import RowError, shown
+from dpofast.data.reading.row_error import RowError, naming, shown
 from dpofast.data.reading.weights import number_in
 from dpofast.errors import ConfigError
 
@@ -112,10 +112,16 @@ def _ranking_of(row: Mapping[str, Any]) -> str:
             "keep one"
         )
     nulls = [column for column in RANKINGS if column in row]
-    what = f"{' and '.join(nulls)} is null" if nulls else "the row has completions"
+    what = (
+        f"{' and '.join(nulls)} {'is' if len(nulls) == 1 else 'are'} null"
+        if nulls
+        else "the row has completions"
+    )
+    naming_scores = f"name yours with {naming('columns', {SCORES: 'your_column'})}"
     raise RowError(
         f"{what}, and nothing says which answers are better; add scores (higher is better), ranks "
-        "(1 is best) or preferences ([[chosen, rejected], ...], counted from 0), or remove the row"
+        "(1 is best) or preferences ([[chosen, rejected], ...], counted from 0), or "
+        f"{'remove the row' if nulls else naming_scores}"
     )
 
 
@@ -185,6 +191,7 @@ def _preference(value: Any, index: int, num_answers: int) -> tuple[int, int]:
             f"{name} is not [chosen, rejected] but {shown(value)}; write two places in "
             "completions, counted from 0"
         )
+    pair = [place.item() if hasattr(place, "item") else place for place in pair]  # of numpy
     for place in pair:
         is_place = isinstance(place, int) and not isinstance(place, bool)
         if not is_place or not 0 <= place < num_answers:

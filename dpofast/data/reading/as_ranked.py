@@ -8,7 +8,14 @@ import datasets
 import numpy as np
 import pyarrow as pa
 
-from dpofast.columns import PAIRED, PAIRS_COLUMN, RANKED, TIES_COLUMN, kind_of_columns
+from dpofast.columns import (
+    PAIRED,
+    PAIRS_COLUMN,
+    PLACES_COLUMN,
+    RANKED,
+    TIES_COLUMN,
+    kind_of_columns,
+)
 from dpofast.data.reading.normal_form import normal_form, source_notes
 from dpofast.data.reading.records import BATCH_ROWS
 
@@ -58,10 +65,12 @@ def _joined(batch: pa.RecordBatch, answers: list[str], completions: str) -> pa.R
     both = pa.concat_arrays([chosen, rejected]).take(pa.array(order))
     ends = pa.array(np.arange(size + 1) * 2, pa.int32())
     own = pa.array([[[0, 1]]] * size, pa.list_(pa.list_(pa.int32())))
+    places = pa.array(np.arange(2 * size) % 2, pa.int32())
     added = {
         completions: pa.ListArray.from_arrays(ends, both, mask=is_left_out),
         PAIRS_COLUMN: pa.compute.if_else(is_left_out, pa.scalar(None, own.type), own),
         TIES_COLUMN: pa.array(np.zeros(size), pa.int32()),
+        PLACES_COLUMN: pa.ListArray.from_arrays(ends, places, mask=is_left_out),
     }
     kept = {
         name: column

@@ -67,6 +67,8 @@ COLUMNS = (
 )
 
 # Words beside "chosen" in the name of a column that holds the chosen answers themselves.
+# What other files call a list of answers.
+_MANY_ANSWERS = ("answers", "responses", "generations", "outputs", "candidates")
 _ANSWER_WORDS = frozenset(
     (
         *("answer", "completion", "content", "conversation", "message", "messages", "output"),
@@ -259,21 +261,30 @@ def _refuse_other_kind(row: Row) -> None:
 
 
 def _require_answers(row: Row, found: Sequence[str]) -> None:
-    for column in ("chosen", "rejected"):
-        if column in row:
-            continue
-        example = _likely_column(column, [str(name) for name in found]) or "your_column"
-        ranking = next((name for name in RANKINGS if isinstance(row.get(name), list)), None)
-        if ranking is not None:
-            raise RowError(
-                f"there is {ranking}, but no column 'completions' with the answers (found: "
-                f"{', '.join(map(str, found))}); name it with "
-                f"{naming('columns', {'completions': 'your_column'})}"
-            )
+    column = next((name for name in PAIRED.answers if name not in row), None)
+    if column is None:
+        return
+    names = ", ".join(map(str, found)) or "none"
+    ranking, many = (
+        next((name for name in known if isinstance(row.get(name), list)), None)
+        for known in (RANKINGS, _MANY_ANSWERS)
+    )
+    naming_many = naming("columns", {"completions": many or "your_column"})
+    if ranking is not None:
         raise RowError(
-            f"there is no column {column!r} (found: {', '.join(map(str, found)) or 'none'}); name "
-            f"it with {naming('columns', {column: example})} or add it"
+            f"there is {ranking}, but no column 'completions' with the answers (found: {names}); "
+            f"name it with {naming_many}"
         )
+    if many is not None and not any(name in row for name in PAIRED.answers):
+        raise RowError(
+            f"there is neither a column {column!r} nor a column 'completions' (found: {names}); if "
+            f"{many} has the answers to a prompt, name it with {naming_many}"
+        )
+    example = _likely_column(column, [str(name) for name in found]) or "your_column"
+    raise RowError(
+        f"there is no column {column!r} (found: {names}); name it with "
+        f"{naming('columns', {column: example})} or add it"
+    )
 
 
 def _likely_column(column: str, found: Sequence[str]) -> str | None:

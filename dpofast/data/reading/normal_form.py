@@ -8,8 +8,9 @@ It has these columns:
 - completion in place of chosen and rejected, or completion_ids, and label, a bool, if the data is
   unpaired.
 - completions in place of chosen and rejected, or completions_ids, a list of answers to the prompt;
-  pairs, a list of [chosen, rejected], places in that list; and ties, the pairs that equal scores
-  leave unmade, if the rows are ranked. Every answer there is in a pair, and none is empty.
+  pairs, a list of [chosen, rejected], places in that list; ties, the pairs that equal scores leave
+  unmade; and places, the place of each answer in the source's list, if the rows are ranked. Every
+  answer there is in a pair, and none is empty.
 - row: the row's index in the source, counted from 0. Pairs from one row share it.
 - source: the data set that the row comes from, if several were mixed.
 - left_out: why the row is left out, null for a pair that is used; the column is only there if a row
@@ -35,6 +36,7 @@ from dpofast.columns import (
     LABEL_COLUMN,
     PAIRED,
     PAIRS_COLUMN,
+    PLACES_COLUMN,
     REF_COLUMNS,
     TIES_COLUMN,
     WEIGHT_COLUMNS,
@@ -61,7 +63,8 @@ def answer_types(kind: RowKind) -> dict[str, dict[str, pa.DataType]]:
     text, messages, ids = pa.string(), pa.list_(pa.string()), pa.list_(pa.int32())
     others: dict[str, pa.DataType] = {LABEL_COLUMN: pa.bool_()} if kind.labelled else {}
     if kind.many:
-        others = {PAIRS_COLUMN: pa.list_(pa.list_(pa.int32())), TIES_COLUMN: pa.int32()}
+        numbers = pa.list_(pa.int32())
+        others = {PAIRS_COLUMN: pa.list_(numbers), TIES_COLUMN: pa.int32(), PLACES_COLUMN: numbers}
 
     def types(columns: tuple[str, ...], part: pa.DataType) -> dict[str, pa.DataType]:
         prompt, *answers = columns
@@ -128,6 +131,6 @@ def source_notes(dataset: datasets.Dataset) -> SourceNotes:
     for part in dataset.info.description.split(_MARK)[1:]:
         values: Mapping[str, Any] = json.JSONDecoder().raw_decode(part.lstrip())[0]
         columns, fields = (tuple(values[name]) for name in ("unused_columns", "message_fields"))
-        made = tuple(values["answer_pairs"])
+        made = tuple(values.get("answer_pairs", ()))  # not in data that older versions saved
         notes = notes.merged(SourceNotes(columns, fields, values["nulls_left_out"], made))
     return notes

@@ -126,9 +126,12 @@ def _kind_of(records: Iterable[Record], columns: Mapping[str, str]) -> RowKind |
         records: the rows.
         columns: column name here -> column name in the source.
     """
-    renamed = {theirs: ours for ours, theirs in columns.items()}
+    theirs = set(columns.values())
     return kind_of_rows(
-        {renamed.get(column, column): value for column, value in record.values.items()}
+        {
+            **{name: value for name, value in record.values.items() if name not in theirs},
+            **{o: record.values[t] for o, t in columns.items() if t in record.values},
+        }
         for record in records
     )
 

@@ -12,6 +12,7 @@ from typing import Any
 from dpofast.columns import (
     PAIRED,
     PAIRS_COLUMN,
+    PLACES_COLUMN,
     RANKED,
     REF_COLUMNS,
     TIES_COLUMN,
@@ -44,7 +45,8 @@ class _RankedRow:
     Attributes:
         kind, columns, used: as in Pair.
         common: the columns that all pairs of the row share, the prompt among them.
-        answers: place in the row -> the answer; None for one that is empty.
+        answers: the answers; None for one that is empty.
+        places: the place of each answer in the source's list.
         names: the name of each answer in errors.
         compared: the pairs.
     """
@@ -54,6 +56,7 @@ class _RankedRow:
     used: frozenset[str]
     common: dict[str, Any]
     answers: list[Any]
+    places: Sequence[int]
     names: Sequence[str]
     compared: AnswerPairs
 
@@ -105,7 +108,9 @@ class RankedReader:
         is_ids = all(row.get(column) is not None for column in (_PROMPT_IDS, _ANSWER_IDS))
         column = _ANSWER_IDS if is_ids else _ANSWERS
         given = _listed(row.get(column), column)
-        names = tuple(f"{column}[{index}]" for index in range(len(given)))
+        _refuse_records(given, column)
+        places = row[PLACES_COLUMN] if self.again else range(len(given))
+        names = tuple(f"{column}[{place}]" for place in places)
         compared = self._compared(row, len(given))
         used = {column, *(() if self.again else (compared.column,)), *WEIGHT_COLUMNS}
         for name, answer in zip(names, given, strict=True):
@@ -124,7 +129,8 @@ class RankedReader:
             pair, answers = _read_written(row, given, names, roles)
         columns = f"{pair.columns}, {compared.column}"
         return _RankedRow(
-            pair.kind, columns, pair.used | used, pair.values, answers, names, compared
+            *(pair.kind, columns, pair.used | used, pair.values),
+            *(answers, places, names, compared),
         )
 
     def _compared(self, row: Mapping[str, Any], num_answers: int) -> AnswerPairs:
@@ -172,16 +178,17 @@ def _kind_of_many(names: tuple[str, ...]) -> RowKind:
 def _as_rows(read: _RankedRow) -> list[Pair]:
     """The row in the normal form, and a blank one for each pair that has an empty answer."""
     kept, lost = _without_empty(read)
-    places = sorted({place for pair in kept for place in pair})
-    new_place = {place: index for index, place in enumerate(places)}
+    used = sorted({number for pair in kept for number in pair})
+    new_number = {number: index for index, number in enumerate(used)}
     prompt, answers = RANKED.id_columns if read.kind == "ids" else RANKED.columns
     ties = {TIES_COLUMN: read.compared.ties}
     rows = []
     if kept:
         values = {
             **read.common,
-            answers: [read.answers[place] for place in places],
-            PAIRS_COLUMN: [[new_place[chosen], new_place[rejected]] for chosen, rejected in kept],
+            answers: [read.answers[number] for number in used],
+            PAIRS_COLUMN: [[new_number[chosen], new_number[rejected]] for chosen, rejected in kept],
+            PLACES_COLUMN: [read.places[number] for number in used],
             **ties,
         }
         rows.append(Pair(read.kind, read.columns, values, read.used, RANKED))
@@ -226,11 +233,23 @@ def _listed(value: Any, column: str) -> list[Any]:
     answers = answers.tolist() if hasattr(answers, "tolist") else answers
     if not isinstance(answers, list | tuple):
         found = "null" if value is None else shown(value)
+        is_repr = isinstance(value, str) and value.lstrip().startswith("[")
+        how = "as JSON, with texts in double quotes" if is_repr else "with one item for each answer"
         raise RowError(
-            f"{column} is not a list of answers but {found}; write a list with one item for each "
-            "answer, or remove the row"
+            f"{column} is not a list of answers but {found}; write a list {how}, or remove the row"
         )
     return list(answers)
+
+
+def _refuse_records(answers: Sequence[Any], column: str) -> None:
+    """Refuse answers that have other things beside their text, such as their scores."""
+    for index, answer in enumerate(answers):
+        if isinstance(answer, Mapping) and answer and not {"role", "from"} & answer.keys():
+            raise RowError(
+                f"{column}[{index}] is an object with {', '.join(map(str, answer))}; write each "
+                f"answer as a text in {column}, and what says which ones are better as a list in "
+                "scores, ranks or preferences"
+            )
 
 
 def _from_json(value: Any) -> Any:

@@ -14,6 +14,7 @@ import pyarrow as pa
 from dpofast.columns import (
     PAIRED,
     PAIRS_COLUMN,
+    PLACES_COLUMN,
     RANKED,
     SOURCE_COLUMN,
     TIES_COLUMN,
@@ -80,7 +81,8 @@ class TableBuilder:
         self._weighted: set[str] = set()  # those of WEIGHT_COLUMNS that all rows must have
         self._kind_without_pairs = "text"
         self._filled: dict[str, None] = {}  # columns of the source with a value, in their order
-        self._used = {"row", *OPTIONAL_TYPES, PAIRS_COLUMN, TIES_COLUMN} if again else {"row"}
+        of_ranked = (PAIRS_COLUMN, TIES_COLUMN, PLACES_COLUMN)
+        self._used = {"row", *OPTIONAL_TYPES, *of_ranked} if again else {"row"}
         self._message_fields: dict[str, None] = {}  # fields of messages, in their order
         self._optional: set[str] = set()  # optional columns of the normal form that any row has
         self._nulls_left_out = False

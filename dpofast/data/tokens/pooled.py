@@ -28,8 +28,8 @@ class PooledPairs:
 
     Attributes:
         answers: A rows with int lists prompt_ids and completion_ids; int `row`, the row in the
-            source; int `completion`, the place among the row's completions that were in a pair when
-            it was read; and `source`, the name of the dataset in a mixture.
+            source; int `completion`, the answer's place in the completions of that row; and
+            `source`, the name of the dataset in a mixture.
         index: [n, 2] int64, the chosen and the rejected answer of each pair.
         columns: n rows with `row`, and `source`, `weight` and `label_confidence` if there are any.
         column_names: columns that reading a pair gives; by default all.

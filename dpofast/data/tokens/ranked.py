@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from dpofast.columns import PAIRS_COLUMN, RANKED, SOURCE_COLUMN, WEIGHT_COLUMNS
+from dpofast.columns import PAIRS_COLUMN, PLACES_COLUMN, RANKED, SOURCE_COLUMN, WEIGHT_COLUMNS
 from dpofast.data.reading.bad_rows import check_strictness
 from dpofast.data.reading.reasons import BAD_ROW
 from dpofast.data.reading.row_error import RowError
@@ -81,13 +81,15 @@ class RankedTokenizer(RowTokenizer):
     def _left_out(self, row: Mapping[str, Any]) -> Outcome | None:
         if super()._left_out(row) is None:
             return None
-        return RankedOutcome(None, Cut.nothing(0), (), (row["left_out"],), row.get("problem"))
+        problem = row.get("problem")
+        return RankedOutcome(None, Cut.nothing(0), (), (row["left_out"],), problem=problem)
 
     def _outcome(self, split: SplitRow | RowError, row: Mapping[str, Any]) -> Outcome:
         pairs = row[PAIRS_COLUMN]
         if isinstance(split, RowError):
             problem = str(self._at_row(row, split))
-            return RankedOutcome(None, Cut.nothing(0), (), (BAD_ROW,) * len(pairs), problem)
+            all_bad = (BAD_ROW,) * len(pairs)
+            return RankedOutcome(None, Cut.nothing(0), (), all_bad, problem=problem)
         cut = self.limits.plan_cut(*split.lengths)
         kept, reasons = [], []
         for pair in pairs:
@@ -97,7 +99,7 @@ class RankedTokenizer(RowTokenizer):
                 kept.append(pair)
             else:
                 reasons.append(reason)
-        return RankedOutcome(split, cut, kept, reasons)
+        return RankedOutcome(split, cut, kept, reasons, row[PLACES_COLUMN])
 
 
 def _pooled(outcomes: pa.Table) -> PooledPairs:

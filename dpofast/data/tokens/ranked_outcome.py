@@ -27,7 +27,7 @@ def ranked_features() -> dict[str, Any]:
     return {
         "prompt_ids": _NUMBERS,
         "completions_ids": datasets.List(_NUMBERS),  # of answers that are in a kept pair
-        "completions": _NUMBERS,  # the places of these answers in the row
+        "completions": _NUMBERS,  # the places of these answers in the row of the source
         "pairs": datasets.List(_NUMBERS),  # kept pairs, as places in completions_ids
         "reasons": datasets.List(datasets.Value("string")),  # of each pair that is left out
         "problem": datasets.Value("string"),
@@ -47,6 +47,7 @@ class RankedOutcome:
         cut: the cut of the row.
         pairs: the chosen and the rejected answer of each pair that is kept.
         reasons: for each other pair, why it is left out.
+        places: the place of each answer of `split` in the row of the source.
         problem: place of a bad row, what is wrong with it, and what to do.
     """
 
@@ -54,29 +55,30 @@ class RankedOutcome:
     cut: Cut
     pairs: Sequence[Sequence[int]]
     reasons: Sequence[str]
+    places: Sequence[int] = ()
     problem: str | None = None
 
     def columns(self, kind: RowKind = RANKED) -> dict[str, Any]:
         """The outcome as columns `ranked_features()`."""
         split, cut = self.split or SplitRow([], ()), self.cut
-        used = sorted({place for pair in self.pairs for place in pair})
-        number_of = {place: number for number, place in enumerate(used)}
+        used = sorted({number for pair in self.pairs for number in pair})
+        new_number = {number: index for index, number in enumerate(used)}
         prompt: Ids = []
         answers: tuple[Ids, ...] = ()
         if used:
             prompt, *all_answers = cut.apply(*split.ids)
-            answers = tuple(all_answers[place] for place in used)
+            answers = tuple(all_answers[number] for number in used)
         return {
             "prompt_ids": prompt,
             "completions_ids": answers,
-            "completions": used,
-            "pairs": [[number_of[place] for place in pair] for pair in self.pairs],
+            "completions": [self.places[number] for number in used],
+            "pairs": [[new_number[number] for number in pair] for pair in self.pairs],
             "reasons": self.reasons,
             "problem": self.problem,
             "prompt_length": len(split.prompt_ids),
             "prompt_cut": cut.prompt if used else 0,
             "completion_lengths": list(map(len, split.answers)),
-            "completion_cuts": [cut.answers[place] for place in used],
+            "completion_cuts": [cut.answers[number] for number in used],
             "merged": split.merged,
             "rerendered": split.rerendered,
         }

@@ -26,7 +26,7 @@ from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
 from typing import Any
 
-from dpofast.columns import PAIRED, RANKED, UNPAIRED
+from dpofast.columns import PAIRED, PLACES_COLUMN, RANKED, UNPAIRED
 from dpofast.data.reading.row_error import RowError
 from dpofast.data.tokens.boundary import RowTexts
 from dpofast.data.tokens.render import TokenizerError, render_row_texts
@@ -35,7 +35,7 @@ Row = Mapping[str, Any]  # of the normal form
 
 _COLUMNS = (
     *(*PAIRED.columns, *UNPAIRED.answers, *RANKED.answers),
-    *("tools", "chat_template_kwargs", "plain_prompt"),
+    *(PLACES_COLUMN, "tools", "chat_template_kwargs", "plain_prompt"),
 )
 _MB = 1_000_000
 _AT = struct.Struct("Q")  # the row that is being rendered

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dpofast.columns import RowKind, kind_of_columns
+from dpofast.columns import PLACES_COLUMN, RowKind, kind_of_columns
 
 
 def row_parts(row: Mapping[str, Any], kind: RowKind | None = None) -> list[Any]:
@@ -28,9 +28,8 @@ def part_names(row: Mapping[str, Any]) -> list[str]:
     kind = kind_of_columns(row)
     if not kind.many:
         return list(kind.columns)
-    # Answers in no pair were left out before, so a place would be another one in the source.
     prompt, answers = kind.columns
-    return [prompt, *([f"an answer of {answers}"] * len(row[answers]))]
+    return [prompt, *(f"{answers}[{place}]" for place in row[PLACES_COLUMN])]
 
 
 def with_parts(row: Mapping[str, Any], parts: Sequence[Any]) -> dict[str, Any]:

@@ -335,12 +335,11 @@ class PairPreparer:
     def say_untemplated(self, is_text: bool, name: str) -> None:
         """Log that text goes to a chat model as it is, which may not be what was meant."""
         if is_text and getattr(self.tokenizer, "chat_template", None) and self.config.should_log:
-            *columns, last = self.kind.columns
             logger.info(
                 "%s: the %ss are text, so they are tokenised as they are, without the tokenizer's "
-                "chat template. If the model is to see a conversation, give %s and %s as lists of "
-                "messages.",
-                *(name, self.kind.noun, ", ".join(columns), last),
+                "chat template. If the model is to see a conversation, give prompts and answers as "
+                "lists of messages.",
+                *(name, self.kind.noun),
             )
 
     def say_weights(self, pairs: Any, name: str) -> None:

@@ -54,11 +54,13 @@ def test_arrays_and_numbers_as_text_are_read():
     assert answer_pairs_of({"scores": np.array([0.5, 2])}, 2, None).pairs == [(1, 0)]
     assert answer_pairs_of({"scores": ["0.5", " 2"]}, 2, None).pairs == [(1, 0)]
     assert answer_pairs_of({"preferences": np.array([[1, 0]])}, 2, None).pairs == [(1, 0)]
+    for pair in (np.array([1, 0]), [np.int64(1), np.int64(0)]):
+        assert answer_pairs_of({"preferences": [pair]}, 2, None).pairs == [(1, 0)]
 
 
 BAD = {
-    "no column": ({}, "the row has completions, and nothing says"),
-    "nulls": ({"scores": None, "ranks": None}, "scores and ranks is null, and nothing says"),
+    "no column": ({}, "the row has completions, and nothing says .* columns={'scores': "),
+    "nulls": ({"scores": None, "ranks": None}, "scores and ranks are null, and nothing says"),
     "two columns": ({"scores": [1, 2, 3], "preferences": [[0, 1]]}, "has scores and preferences"),
     "equal": ({"scores": [2, 2, 2]}, "all scores are 2, so no answer .*; remove the row"),
     "equal ranks": ({"ranks": [1, 1, 1]}, "all ranks are 1"),

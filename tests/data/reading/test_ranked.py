@@ -108,9 +108,25 @@ def test_an_empty_answer_does_not_hide_the_prompt_of_whole_conversations():
     assert len(lost) == 2
 
 
+def test_the_normal_form_of_older_versions_is_read():
+    saved = load_preferences([{"prompt": "p", "chosen": "x", "rejected": "y"}])
+    saved.info.description = saved.info.description.replace(', "answer_pairs": []', "")
+    assert "answer_pairs" not in saved.info.description
+    assert load_preferences(saved) is saved
+
+
 def test_answers_in_no_pair_are_not_kept():
     row = load_preferences([TEXT], answer_pairs="best_worst")[0]
     assert (row["completions"], row["pairs"], row["ties"]) == (["b", "d"], [[0, 1]], 0)
+    assert row["places"] == [1, 3], "in the source"
+
+
+def test_places_and_errors_stay_those_of_the_source_when_rows_are_read_again():
+    rows = load_preferences([TEXT, TEXT], answer_pairs="best_worst")
+    assert load_preferences(rows, strict=True)["places"][:] == [[1, 3]] * 2
+    cleared = rows.map(lambda row: {"completions": [row["completions"][0], " "]})
+    with pytest.raises(DataError, match=r"completions\[3\] is an empty answer"):
+        load_preferences(cleared, strict=True)
 
 
 def test_identical_answers_are_kept_for_the_report_or_refused():
@@ -139,6 +155,11 @@ BAD = {
     "nan": ({"scores": [1, float("nan"), 2, 3]}, r"scores\[1\] is nan"),
     "no answer": ({"scores": None, "preferences": [[0, 4]]}, "4 names no answer"),
     "no list": ({"completions": "abcd"}, "completions is not a list of answers but 'abcd'"),
+    "Python's list": ({"completions": "['a', 'b']"}, "write a list as JSON, with texts in double"),
+    "objects": (
+        {"completions": [{"text": "a", "score": 1}] * 4, "scores": None},
+        r"completions\[0\] is an object with text, score; write each answer as a text",
+    ),
     "null answer": ({"completions": ["a", None, "c", "d"]}, r"completions\[1\] is null; .* too"),
     "a number": ({"completions": ["a", 2, "c", "d"]}, r"completions\[1\] is not text but int 2"),
     "log-probs": ({"ref_chosen_logps": -1.0}, "has ref_chosen_logps, .* remove the columns"),
@@ -165,9 +186,21 @@ def test_bad_rows_are_named_or_left_out(tmp_path, change, message):
     assert loaded["problem"][1].startswith(f"{path}, line 2: ")
 
 
-def test_a_column_of_scores_without_answers_asks_for_their_name():
-    with pytest.raises(DataError, match=r"no column 'completions' .*columns={'completions': "):
-        load_preferences([{"prompt": "q", "responses": ["a", "b"], "scores": [1, 2]}])
+def test_a_list_of_answers_with_another_name_is_named():
+    row = {"prompt": "q", "responses": ["a", "b"], "scores": [1, 2]}
+    with pytest.raises(DataError, match=r"no column 'completions' .*={'completions': 'responses'}"):
+        load_preferences([row])
+    del row["scores"]
+    with pytest.raises(DataError, match=r"if responses has .*={'completions': 'responses'}"):
+        load_preferences([row])
+    with pytest.raises(DataError, match=r"there is no column 'rejected'"):
+        load_preferences([{**row, "chosen": "a"}])
+
+
+def test_one_column_can_be_given_for_two():
+    rows = [{"prompt": "q", "rated": ["1", "2"]}]
+    columns = {"completions": "rated", "scores": "rated"}
+    assert load_preferences(rows, columns=columns)[0]["pairs"] == [[1, 0]]
 
 
 def test_unpaired_rows_and_ranked_ones_do_not_go_together():
@@ -204,6 +237,7 @@ def test_pairs_beside_ranked_rows_become_ranked_rows(ranked, pair, answers):
     assert mixture[0] == {**load_preferences([ranked])[0], "source": "many", "left_out": None}
     assert [mixture[i][column] for i in (1, 2, 3)] == [answers, None, answers]
     assert mixture["pairs"][1:] == [[[0, 1]], None, [[0, 1]]]
+    assert mixture["places"][1:] == [[0, 1], None, [0, 1]]
     assert mixture["left_out"][:] == [None, None, "empty answer", None]
     assert rows_by_source(mixture) == {"many": len(mixture[0]["pairs"]), "two": 2}
 

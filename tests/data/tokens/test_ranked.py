@@ -277,3 +277,20 @@ def test_a_pool_of_a_thousand_prompts_is_prepared_in_seconds():
     assert (len(pooled), len(answers.first)) == (21_000, 7_000)
     assert tokenised - start < 15.0  # 2 s on a quiet core
     assert read - tokenised < 5.0
+
+
+def test_answers_keep_their_places_in_the_source():
+    row = {"prompt": [user("q")], "completions": ["a", "b", "c", "d"], "scores": [1, 3, 2, 0]}
+    rows = load_preferences([row], answer_pairs="best_worst")
+    pooled, _ = tokenize_ranked(rows, byte_bpe(chat_template=CHAT_TEMPLATE), max_length=None)
+    assert pooled.answers["completion"][:] == [1, 3]
+    call = {
+        "role": "assistant",
+        "content": "",
+        "tool_calls": [{"function": {"name": "f", "arguments": {}}}],
+    }
+    rows = load_preferences(
+        [{**row, "completions": ["a", "b", "c", [call]]}], answer_pairs="best_worst"
+    )
+    with pytest.raises(DataError, match=r"completions\[3\] has no text"):
+        tokenize_ranked(rows, byte_bpe(chat_template=CHAT_TEMPLATE), max_length=None)

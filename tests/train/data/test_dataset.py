@@ -44,7 +44,7 @@ def test_text_beside_a_chat_template_is_named_once(tmp_path, caplog, rows, chat_
     assert (
         caplog.text.count("train: the pairs are text, so they are tokenised as they are") == times
     )
-    assert caplog.text.count("give prompt, chosen and rejected as lists of messages") == times
+    assert caplog.text.count("give prompts and answers as lists of messages") == times
 
 
 def test_a_mixture_is_counted_by_its_sets(tmp_path):
