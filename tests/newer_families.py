@@ -27,6 +27,10 @@ _GEMMA4 = {
     **{"num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2},
     "use_double_wide_mlp": True,
 }
+_CODES = {
+    **{"codebook_size": 4, "embed_dim": 4, "latent_channels": 4, "base_channels": 32},
+    **{"channel_multiplier": [1], "num_res_blocks": 1, "hidden_size": 32},
+}
 # They run packed. The form is that of `families.py`.
 NEWER_PACKABLE: dict[str, tuple[str, dict[str, Any]]] = {
     "aria": (
@@ -54,6 +58,10 @@ NEWER_PACKABLE: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "diffllama": ("DiffLlamaConfig", PAD_8),
+    "emu3": (
+        "Emu3Config",
+        {"text_config": PAD_8, "vq_config": _CODES, "vocabulary_map": {"<image>": 3}},
+    ),
     "flint": (
         "FlintConfig",
         {**_TWO_TYPES, **NUMBERED, "shared_expert_intermediate_size": 16, "mlp_only_layers": [0]},
@@ -134,10 +142,7 @@ _GOT = {
     **{"hidden_size": 16, "output_channels": 8, "num_hidden_layers": 1, "num_attention_heads": 2},
     **{"image_size": 32, "patch_size": 8, "mlp_dim": 24, "global_attn_indexes": [0]},
 }
-_CODES = {
-    **{"codebook_size": 4, "embed_dim": 4, "latent_channels": 4, "base_channels": 32},
-    **{"channel_multiplier": [1], "num_res_blocks": 1, "hidden_size": 32},
-}
+_UNIFIED = {"patch_size": 4, "mm_embed_dim": 16, "mm_posemb_size": 8, "output_proj_dims": 16}
 _AUDIO = {
     **{"hidden_size": 16, "intermediate_size": 16, "num_blocks": 1, "num_attention_heads": 2},
     **{"ext_pw_out_channel": 16, "depthwise_separable_out_channel": 16},
@@ -149,10 +154,6 @@ _WHISPER = {
 }
 # Classes for pictures or sound as well as text, which run packed on text.
 MULTIMODAL_PACKABLE: dict[str, tuple[str, dict[str, Any]]] = {
-    "emu3": (
-        "Emu3Config",
-        {"text_config": PAD_8, "vq_config": _CODES, "vocabulary_map": {"<image>": 3}},
-    ),
     "fuyu": (
         "FuyuConfig",
         {
@@ -177,7 +178,10 @@ MULTIMODAL_PACKABLE: dict[str, tuple[str, dict[str, Any]]] = {
             "audio_config": None,
         },
     ),
-    "gemma4_unified with pictures": ("Gemma4UnifiedConfig", {"text_config": _GEMMA4}),
+    "gemma4_unified with pictures": (
+        "Gemma4UnifiedConfig",
+        {"text_config": _GEMMA4, "vision_config": _UNIFIED},
+    ),
     "got_ocr2": (
         "GotOcr2Config",
         {

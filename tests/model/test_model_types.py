@@ -18,7 +18,7 @@ from dpofast.model.kind import refuse_stored_kind
 from dpofast.model.model_types import ENCODERS, NOT_PACKABLE, PACKABLE, REFUSED, why_refused
 from dpofast.model.packable import why_not_packed
 from tests.family_sizes import SIZES
-from tests.model_types import ALIASES, type_when_loaded
+from tests.model_types import ALIASES, table_lines, type_when_loaded
 
 LISTS = {"packed": PACKABLE, "padded": NOT_PACKABLE, "refused": REFUSED, "encoders": ENCODERS}
 ROOT = Path(__file__).parents[2]
@@ -75,3 +75,9 @@ def test_an_encoder_that_is_a_decoder_runs_padded():
     assert why_not_packed(BertLMHeadModel(config)) == (
         "it is an encoder, and hasn't been compared as a decoder"
     )
+
+
+def test_the_table_of_all_model_types_is_that_of_the_lists():
+    """`python -m tests.model_types` prints it."""
+    page = (ROOT / "docs" / "packing.md").read_text(encoding="utf-8")
+    assert "\n".join(["", *table_lines(), ""]) in page

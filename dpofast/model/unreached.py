@@ -1,0 +1,57 @@
+"""Parameters that text doesn't reach: those of a class's parts for pictures and sound."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+
+from torch import nn
+
+from dpofast.model.parts import body_of, causal_lm
+
+logger = logging.getLogger(__name__)
+
+# Parts for pictures and sound that stand inside of a body, by their name or by their class. Other
+# models have such parts beside the body.
+INSIDE_BODIES = frozenset(
+    {
+        "embed_tokens_extend",
+        "image_encoder",
+        "img_temporal_embedding",
+        "visual_projection",
+        "MllamaCrossAttentionDecoderLayer",
+    }
+)
+
+
+def freeze_unreached(model: nn.Module) -> None:
+    """Freezes all parameters that can't have an effect on a log-prob of text.
+
+    They would get no gradient. But an optimizer that has them in one buffer with others, as that of
+    ZeRO does, would still decay them, and DDP would wait for their gradients.
+
+    Args:
+        model: causal LM or PeftModel; adapters in such parts are frozen, too.
+    """
+    lm = causal_lm(model)
+    reached = {
+        id(parameter)
+        for part in (body_of(lm), lm.get_output_embeddings())
+        for parameter in _without_parts_inside(part)
+    }
+    frozen = []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and id(parameter) not in reached:
+            parameter.requires_grad_(False)
+            frozen.append(name)
+    if frozen:
+        logger.info(
+            "Frozen: %d parameters that text doesn't reach, such as %s.", len(frozen), frozen[0]
+        )
+
+
+def _without_parts_inside(module: nn.Module) -> Iterator[nn.Parameter]:
+    yield from module.parameters(recurse=False)
+    for name, child in module.named_children():
+        if not {name, type(child).__name__} & INSIDE_BODIES:
+            yield from _without_parts_inside(child)
