@@ -20,7 +20,10 @@ from tests.family_sizes import (
 )
 
 _ROPE = {"rope_type": "default", "rope_theta": 10000.0}
-_ROPE_BY_TYPE = {"rope_parameters": dict.fromkeys(("full_attention", "sliding_attention"), _ROPE)}
+_SECTIONS = {**_ROPE, "mrope_section": [1, 1, 2]}
+_ROPE_BY_TYPE = {
+    "rope_parameters": {"full_attention": _SECTIONS, "sliding_attention": _SECTIONS},
+}
 _TWO_TYPES = {**PAD_8, **WINDOW, **MIXED}
 _GEMMA4 = {
     **{**PAD_8, **WINDOW, "global_head_dim": 16, "num_kv_shared_layers": 2},
@@ -87,7 +90,6 @@ NEWER_PACKABLE: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "mellum": ("MellumConfig", {**_TWO_TYPES, **NUMBERED}),
-    "moshi": ("MoshiConfig", {**PAD_8, **WINDOW, "ffn_dim": 48}),
 }
 _INDEXED = {
     **PAD,
@@ -115,6 +117,7 @@ NEWER_PADDED: dict[str, tuple[str, dict[str, Any]]] = {
             **{"index_n_heads": 2, "index_block_size": 4, "index_topk_blocks": 2},
         },
     ),
+    "moshi": ("MoshiConfig", {**PAD_8, **WINDOW, "ffn_dim": 48}),
     "openai-gpt": (
         "OpenAIGPTConfig",
         {

@@ -18,7 +18,7 @@ PACKABLE = frozenset(
     granitemoe_swa granitemoehybrid granitemoeshared helium hrm_text hunyuan_v1_dense hunyuan_v1_moe
     hy_v3 hyperclovax internlm3 iquestcoder jais2 jetmoe kimi_linear kolibri1 laguna lfm2 lfm2_moe
     lfm3 llama longcat_flash mamba2 mellum mimo_v2_flash minicpm3 minimax_m2 ministral ministral3
-    mistral mixtral moshi moss_transcribe_diarize nanochat nemotron_h olmo olmo2 olmo3 olmo_hybrid
+    mistral mixtral moss_transcribe_diarize nanochat nemotron_h olmo olmo2 olmo3 olmo_hybrid
     olmoe opt persimmon phi phi3 phi4_multimodal phimoe qwen2 qwen2_moe qwen3 qwen3_5_moe_text
     qwen3_5_text qwen3_moe qwen3_next seed_oss smollm3 solar_open starcoder2 vaultgemma youtu zamba2
     """.split()  # noqa: SIM905  a list of them would fill pages
@@ -38,7 +38,7 @@ NOT_PACKABLE = {
         _NOT_REPLACEABLE,
     ),
     **dict.fromkeys(("bloom", "mpt"), f"{_NOT_REPLACEABLE}, and its ALiBi counts along the row"),
-    **dict.fromkeys(("nemotron", "stablelm"), _NOT_TOLD),
+    **dict.fromkeys(("moshi", "nemotron", "stablelm"), _NOT_TOLD),
     **dict.fromkeys(("doge", "gpt_neo"), _MASK),
     **dict.fromkeys(
         ("axk2", "deepseek_v32", "dots3_note_text", "glm_moe_dsa", "hy_v4", "minimax_m3_vl_text"),

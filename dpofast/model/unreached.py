@@ -37,7 +37,8 @@ def freeze_unreached(model: nn.Module) -> None:
     reached = {
         id(parameter)
         for part in (body_of(lm), lm.get_output_embeddings())
-        for parameter in _without_parts_inside(part)
+        for _, module in reached_modules(part)
+        for parameter in module.parameters(recurse=False)
     }
     frozen = []
     for name, parameter in model.named_parameters():
@@ -50,8 +51,14 @@ def freeze_unreached(model: nn.Module) -> None:
         )
 
 
-def _without_parts_inside(module: nn.Module) -> Iterator[nn.Parameter]:
-    yield from module.parameters(recurse=False)
+def reached_modules(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """A body or a head and the modules in it, with their names, but for parts that text passes by.
+
+    Args:
+        module: what `body_of` or `get_output_embeddings` has returned.
+        prefix: begins each name.
+    """
+    yield prefix, module
     for name, child in module.named_children():
         if not {name, type(child).__name__} & INSIDE_BODIES:
-            yield from _without_parts_inside(child)
+            yield from reached_modules(child, f"{prefix}.{name}" if prefix else name)
