@@ -11,10 +11,8 @@ from dpofast.model.model_types import ENCODERS, NOT_PACKABLE, PACKABLE, REFUSED
 # type's config.
 ALIASES = {
     "dots3_note": "dots3_note_text",
-    "emu3": "emu3_text_model",
     "gpt-sw3": "gpt2",
     "llama4": "llama4_text",
-    "mllama": "mllama_text_model",
     "qwen3_5": "qwen3_5_text",
     "qwen3_5_moe": "qwen3_5_moe_text",
     "qwen4_exp": "qwen4_exp_text",

@@ -30,10 +30,6 @@ _GEMMA4 = {
     **{"num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2},
     "use_double_wide_mlp": True,
 }
-_CODES = {
-    **{"codebook_size": 4, "embed_dim": 4, "latent_channels": 4, "base_channels": 32},
-    **{"channel_multiplier": [1], "num_res_blocks": 1, "hidden_size": 32},
-}
 # They run packed. The form is that of `families.py`.
 NEWER_PACKABLE: dict[str, tuple[str, dict[str, Any]]] = {
     "aria": (
@@ -61,10 +57,6 @@ NEWER_PACKABLE: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "diffllama": ("DiffLlamaConfig", PAD_8),
-    "emu3": (
-        "Emu3Config",
-        {"text_config": PAD_8, "vq_config": _CODES, "vocabulary_map": {"<image>": 3}},
-    ),
     "flint": (
         "FlintConfig",
         {**_TWO_TYPES, **NUMBERED, "shared_expert_intermediate_size": 16, "mlp_only_layers": [0]},
@@ -99,15 +91,33 @@ _INDEXED = {
     "index_head_dim": 16,
     "index_n_heads": 16,
 }
+_BYTES = {
+    **{**SIZES, "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2},
+    "intermediate_size": 48,
+}
+_PATCHES = {**_BYTES, "hidden_size_global": 32, "cross_attn_k": 1}
 # They run padded: `model_types.py` says why.
 NEWER_PADDED: dict[str, tuple[str, dict[str, Any]]] = {
     "axk2": ("AXK2Config", _INDEXED),
     "bailing_hybrid": ("BailingHybridConfig", {**PAD_8, **LATENT, **ROUTED, **NUMBERED}),
+    "blt": (
+        "BltConfig",
+        {
+            **{"vocab_size": VOCAB_SIZE, "max_position_embeddings": 64, "patch_size": 4},
+            **{"patch_in_forward": False, "cross_attn_k": 1, "patcher_config": _BYTES},
+            **{"encoder_hash_byte_group_vocab": 50, "encoder_hash_byte_group_size": [2]},
+            **{"encoder_config": _PATCHES, "decoder_config": _PATCHES, "global_config": _BYTES},
+        },
+    ),
     "deepseek_v32": ("DeepseekV32Config", _INDEXED),
     "deepseek_v4": ("DeepseekV4Config", {**PAD_8, **ROUTED}),
     "dots3_note": ("Dots3NoteTextConfig", {**PAD_8, **LATENT, **ROUTED, **WINDOW}),
     "falcon_mamba": ("FalconMambaConfig", {**SIZES, "num_hidden_layers": 2, "state_size": 4}),
     "glm_moe_dsa": ("GlmMoeDsaConfig", _INDEXED),
+    "gpt_neox_japanese": (
+        "GPTNeoXJapaneseConfig",
+        {**BASE, "intermediate_multiple_size": 2, "hidden_dropout": 0.0},
+    ),
     "hy_v4": ("HYV4Config", _INDEXED),
     "minimax_m3": (
         "MiniMaxM3VLTextConfig",
@@ -129,6 +139,14 @@ NEWER_PADDED: dict[str, tuple[str, dict[str, Any]]] = {
     "recurrent_gemma": ("RecurrentGemmaConfig", {**PAD_8, "attention_window_size": 6}),
     "rwkv": ("RwkvConfig", {**SIZES, "num_hidden_layers": 2, "context_length": 64}),
     "xlstm": ("xLSTMConfig", {**SIZES, "num_hidden_layers": 2, "num_heads": 4}),
+    "zamba": (
+        "ZambaConfig",
+        {
+            **{**PAD, "num_hidden_layers": 6, "attn_layer_period": 3, "attn_layer_offset": 1},
+            **{"mamba_d_state": 4, "n_mamba_heads": 2, "use_mamba_kernels": False},
+            "layers_block_type": ["mamba", "mamba", "hybrid"] * 2,
+        },
+    ),
     "zaya": (
         "ZayaConfig",
         {
@@ -210,16 +228,6 @@ MULTIMODAL_PADDED: dict[str, tuple[str, dict[str, Any]]] = {
         {
             **{**PAD, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
             "vision_config": _TOWER,
-        },
-    ),
-    "mllama": (
-        "MllamaConfig",
-        {
-            "text_config": {**PAD_8, "cross_attention_layers": [1]},
-            "vision_config": {"hidden_size": 16, "num_hidden_layers": 1, "num_global_layers": 1}
-            | {"attention_heads": 2, "intermediate_size": 16, "vision_output_dim": 32}
-            | {"image_size": 28, "patch_size": 14, "intermediate_layers_indices": [0]}
-            | {"supported_aspect_ratios": [[1, 1]]},
         },
     ),
 }

@@ -54,14 +54,13 @@ def attention_sizes(config: Any) -> list[AttentionSize]:
         raise UnknownSizesError(f"the work of {model_type}'s layers isn't known")
     count = _whole(config, "num_hidden_layers")
     types = getattr(config, "layer_types", None) or [None] * count
-    pictures = getattr(config, "cross_attention_layers", None) or ()  # text passes them by
     unknown = sorted({str(each) for each in types} - {WINDOWED, FULL, WITHOUT, "None"})
     if unknown or len(types) != count:
         raise UnknownSizesError(f"layers of type {', '.join(unknown)} aren't known")
     return [
         _attention_size(_Layer(config, index), layer_type)
         for index, layer_type in enumerate(types)
-        if layer_type != WITHOUT and index not in pictures
+        if layer_type != WITHOUT
     ]
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 PACKABLE = frozenset(
     """
     afmoe apertus arcee aria_text axk1 bamba beam biogpt bitnet cohere cohere2 cohere2_moe
-    cohere_compass_text ctrl cwm dbrx deepseek_v2 deepseek_v3 diffllama dots1 emu3_text_model
+    cohere_compass_text ctrl cwm dbrx deepseek_v2 deepseek_v3 diffllama dots1
     ernie4_5 ernie4_5_moe exaone4 exaone_moe falcon_h1 flex_olmo flint fuyu gemma gemma2 gemma3
     gemma3_text gemma3n_text gemma4 gemma4_text gemma4_unified gemma4_unified_text glm glm4 glm4_moe
     glm4_moe_lite got_ocr2 gpt2 gpt_bigcode gpt_neox gpt_oss granite granite_swa granitemoe
@@ -53,12 +53,14 @@ NOT_PACKABLE = {
     "gemma3n": "packed rows of its class with pictures and sound haven't been compared; those of "
     "gemma3n_text have",
     "llama4_text": _CHUNKS,
-    "mllama_text_model": "its layers for pictures call no attention on text, so that nothing tells "
-    "whether all others have called the one for packed rows",
 }
 
 _DECODER_HALF = "the decoder of an encoder-decoder"
 _BOTH_WAYS = "a model that looks at later tokens too, so it isn't causal"
+_LOST = (
+    "a model that transformers loads without its parts for pictures, and couldn't load as a causal "
+    "language model after saving"
+)
 _DRAFTER = "a drafter, which needs the hidden states of another model"
 _CUT = "a model that cuts its logits to a part of the vocabulary, which the loss doesn't know"
 # Model types that transformers lists as causal LMs and that can't be trained, in words that follow
@@ -74,6 +76,7 @@ REFUSED = {
     ),
     **dict.fromkeys(("plbart", "prophetnet", "trocr", "whisper"), _DECODER_HALF),
     **dict.fromkeys(("cpmant", "xlm", "xlnet"), _BOTH_WAYS),
+    **dict.fromkeys(("emu3", "emu3_text_model", "mllama", "mllama_text_model"), _LOST),
     **dict.fromkeys(("gemma4_assistant", "gemma4_unified_assistant"), _DRAFTER),
     **dict.fromkeys(("inkling2_text", "inkling_text"), _CUT),
     "modernbert-decoder": "a model whose head has layers of its own, which the loss doesn't know",

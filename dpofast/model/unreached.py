@@ -11,16 +11,9 @@ from dpofast.model.parts import body_of, causal_lm
 
 logger = logging.getLogger(__name__)
 
-# Parts for pictures and sound that stand inside of a body, by their name or by their class. Other
-# models have such parts beside the body.
+# Parts for pictures and sound that a body holds; other models have such parts beside the body.
 INSIDE_BODIES = frozenset(
-    {
-        "embed_tokens_extend",
-        "image_encoder",
-        "img_temporal_embedding",
-        "visual_projection",
-        "MllamaCrossAttentionDecoderLayer",
-    }
+    {"embed_tokens_extend", "image_encoder", "img_temporal_embedding", "visual_projection"}
 )
 
 
@@ -60,5 +53,5 @@ def reached_modules(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, 
     """
     yield prefix, module
     for name, child in module.named_children():
-        if not {name, type(child).__name__} & INSIDE_BODIES:
+        if name not in INSIDE_BODIES:
             yield from reached_modules(child, f"{prefix}.{name}" if prefix else name)
