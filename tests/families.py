@@ -24,6 +24,12 @@ from tests.family_sizes import (
     VOCAB_SIZE,
     WINDOW,
 )
+from tests.newer_families import (
+    MULTIMODAL_PACKABLE,
+    MULTIMODAL_PADDED,
+    NEWER_PACKABLE,
+    NEWER_PADDED,
+)
 from tests.recurrent_families import RECURRENT_FAMILIES
 
 # Family: (transformers' class of its config, fields of that config).
@@ -213,6 +219,7 @@ OTHER_PACKABLE_FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         "OPTConfig",
         {**PACKABLE_FAMILIES["opt"][1], "do_layer_norm_before": False, "word_embed_proj_dim": 16},
     ),
+    **NEWER_PACKABLE,
 }
 UNPACKABLE_FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "mamba": ("MambaConfig", {**SIZES, "num_hidden_layers": 2, "state_size": 4}),
@@ -288,6 +295,9 @@ FAMILIES = {
     **OTHER_PACKABLE_FAMILIES,
     **RECURRENT_FAMILIES,
     **UNPACKABLE_FAMILIES,
+    **NEWER_PADDED,
+    **MULTIMODAL_PACKABLE,
+    **MULTIMODAL_PADDED,
 }
 
 

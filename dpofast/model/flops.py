@@ -18,6 +18,7 @@ from torch import nn
 from dpofast.data.packing.batch import PackedPairs
 from dpofast.model.layer_sizes import attention_sizes, experts_per_token, num_experts
 from dpofast.model.parts import body_of, causal_lm, numel, shape
+from dpofast.model.unreached import reached_modules
 
 # Operations per second in dense bf16 and fp16 products, from the makers' data sheets. A key is a
 # part of the name that PyTorch reports for the device.
@@ -102,9 +103,9 @@ class TrainingFlops:
 
 
 def _product_flops(module: nn.Module, config: Any) -> float:
-    """Operations of all matrices of a module for one token, forward and backward."""
+    """Operations of all matrices of a module for one token of text, forward and backward."""
     total = 0.0
-    for name, submodule in module.named_modules():
+    for name, submodule in reached_modules(module):
         if isinstance(submodule, nn.Embedding):  # looked up, not multiplied
             continue
         is_convolution = isinstance(submodule, nn.modules.conv._ConvNd)

@@ -18,6 +18,7 @@ from dpofast.model.replace import Replacement
 from dpofast.reference.identity.options import (
     LOGIT_DIVISORS,
     LOGIT_MULTIPLIERS,
+    MULTIPLY_BY_DIVISORS,
     SOFTCAP_OPTIONS,
 )
 from dpofast_kernels import (
@@ -129,14 +130,16 @@ def head_options(config: Any) -> HeadOptions:
     """Reads from a model's config what its family does to the logits after the head.
 
     Gemma caps them (`final_logit_softcapping`), and so do RecurrentGemma and xLSTM under other
-    names. Cohere (`logit_scale`) and Falcon-H1 (`lm_head_multiplier`) multiply them, and Granite
-    (`logits_scaling`) divides them. `dpofast.model.checks.check_head` finds the models that do
-    anything else.
+    names. Cohere (`logit_scale`) and Falcon-H1 (`lm_head_multiplier`) multiply them. Granite
+    divides them by `logits_scaling`, and HyperCLOVA X multiplies them by it.
+    `dpofast.model.checks.check_head` finds the models that do anything else.
     """
     config = config.get_text_config()
     softcap = next((cap for name in SOFTCAP_OPTIONS if (cap := getattr(config, name, None))), None)
     scale = math.prod(_number(config, name) for name in LOGIT_MULTIPLIERS)
     divisor = math.prod(_number(config, name) for name in LOGIT_DIVISORS)
+    if config.model_type in MULTIPLY_BY_DIVISORS:
+        divisor = 1 / divisor
     return HeadOptions(softcap=softcap, logit_scale=scale / divisor)
 
 

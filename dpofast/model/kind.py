@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from dpofast.errors import ModelError
+from dpofast.model.model_types import why_refused
 from dpofast.model.parts import causal_lm
 
 _NEEDED = "DPO trains causal language models (a class such as LlamaForCausalLM); name one."
@@ -124,7 +125,7 @@ def _kind(config: Any, class_name: str) -> str | None:
     if getattr(config, "is_encoder_decoder", False):
         return "an encoder-decoder"
     heads = (kind for end, kind in _OTHER_HEADS.items() if re.search(f"({end})$", class_name))
-    return next(heads, None)
+    return next(heads, None) or why_refused(config)
 
 
 def _body_only(config: Any, class_name: str) -> str | None:

@@ -12,6 +12,9 @@ from typing import Any
 # Types of layers: attention in a window, attention to all tokens, and no attention. Layers of other
 # types, such as state-space layers, do work that nothing here counts.
 WINDOWED, FULL, WITHOUT = "sliding_attention", "full_attention", "conv"
+# Model types whose layers run several times for a token, attend in a way of their own, or hold all
+# experts in one matrix.
+OWN_WAYS = frozenset({"dbrx", "diffllama", "hrm_text"})
 # Names of the number of experts that a router chooses from, and of those that it chooses.
 NUM_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 PER_TOKEN = ("num_experts_per_tok", "top_k_experts", "num_experts_per_token", "moe_topk", "moe_k")
@@ -47,6 +50,8 @@ def attention_sizes(config: Any) -> list[AttentionSize]:
     Raises:
         UnknownSizesError: a size is missing, or a layer is of a type that isn't known here.
     """
+    if (model_type := getattr(config, "model_type", None)) in OWN_WAYS:
+        raise UnknownSizesError(f"the work of {model_type}'s layers isn't known")
     count = _whole(config, "num_hidden_layers")
     types = getattr(config, "layer_types", None) or [None] * count
     unknown = sorted({str(each) for each in types} - {WINDOWED, FULL, WITHOUT, "None"})
@@ -106,7 +111,8 @@ class _Layer:
 
 
 def _attention_size(layer: _Layer, layer_type: str | None) -> AttentionSize:
-    num_heads = layer.whole("num_attention_heads", "num_query_heads")
+    names = ("num_attention_heads_per_layer", "num_attention_heads", "num_query_heads")
+    num_heads = layer.whole(*names)
     window = None if layer_type == FULL else layer.get("sliding_window")
     if layer.get("kv_lora_rank") is not None:  # latent attention: part of a head has positions
         key_dim = layer.whole("qk_nope_head_dim") + layer.whole("qk_rope_head_dim")

@@ -10,37 +10,12 @@ from dpofast.data.packing.collate import Layout
 from dpofast.errors import ConfigError
 from dpofast.model.dropout import describe_noise, dropouts
 from dpofast.model.layer_sizes import UnknownSizesError, attention_sizes
+from dpofast.model.model_types import ENCODERS, NOT_PACKABLE, PACKABLE
 from dpofast.model.parts import ATTENTION_LAYERS, TOKENWISE_LAYERS, causal_lm
 from dpofast.model.recurrent import recurrent_family, why_not_replaced
 from dpofast.model.rope import depends_on_length
 
 logger = logging.getLogger(__name__)
-
-# Model types whose packed rows give the same as separate sequences. The tests compare hidden states
-# and gradients for each of them, and every run compares its own model's hidden states again.
-PACKABLE = frozenset(
-    """
-    afmoe apertus arcee bamba biogpt bitnet cohere cohere2 cohere2_moe cwm deepseek_v2 deepseek_v3
-    dots1 ernie4_5 ernie4_5_moe exaone4 exaone_moe falcon_h1 flex_olmo gemma gemma2 gemma3_text
-    gemma3n_text gemma4_text glm glm4 glm4_moe glm4_moe_lite gpt2 gpt_bigcode gpt_neox gpt_oss
-    granite granite_swa granitemoe granitemoehybrid granitemoeshared helium hunyuan_v1_dense
-    hunyuan_v1_moe internlm3 jais2 jetmoe kimi_linear lfm2 lfm2_moe lfm3 llama longcat_flash mamba2
-    mimo_v2_flash minicpm3 minimax_m2 ministral ministral3 mistral mixtral nanochat nemotron_h olmo
-    olmo2 olmo3 olmo_hybrid olmoe opt persimmon phi phi3 phimoe qwen2 qwen2_moe qwen3
-    qwen3_5_moe_text qwen3_5_text qwen3_moe qwen3_next seed_oss smollm3 solar_open starcoder2
-    vaultgemma youtu zamba2
-    """.split()  # noqa: SIM905  a list of them would fill pages
-)
-# Why some other model types can't be packed. State-space, convolution and chunked layers, which
-# would carry tokens of one sequence into the next, are recognised by `layer_types` instead.
-NOT_REPLACEABLE = "its attention can't be replaced"
-NOT_TOLD = "its layers don't hand on to attention what it needs to know"
-NOT_PACKABLE = {
-    **dict.fromkeys(("codegen", "falcon", "gpt_neox_japanese", "gptj", "xglm"), NOT_REPLACEABLE),
-    **dict.fromkeys(("bloom", "mpt"), f"{NOT_REPLACEABLE}, and its ALiBi counts along the row"),
-    **dict.fromkeys(("nemotron", "stablelm"), NOT_TOLD),
-    **dict.fromkeys(("doge", "gpt_neo"), "its attention is told what to look at by a mask alone"),
-}
 
 
 def choose_layout(wanted: str, model: nn.Module, pad_token_id: int) -> Layout:
@@ -74,17 +49,17 @@ def why_not_packed(model: nn.Module) -> str | None:
     The reason is the rest of a sentence that begins with "Layout: padded, as ".
     """
     lm = causal_lm(model)
-    config = lm.config
+    config = lm.config.get_text_config()
+    # A class for pictures and text runs its language model, which has a type of its own.
+    for model_type in dict.fromkeys((lm.config.model_type, config.model_type)):
+        if (reason := _why_type_not_packed(model_type)) is not None:
+            return reason
     family = recurrent_family(lm)
     others = set(getattr(config, "layer_types", None) or ()) - ATTENTION_LAYERS - TOKENWISE_LAYERS
     if family is not None:
         others -= family.layer_types
     if others:
         return f"its layers of type {', '.join(sorted(others))} mix the sequences of a row"
-    if config.model_type in NOT_PACKABLE:
-        return NOT_PACKABLE[config.model_type]
-    if config.model_type not in PACKABLE:
-        return f"model type {config.model_type!r} isn't known to be right in packed rows"
     if getattr(config, "alibi", False):
         return "its ALiBi counts distances along the row"
     if depends_on_length(lm):
@@ -95,6 +70,17 @@ def why_not_packed(model: nn.Module) -> str | None:
     # get the same dropout on the prefix that they share, unlike in separate rows.
     if (noise := next(dropouts(model), None)) is not None:
         return describe_noise(*noise)
+    return None
+
+
+def _why_type_not_packed(model_type: str) -> str | None:
+    """The reason why packed rows of a model type would be wrong; None if they are right."""
+    if model_type in NOT_PACKABLE:
+        return NOT_PACKABLE[model_type]
+    if model_type in ENCODERS:
+        return "it is an encoder, and hasn't been compared as a decoder"
+    if model_type not in PACKABLE:
+        return f"model type {model_type!r} isn't known to be right in packed rows"
     return None
 
 

@@ -13,8 +13,9 @@ from dpofast.errors import ConfigError, ModelError, one_line
 from dpofast.model.dropout import disable_dropout
 from dpofast.model.head import head_forwards
 from dpofast.model.load import load_policy, load_tokenizer, was_loaded_here
-from dpofast.model.parts import body_of, causal_lm, is_peft_model
+from dpofast.model.parts import causal_lm, is_peft_model
 from dpofast.model.quantised import check_trainable, keep_differentiable
+from dpofast.model.unreached import freeze_unreached
 from dpofast.model.vocabulary import vocabulary_of
 from dpofast.options.config import DPOConfig
 from dpofast.options.quantisation import OPTION, quantisation_options
@@ -170,7 +171,9 @@ def model_name(model: Any) -> str:
 
 
 def prepare_policy(model: Any, config: DPOConfig, peft_config: Any) -> nn.Module:
-    """Adds a fresh adapter if one is configured, sets dropout to 0 if asked, and checks the head.
+    """Adds a fresh adapter if one is configured, freezes what text doesn't reach, checks the head.
+
+    It also sets dropout to 0 if asked.
 
     Args:
         model: causal LM or PeftModel.
@@ -196,6 +199,7 @@ def prepare_policy(model: Any, config: DPOConfig, peft_config: Any) -> nn.Module
         # needs no gradient would give none to the adapter inside.
         if config.gradient_checkpointing:
             model.enable_input_require_grads()
+    freeze_unreached(model)  # raises if the body can't be called apart from the head
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ModelError(
             "No parameter of the model requires a gradient, so nothing would be trained: load an "
@@ -203,10 +207,7 @@ def prepare_policy(model: Any, config: DPOConfig, peft_config: Any) -> nn.Module
         )
     if config.disable_dropout:
         disable_dropout(model)
-    # A body or a head that can't be called apart raises here, not in the first step.
-    lm = causal_lm(model)
-    body_of(lm)
-    head_forwards(lm.get_output_embeddings())
+    head_forwards(causal_lm(model).get_output_embeddings())  # raises here, not in the first step
     for name in config.loss_type:
         if config.label_smoothing and name in ("sigmoid", "sigmoid_norm"):
             logger.warning(

@@ -5,16 +5,19 @@ from __future__ import annotations
 import pytest
 import torch
 import transformers
+from packaging.version import Version
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from dpofast.data.packing.collate import Layout
-from dpofast.errors import ConfigError
+from dpofast.errors import ConfigError, ModelError
 from dpofast.model.attention import recorded_calls
-from dpofast.model.checks import check_layout
+from dpofast.model.checks import check_layout, check_rows
 from dpofast.model.dropout import disable_dropout
 from dpofast.model.forward import micro_batch, run_batch, run_body
 from dpofast.model.head import PairLossTask, head_options
 from dpofast.model.load import load_skeleton
-from dpofast.model.packable import PACKABLE, attention_window, choose_layout, why_not_packed
+from dpofast.model.model_types import NOT_PACKABLE, PACKABLE
+from dpofast.model.packable import attention_window, choose_layout, why_not_packed
 from dpofast_kernels import make_loss
 from tests.exactness import SHORT, compare
 from tests.families import (
@@ -27,9 +30,17 @@ from tests.families import (
     UNPACKABLE_FAMILIES,
     tiny_model,
 )
+from tests.model_types import type_when_loaded
+from tests.newer_families import MULTIMODAL_PACKABLE, MULTIMODAL_PADDED, NEWER_PADDED
 from tests.recurrent_families import RECURRENT_FAMILIES
 from tests.support import make_trainer, tiny_llama, tiny_mixtral, train
 
+PADDED = {
+    **{**DEAF_FAMILIES, **MASKED_FAMILIES, **MIXING_FAMILIES, **UNPACKABLE_FAMILIES},
+    **{**NEWER_PADDED, **MULTIMODAL_PADDED},
+}
+# XGLM's mask can't be made in float64, and the vision tower of Gemma 3n needs timm.
+NOT_COMPARED = {"xglm", "gemma3n"}
 NO_SDPA = {"gemma2", "gpt_oss", "mamba", "bloom"}  # transformers refuses sdpa for these
 
 
@@ -49,9 +60,9 @@ def test_every_layout_equals_separate_sequences(family, name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["shared", "unshared"])
-@pytest.mark.parametrize("family", OTHER_PACKABLE_FAMILIES)
+@pytest.mark.parametrize("family", {**OTHER_PACKABLE_FAMILIES, **MULTIMODAL_PACKABLE})
 def test_all_model_types_that_are_packed_equal_separate_sequences(family, name):
-    class_name, _ = OTHER_PACKABLE_FAMILIES[family]
+    class_name, _ = FAMILIES[family]
     if not hasattr(transformers, class_name):
         pytest.skip(f"transformers {transformers.__version__} has no {class_name}")
     model = tiny_model(family).double()
@@ -60,12 +71,34 @@ def test_all_model_types_that_are_packed_equal_separate_sequences(family, name):
     compare(model, SHORT, Layout(name))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("family", PADDED)
+def test_all_others_are_padded_with_their_reason_and_right(family):
+    model = tiny_model(family).double()
+    disable_dropout(model)
+    assert why_not_packed(model) == NOT_PACKABLE[model.config.model_type]
+    if family == "moshi" and Version(transformers.__version__) < Version("5.23"):
+        with pytest.raises(ModelError, match="gives a sequence other hidden states"):
+            check_rows(model)
+        return
+    compare(model, SHORT, Layout("padded"))
+
+
 def test_every_packable_model_type_is_compared():
     """A model type that is added to the list needs a model in the tests as well."""
     families = {**PACKABLE_FAMILIES, **OTHER_PACKABLE_FAMILIES, **RECURRENT_FAMILIES}
+    families |= MULTIMODAL_PACKABLE
     classes = {getattr(transformers, name, None) for name, _ in families.values()} - {None}
-    missing = {family for family, (name, _) in families.items() if not hasattr(transformers, name)}
-    assert {each.model_type for each in classes} == PACKABLE - missing
+    known = {type_when_loaded(name) for name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES}
+    assert {type_when_loaded(each.model_type) for each in classes} == PACKABLE & known
+
+
+def test_every_padded_model_type_is_compared():
+    names = {name for name, _ in PADDED.values()}
+    classes = [getattr(transformers, name) for name in names if hasattr(transformers, name)]
+    known = {type_when_loaded(name) for name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES}
+    expected = {*NOT_PACKABLE} & known - NOT_COMPARED
+    assert {type_when_loaded(each.model_type) for each in classes} == expected
 
 
 @pytest.mark.parametrize("family", {**DEAF_FAMILIES, **MASKED_FAMILIES, **MIXING_FAMILIES})
@@ -74,8 +107,8 @@ def test_the_reason_why_a_model_is_padded_is_named(family, caplog):
     assert choose_layout("auto", tiny_model(family), 0).name == "padded"
     (line,) = [record.message for record in caplog.records if "Layout: padded" in record.message]
     reason = {
-        "llama4": "its layers of type chunked_attention",
-        "minimax": "its layers of type linear_attention",
+        "llama4": "it attends in chunks, which are counted along the row",
+        "minimax": "its layers with a state or a convolution carry one sequence of a row into",
         "nemotron": "its layers don't hand on to attention what it needs to know",
         "doge": "its attention is told what to look at by a mask alone",
         "gpt_neo": "its attention is told what to look at by a mask alone",

@@ -9,6 +9,8 @@ from typing import Any
 SOFTCAP_OPTIONS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 LOGIT_MULTIPLIERS = ("logit_scale", "lm_head_multiplier")
 LOGIT_DIVISORS = ("logits_scaling",)
+# Model types that multiply by the options that others divide by.
+MULTIPLY_BY_DIVISORS = frozenset({"hyperclovax"})
 
 # Options that can't change the log-prob of given token ids. Every option that isn't listed counts:
 # an unknown option of a future model then causes a needless miss, never a wrong hit.

@@ -6,7 +6,12 @@ import textwrap
 from collections.abc import Callable
 from typing import Any
 
-from dpofast.reference.identity.options import LOGIT_DIVISORS, LOGIT_MULTIPLIERS, SOFTCAP_OPTIONS
+from dpofast.reference.identity.options import (
+    LOGIT_DIVISORS,
+    LOGIT_MULTIPLIERS,
+    MULTIPLY_BY_DIVISORS,
+    SOFTCAP_OPTIONS,
+)
 
 # Config options that have a line of their own, by the last part of their dotted name. A dict gives
 # the phrase for each option's value.
@@ -48,7 +53,7 @@ def readable_lines(description: dict[str, Any]) -> list[str]:
     autocast = _take(rest, lambda name: name == "autocast_dtype")
     computed_in = f"{shorten(autocast[0][1])} autocast" if autocast else "the weights' own dtype"
     versions = [shorten(version) for _, version in _take(rest, lambda n: n == "head_version")]
-    logits = _phrased(rest, LOGIT_PHRASES) or "as the head gives them"
+    logits = _phrased(rest, _logit_phrases(description)) or "as the head gives them"
     lines = {
         "model": _phrased(rest, SIZE_PHRASES),
         "weights": _weights(description, rest),
@@ -62,6 +67,14 @@ def readable_lines(description: dict[str, Any]) -> list[str]:
         "other options": _options(list(rest.items())),
     }
     return [line for name, text in lines.items() if text for line in _wrapped(name, text)]
+
+
+def _logit_phrases(description: dict[str, Any]) -> dict[str, str]:
+    """The phrases for what the described model's type does to its logits."""
+    config = description.get("config")
+    if isinstance(config, dict) and str(config.get("model_type")) in MULTIPLY_BY_DIVISORS:
+        return {**LOGIT_PHRASES, **dict.fromkeys(LOGIT_DIVISORS, "multiplied by {}")}
+    return LOGIT_PHRASES
 
 
 def flatten(description: dict[str, Any], prefix: str = "") -> dict[str, Any]:
