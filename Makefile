@@ -47,7 +47,7 @@ test-slow: setup  ## the slow tests, among them the step by step comparison with
 test-gpu: setup  ## the tests that need a GPU, with compiled kernels
 	$(BIN)/python -m pytest -q -m gpu $(ARGS)
 
-torture: setup  ## kill builds, corrupt files and start again, many times over
+torture: setup  ## kill builds and corrupt files many times over; full counts of the slow tests
 	$(BIN)/python -m pytest -q -m torture $(ARGS)
 
 lint: setup  ## style and types

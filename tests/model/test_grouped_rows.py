@@ -150,7 +150,8 @@ def test_the_heads_ways_are_exact(pools, head_options):
     compare_groups("llama", pools, SHARED, **head_options)
 
 
-@pytest.mark.slow
+# All at once, the pools are compared above for each family. By itself, a pool tells which it is.
+@pytest.mark.torture
 @pytest.mark.parametrize("layout", [SHARED, PADDED], ids=lambda layout: layout.name)
 @pytest.mark.parametrize("name", POOLS)
 @pytest.mark.parametrize("family", PACKABLE_FAMILIES)
@@ -187,8 +188,13 @@ def test_all_subsets_of_pairs(num_answers):
                 compare_groups("llama", (pool,), SHARED)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("seed", range(60))
+@pytest.mark.parametrize(
+    "seed",
+    [
+        pytest.param(seed, marks=pytest.mark.slow if seed < 10 else pytest.mark.torture)
+        for seed in range(60)
+    ],
+)
 def test_random_subsets_of_pairs_of_many_answers(seed):
     """In rows of any length, with any head chunks."""
     rng = random.Random(seed)
