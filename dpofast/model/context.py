@@ -41,11 +41,12 @@ def context_of(model: nn.Module) -> Context | None:
     config = lm.config.get_text_config()
     if getattr(config, "alibi", False):
         return None
-    max_seq_len = getattr(config, "max_seq_len", None)  # MPT, whose ALiBi is a table
+    max_seq_len = getattr(config, "max_seq_len", None)
     length = getattr(config, "max_position_embeddings", None) or max_seq_len
     if length is None:
         return None
-    return Context(type(lm).__name__, int(length), bool(max_seq_len) or _has_table(lm, length))
+    is_hard = config.model_type == "mpt" or _has_table(lm, length)  # MPT's ALiBi is a table
+    return Context(type(lm).__name__, int(length), is_hard)
 
 
 def _has_table(lm: Any, length: int) -> bool:

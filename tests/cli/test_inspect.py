@@ -176,7 +176,7 @@ def test_a_model_that_is_padded_has_no_packed_rows(
     tiny_model("mamba").config.save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
     command = [*command, "--step=0", f"--model_name_or_path={folder}"]
-    assert "layout is padded, as its layers of type linear_attention" in error_of(capsys, command)
+    assert "layout is padded, as its layers with a state or a conv" in error_of(capsys, command)
     assert "'shared' would be wrong here" in error_of(capsys, [*command, "--layout=shared"])
 
 

@@ -15,10 +15,10 @@ from tests.families import FAMILIES, tiny_model
 from tests.support import make_trainer, tiny_llama, train
 
 TABLES = (
-    *("biogpt", "codegen", "gpt2", "gpt_bigcode", "gpt_neo", "gptj", "mpt"),
-    *("opt", "opt, norms last"),
+    *("biogpt", "codegen", "ctrl", "git", "gpt2", "gpt_bigcode", "gpt_neo", "gptj", "mpt"),
+    *("openai-gpt", "opt", "opt, norms last"),
 )
-UNLIMITED = ("bloom", "mamba", "mamba2")
+UNLIMITED = ("bloom", "falcon_mamba", "mamba", "mamba2", "xlstm")
 
 
 def test_contexts_of_all_families():
