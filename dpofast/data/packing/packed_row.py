@@ -50,13 +50,7 @@ def collate_packed(
         row += ids[0][:prefix]
         uses += [sum(counts[start:end])] * prefix
         for index, (sequence, (prompt, _)) in enumerate(zip(ids, group, strict=True), start):
-            # Positions within the sequence whose tokens predict its later tokens.
-            positions = torch.arange(len(sequence) - 1)
-            # Positions before `prefix` are in the shared prefix: the prompt's last token, and more
-            # if the answers begin alike. The others are in this sequence's tail, which is appended
-            # to the row next. Adding an offset turns both into positions in the row.
-            tail_start = len(row) - prefix
-            places = positions + torch.where(positions < prefix, prefix_start, tail_start)
+            places = _predicting_places(len(sequence), prefix, prefix_start, len(row))
             prompts.append(places[: len(prompt) - 1])
             scored.append(places[len(prompt) - 1 :])
             row += sequence[prefix:]
@@ -77,6 +71,21 @@ def collate_packed(
         shared_layout=layout,
     )
     return packed.with_prompts([(sequences[i][0], prompts[i]) for i in scored_prompts])
+
+
+def _predicting_places(length: int, prefix: int, prefix_start: int, tail_start: int) -> Tensor:
+    """[length - 1] int64: where in the row a sequence's tokens are that predict its later ones.
+
+    Positions before `prefix` are in the shared prefix: the prompt's last token, and more if the
+    answers begin alike. The others are in the sequence's tail.
+
+    Args:
+        length: tokens of the sequence.
+        prefix: tokens of the shared prefix.
+        prefix_start, tail_start: where in the row the prefix and the sequence's tail begin.
+    """
+    positions = torch.arange(length - 1)
+    return positions + torch.where(positions < prefix, prefix_start, tail_start - prefix)
 
 
 def packed_tokens(
