@@ -61,7 +61,9 @@ def stretched(family: str, kind: str) -> Any:
         }
     else:
         scales = {"short_mscale": 1.0, "long_mscale": 1.2} if family == "phimoe" else {}
-        config.rope_parameters = {**old, **rope_parameters(kind, frequencies[""]), **scales}
+        # Beam has one set of parameters for all types of layers, whose heads are of one size.
+        count = max(frequencies.values())
+        config.rope_parameters = {**old, **rope_parameters(kind, count), **scales}
     torch.manual_seed(0)
     changed = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
     changed.load_state_dict(model.state_dict())

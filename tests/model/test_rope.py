@@ -25,7 +25,7 @@ CPU = torch.device("cpu")
 # (deepseek_v2), half of a head (phi), latent heads (minicpm3).
 FAMILIES = ["llama", "phi3", "gemma3", "granite_swa", "deepseek_v2", "minicpm3", "phi"]
 # These have no RoPE, or transformers can't make them with RoPE of both types.
-WITHOUT = {"opt", "biogpt", "gpt2", "gpt_bigcode", "opt, norms last"}
+WITHOUT = {"ctrl", "opt", "biogpt", "gpt2", "gpt_bigcode", "opt, norms last"}
 BROKEN = {(family, "dynamic") for family in ("gpt_neox", "mimo_v2_flash", "phimoe", "mixtral")}
 BROKEN |= {("mixtral", "longrope")}
 OTHERS = [
