@@ -22,6 +22,7 @@ from dpofast.model.head import head_options
 from dpofast.model.parts import causal_lm, num_attention_layers
 from dpofast.model.quantised import computing_dtype
 from dpofast.model.recurrent import describe_recurrence, needs_device, runs_kernel
+from dpofast.model.recurrent_probe import probed
 from dpofast.model.rope import check_rope
 from dpofast.model.vocabulary import vocabulary_of
 from dpofast_kernels.attention import AttentionOptions, WrongBackendError, probe
@@ -121,8 +122,9 @@ def sample_sequences(model: nn.Module) -> list[tuple[TokenIds, TokenIds]]:
 def check_layout(layout: Layout, model: nn.Module) -> list[LayerAttention]:
     """Compares a packed row's hidden states with those of padded rows, on a few tokens.
 
-    Our attention runs its plain backend here. `check_attention` then compares the backend that the
-    run will use.
+    In layers that pass something on from token to token, the functions that do so are compared as
+    well, with inputs that show what is passed on. Our attention runs its plain backend here.
+    `check_attention` then compares the backend that the run will use.
 
     Args:
         layout: shared or unshared.
@@ -132,12 +134,13 @@ def check_layout(layout: Layout, model: nn.Module) -> list[LayerAttention]:
         The calls of our attention, one or more per layer.
 
     Raises:
-        ConfigError: the hidden states differ, or a layer didn't call our attention.
+        ConfigError: the hidden states or the functions differ, or a layer didn't call our
+            attention.
         ModelError: a layer with a state didn't call what keeps sequences apart.
     """
     lm = causal_lm(model)
     sequences = sample_sequences(model)
-    with recorded_calls() as calls:
+    with recorded_calls() as calls, probed() as probe:
         packed = _scored_states(model, layout.collate(sequences))
     padded = _scored_states(model, collate_padded(sequences))
     error = ((packed - padded).norm() / padded.norm().clamp_min(1e-12)).item()
@@ -149,6 +152,13 @@ def check_layout(layout: Layout, model: nn.Module) -> list[LayerAttention]:
             f"states than padded ones (by {error:.1%}); use layout: padded, and please report "
             "this model type."
         )
+    for name, error in probe.errors.items():
+        if not error <= STATES_TOLERANCE[dtype]:  # NaN is an error, too
+            raise ConfigError(
+                f"layout: in {layout.name} rows of {type(lm).__name__}, {name} gives other outputs "
+                f"than for separate sequences (by {error:.1%}), so it mixes them; use layout: "
+                "padded, and please report this."
+            )
     return calls
 
 

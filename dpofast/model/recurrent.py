@@ -16,8 +16,10 @@ from dpofast.errors import ModelError
 from dpofast.model.recurrent_families import (
     CONVOLUTION_KERNEL,
     RECURRENT_FAMILIES,
+    MakeShared,
     RecurrentFamily,
 )
+from dpofast.model.recurrent_probe import open_probe
 from dpofast.model.replace import replaced_forwards
 from dpofast_kernels.attention import SharedLayout
 from dpofast_kernels.recurrent import RowParts
@@ -148,17 +150,19 @@ def _packed_forward(
     """
     home, called = _home(mixer), set()
 
-    def noted(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    def shared(name: str, make_shared: MakeShared) -> Callable[..., Any]:
+        function = getattr(home, name)
+        replaced = make_shared(function, parts)
+
         def call(*args: Any, **kwargs: Any) -> Any:
             called.add(name)
-            return function(*args, **kwargs)
+            if (probe := open_probe()) is not None:
+                probe.compare(name, function, replaced, parts, args, kwargs)
+            return replaced(*args, **kwargs)
 
         return call
 
-    functions = {
-        name: noted(name, make_shared(getattr(home, name), parts))
-        for name, make_shared in family.functions.items()
-    }
+    functions = {name: shared(name, make) for name, make in family.functions.items()}
     with _replaced_functions(home, {**functions, **dict.fromkeys(family.whole, _nothing)}):
         output = own(*args, **kwargs)
     if missing := [name for name in functions if name not in called]:
