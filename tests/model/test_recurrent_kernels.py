@@ -52,7 +52,7 @@ def num_mixers(model):
     return sum(type(module).__name__ == mixer for module in model.modules())
 
 
-@pytest.mark.parametrize("layout", ["shared", pytest.param("unshared", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("layout", ["shared", pytest.param("unshared", marks=pytest.mark.torture)])
 @pytest.mark.parametrize("family", families(RECURRENT_FAMILIES))
 def test_packed_rows_equal_separate_sequences(monkeypatch, family, layout):
     model = tiny_model(family).double()
@@ -78,7 +78,9 @@ def test_packed_rows_equal_separate_sequences(monkeypatch, family, layout):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("reentrant", [True, False])
-@pytest.mark.parametrize("family", ["qwen3_5", "kimi_linear"])
+@pytest.mark.parametrize(
+    "family", ["qwen3_5", pytest.param("kimi_linear", marks=pytest.mark.torture)]
+)
 def test_gradient_checkpointing(monkeypatch, family, reentrant):
     model = tiny_model(family).double()
     kernels = install(monkeypatch, model)
