@@ -309,6 +309,7 @@ def test_functions_of_other_names_are_refused(monkeypatch, family):
             assert choose_layout("padded", model, 0).name == "padded"
 
 
+@pytest.mark.slow
 def test_a_run_with_functions_of_other_names_is_refused_before_its_first_step(
     tmp_path, monkeypatch
 ):

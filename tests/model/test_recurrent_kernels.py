@@ -18,6 +18,7 @@ from dpofast.model.recurrent_families import RECURRENT_FAMILIES as NAMES
 from dpofast.model.recurrent_kernels import RecurrentKernel
 from tests.exactness import SHORT, compare
 from tests.families import VOCAB_SIZE, tiny_model
+from tests.model.test_recurrent import compare_groups
 from tests.recurrent_families import RECURRENT_FAMILIES
 from tests.recurrent_kernels import install
 from tests.support import make_trainer, token_pairs
@@ -74,6 +75,14 @@ def test_packed_rows_equal_separate_sequences(monkeypatch, family, layout):
     if family != "lfm3":  # transformers chooses no kernel there
         convolutions = [name for name, _ in kernels.calls].count("causal_conv1d_fn")
         assert convolutions == (len(SHORT.sequences) + 1) * count  # one call for the packed row
+
+
+@pytest.mark.slow
+def test_several_answers_share_their_prefix(monkeypatch):
+    model = tiny_model("qwen3_5").double()
+    kernels = install(monkeypatch, model)
+    compare_groups(model, SHARED)
+    assert len(kernels.lengths("chunk_gated_delta_rule")) == 2 * num_mixers(model)
 
 
 @pytest.mark.slow
