@@ -162,16 +162,18 @@ def _packed_layout(wanted: str, model: Any) -> Layout:
 
     Raises:
         ConfigError: it is padded, or a packed layout is asked for that would be wrong.
+        ModelError: training would refuse the model with this layout.
     """
     from dpofast.model.packable import choose_layout, why_not_packed
 
+    layout = choose_layout(wanted, model, pad_token_id=0)  # unused, as packed rows have no padding
+    if layout.is_packed:
+        return layout
     reason = "it was asked for" if wanted == "padded" else why_not_packed(model)
-    if wanted in ("auto", "padded") and reason is not None:
-        raise ConfigError(
-            f"--step: the run's layout is padded, as {reason}, so each sequence has a row of its "
-            "own and no row is packed; --row N shows a pair."
-        )
-    return choose_layout(wanted, model, pad_token_id=0)  # unused, as packed rows have no padding
+    raise ConfigError(
+        f"--step: the run's layout is padded, as {reason}, so each sequence has a row of its "
+        "own and no row is packed; --row N shows a pair."
+    )
 
 
 def _number(name: str, given: GivenOption) -> int:

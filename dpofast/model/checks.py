@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -19,6 +21,8 @@ from dpofast.model.forward import evaluating, micro_batch, run_batch, run_body
 from dpofast.model.head import head_options
 from dpofast.model.parts import causal_lm, num_attention_layers
 from dpofast.model.quantised import computing_dtype
+from dpofast.model.recurrent import describe_recurrence, needs_device, runs_kernel
+from dpofast.model.recurrent_probe import probed
 from dpofast.model.rope import check_rope
 from dpofast.model.vocabulary import vocabulary_of
 from dpofast_kernels.attention import AttentionOptions, WrongBackendError, probe
@@ -50,7 +54,7 @@ HEAD_TOLERANCE = {
 
 def check_model(
     model: nn.Module, layout: Layout, device: torch.device, autocast_dtype: torch.dtype | None
-) -> str | None:
+) -> tuple[str, ...]:
     """Runs all checks that a model must pass before it trains or scores.
 
     Args:
@@ -60,8 +64,8 @@ def check_model(
         autocast_dtype: dtype of the forward pass under autocast; None without autocast.
 
     Returns:
-        The attention backends of its packed rows, in words for the log; None for padded rows,
-        which run the model's own attention, and for models without attention.
+        Lines for the log: the attention backends of its packed rows, and how its layers with a
+        state run them. None for padded rows, which run the model's own layers.
 
     Raises:
         ModelError: the model does something to its logits that dpofast doesn't know, or its
@@ -70,13 +74,34 @@ def check_model(
             on this device.
     """
     check_rope(model)
-    with any_dtype_attention(causal_lm(model).config):
+    lm = causal_lm(model)
+    with any_dtype_attention(lm.config), _where_kernels_run(model, device):
         check_head(model)
         if not layout.is_packed:
             check_rows(model)
-            return None
+            return ()
         calls = check_layout(layout, model)
-    return check_attention(calls, device, autocast_dtype) if calls else None
+    attention = check_attention(calls, device, autocast_dtype) if calls else None
+    found = {"Attention": attention, "Layers with a state": describe_recurrence(lm, device)}
+    return tuple(f"{name}: {words}" for name, words in found.items() if words is not None)
+
+
+@contextlib.contextmanager
+def _where_kernels_run(model: nn.Module, device: torch.device) -> Iterator[None]:
+    """Inside the `with` block, a model with a state or a convolution is where its kernels run.
+
+    Where such kernels are installed, transformers calls them on the CPU as well, where they fail.
+    Other models stay where they are: they need no memory of the device until they run.
+    """
+    home = next(model.parameters()).device
+    moves = home.type != device.type and needs_device(causal_lm(model), device)
+    if moves:
+        model.to(device)
+    try:
+        yield
+    finally:
+        if moves:
+            model.to(home)
 
 
 def sample_sequences(model: nn.Module) -> list[tuple[TokenIds, TokenIds]]:
@@ -97,8 +122,9 @@ def sample_sequences(model: nn.Module) -> list[tuple[TokenIds, TokenIds]]:
 def check_layout(layout: Layout, model: nn.Module) -> list[LayerAttention]:
     """Compares a packed row's hidden states with those of padded rows, on a few tokens.
 
-    Our attention runs its plain backend here. `check_attention` then compares the backend that the
-    run will use.
+    In layers that pass something on from token to token, the functions that do so are compared as
+    well, with inputs that show what is passed on. Our attention runs its plain backend here.
+    `check_attention` then compares the backend that the run will use.
 
     Args:
         layout: shared or unshared.
@@ -108,16 +134,17 @@ def check_layout(layout: Layout, model: nn.Module) -> list[LayerAttention]:
         The calls of our attention, one or more per layer.
 
     Raises:
-        ConfigError: the hidden states differ, or a layer didn't call our attention.
+        ConfigError: the hidden states or the functions differ, or a layer didn't call our
+            attention.
         ModelError: a layer with a state didn't call what keeps sequences apart.
     """
     lm = causal_lm(model)
     sequences = sample_sequences(model)
-    with recorded_calls() as calls:
+    with recorded_calls() as calls, probed() as probe:
         packed = _scored_states(model, layout.collate(sequences))
     padded = _scored_states(model, collate_padded(sequences))
     error = ((packed - padded).norm() / padded.norm().clamp_min(1e-12)).item()
-    dtype = product_precision(computing_dtype(model), packed.device)
+    dtype = _precision(model, packed.device)
     is_right = error <= STATES_TOLERANCE[dtype]  # NaN is an error, too
     if len(calls) < num_attention_layers(lm) or not is_right:
         raise ConfigError(
@@ -125,6 +152,13 @@ def check_layout(layout: Layout, model: nn.Module) -> list[LayerAttention]:
             f"states than padded ones (by {error:.1%}); use layout: padded, and please report "
             "this model type."
         )
+    for name, error in probe.errors.items():
+        if not error <= STATES_TOLERANCE[dtype]:  # NaN is an error, too
+            raise ConfigError(
+                f"layout: in {layout.name} rows of {type(lm).__name__}, {name} gives other outputs "
+                f"than for separate sequences (by {error:.1%}), so it mixes them; use layout: "
+                "padded, and please report this."
+            )
     return calls
 
 
@@ -147,13 +181,21 @@ def check_rows(model: nn.Module) -> None:
     # The long row comes first: where tokens compete for places, the later ones lose.
     beside = _scored_states(model, collate_padded([long, short]))[-len(alone) :]
     error = ((beside - alone).norm() / alone.norm().clamp_min(1e-12)).item()
-    dtype = product_precision(computing_dtype(model), alone.device)
+    dtype = _precision(model, alone.device)
     if not error <= STATES_TOLERANCE[dtype]:  # NaN is an error, too
         raise ModelError(
             f"{type(lm).__name__} gives a sequence other hidden states beside a longer one than "
             f"alone (by {error:.1%}), so its log-probs would depend on the other sequences of a "
             "batch. Only causal models can be trained; if it is one, please report this model type."
         )
+
+
+def _precision(model: nn.Module, device: torch.device) -> torch.dtype:
+    """The dtype whose precision the products in a model's body have on a device."""
+    dtype = product_precision(computing_dtype(model), device)
+    if dtype == torch.float32 and runs_kernel(causal_lm(model), device):
+        return torch.float16  # the products of Triton kernels are in TF32, whatever PyTorch's are
+    return dtype
 
 
 def _scored_states(model: nn.Module, batch: PackedPairs) -> Tensor:

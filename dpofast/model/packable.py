@@ -12,7 +12,7 @@ from dpofast.model.dropout import describe_noise, dropouts
 from dpofast.model.layer_sizes import UnknownSizesError, attention_sizes
 from dpofast.model.model_types import ENCODERS, NOT_PACKABLE, PACKABLE
 from dpofast.model.parts import ATTENTION_LAYERS, TOKENWISE_LAYERS, causal_lm
-from dpofast.model.recurrent import recurrent_family, why_not_replaced
+from dpofast.model.recurrent import recurrent_family, refuse_renamed, why_not_replaced
 from dpofast.model.rope import depends_on_length
 
 logger = logging.getLogger(__name__)
@@ -29,11 +29,14 @@ def choose_layout(wanted: str, model: nn.Module, pad_token_id: int) -> Layout:
 
     Raises:
         ConfigError: a packed layout is wanted but would be wrong for this model.
+        ModelError: the model's family is known to run packed, but this version of transformers
+            has other functions in its layers, and the layout isn't "padded".
     """
     # Two runs of an answer that several pairs have would draw other noise.
     padded = Layout("padded", pad_token_id, merges=next(dropouts(model), None) is None)
     if wanted == "padded":
         return padded
+    refuse_renamed(causal_lm(model))
     reason = why_not_packed(model)
     if reason is None:
         return Layout("shared" if wanted == "auto" else wanted, pad_token_id)

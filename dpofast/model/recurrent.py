@@ -9,10 +9,17 @@ from functools import partial
 from types import ModuleType
 from typing import Any
 
+import torch
 from torch import nn
 
 from dpofast.errors import ModelError
-from dpofast.model.recurrent_families import RECURRENT_FAMILIES, RecurrentFamily
+from dpofast.model.recurrent_families import (
+    CONVOLUTION_KERNEL,
+    RECURRENT_FAMILIES,
+    MakeShared,
+    RecurrentFamily,
+)
+from dpofast.model.recurrent_probe import open_probe
 from dpofast.model.replace import replaced_forwards
 from dpofast_kernels.attention import SharedLayout
 from dpofast_kernels.recurrent import RowParts
@@ -38,12 +45,46 @@ def why_not_replaced(lm: Any) -> str | None:
             f"{len(mixers)} of its {expected} layers with a state or a convolution are a "
             f"{family.mixer}, and only that is known"
         )
-    names = {*family.functions, *family.whole}
-    missing = sorted(name for name in names if mixers and not hasattr(_home(mixers[0]), name))
-    if missing:
-        names_missing = " and ".join(missing)
-        return f"this version of transformers has no {names_missing} for {family.mixer}"
-    return None
+    return _why_renamed(mixers, family)
+
+
+def refuse_renamed(lm: Any) -> None:
+    """Refuses a model of a known family whose mixers call functions of other names than the known.
+
+    Padded rows would be right, but several times slower than the packed rows that the family is
+    known for. So they need to be asked for.
+
+    Raises:
+        ModelError: names the functions.
+    """
+    family = recurrent_family(lm)
+    if family is None:
+        return
+    if (reason := _why_renamed(_mixers(lm, family), family)) is not None:
+        raise ModelError(
+            f"layout: packed rows of {lm.config.model_type!r} would mix their sequences, as "
+            f"{reason}; set layout: padded, or install another version of transformers."
+        )
+
+
+def describe_recurrence(lm: Any, device: torch.device) -> str | None:
+    """How the recurrences of packed rows run on a device, in words; None if a model has none."""
+    family = recurrent_family(lm)
+    if family is None or family.kernel is None or not _mixers(lm, family):
+        return None
+    return family.kernel.describe(device)
+
+
+def runs_kernel(lm: Any, device: torch.device) -> bool:
+    """Whether a kernel of another package runs a model's recurrences on a device."""
+    family = recurrent_family(lm)
+    return family is not None and family.kernel is not None and family.kernel.runs_on(device)
+
+
+def needs_device(lm: Any, device: torch.device) -> bool:
+    """Whether transformers calls kernels in a model's mixers that run on this device only."""
+    is_known = recurrent_family(lm) is not None
+    return is_known and (CONVOLUTION_KERNEL.runs_on(device) or runs_kernel(lm, device))
 
 
 @contextlib.contextmanager
@@ -74,6 +115,15 @@ def _mixers(lm: Any, family: RecurrentFamily) -> list[nn.Module]:
     return [module for module in lm.modules() if type(module).__name__ == family.mixer]
 
 
+def _why_renamed(mixers: list[nn.Module], family: RecurrentFamily) -> str | None:
+    """The reason if the module of a model's mixers lacks functions that they are known to call."""
+    names = {*family.functions, *family.whole}
+    missing = sorted(name for name in names if mixers and not hasattr(_home(mixers[0]), name))
+    if not missing:
+        return None
+    return f"this version of transformers has no {' and '.join(missing)} for {family.mixer}"
+
+
 def _home(mixer: nn.Module) -> ModuleType:
     """The Python module in which a mixer looks its functions up."""
     return sys.modules[type(mixer).__module__]
@@ -100,17 +150,19 @@ def _packed_forward(
     """
     home, called = _home(mixer), set()
 
-    def noted(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    def shared(name: str, make_shared: MakeShared) -> Callable[..., Any]:
+        function = getattr(home, name)
+        replaced = make_shared(function, parts)
+
         def call(*args: Any, **kwargs: Any) -> Any:
             called.add(name)
-            return function(*args, **kwargs)
+            if (probe := open_probe()) is not None:
+                probe.compare(name, function, replaced, parts, args, kwargs)
+            return replaced(*args, **kwargs)
 
         return call
 
-    functions = {
-        name: noted(name, make_shared(getattr(home, name), parts))
-        for name, make_shared in family.functions.items()
-    }
+    functions = {name: shared(name, make) for name, make in family.functions.items()}
     with _replaced_functions(home, {**functions, **dict.fromkeys(family.whole, _nothing)}):
         output = own(*args, **kwargs)
     if missing := [name for name in functions if name not in called]:

@@ -268,7 +268,7 @@ def test_kernels_that_ignore_where_sequences_begin_are_refused(monkeypatch, fami
 
 
 @pytest.mark.parametrize("layout", ["shared", "unshared"])
-@pytest.mark.parametrize("family", KINDS)
+@pytest.mark.parametrize("family", [*KINDS, pytest.param("kimi_linear", marks=pytest.mark.slow)])
 def test_running_straight_through_a_row_is_refused(monkeypatch, family, layout):
     """Each of a family's functions matters."""
     model = tiny_model(family)
@@ -295,7 +295,7 @@ def test_a_run_with_such_a_kernel_stops_before_its_first_step(tmp_path, monkeypa
 
 
 @pytest.mark.parametrize("family", KINDS)
-def test_functions_of_other_names_are_noticed(monkeypatch, family):
+def test_functions_of_other_names_are_refused(monkeypatch, family):
     model = tiny_model(family)
     names, home = home_of(model)
     for name in (*names.functions, *names.whole):
@@ -303,9 +303,24 @@ def test_functions_of_other_names_are_noticed(monkeypatch, family):
             patch.delattr(home, name)
             reason = f"this version of transformers has no {name} for {names.mixer}"
             assert why_not_packed(model) == reason
-            assert choose_layout("auto", model, 0).name == "padded"
-            with pytest.raises(ConfigError, match=reason):
-                choose_layout("shared", model, 0)
+            for layout in ("auto", "shared", "unshared"):
+                with pytest.raises(ModelError, match=f"{reason}; set layout: padded"):
+                    choose_layout(layout, model, 0)
+            assert choose_layout("padded", model, 0).name == "padded"
+
+
+@pytest.mark.slow
+def test_a_run_with_functions_of_other_names_is_refused_before_its_first_step(
+    tmp_path, monkeypatch
+):
+    model = tiny_model("qwen3_5")
+    _, home = home_of(model)
+    renamed = home.torch_chunk_gated_delta_rule
+    monkeypatch.delattr(home, "torch_chunk_gated_delta_rule")
+    monkeypatch.setattr(home, "gated_delta_rule", renamed, raising=False)
+    pairs = token_pairs(4, vocab_size=VOCAB_SIZE)
+    with pytest.raises(ModelError, match="has no torch_chunk_gated_delta_rule for Qwen3_5Gated"):
+        make_trainer(tmp_path, model, pairs, options={"max_steps": 1})
 
 
 @pytest.mark.parametrize("family", KINDS)

@@ -258,18 +258,17 @@ class RunReference:
         self.store.open(identity)
 
     def _check_models(self) -> None:
-        """Run the start-up checks of every model, and log which attention they chose."""
-        found = {self._check(model) for model in self._models()}
-        for attention in sorted(filter(None, found)):
-            logger.info("Attention: %s.", attention)
+        """Run the start-up checks of every model, and log which kernels they chose."""
+        for line in sorted({line for model in self._models() for line in self._check(model)}):
+            logger.info("%s.", line)
         with in_blocks(self.policy):
             if self.router_loss is not None:
                 check_router_loss(self.router_loss, self.policy)
             if next(dropouts(self.policy), None) is None:
                 self.random_modules = random_modules(self.policy)
 
-    def _check(self, model: nn.Module) -> str | None:
-        """Run the start-up checks of a model; returns the attention that they chose."""
+    def _check(self, model: nn.Module) -> tuple[str, ...]:
+        """Run the start-up checks of a model; returns lines about the kernels that they chose."""
         device, autocast_dtype = self.accelerator.device, self._autocast_dtype
         check_weights(model, "The policy" if model is self.policy else "The reference")
         with in_blocks(model):
