@@ -17,10 +17,12 @@ from dpofast.model.attention import LayerAttention, any_dtype_attention, recorde
 from dpofast.model.context import context_of
 from dpofast.model.forward import evaluating, micro_batch, run_batch, run_body
 from dpofast.model.head import head_options
+from dpofast.model.liger import own_layers, runs_liger
 from dpofast.model.parts import causal_lm, num_attention_layers
 from dpofast.model.quantised import computing_dtype
 from dpofast.model.rope import check_rope
 from dpofast.model.vocabulary import vocabulary_of
+from dpofast.options.liger import OPTION as LIGER
 from dpofast_kernels.attention import AttentionOptions, WrongBackendError, probe
 from dpofast_kernels.head.naive import naive_logits
 from dpofast_kernels.rounding import product_precision
@@ -66,12 +68,14 @@ def check_model(
     Raises:
         ModelError: the model does something to its logits that dpofast doesn't know, or its
             log-probs would depend on the other rows of a batch.
-        ConfigError: packed rows would be wrong for this model, or our attention is wrong or fails
-            on this device.
+        ConfigError: packed rows would be wrong for this model, our attention is wrong or fails on
+            this device, or Liger's layers are wrong for this model.
     """
     check_rope(model)
     with any_dtype_attention(causal_lm(model).config):
-        check_head(model)
+        check_liger(model)
+        with own_layers(model):
+            check_head(model)
         if not layout.is_packed:
             check_rows(model)
             return None
@@ -153,6 +157,30 @@ def check_rows(model: nn.Module) -> None:
             f"{type(lm).__name__} gives a sequence other hidden states beside a longer one than "
             f"alone (by {error:.1%}), so its log-probs would depend on the other sequences of a "
             "batch. Only causal models can be trained; if it is one, please report this model type."
+        )
+
+
+def check_liger(model: nn.Module) -> None:
+    """Compares hidden states from Liger's layers with those from the model's own, on a few tokens.
+
+    Nothing is compared while the model is on a CPU, where Liger's layers don't run.
+
+    Raises:
+        ConfigError: they differ by more than rounding.
+    """
+    if not runs_liger(model):
+        return
+    rows = collate_padded(sample_sequences(model))
+    ligers = _scored_states(model, rows)
+    with own_layers(model):
+        expected = _scored_states(model, rows)
+    error = ((ligers - expected).norm() / expected.norm().clamp_min(1e-12)).item()
+    dtype = product_precision(computing_dtype(model), expected.device)
+    if not error <= STATES_TOLERANCE[dtype]:  # NaN is an error, too
+        raise ConfigError(
+            f"{LIGER}: Liger's layers give {type(causal_lm(model)).__name__} other hidden states "
+            f"than its own (by {error:.1%}); leave the option out, or switch kinds of layers off "
+            "in liger_kernel_config, and please report this to Liger."
         )
 
 

@@ -20,6 +20,7 @@ from dpofast.options.checkpointing import AUTO, Checkpointing, settle_checkpoint
 from dpofast.options.data_fields import check_data_fields
 from dpofast.options.foreign import refuse_unknown_options
 from dpofast.options.init_kwargs import read_init_kwargs
+from dpofast.options.liger import check_liger
 from dpofast.options.loss_fields import LossFields, settle_loss_fields, unused_loss_options
 from dpofast.options.metric_fields import settle_metrics
 from dpofast.options.named_loss import LOSS_NAMES, is_unpaired
@@ -229,7 +230,7 @@ class DPOConfig(LossFields):
         """Check the options and give each its usual form; one remark for each without effect."""
         settle_loss_fields(self)
         settle_metrics(self)
-        remarks = self.settle_trl_fields() + unused_options(self)
+        remarks = self.settle_trl_fields() + unused_options(self) + check_liger(self)
         for name in ("model_init_kwargs", "ref_model_init_kwargs"):
             setattr(self, name, read_init_kwargs(name, getattr(self, name)))
         self._check_values()

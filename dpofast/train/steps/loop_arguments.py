@@ -17,7 +17,8 @@ class LoopArguments(DPOConfig):
 
     An item holds all micro-batches of its step, so the Trainer's loop must take one item per step.
     It also sees no save_total_limit, which `SavesRun` applies instead, and nothing to be done to
-    the model's layers where the trainer has done it: no gradient checkpointing if that is auto.
+    the model's layers where the trainer does it: no layers of Liger, and no gradient checkpointing
+    if that is auto.
     Apart from that, the view and the config are one: a value that a callback sets on either is set
     on both. Logs and checkpoints show the user's values, so the view turns into text, JSON or a
     pickle as if it were the config.
@@ -46,6 +47,15 @@ class LoopArguments(DPOConfig):
     @save_total_limit.setter
     def save_total_limit(self, limit: int | None) -> None:
         self.__dict__["save_total_limit"] = limit
+
+    @property
+    def use_liger_kernel(self) -> bool:
+        """False: transformers would patch the model for good."""
+        return False
+
+    @use_liger_kernel.setter
+    def use_liger_kernel(self, value: bool) -> None:
+        self.__dict__["use_liger_kernel"] = value
 
     @property
     def gradient_checkpointing(self) -> Checkpointing:
