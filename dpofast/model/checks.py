@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -174,9 +175,11 @@ def check_liger(model: nn.Module) -> None:
     ligers = _scored_states(model, rows)
     with own_layers(model):
         expected = _scored_states(model, rows)
-    error = ((ligers - expected).norm() / expected.norm().clamp_min(1e-12)).item()
+    # The median over tokens, as rounding can send single tokens to other experts.
+    errors = (ligers - expected).norm(dim=1) / expected.norm(dim=1).clamp_min(1e-12)
+    error = errors.median().item() if errors.isfinite().all() else math.inf
     dtype = product_precision(computing_dtype(model), expected.device)
-    if not error <= STATES_TOLERANCE[dtype]:  # NaN is an error, too
+    if error > STATES_TOLERANCE[dtype]:
         raise ConfigError(
             f"{LIGER}: Liger's layers give {type(causal_lm(model)).__name__} other hidden states "
             f"than its own (by {error:.1%}); leave the option out, or switch kinds of layers off "

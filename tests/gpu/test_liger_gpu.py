@@ -25,7 +25,9 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA or ROCm device"),
 ]
 
-FAMILIES = ("llama", "qwen3", "gemma2", "phi3", "mixtral", "olmo2", "gpt_oss", "qwen3_5")
+FAMILIES = ("llama", "qwen3", "gemma2", "phi3", "olmo2")
+# In bfloat16, rounding changes the experts that tokens get, and grows in the recurrence.
+ONLY_FLOAT32 = ("mixtral", "gpt_oss", "qwen3_5")
 # Most that Liger's error may exceed that of the stock layers: both round as their dtype does, in
 # other places.
 ALLOWANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
@@ -35,13 +37,8 @@ def outcome(model, layout, device) -> Outcome:
     """One micro-batch, forward and backward."""
     model.zero_grad()
     batch = Layout(layout).collate(SHORT.sequences, SHORT.ref_logps).to(device)
-    task = PairLossTask(
-        batch.labels,
-        batch.bounds,
-        batch.ref_logps,
-        make_loss("sigmoid"),
-        head_options(model.config),
-    )
+    loss, options = make_loss("sigmoid"), head_options(model.config)
+    task = PairLossTask(batch.labels, batch.bounds, batch.ref_logps, loss, options)
     return Outcome(model, *run_task(model, batch, task))
 
 
@@ -56,9 +53,13 @@ def error(found: Outcome, truth: Outcome) -> tuple[float, float]:
     return relative(found.hidden_states, truth.hidden_states), relative(*flat)
 
 
-@pytest.mark.parametrize("dtype", ALLOWANCE)
 @pytest.mark.parametrize(
-    ("family", "layout"), [("llama", "shared"), *((family, "padded") for family in FAMILIES)]
+    ("family", "layout", "dtype"),
+    [
+        *(("llama", "shared", dtype) for dtype in ALLOWANCE),
+        *((family, "padded", dtype) for family in FAMILIES for dtype in ALLOWANCE),
+        *((family, "padded", torch.float32) for family in ONLY_FLOAT32),
+    ],
 )
 def test_as_exact_as_the_stock_layers(family, layout, dtype):
     model = tiny_model(family).to(dtype)
