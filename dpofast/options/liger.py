@@ -33,6 +33,8 @@ def check_liger(config: Any) -> list[str]:
     given = config.liger_kernel_config
     if not config.use_liger_kernel:
         return [] if given is None else [f"{KINDS_OPTION}={given!r} ({OPTION} is false)"]
+    if not isinstance(given, dict | None):
+        raise ConfigError(f"{KINDS_OPTION}: got {given!r}, expected a mapping.")
     for name, value in (given or {}).items():
         if name not in KINDS and name not in OWN:
             raise ConfigError(
@@ -47,7 +49,7 @@ def check_liger(config: Any) -> list[str]:
             )
     if _device_type(config) not in DEVICE_TYPES:
         raise ConfigError(
-            f"{OPTION}: Liger's layers need a GPU, and this run is on a CPU; leave it out."
+            f"{OPTION}: Liger's layers need a GPU, and this process has none; set it to false here."
         )
     if not _is_here():
         raise ConfigError(

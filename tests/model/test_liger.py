@@ -225,6 +225,7 @@ class TestOptions:
     @pytest.mark.parametrize(
         ("kinds", "sentence"),
         [
+            ("rope", "liger_kernel_config: got 'rope', expected a mapping"),
             ({"ropes": True}, "liger_kernel_config: 'ropes' is unknown; choose among rope"),
             ({"rope": "no"}, "liger_kernel_config: rope: got 'no', expected true or false"),
             ({"cross_entropy": True}, "cross_entropy isn't supported, as head and loss are dpo"),

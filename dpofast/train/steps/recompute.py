@@ -99,6 +99,8 @@ class Recomputation:
         free = free_bytes(config.device)
         if free is None:  # nothing is known, so memory is what counts
             return num_layers(model)
+        if not getattr(causal_lm(model), "supports_gradient_checkpointing", True):
+            return 0
         train_set = None if trainer.train_dataset is None else trainer.train_set()
         wanted = wanted_tokens(train_set, layout, config, row_tokens)
         body = body_bytes(model, layout, trainer.accelerator.autocast)
@@ -146,10 +148,7 @@ def wanted_tokens(
     if not layout.is_packed:
         return 2 * config.per_device_train_batch_size * (longest or BUSY_ROW)
     row = row_tokens or config.max_tokens_per_microbatch or BUSY_ROW
-    if longest is None:
-        return row
-    # A step's pairs can be fewer than fill a row, and a pair can be longer than a row.
-    return max(longest, min(row, config.pairs_per_rank * longest))
+    return max(row, longest or 0)  # a pair that is longer than a row gets one of its own
 
 
 def _longest(train_set: TrainingSet | None, layout: Any, config: DPOConfig) -> int | None:

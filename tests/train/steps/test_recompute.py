@@ -181,12 +181,12 @@ class TestWantedTokens:
         longest = max(train_set.token_limit.lengths)
         assert wanted_tokens(train_set, layout, made.args, 8) == longest > 8
         assert wanted_tokens(train_set, layout, made.args, longest + 5) == longest + 5
-        assert wanted_tokens(train_set, layout, made.args, 10**6) == 4 * longest, "pairs of a step"
 
     def test_without_pairs_the_limits_count(self, tmp_path: Any) -> None:
         made = DPOConfig(str(tmp_path), use_cpu=True, max_length=100, max_tokens_per_microbatch=50)
         made.per_device_train_batch_size = 3
         assert wanted_tokens(None, Layout("shared"), made, None) == 200
+        assert wanted_tokens(None, Layout("shared"), made, 300) == 300
         assert wanted_tokens(None, Layout("padded"), made, None) == 600
         made.max_length = None
         assert wanted_tokens(None, Layout("shared"), made, None) == 50
@@ -214,6 +214,16 @@ def test_every_n_layers_says_itself_which(tmp_path: Any) -> None:
     made.train()
     assert made.recomputation.layers is None
     assert flags(made.model) == [True, False] * 3
+
+
+def test_nothing_recomputes_where_transformers_cannot_make_it(
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = make_trainer(tmp_path, llama(), options=AUTO)
+    pretend(monkeypatch, 0)
+    made.model.supports_gradient_checkpointing = False
+    made.recomputation.settle(2048)
+    assert made.recomputation.layers == 0
 
 
 def test_ranks_agree_on_the_most_that_any_needs(
