@@ -186,6 +186,7 @@ class TestInARun:
         assert not [m for m in made.model.modules() if "forward" in m.__dict__]
         assert made.args.use_liger_kernel is True
 
+    @pytest.mark.slow
     def test_stored_log_probs_of_other_layers_arent_taken(self, tmp_path: Any) -> None:
         def scored(**options: Any) -> int:
             made = make_trainer(tmp_path, options=options)
