@@ -43,7 +43,8 @@ def checked_value(name: str, value: Any, annotation: Any, where: str) -> Any:
     if value is False and name.endswith("_strategy"):
         return "no"  # YAML reads the bare word no as False
     accepted = _members(annotation)
-    if isinstance(value, bool) and not {bool, Any} & set(accepted):
+    literals = {each for part in accepted if get_origin(part) is Literal for each in get_args(part)}
+    if isinstance(value, bool) and not {bool, Any} & {*accepted, *map(type, literals)}:
         raise ConfigError(_message(name, value, accepted, where))  # Python would take True for 1
     only_list = str not in accepted and any(get_origin(member) is list for member in accepted)
     if only_list and where == COMMAND_LINE and isinstance(value, int | float | str):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -19,12 +20,14 @@ from dpofast.model.attention import LayerAttention, any_dtype_attention, recorde
 from dpofast.model.context import context_of
 from dpofast.model.forward import evaluating, micro_batch, run_batch, run_body
 from dpofast.model.head import head_options
+from dpofast.model.liger import own_layers, runs_liger
 from dpofast.model.parts import causal_lm, num_attention_layers
 from dpofast.model.quantised import computing_dtype
 from dpofast.model.recurrent import describe_recurrence, needs_device, runs_kernel
 from dpofast.model.recurrent_probe import probed
 from dpofast.model.rope import check_rope
 from dpofast.model.vocabulary import vocabulary_of
+from dpofast.options.liger import OPTION as LIGER
 from dpofast_kernels.attention import AttentionOptions, WrongBackendError, probe
 from dpofast_kernels.head.naive import naive_logits
 from dpofast_kernels.rounding import product_precision
@@ -70,13 +73,15 @@ def check_model(
     Raises:
         ModelError: the model does something to its logits that dpofast doesn't know, or its
             log-probs would depend on the other rows of a batch.
-        ConfigError: packed rows would be wrong for this model, or our attention is wrong or fails
-            on this device.
+        ConfigError: packed rows would be wrong for this model, our attention is wrong or fails on
+            this device, or Liger's layers are wrong for this model.
     """
     check_rope(model)
     lm = causal_lm(model)
     with any_dtype_attention(lm.config), _where_kernels_run(model, device):
-        check_head(model)
+        check_liger(model)
+        with own_layers(model):
+            check_head(model)
         if not layout.is_packed:
             check_rows(model)
             return ()
@@ -196,6 +201,32 @@ def _precision(model: nn.Module, device: torch.device) -> torch.dtype:
     if dtype == torch.float32 and runs_kernel(causal_lm(model), device):
         return torch.float16  # the products of Triton kernels are in TF32, whatever PyTorch's are
     return dtype
+
+
+def check_liger(model: nn.Module) -> None:
+    """Compares hidden states from Liger's layers with those from the model's own, on a few tokens.
+
+    Nothing is compared while the model is on a CPU, where Liger's layers don't run.
+
+    Raises:
+        ConfigError: they differ by more than rounding.
+    """
+    if not runs_liger(model):
+        return
+    rows = collate_padded(sample_sequences(model))
+    ligers = _scored_states(model, rows)
+    with own_layers(model):
+        expected = _scored_states(model, rows)
+    # The median over tokens, as rounding can send single tokens to other experts.
+    errors = (ligers - expected).norm(dim=1) / expected.norm(dim=1).clamp_min(1e-12)
+    error = errors.median().item() if errors.isfinite().all() else math.inf
+    dtype = product_precision(computing_dtype(model), expected.device)
+    if error > STATES_TOLERANCE[dtype]:
+        raise ConfigError(
+            f"{LIGER}: Liger's layers give {type(causal_lm(model)).__name__} other hidden states "
+            f"than its own (by {error:.1%}); leave the option out, or switch kinds of layers off "
+            "in liger_kernel_config, and please report this to Liger."
+        )
 
 
 def _scored_states(model: nn.Module, batch: PackedPairs) -> Tensor:

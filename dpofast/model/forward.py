@@ -18,6 +18,7 @@ from dpofast.data.packing.batch import PackedPairs
 from dpofast.errors import ModelError
 from dpofast.model.attention import attention_calls, packed_attention
 from dpofast.model.head import HeadTask, head_forwards
+from dpofast.model.liger import liger_layers
 from dpofast.model.parts import body_of, causal_lm, num_attention_layers
 from dpofast.model.quantised import quantised_layers
 from dpofast.model.recurrent import packed_recurrence
@@ -52,6 +53,7 @@ def micro_batch(model: nn.Module, batch: PackedPairs) -> Iterator[None]:
     """
     lm = causal_lm(model)
     with (
+        liger_layers(lm, batch.input_ids.device),
         packed_attention(lm.config, batch.shared_layout),
         packed_recurrence(lm, batch.shared_layout),
         rope_of_each_row(lm, batch),

@@ -26,6 +26,11 @@ def is_peft_model(model: nn.Module) -> bool:
     return hasattr(model, "peft_config") and hasattr(model, "get_base_model")
 
 
+def is_placed(model: nn.Module) -> bool:
+    """Whether from_pretrained has spread the model over devices, where it must stay."""
+    return hasattr(causal_lm(model), "hf_device_map")
+
+
 def body_of(model: Any) -> nn.Module:
     """The part of a causal LM that computes the hidden states for the head.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from functools import partial
 from types import ModuleType
 from typing import Any
@@ -20,7 +20,7 @@ from dpofast.model.recurrent_families import (
     RecurrentFamily,
 )
 from dpofast.model.recurrent_probe import open_probe
-from dpofast.model.replace import replaced_forwards
+from dpofast.model.replace import replaced_forwards, replaced_functions
 from dpofast_kernels.attention import SharedLayout
 from dpofast_kernels.recurrent import RowParts
 
@@ -163,7 +163,7 @@ def _packed_forward(
         return call
 
     functions = {name: shared(name, make) for name, make in family.functions.items()}
-    with _replaced_functions(home, {**functions, **dict.fromkeys(family.whole, _nothing)}):
+    with replaced_functions(home, {**functions, **dict.fromkeys(family.whole, _nothing)}):
         output = own(*args, **kwargs)
     if missing := [name for name in functions if name not in called]:
         raise ModelError(
@@ -175,19 +175,3 @@ def _packed_forward(
 
 def _nothing(*_: Any, **__: Any) -> None:
     """What a function gives that would run a whole mixer in one kernel, where there is none."""
-
-
-@contextlib.contextmanager
-def _replaced_functions(
-    home: ModuleType, functions: Mapping[str, Callable[..., Any]]
-) -> Iterator[None]:
-    """Sets functions of a Python module inside the block.
-
-    This lasts for one call of one mixer, so nothing else of the module meets them.
-    """
-    kept = {name: getattr(home, name) for name in functions}
-    vars(home).update(functions)
-    try:
-        yield
-    finally:
-        vars(home).update(kept)

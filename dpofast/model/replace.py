@@ -1,10 +1,10 @@
-"""Replaces the forward of single modules for a while."""
+"""Replaces the forward of single modules, or functions of a Python module, for a while."""
 
 from __future__ import annotations
 
 import contextlib
 import types
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -33,3 +33,19 @@ def replaced_forwards(replacements: Sequence[Replacement]) -> Iterator[None]:
                 del module.forward
             else:
                 module.forward = forward
+
+
+@contextlib.contextmanager
+def replaced_functions(
+    home: types.ModuleType, functions: Mapping[str, Callable[..., Any]]
+) -> Iterator[None]:
+    """Inside the `with` block, functions of a Python module are others.
+
+    This should last for no longer than our own calls, as other code could meet them.
+    """
+    kept = {name: getattr(home, name) for name in functions}
+    vars(home).update(functions)
+    try:
+        yield
+    finally:
+        vars(home).update(kept)

@@ -99,11 +99,13 @@ ROUNDING = frozenset(
         "gradient_checkpointing",
         "gradient_checkpointing_kwargs",
         "layout",
+        "liger_kernel_config",
         "max_tokens_per_microbatch",
         "per_device_train_batch_size",
         "ranks",
         "tf32",
         "use_cpu",
+        "use_liger_kernel",
         "versions",
     }
 )

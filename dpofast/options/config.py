@@ -16,9 +16,11 @@ from dpofast.data.reading.bad_rows import check_strictness
 from dpofast.data.tokens.truncate import TRUNCATION_MODES, LengthLimits
 from dpofast.errors import ConfigError
 from dpofast.options.allowed_changes import read_allowed
+from dpofast.options.checkpointing import AUTO, Checkpointing, settle_checkpointing
 from dpofast.options.data_fields import check_data_fields
 from dpofast.options.foreign import refuse_unknown_options
 from dpofast.options.init_kwargs import read_init_kwargs
+from dpofast.options.liger import check_liger
 from dpofast.options.loss_fields import LossFields, settle_loss_fields, unused_loss_options
 from dpofast.options.metric_fields import settle_metrics
 from dpofast.options.named_loss import LOSS_NAMES, is_unpaired
@@ -49,6 +51,9 @@ class DPOConfig(LossFields):
     Attributes:
         warmup_ratio: share of all steps in which the learning rate rises; ignored if warmup_steps
             is set.
+        gradient_checkpointing: recompute activations in the backward: of all layers (true), of none
+            (false), or of as many as the memory of the GPU asks for (auto). On a CPU auto means
+            all layers.
         model_init_kwargs: arguments of `from_pretrained`, used if the model is given by name. The
             model is loaded in float32 unless they name a `dtype`.
         ref_model_init_kwargs: arguments of `from_pretrained` for a ref_model given by name, in
@@ -107,8 +112,12 @@ class DPOConfig(LossFields):
     logging_nan_inf_filter: bool = field(
         default=False, metadata={"help": "Hide NaN and inf losses in the logs."}
     )
-    gradient_checkpointing: bool = field(
-        default=True, metadata={"help": "Recompute activations in the backward pass."}
+    gradient_checkpointing: Checkpointing = field(
+        default=AUTO,
+        metadata={
+            "help": "Recompute activations in the backward: true, false or auto.",
+            **{"nargs": "?", "const": True},  # `--gradient_checkpointing` means true
+        },
     )
     bf16: bool | None = field(
         default=None, metadata={"help": "bfloat16 autocast; the default where fp16 isn't set."}
@@ -199,7 +208,7 @@ class DPOConfig(LossFields):
         if self.bf16 is None:
             # Without a GPU that supports bfloat16, it is the default only if use_cpu is set.
             self.bf16 = not self.fp16 and (self.use_cpu or is_torch_bf16_gpu_available())
-        self._name_checkpointing()
+        settle_checkpointing(self)
         remarks = self._settle()
         self._post_init_with_deepspeed()
         if self.n_gpu > 1:
@@ -221,7 +230,7 @@ class DPOConfig(LossFields):
         """Check the options and give each its usual form; one remark for each without effect."""
         settle_loss_fields(self)
         settle_metrics(self)
-        remarks = self.settle_trl_fields() + unused_options(self)
+        remarks = self.settle_trl_fields() + unused_options(self) + check_liger(self)
         for name in ("model_init_kwargs", "ref_model_init_kwargs"):
             setattr(self, name, read_init_kwargs(name, getattr(self, name)))
         self._check_values()
@@ -258,16 +267,6 @@ class DPOConfig(LossFields):
             self.deepspeed = given  # logs and checkpoints show what the user gave
         if self.deepspeed_plugin is not None:
             settle_deepspeed(self)
-
-    def _name_checkpointing(self) -> None:
-        """Accept both names of gradient checkpointing, which transformers 5.23 renamed.
-
-        DPOConfig sets a default under the old name. transformers would warn about that name if the
-        new one were empty, so the value is copied to the new one.
-        """
-        for suffix in ("checkpointing", "checkpointing_kwargs"):
-            if getattr(self, f"activation_{suffix}", ...) is None:
-                setattr(self, f"activation_{suffix}", getattr(self, f"gradient_{suffix}"))
 
     def loading_options(self) -> dict[str, Any]:
         """The arguments of `from_pretrained`, the same for policy and reference."""

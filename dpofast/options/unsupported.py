@@ -28,8 +28,6 @@ UNUSED = {
     "remove_unused_columns": _COLUMNS,
     "label_names": _COLUMNS,
     "length_column_name": _COLUMNS,
-    "use_liger_kernel": "dpofast's own kernels run",
-    "liger_kernel_config": "dpofast's own kernels run",
     "use_cache": "training needs no cache of keys and values",
     "torch_empty_cache_steps": "PyTorch keeps the memory that it has",
     "average_tokens_across_devices": "a step's loss is the mean over its pairs on all ranks",
@@ -41,8 +39,6 @@ UNUSED = {
 
 def unused_options(config: Any) -> list[str]:
     """Looks for options that are given, but that nothing here reads.
-
-    use_liger_kernel is switched off, since transformers' Trainer would patch the model's layers.
 
     Args:
         config: a DPOConfig, before transformers reads it.
@@ -57,7 +53,6 @@ def unused_options(config: Any) -> list[str]:
         default = item.default if item.default_factory is MISSING else item.default_factory()
         if value != default:
             remarks.append(f"{name}={value!r} ({reason})")
-    config.use_liger_kernel = False
     if config.warmup_ratio and config.warmup_steps:
         remarks.append(f"warmup_ratio={config.warmup_ratio!r} (warmup_steps is set)")
     return remarks

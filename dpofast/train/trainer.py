@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping
-from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -64,8 +63,8 @@ from dpofast.train.signals.stops import StopsOnSignals, ends_at_signals
 from dpofast.train.steps.clipping import ClipsExactly
 from dpofast.train.steps.loaders import StepLoaders, whole_step
 from dpofast.train.steps.loop_arguments import one_item_per_step
-from dpofast.train.steps.memory import row_tokens_on_all_ranks
 from dpofast.train.steps.micro_batches import PairLossPass, gradient_exchange
+from dpofast.train.steps.recompute import Recomputation
 from dpofast_kernels import CoupledFunction, PairFunction
 
 logger = logging.getLogger(__name__)
@@ -201,9 +200,9 @@ class DPOTrainer(
             *(self.model, ref_model, self.accelerator, self.layout, config, router_loss),
             is_used=not self.pair_loss.is_reference_free,
         )
-        self.loaders = StepLoaders(
-            config, self.layout, self.reference, partial(row_tokens_on_all_ranks, self)
-        )
+        self.recomputation = Recomputation(self)
+        measure = self.recomputation.row_tokens
+        self.loaders = StepLoaders(config, self.layout, self.reference, measure)
         self._pair_loss_pass = self.pass_class(
             *(self.model, router_loss, self.accelerator.autocast, config.device, own_metrics),
             *(self.data.likelihood, config.weighting(), tuple(config.metrics or ())),
@@ -288,6 +287,7 @@ class DPOTrainer(
         check_noise(self)
         checkpoint, first_step = self.resume(resume_from_checkpoint, train_set, num_steps)
         self.loaders.settle()
+        self.recomputation.settle(self.loaders.row_tokens)
         if checkpoint is None:
             self.begin_afresh(train_set, num_steps)
         # Before the policy moves: it may be the reference.
@@ -301,6 +301,7 @@ class DPOTrainer(
         self.say_what_coupling_costs()
         self.reference.policy_moves(is_needed=train_set.has_more(first_step))
         guard_reporters(self.callback_handler.callbacks)
+        self.recomputation.apply()
         given = self.args
         with one_item_per_step(given) as self.args:
             try:

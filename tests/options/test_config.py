@@ -31,7 +31,6 @@ def test_defaults_are_trls(tmp_path):
         "truncation_mode",
         "learning_rate",
         "logging_steps",
-        "gradient_checkpointing",
         "bf16",
         "disable_dropout",
         "lr_scheduler_type",
@@ -163,6 +162,17 @@ def test_compiling_that_the_launcher_brings_is_refused(tmp_path, monkeypatch):
         config(tmp_path)
     monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "NO")
     config(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"), [((), "auto"), (("auto",), "auto"), (("",), True), (("false",), False)]
+)
+def test_a_command_line_says_whether_layers_recompute(tmp_path, given, expected):
+    arguments = ["--output_dir", str(tmp_path), "--use_cpu"]
+    if given:
+        arguments += ["--gradient_checkpointing", *filter(None, given)]
+    (options,) = HfArgumentParser(DPOConfig).parse_args_into_dataclasses(arguments)
+    assert options.gradient_checkpointing == expected
 
 
 @pytest.mark.parametrize("value", [True, False])

@@ -107,11 +107,10 @@ def test_what_would_change_the_training_is_refused_all_at_once(tmp_path: Path, g
 def test_what_has_no_effect_is_taken_with_one_line(
     tmp_path: Path, give: Way, caplog: pytest.LogCaptureFixture
 ) -> None:
-    options = {"padding_free": True, "pad_to_multiple_of": 8, "use_liger_kernel": True}
+    options = {"padding_free": True, "pad_to_multiple_of": 8, "use_cache": True}
     with caplog.at_level(logging.WARNING, "dpofast"):
         config = give(tmp_path, options)
     assert config.padding_free is True
-    assert config.use_liger_kernel is False, "transformers' Trainer would patch the model"
     (line,) = [record.getMessage() for record in caplog.records if "effect" in record.message]
     assert line.startswith("These options have no effect: ")
     for name, value in options.items():
@@ -220,13 +219,12 @@ def test_an_option_that_a_script_sets_later_is_taken_as_if_it_were_given(
 ) -> None:
     config = by_keywords(tmp_path, {"padding_free": True})
     caplog.clear()
-    config.loss_type, config.max_target_length, config.use_liger_kernel = "hinge", 7, True
+    config.loss_type, config.max_target_length, config.use_cache = "hinge", 7, True
     for _ in range(2):
         assert resolve_config(config, {}, "model") is config
     assert (config.loss_type, config.max_completion_length) == (["hinge"], 7)
-    assert config.use_liger_kernel is False
     (line,) = [record.getMessage() for record in caplog.records]
-    assert line.startswith("These options have no effect: use_liger_kernel=True (")
+    assert line.startswith("These options have no effect: use_cache=True (")
     assert "padding_free" not in line, "it was named when it was given"
 
 

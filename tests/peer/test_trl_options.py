@@ -59,7 +59,10 @@ COMPARED = {
     "trust_remote_code": "tests/options/test_config.py::test_the_old_name_of_dtype_is_taken",
 }
 # docs/configuration.md and docs/from-trl.md name these.
-OTHER_DEFAULTS = {"precompute_ref_log_probs", "logging_nan_inf_filter", "report_to"}
+OTHER_DEFAULTS = {
+    *("precompute_ref_log_probs", "logging_nan_inf_filter", "report_to"),
+    "gradient_checkpointing",
+}
 # Options of transformers that are refused, with a value.
 REFUSED = {
     "label_smoothing_factor": 0.1,

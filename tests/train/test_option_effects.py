@@ -19,7 +19,6 @@ WITHOUT_EFFECT = {
     "dataset_kwargs": {"skip_prepare_dataset": True},
     "f_alpha_divergence_coef": 0.9,
     "ref_model_sync_steps": 1,
-    "use_liger_kernel": True,
     "remove_unused_columns": False,
     "use_cache": True,
     "torch_empty_cache_steps": 1,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from dpofast.reference.identity.description import ReferenceIdentity
@@ -23,6 +25,7 @@ def model_identity(
     attention: str,
     head_version: int,
     rope_depends_on_length: bool = False,
+    layers: Sequence[str] = (),
     gather: Gather | None = None,
 ) -> ReferenceIdentity:
     """Identify a model by what determines its log-probs, however it was loaded.
@@ -41,6 +44,8 @@ def model_identity(
         head_version: version of the code that turns hidden states into log-probs.
         rope_depends_on_length: whether RoPE has other frequencies for longer sequences; the model
             must have scored each sequence with those of its own length.
+        layers: names of layers that run in place of the model's own; without any there is no entry,
+            so that rows of earlier versions keep their identity.
         gather: context manager that makes a sharded tensor whole. With it, all ranks must call
             this function at the same time; they visit the tensors in the same order.
 
@@ -65,6 +70,7 @@ def model_identity(
             "config": config,
             **quantised,
             **(ROPE_ENTRY if rope_depends_on_length else {}),
+            **({"layers": list(layers)} if layers else {}),
         }
     )
 

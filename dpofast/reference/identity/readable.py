@@ -61,6 +61,7 @@ def readable_lines(description: dict[str, Any]) -> list[str]:
         "quantised": _listed(rest.pop("quantised", None)),
         "computed in": computed_in if "autocast_dtype" in description else "",
         "attention": _attention(rest),
+        "layers": _listed(rest.pop("layers", None)),
         "head": f"version {versions[0]} of dpofast's" if versions else "",
         "logits": logits if "config" in description else "",
         "positions": _options(_take(rest, lambda n: any(part in n for part in POSITION_PARTS))),

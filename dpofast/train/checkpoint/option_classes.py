@@ -76,9 +76,11 @@ ROUNDING = frozenset(
         "gradient_checkpointing",
         "gradient_checkpointing_kwargs",
         "layout",
+        "liger_kernel_config",
         "max_tokens_per_microbatch",
         "tf32",
         "use_cpu",
+        "use_liger_kernel",
     }
 )
 # Options whose effect other facts show: token ids, the model's config, the dtype of its weights, or
@@ -144,7 +146,6 @@ NEUTRAL = frozenset(
         "label_names",
         "label_smoothing_factor",
         "length_column_name",
-        "liger_kernel_config",
         "load_best_model_at_end",
         "local_rank",
         "log_level",
@@ -191,7 +192,6 @@ NEUTRAL = frozenset(
         "trackio_static_space_id",
         "trust_checkpoint",
         "use_cache",
-        "use_liger_kernel",
         "verify_checkpoint",
     }
 )

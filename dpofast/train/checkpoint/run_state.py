@@ -31,6 +31,7 @@ class RunState:
         facts: what decides the numbers of the rest of the run, from `run_facts`.
         sums: what each rank has added up for its logs, in rank order.
         beta: where the controller of target_kl stands; None without it.
+        recomputed_layers: layers that recompute their activations; None if the options name them.
     """
 
     reference_digest: str
@@ -44,6 +45,7 @@ class RunState:
     facts: dict[str, Any] | None = None
     sums: list[dict[str, Any]] | None = None
     beta: dict[str, Any] | None = None
+    recomputed_layers: int | None = None
 
     def save(self, checkpoint: str | Path) -> None:
         """Writes the state into a checkpoint's folder, which is made if it doesn't exist yet."""

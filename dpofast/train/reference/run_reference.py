@@ -21,14 +21,16 @@ from dpofast.data.packing.collate import Layout
 from dpofast.errors import DataError, ReferenceStoreError
 from dpofast.model.checks import check_model
 from dpofast.model.dropout import dropouts
+from dpofast.model.liger import liger_names, use_liger
 from dpofast.model.packable import why_not_packed
-from dpofast.model.parts import causal_lm
+from dpofast.model.parts import causal_lm, is_placed
 from dpofast.model.quantised import computing_dtype, keep_differentiable
 from dpofast.model.randomness import random_modules
 from dpofast.model.rope import depends_on_length
 from dpofast.model.router import RouterLoss, check_router_loss
 from dpofast.model.scorer import SequenceScorer
 from dpofast.options.config import DPOConfig
+from dpofast.options.liger import liger_kinds
 from dpofast.reference.build.answers import PairAnswers, read_answers
 from dpofast.reference.build.batches import Batches, BatchesOfAnswers, BatchesOfTokens
 from dpofast.reference.identity.description import ReferenceIdentity
@@ -90,6 +92,7 @@ class RunReference:
         num_pairs = config.precompute_ref_batch_size or config.per_device_train_batch_size
         self.num_answers = 2 * num_pairs  # in a forward pass, if no limit in tokens is given
         self.disables_dropout = config.disable_dropout
+        self._liger = liger_kinds(config)
         self.is_gone = False
         self.random_modules: dict[str, nn.Module] = {}
         self._identity: ReferenceIdentity | None = None
@@ -277,6 +280,7 @@ class RunReference:
     def _prepare(self, model: nn.Module) -> None:
         """Make a model ready to be identified and scored."""
         keep_differentiable(model)
+        use_liger(model, self._liger)
         if self._is_under_deepspeed:
             cast_weights(model, self.accelerator.deepspeed_plugin.deepspeed_config)
 
@@ -286,7 +290,7 @@ class RunReference:
         answers = read_answers(dataset.answer_pairs(), dataset.answer_index)
         if not self.is_gone:
             logps = self._filled(self._model, dataset, answers, row_tokens, rescore)
-            if self.ref_model is not None and not _is_placed(self.ref_model):
+            if self.ref_model is not None and not is_placed(self.ref_model):
                 self.ref_model.to(self._home)  # its place on the device is free for training again
             return logps
         # Ranks can see different rows, but must look for the reference together.
@@ -343,7 +347,7 @@ class RunReference:
 
         A run that finds everything in the store never needs the memory for it.
         """
-        if not _is_placed(model):
+        if not is_placed(model):
             model.to(self.accelerator.device)
         return self._scorer(model)(sequences)
 
@@ -374,6 +378,7 @@ class RunReference:
             attention=causal_lm(model).config._attn_implementation,
             head_version=HEAD_VERSION,
             rope_depends_on_length=depends_on_length(model),
+            layers=liger_names(model),
             gather=gathered if self._is_under_deepspeed else None,
         )
 
@@ -391,8 +396,3 @@ class RunReference:
     def _sum_over_ranks(self, counts: list[int]) -> list[int]:
         vector = torch.tensor(counts, device=self.accelerator.device)
         return self.accelerator.reduce(vector, reduction="sum").tolist()
-
-
-def _is_placed(model: nn.Module) -> bool:
-    """Whether from_pretrained has spread the model over devices, where it must stay."""
-    return hasattr(causal_lm(model), "hf_device_map")

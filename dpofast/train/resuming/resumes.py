@@ -44,6 +44,7 @@ from dpofast.train.reference.run_reference import RunReference
 from dpofast.train.resuming.continues_run import ContinuesRun
 from dpofast.train.resuming.room import SaveSize, check_room, save_size
 from dpofast.train.steps.loaders import StepLoaders
+from dpofast.train.steps.recompute import Recomputation
 
 REPORTS = (METRICS_FILE, SUMMARY_FILE, PLOT_FILE)
 # Methods by which a subclass makes an optimizer of its own.
@@ -66,6 +67,7 @@ class ResumesRun(ContinuesRun, Trainer):
     args: DPOConfig
     reference: RunReference
     loaders: StepLoaders
+    recomputation: Recomputation
     run_id: str | None = None
     resumed_at_end: bool = False
     exports_model: bool = False
@@ -97,7 +99,8 @@ class ResumesRun(ContinuesRun, Trainer):
     def resume(self, given: Any, train_set: TrainingSet, num_steps: int) -> tuple[str | None, int]:
         """Choose where the run begins, and restore what isn't in transformers' files.
 
-        These are the reference, the length of rows, and the place in a stream. On several ranks,
+        These are the reference, the length of rows, the layers that recompute, and the place in a
+        stream. On several ranks,
         rank 0 chooses for all.
 
         Args:
@@ -147,6 +150,7 @@ class ResumesRun(ContinuesRun, Trainer):
         self.reference.restore(recorded, checkpoint)
         self.begin_betas(num_steps, recorded.beta)
         self.loaders.settle(recorded.row_tokens)
+        self.recomputation.settle(self.loaders.row_tokens, recorded.recomputed_layers)
         done_on(self.args.should_save, lambda: self._settle(start, folder))
         self.resumed_at_end = step == num_steps
         if self.resumed_at_end:

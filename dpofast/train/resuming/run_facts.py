@@ -62,7 +62,7 @@ def option_facts(config: DPOConfig, num_steps: int) -> dict[str, Any]:
     names = sorted((COMPARED | ROUNDING) - REPLACED)
     facts = {name: shown.get(name) for name in names if hasattr(config, name)}
     # One option has two names, of which the older versions of transformers know the older one.
-    facts["activation_checkpointing"] = config.gradient_checkpointing
+    facts["activation_checkpointing"] = shown["gradient_checkpointing"]
     # Checkpoints of early versions record a single name.
     facts["loss_type"] = config.loss_type if len(config.loss_type) > 1 else config.loss_type[0]
     facts |= loss_facts(config)

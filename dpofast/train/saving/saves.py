@@ -155,7 +155,8 @@ class SavesRun(WritesCards, ContinuesRun, Trainer):
             kept = self.args.precompute_ref_log_probs
             state = self.reference.run_state(kept, self.loaders.row_tokens)
             state = replace(state, stream=self.stream_state(), facts=self.facts, sums=sums)
-            state = replace(state, beta=self.recorded_beta())
+            layers = self.recomputation.layers
+            state = replace(state, beta=self.recorded_beta(), recomputed_layers=layers)
             state.save(self._staged.folder)
             self.write_card(self.args.output_dir)  # which hub_strategy may upload at once
         super()._save_checkpoint(model, trial)

@@ -7,6 +7,7 @@ import copy
 from collections.abc import Iterator
 from typing import Any
 
+from dpofast.options.checkpointing import Checkpointing, chooses_layers
 from dpofast.options.config import DPOConfig
 from dpofast.zero.batch import ShownBatch
 
@@ -15,7 +16,9 @@ class LoopArguments(DPOConfig):
     """A view of the user's DPOConfig in which nothing is accumulated over items of a loader.
 
     An item holds all micro-batches of its step, so the Trainer's loop must take one item per step.
-    It also sees no save_total_limit, which `SavesRun` applies instead.
+    It also sees no save_total_limit, which `SavesRun` applies instead, and nothing to be done to
+    the model's layers where the trainer does it: no layers of Liger, and no gradient checkpointing
+    if that is auto.
     Apart from that, the view and the config are one: a value that a callback sets on either is set
     on both. Logs and checkpoints show the user's values, so the view turns into text, JSON or a
     pickle as if it were the config.
@@ -44,6 +47,37 @@ class LoopArguments(DPOConfig):
     @save_total_limit.setter
     def save_total_limit(self, limit: int | None) -> None:
         self.__dict__["save_total_limit"] = limit
+
+    @property
+    def use_liger_kernel(self) -> bool:
+        """False: transformers would patch the model for good."""
+        return False
+
+    @use_liger_kernel.setter
+    def use_liger_kernel(self, value: bool) -> None:
+        self.__dict__["use_liger_kernel"] = value
+
+    @property
+    def gradient_checkpointing(self) -> Checkpointing:
+        return self._checkpointing("gradient_checkpointing")
+
+    @gradient_checkpointing.setter
+    def gradient_checkpointing(self, value: Checkpointing) -> None:
+        self.__dict__["gradient_checkpointing"] = value
+
+    @property
+    def activation_checkpointing(self) -> Checkpointing:
+        return self._checkpointing("activation_checkpointing")
+
+    @activation_checkpointing.setter
+    def activation_checkpointing(self, value: Checkpointing) -> None:
+        self.__dict__["activation_checkpointing"] = value
+
+    def _checkpointing(self, name: str) -> Checkpointing:
+        if name not in self.__dict__:  # a version of transformers that doesn't have it
+            raise AttributeError(name)
+        value: Checkpointing = self.__dict__[name]
+        return False if chooses_layers(self.config) else value
 
     def __repr__(self) -> str:
         return repr(self.config)

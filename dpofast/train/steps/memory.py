@@ -13,6 +13,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from dpofast.data.packing.collate import Layout
 from dpofast.model.forward import evaluating, micro_batch, run_body
 from dpofast.model.parts import causal_lm, num_bytes, numel
+from dpofast.options.checkpointing import EVERY, checkpointing_options
 from dpofast.options.config import DPOConfig
 from dpofast.zero.blocks import runnable
 from dpofast_kernels import PairLoss, PreferenceLoss
@@ -33,22 +34,22 @@ LARGEST_ROW, SMALLEST_ROW, STEP = 2**16, 2**9, 2**8
 MOMENTS = 2  # states of Adam per parameter
 
 
-def row_tokens_on_all_ranks(trainer: Any) -> int:
+def row_tokens_on_all_ranks(trainer: Any, checkpointed: int | None = None) -> int:
     """The most tokens of a packed row that fit the GPU of every rank.
 
     All ranks call this together.
 
     Args:
         trainer: a DPOTrainer whose model isn't trained yet.
+        checkpointed: layers that will be checkpointed; None for those that the options name.
     """
     with runnable(trainer):  # ZeRO-3 has no engine for the model yet
         free = free_device_bytes(trainer.args.device)
         autocast = trainer.accelerator.autocast
         tokens = tokens_that_fit(
             *(trainer.model, trainer.layout, trainer.args, autocast, free),
-            waiting_sums(
-                trainer.pair_loss, bool(trainer.data.likelihood), trainer.args.use_weighting
-            ),
+            waiting_sums_of(trainer),
+            checkpointed,
         )
     own = torch.tensor([tokens], device=trainer.args.device)
     return int(trainer.accelerator.gather(own).min())
@@ -61,6 +62,7 @@ def tokens_that_fit(
     autocast: Callable[[], Any],
     free_bytes: int,
     waiting: int = 1,
+    checkpointed: int | None = None,
 ) -> int:
     """The most tokens of a packed row with which a training step fits a device's memory.
 
@@ -71,18 +73,13 @@ def tokens_that_fit(
         autocast: returns the context manager of a forward pass.
         free_bytes: free bytes of the device, with the model where it is now.
         waiting: gradients of the head's weight that a long pair needs beside the result.
+        checkpointed: layers that will be checkpointed; None for those that the options name.
 
     Returns:
         A multiple of 256 from 512 to 65,536, even if less or more is free.
     """
-    lm = causal_lm(model)
-    # `training_bytes` counts the parameters again, so those already on the device are added to what
-    # is free. ZeRO-3 keeps this rank's part of a parameter in ds_tensor.
-    held: list[Tensor] = [getattr(p, "ds_tensor", p) for p in model.parameters()]
-    placed = sum(part.nbytes for part in held if part.device.type != "cpu")
-    cost = row_bytes(model, layout, config, autocast)
-    left = free_bytes + placed - training_bytes(model, config) - cost.fixed
-    left -= _head_bytes(lm, waiting)
+    cost = row_bytes(model, layout, config, autocast, checkpointed)
+    left = bytes_for_rows(model, config, free_bytes, waiting) - cost.fixed
     tokens = int(USED_SHARE * left / cost.per_token)
     tokens -= tokens % STEP
     if tokens < SMALLEST_ROW:
@@ -94,6 +91,19 @@ def tokens_that_fit(
             SMALLEST_ROW,
         )
     return min(max(tokens, SMALLEST_ROW), LARGEST_ROW)
+
+
+def bytes_for_rows(model: nn.Module, config: DPOConfig, free_bytes: int, waiting: int) -> int:
+    """Bytes that parameters, gradients, optimizer states and the head's op leave for a row.
+
+    The arguments are those of `tokens_that_fit`.
+    """
+    # `training_bytes` counts the parameters again, so those already on the device are added to what
+    # is free. ZeRO-3 keeps this rank's part of a parameter in ds_tensor.
+    held: list[Tensor] = [getattr(p, "ds_tensor", p) for p in model.parameters()]
+    placed = sum(part.nbytes for part in held if part.device.type != "cpu")
+    left = free_bytes + placed - training_bytes(model, config)
+    return left - _head_bytes(causal_lm(model), waiting)
 
 
 def free_device_bytes(device: torch.device) -> int:
@@ -153,10 +163,50 @@ class RowBytes(NamedTuple):
     fixed: float
 
 
+class BodyBytes(NamedTuple):
+    """Bytes that the body and the head's input keep for the backward.
+
+    Attributes:
+        num_layers: decoder layers.
+        layer: bytes of a token inside one layer.
+        state: bytes of one token's hidden state.
+        scored: bytes of a token behind the layers.
+        fixed: bytes that a row takes whatever its length.
+    """
+
+    num_layers: int
+    layer: float
+    state: int
+    scored: int
+    fixed: float
+
+    def of_row(self, checkpointed: int) -> RowBytes:
+        """The bytes of a row, of whose layers some are checkpointed."""
+        # A checkpointed layer keeps only its input; the inside of one at a time is computed again.
+        inside = (self.num_layers - checkpointed + (checkpointed > 0)) * self.layer
+        return RowBytes(inside + checkpointed * self.state + self.scored, self.fixed)
+
+
 def row_bytes(
-    model: nn.Module, layout: Layout, config: DPOConfig, autocast: Callable[[], Any]
+    model: nn.Module,
+    layout: Layout,
+    config: DPOConfig,
+    autocast: Callable[[], Any],
+    checkpointed: int | None = None,
 ) -> RowBytes:
     """Bytes that a row keeps for its backward.
+
+    Args:
+        model, layout, config, autocast, checkpointed: as for `tokens_that_fit`.
+    """
+    body = body_bytes(model, layout, autocast)
+    if checkpointed is None:
+        checkpointed = _checkpointed_layers(config, body.num_layers)
+    return body.of_row(checkpointed)
+
+
+def body_bytes(model: nn.Module, layout: Layout, autocast: Callable[[], Any]) -> BodyBytes:
+    """Bytes that the body keeps for its backward, layer by layer.
 
     The body runs over two short rows, and the difference gives the bytes of a token. The rest, the
     same for both rows, is autocast's copies of the weights. They live until the forward pass ends,
@@ -166,14 +216,10 @@ def row_bytes(
     small, large = (_kept_by_body(model, layout, count, autocast) for count in PROBED_PAIRS)
     num_layers = text.num_hidden_layers
     slope = (large.kept - small.kept) / (large.tokens - small.tokens)
-    layer = slope / num_layers
-    checkpointed = _checkpointed_layers(config, num_layers)
-    # A checkpointed layer keeps only its input; the inside of one at a time is computed again.
-    inside = (num_layers - checkpointed + (checkpointed > 0)) * layer
     # Every token counts as scored: its hidden state is gathered, and has a gradient in fp32.
     scored = large.state + text.hidden_size * torch.float32.itemsize
     fixed = max(small.kept - slope * small.tokens, 0.0)
-    return RowBytes(inside + checkpointed * large.state + scored, fixed)
+    return BodyBytes(num_layers, slope / num_layers, large.state, scored, fixed)
 
 
 class _Pass(NamedTuple):
@@ -194,8 +240,7 @@ def _checkpointed_layers(config: DPOConfig, num_layers: int) -> int:
     # transformers 5.23 renamed the option.
     if not getattr(config, "activation_checkpointing", config.gradient_checkpointing):
         return 0
-    kwargs = getattr(config, "activation_checkpointing_kwargs", None) or {}
-    return -(-num_layers // int(kwargs.get("every_n_layers", 1)))
+    return -(-num_layers // int(checkpointing_options(config).get(EVERY, 1)))
 
 
 def _kept_by_body(
@@ -226,6 +271,12 @@ def _kept_by_body(
     total = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
     state = hidden_states.shape[-1] * hidden_states.element_size()
     return _Pass(batch.num_body_tokens, total, state)
+
+
+def waiting_sums_of(trainer: Any) -> int:
+    """`waiting_sums` of a trainer's loss."""
+    is_weighted = trainer.args.use_weighting
+    return waiting_sums(trainer.pair_loss, bool(trainer.data.likelihood), is_weighted)
 
 
 def waiting_sums(loss: PreferenceLoss, has_likelihood: bool, is_weighted: bool) -> int:

@@ -45,6 +45,14 @@ def test_a_plain_model():
     assert "rms_norm_eps 1e-06" in lines["other options"]
 
 
+def test_layers_that_arent_the_models_own():
+    names = ["LigerRMSNorm", "LigerSwiGLUMLP", "liger_rotary_pos_emb"]
+    given = {"autocast_dtype": None, "attention": "sdpa", "head_version": 1}
+    found = model_identity(tiny_llama(), **given, layers=names)
+    assert f"layers: {'; '.join(names)}" in readable_lines(found.description)
+    assert "layers" not in model_identity(tiny_llama(), **given).description
+
+
 @pytest.mark.parametrize(
     ("kind", "options", "name", "said"),
     [

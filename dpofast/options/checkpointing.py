@@ -1,0 +1,54 @@
+"""The option gradient_checkpointing, under both of its names in transformers."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from dpofast.errors import ConfigError
+
+# The words are for HfArgumentParser, which takes no union of a bool and a text.
+Checkpointing = Literal[True, False, "auto", "true", "false", "True", "False"]
+AUTO: Literal["auto"] = "auto"
+NAMES = ("gradient_checkpointing", "activation_checkpointing")  # the second since transformers 5.23
+_WORDS = {"true": True, "false": False, AUTO: AUTO}
+# An argument of transformers that itself says which layers are checkpointed.
+EVERY = "every_n_layers"
+
+
+def settle_checkpointing(config: Any) -> None:
+    """Give the option its usual form, and accept both of its names.
+
+    DPOConfig sets a default under the old name. transformers would warn about that name if the new
+    one were empty, so the value is copied to the new one.
+
+    Args:
+        config: a DPOConfig, before transformers reads it.
+
+    Raises:
+        ConfigError: the value is neither true, false nor auto.
+    """
+    for name in NAMES:
+        value = getattr(config, name, None)
+        if isinstance(value, bool) or value is None:
+            continue
+        word = str(value).lower()
+        if word not in _WORDS:
+            raise ConfigError(f"{name}: got {value!r}, expected auto, true or false.")
+        setattr(config, name, _WORDS[word])
+    for suffix in ("checkpointing", "checkpointing_kwargs"):
+        if getattr(config, f"activation_{suffix}", ...) is None:
+            setattr(config, f"activation_{suffix}", getattr(config, f"gradient_{suffix}"))
+
+
+def checkpointing_options(config: Any) -> dict[str, Any]:
+    """The arguments of checkpointing: those of torch's function, every_n_layers and offload."""
+    kwargs = "gradient_checkpointing_kwargs"
+    given = getattr(config, kwargs.replace("gradient", "activation"), None)
+    return dict(given or getattr(config, kwargs, None) or {})
+
+
+def chooses_layers(config: Any) -> bool:
+    """Whether the trainer chooses how many layers are checkpointed, by the memory they need."""
+    value = getattr(config, NAMES[1], None)
+    value = config.gradient_checkpointing if value is None else value
+    return value == AUTO and EVERY not in checkpointing_options(config)
