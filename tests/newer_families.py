@@ -25,6 +25,16 @@ _ROPE_BY_TYPE = {
     "rope_parameters": {"full_attention": _SECTIONS, "sliding_attention": _SECTIONS},
 }
 _TWO_TYPES = {**PAD_8, **WINDOW, **MIXED}
+PER_LAYER_INPUTS = {
+    "hidden_size_per_layer_input": 8,
+    "vocab_size_per_layer_input": VOCAB_SIZE,
+    "num_kv_shared_layers": 2,
+}
+GEMMA3N: dict[str, Any] = {
+    **{**PAD_8, **WINDOW, **PER_LAYER_INPUTS, "intermediate_size": [48, 48, 64, 64]},
+    **{"num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2},
+    **{"laurel_rank": 4, "activation_sparsity_pattern": [0.5, 0.0, 0.0, 0.0]},
+}
 _GEMMA4 = {
     **{**PAD_8, **WINDOW, "global_head_dim": 16, "num_kv_shared_layers": 2},
     **{"num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2},
@@ -202,6 +212,20 @@ MULTIMODAL_PACKABLE: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma4_unified with pictures": (
         "Gemma4UnifiedConfig",
         {"text_config": _GEMMA4, "vision_config": _UNIFIED},
+    ),
+    "gemma3n with pictures": (
+        "Gemma3nConfig",
+        {
+            "text_config": GEMMA3N,
+            "vision_config": {"hidden_size": 16, "vocab_size": 3, "vocab_offset": 1000},
+            "audio_config": {
+                **{"hidden_size": 16, "vocab_size": 3, "vocab_offset": 2000, "input_feat_size": 16},
+                **{"conf_num_hidden_layers": 1, "conf_num_attention_heads": 2},
+                "sscp_conv_channel_size": (4, 4),
+            },
+            **{"image_token_id": 1001, "audio_token_id": 2001},
+            **{"boi_token_id": 91, "eoi_token_id": 92, "boa_token_id": 93, "eoa_token_id": 94},
+        },
     ),
     "got_ocr2": (
         "GotOcr2Config",

@@ -165,12 +165,15 @@ def _records_router_logits(lm: Any) -> bool:
     recorded = getattr(lm.base_model, "_can_record_outputs", None) or {}
     recorders = recorded.get("router_logits", [])
     recorders = recorders if isinstance(recorders, list) else [recorders]
+    sources: list[tuple[Any, str]] = [
+        (getattr(each, "target_class", each), getattr(each, "layer_name", None) or "")
+        for each in recorders
+    ]
     # Families that don't name such modules hand their router logits on by themselves.
-    return not recorders or any(
-        isinstance(module, getattr(recorder, "target_class", recorder))
-        and (getattr(recorder, "layer_name", None) or "") in name
+    return not sources or any(
+        isinstance(module, kind) and part in name
         for name, module in lm.named_modules()
-        for recorder in recorders
+        for kind, part in sources
     )
 
 

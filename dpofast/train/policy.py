@@ -181,10 +181,17 @@ def prepare_policy(model: Any, config: DPOConfig, peft_config: Any) -> nn.Module
         peft_config: the adapter's config; None for no fresh adapter.
 
     Raises:
-        ConfigError: peft isn't installed, or this kind of adapter isn't supported.
+        ConfigError: peft isn't installed, or this kind of adapter isn't supported; or checkpointing
+            is on and the model's class has none.
         ModelError: nothing would be trained, or the model or its head can't be trained exactly.
     """
     keep_differentiable(model)
+    lm = causal_lm(model)
+    has_checkpointing = getattr(lm, "supports_gradient_checkpointing", True)
+    if config.gradient_checkpointing and not has_checkpointing:
+        raise ConfigError(
+            f"gradient_checkpointing: {type(lm).__name__} doesn't support it; set it to false."
+        )
     if peft_config is not None:
         model = _with_adapter(model, peft_config)
     plugin = config.deepspeed_plugin

@@ -89,6 +89,9 @@ def probe(
     if options.window is not None:
         longest = _CPU_LONGEST_WINDOW if is_cpu else _LONGEST_WINDOW
         options = replace(options, window=max(_SHORTEST_WINDOW, min(options.window, longest)))
+    if options.chunk is not None:
+        longest = _CPU_LONGEST_WINDOW if is_cpu else _LONGEST_WINDOW
+        options = replace(options, chunk=max(_SHORTEST_WINDOW, min(options.chunk, longest)))
     d_output = random(num_tokens, num_heads, value_dim)
     backend = backend_for(leaves["query"], leaves["value"], options)
     got = _run(leaves, d_output, layout, replace(options, backend=backend))
