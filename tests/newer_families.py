@@ -106,6 +106,7 @@ _BYTES = {
     "intermediate_size": 48,
 }
 _PATCHES = {**_BYTES, "hidden_size_global": 32, "cross_attn_k": 1}
+_COMPRESSED = ("compressed_sparse_attention", "heavily_compressed_attention")
 # They run padded: `model_types.py` says why.
 NEWER_PADDED: dict[str, tuple[str, dict[str, Any]]] = {
     "axk2": ("AXK2Config", _INDEXED),
@@ -120,7 +121,10 @@ NEWER_PADDED: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "deepseek_v32": ("DeepseekV32Config", _INDEXED),
-    "deepseek_v4": ("DeepseekV4Config", {**PAD_8, **ROUTED}),
+    "deepseek_v4": (
+        "DeepseekV4Config",
+        {**PAD_8, **ROUTED, "compress_rates": dict.fromkeys(_COMPRESSED, 4)},
+    ),
     "dots3_note": ("Dots3NoteTextConfig", {**PAD_8, **LATENT, **ROUTED, **WINDOW}),
     "falcon_mamba": ("FalconMambaConfig", {**SIZES, "num_hidden_layers": 2, "state_size": 4}),
     "glm_moe_dsa": ("GlmMoeDsaConfig", _INDEXED),

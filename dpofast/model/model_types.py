@@ -92,6 +92,9 @@ REFUSED = {
 # Encoders, which are causal only if their config says `is_decoder: true`. Then they run padded.
 ENCODERS = frozenset({"bert-generation"})
 
+# Model types whose class sets the embedding of the pad token to 0 whenever transformers loads it.
+PAD_ROW_LOST = frozenset({"youtu"})
+
 
 def why_refused(config: object) -> str | None:
     """Why a model of this type can't be trained, in words that follow "The model is ".

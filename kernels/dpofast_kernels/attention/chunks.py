@@ -3,8 +3,8 @@
 A token looks only at tokens of its own chunk, so a chunk is like a sequence by itself. Chunks are
 counted from the beginning of each sequence. The chunk in which a prefix ends goes on in each tail,
 so it is a group with these tails; every other chunk is a group with one empty tail. With the tokens
-in the order of these groups, a row with chunks is a row without. An example with chunks of 2 tokens,
-a prefix a b c, and two tails, d e and f:
+in the order of these groups, a row with chunks is a row without. An example with chunks of two
+tokens, a prefix a b c, and two tails, d e and f:
 
     row       a b c d e f
     chunks    a b | c, continued by d and by f | e
