@@ -24,7 +24,7 @@ from tests.family_sizes import (
     VOCAB_SIZE,
     WINDOW,
 )
-from tests.gemma3n_tower import stand_in
+from tests.gemma3n_tower import stand_in_for_its_tower
 from tests.newer_families import (
     GEMMA3N,
     MULTIMODAL_PACKABLE,
@@ -306,7 +306,7 @@ def tiny_model(family: str, attention: str = "eager") -> Any:
     if not hasattr(transformers, class_name):
         pytest.skip(f"transformers {transformers.__version__} is older than {family}")
     if class_name == "Gemma3nConfig":
-        stand_in()
+        stand_in_for_its_tower()
     config = getattr(transformers, class_name)(**fields)
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=attention)

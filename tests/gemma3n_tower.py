@@ -20,6 +20,6 @@ class _Towers:
         return model
 
 
-def stand_in() -> None:
+def stand_in_for_its_tower() -> None:
     """Let the process make, save and load Gemma 3n without timm from here on."""
     modeling_gemma3n.AutoModel = _Towers

@@ -55,7 +55,7 @@ def small_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def family_of_each_type() -> dict[str, str]:
-    """By model type, the first of FAMILIES that is of it; none of types that transformers lacks."""
+    """By model type, the first of FAMILIES that is of it; types that are too new have none."""
     found: dict[str, str] = {}
     for family, (class_name, _) in FAMILIES.items():
         if (config_class := getattr(transformers, class_name, None)) is not None:

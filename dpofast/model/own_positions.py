@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dpofast.model.parts import CHUNKED_LAYERS
+from dpofast.model.parts import CHUNKED_LAYER
 from dpofast_kernels.attention import SharedLayout
 
 
@@ -19,7 +19,7 @@ def chunk_of(layer: Any) -> int | None:
     """Number of positions in a chunk, outside of which a layer's queries see nothing; or None."""
     config: Any = getattr(layer, "config", None)
     layer_types = getattr(config, "layer_types", None) or ()
-    if CHUNKED_LAYERS not in layer_types or layer_types[layer.layer_idx] != CHUNKED_LAYERS:
+    if CHUNKED_LAYER not in layer_types or layer_types[layer.layer_idx] != CHUNKED_LAYER:
         return None
     chunk: int | None = config.attention_chunk_size
     return chunk

@@ -92,6 +92,8 @@ def test_the_table_of_all_model_types_is_that_of_the_lists():
     """`python -m tests.trained_families` writes it; what was trained, only a run of it can say."""
     page = PAGE.read_text(encoding="utf-8")
     trained = trained_with(page)
-    assert page == with_tables(page, trained)
     assert sorted(trained) == sorted(TRAINABLE), "train the types that are new"
     assert all(re.fullmatch(r"\d+\.\d+\.\d+", version) for version in trained.values())
+    if Version(transformers.__version__) != pinned():
+        pytest.skip("another transformers can call other packages")
+    assert page == with_tables(page, trained)
