@@ -12,7 +12,7 @@ import transformers
 from dpofast.model.dropout import disable_dropout, dropouts
 from dpofast.model.packable import why_not_packed
 from dpofast.model.randomness import random_modules
-from tests.families import BASE, EXPERTS, FAMILIES, MULTI_HEAD, SIZES
+from tests.families import BASE, EXPERTS, FAMILIES, MULTI_HEAD, SIZES, tiny_model
 
 INPUT_IDS = torch.tensor([[5, 7, 11, 13, 17, 19, 23]] * 3)
 PHIMOE = {**BASE, **EXPERTS, "pad_token_id": 0}

@@ -70,7 +70,7 @@ def forward_flops(model, num_tokens):
 
 # Gemma 3n mixes four streams of 32 in each of its four layers, by products of 4 x 4 and 4 x 1 that
 # hold no weights. Beside the products of a real model they are nothing.
-WITHOUT_WEIGHTS = {"gemma3n": 2 * 4 * (16 + 4) * 32}
+WITHOUT_WEIGHTS = dict.fromkeys(("gemma3n", "gemma3n with pictures"), 2 * 4 * (16 + 4) * 32)
 
 
 def check_forward(family):
