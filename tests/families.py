@@ -24,13 +24,17 @@ from tests.family_sizes import (
     VOCAB_SIZE,
     WINDOW,
 )
+from tests.gemma3n_tower import stand_in_for_its_tower
 from tests.newer_families import (
+    GEMMA3N,
     MULTIMODAL_PACKABLE,
     MULTIMODAL_PADDED,
     NEWER_PACKABLE,
     NEWER_PADDED,
+    PER_LAYER_INPUTS,
 )
 from tests.recurrent_families import RECURRENT_FAMILIES
+from tests.trained_only import TRAINED_ONLY
 
 # Family: (transformers' class of its config, fields of that config).
 PACKABLE_FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -83,10 +87,9 @@ _LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 16,
 }
-_PER_LAYER_INPUTS = {
-    "hidden_size_per_layer_input": 8,
-    "vocab_size_per_layer_input": VOCAB_SIZE,
-    "num_kv_shared_layers": 2,
+_LLAMA4 = {
+    **{**PAD_8, "num_local_experts": 2, "intermediate_size_mlp": 48},
+    "interleave_moe_layer_step": 2,
 }
 OTHER_PACKABLE_FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "afmoe": (
@@ -122,19 +125,12 @@ OTHER_PACKABLE_FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "flex_olmo": ("FlexOlmoConfig", {**PAD, "num_experts": 4, "num_experts_per_tok": 2}),
     "gemma": ("GemmaConfig", PAD_8),
-    "gemma3n": (
-        "Gemma3nTextConfig",
-        {
-            **{**PAD_8, **WINDOW, **_PER_LAYER_INPUTS, "intermediate_size": [48, 48, 64, 64]},
-            **{"num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2},
-            **{"laurel_rank": 4, "activation_sparsity_pattern": [0.5, 0.0, 0.0, 0.0]},
-        },
-    ),
+    "gemma3n": ("Gemma3nTextConfig", GEMMA3N),
     # the layers differ in the size of heads and feed-forward, and the last two use others' keys
     "gemma4": (
         "Gemma4TextConfig",
         {
-            **{**PAD_8, **WINDOW, **_PER_LAYER_INPUTS, "global_head_dim": 16},
+            **{**PAD_8, **WINDOW, **PER_LAYER_INPUTS, "global_head_dim": 16},
             **{"num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2},
             "use_double_wide_mlp": True,
         },
@@ -168,6 +164,15 @@ OTHER_PACKABLE_FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "internlm3": ("InternLM3Config", PAD_8),
     "jais2": ("Jais2Config", PAD_8),
     "jetmoe": ("JetMoeConfig", {**PAD, **EXPERTS, "kv_channels": 8}),
+    "llama4": ("Llama4TextConfig", {**_LLAMA4, "attention_chunk_size": 8}),
+    # layers without RoPE, whose queries' temperature depends on the position
+    "llama4 with temperature": (
+        "Llama4TextConfig",
+        {
+            **{**_LLAMA4, "attention_chunk_size": 5, "no_rope_layers": [1, 0, 1]},
+            **{"floor_scale": 4, "attn_scale": 0.7},
+        },
+    ),
     "longcat_flash": (
         "LongcatFlashConfig",
         {
@@ -272,15 +277,8 @@ MASKED_FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
 }
-# Families that mix tokens outside of attention, or whose attention works on chunks.
+# Families that mix tokens outside of attention.
 MIXING_FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
-    "llama4": (
-        "Llama4TextConfig",
-        {
-            **{**PAD_8, "num_local_experts": 2, "intermediate_size_mlp": 48},
-            **{"attention_chunk_size": 8, "interleave_moe_layer_step": 2},
-        },
-    ),
     "minimax": (
         "MiniMaxConfig",
         {**PAD_8, **EXPERTS, "layer_types": ["linear_attention", "full_attention"] * 2}
@@ -298,6 +296,7 @@ FAMILIES = {
     **NEWER_PADDED,
     **MULTIMODAL_PACKABLE,
     **MULTIMODAL_PADDED,
+    **TRAINED_ONLY,
 }
 
 
@@ -306,6 +305,8 @@ def tiny_model(family: str, attention: str = "eager") -> Any:
     class_name, fields = FAMILIES[family]
     if not hasattr(transformers, class_name):
         pytest.skip(f"transformers {transformers.__version__} is older than {family}")
+    if class_name == "Gemma3nConfig":
+        stand_in_for_its_tower()
     config = getattr(transformers, class_name)(**fields)
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=attention)

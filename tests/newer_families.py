@@ -25,6 +25,16 @@ _ROPE_BY_TYPE = {
     "rope_parameters": {"full_attention": _SECTIONS, "sliding_attention": _SECTIONS},
 }
 _TWO_TYPES = {**PAD_8, **WINDOW, **MIXED}
+PER_LAYER_INPUTS = {
+    "hidden_size_per_layer_input": 8,
+    "vocab_size_per_layer_input": VOCAB_SIZE,
+    "num_kv_shared_layers": 2,
+}
+GEMMA3N: dict[str, Any] = {
+    **{**PAD_8, **WINDOW, **PER_LAYER_INPUTS, "intermediate_size": [48, 48, 64, 64]},
+    **{"num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2},
+    **{"laurel_rank": 4, "activation_sparsity_pattern": [0.5, 0.0, 0.0, 0.0]},
+}
 _GEMMA4 = {
     **{**PAD_8, **WINDOW, "global_head_dim": 16, "num_kv_shared_layers": 2},
     **{"num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2},
@@ -96,6 +106,7 @@ _BYTES = {
     "intermediate_size": 48,
 }
 _PATCHES = {**_BYTES, "hidden_size_global": 32, "cross_attn_k": 1}
+_COMPRESSED = ("compressed_sparse_attention", "heavily_compressed_attention")
 # They run padded: `model_types.py` says why.
 NEWER_PADDED: dict[str, tuple[str, dict[str, Any]]] = {
     "axk2": ("AXK2Config", _INDEXED),
@@ -110,7 +121,10 @@ NEWER_PADDED: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "deepseek_v32": ("DeepseekV32Config", _INDEXED),
-    "deepseek_v4": ("DeepseekV4Config", {**PAD_8, **ROUTED}),
+    "deepseek_v4": (
+        "DeepseekV4Config",
+        {**PAD_8, **ROUTED, "compress_rates": dict.fromkeys(_COMPRESSED, 4)},
+    ),
     "dots3_note": ("Dots3NoteTextConfig", {**PAD_8, **LATENT, **ROUTED, **WINDOW}),
     "falcon_mamba": ("FalconMambaConfig", {**SIZES, "num_hidden_layers": 2, "state_size": 4}),
     "glm_moe_dsa": ("GlmMoeDsaConfig", _INDEXED),
@@ -202,6 +216,20 @@ MULTIMODAL_PACKABLE: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma4_unified with pictures": (
         "Gemma4UnifiedConfig",
         {"text_config": _GEMMA4, "vision_config": _UNIFIED},
+    ),
+    "gemma3n with pictures": (
+        "Gemma3nConfig",
+        {
+            "text_config": GEMMA3N,
+            "vision_config": {"hidden_size": 16, "vocab_size": 3, "vocab_offset": 1000},
+            "audio_config": {
+                **{"hidden_size": 16, "vocab_size": 3, "vocab_offset": 2000, "input_feat_size": 16},
+                **{"conf_num_hidden_layers": 1, "conf_num_attention_heads": 2},
+                "sscp_conv_channel_size": (4, 4),
+            },
+            **{"image_token_id": 1001, "audio_token_id": 2001},
+            **{"boi_token_id": 91, "eoi_token_id": 92, "boa_token_id": 93, "eoa_token_id": 94},
+        },
     ),
     "got_ocr2": (
         "GotOcr2Config",

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from dpofast.errors import ModelError
+from dpofast.model.own_positions import chunk_of, own_temperature
 from dpofast_kernels.attention import AttentionOptions, SharedLayout, shared_attention
 
 # transformers treats names with flash, sdpa, flex_attention, "paged|" or "/" in a special way, so
@@ -30,7 +31,7 @@ class LayerAttention:
         num_kv_heads: key heads, and as many value heads.
         head_dim: size of a query head and of a key head.
         value_dim: size of a value head.
-        scale, window, softcap: the fields of AttentionOptions with these names.
+        scale, window, chunk, softcap: the fields of AttentionOptions with these names.
         has_sinks: True if the layer has a sink per head.
     """
 
@@ -41,6 +42,7 @@ class LayerAttention:
     value_dim: int
     scale: float | None
     window: int | None
+    chunk: int | None
     softcap: float | None
     has_sinks: bool
 
@@ -113,8 +115,11 @@ def _attention(
     if attention_mask is not None or dropout:
         raise ModelError(f"{layer} gives packed rows a mask, or dropout; set layout: padded.")
     attention_calls.count += 1
-    options = AttentionOptions(scale=scaling, window=sliding_window, softcap=softcap, sinks=s_aux)
+    options = AttentionOptions(
+        scale=scaling, window=sliding_window, chunk=chunk_of(module), softcap=softcap, sinks=s_aux
+    )
     query, key, value = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+    query = own_temperature(module, query, shared_layout)
     if attention_calls.recorded is not None:
         attention_calls.recorded.append(_call(query, key, value, options))
         options = replace(options, backend="plain")
@@ -130,6 +135,7 @@ def _call(query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions) 
         value_dim=value.shape[2],
         scale=options.scale,
         window=options.window,
+        chunk=options.chunk,
         softcap=options.softcap,
         has_sinks=options.sinks is not None,
     )

@@ -287,6 +287,7 @@ def probed_backend(device: torch.device, call: LayerAttention) -> str:
     options = AttentionOptions(
         scale=call.scale,
         window=call.window,
+        chunk=call.chunk,
         softcap=call.softcap,
         sinks=torch.zeros(call.num_heads) if call.has_sinks else None,
     )
@@ -297,7 +298,7 @@ def probed_backend(device: torch.device, call: LayerAttention) -> str:
 def _describe(backend: str, call: LayerAttention) -> str:
     """A backend and the kind of layer that gets it, such as "sdpa (float32, 4 heads of 8)"."""
     traits = [str(call.dtype).removeprefix("torch."), f"{call.num_heads} heads of {call.head_dim}"]
-    for name, value in (("window", call.window), ("softcap", call.softcap)):
+    for name, value in (("window", call.window), ("chunk", call.chunk), ("softcap", call.softcap)):
         if value is not None:
             traits.append(f"{name} {value:g}")
     if call.has_sinks:

@@ -58,7 +58,10 @@ def _has_table(lm: Any, length: int) -> bool:
         return False
     # No config says what kind of positions the model has, so a table is recognised by its size.
     sizes = [module.num_embeddings for module in modules if isinstance(module, nn.Embedding)]
-    sizes += [len(buffer) for buffer in lm.buffers() if buffer.dim() == 2]
+    # XGLM's table grows with the sequence: it can be made at any length.
+    fixed = [module for module in modules if not hasattr(module, "make_weights")]
+    buffers = [buffer for module in fixed for buffer in module.buffers(recurse=False)]
+    sizes += [len(buffer) for buffer in buffers if buffer.dim() == 2]
     # OPT's table has two more entries than positions; the first two are unused.
     return any(size in (length, length + 2) for size in sizes)
 

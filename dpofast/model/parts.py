@@ -11,7 +11,8 @@ from dpofast.errors import ModelError
 
 # Types of layers: those that look at other tokens only through attention, those that look at none,
 # and those that have attention beside something else that passes on from token to token.
-ATTENTION_LAYERS = frozenset({"full_attention", "sliding_attention"})
+CHUNKED_LAYER = "chunked_attention"
+ATTENTION_LAYERS = frozenset({"full_attention", "sliding_attention", CHUNKED_LAYER})
 TOKENWISE_LAYERS = frozenset({"mlp", "moe"})
 HYBRID_LAYERS = frozenset({"hybrid"})
 

@@ -7,6 +7,7 @@ that of the same sequences in padded rows.
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -24,6 +25,8 @@ from dpofast.model.parts import causal_lm
 from dpofast.model.rope import rope_of_each_row
 from dpofast.options.config import DPOConfig
 from dpofast_kernels import PairLossOutput
+
+logger = logging.getLogger(__name__)
 
 OPTION = "router_aux_loss_coef"
 METRIC = "aux_loss"  # TRL logs the auxiliary loss under this name
@@ -68,7 +71,7 @@ def make_router_loss(model: nn.Module, config: DPOConfig) -> RouterLoss | None:
         config: its router_aux_loss_coef replaces the coefficient in the model's own config.
 
     Returns:
-        The loss, or None if the coefficient is 0 or the model has none.
+        The loss, or None if the coefficient is 0 or transformers computes none for this model.
 
     Raises:
         ConfigError: there is a coefficient, but the loss can't be computed for this model.
@@ -85,13 +88,16 @@ def make_router_loss(model: nn.Module, config: DPOConfig) -> RouterLoss | None:
             f"{OPTION}: got {wanted}, but {type(lm).__name__} has no routers whose logits it "
             "could give; leave it out."
         )
+    # transformers repeats this function in the module of every family.
+    balance = getattr(sys.modules[type(lm).__module__], "load_balancing_loss_func", None)
+    if wanted is None and (balance is None or not _records_router_logits(lm)):
+        logger.info("Routers: no auxiliary loss, as %s computes none.", type(lm).__name__)
+        return None
     if _is_reentrant(config, model):
         raise ConfigError(
             "gradient_checkpointing_kwargs: with use_reentrant the auxiliary loss of the routers "
             f"would have no gradient; set use_reentrant to false, or {OPTION} to 0."
         )
-    # transformers repeats this function in the module of every family.
-    balance = getattr(sys.modules[type(lm).__module__], "load_balancing_loss_func", None)
     experts, chosen = (getattr(lm, name, None) for name in ("num_experts", "num_experts_per_tok"))
     if balance is None or experts is None or chosen is None:
         raise _unknown(lm, "lacks transformers' load_balancing_loss_func, or the sizes for it")
@@ -149,6 +155,26 @@ def add_router_loss(
 
 def _skip_head(hidden_states: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor]:
     return (hidden_states,)  # a tuple, to which `run_batch` appends the auxiliary loss
+
+
+def _records_router_logits(lm: Any) -> bool:
+    """Whether a model has modules from which transformers takes its router logits.
+
+    A dense model of a family that can also be a mixture has none.
+    """
+    recorded = getattr(lm.base_model, "_can_record_outputs", None) or {}
+    recorders = recorded.get("router_logits", [])
+    recorders = recorders if isinstance(recorders, list) else [recorders]
+    sources: list[tuple[Any, str]] = [
+        (getattr(each, "target_class", each), getattr(each, "layer_name", None) or "")
+        for each in recorders
+    ]
+    # Families that don't name such modules hand their router logits on by themselves.
+    return not sources or any(
+        isinstance(module, kind) and part in name
+        for name, module in lm.named_modules()
+        for kind, part in sources
+    )
 
 
 def _is_reentrant(config: DPOConfig, model: nn.Module) -> bool:

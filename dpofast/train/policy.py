@@ -17,6 +17,7 @@ from dpofast.model.parts import causal_lm, is_peft_model
 from dpofast.model.quantised import check_trainable, keep_differentiable
 from dpofast.model.unreached import freeze_unreached
 from dpofast.model.vocabulary import vocabulary_of
+from dpofast.options.checkpointing import chooses_layers
 from dpofast.options.config import DPOConfig
 from dpofast.options.quantisation import OPTION, quantisation_options
 from dpofast.zero.batch import refuse_missing_launcher
@@ -181,10 +182,17 @@ def prepare_policy(model: Any, config: DPOConfig, peft_config: Any) -> nn.Module
         peft_config: the adapter's config; None for no fresh adapter.
 
     Raises:
-        ConfigError: peft isn't installed, or this kind of adapter isn't supported.
+        ConfigError: peft isn't installed, or this kind of adapter isn't supported; or checkpointing
+            is wanted and the model's class has none.
         ModelError: nothing would be trained, or the model or its head can't be trained exactly.
     """
     keep_differentiable(model)
+    lm = causal_lm(model)
+    has_checkpointing = getattr(lm, "supports_gradient_checkpointing", True)
+    if config.gradient_checkpointing and not chooses_layers(config) and not has_checkpointing:
+        raise ConfigError(
+            f"gradient_checkpointing: {type(lm).__name__} doesn't support it; set it to false."
+        )
     if peft_config is not None:
         model = _with_adapter(model, peft_config)
     plugin = config.deepspeed_plugin

@@ -64,6 +64,13 @@ def test_equals_naive(backend: str, heads: str, window: int | None, dtype: torch
     check(backend, inputs, AttentionOptions(window=window), with_sinks=False)
 
 
+@pytest.mark.parametrize("chunk", [3, 64, 130])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_chunks(backend: str, chunk: int):
+    inputs = make_inputs(GROUPS, HEADS["gqa"], torch.bfloat16).to("cuda", torch.bfloat16)
+    check(backend, inputs, AttentionOptions(chunk=chunk), with_sinks=False)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("window", [None, 30])
 @pytest.mark.parametrize(("softcap", "with_sinks"), [(2.0, False), (None, True), (2.0, True)])
@@ -87,7 +94,9 @@ def test_many_rows_one_after_the_other(backend: str):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
-    "options", [{}, {"window": 4096}, {"softcap": 50.0}, {"sinks": torch.zeros(8)}], ids=str
+    "options",
+    [{}, {"window": 4096}, {"chunk": 8192}, {"softcap": 50.0}, {"sinks": torch.zeros(8)}],
+    ids=str,
 )
 def test_probe_passes(options: dict, dtype: torch.dtype):
     moved = {k: v.cuda() if isinstance(v, torch.Tensor) else v for k, v in options.items()}

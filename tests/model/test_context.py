@@ -15,7 +15,18 @@ from tests.families import FAMILIES, tiny_model
 from tests.support import make_trainer, tiny_llama, train
 
 TABLES = (
-    *("biogpt", "codegen", "ctrl", "git", "gpt2", "gpt_bigcode", "gpt_neo", "gptj", "mpt"),
+    *(
+        "bert-generation",
+        "biogpt",
+        "codegen",
+        "ctrl",
+        "git",
+        "gpt2",
+        "gpt_bigcode",
+        "gpt_neo",
+        "gptj",
+        "mpt",
+    ),
     *("openai-gpt", "opt", "opt, norms last"),
 )
 UNLIMITED = ("bloom", "falcon_mamba", "mamba", "mamba2", "xlstm")

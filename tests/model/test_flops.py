@@ -70,7 +70,7 @@ def forward_flops(model, num_tokens):
 
 # Gemma 3n mixes four streams of 32 in each of its four layers, by products of 4 x 4 and 4 x 1 that
 # hold no weights. Beside the products of a real model they are nothing.
-WITHOUT_WEIGHTS = {"gemma3n": 2 * 4 * (16 + 4) * 32}
+WITHOUT_WEIGHTS = dict.fromkeys(("gemma3n", "gemma3n with pictures"), 2 * 4 * (16 + 4) * 32)
 
 
 def check_forward(family):
@@ -92,7 +92,15 @@ def check_forward(family):
 UNEVEN = ["gemma3n", "gemma4", "gemma4 with experts", "gpt_oss", "jetmoe", "deepseek_v3"]
 OTHER_WAYS = ["mimo_v2_flash", "opt, norms last", "lfm2", "laguna", "phi4_multimodal"]
 # Layers that do work of their own kind, and experts that do nothing.
-UNKNOWN = {"llama4", "minimax", "mamba", "jamba", "longcat_flash", *RECURRENT_FAMILIES}
+UNKNOWN = {
+    "llama4",
+    "llama4 with temperature",
+    "minimax",
+    "mamba",
+    "jamba",
+    "longcat_flash",
+    *RECURRENT_FAMILIES,
+}
 UNKNOWN -= {"lfm2", "lfm2_moe", "lfm3"}  # their layers do nothing else than products
 # ... which run several times, attend in a way of their own, or hold all experts in one matrix
 UNKNOWN |= {"dbrx", "diffllama", "hrm", *NEWER_PADDED}

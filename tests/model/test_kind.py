@@ -11,7 +11,8 @@ from transformers import (
     AutoConfig,
     BertConfig,
     BertForMaskedLM,
-    BertModel,
+    BertGenerationConfig,
+    BertGenerationEncoder,
     GPT2Config,
     GPT2LMHeadModel,
     GPT2Model,
@@ -54,8 +55,9 @@ def test_the_kind_is_named(tmp_path: Path, kind: str) -> None:
 def test_a_head_that_would_be_random_is_refused_when_the_config_does_not_tell(
     tmp_path: Path,
 ) -> None:
-    BertModel(BertConfig(**BERT, is_decoder=True)).save_pretrained(tmp_path / "bert")
-    with pytest.raises(ModelError, match=r"no language modelling head: cls\.predictions"):
+    encoder = BertGenerationEncoder(BertGenerationConfig(**BERT, is_decoder=True))
+    encoder.save_pretrained(tmp_path / "bert")
+    with pytest.raises(ModelError, match=r"no language modelling head: lm_head\.bias"):
         load_policy(str(tmp_path / "bert"))
     LlamaModel(LlamaConfig(**LLAMA)).save_pretrained(tmp_path / "llama")
     config = AutoConfig.from_pretrained(tmp_path / "llama")

@@ -39,8 +39,7 @@ PADDED = {
     **{**DEAF_FAMILIES, **MASKED_FAMILIES, **MIXING_FAMILIES, **UNPACKABLE_FAMILIES},
     **{**NEWER_PADDED, **MULTIMODAL_PADDED},
 }
-# XGLM's mask can't be made in float64, and the vision tower of Gemma 3n needs timm.
-NOT_COMPARED = {"xglm", "gemma3n"}
+NOT_COMPARED = {"xglm"}  # its mask can't be made in float64
 NO_SDPA = {"gemma2", "gpt_oss", "mamba", "bloom"}  # transformers refuses sdpa for these
 
 
@@ -107,7 +106,6 @@ def test_the_reason_why_a_model_is_padded_is_named(family, caplog):
     assert choose_layout("auto", tiny_model(family), 0).name == "padded"
     (line,) = [record.message for record in caplog.records if "Layout: padded" in record.message]
     reason = {
-        "llama4": "it attends in chunks, which are counted along the row",
         "minimax": "its layers with a state or a convolution carry one sequence of a row into",
         "nemotron": "its layers don't hand on to attention what it needs to know",
         "doge": "its attention is told what to look at by a mask alone",

@@ -128,6 +128,21 @@ def test_the_coefficient_is_the_options_or_else_the_configs(tmp_path):
     assert make_router_loss(tiny_model("deepseek_v3"), config(tmp_path)) is None, "as in TRL"
 
 
+@pytest.mark.parametrize("family", ["llama4", "doge"])
+def test_none_is_added_where_transformers_computes_none(tmp_path, caplog, family):
+    """Llama 4's class has no such loss, and this Doge has no experts."""
+    caplog.set_level("INFO", logger="dpofast")
+    model = tiny_model(family)
+    assert model.config.router_aux_loss_coef > 0
+    assert make_router_loss(model, config(tmp_path)) is None
+    (line,) = [record.message for record in caplog.records]
+    assert line == f"Routers: no auxiliary loss, as {type(model).__name__} computes none."
+    with pytest.raises(ConfigError, match="can't be added, as it"):
+        check_router_loss(
+            make_router_loss(model, config(tmp_path, router_aux_loss_coef=0.1)), model
+        )
+
+
 def test_what_cannot_be_had_is_refused_in_one_sentence(tmp_path):
     wanted = {"router_aux_loss_coef": 0.1}
     with pytest.raises(ConfigError, match="LlamaForCausalLM has no routers"):

@@ -7,8 +7,10 @@ import logging
 import pytest
 
 from dpofast import DPOConfig
+from dpofast.errors import ConfigError
 from dpofast.model.load import load_policy
-from dpofast.train.policy import resolve_model, resolve_ref_model
+from dpofast.train.policy import prepare_policy, resolve_model, resolve_ref_model
+from tests.families import tiny_model
 from tests.support import byte_tokenizer, tiny_llama
 
 
@@ -27,3 +29,13 @@ def test_options_of_loading_are_ignored_only_where_a_user_has_loaded_the_model(
         resolve_model(model, config, byte_tokenizer())
     lines = [line for line in caplog.messages if "are ignored" in line]
     assert len(lines) == (0 if is_loaded_here else 2)
+
+
+def test_checkpointing_is_refused_where_the_class_has_none(tmp_path):
+    options = {"use_cpu": True, "bf16": False}
+    with pytest.raises(ConfigError, match="gradient_checkpointing: CTRLLMHeadModel doesn't"):
+        config = DPOConfig(str(tmp_path), **options, gradient_checkpointing=True)
+        prepare_policy(tiny_model("ctrl"), config, None)
+    for wanted in ("auto", False):
+        config = DPOConfig(str(tmp_path), **options, gradient_checkpointing=wanted)
+        prepare_policy(tiny_model("ctrl"), config, None)

@@ -19,6 +19,7 @@ from typing import Any
 from torch import nn
 
 from dpofast.errors import ConfigError, DPOFastError, ModelError, one_line
+from dpofast.model.model_types import PAD_ROW_LOST
 from dpofast.model.parts import causal_lm, is_peft_model
 from dpofast.model.saved_names import can_have_pad, difference_in_files, difference_in_memory
 from dpofast.model.vocabulary import vocabulary_of
@@ -40,9 +41,10 @@ def check_saving(model: nn.Module, tokenizer: Any, config: DPOConfig) -> None:
     Raises:
         ConfigError: the options can't be saved.
         ModelError: the model, its generation config or its tokenizer can't be saved, or not in a
-            way that from_pretrained could load.
+            way that from_pretrained could load. Or it would lose the end of an answer in loading.
     """
     _refuse_pad_without_row(model, tokenizer)
+    _check_pad_row(model, tokenizer)
     _check_names(model)
     with tempfile.TemporaryDirectory() as folder:
         card = Path(config.output_dir) / CARD_FILE
@@ -104,6 +106,24 @@ def _refuse_pad_without_row(model: nn.Module, tokenizer: Any) -> None:
             "model.resize_token_embeddings(len(tokenizer)), or set pad_token to a token that has "
             "one."
         )
+
+
+def _check_pad_row(model: nn.Module, tokenizer: Any) -> None:
+    """Says what loading does to the pad token's embedding, and refuses if answers end with it."""
+    lm = causal_lm(model)
+    if is_peft_model(model) or lm.config.model_type not in PAD_ROW_LOST:
+        return
+    name = type(lm).__name__
+    if tokenizer.pad_token_id == tokenizer.eos_token_id:
+        raise ModelError(
+            f"transformers sets the embedding of the pad token to 0 whenever it loads {name}, and "
+            f"the tokenizer's pad token is its eos_token {tokenizer.eos_token!r}, with which "
+            "answers end; set pad_token to another token."
+        )
+    logger.warning(
+        "transformers will set the embedding of the pad token to 0 when it loads the saved %s.",
+        name,
+    )
 
 
 def _small_saves(model: Any, tokenizer: Any, folder: str) -> Iterator[tuple[str, Any]]:

@@ -96,11 +96,11 @@ class Recomputation:
     def _needed(self, row_tokens: int | None) -> int:
         trainer = self.trainer
         model, config, layout = trainer.model, trainer.args, trainer.layout
+        if not getattr(causal_lm(model), "supports_gradient_checkpointing", True):
+            return 0
         free = free_bytes(config.device)
         if free is None:  # nothing is known, so memory is what counts
             return num_layers(model)
-        if not getattr(causal_lm(model), "supports_gradient_checkpointing", True):
-            return 0
         train_set = None if trainer.train_dataset is None else trainer.train_set()
         wanted = wanted_tokens(train_set, layout, config, row_tokens)
         body = body_bytes(model, layout, trainer.accelerator.autocast)

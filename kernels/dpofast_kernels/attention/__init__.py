@@ -6,6 +6,7 @@ How a call travels through the files:
     |-- layout    where the groups, segments and copied keys of a packed row are
     |-- options   AttentionOptions: scale, window, softcap, sinks, back end
     |-- backends  which back end can run where, and the reason if one can't
+    |-- chunks    attention in chunks: the row in another order, for every back end but naive
     call          AttentionCall, the arguments of every back end
     segments      "sdpa" and "plain", segment by segment, default on a CPU
     |-- merged    "sdpa" on a CPU: no masks, no copies of keys

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dpofast_kernels.attention.backends import choose_backend, machine_of
 from dpofast_kernels.attention.call import AttentionCall
+from dpofast_kernels.attention.chunks import attention_in_chunks
 from dpofast_kernels.attention.flash import (
     flash3_attention,
     flash_attn_attention,
@@ -92,8 +93,12 @@ def shared_attention(
     if options.window is not None and options.window >= layout.max_key_length:
         # No sequence exceeds the window, so it hides nothing. Kernels are faster without a window.
         options = replace(options, window=None)
+    if options.chunk is not None and options.chunk >= layout.max_key_length:
+        options = replace(options, chunk=None)  # every sequence is in its first chunk
     with torch.autocast(query.device.type, enabled=False):
         call = AttentionCall(query.to(dtype), key.to(dtype), value.to(dtype), layout, options)
+        if options.chunk is not None and backend != "naive":
+            return attention_in_chunks(ATTENTIONS[backend], call, options.chunk)
         return ATTENTIONS[backend](call)
 
 

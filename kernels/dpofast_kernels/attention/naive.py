@@ -9,11 +9,12 @@ from dpofast_kernels.attention.call import AttentionCall
 from dpofast_kernels.attention.layout import SharedLayout
 
 
-def attends(layout: SharedLayout, window: int | None = None) -> Tensor:
+def attends(layout: SharedLayout, window: int | None = None, chunk: int | None = None) -> Tensor:
     """The attention mask: element [i, j] is True if token i looks at token j.
 
     A token looks at itself and at the tokens before it in its prefix and in its own tail. With a
-    window it looks only at those less than `window` positions away.
+    window it looks only at those less than `window` positions away, and with chunks only at those
+    of its own chunk of the sequence.
 
     Returns:
         [T, T] bool, on the layout's device.
@@ -25,6 +26,8 @@ def attends(layout: SharedLayout, window: int | None = None) -> Tensor:
     mask = same_group & same_sequence & (tokens[:, None] >= tokens)
     if window is not None:
         mask &= position[:, None] - position < window
+    if chunk is not None:
+        mask &= position[:, None] // chunk == position // chunk
     return mask
 
 
@@ -38,7 +41,7 @@ def naive_attention(call: AttentionCall) -> Tensor:
     scores = scores * call.scale
     if options.softcap is not None:
         scores = options.softcap * torch.tanh(scores / options.softcap)
-    scores = scores.masked_fill(~attends(call.layout, options.window), float("-inf"))
+    scores = scores.masked_fill(~attends(call.layout, options.window, options.chunk), float("-inf"))
     if options.sinks is not None:
         sinks = options.sinks.to(dtype).view(num_heads, 1, 1).expand(-1, len(query), 1)
         scores = torch.cat([scores, sinks], -1)  # [Hq, T, T+1]

@@ -18,6 +18,8 @@ class AttentionOptions:
         scale: factor of q k^T; None means D^-0.5.
         window: number of positions that a query looks at, ending at its own, as transformers counts
             them; None means no limit.
+        chunk: number of positions in a chunk, counted from the beginning of each sequence; a query
+            looks only at the keys of its own chunk. None means no chunks.
         softcap: cap of the scores, softcap tanh(score / softcap); above 0, or None.
         sinks: [Hq], one extra score per head that takes its share of the softmax and adds no
             value. It gets a gradient, too.
@@ -33,6 +35,7 @@ class AttentionOptions:
 
     scale: float | None = None
     window: int | None = None
+    chunk: int | None = None
     softcap: float | None = None
     sinks: Tensor | None = None
     backend: str = "auto"
@@ -46,6 +49,8 @@ class AttentionOptions:
             raise ValueError(
                 f"window is {self.window}, expected at least 1 (a query sees itself), or None."
             )
+        if self.chunk is not None and self.chunk < 1:
+            raise ValueError(f"chunk is {self.chunk}, expected at least 1, or None.")
         if self.backend not in BACKENDS:
             raise ValueError(
                 f"Unknown backend {self.backend!r}, expected one of {', '.join(BACKENDS)}."

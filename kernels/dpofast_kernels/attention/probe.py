@@ -17,9 +17,9 @@ from dpofast_kernels.rounding import product_precision
 # test the same there in less time.
 _GROUPS = ((150, (70, 33)), (1, (1, 1)), (40, (0, 130)), (5, (3, 0, 17)), (9, (0,)))
 _CPU_GROUPS = ((20, (11, 6)), (1, (1, 1)), (7, (0, 15)), (5, (3, 0, 9)), (9, (0,)))
-# The tested window is limited: a model's own can be longer than these sequences and would then hide
-# nothing. It is at least 2, because with 1 the softmax is constant and its gradients are mere
-# rounding.
+# The tested window, or chunk, is limited: a model's own can be longer than these sequences and
+# would then hide nothing. It is at least 2, because with 1 the softmax is constant and its
+# gradients are mere rounding.
 _SHORTEST_WINDOW, _LONGEST_WINDOW, _CPU_LONGEST_WINDOW = 2, 48, 8
 # Largest norm of the difference from the naive result, relative to the norm of that result.
 # Rounding a product's inputs to bf16 gives up to 1e-2; a wrong mask, scale or copy gives more than
@@ -86,9 +86,9 @@ def probe(
     }
     if options.sinks is not None:
         leaves["sinks"] = random(num_heads)
-    if options.window is not None:
-        longest = _CPU_LONGEST_WINDOW if is_cpu else _LONGEST_WINDOW
-        options = replace(options, window=max(_SHORTEST_WINDOW, min(options.window, longest)))
+    longest = _CPU_LONGEST_WINDOW if is_cpu else _LONGEST_WINDOW
+    window, chunk = (_tested(size, longest) for size in (options.window, options.chunk))
+    options = replace(options, window=window, chunk=chunk)
     d_output = random(num_tokens, num_heads, value_dim)
     backend = backend_for(leaves["query"], leaves["value"], options)
     got = _run(leaves, d_output, layout, replace(options, backend=backend))
@@ -104,6 +104,11 @@ def probe(
                 f"by {error:.1e}, expected at most {tolerance:.0e}"
             )
     return backend
+
+
+def _tested(size: int | None, longest: int) -> int | None:
+    """The window or chunk that is tested in place of a model's own."""
+    return None if size is None else max(_SHORTEST_WINDOW, min(size, longest))
 
 
 def _run(

@@ -144,7 +144,9 @@ def sequences_of(groups: Groups) -> list[Tensor]:
     return sequences
 
 
-def run_alone(inputs: Inputs, groups: Groups, window: int | None) -> dict[str, Tensor]:
+def run_alone(
+    inputs: Inputs, groups: Groups, window: int | None, chunk: int | None = None
+) -> dict[str, Tensor]:
     """The result of `run` from PyTorch's attention of each sequence, a prefix once per tail.
 
     The upstream gradient of a prefix's output is given to its first sequence.
@@ -158,6 +160,8 @@ def run_alone(inputs: Inputs, groups: Groups, window: int | None) -> dict[str, T
         position = torch.arange(len(tokens))
         distance = position[:, None] - position
         mask = (distance >= 0) & (distance < (window or len(tokens)))
+        if chunk is not None:
+            mask &= position[:, None] // chunk == position // chunk
         alone = F.scaled_dot_product_attention(query, key, value, mask, enable_gqa=True)
         alone = alone[0].transpose(0, 1)  # [n, Hq, Dv]
         out[tokens] = alone.detach()

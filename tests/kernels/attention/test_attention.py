@@ -152,6 +152,7 @@ def test_refuses_what_does_not_fit(change: dict, message: str):
         ({"scale": 0.0}, "scale is 0.0"),
         ({"softcap": float("inf")}, "softcap is inf"),
         ({"window": 0}, "window is 0, expected at least 1"),
+        ({"chunk": 0}, "chunk is 0, expected at least 1"),
         ({"backend": "triton"}, "Unknown backend 'triton'"),
     ],
 )

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from dpofast_kernels.attention import AttentionOptions, flash
+from dpofast_kernels.attention.chunks import attention_in_chunks
 from tests.kernels.attention import emulated
 from tests.kernels.attention.cases import (
     GROUPS,
@@ -68,6 +69,15 @@ def test_varlen_equals_naive(groups: Groups, heads: str, window: int | None):
     options = AttentionOptions(window=window)
     expected = run(inputs, AttentionOptions(window=window, backend="naive"))
     assert_close(run(inputs, options, as_op(flash.varlen_attention)), expected)
+
+
+@pytest.mark.usefixtures("operator")
+@pytest.mark.parametrize("chunk", [1, 3, 7])
+def test_varlen_in_chunks_equals_naive(chunk: int):
+    inputs = make_inputs(MANY_TAILS, HEADS["gqa"])
+    attend = as_op(lambda call: attention_in_chunks(flash.varlen_attention, call, chunk))
+    expected = run(inputs, AttentionOptions(chunk=chunk, backend="naive"))
+    assert_close(run(inputs, AttentionOptions(chunk=chunk), attend), expected)
 
 
 @pytest.mark.usefixtures("operator")

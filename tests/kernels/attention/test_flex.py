@@ -12,6 +12,7 @@ from torch.nn.attention import flex_attention as torch_flex
 from torch.nn.attention.flex_attention import create_block_mask
 
 from dpofast_kernels.attention import AttentionOptions, attends, build_layout, flex
+from dpofast_kernels.attention.chunks import attention_in_chunks
 from tests.kernels.attention.cases import (
     GROUPS,
     HEADS,
@@ -89,6 +90,15 @@ def test_equals_naive(heads: str, softcap: float | None, with_sinks: bool, windo
     naive = AttentionOptions(window=window, softcap=softcap, backend="naive")
     got = run(inputs, options, as_op(flex.flex_attention_on_row), with_sinks)
     assert_close(got, run(inputs, naive, with_sinks=with_sinks))
+
+
+@pytest.mark.usefixtures("uncompiled")
+@pytest.mark.parametrize("chunk", [1, 3, 7])
+def test_flex_in_chunks_equals_naive(chunk: int):
+    inputs = make_inputs(MANY_TAILS, HEADS["gqa"])
+    attend = as_op(lambda call: attention_in_chunks(flex.flex_attention_on_row, call, chunk))
+    expected = run(inputs, AttentionOptions(chunk=chunk, backend="naive"))
+    assert_close(run(inputs, AttentionOptions(chunk=chunk), attend), expected)
 
 
 @pytest.mark.usefixtures("uncompiled")

@@ -12,8 +12,19 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
+from dpofast import DPOConfig
 from dpofast.errors import ConfigError, ModelError
-from tests.support import byte_tokenizer, make_trainer, tiny_llama, token_pairs, train
+from dpofast.train.saving.checks import check_saving
+from tests.families import tiny_model
+from tests.support import (
+    byte_tokenizer,
+    make_trainer,
+    run_config,
+    tiny_llama,
+    token_pairs,
+    train,
+)
+from tests.trained_families import small_tokenizer
 
 ONE_STEP = {"max_steps": 1}
 LORA = peft.LoraConfig(r=2, target_modules=["q_proj"])
@@ -240,3 +251,13 @@ class TestAfterSaving:
         errors = [r.message for r in caplog.records if r.levelno == logging.ERROR]
         assert ["checkpoint-1" in errors[0], "checkpoint-2" in errors[1]] == [True, True]
         assert (tmp_path / "run" / "checkpoint-2" / "optimizer.pt").is_file()
+
+
+def test_what_loading_does_to_a_pad_token_is_said_and_refused_for_an_eos_token(tmp_path, caplog):
+    model, tokenizer = tiny_model("youtu"), small_tokenizer()
+    config = run_config(tmp_path, DPOConfig, None)
+    check_saving(model, tokenizer, config)
+    assert "will set the embedding of the pad token to 0 when it loads" in caplog.text
+    tokenizer.pad_token = tokenizer.eos_token
+    with pytest.raises(ModelError, match="pad token is its eos_token '</s>', with which answers"):
+        check_saving(model, tokenizer, config)
