@@ -223,7 +223,7 @@ def _swap_until_even(bins: list[_Bin]) -> list[_Bin]:
     """
     by_size = sorted((_size(held), index) for index, held in enumerate(bins))
     for _ in range(_MAX_SWAPS if bins else 0):
-        # Of equally full bins, the one with the lowest index.
+        # If several bins are that full, this is the one with the lowest index.
         full, fullest = by_size[bisect_left(by_size, (by_size[-1][0], -1))]
         best_gain = 0
         for tried, (size, other) in enumerate(by_size):
