@@ -6,6 +6,7 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
+from dpofast.cli.device_memory import read_device_options
 from dpofast.cli.inputs import (
     adapter_base,
     load_policy_model,
@@ -16,7 +17,7 @@ from dpofast.cli.inputs import (
 )
 from dpofast.cli.process_start import is_main_process
 from dpofast.cli.run_data import NO_HELD_OUT_PAIRS, load_held_out_data
-from dpofast.cli.run_options import RunOptions, read_options
+from dpofast.cli.run_options import RunOptions
 from dpofast.errors import ConfigError
 from dpofast.options.output_dir import make_output_dir
 
@@ -27,7 +28,7 @@ def evaluate(parsed: argparse.Namespace, overrides: list[str]) -> None:
     """Measure rewards and log-probs on the held-out pairs, and write evaluation.json."""
     from dpofast.monitor.summary import write_json
 
-    options = _with_reference(read_options(parsed.config, overrides))
+    options = _with_reference(read_device_options(parsed.config, overrides))
     make_output_dir(options.config.output_dir, options.source)
     tokenizer = load_tokenizer_for(options)
     for name in (options.script.model, options.script.ref_model_name_or_path):

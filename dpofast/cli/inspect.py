@@ -16,6 +16,7 @@ from dpofast.cli.run_data import load_all_rows, load_training_data
 from dpofast.cli.run_options import RunOptions, read_options
 from dpofast.cli.terminal import print_rich
 from dpofast.columns import LABEL_COLUMN
+from dpofast.counted import counted
 from dpofast.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -63,8 +64,7 @@ def _show_pair(options: RunOptions, row: int) -> None:
         print_rich(render_untokenised_pair(pair, tokenizer, limits=limits))
     lost = Counter(pair["left_out"] for pair in found if pair.get("left_out"))
     for reason, count in lost.items():
-        plural = "s" * (count > 1)
-        print_rich(Text(f"left out of training, {count} more pair{plural}: {reason}"))
+        print_rich(Text(f"left out of training, {counted(count, 'more pair')}: {reason}"))
 
 
 def _label_line(labels: list[bool | None]) -> str:
@@ -125,8 +125,7 @@ def _show_step(options: RunOptions, step: int, rank: tuple[int, int]) -> None:
 def _print_headline(planned: PlannedStep, place: str) -> None:
     rows = planned.micro_batches
     count = f"{sum(map(len, rows))} of the step's {planned.num_pairs} pairs"
-    in_rows = "1 row" if len(rows) == 1 else f"{len(rows)} rows"
-    print_rich(Text(f"{place}: {count} in {in_rows}", style="bold"))
+    print_rich(Text(f"{place}: {count} in {counted(len(rows), 'row')}", style="bold"))
     print_rich(Text("scored from: the places whose hidden states predict the answer", style="dim"))
 
 

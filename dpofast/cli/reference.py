@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from dpofast.cli.device_memory import read_device_options
 from dpofast.cli.given import COMMAND_LINE, split_own_options
 from dpofast.cli.option_types import checked_value
 from dpofast.cli.process_start import is_main_process
@@ -33,7 +34,7 @@ def _build(yaml_file: str | None, overrides: list[str]) -> None:
     from dpofast.cli.train import make_trainer
     from dpofast.train.reports.summary import reference_summary
 
-    options = read_options(yaml_file, overrides)
+    options = read_device_options(yaml_file, overrides)
     options.require("model_name_or_path", "dataset_name")
     _refuse_unkept(options, "the build would keep nothing; leave it out")
     trainer = make_trainer(options)

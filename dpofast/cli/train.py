@@ -6,15 +6,16 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from dpofast.cli.device_memory import read_device_options
 from dpofast.cli.inputs import adapter_base, adapter_options, load_inputs, trainer_class
 from dpofast.cli.process_start import is_main_process
-from dpofast.cli.run_options import RunOptions, read_options
+from dpofast.cli.run_options import RunOptions
 from dpofast.options.output_dir import make_output_dir, refuse_inputs_folder
 
 
 def train(parsed: argparse.Namespace, overrides: list[str]) -> None:
     """Train, save the model, and print what came out and where it is."""
-    options = read_options(parsed.config, overrides)
+    options = read_device_options(parsed.config, overrides)
     options.require("model_name_or_path", "dataset_name")
     trainer = make_trainer(options)
     trainer.exports_model = True

@@ -9,6 +9,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from dpofast.counted import counted
 from dpofast.data.packing.batch import PackedPairs
 from dpofast.inspect.picture import AttentionPicture, PicturePart
 from dpofast.inspect.row_parts import PREFIX, RowPart, RowUnit, row_units
@@ -72,10 +73,9 @@ def _rows(unit: RowUnit, examples: Sequence[Mapping[str, Any]], most: int | None
 
 
 def _headline(batch: PackedPairs) -> Text:
-    pairs = "1 pair" if batch.num_pairs == 1 else f"{batch.num_pairs} pairs"
     return Text(
-        f"{pairs} in {batch.num_body_tokens} tokens ({batch.num_tokens} one sequence at a time), "
-        f"{len(batch.labels)} scored",
+        f"{counted(batch.num_pairs, 'pair')} in {batch.num_body_tokens} tokens "
+        f"({batch.num_tokens} one sequence at a time), {len(batch.labels)} scored",
         style="bold",
     )
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from dpofast.data.packing.batch import TokenIds
 from dpofast.data.packing.collate import Layout
@@ -44,14 +45,50 @@ class SequenceScorer:
             One array per answer: [num_tokens] fp64, its per-token log-probs in nats. With
             log-sum-exps it is [2, num_tokens], the log-probs first.
         """
+        scored = self.launch(sequences)
+        return scored() if callable(scored) else scored
+
+    def launch(
+        self, sequences: Sequence[tuple[TokenIds, TokenIds]]
+    ) -> list[np.ndarray] | Callable[[], list[np.ndarray]]:
+        """Starts one forward pass. On CUDA, the host can start the next one before this one ends.
+
+        Args:
+            sequences: as in `__call__`.
+
+        Returns:
+            What `__call__` returns, or on CUDA a function that waits for it and returns it.
+        """
         batch = self.layout.collate(sequences, group_sizes=runs_of_prompts(sequences))
-        batch = batch.to(next(self.model.parameters()).device)
+        bounds = batch.bounds[1:-1].numpy()
+        device = next(self.model.parameters()).device
+        if device.type == "cuda":
+            # From other memory, the copy of a long row would wait for the pass before.
+            batch = batch.pin_memory()
+        batch = batch.to(device)
         with evaluating(self.model), micro_batch(self.model, batch), self.autocast():
             task = ScoreTask(batch.labels, self.options, self.with_logsumexps)
             scores = run_batch(self.model, batch, task)  # [N] or [2, N]
         # float64 before anything is summed, whatever precision the head has.
-        return np.split(scores.double().cpu().numpy(), batch.bounds[1:-1].numpy(), axis=-1)
+        scores = scores.double()
+        if not scores.is_cuda:
+            return np.split(scores.cpu().numpy(), bounds, axis=-1)
+        fetch = _copied_later(scores)
+        return lambda: np.split(fetch().numpy(), bounds, axis=-1)
 
     def num_tokens(self, sequences: Sequence[tuple[TokenIds, TokenIds]]) -> int:
         """Positions that the body runs over in a call with these sequences, padding included."""
         return self.layout.num_tokens(sequences, runs_of_prompts(sequences))
+
+
+def _copied_later(scores: Tensor) -> Callable[[], Tensor]:
+    """Starts a copy of a CUDA tensor to the CPU; the function waits for it and returns the copy."""
+    host = torch.empty_like(scores, device="cpu", pin_memory=True)
+    host.copy_(scores, non_blocking=True)
+    done = torch.cuda.current_stream(scores.device).record_event()
+
+    def copied() -> Tensor:
+        done.synchronize()
+        return host
+
+    return copied

@@ -1,4 +1,7 @@
-"""Prepares the policy for training: loads it, wraps it in an adapter, sets dropout to 0."""
+"""Prepares the policy for training: loads it, wraps it in an adapter, sets dropout to 0.
+
+The folders of a run are checked before anything is loaded.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,9 @@ from dpofast.model.unreached import freeze_unreached
 from dpofast.model.vocabulary import vocabulary_of
 from dpofast.options.checkpointing import chooses_layers
 from dpofast.options.config import DPOConfig
+from dpofast.options.output_dir import make_output_dir, refuse_inputs_folder
 from dpofast.options.quantisation import OPTION, quantisation_options
+from dpofast.train.checks.nodes import check_shared_folders
 from dpofast.zero.batch import refuse_missing_launcher
 
 logger = logging.getLogger(__name__)
@@ -96,14 +101,28 @@ def resolve_model(model: Any, config: DPOConfig, tokenizer: Any) -> tuple[nn.Mod
     return model, tokenizer
 
 
-def input_folders(model: Any, ref_model: Any, config: DPOConfig) -> dict[str, str | Path | None]:
-    """What a run reads, in words, and its folder or hub name; None if it has none.
+def check_folders(model: Any, ref_model: Any, config: DPOConfig, trains: bool) -> None:
+    """Makes the folder that a training run writes to, and checks the folders that its nodes share.
 
     Args:
         model: the policy as it was given.
         ref_model: the reference as it was given; None if it is the policy before step 1.
         config: options of the run.
+        trains: whether there is a dataset to train on.
+
+    Raises:
+        ConfigError: output_dir has something that the run reads, or can't be written; or nodes
+            don't share a folder that they must.
     """
+    if trains:
+        refuse_inputs_folder(config.output_dir, _input_folders(model, ref_model, config))
+        if config.should_save:
+            make_output_dir(config.output_dir)
+    check_shared_folders(config, trains)
+
+
+def _input_folders(model: Any, ref_model: Any, config: DPOConfig) -> dict[str, str | Path | None]:
+    """What a run reads, in words, and its folder or hub name; None if it has none."""
     return {
         "the model": model_name(model),
         "ref_model": None if ref_model is None else model_name(ref_model),

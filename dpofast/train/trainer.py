@@ -24,12 +24,10 @@ from dpofast.monitor.throughput import Throughput
 from dpofast.monitor.vanishing import VanishingUpdates
 from dpofast.options.allowed_changes import read_allowed
 from dpofast.options.config import DPOConfig
-from dpofast.options.output_dir import make_output_dir, refuse_inputs_folder
 from dpofast.options.trl import refuse, resolve_config, resolve_tokenizer
 from dpofast.ranks.watch import watch_ranks
 from dpofast.train.checks.best_metric import check_best_metric
 from dpofast.train.checks.first_step import ChecksFirstStep, FirstStep
-from dpofast.train.checks.nodes import check_shared_folders
 from dpofast.train.checks.noise import check_noise
 from dpofast.train.checks.schedule import check_schedule
 from dpofast.train.checks.step_zero import StepZeroCheck
@@ -44,7 +42,7 @@ from dpofast.train.hooks.settings import ShowsSettings
 from dpofast.train.own.loss import run_loss
 from dpofast.train.own.metrics import MetricsFunction, OwnMetrics
 from dpofast.train.policy import (
-    input_folders,
+    check_folders,
     model_name,
     pad_token_id,
     prepare_policy,
@@ -162,11 +160,7 @@ class DPOTrainer(
         check_compute_metrics(config, compute_metrics)
         self.pair_loss = run_loss(config, loss_fn, takes_answers=self.takes_answers)
         own_metrics = None if metrics_fn is None else OwnMetrics(metrics_fn, config.device)
-        if train_dataset is not None:
-            refuse_inputs_folder(config.output_dir, input_folders(model, ref_model, config))
-            if config.should_save:
-                make_output_dir(config.output_dir)
-        check_shared_folders(config, trains=train_dataset is not None)
+        check_folders(model, ref_model, config, trains=train_dataset is not None)
         if self.pair_loss.is_reference_free:
             without_reference(ref_model, config)
             ref_model = None
@@ -191,6 +185,12 @@ class DPOTrainer(
             callbacks=[MetricsFile(), VanishingUpdates(), *(callbacks or [])],
             optimizers=optimizers,
         )
+        self._make_parts(config, ref_model, tokenizer, own_metrics)
+
+    def _make_parts(
+        self, config: DPOConfig, ref_model: Any, tokenizer: Any, own_metrics: OwnMetrics | None
+    ) -> None:
+        """Make what a run has around its model: the reference, the loaders and the loss."""
         self.layout = choose_layout(
             config.layout, self.model, pad_token_id(tokenizer, self.model, ref_model)
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from dpofast.model.forward import micro_batch, pair_step, run_batch
 from dpofast.model.head import PairLossTask, head_options
 from dpofast.model.load import load_policy, load_tokenizer
 from dpofast.model.parts import body_of
-from dpofast.model.scorer import SequenceScorer
+from dpofast.model.scorer import SequenceScorer, _copied_later
 from dpofast_kernels import make_loss
 from tests.support import VOCAB_SIZE, answer_logps, naive_margin, tiny_llama, token_pairs
 
@@ -125,12 +126,27 @@ def test_scores_are_those_of_separate_sequences_and_leave_the_model_as_it_was():
     scorer = SequenceScorer(model, torch.no_grad, Layout("padded"))
     sequences = [([5, 6, 7], [8, 9]), ([3], [4, 4, 4, 4])]
     got = scorer(sequences)
+    at_once = scorer.launch(sequences)  # a CPU has nothing to wait for
+    assert all(map(np.array_equal, got, at_once))
     assert model.training
     assert "forward" not in model.__dict__
     assert [len(values) for values in got] == [2, 4]
     for values, sequence in zip(got, sequences, strict=True):
         expected = answer_logps(model, *sequence).item()
         assert values.sum() == pytest.approx(expected, rel=1e-6)
+
+
+def test_the_host_reads_a_gpus_scores_when_their_copy_is_there(monkeypatch):
+    done, empty_like = [], torch.empty_like
+    event = SimpleNamespace(synchronize=lambda: done.append("waited"))
+    stream = SimpleNamespace(record_event=lambda: done.append("recorded") or event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    # Without a GPU, no memory can be pinned.
+    monkeypatch.setattr(torch, "empty_like", lambda x, device, pin_memory: empty_like(x))
+    fetch = _copied_later(torch.arange(3.0))
+    assert done == ["recorded"]
+    assert fetch().tolist() == [0.0, 1.0, 2.0]
+    assert done == ["recorded", "waited"]
 
 
 @pytest.mark.parametrize("layout", ["padded", "shared"])

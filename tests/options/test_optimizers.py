@@ -4,13 +4,23 @@ import importlib.util
 
 import pytest
 import torch
+from transformers import Trainer
 from transformers.training_args import OptimizerNames
 
 from dpofast.errors import ConfigError
+from dpofast.options.config import DPOConfig
 from dpofast.options.optimizers import check_optimizer
 from tests.support import make_trainer, tiny_llama, train
 
 NAMES = [each.value for each in OptimizerNames]
+
+
+def test_the_default_is_a_fused_adamw(tmp_path):
+    config = DPOConfig(output_dir=str(tmp_path), use_cpu=True, report_to="none")
+    assert config.optim == OptimizerNames.ADAMW_TORCH_FUSED
+    optimizer, arguments = Trainer.get_optimizer_cls_and_kwargs(config)
+    assert optimizer is torch.optim.AdamW
+    assert arguments["fused"] is True
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name.startswith("paged_")])

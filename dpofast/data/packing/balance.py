@@ -11,9 +11,10 @@ A "slot" is one micro-batch on all ranks: `world_size` rows. A "bin" is a row th
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from heapq import heapreplace
+from itertools import accumulate
 from typing import NamedTuple
 
 Row = list[int]  # indices into the step's pairs, ascending
@@ -34,6 +35,8 @@ _NOTHING = _Item(0, -1)
 
 # Limit on the swaps of one refinement. Real steps need fewer, so it only bounds the time.
 _MAX_SWAPS = 400
+# Bins that are tried for a swap, the emptiest first, once one is found that helps.
+_MOST_TRIED = 64
 # Limit on one search, which keeps it to a few milliseconds. Placing one item costs about
 # 4 + number of bins. In trials, this was always enough to finish the search of ten pairs.
 _SEARCH_EFFORT = 10_000
@@ -88,13 +91,12 @@ def pack_step(tokens: Sequence[int], world_size: int, max_tokens: int) -> Packed
         (_Item(count, pair) for pair, count in enumerate(tokens) if count <= max_tokens),
         key=lambda item: (-item.tokens, item.pair),
     )
-    num_rows = len(own_rows) + _ceil_div(_size(items), max_tokens)
-    num_slots = max(1, _ceil_div(num_rows, world_size))
-    while (rows := _fit(items, world_size * num_slots - len(own_rows), max_tokens)) is None:
-        num_slots += 1
-
+    num_rows = len(own_rows) + _fewest_bins(items, max_tokens)
+    rows = own_rows + _in_few_slots(
+        lambda num_slots: _fit(items, world_size * num_slots - len(own_rows), max_tokens),
+        max(1, _ceil_div(num_rows, world_size)),
+    )
     # Rows of similar size share a slot, because all ranks wait for the fullest row in it.
-    rows = own_rows + rows
     rows.sort(key=lambda row: (-sum(tokens[pair] for pair in row), row))
     slots = [rows[start : start + world_size] for start in range(0, len(rows), world_size)]
     # Rows now descend within each slot. Reversing every other slot evens out the ranks' totals.
@@ -151,6 +153,46 @@ def _size(items: Iterable[_Item]) -> int:
     return sum(item.tokens for item in items)
 
 
+def _in_few_slots(fit: Callable[[int], list[Row] | None], lowest: int) -> list[Row]:
+    """The rows that `fit` finds for so few slots that it finds none for one slot less.
+
+    Args:
+        fit: makes the rows for a number of slots, or None. It finds some for every large number.
+        lowest: least number of slots.
+    """
+    failed, step = lowest - 1, 1
+    while (found := fit(failed + step)) is None:
+        failed, step = failed + step, 2 * step
+    while step > 1:  # the number found is failed + step
+        half = step // 2
+        rows = fit(failed + half)
+        if rows is None:
+            failed, step = failed + half, step - half
+        else:
+            found, step = rows, half
+    return found
+
+
+def _fewest_bins(items: list[_Item], max_tokens: int) -> int:
+    """A number of bins that no filling under the cap can do without; `items` are longest first.
+
+    An item of more than half the cap has a bin for itself, and the items that are too long for the
+    rest of it need others (the bound L2 of Martello and Toth, "Knapsack Problems", 1990).
+    """
+    sums = [0, *accumulate(item.tokens for item in items)]
+    sizes = [-item.tokens for item in items]  # ascending
+    num_large = bisect_left(sizes, -(max_tokens // 2))  # of more than half the cap
+    most = _ceil_div(sums[-1], max_tokens)
+    for end in range(num_large, len(items) + 1):  # of the items that are counted
+        shortest = items[end - 1].tokens if end > num_large else max_tokens // 2 + 1
+        # None of them fits beside the first `alone` items.
+        alone = min(num_large, bisect_left(sizes, -(max_tokens - shortest)))
+        room = (num_large - alone) * max_tokens - (sums[num_large] - sums[alone])
+        rest = sums[end] - sums[num_large] - room
+        most = max(most, num_large + _ceil_div(max(rest, 0), max_tokens))
+    return most
+
+
 def _fit(items: list[_Item], num_bins: int, max_tokens: int) -> list[Row] | None:
     """Balanced rows under the cap, or None if none were found; `items` are longest first."""
     bins = _swap_until_even(_fill_emptiest_first(items, num_bins))
@@ -179,28 +221,36 @@ def _swap_until_even(bins: list[_Bin]) -> list[_Bin]:
 
     A swap never fills another bin above the fullest one, so bins under a cap stay under it.
     """
-    sizes = [_size(held) for held in bins]
-    for _ in range(_MAX_SWAPS):
-        fullest = max(range(len(bins)), key=sizes.__getitem__, default=0)
+    by_size = sorted((_size(held), index) for index, held in enumerate(bins))
+    for _ in range(_MAX_SWAPS if bins else 0):
+        # If several bins are that full, this is the one with the lowest index.
+        full, fullest = by_size[bisect_left(by_size, (by_size[-1][0], -1))]
         best_gain = 0
-        for other in sorted(range(len(bins)), key=sizes.__getitem__):
-            gap = sizes[fullest] - sizes[other]
+        for tried, (size, other) in enumerate(by_size):
+            gap = full - size
             # No swap gains more than half the gap, and the gaps only shrink from here on.
-            if gap // 2 <= best_gain:
+            if gap // 2 <= best_gain or (best_gain and tried >= _MOST_TRIED):
                 break
             gain, out, back = _best_swap(bins[fullest], bins[other], gap)
             if gain > best_gain:
-                best_gain, best_swap = gain, (other, out, back)
+                best_gain, best_swap = gain, (size, other, out, back)
         if not best_gain:
             break
-        other, out, back = best_swap
+        size, other, out, back = best_swap
         for item, source, target in ((out, fullest, other), (back, other, fullest)):
             if item is not _NOTHING:
                 bins[source].remove(item)
                 insort(bins[target], item)
-                sizes[source] -= item.tokens
-                sizes[target] += item.tokens
+        moved = out.tokens - back.tokens
+        for before, after, index in ((full, full - moved, fullest), (size, size + moved, other)):
+            _replace(by_size, (before, index), (after, index))
     return bins
+
+
+def _replace(ordered: list[tuple[int, int]], old: tuple[int, int], new: tuple[int, int]) -> None:
+    """Replace an entry of an ascending list, which stays ascending."""
+    del ordered[bisect_left(ordered, old)]
+    insort(ordered, new)
 
 
 def _best_swap(high: _Bin, low: _Bin, gap: int) -> tuple[int, _Item, _Item]:
@@ -242,52 +292,65 @@ class _Search:
     def __init__(self, items: list[_Item], num_bins: int, max_tokens: int) -> None:
         self.items = items
         self.free = [max_tokens] * num_bins  # tokens that each bin can still take
+        self.by_room = [(max_tokens, index) for index in range(num_bins)]  # `free`, ascending
+        # A bin with less room than the smallest item is wasted.
+        self.smallest = items[-1].tokens
+        self.usable = max_tokens * num_bins  # tokens that the other bins can still take
         self.unplaced_tokens = _size(items)
         self.bin_of: list[int] = []  # bins of items[0], items[1], ..., as far as they are placed
-        # untried[k]: bins that items[k] still has to try, the next one last. This list has one
-        # entry more than `bin_of`, for the item that will be placed next.
-        self.untried = [self._open_bins()]
+        # least_room[k]: items[k] has tried all bins with less room. This list has one entry more
+        # than `bin_of`, for the item that will be placed next.
+        self.least_room = [items[0].tokens]
 
     def run(self) -> list[_Bin] | None:
         """Filled bins, each with `_NOTHING`; None if no filling fits or the effort is used up."""
         # Placing every item once is always allowed. Beyond that, effort is limited.
         moves = len(self.items) + _SEARCH_EFFORT // (4 + len(self.free))
         for _ in range(moves):
-            if self.untried[-1]:
-                self._place_next(self.untried[-1].pop())
+            index = self._next_bin()
+            if index is not None:
+                self._place_next(index)
                 if len(self.bin_of) == len(self.items):
                     return self._filled_bins()
-                self.untried.append(self._open_bins())
+                self.least_room.append(self.items[len(self.bin_of)].tokens)
             elif self.bin_of:
                 self._take_back()
             else:
                 return None  # the first item has tried all its bins
         return None
 
+    def _next_bin(self) -> int | None:
+        """The tightest bin that the next item has yet to try."""
+        # If the bins can't hold all unplaced items, this branch of the search can't succeed.
+        if self.usable < self.unplaced_tokens:
+            return None
+        first = bisect_left(self.by_room, (self.least_room[-1], -1))
+        if first == len(self.by_room):
+            return None
+        # Bins with equal room lead to the same result, so only one of them is tried: the last one.
+        room = self.by_room[first][0]
+        return self.by_room[bisect_left(self.by_room, (room + 1, -1), first) - 1][1]
+
     def _place_next(self, index: int) -> None:
         tokens = self.items[len(self.bin_of)].tokens
+        self.least_room[-1] = self.free[index] + 1
         self.bin_of.append(index)
-        self.free[index] -= tokens
-        self.unplaced_tokens -= tokens
+        self._fill(index, tokens)
 
     def _take_back(self) -> None:
-        self.untried.pop()
+        self.least_room.pop()
         index = self.bin_of.pop()
-        tokens = self.items[len(self.bin_of)].tokens
-        self.free[index] += tokens
-        self.unplaced_tokens += tokens
+        self._fill(index, -self.items[len(self.bin_of)].tokens)
 
-    def _open_bins(self) -> list[int]:
-        """Bins that the next item fits in, the tightest last."""
-        # A bin with less room than the smallest item is wasted. If the other bins can't hold all
-        # unplaced items, this branch of the search can't succeed.
-        smallest = self.items[-1].tokens
-        if sum(free for free in self.free if free >= smallest) < self.unplaced_tokens:
-            return []
-        # Bins with equal room lead to the same result, so only one of them is tried.
-        tokens = self.items[len(self.bin_of)].tokens
-        by_room = {free: index for index, free in enumerate(self.free) if free >= tokens}
-        return [by_room[free] for free in sorted(by_room, reverse=True)]
+    def _fill(self, index: int, tokens: int) -> None:
+        """Add tokens to a bin; fewer than 0 to take them out."""
+        before, after = self.free[index], self.free[index] - tokens
+        self.free[index] = after
+        self.usable += (after if after >= self.smallest else 0) - (
+            before if before >= self.smallest else 0
+        )
+        self.unplaced_tokens -= tokens
+        _replace(self.by_room, (before, index), (after, index))
 
     def _filled_bins(self) -> list[_Bin]:
         bins = [[_NOTHING] for _ in self.free]

@@ -5,9 +5,10 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
-from itertools import accumulate
+from itertools import accumulate, chain
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -94,7 +95,7 @@ class PackedPairs(NoDict):
         *,
         input_ids: Tensor,
         position_ids: Tensor | None,
-        scored_positions: list[Tensor],
+        scored_positions: Sequence[np.ndarray],
         uses: Tensor,
         counts: Sequence[int] | None = None,
         shared_layout: SharedLayout | None = None,
@@ -104,20 +105,20 @@ class PackedPairs(NoDict):
         Args:
             sequences: S sequences, in the order of the batch.
             ref_logps: one summed reference log-prob per sequence, in nats.
-            scored_positions: one tensor per sequence, with a position per answer token.
+            scored_positions: one int64 array per sequence, with a position per answer token.
             counts: how often the pairs have each sequence; None for once.
             input_ids, position_ids, uses, shared_layout: as in the class.
         """
-        empty = torch.empty(0, dtype=torch.int64)  # torch.cat refuses an empty list
-        labels = [torch.tensor(answer) for _, answer in sequences]
+        empty = np.empty(0, np.int64)  # np.concatenate refuses an empty list
+        answers = [answer for _, answer in sequences]
         lengths = [len(prompt) + len(answer) for prompt, answer in sequences]
         num_tokens = sum(map(operator.mul, lengths, counts or [1] * len(lengths)))
         return cls(
             input_ids=input_ids,
             position_ids=position_ids,
-            scored_positions=torch.cat([empty, *scored_positions]),
-            labels=torch.cat([empty, *labels]),
-            bounds=torch.tensor([0, *accumulate(map(len, labels))]),
+            scored_positions=int64_tensor(np.concatenate([empty, *scored_positions])),
+            labels=int64_tensor(list(chain.from_iterable(answers))),
+            bounds=int64_tensor([0, *accumulate(map(len, answers))]),
             ref_logps=None if ref_logps is None else torch.tensor(ref_logps, dtype=torch.float64),
             num_tokens=num_tokens,
             sequence_tokens=sum(lengths),
@@ -125,17 +126,17 @@ class PackedPairs(NoDict):
             shared_layout=shared_layout,
         )
 
-    def with_prompts(self, prompts: Sequence[tuple[TokenIds, Tensor]]) -> PackedPairs:
+    def with_prompts(self, prompts: Sequence[tuple[TokenIds, np.ndarray]]) -> PackedPairs:
         """The batch with sequences more, after all answers: prompts that are scored.
 
         Args:
-            prompts: token ids of a prompt, and the positions of all of them but the last one, in
-                the hidden states flattened. If they are those of the pairs, `prompts` is right.
+            prompts: token ids of a prompt, and the int64 positions of all of them but the last one,
+                in the hidden states flattened. If they are those of the pairs, `prompts` is right.
         """
         if not prompts:
             return self
         # A prompt of one token has nothing to score, and is no sequence.
-        scored = [(ids, positions) for ids, positions in prompts if len(ids) > 1]
+        scored = [(ids, torch.from_numpy(positions)) for ids, positions in prompts if len(ids) > 1]
         is_scored = torch.tensor([len(ids) > 1 for ids, _ in prompts])
         numbers = len(self.bounds) - 2 + is_scored.cumsum(0)
         lengths = torch.tensor([len(positions) for _, positions in scored], dtype=torch.int64)
@@ -145,7 +146,7 @@ class PackedPairs(NoDict):
         return replace(
             self,
             scored_positions=torch.cat([self.scored_positions, *(each for _, each in scored)]),
-            labels=torch.cat([self.labels, *(torch.tensor(ids[1:]) for ids, _ in scored)]),
+            labels=torch.cat([self.labels, *(int64_tensor(ids[1:]) for ids, _ in scored)]),
             bounds=torch.cat([self.bounds, self.bounds[-1] + lengths.cumsum(0)]),
             pairs=pairs,
             prompts=torch.where(is_scored, numbers, -1),
@@ -266,6 +267,11 @@ class PackedPairs(NoDict):
             and isinstance(value := getattr(self, field.name), Tensor)
         }
         return replace(self, **moved)
+
+
+def int64_tensor(numbers: Sequence[int] | np.ndarray) -> Tensor:
+    """Numbers as an int64 tensor. torch.tensor takes several times as long for a list."""
+    return torch.from_numpy(np.asarray(numbers, np.int64))
 
 
 def _copied(tensor: Tensor, device: torch.device | str) -> Tensor:

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from itertools import accumulate, groupby, pairwise
 
-import torch
-from torch import Tensor
+import numpy as np
 
-from dpofast.data.packing.batch import PackedPairs, PromptAnswer
+from dpofast.data.packing.batch import PackedPairs, PromptAnswer, int64_tensor
 from dpofast.data.prefix import common_prefix_length
 from dpofast_kernels.attention import build_layout
 
@@ -38,9 +37,9 @@ def collate_packed(
     """
     row: list[int] = []
     groups: list[tuple[int, list[int]]] = []  # tokens in the prefix and in each tail
-    uses: list[int] = []
-    scored: list[Tensor] = []
-    prompts: list[Tensor] = []  # of every sequence
+    uses: list[int] = []  # of each prefix and each tail
+    scored: list[np.ndarray] = []
+    prompts: list[np.ndarray] = []  # of every sequence
     counts = counts or [1] * len(sequences)
     for start, end in _groups(len(sequences), share, group_sizes):
         group = sequences[start:end]
@@ -48,32 +47,32 @@ def collate_packed(
         prefix, tails = _prefix_and_tails(ids)
         prefix_start = len(row)
         row += ids[0][:prefix]
-        uses += [sum(counts[start:end])] * prefix
-        for index, (sequence, (prompt, _)) in enumerate(zip(ids, group, strict=True), start):
+        uses += [sum(counts[start:end]), *counts[start:end]]
+        for sequence, (prompt, _) in zip(ids, group, strict=True):
             places = _predicting_places(len(sequence), prefix, prefix_start, len(row))
             prompts.append(places[: len(prompt) - 1])
             scored.append(places[len(prompt) - 1 :])
             row += sequence[prefix:]
-            uses += [counts[index]] * (len(sequence) - prefix)
         groups.append((prefix, tails))
     if not groups:
         # A rank without pairs still runs one token, because other ranks wait for its collectives.
-        row, uses, groups = [0], [1], [(1, [0])]
+        row, uses, groups = [0], [1, 0], [(1, [0])]
     layout = build_layout(groups)
+    lengths = [length for prefix, tails in groups for length in (prefix, *tails)]
     packed = PackedPairs.from_sequences(
         sequences,
         ref_logps,
-        input_ids=torch.tensor(row)[None],
+        input_ids=int64_tensor(row)[None],
         position_ids=layout.position_ids[None],
         scored_positions=scored,
-        uses=torch.tensor(uses)[None],
+        uses=int64_tensor(np.repeat(uses, lengths))[None],
         counts=counts,
         shared_layout=layout,
     )
     return packed.with_prompts([(sequences[i][0], prompts[i]) for i in scored_prompts])
 
 
-def _predicting_places(length: int, prefix: int, prefix_start: int, tail_start: int) -> Tensor:
+def _predicting_places(length: int, prefix: int, prefix_start: int, tail_start: int) -> np.ndarray:
     """[length - 1] int64: where in the row a sequence's tokens are that predict its later ones.
 
     Positions before `prefix` are in the shared prefix: the prompt's last token, and more if the
@@ -84,8 +83,9 @@ def _predicting_places(length: int, prefix: int, prefix_start: int, tail_start: 
         prefix: tokens of the shared prefix.
         prefix_start, tail_start: where in the row the prefix and the sequence's tail begin.
     """
-    positions = torch.arange(length - 1)
-    return positions + torch.where(positions < prefix, prefix_start, tail_start - prefix)
+    places = np.arange(prefix_start, prefix_start + length - 1)
+    places[prefix:] += tail_start - (prefix_start + prefix)
+    return places
 
 
 def packed_tokens(
@@ -120,5 +120,6 @@ def _prefix_and_tails(ids: Sequence[Sequence[int]]) -> tuple[int, list[int]]:
 
     A sequence in a group of its own is all prefix, with an empty tail.
     """
-    prefix = min(common_prefix_length(ids[0], other) for other in ids)
+    first, *others = ids
+    prefix = min((common_prefix_length(first, other) for other in others), default=len(first))
     return prefix, [len(sequence) - prefix for sequence in ids]

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
+import numpy as np
 
-from dpofast.data.packing.batch import PackedPairs, PromptAnswer
+from dpofast.data.packing.batch import PackedPairs, PromptAnswer, int64_tensor
 
 
 def collate_padded(
@@ -31,26 +31,26 @@ def collate_padded(
         scored_prompts: sequences whose prompts are scored, too.
     """
     num_rows, width = padded_shape(sequences)
-    input_ids = torch.full((num_rows, width), pad_token_id)  # [S, L]
-    uses = torch.zeros_like(input_ids)
+    input_ids = np.full((num_rows, width), pad_token_id, np.int64)  # [S, L]
+    uses = np.zeros_like(input_ids)
     # Averages over tokens weight them by `uses`. Without sequences, they would divide by zero.
     uses[:, 0] = 1
     counts = counts or [1] * len(sequences)
     scored, prompts = [], []
     for index, (prompt, answer) in enumerate(sequences):
         length = len(prompt) + len(answer)
-        input_ids[index, :length] = torch.tensor([*prompt, *answer])
+        input_ids[index, :length] = [*prompt, *answer]
         uses[index, :length] = counts[index]
         first = index * width + len(prompt) - 1  # the prompt's last token predicts the first label
-        scored.append(torch.arange(first, first + len(answer)))
-        prompts.append(torch.arange(index * width, first))
+        scored.append(np.arange(first, first + len(answer)))
+        prompts.append(np.arange(index * width, first))
     padded = PackedPairs.from_sequences(
         sequences,
         ref_logps,
-        input_ids=input_ids,
+        input_ids=int64_tensor(input_ids),
         position_ids=None,
         scored_positions=scored,
-        uses=uses,
+        uses=int64_tensor(uses),
         counts=counts,
     )
     return padded.with_prompts([(sequences[i][0], prompts[i]) for i in scored_prompts])

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch.utils.data import Sampler
 
+from dpofast.counted import counted
 from dpofast.data.packing.balance import pack_step
 from dpofast.data.packing.figures import PlanFigures, plan_figures
 from dpofast.data.packing.likelihood import ChosenTokens, PairsPerToken
@@ -143,11 +144,12 @@ class StepSampler(Sampler[Any]):
     def describe(self, found: PlanFigures) -> str:
         """A sentence for the log that states these figures."""
         assert self.limit is not None
-        longer = f"; {found.over_cap} pairs are longer" if found.over_cap else ""
+        are = "is" if found.over_cap == 1 else "are"
+        longer = f"; {counted(found.over_cap, 'pair')} {are} longer" if found.over_cap else ""
         return (
-            f"{found.micro_batches} rows in {found.steps} steps, filled to {found.fill:.0%} of "
-            f"{self.limit.max_tokens} tokens{longer}; the fullest of a step has "
-            f"{found.imbalance_mean:.3f} times the mean; {_saved(found)}"
+            f"{counted(found.micro_batches, 'row')} in {counted(found.steps, 'step')}, filled to "
+            f"{found.fill:.0%} of {self.limit.max_tokens} tokens{longer}; the fullest of a step "
+            f"has {found.imbalance_mean:.3f} times the mean; {_saved(found)}"
         )
 
     def _steps(self) -> list[list[int]]:
@@ -191,7 +193,8 @@ def _saved(found: PlanFigures) -> str:
     """What sharing saves, in words."""
     if found.tokens == found.pair_tokens:
         return f"{found.saved:.1%} fewer tokens than one sequence at a time"
-    again = f" ({found.repeats} answers run again, as their groups were cut)"
+    runs, groups = ("runs", "its group was") if found.repeats == 1 else ("run", "their groups were")
+    again = f" ({counted(found.repeats, 'answer')} {runs} again, as {groups} cut)"
     return (
         f"{found.plain_tokens:,} tokens one sequence at a time, {found.pair_tokens:,} one pair at "
         f"a time, {found.tokens:,} with each answer of a prompt once"

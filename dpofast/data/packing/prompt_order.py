@@ -19,6 +19,7 @@ from itertools import pairwise
 import numpy as np
 import torch
 
+from dpofast.counted import counted
 from dpofast.data.packing.likelihood import ChosenTokens
 from dpofast.data.packing.plan import BatchShape, StepSampler
 from dpofast.data.packing.token_limit import TokenLimit
@@ -164,15 +165,16 @@ class GroupedSampler(StepSampler):
     def describe_order(self) -> str:
         """A sentence for the log about the sizes of groups and steps."""
         found = self.order_figures()
-        sizes = " to ".join(map(str, sorted({found.smallest_step, found.largest_step})))
+        smallest = found.smallest_step
+        sizes = f"{smallest:,} to " if smallest < found.largest_step else ""
         last = ""
         if found.last_step:
-            plural = "s" * (found.last_step > 1)
             fate = "is left out (dataloader_drop_last)" if self.drop_last else "is smaller"
-            last = f"; the last of an epoch, with {found.last_step} pair{plural}, {fate}"
+            last = f"; the last of an epoch, with {counted(found.last_step, 'pair')}, {fate}"
         return (
-            f"{self.num_pairs} pairs of {found.prompts} prompts, at most {found.largest_group} of "
-            f"one, in {found.steps} steps of {sizes} pairs{last}"
+            f"{counted(self.num_pairs, 'pair')} of {counted(found.prompts, 'prompt')}, at most "
+            f"{found.largest_group:,} of one, in {counted(found.steps, 'step')} of {sizes}"
+            f"{counted(found.largest_step, 'pair')}{last}"
         )
 
     def _steps(self) -> list[list[int]]:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from dpofast.columns import PAIRED, UNPAIRED
+from dpofast.counted import counted
 from dpofast.data.tokens.truncate import LengthLimits
 
 PERCENTILES = (50, 90, 99)
@@ -102,16 +103,20 @@ class PreparationReport:
 
     def lines(self) -> list[str]:
         """The report as text; leaves out what did not occur."""
-        lines = [f"{self.name}: {_count(self.pairs_read, self.noun)} read, {self.pairs_kept} kept"]
+        lines = [
+            f"{self.name}: {counted(self.pairs_read, self.noun)} read, {self.pairs_kept:,} kept"
+        ]
         if self.labels is not None:
-            lines.append("  labels: " + ", ".join(f"{n} {name}" for name, n in self.labels.items()))
+            lines.append(
+                "  labels: " + ", ".join(f"{n:,} {name}" for name, n in self.labels.items())
+            )
         if self.answers_read is not None:
-            counts = (_count(n, name[:-1]) for name, n in self.answers_read.items())
+            counts = (counted(n, name[:-1]) for name, n in self.answers_read.items())
             lines.append(f"  made of {' with '.join(counts)}")
         if self.ties:
             not_made = "is" if self.ties == 1 else "are"
             lines.append(
-                f"  {_count(self.ties, 'pair')} of answers {not_made} not made, as the scores are "
+                f"  {counted(self.ties, 'pair')} of answers {not_made} not made, as the scores are "
                 "equal"
             )
         for reason, rows in self.left_out.items():
@@ -130,17 +135,17 @@ class PreparationReport:
         if self.answers_cut or self.prompts_cut:
             lines.append(
                 f"  cut to {self.limits}: "
-                f"{_count(self.prompts_cut, 'prompt')} and {_count(self.answers_cut, 'answer')}, "
-                f"{_count(self.tokens_cut, 'token')} in all"
+                f"{counted(self.prompts_cut, 'prompt')} and {counted(self.answers_cut, 'answer')}, "
+                f"{counted(self.tokens_cut, 'token')} in all"
             )
         if self.boundary_merges:
-            rows_merged = _count(self.boundary_merges, self.noun)
+            rows_merged = counted(self.boundary_merges, self.noun)
             lines.append(
                 f"  the tokenizer merges prompt and answer in {rows_merged}; there the "
                 "answer was tokenised by itself"
             )
         if self.rerendered_prompts:
-            prompts = _count(self.rerendered_prompts, "prompt")
+            prompts = counted(self.rerendered_prompts, "prompt")
             lines.append(
                 f"  the chat template renders {prompts} otherwise "
                 "before an answer than alone; there the prompt ends where they part"
@@ -173,7 +178,3 @@ class PreparationReport:
             "answer": self.answer_lengths,
             "sequence": self.sequence_lengths,
         }
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import repeat
@@ -29,21 +31,18 @@ logger = logging.getLogger(__name__)
 COMMIT_TOKENS = 1 << 24
 
 
+# For each answer of a model call, the log-probs of its tokens in nats: [num_tokens] fp32, or fp64
+# for a more precise sum; or [2, num_tokens], log-probs and log-sum-exps of the logits.
+Scores = list[np.ndarray]
+# The scores, or a function that waits for the device that makes them and returns them.
+Scored = Scores | Callable[[], Scores]
+
+
 class Scorer(Protocol):
     """A model that makes log-probs."""
 
-    def __call__(
-        self, sequences: Sequence[tuple[Sequence[int], Sequence[int]]]
-    ) -> list[np.ndarray]:
-        """Score answers in one model call.
-
-        Args:
-            sequences: prompt ids and answer ids of each answer.
-
-        Returns:
-            For each answer, the log-probs of its tokens in nats: [num_tokens] fp32, or fp64 for a
-            more precise sum; or [2, num_tokens], log-probs and log-sum-exps of the logits.
-        """
+    def __call__(self, sequences: Sequence[tuple[Sequence[int], Sequence[int]]]) -> Scored:
+        """Score answers in one model call, given the prompt ids and answer ids of each answer."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +51,8 @@ class BuildOptions:
 
     Attributes:
         commit_rows: number of new rows after which they are committed. A build that is killed loses
-            at most the work since the last commit, and the model call it was in.
+            at most the work since the last commit, and the model calls it was in: one, or two on
+            a device that the host doesn't wait for.
         commit_seconds: seconds after which new rows are committed.
         progress: whether rank 0 shows a progress bar while it scores.
         logs: whether rank 0 logs what is missing.
@@ -250,6 +250,8 @@ class _Build:
         self.namespace, self.answers, self.scorer = namespace, answers, scorer
         self.rank, self.options, self.exchange = rank, options, exchange
         self.rows_scored = self.forward_passes = 0
+        # Answers of calls whose scores are still on the device; the oldest call comes first.
+        self._waiting: deque[tuple[list[int], Callable[[], Scores]]] = deque()
 
     def run(self, batches: list[Batch], description: str) -> None:
         """Score and commit all batches. If anything raises, the rows so far are committed first."""
@@ -270,30 +272,47 @@ class _Build:
                 scored = self._forward(self._shortest() if batch is None else batch.answers)
                 if batch is None:
                     on_all_ranks(lambda: None, exchange)
-                else:
+                elif exchange is not None or not callable(scored):
                     keep = partial(self._keep, batch.answers.tolist(), scored, writer)
                     on_all_ranks(keep, exchange)
+                else:
+                    # The device goes on with this call while the scores of the last one are kept.
+                    self._waiting.append((batch.answers.tolist(), scored))
+                    self._keep_waiting(writer, but=1)
+            self._keep_waiting(writer)
             on_all_ranks(writer.commit, exchange)
+        except BaseException:
+            # The error that stopped the build may be the device's, which then gives no scores.
+            with suppress(Exception):
+                self._keep_waiting(writer)
+            raise
         finally:
             writer.commit()  # does nothing if all rows are committed
+
+    def _keep_waiting(self, writer: Writer, but: int = 0) -> None:
+        """Wait for the scores of all calls but the last `but` ones, and keep them."""
+        while len(self._waiting) > but:
+            self._keep(*self._waiting.popleft(), writer)
 
     def _shortest(self) -> np.ndarray:
         """Choose the cheapest call for a rank that has no batch left: its shortest answer."""
         place = self.answers.lengths(self.answers.first).argmin()
         return self.answers.first[place : place + 1]
 
-    def _forward(self, batch: np.ndarray) -> list[np.ndarray]:
-        """Score answers [m] in one model call."""
+    def _forward(self, batch: np.ndarray) -> Scored:
+        """Score answers [m] in one model call, or start it."""
         self.forward_passes += 1
         return self.scorer([self.answers.ids(answer) for answer in batch.tolist()])
 
-    def _keep(self, batch: list[int], scored: list[np.ndarray], writer: Writer) -> None:
-        """Add the scores of a batch to the writer, and commit if it is time.
+    def _keep(self, batch: list[int], scored: Scored, writer: Writer) -> None:
+        """Add the scores of a batch to the writer once they are there, and commit if it is time.
 
         Raises:
             ReferenceStoreError: the scorer returned a wrong number of values, a value isn't finite,
                 or the store can't be written.
         """
+        if callable(scored):
+            scored = scored()
         # The last axis is the tokens, with or without log-sum-exps.
         got = [np.shape(per_token_scores)[-1] for per_token_scores in scored]
         expected = [len(self.answers.ids(answer)[1]) for answer in batch]

@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from dpofast.counted import counted
 from dpofast.reference.identity.readable import printable, readable_lines
 from dpofast.reference.store.files import list_names, naming_errors
 from dpofast.reference.store.format import FORMAT_VERSION
@@ -16,7 +17,7 @@ from dpofast.reference.store.namespace import Namespace
 from dpofast.reference.store.row_detail import RowDetail
 from dpofast.reference.store.segments import segment_names
 from dpofast.reference.store.store import ReferenceStore
-from dpofast.reference.store.text import counted, human_bytes
+from dpofast.reference.store.text import human_bytes
 
 
 def info(folder: str | Path) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Writes counts and sizes for people."""
+"""Writes sizes for people."""
 
 from __future__ import annotations
 
@@ -9,8 +9,3 @@ def human_bytes(count: int) -> str:
     while size >= 1000 and len(units) > 1:
         size, units = size / 1000, units[1:]
     return f"{size:.1f} {units[0]}" if units[0] != "B" else f"{count} B"
-
-
-def counted(number: int, noun: str) -> str:
-    """Write a number with its noun, such as "1 row" or "2,000 rows"."""
-    return f"1 {noun}" if number == 1 else f"{number:,} {noun}s"

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from dpofast.counted import counted
 from dpofast.errors import ReferenceStoreError
 from dpofast.reference.identity.readable import printable
 from dpofast.reference.store.files import TEMPORARY_PREFIX, list_names, naming_errors
@@ -20,7 +21,7 @@ from dpofast.reference.store.segments import (
     segment_names,
 )
 from dpofast.reference.store.store import ReferenceStore
-from dpofast.reference.store.text import counted, human_bytes
+from dpofast.reference.store.text import human_bytes
 
 # Nats per token by which two scorings of one answer can differ in bfloat16, in different batches.
 CONFLICT_TOLERANCE = 0.05

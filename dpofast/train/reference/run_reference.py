@@ -33,6 +33,7 @@ from dpofast.options.config import DPOConfig
 from dpofast.options.liger import liger_kinds
 from dpofast.reference.build.answers import PairAnswers, read_answers
 from dpofast.reference.build.batches import Batches, BatchesOfAnswers, BatchesOfTokens
+from dpofast.reference.build.builder import Scored
 from dpofast.reference.identity.description import ReferenceIdentity
 from dpofast.reference.identity.model import current_identity, model_identity
 from dpofast.reference.store.row_detail import RowDetail
@@ -340,16 +341,14 @@ class RunReference:
         logger.info("%s brings its own reference log-probs; they aren't checked.", dataset.name)
         return values
 
-    def _score(
-        self, model: nn.Module, sequences: Sequence[tuple[TokenIds, TokenIds]]
-    ) -> list[np.ndarray]:
-        """Run the reference, which is moved to the device with the first call.
+    def _score(self, model: nn.Module, sequences: Sequence[tuple[TokenIds, TokenIds]]) -> Scored:
+        """Start a call of the reference, which is moved to the device with the first call.
 
         A run that finds everything in the store never needs the memory for it.
         """
         if not is_placed(model):
             model.to(self.accelerator.device)
-        return self._scorer(model)(sequences)
+        return self._scorer(model).launch(sequences)
 
     def _scorer(self, model: nn.Module) -> SequenceScorer:
         return SequenceScorer(

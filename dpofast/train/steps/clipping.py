@@ -37,6 +37,7 @@ class ClipsExactly:
         return clip_grad_norm(model.parameters(), max_norm)
 
 
+@torch.no_grad()
 def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
     """Scales the gradients down if their joint norm is above `max_norm`.
 
@@ -52,27 +53,58 @@ def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float) -> Tenso
         no gradient is scaled.
 
     Numerics: on a CPU all sums are in float64. On a GPU the norm of one gradient is summed in
-    float32 or its own wider dtype, and the sum over gradients is in float64.
+    float32 or its own wider dtype, and the sum over gradients is in float64. The factor of the
+    gradients is computed in float64, and rounded once: to their dtype on a GPU, to float32 or wider
+    on a CPU.
     """
-    parameters = [p for p in parameters if p.grad is not None]
-    squares = [_sum_of_squares(p.grad) for p in parameters if p.grad is not None]
-    if not squares:
+    gradients = _by_device_and_dtype(p.grad for p in parameters if p.grad is not None)
+    if not gradients:
         return torch.zeros((), dtype=torch.float64)
-    norm = torch.stack([square.to(squares[0].device) for square in squares]).sum().sqrt()
-    # A norm that isn't finite would spread to all gradients, and hide the one that it comes from. A
-    # norm of 0 scales nothing.
-    bound = torch.where(norm.isfinite(), norm, 0.0)
-    torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, bound)
+    squares = [_squares(group) for group in gradients]
+    norm = torch.cat([each.to(squares[0].device) for each in squares]).sum().sqrt()
+    if max_norm < math.inf:
+        # A norm that isn't finite would spread to all gradients, and hide the one that it comes
+        # from. A norm of 0 scales nothing.
+        bound = torch.where(norm.isfinite(), norm, 0.0)
+        factor = (max_norm / (bound + 1e-6)).clamp(max=1.0)
+        for group in gradients:
+            _scale(group, factor)
     return norm
 
 
-def _sum_of_squares(gradient: Tensor) -> Tensor:
-    """Sum of the squares of a gradient's elements: [] float64."""
+def _by_device_and_dtype(gradients: Iterable[Tensor]) -> list[list[Tensor]]:
+    """The gradients in groups that one kernel can take."""
+    groups: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    for gradient in gradients:
+        groups.setdefault((gradient.device, gradient.dtype), []).append(gradient)
+    return list(groups.values())
+
+
+def _squares(group: list[Tensor]) -> Tensor:
+    """[g] float64: for each of g gradients, the sum of the squares of its elements."""
+    if group[0].is_cpu:
+        return torch.stack([_sum_of_squares(gradient) for gradient in group])
     # A GPU sums a matrix in thousands of parts, so float32 is enough. A float64 copy of the matrix
     # would take twice the memory of the gradient.
-    if not gradient.is_cpu:
-        dtype = torch.promote_types(gradient.dtype, torch.float32)
-        return torch.linalg.vector_norm(gradient, dtype=dtype).double().square()
+    dtype = torch.promote_types(group[0].dtype, torch.float32)
+    return torch.stack(torch._foreach_norm(group, 2, dtype=dtype)).double().square()
+
+
+def _sum_of_squares(gradient: Tensor) -> Tensor:
+    """[] float64, summed in float64."""
     parts = torch.split(gradient.flatten(), CHUNK_ELEMENTS)
     norms = [torch.linalg.vector_norm(part, dtype=torch.float64) for part in parts]
     return torch.stack(norms).square().sum()
+
+
+def _scale(
+    group: list[Tensor],
+    factor: Tensor,  # [] float64
+) -> None:
+    """Multiply the gradients of a group by `factor`, in place."""
+    factor = factor.to(group[0].device)
+    if not group[0].is_cpu:
+        # With a factor of another dtype, PyTorch runs a kernel for each gradient that casts every
+        # element. It would round the factor in the same way. A CPU keeps the digits of a wide one.
+        factor = factor.to(group[0].dtype)
+    torch._foreach_mul_(group, factor)

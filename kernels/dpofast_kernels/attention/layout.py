@@ -145,92 +145,135 @@ def build_layout(groups: Sequence[tuple[int, Sequence[int]]]) -> SharedLayout:
         [0, 1, 2, 0, 1, 3, 4]
     """
     _check_groups(groups)
-    segments = _Segments()
-    for prefix, tails in groups:
-        segments.add_group(prefix, [length for length in tails if length])
-    # The parts of the row: prefixes and tails, each a run of consecutive positions.
-    parts = [
-        (number, tail, prefix if tail else 0, length)
-        for number, (prefix, tails) in enumerate(groups)
-        for tail, length in enumerate((prefix, *tails))
-    ]
-    group_ids, tail_ids, starts, lengths = torch.tensor(parts).unbind(1)
+    parts = _Parts.of(groups)
+    segments = _Segments.of(parts)
     return SharedLayout(
-        position_ids=_ranges(starts, lengths),
-        group_ids=group_ids.repeat_interleave(lengths),
-        tail_ids=tail_ids.repeat_interleave(lengths),
-        key_tokens=segments.key_tokens.numbers(),
-        first_copies=segments.first_copies.numbers(),
-        later_copies=tuple(
-            CopyRound(tokens.numbers(), places.numbers()) for tokens, places in segments.rounds
-        ),
+        position_ids=_ranges(torch.where(parts.tails > 0, parts.prefixes, 0), parts.lengths),
+        group_ids=parts.groups.repeat_interleave(parts.lengths),
+        tail_ids=parts.tails.repeat_interleave(parts.lengths),
+        key_tokens=segments.key_tokens(),
+        first_copies=_ranges(segments.key_starts + segments.copied, segments.query_lengths),
+        later_copies=segments.later_copies(),
         cu_seqlens_q=_limits(segments.query_lengths),
         cu_seqlens_k=_limits(segments.key_lengths),
-        query_lengths=tuple(segments.query_lengths),
-        key_lengths=tuple(segments.key_lengths),
+        query_lengths=tuple(segments.query_lengths.tolist()),
+        key_lengths=tuple(segments.key_lengths.tolist()),
         groups=tuple((prefix, tuple(tails)) for prefix, tails in groups),
     )
 
 
-class _Runs:
-    """Runs of consecutive numbers, turned into one tensor at the end."""
+@dataclass(frozen=True, eq=False)
+class _Parts:
+    """The parts of a row: prefixes and tails, each a run of consecutive positions.
 
-    def __init__(self) -> None:
-        self._runs: list[tuple[int, int]] = []
+    Attributes:
+        lengths: [P] int64, tokens of each part, in the row's order.
+        groups: [P] int64, group of each part, from 0.
+        tails: [P] int64, 0 for a prefix, 1 to K for its tails.
+        prefixes: [P] int64, tokens in the prefix of the part's group.
+        ranks: [P] int64, how many tails with tokens the group has up to this part.
+    """
 
-    def add(self, start: int, length: int) -> None:
-        self._runs.append((start, length))
+    lengths: Tensor
+    groups: Tensor
+    tails: Tensor
+    prefixes: Tensor
+    ranks: Tensor
 
-    def numbers(self) -> Tensor:
-        starts, lengths = torch.tensor(self._runs).unbind(1)
-        return _ranges(starts, lengths)
+    @classmethod
+    def of(cls, groups: Sequence[tuple[int, Sequence[int]]]) -> _Parts:
+        lengths = torch.tensor([length for prefix, tails in groups for length in (prefix, *tails)])
+        sizes = torch.tensor([1 + len(tails) for _, tails in groups])
+        starts = _starts(sizes).repeat_interleave(sizes)  # [P], first part of each part's group
+        tails = torch.arange(len(lengths)) - starts
+        filled = ((tails > 0) & (lengths > 0)).cumsum(0)
+        return cls(
+            lengths=lengths,
+            groups=torch.arange(len(sizes)).repeat_interleave(sizes),
+            tails=tails,
+            prefixes=lengths[starts],
+            ranks=filled - filled[starts],  # a prefix itself is not counted
+        )
 
 
+@dataclass(frozen=True, eq=False)
 class _Segments:
-    """The segments of a row and their gathered keys, built up group by group."""
+    """The segments of a row. The keys of one are `copied` keys of a prefix, then its queries' own.
 
-    def __init__(self) -> None:
-        self.query_lengths: list[int] = []
-        self.key_lengths: list[int] = []
-        self.key_tokens = _Runs()
-        self.first_copies = _Runs()
-        self.rounds: list[tuple[_Runs, _Runs]] = []  # tokens and places of each CopyRound
-        self.num_queries = 0
-        self.num_keys = 0
+    Attributes:
+        query_lengths: [Z] int64.
+        copied: [Z] int64, keys of the prefix that stand before those of the queries; 0 in a group's
+            first segment, which contains the prefix itself.
+        prefix_starts: [Z] int64, place of the group's prefix in the row.
+        rounds: [Z] int64, number of the CopyRound that the copied keys are in; 0 for none.
+    """
 
-    def add_group(self, prefix: int, tails: Sequence[int]) -> None:
-        """Add a group. `tails` has no empty tails, because they have no queries."""
-        prefix_start = self.num_queries
-        # If all tails are empty, the prefix is a segment by itself.
-        first, *others = tails or (0,)
-        self._add_segment(prefix + first, 0)
-        for number, length in enumerate(others):
-            if number == len(self.rounds):
-                self.rounds.append((_Runs(), _Runs()))
-            tokens, places = self.rounds[number]
-            tokens.add(prefix_start, prefix)
-            places.add(self.num_keys, prefix)
-            self.key_tokens.add(prefix_start, prefix)
-            self._add_segment(length, prefix)
+    query_lengths: Tensor
+    copied: Tensor
+    prefix_starts: Tensor
+    rounds: Tensor
 
-    def _add_segment(self, num_queries: int, num_copied: int) -> None:
-        """Add a segment; its keys are `num_copied` keys of a prefix, then those of its queries."""
-        self.key_tokens.add(self.num_queries, num_queries)
-        self.first_copies.add(self.num_keys + num_copied, num_queries)
-        self.query_lengths.append(num_queries)
-        self.key_lengths.append(num_copied + num_queries)
-        self.num_queries += num_queries
-        self.num_keys += num_copied + num_queries
+    @classmethod
+    def of(cls, parts: _Parts) -> _Segments:
+        is_prefix = parts.tails == 0
+        # A tail without tokens has no queries. The first one that has some joins the prefix.
+        is_filled = ~is_prefix & (parts.lengths > 0)
+        joins = is_filled & (parts.ranks == 1)
+        query_lengths = parts.lengths.clone()
+        prefixes = is_prefix.nonzero()[:, 0]  # [groups]
+        query_lengths.index_add_(0, prefixes[parts.groups[joins]], parts.lengths[joins])
+        wanted = is_prefix | (is_filled & ~joins)
+        return cls(
+            query_lengths=query_lengths[wanted],
+            copied=torch.where(is_prefix, 0, parts.prefixes)[wanted],
+            prefix_starts=_starts(parts.lengths)[prefixes][parts.groups[wanted]],
+            rounds=torch.where(is_prefix, 0, parts.ranks - 1)[wanted],
+        )
+
+    @property
+    def key_lengths(self) -> Tensor:
+        """[Z] int64."""
+        return self.copied + self.query_lengths
+
+    @property
+    def key_starts(self) -> Tensor:
+        """[Z] int64, place of each segment's first key among the gathered keys."""
+        return _starts(self.key_lengths)
+
+    def key_tokens(self) -> Tensor:
+        """[G] int64, token that each gathered key is a copy of."""
+        starts = torch.stack([self.prefix_starts, _starts(self.query_lengths)], 1)  # [Z, 2]
+        lengths = torch.stack([self.copied, self.query_lengths], 1)
+        return _ranges(starts.flatten(), lengths.flatten())
+
+    def later_copies(self) -> tuple[CopyRound, ...]:
+        key_starts = self.key_starts
+        # Sorted by their rounds, the segments of a round are neighbours, in the row's order.
+        order = self.rounds.argsort(stable=True)
+        of_rounds = torch.split(order, self.rounds.bincount().tolist())[1:]
+        return tuple(
+            CopyRound(
+                tokens=_ranges(self.prefix_starts[segments], self.copied[segments]),
+                places=_ranges(key_starts[segments], self.copied[segments]),
+            )
+            for segments in of_rounds
+        )
+
+
+def _starts(lengths: Tensor) -> Tensor:
+    """Where each of some runs begins if they follow one another from 0."""
+    return lengths.cumsum(0) - lengths
 
 
 def _ranges(starts: Tensor, lengths: Tensor) -> Tensor:
     """start, start + 1, ..., start + length - 1 for each start, one run after the other."""
-    offsets = starts - (lengths.cumsum(0) - lengths)
+    offsets = starts - _starts(lengths)
     return offsets.repeat_interleave(lengths) + torch.arange(int(lengths.sum()))
 
 
-def _limits(lengths: Sequence[int]) -> Tensor:
-    return torch.tensor((0, *lengths)).cumsum(0).to(torch.int32)
+def _limits(lengths: Tensor) -> Tensor:
+    """[Z+1] int32, bounds of runs that follow one another from 0."""
+    return torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
 
 
 def _check_groups(groups: Sequence[tuple[int, Sequence[int]]]) -> None:

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from dpofast.data.packing.packed_row import collate_packed, packed_tokens, runs_of_prompts
 from dpofast_kernels.attention import attends
+from tests.data.packing.plain_rows import plain_packed
 
 ids = st.lists(st.integers(3, 5), min_size=1, max_size=6)
 pairs = st.lists(st.tuples(ids, ids, ids), min_size=1, max_size=4)
@@ -50,6 +51,18 @@ def test_lengths_are_counted_as_they_are_laid_out(some_pairs, share):
     batch = collate_packed(sequences_of(some_pairs), share=share)
     of_pairs = [packed_tokens(sequences_of([pair]), share=share) for pair in some_pairs]
     assert batch.num_body_tokens == sum(of_pairs)
+
+
+@given(pairs, st.booleans(), st.booleans(), st.data())
+def test_it_is_the_row_that_is_laid_out_token_by_token(some_pairs, share, by_prompt, data):
+    sequences = sequences_of(some_pairs)
+    sizes = runs_of_prompts(sequences) if by_prompt else None
+    counts = data.draw(st.lists(st.integers(1, 3), min_size=len(sequences)))[: len(sequences)]
+    prompts = data.draw(st.lists(st.sampled_from(range(len(sequences))), max_size=3))
+    batch = collate_packed(sequences, None, share, sizes, counts, prompts)
+    for name, expected in plain_packed(sequences, share, sizes, counts, prompts).items():
+        assert getattr(batch, name).tolist() == expected
+        assert getattr(batch, name).dtype == torch.int64
 
 
 def test_all_neighbours_of_one_prompt_share_it_when_asked_to():

@@ -80,7 +80,7 @@ def test_the_sentence_about_a_packed_plan():
     limit = TokenLimit([10, 20, 30, 50], 40, [50] * 4)
     sampler = StepSampler(4, BatchShape(4, 1, 1), 0, seed=None, limit=limit)
     sentence = sampler.describe(sampler.figures())
-    assert sentence.startswith("3 rows in 1 steps, filled to 92% of 40 tokens; 1 pairs are longer")
+    assert sentence.startswith("3 rows in 1 step, filled to 92% of 40 tokens; 1 pair is longer")
     assert "45.0% fewer tokens" in sentence
     assert StepSampler(4, BatchShape(4, 1, 1), 0, seed=None).figures() is None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from dataclasses import fields
 from itertools import pairwise
 
 import pytest
@@ -11,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dpofast_kernels.attention import attends, build_layout
-from dpofast_kernels.attention.layout import CopyRound
+from dpofast_kernels.attention.layout import CopyRound, SharedLayout
 from tests.kernels.attention.cases import GROUPS, MANY_TAILS, Groups, sequences_of
+from tests.kernels.attention.plain_layout import plain_layout
 
 groups_strategy = st.lists(
     st.tuples(st.integers(1, 6), st.lists(st.integers(0, 5), min_size=1, max_size=5).map(tuple)),
@@ -71,6 +73,26 @@ def test_everything_says_the_same(groups: Groups):
     assert tuple(b - a for a, b in pairwise(limits_k)) == layout.key_lengths
     assert min(layout.query_lengths) > 0
     assert layout.max_key_length == max(map(len, sequences_of(groups)))
+
+
+@settings(max_examples=100, deadline=None)
+@given(groups_strategy)
+def test_it_is_that_of_a_builder_that_goes_group_by_group(groups: Groups):
+    assert_same_layout(build_layout(groups), plain_layout(groups))
+
+
+def assert_same_layout(got: SharedLayout, expected: SharedLayout):
+    for field in fields(SharedLayout):
+        one, other = getattr(got, field.name), getattr(expected, field.name)
+        if field.name == "later_copies":
+            one = [each for copies in one for each in (copies.tokens, copies.places)]
+            other = [each for copies in other for each in (copies.tokens, copies.places)]
+        if isinstance(one, torch.Tensor):
+            one, other = [one], [other]
+        if isinstance(one, list):
+            torch.testing.assert_close(one, other, rtol=0, atol=0)  # of the same dtypes, too
+        else:
+            assert one == other
 
 
 @settings(max_examples=60, deadline=None)

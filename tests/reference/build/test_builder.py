@@ -133,6 +133,68 @@ def test_what_was_scored_before_an_exception_is_kept(tmp_path, error):
     )
 
 
+class LaterScorer(StubScorer):
+    """Acts like a device: a call only starts, and its scores are there when they are asked for."""
+
+    def __init__(self, fails_at=None):
+        super().__init__()
+        self.events, self.fails_at = [], fails_at
+
+    def __call__(self, sequences):
+        number = len(self.calls)
+        self.events.append(("start", number))
+        scores = super().__call__(sequences)
+
+        def read():
+            self.events.append(("read", number))
+            if number == self.fails_at:
+                raise RuntimeError("the device is gone")
+            return scores
+
+        return read
+
+
+def test_a_call_is_started_before_the_scores_of_the_last_one_are_read(tmp_path):
+    dataset, scorer = pairs(10), LaterScorer()
+    options = BuildOptions(commit_rows=4, progress=False)
+    report = build(namespace(tmp_path), dataset, scorer, options=options)
+    assert (report.rows_scored, report.forward_passes) == (20, 5)
+    started, read = ([n for what, n in scorer.events if what == each] for each in ("start", "read"))
+    assert started == read == [0, 1, 2, 3, 4]
+    for number in range(4):
+        before = scorer.events.index(("start", number + 1))
+        assert before < scorer.events.index(("read", number)) < before + 2
+    # The same rows are in the same segments, whose names end in the checksum of their contents.
+    build(namespace(tmp_path / "other"), dataset, options=options)
+    of_each = [
+        sorted(path.stem.split("-")[2] for path in (folder / identity().digest).glob("*.arrow"))
+        for folder in (tmp_path, tmp_path / "other")
+    ]
+    assert of_each[0] == of_each[1]
+    assert len(of_each[0]) == 5
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("out of memory")])
+def test_calls_that_a_device_has_begun_are_kept_if_the_next_one_cannot_start(tmp_path, error):
+    class Stopping(LaterScorer):
+        def __call__(self, sequences):
+            if len(self.calls) == 3:
+                raise error
+            return super().__call__(sequences)
+
+    dataset = pairs(10)
+    with pytest.raises(type(error)):
+        build(namespace(tmp_path), dataset, Stopping())
+    assert build(namespace(tmp_path), dataset).rows_found == 12
+
+
+def test_a_device_that_fails_is_named_and_the_calls_before_are_kept(tmp_path):
+    dataset = pairs(10)
+    with pytest.raises(RuntimeError, match="the device is gone"):
+        build(namespace(tmp_path), dataset, LaterScorer(fails_at=2))
+    assert build(namespace(tmp_path), dataset).rows_found == 8 + 4  # call 3 was begun, and is right
+
+
 @pytest.mark.parametrize(
     ("options", "visible"),
     [

@@ -113,13 +113,13 @@ def test_any_number_of_workers_gives_the_same_steps(tmp_path, workers, monkeypat
 def test_references_are_scored_in_rows_as_long_as_training_takes_them(
     tmp_path, monkeypatch, options, expected
 ):
-    calls, score = [], SequenceScorer.__call__
+    calls, launch = [], SequenceScorer.launch
 
     def counted(self, sequences):
         calls.append((len(sequences), self.num_tokens(sequences)))
-        return score(self, sequences)
+        return launch(self, sequences)
 
-    monkeypatch.setattr(SequenceScorer, "__call__", counted)
+    monkeypatch.setattr(SequenceScorer, "launch", counted)
     make_trainer(tmp_path, options=options).score_datasets()
     sizes, tokens = zip(*calls, strict=True)
     assert sum(sizes) == 20
