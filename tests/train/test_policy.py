@@ -33,8 +33,8 @@ def test_options_of_loading_are_ignored_only_where_a_user_has_loaded_the_model(
 
 def test_checkpointing_is_refused_where_the_class_has_none(tmp_path):
     options = {"use_cpu": True, "bf16": False}
+    config = DPOConfig(str(tmp_path), **options, gradient_checkpointing=True)
     with pytest.raises(ConfigError, match="gradient_checkpointing: CTRLLMHeadModel doesn't"):
-        config = DPOConfig(str(tmp_path), **options, gradient_checkpointing=True)
         prepare_policy(tiny_model("ctrl"), config, None)
     for wanted in ("auto", False):
         config = DPOConfig(str(tmp_path), **options, gradient_checkpointing=wanted)
