@@ -15,8 +15,9 @@ How a call travels through the files, from the public op down to one chunk of ro
     |-- pairs       the pairs of a chunk, and the derivatives that they ask of its sequences
     |-- singles     the same for single answers
     |-- long_units  pairs that don't fit into a chunk
+    |-- plan        the chunks of a call, from its sizes alone
     chunked         one head, chunk by chunk: score rows, then add their gradients
-    |-- workspace   sizes of chunks, and the memory for a chunk's logits
+    |-- workspace   limits of chunks, and the memory for a chunk's logits
     |-- rows        the interface of a back end: score, differentiate, the losses
     tiled           the PyTorch back end, default on a CPU
     |-- matmul      the three matrix products, accumulated in fp32
@@ -50,6 +51,7 @@ from dpofast_kernels.head.options import (
     PairLossOutput,
     SequenceLossOutput,
 )
+from dpofast_kernels.head.plan import ChunkPlan, plan_chunks
 from dpofast_kernels.head.sequence_loss import linear_sequence_loss
 from dpofast_kernels.head.sequences import sum_per_sequence
 from dpofast_kernels.head.statistics import STATISTICS
@@ -59,6 +61,7 @@ __all__ = [
     "SEQUENCE_METRIC_NAMES",
     "STATISTICS",
     "Answers",
+    "ChunkPlan",
     "HeadOptions",
     "PairExtras",
     "PairLossOutput",
@@ -69,5 +72,6 @@ __all__ = [
     "linear_scores",
     "linear_sequence_loss",
     "linear_statistics",
+    "plan_chunks",
     "sum_per_sequence",
 ]
