@@ -107,8 +107,8 @@ def test_fused_is_close_to_torch():
     assert_same(found, expected, 2e-2)
 
 
-# Of answers of 3, 1, 8, 5, 2 and 12 rows in chunks of 2, the first long one is computed once. So is
-# the last piece of the others.
+# The answers have 3, 1, 8, 5, 2 and 12 rows. In chunks of 2, the first long one is computed once,
+# and of each later one all pieces but the last are computed twice.
 @pytest.mark.parametrize(("rows", "again"), [(2, 6 + 4 + 10), (100, 0)])
 @pytest.mark.parametrize("loss", [KTO, APO], ids=lambda loss: loss.name)
 def test_which_logits_are_computed_again(monkeypatch, loss, rows, again):
