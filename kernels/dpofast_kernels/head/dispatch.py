@@ -202,7 +202,7 @@ def linear_pair_loss(
         ref_logps: [S] summed log-probs of the reference, in nats; on any device.
         loss: a loss from `make_loss` or `make_custom_loss`, or any other `PairLoss`. `ZeroLoss`
             trains the coefficients only.
-        options: what the model does to its logits, and the back end.
+        options: what the model does to its logits, the upstream gradient, and the back end.
         extras: which sequences the pairs are, weights, soft labels and coefficients, and statistics
             to sum over each sequence.
 
@@ -220,7 +220,8 @@ def linear_pair_loss(
 
     Numerics: logits are computed and kept in fp32 (fp64 for fp64 inputs), sums per sequence and
     losses in fp64. Gradients accumulate in fp32, are multiplied by the upstream gradient in
-    fp32, and are rounded to the inputs' dtypes last.
+    fp32, and are rounded to the inputs' dtypes last. With `options.upstream`, the gradient of a
+    bf16 weight may be rounded as soon as it is made.
 
     Example:
         >>> import torch
