@@ -9,6 +9,7 @@ How a call travels through the files, from the public op down to one chunk of ro
     |-- dtypes      the dtypes to compute, accumulate and multiply in
     |-- backends    which back end runs where
     autograd        torch.autograd functions: what they save, when they compute gradients
+    |-- cast        gradients times the upstream gradient, in the dtypes of the inputs
     one_pass        of the ops with a loss: runs chunk after chunk and joins the losses
     |-- units       what a chunk is made of: sequences that no pair crosses
     |-- pairs       the pairs of a chunk, and the derivatives that they ask of its sequences
@@ -25,8 +26,8 @@ How a call travels through the files, from the public op down to one chunk of ro
 `linear_logps`, `linear_scores` and `linear_statistics` skip one_pass. On a GPU, rows_triton or
 fused_triton replaces tiled; tiles_triton has the kernels of fused_triton. Both back ends use
 pairs_triton and singles_triton for the losses, and logits_triton and statistics_triton for what
-their kernels share; launch reads the launch parameters of each kernel. naive computes all logits at
-once, and tests compare every back end with it.
+their kernels share; cast_triton has the kernel of cast; launch reads the launch parameters of each
+kernel. naive computes all logits at once, and tests compare every back end with it.
 
 A row here is a row of hidden states: one scored token.
 """
