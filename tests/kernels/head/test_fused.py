@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dpofast_kernels import make_loss
-from dpofast_kernels.head import fused_triton
+from dpofast_kernels.head import finish_triton, fused_triton
 from dpofast_kernels.head.launch import launch_table
 from tests.kernels.head.cases import (
     FULL_OPTIONS,
@@ -91,7 +91,7 @@ def test_any_tiles_give_the_same(blocks, tiles):
 @pytest.mark.parametrize("full", [False, True], ids=["plain", "full"])
 def test_rows_computed_again_equal_the_others(full, monkeypatch):
     """With a bound of 0, every row takes the path for labels of vanishing probability."""
-    monkeypatch.setattr(fused_triton, "MAX_REST", 0.0)
+    monkeypatch.setattr(finish_triton, "MAX_REST", 0.0)
     compare(make_inputs(bias=full, lengths=SHORT_LENGTHS), 1e-12, **(FULL_OPTIONS if full else {}))
 
 
