@@ -121,10 +121,8 @@ def variants(kernel: str) -> Iterator[Variant]:
         yield from head_variants("bf16:all", input_types("bf16", "bf16"), ("full",), constants)
         yield from head_variants("fp16:all", input_types("fp16", "fp32"), ("full",), constants)
     elif kernel == "score_tiles":
-        heads, types = ("plain", "scaled"), input_types("bf16", "bf16")
-        yield from head_variants("bf16", types, heads, {"UPCAST": False})
-        types = {**types, "V": "i32 aligned"}
-        yield from head_variants("bf16:even", types, ("plain",), {"UPCAST": False})
+        heads = ("plain", "scaled")
+        yield from head_variants("bf16", input_types("bf16", "bf16"), heads, {"UPCAST": False})
     else:
         heads = ("bias", "full")
         yield from head_variants("bf16", input_types("bf16", "bf16"), heads, {"UPCAST": False})
@@ -163,7 +161,8 @@ def compiled(
     options = launched(kernel, architecture)
     if kernel == "score_tiles_wide" and needs_narrow_tiles(constants):
         options = fused_triton.narrowed(options)
-    launch = {name: options.pop(name) for name in ("num_warps", "num_stages")}
+    names = ("num_warps", "num_stages", "maxnreg")
+    launch = {name: options.pop(name) for name in names if name in options}
     constants = {**options, **constants}
     types = {**TYPES, **types}
     if constants.get("DESCRIPTORS"):

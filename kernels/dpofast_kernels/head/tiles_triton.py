@@ -66,8 +66,11 @@ def _load_block(
 
 
 # n and num_programs change from chunk to chunk, and labels are slices with any alignment. If Triton
-# specialised on them, it would compile the kernel again and again.
-@triton.jit(do_not_specialize=["n", "num_programs"], do_not_specialize_on_alignment=["p_labels"])
+# specialised on them, it would compile the kernel again and again. The alignment of V would gain
+# nothing, and the compiler needs more registers if it knows it.
+@triton.jit(
+    do_not_specialize=["n", "num_programs"], do_not_specialize_on_alignment=["p_labels", "V"]
+)
 def score_tiles_kernel(
     hidden_states,  # [n, H]: a descriptor of blocks [BM, BK], or a pointer
     weight,  # [V, H]: a descriptor of blocks [BN, BK], or a pointer
