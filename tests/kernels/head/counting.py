@@ -18,7 +18,15 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dpofast_kernels import HeadOptions, linear_pair_loss, make_loss
-from dpofast_kernels.head import autograd, dispatch, dtypes, fused_triton, matmul, pairs_triton
+from dpofast_kernels.head import (
+    autograd,
+    dispatch,
+    dtypes,
+    finish_triton,
+    fused_triton,
+    matmul,
+    pairs_triton,
+)
 from dpofast_kernels.head.launch import launch_table
 
 # They launch nothing; new memory is filled in these tests alone.
@@ -105,23 +113,24 @@ def _pretend_gpu(monkeypatch: pytest.MonkeyPatch, counting: Counting) -> None:
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # it knows no meta
     for module in (dtypes, matmul):
         monkeypatch.setattr(module, "has_wide_products", lambda device, dtype: True)
-    for module in (fused_triton, pairs_triton):
+    for module in (finish_triton, fused_triton, pairs_triton):
         monkeypatch.setattr(
             module, "launch_options", lambda name, device: launch_table()["sm_90"][name]
         )
     monkeypatch.setattr(fused_triton, "tile_sources", lambda x, w, tiles: (x, w))
+    monkeypatch.setattr(fused_triton, "tile_target", lambda d_logits, unused, tiles: d_logits)
     monkeypatch.setattr(
         autograd, "rescale", lambda tensor, factor: counting.add("rescale") or tensor
     )
     touches = {
         # Rows of the weight, as many as of the hidden states.
         "target_products": lambda x, *_: (x, x),
-        "score_tiles": lambda x, w, bias, labels, targets, d_logits, *_: (x, w, d_logits),
-        "finish_rows": lambda *_: (),
+        "score_tiles": lambda x, w, d_logits, *_: (x, w, d_logits),
     }
     for name, touched in touches.items():
         kernel = _Kernel(counting, name, touched)
         monkeypatch.setattr(fused_triton, f"{name}_kernel", kernel)
-    kernel = _Kernel(counting, "pair_loss", lambda *_: ())
-    monkeypatch.setattr(pairs_triton, "pair_loss_kernel", kernel)
+    for module, name in ((pairs_triton, "pair_loss"), (finish_triton, "finish_rows")):
+        kernel = _Kernel(counting, name, lambda *_: ())
+        monkeypatch.setattr(module, f"{name}_kernel", kernel)
     monkeypatch.setattr(fused_triton, "is_interpreted", lambda kernel: False)
