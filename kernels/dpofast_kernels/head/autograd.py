@@ -63,8 +63,10 @@ class HeadCall:
 
     def head(self, hidden_states: Tensor, weight: Tensor, wanted: Wanted) -> ChunkedHead:
         """The chunked head of this call."""
-        # A weight that autocast casts gets its gradient in its own, wider dtype.
-        wanted = replace(wanted, rounded=wanted.rounded and weight.dtype == self.dtype)
+        # A weight that autocast casts gets its gradient in its own, wider dtype. In fp32 or fp64
+        # nothing is rounded.
+        is_narrow = weight.dtype == self.dtype and self.dtype.itemsize < torch.float32.itemsize
+        wanted = replace(wanted, rounded=wanted.rounded and is_narrow)
         return ChunkedHead(
             hidden_states,
             weight,

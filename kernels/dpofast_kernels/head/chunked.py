@@ -167,6 +167,7 @@ class ChunkedHead:
             capacity = max(num_rows, self._largest)
             if self.weight.device.type != "cpu":
                 capacity = rows_to_allocate(capacity, self.limits)
+            self._workspace = None  # a smaller one is freed first
             self._workspace = Workspace(
                 self.weight, capacity, self._workspace_dtype, self.ops.vocab_major
             )

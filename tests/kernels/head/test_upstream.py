@@ -76,7 +76,9 @@ def test_single_answers(upstream):
     assert_close(found[1], found[0], 1e-12)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    "backend", ["torch", pytest.param("triton", marks=pytest.mark.slow), "triton_fused"]
+)
 def test_one_chunk_rounds_the_weight_gradient_once(backend, weight_grads):
     inputs = make_inputs(torch.bfloat16, lengths=SHORT_LENGTHS)
     summed = run_pair_loss(inputs, SIGMOID, options_for(inputs, backend))
@@ -131,6 +133,14 @@ def test_a_buffer_of_the_caller_gets_the_sum_in_float32(weight_grads):
     run_pair_loss(inputs, SIGMOID, options)
     assert weight_grads == [torch.float32, torch.float32]
     assert relative_error((buffer - 1.0).double(), plain["weight"]) <= 3e-3
+
+
+def test_a_weight_that_autocast_casts_gets_its_gradient_in_float32(weight_grads):
+    inputs = make_inputs(torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = run_pair_loss(inputs, SIGMOID, options_for(inputs, "torch", upstream=1.7))
+    assert weight_grads == [torch.float32]
+    assert not torch.equal(found["weight"], found["weight"].bfloat16().double())
 
 
 def test_log_probs_know_their_upstream_gradient(weight_grads, monkeypatch):
