@@ -37,7 +37,6 @@ ROUNDS = 7
 # The values that are tried for each kernel's constexprs, warps and stages.
 CHOICES: dict[str, dict[str, list[Any]]] = {
     "score_rows": {"BV": [2048, 4096, 8192, 16384], "num_warps": [4, 8, 16]},
-    "differentiate_rows": {"BV": [2048, 4096, 8192, 16384], "num_warps": [4, 8, 16]},
     "score_tiles": {
         "BM": [64, 128, 256],
         "BN": [128, 256],
@@ -84,7 +83,6 @@ class Work:
 
 WORK = {
     "score_rows": Work("triton"),
-    "differentiate_rows": Work("triton"),
     "score_tiles": Work("triton_fused"),
     "score_tiles_wide": Work("triton_fused", softcap=30.0),
     "finish_rows": Work("triton_fused"),

@@ -20,6 +20,7 @@ from dpofast.model.attention import LayerAttention, any_dtype_attention, recorde
 from dpofast.model.context import context_of
 from dpofast.model.forward import evaluating, micro_batch, run_batch, run_body
 from dpofast.model.head import head_options
+from dpofast.model.head_check import check_head_backend
 from dpofast.model.liger import own_layers, runs_liger
 from dpofast.model.parts import causal_lm, num_attention_layers
 from dpofast.model.quantised import computing_dtype
@@ -73,8 +74,8 @@ def check_model(
     Raises:
         ModelError: the model does something to its logits that dpofast doesn't know, or its
             log-probs would depend on the other rows of a batch.
-        ConfigError: packed rows would be wrong for this model, our attention is wrong or fails on
-            this device, or Liger's layers are wrong for this model.
+        ConfigError: packed rows would be wrong for this model, our attention or our head is wrong
+            or fails on this device, or Liger's layers are wrong for this model.
     """
     check_rope(model)
     lm = causal_lm(model)
@@ -82,6 +83,7 @@ def check_model(
         check_liger(model)
         with own_layers(model):
             check_head(model)
+        check_head_backend(model, device, autocast_dtype)
         if not layout.is_packed:
             check_rows(model)
             return ()

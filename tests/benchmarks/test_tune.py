@@ -19,7 +19,6 @@ from dpofast_kernels.head import fused_triton, launch, pairs_triton, rows_triton
 
 MODULES = {
     "score_rows": rows_triton,
-    "differentiate_rows": rows_triton,
     "score_tiles": fused_triton,
     "score_tiles_wide": fused_triton,
     "finish_rows": fused_triton,
@@ -29,7 +28,6 @@ MODULES = {
 # A configuration of each kernel that no other entry of the table has.
 OWN = {
     "score_rows": {"BV": 1024},
-    "differentiate_rows": {"BV": 1024},
     "score_tiles": {"BM": 16},
     "score_tiles_wide": {"BM": 16},
     "finish_rows": {"BT": 4},

@@ -1,22 +1,18 @@
 """Cross-compiles every Triton kernel for the architectures given as arguments.
 
-With --statistics as the first argument, it compiles the variants that compute statistics instead.
-test_aot.py runs this as a process of its own, because Triton decides at import whether kernels are
-interpreted. It prints one line of JSON per kernel: name, target, bytes of shared memory, spills,
-matrix instructions.
+The first argument says which variants: see `chosen`. test_aot.py runs this as a process of its own,
+because Triton decides at import whether kernels are interpreted. It prints one line of JSON per
+kernel: name, target, bytes of shared memory, spills, matrix instructions.
 """
 
 from __future__ import annotations
 
 import json
 import re
-import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 import triton
@@ -24,21 +20,32 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from dpofast_kernels import STATISTICS, HeadOptions
-from dpofast_kernels.head import fused_triton, pairs_triton, rows_triton, singles_triton
+from dpofast_kernels.head import (
+    cast_triton,
+    finish_triton,
+    fused_triton,
+    pairs_triton,
+    rows_triton,
+    singles_triton,
+    tiles_triton,
+)
 from dpofast_kernels.head.launch import launch_table
 from dpofast_kernels.head.logits_triton import logit_constants
 from dpofast_kernels.head.statistics_triton import statistic_constants
 from dpofast_kernels.preference.formulas_triton import FORMULAS, UNPAIRED_FORMULAS
+from tests.kernels.machine_code import disassembled
 
+MODULES = (pairs_triton, singles_triton, rows_triton, tiles_triton, finish_triton, cast_triton)
 KERNELS = {
     name.removesuffix("_kernel"): kernel
-    for module in (pairs_triton, singles_triton, rows_triton, fused_triton)
+    for module in MODULES
     for name, kernel in vars(module).items()
     if name.endswith("_kernel")
 }
 # Kernels without an entry in the launch table, and the kernel whose entry they use.
 LAUNCHED_AS = {"sequence_loss": "pair_loss"}
-CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+# Kernels that are launched in the same way everywhere.
+LAUNCHED_EVERYWHERE = {"scale_cast": cast_triton.CAST_OPTIONS}
 TYPES = {
     "p_labels": "*i64",
     "p_bounds": "*i64",
@@ -50,16 +57,17 @@ TYPES = {
     "num_tiles": "i32",
     "num_programs": "i32",
     "stride": "i64",
-    "d_stride": "i64",
     "stride_x": "i64",
     "stride_w": "i64",
+    "stride_h": "i64",
     "stride_d": "i64",
 }
 # What Triton finds to be a multiple of 16 at run time: pointers, H and the strides of rows.
-ALIGNED = ("p_", "stride", "d_stride", "H", "hidden_states", "weight")
+ALIGNED = ("p_", "stride", "H", "hidden_states", "weight", "d_logits")
 HEADS = {
     "plain": logit_constants(HeadOptions()),
     "scaled": logit_constants(HeadOptions(logit_scale=0.25, temperature=0.7)),
+    "cap": logit_constants(HeadOptions(softcap=30.0)),
     "bias": {**logit_constants(HeadOptions()), "HAS_BIAS": True},
     "full": {
         **logit_constants(HeadOptions(softcap=30.0, logit_scale=0.0625, temperature=0.7)),
@@ -91,21 +99,22 @@ def variants(kernel: str) -> Iterator[Variant]:
     elif kernel == "target_products":
         for dtype in ("bf16", "fp16"):
             yield dtype, {"p_targets": "*fp32", "*": f"*{dtype}"}, {}
+    elif kernel == "scale_cast":
+        for dtype in ("bf16", "fp16", "fp32"):
+            types = {"p_factor": "*fp64", "p_out": f"*{dtype}", "*": "*fp32"}
+            yield dtype, types, {}
     elif kernel == "score_rows":
-        yield from head_variants("fp32", {"*": "*fp32"}, ("plain", "full"), {})
-        yield from head_variants("fp32:even", EVEN_VOCABULARY, ("plain",), {})
-        yield from head_variants("fp64", {"*": "*fp64"}, ("full",), {})
-        yield from head_variants("fp32:all", {"*": "*fp32"}, ("plain", "full"), ALL_STATISTICS)
-        yield from head_variants("fp64:all", {"*": "*fp64"}, ("full",), ALL_STATISTICS)
-    elif kernel == "differentiate_rows":
         for d_logits in ("bf16", "fp32"):
             types = {"p_d_logits": f"*{d_logits}", "*": "*fp32"}
-            yield f"{d_logits}:plain", types, HEADS["plain"]
-            yield f"{d_logits}:full", types, HEADS["full"]
-            yield f"{d_logits}:even", {**types, **EVEN_VOCABULARY}, HEADS["plain"]
-        yield "fp64:full", {"*": "*fp64"}, HEADS["full"]
+            yield from head_variants(d_logits, types, ("plain", "full"), {})
+            yield from head_variants(f"{d_logits}:all", types, ("plain", "full"), ALL_STATISTICS)
+        types = {"p_d_logits": "*bf16", **EVEN_VOCABULARY}
+        yield from head_variants("bf16:even", types, ("plain", "cap"), {})
+        yield from head_variants("fp64", {"*": "*fp64"}, ("full",), {})
+        yield from head_variants("fp64:all", {"*": "*fp64"}, ("full",), ALL_STATISTICS)
     elif kernel == "finish_rows":
-        constants = {"MAX_REST": fused_triton.MAX_REST}
+        # The rows of the weight have no gaps, and Triton makes a constant of a stride of 1.
+        constants = {"MAX_REST": finish_triton.MAX_REST, "stride_h": 1}
         yield from head_variants("bf16", input_types("bf16", "bf16"), ("plain", "full"), constants)
         yield from head_variants("fp16", input_types("fp16", "fp32"), ("full",), constants)
         constants = {**constants, **ALL_STATISTICS}
@@ -142,22 +151,27 @@ def head_variants(
 
 def input_types(inputs: str, d_logits: str) -> dict[str, str]:
     names = ("p_hidden_states", "p_weight", "hidden_states", "weight")
-    return {**dict.fromkeys(names, f"*{inputs}"), "p_d_logits": f"*{d_logits}", "*": "*fp32"}
+    outputs = dict.fromkeys(("p_d_logits", "d_logits"), f"*{d_logits}")
+    return {**dict.fromkeys(names, f"*{inputs}"), **outputs, "*": "*fp32"}
 
 
 def compiled(
     kernel: str, architecture: str, types: dict[str, str], constants: dict[str, Any]
 ) -> Any:
-    options = dict(launch_table()[architecture][LAUNCHED_AS.get(kernel, kernel)])
+    options = launched(kernel, architecture)
     if kernel == "score_tiles_wide" and needs_narrow_tiles(constants):
         options = fused_triton.narrowed(options)
-    launch = {name: options.pop(name) for name in ("num_warps", "num_stages")}
+    names = ("num_warps", "num_stages", "maxnreg")
+    launch = {name: options.pop(name) for name in names if name in options}
     constants = {**options, **constants}
     types = {**TYPES, **types}
     if constants.get("DESCRIPTORS"):
         dtype = types["weight"].removeprefix("*")
         for name, rows in (("hidden_states", "BM"), ("weight", "BN")):
             types[name] = f"tensordesc<{dtype}[{options[rows]}, {options['BK']}]>"
+        if constants["KEEP"]:
+            dtype = types["d_logits"].removeprefix("*")
+            types["d_logits"] = f"tensordesc<{dtype}[{options['BM']}, {options['BN']}]>"
     function = KERNELS[kernel.removesuffix("_wide")]
     kinds = {name: types.get(name, types["*"]) for name in function.arg_names}
     signature = {
@@ -179,9 +193,15 @@ def compiled(
     return triton.compile(source, target=target(architecture), options=launch)
 
 
+def launched(kernel: str, architecture: str) -> dict[str, Any]:
+    """A copy of the constexprs, warps and stages that a kernel is launched with."""
+    options = {**launch_table()[architecture], **LAUNCHED_EVERYWHERE}
+    return {"num_stages": 1, **options[LAUNCHED_AS.get(kernel, kernel)]}
+
+
 def needs_narrow_tiles(constants: dict[str, Any]) -> bool:
     """The case of `FusedRows.score`: statistics of capped logits, with a gradient."""
-    return constants["KEEP"] and constants["SOFTCAP"] and constants["ENTROPY"] is not None
+    return constants["KEEP"] and constants["CAP"] and constants["ENTROPY"] is not None
 
 
 def target(architecture: str) -> GPUTarget:
@@ -197,15 +217,10 @@ def inspected(binary: Any) -> dict[str, int]:
         # Scalar registers spill into vector registers, so only these count.
         spills = re.findall(r"\.vgpr_spill_count:\s*(\d+)", code)
         return {"spills": sum(map(int, spills)), "matrix": len(re.findall(r"\bv_mfma", code))}
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(binary.asm["cubin"])
-        file.flush()
-        code = subprocess.run(
-            [CUOBJDUMP, "-sass", file.name], capture_output=True, text=True, check=True
-        ).stdout
+    code = disassembled(binary.asm["cubin"])
     return {
-        "spills": len(re.findall(r"\b(?:STL|LDL)\b", code)),
-        "matrix": len(re.findall(r"\b(?:HMMA|HGMMA|UTCHMMA)\b", code)),
+        "spills": code.count("STL", "LDL"),
+        "matrix": code.count("HMMA", "HGMMA", "UTCHMMA"),
     }
 
 
@@ -229,23 +244,26 @@ def jobs() -> Iterator[tuple[str, str, str]]:
     """
     table = {name: entry for name, entry in launch_table().items() if name != "cpu"}
     for architecture, entry in table.items():
-        for kernel in (*entry, *LAUNCHED_AS):
+        for kernel in (*entry, *LAUNCHED_AS, *LAUNCHED_EVERYWHERE):
             launched = LAUNCHED_AS.get(kernel, kernel)
-            is_repeat = architecture == "sm_86" and entry[launched] == table["sm_80"][launched]
+            other = table["sm_80"].get(launched)
+            is_repeat = architecture == "sm_86" and entry.get(launched) == other
             if kernel != "measured" and not is_repeat:
                 for variant, *_ in variants(kernel):
                     yield kernel, architecture, variant
 
 
-def has_statistics(job: tuple[str, str, str]) -> bool:
-    return ":all:" in job[2]
+def chosen(variants: str, architectures: list[str]) -> list[tuple[str, str, str]]:
+    """The jobs of some architectures: "plain", "statistics", or "quick", the first of a kernel."""
+    found = [job for job in jobs() if job[1] in architectures]
+    if variants == "quick":
+        return list({job[:2]: job for job in reversed(found)}.values())
+    return [job for job in found if (":all:" in job[2]) == (variants == "statistics")]
 
 
 def main(arguments: list[str]) -> None:
-    wanted = arguments[:1] == ["--statistics"]
-    chosen = [job for job in jobs() if job[1] in arguments and has_statistics(job) == wanted]
     with ProcessPoolExecutor(max_workers=2) as pool:
-        for line in pool.map(report, chosen):
+        for line in pool.map(report, chosen(arguments[0], arguments[1:])):
             print(json.dumps(line), flush=True)
 
 

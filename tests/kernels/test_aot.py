@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
-import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,10 +13,15 @@ from typing import Any
 
 import pytest
 
-from dpofast_kernels.head import fused_triton, pairs_triton, rows_triton, singles_triton
 from dpofast_kernels.head.launch import launch_table
 from dpofast_kernels.preference import LOSSES, UNPAIRED_LOSSES
-from tests.kernels.compile_kernels import GENERAL, LAUNCHED_AS, jobs
+from tests.kernels.compile_kernels import (
+    GENERAL,
+    KERNELS,
+    LAUNCHED_AS,
+    LAUNCHED_EVERYWHERE,
+    jobs,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 # Bytes of shared memory that a block can have.
@@ -30,29 +35,21 @@ SHARED_MEMORY = {
 }
 WITH_DOT = {"score_tiles", "score_tiles_wide"}
 WITH_STATISTICS = {"score_rows", "score_tiles_wide", "finish_rows"}
-# One target is compiled with the fast tests: AMD's compiler takes a third of NVIDIA's time.
-TARGETS = [
-    name if name == "gfx942" else pytest.param(name, marks=pytest.mark.slow)
-    for name in SHARED_MEMORY
-]
 
 
 @pytest.fixture(scope="module")
-def compiled(tmp_path_factory) -> Callable[..., list[dict[str, Any]]]:
+def compiled(compiler_environment) -> Callable[..., list[dict[str, Any]]]:
     """A function that compiles the kernels for one target, once, and reports on each.
 
-    It compiles the variants that compute statistics, or all others.
+    It compiles one of the sets of compile_kernels: "quick", "plain" or "statistics".
     """
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
-    environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
 
     @functools.cache
-    def compile_for(target: str, statistics: bool) -> list[dict[str, Any]]:
-        arguments = ["--statistics", target] if statistics else [target]
+    def compile_for(target: str, variants: str) -> list[dict[str, Any]]:
         result = subprocess.run(
-            [sys.executable, ROOT / "tests" / "kernels" / "compile_kernels.py", *arguments],
-            env=environment,
+            [sys.executable, "-m", "tests.kernels.compile_kernels", variants, target],
+            cwd=ROOT,
+            env=compiler_environment,
             capture_output=True,
             text=True,
             timeout=900,
@@ -66,9 +63,17 @@ def compiled(tmp_path_factory) -> Callable[..., list[dict[str, Any]]]:
 
 @pytest.mark.aot
 @pytest.mark.timeout(960)
-@pytest.mark.parametrize("target", TARGETS)
+def test_one_variant_of_each_kernel_fits_without_spills(compiled):
+    """For one target: AMD's compiler takes a third of NVIDIA's time."""
+    check(compiled, "gfx942", "quick")
+
+
+@pytest.mark.aot
+@pytest.mark.slow
+@pytest.mark.timeout(960)
+@pytest.mark.parametrize("target", SHARED_MEMORY)
 def test_configurations_fit_without_spills(compiled, target):
-    check(compiled, target, statistics=False)
+    check(compiled, target, "plain")
 
 
 @pytest.mark.aot
@@ -76,20 +81,22 @@ def test_configurations_fit_without_spills(compiled, target):
 @pytest.mark.timeout(960)
 @pytest.mark.parametrize("target", SHARED_MEMORY)
 def test_statistics_fit_without_spills(compiled, target):
-    check(compiled, target, statistics=True)
+    check(compiled, target, "statistics")
 
 
-def check(compiled: Callable[..., list[dict[str, Any]]], target: str, statistics: bool) -> None:
+def check(compiled: Callable[..., list[dict[str, Any]]], target: str, variants: str) -> None:
     """Check that each kernel fits, doesn't spill, and uses matrix units if it should."""
     entry, other = launch_table()[target], launch_table()["sm_80"]
-    found = list(compiled(target, statistics))
+    found = list(compiled(target, variants))
     if target == "sm_86":
         common = {kernel for kernel in entry if entry[kernel] == other[kernel]}
         common |= {kernel for kernel, launched in LAUNCHED_AS.items() if launched in common}
-        found += [line for line in compiled("sm_80", statistics) if line["kernel"] in common]
+        common |= set(LAUNCHED_EVERYWHERE)
+        found += [line for line in compiled("sm_80", variants) if line["kernel"] in common]
     for line in found:
         print(*line.values())
-    expected = WITH_STATISTICS if statistics else {*entry, *LAUNCHED_AS} - {"measured"}
+    everything = {*entry, *LAUNCHED_AS, *LAUNCHED_EVERYWHERE} - {"measured"}
+    expected = WITH_STATISTICS if variants == "statistics" else everything
     assert {line["kernel"] for line in found} == expected
     for line in found:
         assert line["shared"] <= SHARED_MEMORY[target], line
@@ -98,12 +105,12 @@ def check(compiled: Callable[..., list[dict[str, Any]]], target: str, statistics
 
 
 def test_nothing_is_left_out():
-    kernels = {
-        name.removesuffix("_kernel")
-        for module in (fused_triton, pairs_triton, rows_triton, singles_triton)
-        for name in vars(module)
-        if name.endswith("_kernel")
+    named = {
+        path.name: re.findall(r"^def (\w+)_kernel\(", path.read_text(), re.MULTILINE)
+        for path in (ROOT / "kernels" / "dpofast_kernels").rglob("*_triton.py")
     }
+    kernels = set(KERNELS)
+    assert kernels == {name for names in named.values() for name in names}
     assert set(SHARED_MEMORY) == set(launch_table()) - {"cpu"}
     for target in ("sm_80", "sm_90", "sm_100", "gfx942"):
         names = {kernel for kernel, architecture, _ in jobs() if architecture == target}

@@ -21,7 +21,6 @@ from dpofast.train.steps.memory import (
     bytes_for_rows,
     free_device_bytes,
     row_tokens_on_all_ranks,
-    waiting_sums_of,
 )
 from dpofast.zero.blocks import runnable
 
@@ -104,7 +103,7 @@ class Recomputation:
         train_set = None if trainer.train_dataset is None else trainer.train_set()
         wanted = wanted_tokens(train_set, layout, config, row_tokens)
         body = body_bytes(model, layout, trainer.accelerator.autocast)
-        left = bytes_for_rows(model, config, free, waiting_sums_of(trainer)) - body.fixed
+        left = bytes_for_rows(model, config, free) - body.fixed
         is_divisible = bool(single_layers(model))
         return layers_to_checkpoint(body, USED_SHARE * left, wanted, is_divisible=is_divisible)
 

@@ -2,28 +2,40 @@
 
 from __future__ import annotations
 
-import importlib.util
+import os
 
+import torch
 from torch import Tensor
 
-from dpofast_kernels.head.launch import is_interpreted
+from dpofast_kernels.head.launch import has_triton, is_interpreted
 from dpofast_kernels.head.options import HeadOptions
 from dpofast_kernels.head.rows import RowOps
 from dpofast_kernels.head.tiled import TorchRows
 
 DEFAULT_OPTIONS = HeadOptions()
 TRITON_BACKENDS = ("triton", "triton_fused")
+# What this environment variable can hold. It replaces "auto" on CUDA and ROCm devices: a way out
+# for a device on which the usual back end is wrong or fails.
+HEAD_BACKEND = "DPOFAST_HEAD_BACKEND"
+DEVICE_BACKENDS = ("triton", "triton_fused", "torch")
 
 # Triton exists only on Linux. So the files that use it are imported inside the functions below,
 # never at the top of this file.
 
 
-def backend_for(tensor: Tensor, options: HeadOptions = DEFAULT_OPTIONS) -> str:
-    """The name of the back end that runs on the device of `tensor`; never "auto".
+def backend_for(
+    tensor: Tensor, options: HeadOptions = DEFAULT_OPTIONS, dtype: torch.dtype | None = None
+) -> str:
+    """The name of the back end that runs for a weight; never "auto".
+
+    Args:
+        tensor: the weight [V, H], or any tensor with its device, dtype and strides.
+        options: of the op.
+        dtype: dtype that the op computes in; None for that of `tensor`.
 
     Raises:
         ValueError: the back end in `options` can't take one of the options, or doesn't run on this
-            device.
+            device; or DPOFAST_HEAD_BACKEND names none.
         RuntimeError: `options` ask for Triton, and it isn't installed.
     """
     if options.backend == "naive" and options.weight_grad is not None:
@@ -32,9 +44,13 @@ def backend_for(tensor: Tensor, options: HeadOptions = DEFAULT_OPTIONS) -> str:
         )
     if options.backend == "auto":
         # PyTorch calls ROCm's devices cuda, too.
-        return "triton" if tensor.is_cuda and _has_triton() else "torch"
+        if not (tensor.is_cuda and has_triton()):
+            return "torch"
+        if name := os.environ.get(HEAD_BACKEND):
+            return _named(name)
+        return "triton_fused" if _can_fuse(tensor, dtype or tensor.dtype) else "triton"
     if options.backend in TRITON_BACKENDS:
-        if not _has_triton():
+        if not has_triton():
             raise RuntimeError(
                 f"backend {options.backend!r} was asked for, but Triton isn't installed: install "
                 "it (Linux only), or choose backend 'torch'."
@@ -70,8 +86,25 @@ def row_ops(
     return TorchRows(weight, options, statistics)
 
 
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
+def _named(name: str) -> str:
+    if name not in DEVICE_BACKENDS:
+        raise ValueError(
+            f"{HEAD_BACKEND} is {name!r} in the environment, expected one of "
+            f"{', '.join(DEVICE_BACKENDS)}; or unset it."
+        )
+    return name
+
+
+def _can_fuse(weight: Tensor, dtype: torch.dtype) -> bool:
+    """Whether "triton_fused" is the better back end for a weight on a CUDA or ROCm device.
+
+    For fp16 its gradients of logits would be fp32, because exp(z - k) exceeds the range of fp16.
+    Then it saves nothing over "triton". GPUs before compute capability 8 don't multiply bf16.
+    """
+    is_plain = weight.stride()[-1:] in ((), (1,))
+    if torch.version.hip is not None or dtype != torch.bfloat16 or not is_plain:
+        return False
+    return torch.cuda.get_device_capability(weight.device) >= (8, 0)
 
 
 def _is_interpreted() -> bool:

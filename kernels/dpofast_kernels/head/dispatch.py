@@ -75,8 +75,8 @@ def linear_logps(
     if isinstance(hidden_states, Tensor) and hidden_states.dim() == 3:
         return _padded_logps(hidden_states, weight, labels, options)
     check_head_inputs(hidden_states, weight, labels, options)
-    backend = backend_for(hidden_states, options)
     dtype = compute_dtype(hidden_states, weight)
+    backend = backend_for(weight, options, dtype)
     if backend == "naive":
         return _naive(naive_linear_logps, hidden_states, weight, labels, options, dtype)
     call = HeadCall(labels, options, dtype, backend, torch.is_grad_enabled())
@@ -112,8 +112,8 @@ def linear_scores(
         tensor([1.3863, 1.3863, 1.3863])
     """
     check_head_inputs(hidden_states, weight, labels, options)
-    backend = backend_for(hidden_states, options)
     dtype = compute_dtype(hidden_states, weight)
+    backend = backend_for(weight, options, dtype)
     with torch.no_grad():
         if backend == "naive":
             return _naive(naive_linear_scores, hidden_states, weight, labels, options, dtype)
@@ -166,8 +166,8 @@ def linear_statistics(
     check_statistics(statistics)
     if not statistics:
         raise ValueError(f"statistics is empty: name at least one of {', '.join(STATISTICS)}.")
-    backend = backend_for(hidden_states, options)
     dtype = compute_dtype(hidden_states, weight)
+    backend = backend_for(weight, options, dtype)
     with torch.no_grad():
         if backend == "naive":
             op = partial(naive_linear_statistics, statistics=statistics)
@@ -202,7 +202,7 @@ def linear_pair_loss(
         ref_logps: [S] summed log-probs of the reference, in nats; on any device.
         loss: a loss from `make_loss` or `make_custom_loss`, or any other `PairLoss`. `ZeroLoss`
             trains the coefficients only.
-        options: what the model does to its logits, and the back end.
+        options: what the model does to its logits, the upstream gradient, and the back end.
         extras: which sequences the pairs are, weights, soft labels and coefficients, and statistics
             to sum over each sequence.
 
@@ -220,7 +220,8 @@ def linear_pair_loss(
 
     Numerics: logits are computed and kept in fp32 (fp64 for fp64 inputs), sums per sequence and
     losses in fp64. Gradients accumulate in fp32, are multiplied by the upstream gradient in
-    fp32, and are rounded to the inputs' dtypes last.
+    fp32, and are rounded to the inputs' dtypes last. With `options.upstream`, the gradient of a
+    bf16 weight may be rounded as soon as it is made.
 
     Example:
         >>> import torch
@@ -250,8 +251,8 @@ def _pair_loss(
     options: HeadOptions,
     pairs: Pairs,
 ) -> PairLossOutput:
-    backend = backend_for(hidden_states, options)
     dtype, names = compute_dtype(hidden_states, weight), pairs.statistics
+    backend = backend_for(weight, options, dtype)
     if backend == "naive":
         inputs = (hidden_states, weight, labels, options, dtype)
         per_token_logps, statistics = _naive(naive_linear_logps, *inputs), None

@@ -1,14 +1,11 @@
 """Back end "triton_fused": a matrix product that writes exp(z - k) and its sums, never logits.
 
-z is a logit, and k is one reference value per row. Three kernels run one after the other:
+z is a logit, and k is the label's own logit. Three kernels run one after the other:
 
     target_products   a dot product per row: the label's own logit, which serves as k
     score_tiles       the matrix product, tile by tile: exp(z - k), and its sum over each tile
-    finish_rows       adds up a row's sums, which give its log-prob and the gradient at its label
-
-With the label's logit as k, exp(z - k) is p / p_label, and its sum is 1 / p_label. So the row's
-maximum isn't needed before the product. If the sum is above `MAX_REST` (the label's probability is
-below 1e-28) or not finite, finish_rows computes the row again with the row's maximum as k.
+    finish_rows       adds up a row's sums, which give its log-prob and the gradient at its label;
+                      finish_triton explains it
 """
 
 # Triton and torch.cuda.device_of have no types.
@@ -24,6 +21,7 @@ import triton
 from torch import Tensor
 
 from dpofast_kernels.head.dtypes import accumulate_dtype, product_dtype
+from dpofast_kernels.head.finish_triton import finish_rows_fwd, new_sums
 from dpofast_kernels.head.launch import is_interpreted, launch_options
 from dpofast_kernels.head.logits_triton import logit_constants
 from dpofast_kernels.head.options import HeadOptions
@@ -33,15 +31,7 @@ from dpofast_kernels.head.rows import LogitGradients, ScoredRows
 from dpofast_kernels.head.singles import Singles
 from dpofast_kernels.head.singles_triton import sequence_loss_fwd
 from dpofast_kernels.head.statistics_triton import statistic_constants
-from dpofast_kernels.head.tiles_triton import (
-    finish_rows_kernel,
-    score_tiles_kernel,
-    target_products_kernel,
-)
-
-# exp(z - k) up to this bound, times hidden states or weights, stays far inside the range of fp32
-# and bf16. So do the factors -1 / S (see `label_logp`), which scale it down again.
-MAX_REST = 2.0**96
+from dpofast_kernels.head.tiles_triton import score_tiles_kernel, target_products_kernel
 
 
 class FusedRows:
@@ -84,22 +74,16 @@ class FusedRows:
         hidden_states, labels = hidden_states.contiguous(), labels.contiguous()
         num_rows, (vocab_size, hidden_size) = len(labels), weight.shape
         tiles = launch_options(self.tile_entry, device)
-        if not _are_aligned(hidden_states, weight):
+        if not _are_aligned(hidden_states, weight, *([] if workspace is None else [workspace])):
             # Descriptors can't read such rows. Pointers need registers, so the tiles are smaller.
             tiles = {**launch_options("score_tiles_wide", device), "DESCRIPTORS": False}
         if self.has_capped_statistics and keep:
             # Logits, slopes and exponentials are in registers at once.
             tiles = narrowed(tiles)
         num_tiles = triton.cdiv(vocab_size, tiles["BN"])
-        dtype = accumulate_dtype(weight.dtype)
-        targets, logps, factors, logsumexps = weight.new_empty(4, num_rows, dtype=dtype).unbind()
-        found = None
-        if self.statistics:
-            found = weight.new_empty(len(self.statistics), num_rows, dtype=dtype)  # [K, n]
-        sums = weight.new_empty(1 if found is None else 5, num_tiles, num_rows, dtype=dtype)
+        targets = weight.new_empty(num_rows, dtype=accumulate_dtype(weight.dtype))
+        sums = new_sums(targets, num_tiles, num_rows, bool(self.statistics))
         d_logits = workspace if keep else None
-        p_bias = targets if self.bias is None else self.bias
-        p_d_logits, stride_d = (targets, 0) if d_logits is None else (d_logits, d_logits.stride(0))
         strides = (hidden_states.stride(0), weight.stride(0))
         num_programs = _num_programs(device, triton.cdiv(num_rows, tiles["BM"]) * num_tiles)
         with torch.cuda.device_of(weight):
@@ -108,21 +92,16 @@ class FusedRows:
                 **launch_options("target_products", device),
             )  # fmt: skip
             score_tiles_kernel[(num_programs,)](
-                *tile_sources(hidden_states, weight, tiles),
-                p_bias, labels, targets, p_d_logits, sums,
-                num_rows, vocab_size, hidden_size, *strides, stride_d, num_programs,
+                *tile_sources(hidden_states, weight, tiles), tile_target(d_logits, targets, tiles),
+                targets if self.bias is None else self.bias, labels, targets, sums,
+                num_rows, vocab_size, hidden_size, *strides,
+                0 if d_logits is None else d_logits.stride(0), num_programs,
                 **self.constants, KEEP=keep, UPCAST=is_interpreted(score_tiles_kernel), **tiles,
             )  # fmt: skip
-            finish_rows_kernel[(num_rows,)](
-                hidden_states, weight, p_bias, labels, targets, p_d_logits, sums,
-                logps, factors, logsumexps, targets if found is None else found,
-                num_rows, vocab_size, hidden_size, num_tiles, *strides, stride_d,
-                MAX_REST=MAX_REST, **self.constants, KEEP=keep,
-                **launch_options("finish_rows", device),
-            )  # fmt: skip
-        if d_logits is None:
-            return ScoredRows(logps, (), logsumexps, found)
-        return ScoredRows(logps, (d_logits, factors), statistics=found)
+        return finish_rows_fwd(
+            hidden_states, weight, self.bias, labels, targets, d_logits, sums,
+            self.statistics, self.constants,
+        )  # fmt: skip
 
     def differentiate(
         self, scored: ScoredRows, labels: Tensor, coefficients: Tensor
@@ -160,6 +139,17 @@ def tile_sources(hidden_states: Tensor, weight: Tensor, tiles: dict[str, Any]) -
         TensorDescriptor.from_tensor(hidden_states, [tiles["BM"], tiles["BK"]]),
         TensorDescriptor.from_tensor(weight, [tiles["BN"], tiles["BK"]]),
     )
+
+
+def tile_target(d_logits: Tensor | None, unused: Tensor, tiles: dict[str, Any]) -> Any:
+    """Where score_tiles_kernel writes: a descriptor of blocks, or the tensor itself."""
+    if d_logits is None:
+        return unused
+    if not tiles["DESCRIPTORS"]:
+        return d_logits
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    return TensorDescriptor.from_tensor(d_logits, [tiles["BM"], tiles["BN"]])
 
 
 def _num_programs(device: torch.device, num_tiles: int) -> int:

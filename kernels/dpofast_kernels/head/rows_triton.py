@@ -1,8 +1,10 @@
-"""Back end "triton": torch.mm makes a chunk's logits, and two Triton kernels work on their rows.
+"""Back end "triton": torch.mm makes a chunk's logits, and Triton kernels work on their rows.
 
-The first kernel turns logits into log-probs. Once the losses of the pairs are known, the second
-kernel overwrites the fp32 logits with their gradients, times the coefficient of each row. So a bf16
-gradient is rounded once, as in PyTorch.
+    score_rows    one pass over the logits: exp(z - k) in their place, and its sum over each row
+    finish_rows   a row's log-prob and the gradient at its label; finish_triton explains it
+
+z is a logit, and k is the label's own. exp(z - k) is in the dtype of the products that follow, and
+1 / S, which makes probabilities of it, goes into the factors of the rows.
 """
 
 # jit functions can't be typed, and Triton and torch.cuda.device_of have no types.
@@ -16,12 +18,13 @@ import triton.language as tl
 from torch import Tensor
 
 from dpofast_kernels.head.dtypes import accumulate_dtype, product_dtype
+from dpofast_kernels.head.finish_triton import SQUARES_UNIT, finish_rows_fwd, new_sums
 from dpofast_kernels.head.launch import launch_options
 from dpofast_kernels.head.logits_triton import (
-    finish_logits,
-    label_logp,
+    exponents,
     logit_constants,
-    row_logsumexp,
+    scaled,
+    unscaled_logits,
 )
 from dpofast_kernels.head.matmul import logits_into
 from dpofast_kernels.head.options import HeadOptions
@@ -30,120 +33,84 @@ from dpofast_kernels.head.pairs_triton import pair_loss_fwd
 from dpofast_kernels.head.rows import LogitGradients, ScoredRows
 from dpofast_kernels.head.singles import Singles
 from dpofast_kernels.head.singles_triton import sequence_loss_fwd
-from dpofast_kernels.head.statistics_triton import (
-    moments,
-    rescaled_moment,
-    statistic_constants,
-    store_statistics,
-)
+from dpofast_kernels.head.statistics_triton import moments, statistic_constants
 
 
 @triton.jit
-def _fold_block(
-    row_max,
-    rest,
-    moment,
-    squares,
-    logit_sum,
-    p_row,
-    p_bias,
-    label,
-    i_v,
-    V,
-    HAS_BIAS: tl.constexpr,
-    SCALE: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    TEMPERATURE: tl.constexpr,
-    ENTROPY: tl.constexpr,
-    MEAN_LOGIT: tl.constexpr,
-    LOG_SUM_P2: tl.constexpr,
-    BV: tl.constexpr,
-    IS_WHOLE: tl.constexpr,
-):
-    """Add a block of logits to the running maximum and to the running sums.
-
-    The first three sums are those of E = exp(z - maximum), E (z - maximum) and E^2, of all tokens
-    except the label. They are rescaled whenever the maximum grows. The last one is that of z.
-    """
-    o_v = i_v + tl.arange(0, BV)
-    m_v = None if IS_WHOLE else o_v < V
-    b_z = tl.load(p_row + o_v, mask=m_v)  # [BV]
-    b_z, _ = finish_logits(b_z, p_bias, o_v, m_v, HAS_BIAS, SCALE, SOFTCAP, TEMPERATURE)
-    if not IS_WHOLE:
-        b_z = tl.where(m_v, b_z, float("-inf"))
-    new_max = tl.maximum(row_max, tl.max(b_z, axis=0))
-    # If a bias rules out all tokens so far, the maximum is -inf, and -inf - -inf would be NaN.
-    reference = tl.where(new_max == float("-inf"), 0.0, new_max)
-    b_e = tl.where(o_v == label, 0.0, tl.exp(b_z - reference))
-    shift = row_max - reference
-    scale = tl.exp(shift)
-    if MEAN_LOGIT is not None:
-        logit_sum += tl.sum(b_z if IS_WHOLE else tl.where(m_v, b_z, 0.0), axis=0)
-    if ENTROPY is not None:
-        moment = rescaled_moment(moment, rest, shift) * scale
-        moment += tl.sum(moments(b_e, b_z - reference), axis=0)
-    rest = rest * scale + tl.sum(b_e, axis=0)
-    if LOG_SUM_P2 is not None:
-        squares = squares * scale * scale + tl.sum(b_e * b_e, axis=0)
-    return new_max, rest, moment, squares, logit_sum
-
-
-@triton.jit
-def _store_block(
-    row_max,
-    rest,
-    factor,
+def _add_block(
+    b_rest,
+    b_moment,
+    b_squares,
+    b_sum,
+    b_above,
     p_row,
     p_d_row,
     p_bias,
     label,
+    x_label,
     i_v,
     V,
     HAS_BIAS: tl.constexpr,
-    SCALE: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    TEMPERATURE: tl.constexpr,
+    CAP: tl.constexpr,
+    UNIT: tl.constexpr,
+    ENTROPY: tl.constexpr,
+    MEAN_LOGIT: tl.constexpr,
+    IS_TOP: tl.constexpr,
+    LOG_SUM_P2: tl.constexpr,
+    KEEP: tl.constexpr,
     BV: tl.constexpr,
     IS_WHOLE: tl.constexpr,
 ):
-    """Overwrite a block of logits with factor * slope of z * exp(z - maximum).
-
-    At the label, -rest replaces exp(z - maximum).
-    """
+    """Add a block to the sums, which are those of `new_sums`; with KEEP, overwrite its logits."""
     o_v = i_v + tl.arange(0, BV)
     m_v = None if IS_WHOLE else o_v < V
     b_z = tl.load(p_row + o_v, mask=m_v)  # [BV]
-    b_z, b_slope = finish_logits(b_z, p_bias, o_v, m_v, HAS_BIAS, SCALE, SOFTCAP, TEMPERATURE)
-    b_d = tl.where(o_v == label, -rest, tl.exp(b_z - row_max)) * b_slope * factor
-    # If the gradients have a narrower dtype, they are written over logits of this block or of an
-    # earlier one. So all threads must have read their logits before any thread writes.
-    tl.debug_barrier()
-    tl.store(p_d_row + o_v, b_d.to(p_d_row.dtype.element_ty), mask=m_v)
+    b_x, b_slope = unscaled_logits(b_z, p_bias, o_v, m_v, HAS_BIAS, CAP)
+    b_exponent = exponents(b_x, scaled(x_label, UNIT), UNIT)
+    b_e = tl.exp2(b_exponent)
+    if not IS_WHOLE:
+        b_e = tl.where(m_v, b_e, 0.0)
+    if label // BV == i_v // BV:  # in one block of the row
+        b_e = tl.where(o_v == label, 0.0, b_e)
+    b_rest += b_e
+    if ENTROPY is not None:
+        b_moment += moments(b_e, b_exponent)
+    if LOG_SUM_P2 is not None:
+        b_scaled = b_e * SQUARES_UNIT
+        b_squares += b_scaled * b_scaled
+    if MEAN_LOGIT is not None:
+        b_sum += b_x if IS_WHOLE else tl.where(m_v, b_x, 0.0)
+    if IS_TOP is not None:
+        # A negated <= counts NaN, too. The label's own logit isn't above itself.
+        m_above = (b_x <= x_label) == 0
+        if not IS_WHOLE:
+            m_above = m_above & m_v
+        b_above += tl.where(o_v == label, 0.0, m_above.to(b_x.dtype))
+    if KEEP:
+        # If the gradients have a narrower dtype, they are written over logits of this block or of
+        # an earlier one. So all threads must have read their logits before any thread writes.
+        tl.debug_barrier()
+        tl.store(p_d_row + o_v, (b_e * b_slope).to(p_d_row.dtype.element_ty), mask=m_v)
+    return b_rest, b_moment, b_squares, b_sum, b_above
 
 
-# Labels are slices, and the outputs are rows of one tensor, so their alignment changes with n.
-# Specialising on it would compile the kernel again for each alignment.
-@triton.jit(
-    do_not_specialize_on_alignment=[
-        "p_labels", "p_logps", "p_row_max", "p_rest", "p_factors", "p_logsumexps", "p_statistics"
-    ]
-)  # fmt: skip
+# Labels are slices, so their alignment changes with n. Specialising on it would compile the kernel
+# again for each alignment.
+@triton.jit(do_not_specialize_on_alignment=["p_labels", "p_targets", "p_sums"])
 def score_rows_kernel(
     p_logits,  # [n, V], rows `stride` apart
+    p_d_logits,  # [n, V], rows `stride_d` apart, in the memory of the logits; only with KEEP
     p_bias,  # [V]
     p_labels,  # [n] int64
-    p_logps,  # [n]
-    p_row_max,  # [n]
-    p_rest,  # [n]
-    p_factors,  # [n]
-    p_logsumexps,  # [n], written only without KEEP
-    p_statistics,  # [K, n]
+    p_targets,  # [n]
+    p_sums,  # [1, 1, n], with statistics [5, 1, n]; see `new_sums`
     stride,
+    stride_d,
     V,
     HAS_BIAS: tl.constexpr,
-    SCALE: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    TEMPERATURE: tl.constexpr,
+    CAP: tl.constexpr,
+    UNIT: tl.constexpr,
+    SLOPE: tl.constexpr,
     ENTROPY: tl.constexpr,
     MEAN_LOGIT: tl.constexpr,
     IS_TOP: tl.constexpr,
@@ -151,84 +118,43 @@ def score_rows_kernel(
     KEEP: tl.constexpr,
     BV: tl.constexpr,
 ):
-    """Log-softmax at the label, the numbers that its gradient needs, and statistics.
+    """The label's product, sums of exp(z - k), and exp(z - k) times the slope of tanh in place.
 
-    There is one program per row. Only the last block is masked. All others can be read in wide
-    words, whatever V is.
+    There is one program per row. It does the blocks in order: gradients of a narrower dtype end up
+    in the first part of the row's memory. Only the last block is masked. All others can be read in
+    wide words, whatever V is.
     """
     i_n = tl.program_id(0).to(tl.int64)  # offsets up to n * V exceed int32
+    n = tl.num_programs(0).to(tl.int64)
     dtype: tl.constexpr = p_logits.dtype.element_ty
-    p_row = p_logits + i_n * stride
-    label = tl.load(p_labels + i_n)
-    row_max = tl.full([], float("-inf"), dtype=dtype)
-    rest = tl.full([], 0.0, dtype=dtype)
-    moment, squares, logit_sum = rest, rest, rest
-    end = V // BV * BV
-    for i_v in range(0, end, BV):
-        row_max, rest, moment, squares, logit_sum = _fold_block(
-            row_max, rest, moment, squares, logit_sum, p_row, p_bias, label, i_v, V,
-            HAS_BIAS, SCALE, SOFTCAP, TEMPERATURE, ENTROPY, MEAN_LOGIT, LOG_SUM_P2, BV, True,
-        )  # fmt: skip
-    if end < V:
-        row_max, rest, moment, squares, logit_sum = _fold_block(
-            row_max, rest, moment, squares, logit_sum, p_row, p_bias, label, end, V,
-            HAS_BIAS, SCALE, SOFTCAP, TEMPERATURE, ENTROPY, MEAN_LOGIT, LOG_SUM_P2, BV, False,
-        )  # fmt: skip
+    p_row, p_d_row = p_logits + i_n * stride, p_d_logits + i_n * stride_d
+    label = tl.load(p_labels + i_n).to(tl.int32)
     target = tl.load(p_row + label)
-    target, _ = finish_logits(target, p_bias, label, True, HAS_BIAS, SCALE, SOFTCAP, TEMPERATURE)
-    logp, factor = label_logp(target, row_max, rest)
-    tl.store(p_logps + i_n, logp.to(dtype))
-    if KEEP:
-        tl.store(p_row_max + i_n, row_max)
-        tl.store(p_rest + i_n, rest)
-        tl.store(p_factors + i_n, factor.to(dtype))
-    else:
-        tl.store(p_logsumexps + i_n, row_logsumexp(target, row_max, rest).to(dtype))
-    store_statistics(
-        p_statistics, tl.program_id(0), tl.num_programs(0), V, target, row_max, target == row_max,
-        rest, moment, squares, logit_sum, ENTROPY, MEAN_LOGIT, IS_TOP, LOG_SUM_P2,
-    )  # fmt: skip
-
-
-@triton.jit(do_not_specialize_on_alignment=["p_labels", "p_row_max", "p_rest", "p_factors"])
-def differentiate_rows_kernel(
-    p_logits,  # [n, V], rows `stride` apart
-    p_d_logits,  # [n, V], rows `d_stride` apart, in the memory of the logits
-    p_bias,  # [V]
-    p_labels,  # [n] int64
-    p_row_max,  # [n]
-    p_rest,  # [n]
-    p_factors,  # [n]
-    stride,
-    d_stride,
-    V,
-    HAS_BIAS: tl.constexpr,
-    SCALE: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    TEMPERATURE: tl.constexpr,
-    BV: tl.constexpr,
-):
-    """Overwrite logits with their gradients; one program per row.
-
-    Gradients of a narrower dtype end up in the first part of the row's memory. So one program must
-    do the blocks of a row, in order.
-    """
-    i_n = tl.program_id(0).to(tl.int64)
-    p_row, p_d_row = p_logits + i_n * stride, p_d_logits + i_n * d_stride
-    label = tl.load(p_labels + i_n)
-    row_max, rest = tl.load(p_row_max + i_n), tl.load(p_rest + i_n)
-    factor = tl.load(p_factors + i_n)
+    tl.store(p_targets + i_n, target)
+    x_label, _ = unscaled_logits(target, p_bias, label, True, HAS_BIAS, CAP)
+    b_rest = tl.zeros([BV], dtype=dtype)
+    b_moment, b_squares, b_sum, b_above = b_rest, b_rest, b_rest, b_rest
     end = V // BV * BV
     for i_v in range(0, end, BV):
-        _store_block(
-            row_max, rest, factor, p_row, p_d_row, p_bias, label, i_v, V,
-            HAS_BIAS, SCALE, SOFTCAP, TEMPERATURE, BV, True,
+        b_rest, b_moment, b_squares, b_sum, b_above = _add_block(
+            b_rest, b_moment, b_squares, b_sum, b_above, p_row, p_d_row, p_bias, label, x_label,
+            i_v, V, HAS_BIAS, CAP, UNIT, ENTROPY, MEAN_LOGIT, IS_TOP, LOG_SUM_P2, KEEP, BV, True,
         )  # fmt: skip
     if end < V:
-        _store_block(
-            row_max, rest, factor, p_row, p_d_row, p_bias, label, end, V,
-            HAS_BIAS, SCALE, SOFTCAP, TEMPERATURE, BV, False,
+        b_rest, b_moment, b_squares, b_sum, b_above = _add_block(
+            b_rest, b_moment, b_squares, b_sum, b_above, p_row, p_d_row, p_bias, label, x_label,
+            end, V, HAS_BIAS, CAP, UNIT, ENTROPY, MEAN_LOGIT, IS_TOP, LOG_SUM_P2, KEEP, BV, False,
         )  # fmt: skip
+    p_sum = p_sums + i_n
+    tl.store(p_sum, tl.sum(b_rest, axis=0))
+    if ENTROPY is not None:
+        tl.store(p_sum + n, tl.sum(b_moment, axis=0))
+    if LOG_SUM_P2 is not None:
+        tl.store(p_sum + 2 * n, tl.sum(b_squares, axis=0))
+    if MEAN_LOGIT is not None:
+        tl.store(p_sum + 3 * n, tl.sum(b_sum, axis=0))
+    if IS_TOP is not None:
+        tl.store(p_sum + 4 * n, tl.sum(b_above, axis=0))
 
 
 class TritonRows:
@@ -243,8 +169,7 @@ class TritonRows:
     ) -> None:
         self.weight, self.statistics = weight, statistics
         self.bias = None if options.bias is None else options.bias.contiguous()
-        self.constants = logit_constants(options)
-        self.statistic_constants = statistic_constants(statistics)
+        self.constants = {**logit_constants(options), **statistic_constants(statistics)}
 
     def workspace_dtype(self, keep: bool) -> torch.dtype:
         return accumulate_dtype(self.weight.dtype)
@@ -253,54 +178,36 @@ class TritonRows:
         self, hidden_states: Tensor, labels: Tensor, workspace: Tensor | None, keep: bool
     ) -> ScoredRows:
         assert workspace is not None
+        hidden_states, labels = hidden_states.contiguous(), labels.contiguous()
         logits = logits_into(workspace, hidden_states, self.weight)  # [n, V]
-        logps, row_max, rest, factors, logsumexps = logits.new_empty(5, len(logits)).unbind()
-        found = None
-        if self.statistics:
-            found = logits.new_empty(len(self.statistics), len(logits))  # [K, n]
+        d_logits = _in_place(logits, product_dtype(self.weight)) if keep else None
+        targets = logits.new_empty(len(logits))
+        sums = new_sums(targets, 1, len(logits), bool(self.statistics))
         with torch.cuda.device_of(logits):
             score_rows_kernel[(len(logits),)](
                 logits,
+                logits if d_logits is None else d_logits,
                 logits if self.bias is None else self.bias,
-                labels.contiguous(),
-                logps,
-                row_max,
-                rest,
-                factors,
-                logsumexps,
-                logps if found is None else found,
+                labels,
+                targets,
+                sums,
                 logits.stride(0),
+                0 if d_logits is None else d_logits.stride(0),
                 logits.shape[1],
                 **self.constants,
-                **self.statistic_constants,
                 KEEP=keep,
                 **launch_options("score_rows", logits.device),
             )
-        if not keep:
-            return ScoredRows(logps, (), logsumexps, found)
-        return ScoredRows(logps, (logits, row_max, rest, factors), statistics=found)
+        return finish_rows_fwd(
+            hidden_states, self.weight, self.bias, labels, targets, d_logits, sums,
+            self.statistics, self.constants,
+        )  # fmt: skip
 
     def differentiate(
         self, scored: ScoredRows, labels: Tensor, coefficients: Tensor
     ) -> LogitGradients:
-        logits, row_max, rest, factors = scored.kept
-        d_logits = _in_place(logits, product_dtype(self.weight))
-        with torch.cuda.device_of(logits):
-            differentiate_rows_kernel[(len(logits),)](
-                logits,
-                d_logits,
-                logits if self.bias is None else self.bias,
-                labels.contiguous(),
-                row_max,
-                rest,
-                coefficients * factors,
-                logits.stride(0),
-                d_logits.stride(0),
-                logits.shape[1],
-                **self.constants,
-                **launch_options("differentiate_rows", logits.device),
-            )
-        return LogitGradients(d_logits, None)
+        d_logits, factors = scored.kept
+        return LogitGradients(d_logits, coefficients * factors)
 
     def pair_loss(self, per_token_logps: Tensor, pairs: Pairs) -> PairTerms:
         return pair_loss_fwd(per_token_logps, pairs)

@@ -54,8 +54,8 @@ def store_statistics(
     i_n,
     n,
     V,
-    target,  # the label's logit
-    reference,  # k
+    target,  # the label's logit, fp64
+    reference,  # k, fp64
     is_top,  # whether the label's logit is the maximum
     rest,  # sum of E without the label
     moment,  # sum of E (z - k) without the label
@@ -72,19 +72,18 @@ def store_statistics(
     """
     dtype: tl.constexpr = p_statistics.dtype.element_ty
     p_row = p_statistics + i_n
-    gap = reference.to(tl.float64) - target.to(tl.float64)
+    gap = reference - target
     label = tl.exp(-gap)
-    rest = rest.to(tl.float64)
     log_sum = log1p(_beyond_one(rest, label, gap <= 0.0))
     if ENTROPY is not None:
-        moment = moment.to(tl.float64) + moments(label, -gap)
+        moment += moments(label, -gap)
         found = log_sum - moment / (rest + label)
         tl.store(p_row + ENTROPY * n, tl.where(found < 0.0, 0.0, found).to(dtype))
     if MEAN_LOGIT is not None:
-        tl.store(p_row + MEAN_LOGIT * n, (logit_sum.to(tl.float64) / V).to(dtype))
+        tl.store(p_row + MEAN_LOGIT * n, (logit_sum / V).to(dtype))
     if IS_TOP is not None:
         tl.store(p_row + IS_TOP * n, is_top.to(dtype))
     if LOG_SUM_P2 is not None:
-        squares = _beyond_one(squares.to(tl.float64), label * label, gap <= 0.0)
+        squares = _beyond_one(squares, label * label, gap <= 0.0)
         found = log1p(squares) - 2.0 * log_sum
         tl.store(p_row + LOG_SUM_P2 * n, tl.where(found > 0.0, 0.0, found).to(dtype))

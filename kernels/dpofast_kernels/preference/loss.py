@@ -226,7 +226,8 @@ class PairLoss(PreferenceLoss):
         """A fixed direction for each pair: the pair's two derivatives are always a multiple of it.
 
         The direction depends on the lengths only, not on the log-probs. If a pair is too long for
-        one chunk, its gradient can be summed along this direction before its loss is known.
+        one chunk, its gradient can be summed along this direction before its loss is known. Its
+        logits are then computed only once.
 
         Args:
             lengths: [P, 2] int64, scored tokens of chosen and rejected.

@@ -1,4 +1,4 @@
-"""What only the fused product has: two kinds of block loads, and rows that are computed again."""
+"""What only the fused product has: tiles of any size, loaded and stored in two ways."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from dpofast_kernels.head import fused_triton
 from dpofast_kernels.head.launch import launch_table
 from tests.kernels.head.cases import (
     FULL_OPTIONS,
-    SHORT_LENGTHS,
     make_inputs,
     options_for,
     relative_error,
@@ -88,43 +87,34 @@ def test_any_tiles_give_the_same(blocks, tiles):
     compare(make_inputs(hidden_size=48, bias=True), 1e-12, **FULL_OPTIONS)
 
 
-@pytest.mark.parametrize("full", [False, True], ids=["plain", "full"])
-def test_rows_computed_again_equal_the_others(full, monkeypatch):
-    """With a bound of 0, every row takes the path for labels of vanishing probability."""
-    monkeypatch.setattr(fused_triton, "MAX_REST", 0.0)
-    compare(make_inputs(bias=full, lengths=SHORT_LENGTHS), 1e-12, **(FULL_OPTIONS if full else {}))
-
-
-def test_labels_of_vanishing_probability():
-    """exp(z - z_label) overflows fp32 in some rows and passes MAX_REST in others."""
-    inputs = make_inputs(torch.float32, spread=1.0)
-    with torch.no_grad():
-        inputs.hidden_states[::5] *= 60.0
-        inputs.hidden_states[1::5] *= 25.0
-    exact = inputs.to(torch.float64)
-    truth = run_pair_loss(exact, SIGMOID, options_for(exact, "naive"))
-    found = run_pair_loss(inputs, SIGMOID, options_for(inputs, "triton_fused"))
-    gaps = (inputs.hidden_states @ inputs.weight.t()).detach()
-    gaps = gaps.amax(-1) - gaps.gather(-1, inputs.labels[:, None])[:, 0]
-    assert gaps.max() > 89.0
-    assert ((gaps > 67.0) & (gaps < 88.0)).any()
-    for name in ("logps", "hidden_states", "weight"):
-        assert relative_error(found[name], truth[name]) <= 1e-5, name
-
-
-def test_a_row_of_nan_changes_no_other():
-    inputs = make_inputs(torch.float32)
-    clean = run_pair_loss(inputs, SIGMOID, options_for(inputs, "triton_fused"))
-    inputs.hidden_states.data[0] = float("nan")
-    found = run_pair_loss(inputs, SIGMOID, options_for(inputs, "triton_fused"))
-    assert found["logps"][0].isnan()
-    assert torch.equal(found["logps"][1:], clean["logps"][1:])
-    later = inputs.bounds[2]
-    assert torch.equal(found["hidden_states"][later:], clean["hidden_states"][later:])
-
-
 def test_float32_is_refused_where_kernels_are_compiled(monkeypatch):
     monkeypatch.setattr(fused_triton, "is_interpreted", lambda kernel: False)
     inputs = make_inputs(torch.float32)
     with pytest.raises(ValueError, match=r"weight is torch.float32.*choose backend 'triton'"):
         fused_triton.FusedRows(inputs.weight, options_for(inputs, "triton_fused"))
+
+
+@pytest.mark.parametrize("by_descriptor", [True, False])
+def test_nothing_beyond_the_padding_of_a_row_is_written(by_descriptor, tiles):
+    """The vocabulary ends within a tile, and within the 16 columns that are stored at once."""
+    tiles(DESCRIPTORS=by_descriptor, BM=16, BN=64)
+    inputs = make_inputs(torch.bfloat16, hidden_size=64, vocab_size=203, lengths=(4, 5))
+    rows = fused_triton.FusedRows(inputs.weight.detach(), options_for(inputs, "triton_fused"))
+    memory = torch.full((11, 256), 7.0)
+    workspace = memory[1:10, 16:].as_strided((9, 203), (256, 1))
+    rows.score(inputs.hidden_states.detach(), inputs.labels, workspace, True)
+    assert (workspace != 7.0).all()
+    assert (memory[0] == 7.0).all()
+    assert (memory[10, :16] == 7.0).all()
+    assert (memory[1:10, :16] == 7.0).all()
+    assert (memory[1:10, 16 + 208 :] == 7.0).all()
+
+
+@pytest.mark.parametrize("labels", ["in no tile", "in every tile"])
+def test_tiles_with_and_without_labels(labels, tiles):
+    """Only tiles that contain a label, or the end of the vocabulary, are masked."""
+    tiles(BM=16, BN=32)
+    inputs = make_inputs(vocab_size=128, lengths=(7, 5))
+    spread = torch.arange(12) * 11
+    inputs.labels = spread.clamp(max=127) if labels == "in every tile" else spread.remainder(32)
+    compare(inputs, 1e-12)

@@ -57,8 +57,8 @@ def test_products_of_bf16_matrices(backend, device_products, monkeypatch):
         expected = ["mm", "mm", "mm", "addmm"]
     assert device_products == expected
     assert relative_error(found["logps"], truth["logps"]) <= 1e-6
-    # Two roundings to bf16: d_logits and the result. The fused product has a third one, of scaled
-    # hidden states. The interpreter cuts digits off, while a device rounds to nearest.
+    # Two roundings to bf16: d_logits and the result. The Triton back ends have a third one, of
+    # scaled hidden states. The interpreter cuts digits off, while a device rounds to nearest.
     tolerance = 3e-3 if backend == "torch" else 8e-3
     for name in ("hidden_states", "weight", "bias"):
         assert relative_error(found[name], truth[name]) <= tolerance, name
@@ -98,11 +98,55 @@ def test_a_triton_gradient_is_rounded_once(monkeypatch):
         workspace = torch.empty(len(inputs.labels), 512)[:, :507]
         scored = rows.score(inputs.hidden_states.detach(), inputs.labels, workspace, True)
         made[dtype] = rows.differentiate(scored, inputs.labels, coefficients)
-        assert made[dtype].factors is None
         assert made[dtype].d_logits.dtype == dtype
+    assert torch.equal(*(gradients.factors for gradients in made.values()))
     whole, cut = (gradients.d_logits.float() for gradients in made.values())
     assert whole.abs().max() > 1e-4
     assert ((whole - cut).abs() <= 2.0**-7 * whole.abs()).all()
+
+
+@pytest.fixture
+def pretended_gpu(monkeypatch):
+    """A function that makes the products of a pretended GPU fail with an error, or work."""
+    dtypes.has_wide_products.cache_clear()
+    zeros = torch.zeros
+    monkeypatch.setattr(torch, "zeros", lambda *size, dtype, device: zeros(*size, dtype=dtype))
+
+    def fails(mm=None, addmm=None):
+        for name, error in (("mm", mm), ("addmm", addmm)):
+
+            def product(*matrices, out_dtype, out, error=error):
+                if error is not None:
+                    raise error
+                return out
+
+            monkeypatch.setattr(torch, name, product)
+        return dtypes.has_wide_products(torch.device("cuda"), torch.bfloat16)
+
+    yield fails
+    dtypes.has_wide_products.cache_clear()
+
+
+def test_wide_products_are_tried_once_and_logged(pretended_gpu, caplog):
+    with caplog.at_level("INFO", "dpofast_kernels.head.dtypes"):
+        assert pretended_gpu()
+        assert pretended_gpu(mm=RuntimeError("never tried again"))
+    assert caplog.messages == ["cuda multiplies torch.bfloat16 matrices with an fp32 result."]
+
+
+@pytest.mark.parametrize("product", ["mm", "addmm"])
+def test_a_device_without_one_of_the_wide_products_is_named(product, pretended_gpu, caplog):
+    """The CUDA builds of PyTorch 2.8 and 2.9 have mm with an fp32 result, but not addmm."""
+    error = RuntimeError("self and mat2 must have the same dtype\nmore")
+    assert not pretended_gpu(**{product: error})
+    assert "cuda multiplies no torch.bfloat16 matrices with an fp32 result (self and" in caplog.text
+    assert caplog.records[0].levelname == "WARNING"
+
+
+def test_no_memory_to_try_wide_products_is_no_answer(pretended_gpu):
+    with pytest.raises(torch.OutOfMemoryError):
+        pretended_gpu(addmm=torch.OutOfMemoryError("CUDA out of memory"))
+    assert pretended_gpu()
 
 
 def test_fp16_gradients_are_never_products_of_fp16(monkeypatch):

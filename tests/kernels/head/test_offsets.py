@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dpofast_kernels import HeadOptions
-from dpofast_kernels.head import fused_triton
+from dpofast_kernels.head import finish_triton
 from dpofast_kernels.head.fused_triton import FusedRows
 from dpofast_kernels.head.launch import launch_table
 from dpofast_kernels.head.rows_triton import TritonRows
@@ -48,11 +48,11 @@ def test_rows_far_apart(ops, keep, far_rows):
         assert torch.equal(made.d_logits, wanted.d_logits)
 
 
-@pytest.mark.parametrize("max_rest", [fused_triton.MAX_REST, 0.0], ids=["once", "computed again"])
+@pytest.mark.parametrize("max_rest", [finish_triton.MAX_REST, 0.0], ids=["once", "computed again"])
 @pytest.mark.parametrize("hidden_size", [63, 64])
 def test_weights_far_apart(hidden_size, max_rest, far_rows, monkeypatch):
     """A weight this large, read by each of the three fused kernels."""
-    monkeypatch.setattr(fused_triton, "MAX_REST", max_rest)
+    monkeypatch.setattr(finish_triton, "MAX_REST", max_rest)
     for name in ("score_tiles", "score_tiles_wide"):
         by_pointer = {**launch_table()["cpu"][name], "DESCRIPTORS": False}
         monkeypatch.setitem(launch_table()["cpu"], name, by_pointer)

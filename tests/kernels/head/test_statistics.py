@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dpofast_kernels import STATISTICS, linear_scores, linear_statistics
-from dpofast_kernels.head import fused_triton, tiled
+from dpofast_kernels.head import finish_triton, tiled
 from dpofast_kernels.head.chunked import ChunkedHead, Wanted
 from tests.kernels.head.cases import (
     BACKENDS,
@@ -116,7 +116,7 @@ def test_blocks_of_the_vocabulary_change_nothing(columns, monkeypatch):
 @pytest.mark.parametrize("full", [False, True], ids=["plain", "full"])
 def test_rows_computed_again_equal_the_others(full, monkeypatch):
     """With a bound of 0, every row takes the path for labels of vanishing probability."""
-    monkeypatch.setattr(fused_triton, "MAX_REST", 0.0)
+    monkeypatch.setattr(finish_triton, "MAX_REST", 0.0)
     options = FULL_OPTIONS if full else {}
     inputs = with_top_labels(make_inputs(bias=full, lengths=(2, 1)))
     found = statistics_of(inputs, "triton_fused", **options)
