@@ -63,10 +63,10 @@ def scored(inputs: Inputs, statistics: tuple[str, ...]) -> torch.Tensor:
         HeadOptions(),
         inputs.weight.dtype,
         backend_for(inputs.weight),
-        keep=True,
-        statistics=statistics,
+        Wanted(True, True, False),
+        statistics,
     )
-    gradients = head.new_gradients(Wanted(True, True, False))
+    gradients = head.new_gradients()
     logps = []
     for rows in head.row_chunks(0, len(inputs.labels)):
         found = head.score(rows)

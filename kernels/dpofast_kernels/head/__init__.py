@@ -9,13 +9,15 @@ How a call travels through the files, from the public op down to one chunk of ro
     |-- dtypes      the dtypes to compute, accumulate and multiply in
     |-- backends    which back end runs where
     autograd        torch.autograd functions: what they save, when they compute gradients
+    |-- cast        gradients times the upstream gradient, in the dtypes of the inputs
     one_pass        of the ops with a loss: runs chunk after chunk and joins the losses
     |-- units       what a chunk is made of: sequences that no pair crosses
     |-- pairs       the pairs of a chunk, and the derivatives that they ask of its sequences
     |-- singles     the same for single answers
     |-- long_units  pairs that don't fit into a chunk
+    |-- plan        the chunks of a call, from its sizes alone
     chunked         one head, chunk by chunk: score rows, then add their gradients
-    |-- workspace   sizes of chunks, and the memory for a chunk's logits
+    |-- workspace   limits of chunks, and the memory for a chunk's logits
     |-- rows        the interface of a back end: score, differentiate, the losses
     tiled           the PyTorch back end, default on a CPU
     |-- matmul      the three matrix products, accumulated in fp32
@@ -25,8 +27,8 @@ How a call travels through the files, from the public op down to one chunk of ro
 `linear_logps`, `linear_scores` and `linear_statistics` skip one_pass. On a GPU, rows_triton or
 fused_triton replaces tiled; tiles_triton has the kernels of fused_triton. Both back ends use
 pairs_triton and singles_triton for the losses, and logits_triton and statistics_triton for what
-their kernels share; launch reads the launch parameters of each kernel. naive computes all logits at
-once, and tests compare every back end with it.
+their kernels share; cast_triton has the kernel of cast; launch reads the launch parameters of each
+kernel. naive computes all logits at once, and tests compare every back end with it.
 
 A row here is a row of hidden states: one scored token.
 """
@@ -49,6 +51,7 @@ from dpofast_kernels.head.options import (
     PairLossOutput,
     SequenceLossOutput,
 )
+from dpofast_kernels.head.plan import ChunkPlan, plan_chunks
 from dpofast_kernels.head.sequence_loss import linear_sequence_loss
 from dpofast_kernels.head.sequences import sum_per_sequence
 from dpofast_kernels.head.statistics import STATISTICS
@@ -58,6 +61,7 @@ __all__ = [
     "SEQUENCE_METRIC_NAMES",
     "STATISTICS",
     "Answers",
+    "ChunkPlan",
     "HeadOptions",
     "PairExtras",
     "PairLossOutput",
@@ -68,5 +72,6 @@ __all__ = [
     "linear_scores",
     "linear_sequence_loss",
     "linear_statistics",
+    "plan_chunks",
     "sum_per_sequence",
 ]

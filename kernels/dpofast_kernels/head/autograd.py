@@ -7,17 +7,19 @@ own dtypes, without being rounded to the compute dtype in between.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from dpofast_kernels.head.chunked import ChunkedHead, Gradients, Wanted
+from dpofast_kernels.head.cast import scale_and_cast
+from dpofast_kernels.head.chunked import NOTHING, ChunkedHead, Gradients, Wanted
 from dpofast_kernels.head.one_pass import one_pass
 from dpofast_kernels.head.options import HeadOptions, PairLossOutput
 from dpofast_kernels.head.pairs import Pairs
+from dpofast_kernels.head.rescale import rescale
 from dpofast_kernels.head.singles import Singles
 
 
@@ -43,8 +45,26 @@ class HeadCall:
     pairs: Pairs | Singles | None = None
     statistics: tuple[str, ...] = ()
 
-    def head(self, hidden_states: Tensor, weight: Tensor, keep: bool) -> ChunkedHead:
-        """The chunked head of this call; `keep` says whether gradients will be asked for."""
+    @property
+    def upstream(self) -> float:
+        """The upstream gradient of the loss that gradients are made with."""
+        return 1.0 if self.options.upstream is None else self.options.upstream
+
+    def wanted(self, needs_grad: tuple[bool, ...], rounds: bool) -> Wanted:
+        """Which gradients to make.
+
+        Args:
+            needs_grad: whether hidden states, weight and bias need one.
+            rounds: whether the gradients contain the upstream gradient.
+        """
+        rounds = rounds and self.options.weight_grad is None
+        hidden_states, weight, bias = needs_grad[:3]
+        return Wanted(hidden_states, weight, bias, rounds)
+
+    def head(self, hidden_states: Tensor, weight: Tensor, wanted: Wanted) -> ChunkedHead:
+        """The chunked head of this call."""
+        # A weight that autocast casts gets its gradient in its own, wider dtype.
+        wanted = replace(wanted, rounded=wanted.rounded and weight.dtype == self.dtype)
         return ChunkedHead(
             hidden_states,
             weight,
@@ -52,7 +72,7 @@ class HeadCall:
             self.options,
             self.dtype,
             self.backend,
-            keep,
+            wanted,
             self.statistics,
         )
 
@@ -64,7 +84,7 @@ def forward_only(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Per-token log-probs and log-sum-exps, [N] each, and statistics [K, N], without gradient."""
     with torch.autocast(hidden_states.device.type, enabled=False):
-        head = call.head(hidden_states, weight, keep=False)
+        head = call.head(hidden_states, weight, NOTHING)
         scored = [head.score(rows) for rows in head.row_chunks(0, len(call.labels))]
     # Without rows there are no chunks, and cat needs one tensor at least.
     nothing = hidden_states.new_empty(0, dtype=head.dtype)
@@ -98,9 +118,9 @@ class LinearLogps(torch.autograd.Function):
         call: HeadCall = ctx.call
         hidden_states, weight, bias, _ = ctx.saved_tensors
         with torch.autocast(hidden_states.device.type, enabled=False):
-            head = call.head(hidden_states, weight, keep=True)
-            wanted = Wanted(*ctx.needs_input_grad[:3])
-            gradients = head.new_gradients(wanted, call.options.weight_grad)
+            wanted = call.wanted(ctx.needs_input_grad, rounds=True)
+            head = call.head(hidden_states, weight, wanted)
+            gradients = head.new_gradients(call.options.weight_grad)
             for rows in head.row_chunks(0, len(call.labels)):
                 head.add_gradients(gradients, rows, head.score(rows), d_per_token_logps[rows])
             gradients.fill_empty()
@@ -112,8 +132,9 @@ class LinearLogps(torch.autograd.Function):
 class LinearPairLoss(torch.autograd.Function):
     """The fields of a PairLossOutput; the forward computes the gradients, too.
 
-    The gradients stay in fp32 until they are multiplied by the upstream gradient. The upstream
-    gradient can contain a loss scale, without which small gradients would vanish in fp16.
+    Gradients are made with the upstream gradient that the call expects, and stay in fp32 until they
+    are multiplied by what it is times this. Only if it is given, and for bf16, can the weight's
+    gradient be rounded before.
     """
 
     @staticmethod
@@ -128,8 +149,8 @@ class LinearPairLoss(torch.autograd.Function):
         # As in LinearLogps, the labels are saved only to notice that they were overwritten.
         ctx.save_for_backward(hidden_states, weight, bias, call.labels)
         # needs_input_grad is true even under no_grad, where nobody will ask for the gradients.
-        wanted = Wanted(*(needed and call.grad_enabled for needed in ctx.needs_input_grad[:3]))
-        output, ctx.gradients = _run_one_pass(call, hidden_states, weight, wanted)
+        needs_grad = tuple(needed and call.grad_enabled for needed in ctx.needs_input_grad)
+        output, ctx.gradients = _run_one_pass(call, hidden_states, weight, needs_grad)
         loss, *others = (getattr(output, field.name) for field in fields(output))
         ctx.mark_non_differentiable(*(other for other in others if other is not None))
         return loss, *others
@@ -143,20 +164,25 @@ class LinearPairLoss(torch.autograd.Function):
         if gradients is None:
             # An earlier backward of a retained graph scaled the gradients in place and gave them
             # away. So they are computed once more.
-            wanted = Wanted(*ctx.needs_input_grad[:3])
-            gradients = _run_one_pass(call, hidden_states, weight, wanted)[-1]
+            gradients = _run_one_pass(call, hidden_states, weight, ctx.needs_input_grad)[-1]
+        # Usually exactly 1 in fp32.
+        factor = d_loss / call.upstream
         if call.options.weight_grad is not None and gradients.weight is not None:
-            call.options.weight_grad.addcmul_(gradients.weight, d_loss)
+            call.options.weight_grad.add_(rescale(gradients.weight, factor))
             gradients.weight = None
-        return *_as_inputs(gradients, hidden_states, weight, bias, d_loss), None
+        return *_as_inputs(gradients, hidden_states, weight, bias, factor), None
 
 
 def _run_one_pass(
-    call: HeadCall, hidden_states: Tensor, weight: Tensor, wanted: Wanted
+    call: HeadCall, hidden_states: Tensor, weight: Tensor, needs_grad: tuple[bool, ...]
 ) -> tuple[PairLossOutput, Gradients | None]:
     assert call.pairs is not None
+    # In fp16, a loss scale that isn't part of `upstream` keeps small gradients from vanishing. So
+    # they stay in fp32 until they are multiplied by it.
+    rounds = call.options.upstream is not None and call.dtype == torch.bfloat16
+    wanted = call.wanted(needs_grad, rounds)
     with torch.autocast(hidden_states.device.type, enabled=False):
-        return one_pass(call.head(hidden_states, weight, bool(wanted)), call.pairs, wanted)
+        return one_pass(call.head(hidden_states, weight, wanted), call.pairs, call.upstream)
 
 
 def _as_inputs(
@@ -174,8 +200,8 @@ def _as_inputs(
         if factor is None:
             return gradient.to(like.dtype)
         if gradient.dtype == like.dtype:
-            return gradient.mul_(factor)
-        return torch.mul(gradient, factor, out=torch.empty_like(gradient, dtype=like.dtype))
+            return rescale(gradient, factor)
+        return scale_and_cast(gradient, factor, torch.empty_like(gradient, dtype=like.dtype))
 
     return (
         cast(gradients.hidden_states, hidden_states),

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
-
+import torch
 from torch import Tensor
 
-from dpofast_kernels.head.launch import is_interpreted
+from dpofast_kernels.head.launch import has_triton, is_interpreted
 from dpofast_kernels.head.options import HeadOptions
 from dpofast_kernels.head.rows import RowOps
 from dpofast_kernels.head.tiled import TorchRows
@@ -18,8 +17,15 @@ TRITON_BACKENDS = ("triton", "triton_fused")
 # never at the top of this file.
 
 
-def backend_for(tensor: Tensor, options: HeadOptions = DEFAULT_OPTIONS) -> str:
-    """The name of the back end that runs on the device of `tensor`; never "auto".
+def backend_for(
+    tensor: Tensor, options: HeadOptions = DEFAULT_OPTIONS, dtype: torch.dtype | None = None
+) -> str:
+    """The name of the back end that runs for a weight; never "auto".
+
+    Args:
+        tensor: the weight [V, H], or any tensor with its device, dtype and strides.
+        options: of the op.
+        dtype: dtype that the op computes in; None for that of `tensor`.
 
     Raises:
         ValueError: the back end in `options` can't take one of the options, or doesn't run on this
@@ -32,9 +38,11 @@ def backend_for(tensor: Tensor, options: HeadOptions = DEFAULT_OPTIONS) -> str:
         )
     if options.backend == "auto":
         # PyTorch calls ROCm's devices cuda, too.
-        return "triton" if tensor.is_cuda and _has_triton() else "torch"
+        if not (tensor.is_cuda and has_triton()):
+            return "torch"
+        return "triton_fused" if _can_fuse(tensor, dtype or tensor.dtype) else "triton"
     if options.backend in TRITON_BACKENDS:
-        if not _has_triton():
+        if not has_triton():
             raise RuntimeError(
                 f"backend {options.backend!r} was asked for, but Triton isn't installed: install "
                 "it (Linux only), or choose backend 'torch'."
@@ -70,8 +78,16 @@ def row_ops(
     return TorchRows(weight, options, statistics)
 
 
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
+def _can_fuse(weight: Tensor, dtype: torch.dtype) -> bool:
+    """Whether "triton_fused" is the better back end for a weight on a CUDA or ROCm device.
+
+    For fp16 its gradients of logits would be fp32, because exp(z - k) exceeds the range of fp16.
+    Then it saves nothing over "triton". GPUs before compute capability 8 don't multiply bf16.
+    """
+    is_plain = weight.stride()[-1:] in ((), (1,))
+    if torch.version.hip is not None or dtype != torch.bfloat16 or not is_plain:
+        return False
+    return torch.cuda.get_device_capability(weight.device) >= (8, 0)
 
 
 def _is_interpreted() -> bool:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from dpofast_kernels.head.backends import row_ops
+from dpofast_kernels.head.cast import scale_and_cast
 from dpofast_kernels.head.dtypes import accumulate_dtype
 from dpofast_kernels.head.matmul import (
     add_weight_grad,
@@ -25,19 +26,42 @@ from dpofast_kernels.head.matmul import (
 )
 from dpofast_kernels.head.options import HeadOptions
 from dpofast_kernels.head.rows import ScoredRows
-from dpofast_kernels.head.workspace import Workspace, max_chunk_rows, row_chunks
+from dpofast_kernels.head.workspace import (
+    WeightGrad,
+    Workspace,
+    chunk_limits,
+    row_chunks,
+    rows_to_allocate,
+)
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """Which inputs need a gradient."""
+    """Which inputs need a gradient.
+
+    Attributes:
+        hidden_states, weight, bias: whether this input needs one.
+        rounded: whether the weight's gradient may be rounded to the weight's dtype as soon as it is
+            made, because the upstream gradient is part of the coefficients. That happens if a
+            single chunk makes it.
+    """
 
     hidden_states: bool
     weight: bool
     bias: bool
+    rounded: bool = False
 
     def __bool__(self) -> bool:
         return self.hidden_states or self.weight or self.bias
+
+    def weight_grad(self) -> WeightGrad:
+        """How the weight's gradient is made in a call of one chunk."""
+        if not self.weight:
+            return WeightGrad.NONE
+        return WeightGrad.ROUNDED if self.rounded else WeightGrad.SUMMED
+
+
+NOTHING = Wanted(False, False, False)
 
 
 @dataclass(eq=False)
@@ -46,7 +70,7 @@ class Gradients:
 
     Attributes:
         hidden_states: [N, H].
-        weight: [V, H].
+        weight: [V, H]; in the weight's dtype if one chunk makes it and it may be rounded.
         bias: [V].
         is_empty: True until something is added; `weight` is uninitialised memory until then. False
             from the start if `weight` is a caller's buffer, whose contents count.
@@ -57,26 +81,12 @@ class Gradients:
     bias: Tensor | None
     is_empty: bool
 
-    def add_own(self, own: Gradients, rows: slice, factor: Tensor) -> None:
-        """Add the gradients of some rows times a factor.
-
-        Args:
-            own: gradients of the rows, from `ChunkedHead.own_gradients`. Its `hidden_states` is the
-                tensor of this object. If nothing else was added before them, `own` is this object
-                itself; then it comes first.
-            rows: the rows.
-            factor: [].
-        """
-        if self.hidden_states is not None:
-            self.hidden_states[rows].mul_(factor)
-        for name in ("weight", "bias"):
-            total, of_rows = getattr(self, name), getattr(own, name)
-            if total is None:
-                continue
-            if total is of_rows:
-                total.mul_(factor)
-            else:
-                total.addcmul_(of_rows, factor)
+    def scale(self, rows: slice, factor: Tensor) -> None:
+        """Multiply by a factor [], if nothing but the gradients of `rows` was added so far."""
+        of_rows = None if self.hidden_states is None else self.hidden_states[rows]
+        for total in (of_rows, self.weight, self.bias):
+            if total is not None:
+                scale_and_cast(total, factor, out=total)
 
     def fill_empty(self) -> None:
         """Make the weight's gradient zero if no row was added to it."""
@@ -95,7 +105,7 @@ class ChunkedHead:
         options: options of the op, with a bias [V] or None.
         dtype: dtype to compute in.
         backend: "torch", "triton" or "triton_fused".
-        keep: whether gradients will be asked for.
+        wanted: which gradients will be asked for.
         statistics: names of the statistics that `score` computes, see `STATISTICS`.
     """
 
@@ -107,61 +117,78 @@ class ChunkedHead:
         options: HeadOptions,
         dtype: torch.dtype,
         backend: str,
-        keep: bool,
+        wanted: Wanted,
         statistics: tuple[str, ...] = (),
     ) -> None:
         self.hidden_states, self.weight = hidden_states.to(dtype), weight.to(dtype)
-        self.labels, self.keep = labels, keep
+        self.labels, self.wanted = labels, wanted
         self.dtype = accumulate_dtype(dtype)  # dtype of logits and gradients
         if options.bias is not None:
             # The bias is rounded to the compute dtype like the other inputs. Then it is upcast,
             # because it is added to fp32 (or fp64) logits.
             options = replace(options, bias=options.bias.to(dtype).to(self.dtype))
         self.ops = row_ops(backend, self.weight, options, statistics)
-        self._workspace_dtype = self.ops.workspace_dtype(keep)
-        self.max_rows = max_chunk_rows(
-            self.weight, self._workspace_dtype, options.workspace_bytes, self.ops.vocab_major
+        self._workspace_dtype = self.ops.workspace_dtype(bool(wanted))
+        vocab_size, hidden_size = weight.shape
+        self.limits = chunk_limits(
+            *(len(labels), (vocab_size, hidden_size), dtype, self._workspace_dtype),
+            *(weight.device.type, options.workspace_bytes, self.ops.vocab_major),
+            wanted.weight_grad(),
         )
         self._workspace: Workspace | None = None
-        self._own_gradients: dict[int, Gradients] = {}
+        self._largest = 0
+
+    def expect(self, chunk_rows: list[int]) -> None:
+        """Say how many rows chunks will have, so that the first one allocates for all of them."""
+        self._largest = max((rows for rows in chunk_rows if rows <= self.limits.most), default=0)
 
     def row_chunks(self, start: int, end: int) -> list[slice]:
-        return list(row_chunks(start, end, self.max_rows))
+        return list(row_chunks(start, end, self.limits.wanted))
 
     def score(self, rows: slice, keep: bool | None = None) -> ScoredRows:
-        """Log-probs of at most `max_rows` rows; the next call reuses their memory.
+        """Log-probs of at most `limits.most` rows; the next call reuses their memory.
 
         Args:
             rows: start and end.
-            keep: False if these rows need no gradient although other rows do; None means the
-                `keep` of the head.
+            keep: False if these rows need no gradient although other rows do; None means that they
+                do if any gradient is wanted.
         """
-        keep = self.keep if keep is None else keep
-        if self._workspace is None and self._workspace_dtype is not None:
-            capacity = min(len(self.labels), self.max_rows)
+        keep = bool(self.wanted) if keep is None else keep
+        num_rows = rows.stop - rows.start
+        return self.ops.score(
+            self.hidden_states[rows], self.labels[rows], self._logits(num_rows), keep
+        )
+
+    def _logits(self, num_rows: int) -> Tensor | None:
+        """Memory for a chunk's logits; None if the back end needs none."""
+        if self._workspace_dtype is None:
+            return None
+        if self._workspace is None or self._workspace.num_rows < num_rows:
+            capacity = max(num_rows, self._largest)
+            if self.weight.device.type != "cpu":
+                capacity = rows_to_allocate(capacity, self.limits)
             self._workspace = Workspace(
                 self.weight, capacity, self._workspace_dtype, self.ops.vocab_major
             )
-        num_rows = rows.stop - rows.start
-        logits = None if self._workspace is None else self._workspace.logits(num_rows)
-        return self.ops.score(self.hidden_states[rows], self.labels[rows], logits, keep)
+        return self._workspace.logits(num_rows)
 
-    def new_gradients(self, wanted: Wanted, weight_grad: Tensor | None = None) -> Gradients:
+    def new_gradients(self, weight_grad: Tensor | None = None) -> Gradients:
         """New gradients, to which nothing is added yet.
 
         The gradient of the hidden states is uninitialised: `add_gradients` sets each row of it
         once.
 
         Args:
-            wanted: which gradients to make.
             weight_grad: [V, H], a caller's buffer that the weight's gradient is added to; None
                 allocates memory for it.
         """
-        is_empty = weight_grad is None
+        is_empty, wanted = weight_grad is None, self.wanted
         if weight_grad is None and wanted.weight:
             # Zeroing this much memory would cost a pass over it. The first chunk overwrites it
             # instead.
-            weight_grad = torch.empty_like(self.weight, dtype=self.dtype)
+            is_rounded = wanted.rounded and len(self.labels) <= self.limits.wanted
+            dtype = self.weight.dtype if is_rounded else self.dtype
+            weight_grad = torch.empty_like(self.weight, dtype=dtype)
         return Gradients(
             torch.empty_like(self.hidden_states, dtype=self.dtype)
             if wanted.hidden_states
@@ -170,30 +197,6 @@ class ChunkedHead:
             self.weight.new_zeros(len(self.weight), dtype=self.dtype) if wanted.bias else None,
             is_empty,
         )
-
-    def own_gradients(self, gradients: Gradients, index: int) -> Gradients:
-        """The gradients that some rows are summed in until `Gradients.add_own` gets their factor.
-
-        While `gradients` is empty, the result is `gradients` itself. Otherwise the weight and bias
-        gradients get separate memory, because the factor must not multiply what other rows have
-        added. The next call with the same index uses that memory again.
-
-        Args:
-            gradients: the gradients of the call.
-            index: number of this sum among those that wait for their factors.
-        """
-        if gradients.is_empty:
-            return gradients
-        if index not in self._own_gradients:
-            wanted = Wanted(False, gradients.weight is not None, gradients.bias is not None)
-            own = self._own_gradients[index] = self.new_gradients(wanted)
-            # Nothing else adds to these rows, so they can share the tensor.
-            own.hidden_states = gradients.hidden_states
-        own = self._own_gradients[index]
-        own.is_empty = True
-        if own.bias is not None:
-            own.bias.zero_()
-        return own
 
     def add_gradients(
         self,

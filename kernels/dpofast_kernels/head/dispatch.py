@@ -75,8 +75,8 @@ def linear_logps(
     if isinstance(hidden_states, Tensor) and hidden_states.dim() == 3:
         return _padded_logps(hidden_states, weight, labels, options)
     check_head_inputs(hidden_states, weight, labels, options)
-    backend = backend_for(hidden_states, options)
     dtype = compute_dtype(hidden_states, weight)
+    backend = backend_for(weight, options, dtype)
     if backend == "naive":
         return _naive(naive_linear_logps, hidden_states, weight, labels, options, dtype)
     call = HeadCall(labels, options, dtype, backend, torch.is_grad_enabled())
@@ -112,8 +112,8 @@ def linear_scores(
         tensor([1.3863, 1.3863, 1.3863])
     """
     check_head_inputs(hidden_states, weight, labels, options)
-    backend = backend_for(hidden_states, options)
     dtype = compute_dtype(hidden_states, weight)
+    backend = backend_for(weight, options, dtype)
     with torch.no_grad():
         if backend == "naive":
             return _naive(naive_linear_scores, hidden_states, weight, labels, options, dtype)
@@ -166,8 +166,8 @@ def linear_statistics(
     check_statistics(statistics)
     if not statistics:
         raise ValueError(f"statistics is empty: name at least one of {', '.join(STATISTICS)}.")
-    backend = backend_for(hidden_states, options)
     dtype = compute_dtype(hidden_states, weight)
+    backend = backend_for(weight, options, dtype)
     with torch.no_grad():
         if backend == "naive":
             op = partial(naive_linear_statistics, statistics=statistics)
@@ -250,8 +250,8 @@ def _pair_loss(
     options: HeadOptions,
     pairs: Pairs,
 ) -> PairLossOutput:
-    backend = backend_for(hidden_states, options)
     dtype, names = compute_dtype(hidden_states, weight), pairs.statistics
+    backend = backend_for(weight, options, dtype)
     if backend == "naive":
         inputs = (hidden_states, weight, labels, options, dtype)
         per_token_logps, statistics = _naive(naive_linear_logps, *inputs), None

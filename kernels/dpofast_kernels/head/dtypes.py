@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from functools import lru_cache
 
 import torch
 from torch import Tensor
+
+logger = logging.getLogger(__name__)
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -53,12 +56,29 @@ def product_dtype(weight: Tensor) -> torch.dtype:
 
 @lru_cache(maxsize=32)
 def has_wide_products(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether a device can multiply matrices of `dtype` with an fp32 result."""
+    """Whether a device can multiply matrices of `dtype` with an fp32 result, and add to one.
+
+    The first call for a device and dtype tries both, and logs a device that can't.
+
+    Raises:
+        torch.OutOfMemoryError: there was no memory to try it, so nothing is known yet.
+    """
     if device.type != "cuda":
         return False
     small = torch.zeros(16, 16, dtype=dtype, device=device)
+    wide = small.float()
     try:
-        torch.mm(small, small, out_dtype=torch.float32)
-    except RuntimeError:  # some builds for ROCm
+        torch.mm(small, small, out_dtype=torch.float32, out=wide)
+        torch.addmm(wide, small, small, out_dtype=torch.float32, out=wide)
+    except torch.OutOfMemoryError:  # a RuntimeError, too
+        raise
+    except RuntimeError as error:  # older PyTorch, and some builds for ROCm
+        reason = str(error).partition("\n")[0]
+        logger.warning(
+            "%s multiplies no %s matrices with an fp32 result (%s): the head's products run in "
+            "fp32, which is several times slower.",
+            *(device, dtype, reason),
+        )
         return False
+    logger.info("%s multiplies %s matrices with an fp32 result.", device, dtype)
     return True

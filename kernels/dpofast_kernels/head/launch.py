@@ -6,6 +6,7 @@ measures its entries.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from functools import lru_cache
 from pathlib import Path
@@ -58,6 +59,11 @@ def table_entry(name: str) -> str:
     number = int(name.removeprefix("sm_"))
     known = [int(entry.removeprefix("sm_")) for entry in table if entry.startswith("sm_")]
     return f"sm_{max((entry for entry in known if entry <= number), default=min(known))}"
+
+
+def has_triton() -> bool:
+    """Whether Triton is installed; it exists only on Linux."""
+    return importlib.util.find_spec("triton") is not None
 
 
 def is_interpreted(kernel: Any) -> bool:

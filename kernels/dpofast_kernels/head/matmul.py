@@ -54,9 +54,15 @@ def weight_grad_into(
     d_logits: Tensor,  # [n, V]
     hidden_states: Tensor,  # [n, H]
 ) -> None:
-    """out = d_logits^T @ hidden_states; both factors are in `product_dtype`."""
+    """out = d_logits^T @ hidden_states; both factors are in `product_dtype`.
+
+    `out` is in fp32, or in a narrower dtype into which the product is rounded once.
+    """
     if d_logits.dtype == out.dtype:
         torch.mm(d_logits.t(), hidden_states, out=out)
+    elif d_logits.dtype.itemsize > out.dtype.itemsize:
+        for block in vocab_blocks(out):
+            out[block] = torch.mm(d_logits[:, block].t(), hidden_states)
     else:
         torch.mm(d_logits.t(), hidden_states, out_dtype=out.dtype, out=out)
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dpofast_kernels.head.chunked import ChunkedHead, Gradients, Wanted
+from dpofast_kernels.head.chunked import ChunkedHead, Gradients
 from dpofast_kernels.head.long_units import long_unit
 from dpofast_kernels.head.options import PairLossOutput
 from dpofast_kernels.head.pairs import Pairs, SequenceTerms
@@ -20,20 +20,27 @@ from dpofast_kernels.head.units import Chunk, join_units
 
 
 def one_pass(
-    head: ChunkedHead, pairs: Pairs | Singles, wanted: Wanted
+    head: ChunkedHead, pairs: Pairs | Singles, upstream: float = 1.0
 ) -> tuple[PairLossOutput, Gradients | None]:
-    """The loss of pairs or single answers, summed, and its gradients; None if none is wanted."""
-    gradients = head.new_gradients(wanted) if wanted else None
-    chunks = list(join_units(pairs.units(), head.max_rows))
+    """The loss of pairs or single answers, summed, and its gradients; None if none is wanted.
+
+    Args:
+        head: the head of the call.
+        pairs: its sequences, and their loss.
+        upstream: factor of the gradients, but not of the loss.
+    """
+    gradients = head.new_gradients() if head.wanted else None
+    chunks = join_units(pairs.units(), head.limits)
+    head.expect([chunk.num_rows for chunk in chunks])
     terms_of: dict[Chunk, SequenceTerms] = {}
     # Units too long for a chunk go first. The first of them finds `gradients` empty and can be
-    # summed in place; every other one needs a second buffer of the weight's size.
+    # summed in place.
     for chunk in chunks:
-        if chunk.num_rows > head.max_rows:
-            terms_of[chunk] = long_unit(head, pairs.part(chunk), chunk, gradients)
+        if chunk.num_rows > head.limits.most:
+            terms_of[chunk] = long_unit(head, pairs.part(chunk), chunk, gradients, upstream)
     for chunk in chunks:
-        if chunk.num_rows <= head.max_rows:
-            terms_of[chunk] = _whole_chunk(head, pairs.part(chunk), chunk, gradients)
+        if chunk.num_rows <= head.limits.most:
+            terms_of[chunk] = _whole_chunk(head, pairs.part(chunk), chunk, gradients, upstream)
     if gradients is not None:
         gradients.fill_empty()
     terms = [terms_of[chunk] for chunk in chunks]  # back in the order of the sequences
@@ -66,12 +73,17 @@ def _cat_if_any(parts: list[Tensor | None]) -> Tensor | None:
 
 
 def _whole_chunk(
-    head: ChunkedHead, part: Pairs | Singles, chunk: Chunk, gradients: Gradients | None
+    head: ChunkedHead,
+    part: Pairs | Singles,
+    chunk: Chunk,
+    gradients: Gradients | None,
+    upstream: float,
 ) -> SequenceTerms:
     """Units that fit into one chunk, the usual case: score, loss, gradients."""
     rows = slice(chunk.start, chunk.end)
     scored = head.score(rows)
     terms = part.terms(head.ops, scored.per_token_logps, scored.statistics)
     if gradients is not None:
-        head.add_gradients(gradients, rows, scored, part.to_rows(terms.d_logps))
+        coefficients = part.to_rows(terms.d_logps * upstream)
+        head.add_gradients(gradients, rows, scored, coefficients)
     return terms

@@ -40,13 +40,19 @@ class HeadOptions:
             a gradient. A backward adds to the buffer whenever the weight requires one, even if only
             the gradient of the hidden states is asked for. `linear_pair_loss` needs a second buffer
             of this size, because it sums the gradient before the upstream gradient is known.
-        workspace_bytes: the most bytes that a chunk's logits can take. None means 1 GB, or 160 MiB
-            on a CPU, where larger chunks are no faster. Whatever the limit, a chunk has at least
-            one row (sixteen in the CPU's "torch" back end).
-        backend: "auto" is "triton" on CUDA and ROCm, "torch" elsewhere. "torch" is tiled PyTorch.
-            "triton" makes each chunk of logits with PyTorch's matrix product and works on it with
-            Triton kernels. "triton_fused" multiplies in Triton and never writes logits; for bf16
-            and fp16 only. "naive" computes all logits at once, for comparison.
+        workspace_bytes: the most bytes that a chunk's logits can take. None means the default: see
+            docs/kernels.md. Whatever the limit, a chunk has at least one row (sixteen in the CPU's
+            "torch" back end).
+        upstream: the upstream gradient that the backward of an op with a loss is expected to get,
+            such as one over the number of pairs. Gradients are made with it, and the backward only
+            multiplies by what the real one is times this. A single chunk then writes the gradient
+            of a bf16 weight in bf16, without a sum in fp32. Another upstream gradient than expected
+            costs this gradient one more rounding. None if nothing is known.
+        backend: "auto" is "triton_fused" on CUDA for bf16, "triton" for the rest on CUDA and ROCm,
+            "torch" elsewhere. "torch" is tiled PyTorch. "triton" makes each chunk of logits with
+            PyTorch's matrix product and works on it with Triton kernels. "triton_fused" multiplies
+            in Triton and never writes logits; for bf16 and fp16 only. "naive" computes all logits
+            at once, for comparison.
 
     Raises:
         TypeError: bias or weight_grad is not a tensor.
@@ -59,12 +65,13 @@ class HeadOptions:
     temperature: float = 1.0
     weight_grad: Tensor | None = None
     workspace_bytes: int | None = None
+    upstream: float | None = None
     backend: str = "auto"
 
     def __post_init__(self) -> None:
-        for name in ("softcap", "logit_scale", "temperature"):
+        for name in ("softcap", "logit_scale", "temperature", "upstream"):
             value = getattr(self, name)
-            if value is None and name == "softcap":
+            if value is None and name in ("softcap", "upstream"):
                 continue
             is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
             if not (is_number and math.isfinite(value) and value > 0.0):

@@ -30,15 +30,6 @@ class ScoredRows:
     statistics: Tensor | None = None
 
 
-def joined_rows(parts: list[ScoredRows]) -> ScoredRows:
-    """Log-probs and statistics of several chunks; what their gradients need isn't joined."""
-    statistics = [part.statistics for part in parts if part.statistics is not None]
-    return ScoredRows(
-        torch.cat([part.per_token_logps for part in parts]),
-        statistics=torch.cat(statistics, 1) if statistics else None,
-    )
-
-
 @dataclass(frozen=True, eq=False)
 class LogitGradients:
     """Gradient with respect to the products x W^T: row r is factors[r] * d_logits[r].

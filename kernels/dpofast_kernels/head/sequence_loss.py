@@ -65,12 +65,12 @@ def linear_sequence_loss(
     check_head_inputs(hidden_states, weight, labels, options)
     limits = check_singles(answers, loss, len(labels))
     singles = _singles_on(hidden_states.device, answers, limits, loss)
-    backend = backend_for(hidden_states, options)
+    dtype = compute_dtype(hidden_states, weight)
+    backend = backend_for(weight, options, dtype)
     if backend == "naive":
         # The same log-probs as from the op `linear_logps`, which casts its inputs alike.
         per_token_logps = linear_logps(hidden_states, weight, labels, options)
         return SequenceLossOutput(*naive_sequence_loss(per_token_logps, singles))
-    dtype = compute_dtype(hidden_states, weight)
     call = HeadCall(labels, options, dtype, backend, torch.is_grad_enabled(), singles)
     results = apply_linear_pair_loss(hidden_states, weight, options.bias, call)
     return SequenceLossOutput(*results[:3])  # no statistics, and no weights of pairs

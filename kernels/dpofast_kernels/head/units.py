@@ -6,8 +6,11 @@ a unit's pairs are known once its own rows are scored.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from bisect import bisect_left
+from collections.abc import Sequence
 from dataclasses import dataclass
+
+from dpofast_kernels.head.workspace import ChunkLimits
 
 PairIndices = Sequence[tuple[int, int]]  # chosen and rejected sequence of each pair
 
@@ -76,23 +79,54 @@ def cut_units(limits: Sequence[int], pairs: PairIndices | None = None) -> list[C
     return units
 
 
-def join_units(units: Sequence[Chunk], max_rows: int) -> Iterator[Chunk]:
-    """Join neighbouring units to chunks of at most `max_rows` rows.
+def join_units(units: Sequence[Chunk], limits: ChunkLimits) -> list[Chunk]:
+    """Join neighbouring units to chunks.
 
-    A unit with more rows than that is a chunk of its own.
+    Their number comes closest to the wanted number of rows, and they are cut as evenly as the units
+    allow. A chunk can have more rows than wanted, but never more than `limits.most`. A unit with
+    more rows than that is a chunk of its own.
     """
-    joined: Chunk | None = None
+    chunks: list[Chunk] = []
+    run: list[Chunk] = []
     for unit in units:
-        if joined is None:
-            joined = unit
-        elif unit.end - joined.start <= max_rows:
-            joined = Chunk(
-                *(joined.first, unit.last),
-                *(joined.first_pair, unit.last_pair),
-                *(joined.start, unit.end),
-            )
+        if unit.num_rows > limits.most:
+            chunks += [*_even_chunks(run, limits), unit]
+            run = []
         else:
-            yield joined
-            joined = unit
-    if joined is not None:
-        yield joined
+            run.append(unit)
+    return chunks + _even_chunks(run, limits)
+
+
+def _joined(units: Sequence[Chunk]) -> Chunk:
+    first, last = units[0], units[-1]
+    return Chunk(
+        *(first.first, last.last),
+        *(first.first_pair, last.last_pair),
+        *(first.start, last.end),
+    )
+
+
+def _even_chunks(units: Sequence[Chunk], limits: ChunkLimits) -> list[Chunk]:
+    """Chunks of neighbouring units, none of which has more than `limits.most` rows."""
+    if not units:
+        return []
+    total = units[-1].end - units[0].start
+    count = max(-(-total // limits.most), round(total / limits.wanted))
+    largest = max(unit.num_rows for unit in units)
+    while True:
+        # The least number of rows with which `count` chunks suffice.
+        sizes = range(largest, total + 1)
+        size = sizes[bisect_left(sizes, -count, key=lambda rows: -len(_filled(units, rows)))]
+        if size <= limits.most:
+            return [_joined(run) for run in _filled(units, size)]
+        count += 1
+
+
+def _filled(units: Sequence[Chunk], max_rows: int) -> list[Sequence[Chunk]]:
+    """Runs of neighbouring units, each as long as `max_rows` allows."""
+    runs, first = [], 0
+    for index, unit in enumerate(units):
+        if unit.end - units[first].start > max_rows:
+            runs.append(units[first:index])
+            first = index
+    return [*runs, units[first:]]

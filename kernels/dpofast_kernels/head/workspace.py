@@ -1,4 +1,4 @@
-"""How rows are cut into chunks, and the memory for a chunk's logits.
+"""How many rows a chunk may have, and the memory for a chunk's logits.
 
 The workspace limits the rows of a chunk: the chunk's logits [n, V] must fit into it. The workspace
 is allocated once per call, and every chunk of the call uses it again.
@@ -8,14 +8,23 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import Enum
 
 import torch
 from torch import Tensor
 
-# Larger chunks don't make a CPU faster. On a GPU they make the matrix products large, which it
-# needs to be fast.
+# Larger chunks don't make a CPU faster. A pair may have as many rows as fit the second limit: past
+# that it is scored piece by piece, most pieces twice.
 CPU_WORKSPACE_BYTES = 160 * 2**20
-DEVICE_WORKSPACE_BYTES = 10**9
+CPU_LONGEST_BYTES = 640 * 2**20
+# What a call may take on a GPU beyond its inputs, their gradients and the weight's gradient in
+# fp32, with HIDDEN_ROWS scored tokens.
+DEVICE_WORKSPACE_BYTES = 1_500_000_000
+HIDDEN_ROWS = 2**15
+# Rows of a chunk on a GPU, if they fit. Each further chunk reads and writes the sum of the weight's
+# gradients, which beside this many rows takes a small part of the products' time.
+WANTED_ROWS = 2**12
 # Rows in a chunk if the back end needs no workspace [n, V].
 FORWARD_ROWS = 2**13
 # Bytes from the start of one row to the next are a multiple of this: matrix units and vector loads
@@ -30,28 +39,95 @@ ROWS_AT_A_TIME = 16
 thread_memory = threading.local()
 
 
-def max_chunk_rows(
-    weight: Tensor, dtype: torch.dtype | None, limit: int | None, vocab_major: bool
-) -> int:
-    """The most rows that a chunk can have.
+class WeightGrad(Enum):
+    """How a call makes the gradient of the weight, and so what memory it leaves for logits."""
+
+    NONE = "none"
+    SUMMED = "summed"  # in fp32, and cast at the end
+    ROUNDED = "rounded"  # written into the weight's dtype at once; only if there is one chunk
+
+
+@dataclass(frozen=True)
+class ChunkLimits:
+    """How many rows a chunk of one call has.
+
+    Attributes:
+        wanted: rows of a chunk, where the units allow. A call of at most this many is one chunk.
+        most: rows above which a unit doesn't fit into a chunk.
+        full: rows of a workspace of full size; a call that is one chunk may take more.
+    """
+
+    wanted: int
+    most: int
+    full: int
+
+
+def chunk_limits(
+    num_rows: int,
+    shape: tuple[int, int],
+    dtype: torch.dtype,
+    workspace_dtype: torch.dtype | None,
+    device_type: str,
+    limit: int | None,
+    vocab_major: bool,
+    weight_grad: WeightGrad,
+) -> ChunkLimits:
+    """The limits of a call's chunks.
 
     Args:
-        weight: [V, H].
-        dtype: dtype of the workspace; None if the back end needs no workspace.
+        num_rows: N.
+        shape: V and H.
+        dtype: dtype that the call computes in.
+        workspace_dtype: dtype of the workspace; None if the back end needs no workspace.
+        device_type: "cpu" or that of another device.
         limit: bytes that the workspace may take; None for the device's default.
         vocab_major: layout of the workspace, see `Workspace`.
+        weight_grad: how the weight's gradient is made if the call is a single chunk.
 
     Returns:
-        At least 1; with `vocab_major` a multiple of 16.
+        Numbers of at least 1; with `vocab_major` multiples of 16.
     """
-    if dtype is None:
-        return FORWARD_ROWS
-    if limit is None:
-        limit = CPU_WORKSPACE_BYTES if weight.device.type == "cpu" else DEVICE_WORKSPACE_BYTES
-    if vocab_major:
-        num_rows = limit // (max(len(weight), 1) * dtype.itemsize)
-        return max(num_rows - num_rows % ROWS_AT_A_TIME, ROWS_AT_A_TIME)
-    return max(1, limit // (_row_width(len(weight), dtype) * dtype.itemsize))
+    if workspace_dtype is None:
+        return ChunkLimits(FORWARD_ROWS, FORWARD_ROWS, FORWARD_ROWS)
+    width = shape[0] if vocab_major else _row_width(shape[0], workspace_dtype)
+    row_bytes = max(width, 1) * workspace_dtype.itemsize
+
+    def rows_in(num_bytes: int) -> int:
+        rows, step = num_bytes // row_bytes, ROWS_AT_A_TIME if vocab_major else 1
+        return max(rows - rows % step, step)
+
+    if limit is not None:
+        rows = rows_in(limit)
+        return ChunkLimits(rows, rows, rows)
+    if device_type == "cpu":
+        wanted = rows_in(CPU_WORKSPACE_BYTES)
+        return ChunkLimits(wanted, max(rows_in(CPU_LONGEST_BYTES), wanted), wanted)
+    several = WeightGrad.NONE if weight_grad is WeightGrad.NONE else WeightGrad.SUMMED
+    full = rows_in(_device_bytes(shape, dtype, several))
+    whole = max(rows_in(_device_bytes(shape, dtype, weight_grad)), full)
+    if num_rows <= whole:
+        return ChunkLimits(whole, whole, full)
+    return ChunkLimits(min(WANTED_ROWS, full), full, full)
+
+
+def _device_bytes(shape: tuple[int, int], dtype: torch.dtype, weight_grad: WeightGrad) -> int:
+    """Bytes for logits on a GPU, so that a call keeps to DEVICE_WORKSPACE_BYTES.
+
+    The gradients in the inputs' dtypes don't count, and they are made after the last chunk. So
+    while there are logits, their memory is free. A rounded gradient of the weight is there from the
+    start, but then there is none in fp32, which doesn't count either.
+    """
+    vocab_size, hidden_size = shape
+    narrower = max(torch.float32.itemsize - dtype.itemsize, 0)
+    sums = narrower * hidden_size * HIDDEN_ROWS  # what fp32 sums take beyond the gradients
+    free = {
+        WeightGrad.NONE: 0,
+        WeightGrad.SUMMED: dtype.itemsize if narrower else 0,
+        WeightGrad.ROUNDED: torch.float32.itemsize,
+    }
+    # Whatever the hidden size, a third of the limit is left.
+    most = max(DEVICE_WORKSPACE_BYTES - sums, DEVICE_WORKSPACE_BYTES // 3)
+    return most + free[weight_grad] * vocab_size * hidden_size
 
 
 def row_chunks(start: int, end: int, max_rows: int) -> Iterator[slice]:
@@ -60,6 +136,20 @@ def row_chunks(start: int, end: int, max_rows: int) -> Iterator[slice]:
     size = -(-(end - start) // max(count, 1))
     for first in range(start, end, max(size, 1)):
         yield slice(first, min(first + size, end))
+
+
+def rows_to_allocate(num_rows: int, limits: ChunkLimits) -> int:
+    """Rows of a device's workspace: `limits.full`, or a half, a quarter, ... of it.
+
+    Calls have ever other numbers of rows. Blocks of a few sizes are used again by PyTorch's
+    allocator, where blocks of ever other sizes leave gaps.
+    """
+    size = limits.full
+    if num_rows > size:
+        return max(limits.most, num_rows)
+    while size // 2 >= max(num_rows, 1):
+        size //= 2
+    return size
 
 
 class Workspace:
@@ -81,6 +171,7 @@ class Workspace:
     def __init__(
         self, weight: Tensor, num_rows: int, dtype: torch.dtype, vocab_major: bool
     ) -> None:
+        self.num_rows = num_rows
         self._vocab_size, self._vocab_major = len(weight), vocab_major
         if vocab_major:
             self._memory = _memory_of_thread(len(weight) * _padded_rows(num_rows), dtype)

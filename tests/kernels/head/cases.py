@@ -20,6 +20,7 @@ from dpofast_kernels import (
     pair_metrics,
 )
 from dpofast_kernels.head import chunked
+from dpofast_kernels.head.workspace import ChunkLimits
 
 LENGTHS = (3, 1, 8, 5, 2, 12)  # scored tokens of three pairs, which have 4, 13 and 14 rows
 SHORT_LENGTHS = (2, 1, 1, 3)  # two pairs of 3 and 4 rows: the interpreter takes time for each row
@@ -169,7 +170,7 @@ def assert_close(actual: dict[str, Tensor], expected: dict[str, Tensor], toleran
 
 def set_chunk_rows(monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
     """Set the most rows of a chunk, whatever fits the workspace."""
-    monkeypatch.setattr(chunked, "max_chunk_rows", lambda *_: rows)
+    monkeypatch.setattr(chunked, "chunk_limits", lambda *_: ChunkLimits(rows, rows, rows))
 
 
 def count_scored_rows(monkeypatch: pytest.MonkeyPatch) -> list[int]:

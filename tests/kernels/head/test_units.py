@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from itertools import accumulate
+from itertools import accumulate, combinations
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from dpofast_kernels.head.units import Chunk, cut_units, join_units
+from dpofast_kernels.head.workspace import ChunkLimits
 
 LENGTHS = st.lists(st.integers(1, 30), max_size=12)
 
@@ -16,7 +17,7 @@ LENGTHS = st.lists(st.integers(1, 30), max_size=12)
 @given(st.lists(st.tuples(st.integers(1, 30), st.integers(1, 30))), st.integers(1, 100))
 def test_chunks_of_pairs(pairs, max_rows):
     limits = list(accumulate((length for pair in pairs for length in pair), initial=0))
-    chunks = list(join_units(cut_units(limits), max_rows))
+    chunks = join_units(cut_units(limits), ChunkLimits(max_rows, max_rows, max_rows))
     covered = [pair for chunk in chunks for pair in range(chunk.first_pair, chunk.last_pair)]
     assert covered == list(range(len(pairs)))
     for chunk in chunks:
@@ -50,7 +51,7 @@ def test_chunks_of_any_pairs(lengths, data, max_rows):
         # A smaller unit would cut a pair: each inner boundary is crossed by one.
         for boundary in range(unit.first + 1, unit.last):
             assert any(min(pair) < boundary <= max(pair) for pair in pairs)
-    chunks = list(join_units(units, max_rows))
+    chunks = join_units(units, ChunkLimits(max_rows, max_rows, max_rows))
     assert sum(chunk.num_sequences for chunk in chunks) == len(lengths)
     assert sum(chunk.num_pairs for chunk in chunks) == len(pairs)
     for chunk in chunks:
@@ -67,6 +68,32 @@ def unit_of(pair, pairs):
         if bounds == (low, high):
             return low
         low, high = bounds
+
+
+@given(st.lists(st.integers(1, 30), min_size=1, max_size=9), st.integers(1, 60), st.integers(0, 40))
+def test_chunks_are_as_even_as_the_units_allow(rows, wanted, more):
+    """Compared with every way to cut the same units into the same number of chunks."""
+    bounds = list(accumulate((n for each in rows for n in (each, 1)), initial=0))
+    units = cut_units(bounds)
+    most = max(wanted + more, max(unit.num_rows for unit in units))
+    chunks = join_units(units, ChunkLimits(wanted, most, most))
+    assert (chunks[0].start, chunks[-1].end) == (0, bounds[-1])
+
+    def largest(cuts):
+        ends = [*cuts, len(units)]
+        starts = [0, *cuts]
+        return max(units[b - 1].end - units[a].start for a, b in zip(starts, ends, strict=True))
+
+    def best(count):
+        return min(largest(cuts) for cuts in combinations(range(1, len(units)), count - 1))
+
+    assert max(chunk.num_rows for chunk in chunks) == best(len(chunks)) <= most
+    asked = min(max(round(bounds[-1] / wanted), -(-bounds[-1] // most)), len(units))
+    # One chunk more only if fewer don't fit; one less only if the same size needs fewer.
+    if len(chunks) > asked:
+        assert best(len(chunks) - 1) > most
+    elif len(chunks) < asked:
+        assert best(asked) == best(len(chunks))
 
 
 def test_units_of_named_pairs():

@@ -11,9 +11,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dpofast_kernels import HeadOptions, linear_logps, linear_pair_loss, make_loss
-from dpofast_kernels.head import chunked
 from dpofast_kernels.head import workspace as workspaces
-from dpofast_kernels.head.workspace import Workspace, max_chunk_rows, row_chunks
+from dpofast_kernels.head.plan import plan_chunks
+from dpofast_kernels.head.workspace import (
+    ChunkLimits,
+    WeightGrad,
+    Workspace,
+    chunk_limits,
+    row_chunks,
+    rows_to_allocate,
+)
+from tests.kernels.head.cases import count_scored_rows
 
 DEFAULTS = HeadOptions()
 
@@ -27,23 +35,84 @@ def test_row_chunks(start, num_rows, max_rows):
     assert all(chunk.stop - chunk.start <= max_rows for chunk in chunks)
 
 
-def test_rows_of_a_workspace():
-    """On a CPU the default is 160 MiB, and rows come in sixteens."""
-    weight = torch.zeros(2**20 - 3, 0)
-    assert max_chunk_rows(weight, torch.float64, None, True) == 16
-    assert max_chunk_rows(weight, torch.float32, None, True) == 32
-    assert max_chunk_rows(weight, torch.float64, 2**28, True) == 32
-    assert max_chunk_rows(weight, torch.float64, 1, True) == 16
-    assert max_chunk_rows(weight, None, 1, True) > 1000
+SHAPES = {  # hidden size, vocabulary
+    "0.5b": (896, 151_936),
+    "llama3": (4096, 128_256),
+    "gemma": (2304, 256_000),
+    "7b": (3584, 152_064),
+}
 
 
-def test_rows_of_a_workspace_of_whole_rows():
-    """Rows are aligned to 128 bytes, and one always fits. 1 GB is the default, a row 608,256."""
-    weight = torch.empty(152_064, 0, device="meta")
-    assert max_chunk_rows(weight, torch.float32, None, False) == 1644
-    assert max_chunk_rows(weight, torch.bfloat16, None, False) == 3288
-    assert max_chunk_rows(weight, torch.float32, 1, False) == 1
-    assert max_chunk_rows(torch.empty(7, 0), torch.float32, 1280, False) == 10
+def cpu_rows(vocab_size, dtype, limit=None):
+    limits = chunk_limits(
+        *(10**6, (vocab_size, 8), dtype, dtype, "cpu", limit, True, WeightGrad.SUMMED)
+    )
+    return limits.wanted, limits.most
+
+
+def device_limits(num_rows, shape, workspace_dtype, weight_grad, limit=None):
+    hidden_size, vocab_size = SHAPES[shape]
+    return chunk_limits(
+        *(num_rows, (vocab_size, hidden_size), torch.bfloat16, workspace_dtype),
+        *("cuda", limit, False, weight_grad),
+    )
+
+
+def test_rows_of_a_workspace_on_a_cpu():
+    """The default is 160 MiB, for a single pair 640 MiB, and rows come in sixteens."""
+    vocab_size = 2**20 - 3
+    assert cpu_rows(vocab_size, torch.float64) == (16, 80)
+    assert cpu_rows(vocab_size, torch.float32) == (32, 160)
+    assert cpu_rows(vocab_size, torch.float64, 2**28) == (32, 32)
+    assert cpu_rows(vocab_size, torch.float64, 1) == (16, 16)
+
+
+@pytest.mark.parametrize("workspace_dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("weight_grad", WeightGrad)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_call_on_a_device_keeps_to_its_memory(shape, weight_grad, workspace_dtype):
+    """1.5 GB beyond the inputs, their gradients and the weight's in fp32, with 32,768 tokens."""
+    (hidden_size, vocab_size), num_rows = SHAPES[shape], 2**15
+    size, states = vocab_size * hidden_size, num_rows * hidden_size
+    has_grad = weight_grad is not WeightGrad.NONE
+    allowed = 1.5e9 + 2 * states + (2 * size + 4 * size) * has_grad
+    for rows in (num_rows, 100, 4000, 9000):  # a call can be one chunk, or several
+        limits = device_limits(rows, shape, workspace_dtype, weight_grad)
+        is_rounded = weight_grad is WeightGrad.ROUNDED and rows <= limits.wanted
+        used = max(limits.most, rows_to_allocate(limits.most, limits))
+        used *= (vocab_size + 63) // 64 * 64 * workspace_dtype.itemsize
+        used += 4 * states + (2 if is_rounded else 4) * size * has_grad
+        assert used <= allowed
+        assert limits.wanted <= limits.most
+    # Not much less than allowed: B's chunks can have the wanted number of rows.
+    if workspace_dtype == torch.bfloat16 and has_grad:
+        assert device_limits(2**15, shape, workspace_dtype, weight_grad).wanted == 4096
+
+
+def test_the_plan_of_a_call():
+    """Uneven pairs of some 8,192 rows: as few chunks as fit, of nearly equal size."""
+    lengths = [290, 350, 610, 77, 800, 640, 455, 200, 700, 512, 333, 444, 900, 700, 600, 589]
+    rows = {name: plan_chunks(lengths, v, h).rows for name, (h, v) in SHAPES.items()}
+    assert rows == {
+        "0.5b": (4634, 3566),
+        "llama3": (8200,),
+        "gemma": (4634, 3566),
+        "7b": (8200,),
+    }
+    plan = plan_chunks(lengths, 128_256, 4096)
+    assert plan.rounds_at_once
+    assert not plan_chunks(lengths, 128_256, 4096, knows_upstream=False).rounds_at_once
+    assert not plan_chunks(lengths, 151_936, 896).rounds_at_once
+    long = plan_chunks([4000, 4000, 10, 20], 151_936, 896)
+    assert long.rows == (8000, 30)
+    assert long.pieces == ((4000, 4000), (30,))
+
+
+def test_a_device_allocates_blocks_of_few_sizes():
+    limits = ChunkLimits(4096, 6000, 6000)
+    sizes = [rows_to_allocate(rows, limits) for rows in (1, 700, 751, 3000, 3001, 6000)]
+    assert sizes == [1, 750, 1500, 3000, 6000, 6000]
+    assert rows_to_allocate(6500, ChunkLimits(7000, 7000, 6000)) == 7000
 
 
 @pytest.mark.parametrize("vocab_major", [False, True])
@@ -51,7 +120,9 @@ def test_rows_of_a_workspace_of_whole_rows():
 @pytest.mark.parametrize("vocab_size", [1, 7, 100, 999])
 def test_a_chunk_fits(dtype, vocab_major, vocab_size):
     weight, limit = torch.zeros(vocab_size, 0), 500_000
-    max_rows = max_chunk_rows(weight, dtype, limit, vocab_major)
+    max_rows = chunk_limits(
+        *(10**6, (vocab_size, 0), dtype, dtype, "cpu", limit, vocab_major, WeightGrad.NONE)
+    ).most
     workspace = Workspace(weight, max_rows, dtype, vocab_major)
     for num_rows in {0, 1, 17, max_rows // 2, max_rows}:
         logits = workspace.logits(num_rows)
@@ -72,17 +143,22 @@ def test_a_chunk_fits(dtype, vocab_major, vocab_size):
 @pytest.mark.parametrize("given", [True, False], ids=["by the option", "by default"])
 def test_no_chunk_exceeds_the_limit(op, given, monkeypatch):
     """200 rows, a vocabulary of 50 and fp32: the limit allows 48 rows."""
-    scored, limit = [], 4 * 50 * 60
-    score = chunked.ChunkedHead.score
-    monkeypatch.setattr(
-        chunked.ChunkedHead, "score", lambda head, rows: scored.append(rows) or score(head, rows)
-    )
+    scored, limit = count_scored_rows(monkeypatch), 4 * 50 * 60
     if not given:
         monkeypatch.setattr(workspaces, "CPU_WORKSPACE_BYTES", limit)
+        monkeypatch.setattr(workspaces, "CPU_LONGEST_BYTES", limit)
     run_op(op, 200, HeadOptions(workspace_bytes=limit if given else None))
-    assert max(rows.stop - rows.start for rows in scored) == (40 if op == "logps" else 34)
-    forward = scored if op == "pair_loss" else scored[: len(scored) // 2]
-    assert sum(rows.stop - rows.start for rows in forward) == 200
+    # The log-probs are computed twice. Of two long pairs the second one is, but for its last piece.
+    assert scored == ([40] * 10 if op == "logps" else [34, 34, 32, 34, 34, 32, 34, 34])
+
+
+def test_a_pair_can_be_longer_than_other_chunks_of_a_cpu(monkeypatch):
+    """Two pairs of 100 rows. With chunks of 48 rows, each still fits a chunk of its own."""
+    scored = count_scored_rows(monkeypatch)
+    monkeypatch.setattr(workspaces, "CPU_WORKSPACE_BYTES", 4 * 50 * 60)
+    monkeypatch.setattr(workspaces, "CPU_LONGEST_BYTES", 4 * 50 * 130)
+    run_op("pair_loss", 200)
+    assert scored == [100, 100]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
