@@ -20,10 +20,9 @@ from benchmarks.model.assumptions import (
     WARPS_PER_SCHEDULER,
     Assumptions,
 )
-from benchmarks.model.plans import even_chunks, greedy_chunks
+from benchmarks.model.plans import Plan, former_plan, todays_plan
 
 BF16, FP32 = 2, 4  # bytes
-FORMER_WORKSPACE_BYTES = 10**9  # at 086dbb7
 PARTS = ("logits", "rows", "d_hidden_states", "d_weight", "gaps", "cast")
 
 
@@ -58,31 +57,26 @@ class Design:
         epilogue: the assumption that gives the epilogue of the product in tiles; None for logits
             in fp32, which PyTorch multiplies and two row kernels read.
         is_cast_quick: whether our own kernel casts the gradients, not PyTorch's multiplication.
-        writes_directly: whether the gradient of the weight of a single chunk has no fp32 sum.
-        plan: function from the rows of the pairs and a head's size to the rows of each chunk.
+        plan: function from the lengths of the answers and a head's size to the chunks.
     """
 
     name: str
     epilogue: str | None
     is_cast_quick: bool
-    writes_directly: bool
-    plan: Callable[[Sequence[int], Size], list[int]]
+    plan: Callable[[Sequence[int], Size], Plan]
 
 
-def _greedy(element_bytes: int) -> Callable[[Sequence[int], Size], list[int]]:
-    def plan(pair_rows: Sequence[int], size: Size) -> list[int]:
-        return greedy_chunks(pair_rows, FORMER_WORKSPACE_BYTES // (element_bytes * size.vocab))
-
-    return plan
+def _today(lengths: Sequence[int], size: Size) -> Plan:
+    return todays_plan(lengths, size.hidden, size.vocab)
 
 
-def _even(pair_rows: Sequence[int], size: Size) -> list[int]:
-    return even_chunks(pair_rows, size.hidden, size.vocab)
+def _former(element_bytes: int) -> Callable[[Sequence[int], Size], Plan]:
+    return lambda lengths, size: former_plan(lengths, size.vocab, element_bytes)
 
 
-FORMER_A = Design("triton at 086dbb7", None, False, False, _greedy(FP32))
-FORMER_B = Design("triton_fused at 086dbb7", "former_epilogue", False, False, _greedy(BF16))
-TODAY = Design("today", "lean_epilogue", True, True, _even)
+FORMER_A = Design("triton at 086dbb7", None, False, _former(FP32))
+FORMER_B = Design("triton_fused at 086dbb7", "former_epilogue", False, _former(BF16))
+TODAY = Design("today", "lean_epilogue", True, _today)
 DESIGNS = (TODAY, FORMER_B, FORMER_A)
 
 
@@ -109,20 +103,17 @@ class Prediction:
         return sum(self.seconds.values())
 
 
-def predict(
-    design: Design, size: Size, pair_rows: Sequence[int], assumed: Assumptions
-) -> Prediction:
+def predict(design: Design, size: Size, lengths: Sequence[int], assumed: Assumptions) -> Prediction:
     """Predict the head's forward and backward.
 
     Args:
         design: how the head runs.
         size: H and V.
-        pair_rows: [P], scored rows of each pair.
+        lengths: [2P], scored tokens of each answer.
         assumed: the card.
     """
-    chunks = tuple(design.plan(pair_rows, size))
-    total_rows = sum(chunks)
-    is_direct = design.writes_directly and len(chunks) == 1
+    plan = design.plan(lengths, size)
+    chunks, is_direct, total_rows = plan.chunks, plan.rounds_at_once, sum(plan.chunks)
     seconds = dict.fromkeys(PARTS, 0.0)
     seconds["gaps"] = assumed.host_lead
     moved = 0.0

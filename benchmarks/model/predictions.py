@@ -85,8 +85,8 @@ class StepCase:
             "checkpointing": self.checkpointing,
             "fused": self.fused,
             "tokens": self.body.tokens,
-            "pairs": len(self.body.pair_rows),
-            "scored": sum(self.body.pair_rows),
+            "pairs": len(self.body.lengths) // 2,
+            "scored": sum(self.body.lengths),
             "row": self.row,
             "optimizer": self.optimizer,
             "launches": self.body.launches + self.head.launches,
@@ -96,11 +96,11 @@ class StepCase:
 
 
 @functools.cache
-def pair_rows(num_rows: int) -> tuple[int, ...]:
-    """Scored rows of the pairs of `benchmarks.head` on a GPU, whose answers are uneven."""
+def answer_lengths(num_rows: int) -> tuple[int, ...]:
+    """[2P] scored tokens of the answers of `benchmarks.head` on a GPU."""
     pairs = max(1, num_rows // TOKENS_PER_PAIR)
     bounds = bounds_of(Case("", num_rows, 1, 1, pairs, "bfloat16", even=False))
-    return tuple(int(rows) for rows in bounds[::2].diff())
+    return tuple(int(rows) for rows in bounds.diff())
 
 
 def head_cases(
@@ -113,7 +113,7 @@ def head_cases(
             size,
             num_rows,
             floor_seconds(num_rows, size, assumed),
-            {each.name: predict(each, size, pair_rows(num_rows), assumed) for each in DESIGNS},
+            {each.name: predict(each, size, answer_lengths(num_rows), assumed) for each in DESIGNS},
         )
         for name, size in heads.items()
         for num_rows in tokens
@@ -123,7 +123,7 @@ def head_cases(
 def worst_over_floor(heads: dict[str, Size], tokens: Iterable[int], assumed: Assumptions) -> float:
     """The largest ratio of today's design to the bare products."""
     return max(
-        predict(TODAY, size, pair_rows(num_rows), assumed).total
+        predict(TODAY, size, answer_lengths(num_rows), assumed).total
         / floor_seconds(num_rows, size, assumed)
         for num_rows in tokens
         for size in heads.values()
@@ -158,7 +158,7 @@ def step_cases(shape: str, max_tokens: int, assumed: Assumptions) -> list[StepCa
             body = predict_body(
                 shape, max_tokens, assumed, checkpointing=checkpointing, fused=fused
             )
-            head = predict(TODAY, Size(body.hidden, body.vocab), body.pair_rows, assumed)
+            head = predict(TODAY, Size(body.hidden, body.vocab), body.lengths, assumed)
             optimizer = body.optimizer_seconds(assumed)
             found.append(StepCase(checkpointing, fused, body, head, optimizer))
     return found

@@ -58,14 +58,14 @@ class Body:
 
     Attributes:
         tokens: tokens of the row.
-        pair_rows: scored tokens of each of its pairs.
+        lengths: [2P], scored tokens of each of its answers.
         hidden, vocab: H and V.
         parameters: parameters of the model.
         work: by kind: "products", "elementwise" and "attention".
     """
 
     tokens: int
-    pair_rows: tuple[int, ...]
+    lengths: tuple[int, ...]
     hidden: int
     vocab: int
     parameters: int
@@ -177,7 +177,7 @@ def predict_body(
         hidden.backward(torch.empty_like(hidden))
     return Body(
         tokens,
-        tuple(sum(tails) for _, tails in groups),
+        tuple(length for _, tails in groups for length in tails),
         config.hidden_size,
         config.vocab_size,
         sum(parameter.numel() for parameter in model.parameters()),

@@ -72,8 +72,8 @@ def print_steps(shape: str, cases: Sequence[StepCase], measured: Measured) -> No
     """Print a line for each way to run a row of a step."""
     first = cases[0].body
     title = (
-        f"Predicted: {shape}, a row of {first.tokens} tokens, {len(first.pair_rows)} pairs, "
-        f"{sum(first.pair_rows)} scored"
+        f"Predicted: {shape}, a row of {first.tokens} tokens, {len(first.lengths) // 2} pairs, "
+        f"{sum(first.lengths)} scored"
     )
     table = Table(title=title, title_justify="left")
     table.add_column("layers")
