@@ -85,7 +85,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--part", dest="parts", choices=PARTS, nargs="+", default=list(PARTS), help="default: both")
     add("--stages", nargs="+", metavar="NAME", default=[], help="only these")
     add("--shape", default="0.5b", help="of the step, as in benchmarks.train; default: %(default)s")
-    add("--out", type=Path, default=Path("runs/gpu"), help="folder; default: %(default)s")
+    add("--out", type=Path, default=Path("runs/bench/gpu"), help="folder; default: %(default)s")
     add("--dry-run", action="store_true", help="toy sizes on a CPU")
     options = parser.parse_args(arguments)
     options.out = options.out.resolve()

@@ -51,20 +51,20 @@ def stages_of(part: str, shape: str, *, is_quick: bool, dry_run: bool) -> list[S
 
 
 def _quick_head(toy: tuple[str, ...]) -> list[Stage]:
-    race = ("--device", "cuda", "--tokens", "8192", "--rounds", "5", "--warmup", "1")
+    race: tuple[str, ...] = ("--tokens", "8192", "--rounds", "5", "--warmup", "1")
     # No memory, which takes a process for each contender, and none of those that compile long.
     less = ("--no-memory", "--skip", "compile", "liger_dpo", "cce_filtered")
     if toy:
-        race = ("--device", "cuda", "--rounds", "1", "--passes", "forward_backward")
+        race = ("--rounds", "1", "--passes", "forward_backward")
     return [
         Stage("ceilings", 115.0, "benchmarks.gpu.ceilings", toy),
         Stage("head_tests", 75.0, "benchmarks.gpu.device_tests", (_HEAD_FILE, "-k", HEAD_TESTS)),
-        Stage("head_race", 160.0, "benchmarks.head", (*race, *less, *toy)),
+        Stage("head_race", 160.0, "benchmarks.head", (*_CUDA, *race, *less, *toy)),
     ]
 
 
 def _quick_step(toy: tuple[str, ...], shape: str) -> list[Stage]:
-    race = ("--device", "cuda", "--contenders", "trl", "--batch-sizes", "4")
+    race = (*_CUDA, "--contenders", "trl", "--batch-sizes", "4")
     short = ("--rounds", "1", "--steps", "3")
     model = ("--shape", shape)
     profile = (*model, *toy)
@@ -77,7 +77,7 @@ def _quick_step(toy: tuple[str, ...], shape: str) -> list[Stage]:
 
 
 def _head(toy: tuple[str, ...]) -> list[Stage]:
-    on_gpu = ("--device", "cuda", *toy)
+    on_gpu = (*_CUDA, *toy)
     return [
         Stage("ceilings", 300.0, "benchmarks.gpu.ceilings", toy),
         Stage("tests", 1500.0, "benchmarks.gpu.device_tests", (_FOLDER,)),
@@ -88,7 +88,7 @@ def _head(toy: tuple[str, ...]) -> list[Stage]:
 
 def _step(toy: tuple[str, ...], shape: str) -> list[Stage]:
     model = ("--shape", shape)
-    on_gpu = ("--device", "cuda", *model, *toy)
+    on_gpu = (*_CUDA, *model, *toy)
     return [
         Stage("profile", 300.0, _PROFILE, (*model, *toy)),
         Stage("profile_plain", 300.0, _PROFILE, (*model, *toy, "--no-checkpointing")),
@@ -97,6 +97,7 @@ def _step(toy: tuple[str, ...], shape: str) -> list[Stage]:
     ]
 
 
+_CUDA = ("--device", "cuda")
 _PROFILE = "benchmarks.gpu.step_profile"
 _FOLDER = "tests/gpu"
 _HEAD_FILE = "tests/gpu/test_head_gpu.py"

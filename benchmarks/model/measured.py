@@ -33,7 +33,8 @@ def read_measured(results: Path, card: str) -> Measured:
     """
     found = Measured()
     for result in _results(results, card):
-        if result["benchmark"] == "head":
+        kind = result.get("benchmark")
+        if kind == "head":
             for case in result["cases"]:
                 timed = case.get("forward_backward", {})
                 key = (case["N"], case["H"], case["V"])
@@ -41,7 +42,7 @@ def read_measured(results: Path, card: str) -> Measured:
                     seconds = timed.get(name, {}).get("median")
                     if seconds and case["dtype"] == "bfloat16":
                         times[key] = seconds
-        elif result["benchmark"] == "step_profile" and result.get("step_seconds"):
+        elif kind == "step_profile":
             case = result["case"]
             key_of_step = case["shape"], case["checkpointing"]
             found.steps[key_of_step] = result["step_seconds"] / result["tokens"]
