@@ -58,7 +58,9 @@ class Assumptions:
     cast_share: float = _assumed(0.9, 0.8, 0.95, "80 instructions for 16 elements, counted")
 
     # Small kernels and gaps between a chunk's products.
-    chunk_gap: float = _assumed(30e-6, 15e-6, 60e-6, "some 18 small operations a chunk, counted")
+    chunk_gap: float = _assumed(
+        30e-6, 15e-6, 60e-6, "some 16 kernels a chunk, counted, most of them tiny"
+    )
     # Time of the host before the first product. The benchmark's clock lets the host run ahead of
     # the device. Before it did, 100e-6 were seen: 150 to 250 us of Python, 64 us of them hidden.
     host_lead: float = _assumed(0.0, 0.0, 100e-6, "the clock of benchmarks.harness")
@@ -87,8 +89,10 @@ TILE = (128, 256)  # the tile of `score_tiles` on sm_90
 WARPS_PER_SCHEDULER = 8 / 4
 LANES = 32
 CAST_INSTRUCTIONS = 87  # of PyTorch's casting multiplication per element, counted in machine code
-# Kernels of a chunk besides its products: the tiles' three, the loss, and small ones around it.
-KERNELS_PER_CHUNK = 18
+# Kernels of a chunk and of a call, and bytes that a call moves per element of its hidden states.
+# Counted by the tests of the head; docs/kernels.md has the whole formula.
+KERNELS_PER_CHUNK, KERNELS_PER_CALL = 16, 12
+HIDDEN_STATE_BYTES = 38
 # Bytes of fused AdamW per parameter in bf16: reads weight, gradient and two moments, writes three.
 ADAMW_BYTES = 14
 

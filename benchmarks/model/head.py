@@ -14,6 +14,8 @@ from benchmarks.model.assumptions import (
     CAST_INSTRUCTIONS,
     CUBLAS_SPLITS,
     CUBLAS_TILES,
+    HIDDEN_STATE_BYTES,
+    KERNELS_PER_CALL,
     KERNELS_PER_CHUNK,
     LANES,
     TILE,
@@ -127,14 +129,16 @@ def predict(design: Design, size: Size, lengths: Sequence[int], assumed: Assumpt
         seconds["gaps"] += assumed.chunk_gap
         moved += _chunk_bytes(design, rows, size)
         moved += result_bytes * size.weights * (2 if is_added else 1)
-    cast_elements = total_rows * size.hidden + (0 if is_direct else size.weights)
+    cast_weights = 0 if is_direct else size.weights
+    cast_elements = total_rows * size.hidden + cast_weights
     seconds["cast"] = cast_elements / _cast_rate(design.is_cast_quick, assumed)
+    moved += HIDDEN_STATE_BYTES * total_rows * size.hidden + (FP32 + BF16) * cast_weights
     return Prediction(
         chunks,
         seconds,
         flop=6.0 * total_rows * size.weights,
-        bytes=moved + cast_elements * (FP32 + BF16),
-        launches=len(chunks) * KERNELS_PER_CHUNK + (1 if is_direct else 2),
+        bytes=moved,
+        launches=len(chunks) * KERNELS_PER_CHUNK + KERNELS_PER_CALL,
     )
 
 
@@ -222,9 +226,11 @@ def _cast_rate(is_quick: bool, assumed: Assumptions) -> float:
 
 
 def _chunk_bytes(design: Design, rows: int, size: Size) -> float:
-    """Bytes of a chunk's kernels without the gradient of the weight."""
-    logits, weight, hidden = rows * size.vocab, BF16 * size.weights, BF16 * rows * size.hidden
-    made = logits * (BF16 if design.epilogue is not None else FP32)
-    row_work = 0 if design.epilogue is not None else logits * (2 * FP32 + BF16)
-    d_hidden = BF16 * logits + weight + 2 * hidden  # its result is fp32
-    return hidden + weight + made + row_work + d_hidden + BF16 * logits + hidden
+    """Bytes of a chunk's kernels in tensors of the sizes [n, V] and [V, H], without d_weight.
+
+    The product writes the logits, and two products read their gradients. Between them, two row
+    kernels read fp32 logits, and the second of them writes gradients.
+    """
+    made = BF16 if design.epilogue is not None else FP32
+    row_work = 0 if design.epilogue is not None else 2 * FP32 + BF16
+    return rows * size.vocab * (made + row_work + 2 * BF16) + 2 * BF16 * size.weights

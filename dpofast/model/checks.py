@@ -17,6 +17,7 @@ from dpofast.model.attention import LayerAttention, any_dtype_attention, recorde
 from dpofast.model.context import context_of
 from dpofast.model.forward import evaluating, micro_batch, run_batch, run_body
 from dpofast.model.head import head_options
+from dpofast.model.head_check import check_head_backend
 from dpofast.model.parts import causal_lm, num_attention_layers
 from dpofast.model.quantised import computing_dtype
 from dpofast.model.rope import check_rope
@@ -66,12 +67,13 @@ def check_model(
     Raises:
         ModelError: the model does something to its logits that dpofast doesn't know, or its
             log-probs would depend on the other rows of a batch.
-        ConfigError: packed rows would be wrong for this model, or our attention is wrong or fails
-            on this device.
+        ConfigError: packed rows would be wrong for this model, or our attention or our head is
+            wrong or fails on this device.
     """
     check_rope(model)
     with any_dtype_attention(causal_lm(model).config):
         check_head(model)
+        check_head_backend(model, device, autocast_dtype)
         if not layout.is_packed:
             check_rows(model)
             return None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any, ClassVar
 
@@ -337,6 +338,7 @@ class DPOTrainer(
         # DDP and ZeRO average gradients over ranks. This factor turns that average into the
         # gradient of the mean over the step's pairs, however they are spread.
         scale = self.args.world_size / inputs.num_pairs
+        self._pair_loss_pass = replace(self._pair_loss_pass, upstream=scale)
         total = torch.zeros((), dtype=torch.float64, device=self.args.device)
         self.throughput.start_step()
         inputs = self.prepared_step(inputs)

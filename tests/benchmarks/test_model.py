@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 
+from benchmarks import REPOSITORY
 from benchmarks.model.__main__ import main
 from benchmarks.model.assumptions import CARDS, ranges, sources
 from benchmarks.model.head import (
@@ -111,15 +112,30 @@ def test_todays_chunks_are_the_package_s():
             assert max(plan.chunks) < 1.5 * min(plan.chunks)
 
 
-def test_work_is_counted():
-    size = HEADS["llama-3-8b"]
-    one = predict(even(1), size, [4096], H200)
-    two = predict(even(2), size, [8192], H200)
-    assert two.flop == 2 * one.flop == 6.0 * 8192 * size.weights
-    assert two.launches > one.launches
-    # In fp32, the gradient of the weight is written, then read and written, then cast: 18 bytes an
-    # element. Written twice in bf16 it would take 4.
-    assert two.bytes - 2 * one.bytes == pytest.approx(14 * size.weights)
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_work_is_counted(count):
+    """The formulas of docs/kernels.md, which tests of the head check by counting."""
+    size, rows = HEADS["llama-3-8b"], 4000 * count
+    found = predict(even(count), size, [rows], H200)
+    assert found.flop == 6.0 * rows * size.weights
+    assert found.launches == 16 * count + 12
+    of_weights = 6 if count == 1 else 12 * count + 2
+    moved = 6 * rows * size.vocab + of_weights * size.weights + 38 * rows * size.hidden
+    assert found.bytes == moved
+    text = (REPOSITORY / "docs" / "kernels.md").read_text()
+    for formula in ("6NV + 6VH + 38NH", "6NV + 12CVH + 2VH + 38NH", "launches = 16C + 12"):
+        assert formula in text
+
+
+def test_the_documented_predictions_are_today_s():
+    """docs/performance.md has a line for each head, with a column for each number of rows."""
+    text = (REPOSITORY / "docs" / "performance.md").read_text()
+    cases = head_cases(HEADS, TOKENS, H200)
+    for name, size in HEADS.items():
+        (line,) = (line for line in text.splitlines() if line.startswith(f"| {name},"))
+        assert f"H {size.hidden}, V {size.vocab}" in line
+        ratios = [each.over_floor for each in cases if each.name == name]
+        assert [float(cell) for cell in line.split("|")[2:-1]] == pytest.approx(ratios, abs=0.006)
 
 
 def test_measured_figures_are_read(tmp_path):

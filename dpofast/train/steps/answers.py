@@ -76,8 +76,7 @@ class AnswerLossPass(PairLossPass):
                 "which only training and evaluate() take; call these."
             )
         answers = Answers(batch.bounds, batch.ref_logps, batch.is_desirable, batch.z, batch.weights)
-        options = head_options(causal_lm(self.model).config)
-        task = SequenceLossTask(batch.labels, answers, loss, options)
+        task = SequenceLossTask(batch.labels, answers, loss, self.head_options())
         with self.autocast():
             results = run_batch(wrapped, batch, task, self.router_loss)
         output, more = add_router_loss(results, self.router_loss, batch.num_pairs)

@@ -15,7 +15,6 @@ from dpofast.model.forward import evaluating, micro_batch, run_body
 from dpofast.model.parts import causal_lm, num_bytes, numel
 from dpofast.options.config import DPOConfig
 from dpofast.zero.blocks import runnable
-from dpofast_kernels import PairLoss, PreferenceLoss
 from dpofast_kernels.head.workspace import DEVICE_WORKSPACE_BYTES
 
 logger = logging.getLogger(__name__)
@@ -44,12 +43,7 @@ def row_tokens_on_all_ranks(trainer: Any) -> int:
     with runnable(trainer):  # ZeRO-3 has no engine for the model yet
         free = free_device_bytes(trainer.args.device)
         autocast = trainer.accelerator.autocast
-        tokens = tokens_that_fit(
-            *(trainer.model, trainer.layout, trainer.args, autocast, free),
-            waiting_sums(
-                trainer.pair_loss, bool(trainer.data.likelihood), trainer.args.use_weighting
-            ),
-        )
+        tokens = tokens_that_fit(trainer.model, trainer.layout, trainer.args, autocast, free)
     own = torch.tensor([tokens], device=trainer.args.device)
     return int(trainer.accelerator.gather(own).min())
 
@@ -60,7 +54,6 @@ def tokens_that_fit(
     config: DPOConfig,
     autocast: Callable[[], Any],
     free_bytes: int,
-    waiting: int = 1,
 ) -> int:
     """The most tokens of a packed row with which a training step fits a device's memory.
 
@@ -70,7 +63,6 @@ def tokens_that_fit(
         config: options of the run, which say whether layers are checkpointed and DeepSpeed shards.
         autocast: returns the context manager of a forward pass.
         free_bytes: free bytes of the device, with the model where it is now.
-        waiting: gradients of the head's weight that a long pair needs beside the result.
 
     Returns:
         A multiple of 256 from 512 to 65,536, even if less or more is free.
@@ -82,7 +74,7 @@ def tokens_that_fit(
     placed = sum(part.nbytes for part in held if part.device.type != "cpu")
     cost = row_bytes(model, layout, config, autocast)
     left = free_bytes + placed - training_bytes(model, config) - cost.fixed
-    left -= _head_bytes(lm, waiting)
+    left -= _head_bytes(lm)
     tokens = int(USED_SHARE * left / cost.per_token)
     tokens -= tokens % STEP
     if tokens < SMALLEST_ROW:
@@ -228,29 +220,10 @@ def _kept_by_body(
     return _Pass(batch.num_body_tokens, total, state)
 
 
-def waiting_sums(loss: PreferenceLoss, has_likelihood: bool, is_weighted: bool) -> int:
-    """Gradients of the head's weight that a pair longer than a chunk needs beside the result.
+def _head_bytes(lm: Any) -> int:
+    """Bytes that the head holds during its op, beyond the gradients of its inputs.
 
-    docs/kernels.md, "Long pairs", has the rule.
-
-    Args:
-        loss: the loss of the run.
-        has_likelihood: whether the loss has a likelihood term.
-        is_weighted: whether the policy weights the pairs (WPO), which takes both answers.
-    """
-    if not isinstance(loss, PairLoss) or loss.is_zero:
-        return 0
-    has_direction = loss.direction(torch.ones(1, 2, dtype=torch.int64)) is not None
-    is_by_answer = loss.is_by_answer and not is_weighted
-    return 1 if is_by_answer or (has_direction and not has_likelihood) else 2
-
-
-def _head_bytes(lm: Any, waiting: int) -> int:
-    """Bytes that the head holds during its op: a chunk of logits, and gradients of its weight.
-
-    The gradients are in fp32. A pair that is longer than a chunk gets gradients of its own first,
-    which are then added to the gradient of the pairs before it.
+    Beside the workspace it holds the gradient of its weight in fp32.
     """
     weight = lm.get_output_embeddings().weight
-    gradients = (1 + waiting) * weight.requires_grad * numel(weight)
-    return DEVICE_WORKSPACE_BYTES + torch.float32.itemsize * gradients
+    return DEVICE_WORKSPACE_BYTES + torch.float32.itemsize * weight.requires_grad * numel(weight)

@@ -28,6 +28,7 @@ from dpofast.train.steps.coupled import CoupledPairs, same_dropout
 from dpofast.train.steps.token_metrics import statistics_of, token_metric_sums
 from dpofast_kernels import (
     METRIC_NAMES,
+    HeadOptions,
     PairExtras,
     PairLoss,
     PairLossOutput,
@@ -49,6 +50,7 @@ class PairLossPass:
         likelihood: likelihood terms of the loss.
         weighting: WPO's weights of the pairs, if they have any.
         token_metrics: names of the metrics that are means over tokens.
+        upstream: factor of each pair's loss in the loss of the step, if there is a step.
     """
 
     model: nn.Module
@@ -59,6 +61,7 @@ class PairLossPass:
     likelihood: Likelihood = NO_LIKELIHOOD
     weighting: PairWeighting | None = None
     token_metrics: tuple[str, ...] = ()
+    upstream: float | None = None
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -144,9 +147,13 @@ class PairLossPass:
             *(batch.coefficients, batch.token_weights),
             *(self.weighting, statistics_of(self.token_metrics)),
         )
-        options = head_options(causal_lm(self.model).config)
+        options = self.head_options()
         refs = batch.ref_of_sequences()
         return PairLossTask(batch.labels, batch.bounds, refs, loss, options, extras)
+
+    def head_options(self) -> HeadOptions:
+        """The options of the head's op with a loss."""
+        return replace(head_options(causal_lm(self.model).config), upstream=self.upstream)
 
     def _add_sets(self, batch: PackedPairs, metrics: dict[str, Tensor], sums: MetricSums) -> None:
         """Count the metrics of each dataset of a mixture."""

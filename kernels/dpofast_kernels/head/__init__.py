@@ -10,6 +10,7 @@ How a call travels through the files, from the public op down to one chunk of ro
     |-- backends    which back end runs where
     autograd        torch.autograd functions: what they save, when they compute gradients
     |-- cast        gradients times the upstream gradient, in the dtypes of the inputs
+    |-- rescale     the same in place, where the factor is nearly always 1
     one_pass        of the ops with a loss: runs chunk after chunk and joins the losses
     |-- units       what a chunk is made of: sequences that no pair crosses
     |-- pairs       the pairs of a chunk, and the derivatives that they ask of its sequences
@@ -28,7 +29,8 @@ How a call travels through the files, from the public op down to one chunk of ro
 fused_triton replaces tiled; tiles_triton has the kernels of fused_triton. Both back ends use
 pairs_triton and singles_triton for the losses, and logits_triton and statistics_triton for what
 their kernels share; cast_triton has the kernel of cast; launch reads the launch parameters of each
-kernel. naive computes all logits at once, and tests compare every back end with it.
+kernel. naive computes all logits at once, and tests compare every back end with it. So does probe,
+on the device and at the start of a run.
 
 A row here is a row of hidden states: one scored token.
 """
@@ -52,6 +54,7 @@ from dpofast_kernels.head.options import (
     SequenceLossOutput,
 )
 from dpofast_kernels.head.plan import ChunkPlan, plan_chunks
+from dpofast_kernels.head.probe import HeadTraits, WrongHeadError, probe_head
 from dpofast_kernels.head.sequence_loss import linear_sequence_loss
 from dpofast_kernels.head.sequences import sum_per_sequence
 from dpofast_kernels.head.statistics import STATISTICS
@@ -63,9 +66,11 @@ __all__ = [
     "Answers",
     "ChunkPlan",
     "HeadOptions",
+    "HeadTraits",
     "PairExtras",
     "PairLossOutput",
     "SequenceLossOutput",
+    "WrongHeadError",
     "backend_for",
     "linear_logps",
     "linear_pair_loss",
@@ -73,5 +78,6 @@ __all__ = [
     "linear_sequence_loss",
     "linear_statistics",
     "plan_chunks",
+    "probe_head",
     "sum_per_sequence",
 ]

@@ -105,6 +105,50 @@ def test_a_triton_gradient_is_rounded_once(monkeypatch):
     assert ((whole - cut).abs() <= 2.0**-7 * whole.abs()).all()
 
 
+@pytest.fixture
+def pretended_gpu(monkeypatch):
+    """A function that makes the products of a pretended GPU fail with an error, or work."""
+    dtypes.has_wide_products.cache_clear()
+    zeros = torch.zeros
+    monkeypatch.setattr(torch, "zeros", lambda *size, dtype, device: zeros(*size, dtype=dtype))
+
+    def fails(mm=None, addmm=None):
+        for name, error in (("mm", mm), ("addmm", addmm)):
+
+            def product(*matrices, out_dtype, out, error=error):
+                if error is not None:
+                    raise error
+                return out
+
+            monkeypatch.setattr(torch, name, product)
+        return dtypes.has_wide_products(torch.device("cuda"), torch.bfloat16)
+
+    yield fails
+    dtypes.has_wide_products.cache_clear()
+
+
+def test_wide_products_are_tried_once_and_logged(pretended_gpu, caplog):
+    with caplog.at_level("INFO", "dpofast_kernels.head.dtypes"):
+        assert pretended_gpu()
+        assert pretended_gpu(mm=RuntimeError("never tried again"))
+    assert caplog.messages == ["cuda multiplies torch.bfloat16 matrices with an fp32 result."]
+
+
+@pytest.mark.parametrize("product", ["mm", "addmm"])
+def test_a_device_without_one_of_the_wide_products_is_named(product, pretended_gpu, caplog):
+    """The CUDA builds of PyTorch 2.8 and 2.9 have mm with an fp32 result, but not addmm."""
+    error = RuntimeError("self and mat2 must have the same dtype\nmore")
+    assert not pretended_gpu(**{product: error})
+    assert "cuda multiplies no torch.bfloat16 matrices with an fp32 result (self and" in caplog.text
+    assert caplog.records[0].levelname == "WARNING"
+
+
+def test_no_memory_to_try_wide_products_is_no_answer(pretended_gpu):
+    with pytest.raises(torch.OutOfMemoryError):
+        pretended_gpu(addmm=torch.OutOfMemoryError("CUDA out of memory"))
+    assert pretended_gpu()
+
+
 def test_fp16_gradients_are_never_products_of_fp16(monkeypatch):
     """Even if a device has such products: a pair's coefficient is below fp16's range."""
     monkeypatch.setattr(dtypes, "has_wide_products", lambda device, dtype: True)

@@ -13,8 +13,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from dpofast import DPOConfig
 from dpofast.data.packing.collate import Layout
 from dpofast.train.steps import memory
-from dpofast.train.steps.memory import row_bytes, tokens_that_fit, training_bytes, waiting_sums
-from dpofast_kernels import ZeroLoss, make_coupled_loss, make_loss
+from dpofast.train.steps.memory import row_bytes, tokens_that_fit, training_bytes
 from tests.families import tiny_model
 from tests.support import tiny_llama
 
@@ -157,7 +156,7 @@ def test_rows_grow_with_what_is_free_and_stay_within_limits(tmp_path, caplog):
         return tokens_that_fit(model, layout, made, contextlib.nullcontext, free)
 
     cost = per_token(model, made)
-    fixed = training_bytes(model, made) + GB + 2 * 4 * model.lm_head.weight.numel()
+    fixed = training_bytes(model, made) + 1.5 * GB + 4 * model.lm_head.weight.numel()
     half_gb = fit(fixed + 10**8)
     assert half_gb % 256 == 0
     assert half_gb == pytest.approx(0.8 * 10**8 / cost, abs=256)
@@ -165,20 +164,3 @@ def test_rows_grow_with_what_is_free_and_stay_within_limits(tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         assert fit(fixed) == 512
     assert "training may run out of memory; train an adapter" in caplog.text
-
-
-@pytest.mark.parametrize(
-    ("loss", "has_likelihood", "is_weighted", "expected"),
-    [
-        (make_loss("sigmoid"), False, False, 1),
-        (make_loss("sigmoid"), False, True, 1),
-        (make_loss("sigmoid"), True, False, 2),
-        (make_loss("apo_zero"), True, False, 1),
-        (make_loss("apo_zero"), False, True, 2),
-        (make_loss("apo_down"), False, False, 2),
-        (ZeroLoss(), True, False, 0),
-        (make_coupled_loss("aot"), False, False, 0),
-    ],
-)
-def test_gradients_of_the_head_that_wait(loss, has_likelihood, is_weighted, expected):
-    assert waiting_sums(loss, has_likelihood, is_weighted) == expected

@@ -1,0 +1,137 @@
+"""The head's start-up check: what is right passes, and what is wrong is found."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from dpofast_kernels.head import HeadTraits, WrongHeadError, backends, chunked, probe, probe_head
+from dpofast_kernels.head.tiled import TorchRows
+
+PLAIN = HeadTraits(torch.float32, hidden_size=24, vocab_size=1007)
+FULL = replace(PLAIN, has_bias=True, softcap=30.0, logit_scale=0.0625)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("traits", [PLAIN, FULL], ids=["plain", "full"])
+def test_the_back_end_of_a_cpu_passes(traits, dtype):
+    assert probe_head("cpu", replace(traits, dtype=dtype)) == "torch"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["triton", "triton_fused"])
+@pytest.mark.parametrize("traits", [PLAIN, FULL], ids=["plain", "full"])
+def test_the_other_back_ends_pass(traits, backend, monkeypatch):
+    monkeypatch.setattr(probe, "backend_for", lambda *_: backend)
+    monkeypatch.setattr(probe, "_ODD", 131)  # the interpreter is slow
+    monkeypatch.setattr(probe, "_EVEN", 128)
+    assert probe_head("cpu", replace(traits, dtype=torch.bfloat16)) == backend
+
+
+def wrong_in(change):
+    """TorchRows with something wrong in what it scores or differentiates."""
+
+    class WrongRows(TorchRows):
+        def score(self, hidden_states, labels, workspace, keep):
+            return change("score", super().score(hidden_states, labels, workspace, keep))
+
+        def differentiate(self, scored, labels, coefficients):
+            made = super().differentiate(scored, labels, coefficients)
+            return change("differentiate", made)
+
+    return lambda backend, *arguments: WrongRows(*arguments)
+
+
+def shifted_logps(step, found):
+    if step == "score":
+        return replace(found, per_token_logps=found.per_token_logps - 0.1)
+    return found
+
+
+def wrong_logsumexps(step, found):
+    if step == "score" and found.logsumexps is not None:
+        return replace(found, logsumexps=found.logsumexps * 1.1)
+    return found
+
+
+def last_column_missing(step, found):
+    if step == "differentiate":
+        found.d_logits[:, -200:] = 0.0
+    return found
+
+
+def not_a_number(step, found):
+    if step == "differentiate":
+        found.d_logits[0, 0] = float("nan")
+    return found
+
+
+def failing(step, found):
+    raise ValueError("out of resource: shared memory\nand more")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (shifted_logps, "the error of its log-probs in torch.float32 is 1"),
+        (wrong_logsumexps, "the error of its log-sum-exps in torch.float32 is 1.0e-01"),
+        (last_column_missing, "its gradient of"),
+        (not_a_number, "its gradient of hidden_states in torch.float32 is nan"),
+        (failing, r"doesn't run on cpu \(ValueError: out of resource: shared memory\)$"),
+    ],
+)
+def test_a_wrong_back_end_is_found(change, message, monkeypatch):
+    monkeypatch.setattr(chunked, "row_ops", wrong_in(change))
+    with pytest.raises(WrongHeadError, match=rf"Head backend 'torch' .*{message}") as caught:
+        probe_head("cpu", PLAIN)
+    assert caught.value.backend == "torch"
+
+
+def test_a_wrong_sum_over_chunks_is_found(monkeypatch):
+    """Such as of a product that overwrites where it should add."""
+    monkeypatch.setattr(chunked, "add_weight_grad", chunked.weight_grad_into)
+    with pytest.raises(WrongHeadError, match="gradient of weight"):
+        probe_head("cpu", PLAIN)
+
+
+class OnGpu(torch.Tensor):
+    """A tensor that says it is on a GPU."""
+
+    is_cuda = True
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A function that makes weights on a pretended GPU."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.version, "hip", None)
+    return lambda dtype: torch.zeros(6, 4, dtype=dtype).as_subclass(OnGpu)
+
+
+def test_the_default_on_a_gpu(gpu, monkeypatch):
+    def chosen(tensor, *args):
+        return backends.backend_for(tensor, *args)
+
+    assert chosen(gpu(torch.bfloat16)) == "triton_fused"
+    assert chosen(gpu(torch.float16)) == chosen(gpu(torch.float32)) == "triton"
+    options = backends.DEFAULT_OPTIONS
+    assert chosen(gpu(torch.float32), options, torch.bfloat16) == "triton_fused"  # autocast
+    assert chosen(gpu(torch.bfloat16).t()) == "triton"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    assert chosen(gpu(torch.bfloat16)) == "triton"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 4))
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert chosen(gpu(torch.bfloat16)) == "triton"
+
+
+def test_the_environment_chooses_another_back_end_on_a_gpu(gpu, monkeypatch):
+    monkeypatch.setenv("DPOFAST_HEAD_BACKEND", "triton")
+    assert backends.backend_for(gpu(torch.bfloat16)) == "triton"
+    named = replace(backends.DEFAULT_OPTIONS, backend="triton_fused")
+    assert backends.backend_for(gpu(torch.bfloat16), named) == "triton_fused"
+    assert backends.backend_for(torch.zeros(6, 4)) == "torch"
+    monkeypatch.setenv("DPOFAST_HEAD_BACKEND", "tritn")
+    with pytest.raises(ValueError, match=r"DPOFAST_HEAD_BACKEND is 'tritn'.*expected one of tri"):
+        backends.backend_for(gpu(torch.bfloat16))
