@@ -44,10 +44,11 @@ class Steps(TrainerCallback):
         self.device, self.last = device, last
         self.seconds: list[float] = []
         self.tokens: list[int] = []
-        activities = [ProfilerActivity.CPU]
-        if device == "cuda":
-            activities.append(ProfilerActivity.CUDA)
-        self.profiled = profile(activities=activities)
+        # Only kernels on a GPU: to record the host's side would slow the host down.
+        on_gpu = device == "cuda"
+        self.profiled = profile(
+            activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]
+        )
 
     def on_step_begin(self, _args: Any, state: Any, _control: Any, **_: Any) -> None:
         self._wait()
@@ -109,7 +110,12 @@ def profile_step(case: Case, folder: Path, device: str) -> dict[str, Any]:
 
 def kernel_times(events: Iterable[Any]) -> tuple[list[dict[str, Any]], float]:
     """Kernels of a profile by their total time, and the time in which at least one ran."""
-    on_device = [e for e in events if e.device_type == DeviceType.CUDA]
+    on_device = [
+        event
+        for event in events
+        # A marked span of the device's time is not a kernel.
+        if event.device_type == DeviceType.CUDA and not event.is_user_annotation
+    ]
     totals: dict[str, list[float]] = {}
     busy, reached = 0.0, 0.0
     for event in sorted(on_device, key=lambda each: each.time_range.start):
