@@ -5,7 +5,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constr
 STAMP := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-ranks test-slow test-gpu torture lint format bench race race-groups race-ref wheel freeze
+.PHONY: help setup demo test test-ranks test-slow test-gpu gpu-quick torture lint format bench race race-groups race-ref wheel freeze
 
 help:  ## list these commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 12
@@ -46,6 +46,9 @@ test-slow: setup  ## the slow tests, among them the step by step comparison with
 
 test-gpu: setup  ## the tests that need a GPU, with compiled kernels
 	$(BIN)/python -m pytest -q -m gpu $(ARGS)
+
+gpu-quick: setup  ## measure what matters most on a GPU, in ten minutes; writes runs/bench/gpu
+	$(BIN)/python -m benchmarks.gpu --quick
 
 torture: setup  ## kill builds and corrupt files many times over; full counts of the slow tests
 	$(BIN)/python -m pytest -q -m torture $(ARGS)

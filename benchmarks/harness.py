@@ -22,8 +22,10 @@ from typing import Any
 import torch
 
 TIMED, WRONG, FAILED, ABSENT = "timed", "wrong", "failed", "absent"
-# Larger than any L2 cache. Zeroing it also keeps the device busy while the host queues the call.
-FLUSH_BYTES = 2**28
+FLUSH_BYTES = 2**28  # larger than any L2 cache
+# The device waits for about a millisecond while the host queues the call. Without that, a device
+# that is faster than the host's Python would wait for it while the clock runs.
+SLEEP_CYCLES = 2_000_000
 
 Clock = Callable[[Callable[[], Any]], float]
 
@@ -160,6 +162,7 @@ class CudaClock:
         start = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         end = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         self._flush.zero_()
+        torch.cuda._sleep(SLEEP_CYCLES)  # type: ignore[no-untyped-call]
         start.record()
         result = run()
         end.record()

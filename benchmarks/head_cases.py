@@ -150,7 +150,7 @@ def make_inputs(case: Case, device: str, targets: dict[str, Tensor] | None = Non
     drift = torch.randn(size, generator=generator, device=device) * (0.1 / unit)
     ref_hidden_states = (hidden_states + drift).to(dtype)
     hidden_states = hidden_states.to(dtype)
-    bounds = _bounds(case)
+    bounds = bounds_of(case)
     if targets is None:
         labels = _draw_labels(hidden_states, weight, generator)
         per_token = _exact_logps(ref_hidden_states, weight.double(), labels, bounds)
@@ -165,7 +165,7 @@ def make_inputs(case: Case, device: str, targets: dict[str, Tensor] | None = Non
     )
 
 
-def _bounds(case: Case) -> Tensor:
+def bounds_of(case: Case) -> Tensor:
     """[2P+1] bounds of the answers; uneven ones have about 0.25 to 1.75 of the mean length."""
     num_sequences = 2 * case.num_pairs
     generator = torch.Generator().manual_seed(1)

@@ -18,6 +18,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from benchmarks.harness import AbsentError, Contender
 from benchmarks.head_cases import BETA, Inputs, Outputs, sequence_rows
+from benchmarks.head_truth import GRADIENTS
 from benchmarks.suite import Entry, Work
 from benchmarks.suite import contender as make_contender
 from dpofast_kernels import (
@@ -33,6 +34,10 @@ IGNORED = -100
 # Relative error allowed for a gradient that is rounded to bf16 after each block of the vocabulary,
 # one or two thousand times. Each rounding adds an error of up to 2^-9, with either sign.
 BF16_SUMS = 0.2
+# Tokens on which a peer that takes no DPO loss is compared with plain PyTorch, and the relative
+# error that it may have. QuACK wants a multiple of 8 tokens.
+CHECKED_TOKENS = 256
+SUMMED_ERROR = 0.05
 
 LogpsFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -67,8 +72,10 @@ def _ours(backend: str) -> Entry:
     def make(inputs: Inputs) -> Work:
         if backend != "torch" and os.environ.get("TRITON_INTERPRET") != "1":
             _need_gpu(inputs)
-        options, loss_of = HeadOptions(backend=backend), make_loss("sigmoid", beta=BETA)
         num_pairs = len(inputs.bounds) // 2
+        # The trainer tells the op the factor of the loss, too.
+        options = HeadOptions(backend=backend, upstream=1.0 / num_pairs)
+        loss_of = make_loss("sigmoid", beta=BETA)
 
         @torch.no_grad()
         def forward() -> Outputs:
@@ -202,6 +209,49 @@ def _cce(filter_eps: str | None) -> Callable[[Inputs], Work]:
     return make
 
 
+def _quack(inputs: Inputs) -> Work:
+    """QuACK's cross-entropy, summed over all tokens; it gives no log-prob of a single token."""
+    _need_gpu(inputs)
+    from quack.linear_cross_entropy import chunked_linear_cross_entropy
+
+    def loss_and_gradients(x: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
+        loss = chunked_linear_cross_entropy(x, weight, labels, reduction="sum")
+        return loss.detach(), *torch.autograd.grad(loss, [x, weight])
+
+    _check_summed(loss_and_gradients, inputs)
+
+    @torch.no_grad()
+    def forward() -> Outputs:
+        x, weight = inputs.hidden_states, inputs.weight
+        return Outputs(loss=chunked_linear_cross_entropy(x, weight, inputs.labels, reduction="sum"))
+
+    def forward_backward() -> Outputs:
+        found = loss_and_gradients(inputs.hidden_states, inputs.weight, inputs.labels)
+        loss, d_hidden_states, d_weight = found
+        return Outputs(None, None, loss, d_hidden_states, d_weight)
+
+    return Work(forward, forward_backward)
+
+
+def _check_summed(
+    loss_and_gradients: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, ...]], inputs: Inputs
+) -> None:
+    """Compare a summed cross-entropy and its gradients with plain PyTorch's, on a few tokens.
+
+    Raises:
+        ValueError: one of them is far off.
+    """
+    labels = inputs.labels[:CHECKED_TOKENS]
+    x = inputs.hidden_states.detach()[:CHECKED_TOKENS].requires_grad_()
+    loss = -naive_logps(x, inputs.weight, labels).sum()
+    expected = (loss.detach(), *torch.autograd.grad(loss, [x, inputs.weight]))
+    found = loss_and_gradients(x, inputs.weight, labels)
+    for name, got, right in zip(("loss", *GRADIENTS), found, expected, strict=True):
+        error = float((got.float() - right.float()).norm() / right.float().norm())
+        if not error <= SUMMED_ERROR:
+            raise ValueError(f"its {name} has an error of {error:.1e}, at most {SUMMED_ERROR:g}")
+
+
 def _floor(fp32_d_weight: bool) -> Callable[[Inputs], Work]:
     """The bare matrix products of a head, written to preallocated outputs.
 
@@ -276,6 +326,12 @@ ENTRIES: dict[str, Entry] = {
         _cce("high"),
         "its default: drops blocks of small gradients; sums the others in bf16, block by block",
         gradient_error=BF16_SUMS,
+    ),
+    "quack": Entry(
+        _quack,
+        "cross-entropy summed over all tokens, no DPO loss; not judged with the others, but "
+        f"compared with plain PyTorch on {CHECKED_TOKENS} tokens beforehand",
+        judged=False,
     ),
     "floor": Entry(_floor(False), "the bare products, outputs preallocated", judged=False),
     "floor_fp32": Entry(

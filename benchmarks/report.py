@@ -34,6 +34,8 @@ RIVALS = {
     "cce_exact": "Cut Cross-Entropy, exact",
     "cce_filtered": "Cut Cross-Entropy, filtered",
 }
+# Results without contenders, which have no line in the README.
+WITHOUT_CONTENDERS = ("gpu", "ceilings", "device_tests", "step_profile")
 TITLES = {
     "head": "head and loss, forward and backward",
     "train": "whole training steps, TRL with precomputed reference log-probs",
@@ -62,8 +64,8 @@ class Figures:
     source: str
 
 
-def read_figures(path: Path) -> Figures:
-    """Read a file that a benchmark wrote with --json.
+def read_figures(path: Path) -> Figures | None:
+    """Read a file that a benchmark wrote with --json; None if the README leaves it out.
 
     Raises:
         ResultError: the file isn't a benchmark's result, or comes from a dry run or a checkout with
@@ -72,7 +74,7 @@ def read_figures(path: Path) -> Figures:
     name = path.name
     try:
         result = json.loads(path.read_text(encoding="utf-8"))
-        return _figures(result, name)
+        return None if result["benchmark"] in WITHOUT_CONTENDERS else _figures(result, name)
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         if isinstance(error, ResultError):
             raise
@@ -122,7 +124,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--readme", type=Path, default=README, help="default: %(default)s")
     given = parser.parse_args(arguments)
     try:
-        figures = [read_figures(path) for path in sorted(given.results.rglob("*.json"))]
+        found = [read_figures(path) for path in sorted(given.results.rglob("*.json"))]
+        figures = [each for each in found if each is not None]
         old = given.readme.read_text(encoding="utf-8")
         new = with_block(old, block(figures))
     except (ResultError, OSError) as error:

@@ -16,7 +16,7 @@ import torch
 from benchmarks import REPOSITORY
 from dpofast.monitor.summary import hardware, versions
 
-PEERS = ("trl", "liger-kernel", "cut-cross-entropy")
+PEERS = ("trl", "liger-kernel", "cut-cross-entropy", "quack-kernels")
 
 
 def stamps(module: str) -> dict[str, Any]:

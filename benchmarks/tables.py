@@ -40,7 +40,7 @@ def print_times(
             _number(ratios.get(f"{name}_{suffix}"), 3),
             f"{result.status}: {result.reason}" if result.reason else _closest(result),
         )
-    _console().print(table)
+    console().print(table)
 
 
 def print_peaks(
@@ -57,7 +57,7 @@ def print_peaks(
             _number(ratios.get(f"{name}_memory"), 3),
             peaks.get("reason", ""),
         )
-    _console().print(table)
+    console().print(table)
 
 
 def print_race(title: str, standings: dict[str, Any], ratios: dict[str, float | None]) -> None:
@@ -81,7 +81,7 @@ def print_race(title: str, standings: dict[str, Any], ratios: dict[str, float | 
             _number(ratios.get(f"{name}_memory"), 3),
             f"{result.status}: {result.reason}" if result.reason else _closest(result),
         )
-    _console().print(table)
+    console().print(table)
 
 
 def _table(title: str, numbers: Sequence[str], remark: str) -> Table:
@@ -94,7 +94,7 @@ def _table(title: str, numbers: Sequence[str], remark: str) -> Table:
     return table
 
 
-def _console() -> Console:
+def console() -> Console:
     """A console as wide as the terminal; without a terminal, wide enough for the tables."""
     return Console(width=None if sys.stdout.isatty() else 132)
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import TrainerCallback, set_seed
 
+from benchmarks.cudnn import right_attention
 from benchmarks.harness import AbsentError
 from benchmarks.train_cases import BETA, MAX_GRAD_NORM, SEED, Work
 
@@ -231,7 +232,7 @@ def _trl(precompute: bool = True, compact: bool = False) -> Callable[[Work, Mete
         )
         for watched in filter(None, (trainer.model, trainer.ref_model)):
             meter.watch(watched, head=False)
-        meter.attention = work.attention
+        meter.attention = right_attention(work.attention, work.device)
         trainer.train()
 
     return run
@@ -277,7 +278,7 @@ def _naive(work: Work, meter: Meter) -> None:
         set_seed(SEED)
         model = get_peft_model(model, adapter)
     meter.watch(model)
-    meter.attention = work.attention
+    meter.attention = right_attention(work.attention, work.device)
     model.train()
     if work.case.checkpointing:
         model.gradient_checkpointing_enable(CHECKPOINTING)

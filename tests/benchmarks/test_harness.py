@@ -6,7 +6,9 @@ import json
 import math
 import subprocess
 import time
+import types
 from contextlib import contextmanager
+from typing import ClassVar
 
 import pytest
 
@@ -17,6 +19,7 @@ from benchmarks.harness import (
     WRONG,
     AbsentError,
     Contender,
+    CudaClock,
     Result,
     TimeLimitError,
     Verdict,
@@ -63,6 +66,35 @@ class Calls:
 
 def raise_error(message):
     raise RuntimeError(message)
+
+
+class _FakeEvent:
+    """A CUDA event that notes when it is recorded, and is 5 ms from any other."""
+
+    notes: ClassVar[list[str]] = []
+
+    def __init__(self, enable_timing):
+        assert enable_timing
+
+    def record(self):
+        self.notes.append("event")
+
+    def synchronize(self):
+        self.notes.append("wait")
+
+    def elapsed_time(self, _):
+        return 5.0
+
+
+def test_a_device_waits_until_the_host_is_ahead(monkeypatch):
+    notes = _FakeEvent.notes
+    notes.clear()
+    flush = types.SimpleNamespace(zero_=lambda: notes.append("flush"))
+    monkeypatch.setattr("torch.empty", lambda *_, **__: flush)
+    monkeypatch.setattr("torch.cuda.Event", _FakeEvent)
+    monkeypatch.setattr("torch.cuda._sleep", lambda cycles: notes.append("sleep"))
+    assert CudaClock()(lambda: notes.append("run")) == 5e-3
+    assert notes == ["flush", "sleep", "event", "run", "event", "wait"]
 
 
 def test_rounds_are_interleaved_and_start_with_another_each():

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import types
 from dataclasses import replace
 from itertools import pairwise
 
@@ -106,6 +107,27 @@ def test_peers_that_run_on_a_cpu_do_the_same_work(name, step, inputs, judge):
     made = contender(name, inputs, step)
     assert made.reason is None
     assert getattr(judge, step)(made.run()).complaint is None
+
+
+@pytest.mark.parametrize("factor", [1.0, 1.1])
+def test_a_peer_without_a_dpo_loss_is_compared_beforehand(factor, inputs, monkeypatch):
+    def summed(x, weight, labels, reduction):
+        assert reduction == "sum"
+        return factor * F.cross_entropy(x @ weight.t(), labels, reduction=reduction)
+
+    twin = types.ModuleType("quack.linear_cross_entropy")
+    twin.chunked_linear_cross_entropy = summed
+    monkeypatch.setitem(sys.modules, "quack", types.ModuleType("quack"))
+    monkeypatch.setitem(sys.modules, "quack.linear_cross_entropy", twin)
+    monkeypatch.setattr("benchmarks.head_contenders._need_gpu", lambda _: None)
+    made = contender("quack", inputs, "forward_backward")
+    if factor == 1.0:
+        outputs = made.run()
+        assert outputs.d_weight.shape == inputs.weight.shape
+        assert not made.judged
+    else:
+        assert made.run is None
+        assert "its loss has an error of 1.0e-01" in made.reason
 
 
 def test_each_wrong_part_is_found(inputs, judge):

@@ -1,0 +1,58 @@
+"""Figures that were measured on a card, from the files that benchmarks wrote there."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+
+@dataclass
+class Measured:
+    """Measured seconds by what was measured; later files replace earlier ones.
+
+    Attributes:
+        heads: of our head, forward and backward, by (N, H, V).
+        floors: of the bare products, by (N, H, V).
+        steps: of a step per token, by shape and whether it was checkpointed.
+    """
+
+    heads: dict[tuple[int, int, int], float] = field(default_factory=dict)
+    floors: dict[tuple[int, int, int], float] = field(default_factory=dict)
+    steps: dict[tuple[str, bool], float] = field(default_factory=dict)
+
+
+def read_measured(results: Path, card: str) -> Measured:
+    """Read all results of a card under a folder; files of other kinds are passed over.
+
+    Args:
+        results: folder with JSON files.
+        card: name of the card, which the device's name contains: "h200".
+    """
+    found = Measured()
+    for result in _results(results, card):
+        kind = result.get("benchmark")
+        if kind == "head":
+            for case in result["cases"]:
+                timed = case.get("forward_backward", {})
+                key = (case["N"], case["H"], case["V"])
+                for name, times in ((case["ours"], found.heads), ("floor", found.floors)):
+                    seconds = timed.get(name, {}).get("median")
+                    if seconds and case["dtype"] == "bfloat16":
+                        times[key] = seconds
+        elif kind == "step_profile":
+            case = result["case"]
+            key_of_step = case["shape"], case["checkpointing"]
+            found.steps[key_of_step] = result["step_seconds"] / result["tokens"]
+    return found
+
+
+def _results(results: Path, card: str) -> Iterator[dict[str, Any]]:
+    for path in sorted(results.rglob("*.json")):
+        result = json.loads(path.read_text(encoding="utf-8"))
+        devices = result.get("stamps", {}).get("hardware", {}).get("devices", [])
+        is_of_card = any(card.lower() in name.lower() for name in devices)
+        if is_of_card and not result.get("dry_run"):
+            yield result
