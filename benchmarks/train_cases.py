@@ -56,8 +56,19 @@ def _shape(
 
 # Shapes without a vocabulary size get the tokenizer's.
 _TIED = {"vocab_size": 151936, "tie_word_embeddings": True}
+# Three layers of four have a state, as the config says by itself. As in Qwen3.5, the values of a
+# state are as wide as the model, and its keys half as wide.
+_STATES = {"linear_num_key_heads": 2, "linear_num_value_heads": 4}
 SHAPES = {
     "tiny": _shape("llama", 32, 48, 2, (4, 2)),
+    "tiny hybrid": _shape(
+        *("qwen3_5_text", 32, 48, 4, (4, 2)),
+        **{"head_dim": 8, "linear_key_head_dim": 8, "linear_value_head_dim": 8, **_STATES},
+    ),
+    "hybrid": _shape(
+        *("qwen3_5_text", 256, 688, 4, (4, 2)),
+        **{"head_dim": 64, "linear_key_head_dim": 64, "linear_value_head_dim": 64, **_STATES},
+    ),
     "race": _shape("llama", 256, 688, 4, (4, 2)),
     "0.5b": _shape("qwen2", 896, 4864, 24, (14, 2), **_TIED),
     "3b": _shape("qwen2", 2048, 11008, 36, (16, 2), **_TIED),
@@ -281,10 +292,10 @@ def _random(case: Case) -> tuple[Any, Dataset, str]:
     return train_bpe(["some words"], TINY_VOCABULARY), Dataset.from_list(rows), "random"
 
 
-def race_case() -> Case:
+def race_case(shape: str = "race") -> Case:
     """The race on a CPU."""
     sizes = (1, 2, 4, 8)
-    return Case("race", batch_sizes={"trl": sizes, "trl_compact": sizes})
+    return Case(shape, batch_sizes={"trl": sizes, "trl_compact": sizes})
 
 
 def gpu_case(shape: str, batch_sizes: tuple[int, ...]) -> Case:
@@ -324,7 +335,7 @@ def tiny(case: Case) -> Case:
     sizes = {name: (1, 2) if len(each) > 1 else each for name, each in case.batch_sizes.items()}
     return replace(
         case,
-        shape="tiny",
+        shape="tiny hybrid" if case.shape == "hybrid" else "tiny",
         data="random",
         pairs_per_step=4 if case.answers == 2 else 2 * num_pairs(case.answers),
         steps=2,
