@@ -54,21 +54,26 @@ def _shape(
     }
 
 
+def _hybrid(hidden_size: int, intermediate_size: int, head_dim: int) -> tuple[str, dict[str, Any]]:
+    """A Qwen3.5 of four layers, of which three have a state, as its config says by itself.
+
+    As in the large ones, the values of a layer's states are as wide as the model, and their keys
+    half as wide.
+
+    Args:
+        head_dim: size of each head, of attention and of states.
+    """
+    sizes = dict.fromkeys(("head_dim", "linear_key_head_dim", "linear_value_head_dim"), head_dim)
+    states = {"linear_num_key_heads": 2, "linear_num_value_heads": 4}
+    return _shape("qwen3_5_text", hidden_size, intermediate_size, 4, (4, 2), **sizes, **states)
+
+
 # Shapes without a vocabulary size get the tokenizer's.
 _TIED = {"vocab_size": 151936, "tie_word_embeddings": True}
-# Three layers of four have a state, as the config says by itself. As in Qwen3.5, the values of a
-# state are as wide as the model, and its keys half as wide.
-_STATES = {"linear_num_key_heads": 2, "linear_num_value_heads": 4}
 SHAPES = {
     "tiny": _shape("llama", 32, 48, 2, (4, 2)),
-    "tiny hybrid": _shape(
-        *("qwen3_5_text", 32, 48, 4, (4, 2)),
-        **{"head_dim": 8, "linear_key_head_dim": 8, "linear_value_head_dim": 8, **_STATES},
-    ),
-    "hybrid": _shape(
-        *("qwen3_5_text", 256, 688, 4, (4, 2)),
-        **{"head_dim": 64, "linear_key_head_dim": 64, "linear_value_head_dim": 64, **_STATES},
-    ),
+    "tiny hybrid": _hybrid(32, 48, 8),
+    "hybrid": _hybrid(256, 688, 64),
     "race": _shape("llama", 256, 688, 4, (4, 2)),
     "0.5b": _shape("qwen2", 896, 4864, 24, (14, 2), **_TIED),
     "3b": _shape("qwen2", 2048, 11008, 36, (16, 2), **_TIED),

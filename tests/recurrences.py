@@ -50,7 +50,7 @@ def state_space(
     to_state: Tensor,  # [1, L, G, N]
     from_state: Tensor,  # [1, L, G, N]
     *,
-    D: Tensor,
+    D: Tensor,  # noqa: N803 - the name in transformers
     dt_bias: Tensor | None = None,
     dt_softplus: bool = False,
     dt_limit: tuple[float, float] = (0.0, float("inf")),

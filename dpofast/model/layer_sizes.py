@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-# Types of layers: attention in a window, attention to all tokens, and neither attention nor a state.
+# Types of layers: attention in a window, attention to all tokens, and neither attention nor states.
 # Layers of other types, such as those of Mamba-1, do work that nothing here counts.
 WINDOWED, FULL = "sliding_attention", "full_attention"
 WITHOUT = frozenset({"conv", "mlp", "moe"})
@@ -25,7 +25,7 @@ _GATED_DELTA = (_DELTA, "linear_num_value_heads", "linear_key_head_dim", "linear
 _MAMBA = (_MAMBA2, "mamba_n_heads", "mamba_d_state", "mamba_d_head")
 # By model type: the products of a token with each state, and the names of the number of states and
 # of their two sizes.
-STATES = {
+STATES: dict[str, tuple[int, str, str, str]] = {
     "bamba": _MAMBA,
     "falcon_h1": _MAMBA,
     "granitemoehybrid": _MAMBA,
@@ -110,7 +110,8 @@ def state_sizes(config: Any) -> list[StateSize]:
         if layer_type in (STATE, STATE_AND_ATTENTION):
             products, *names = STATES[config.model_type]
             layer = _Layer(config, index)
-            found.append(StateSize(*(layer.whole(name) for name in names), products))
+            num_heads, key_dim, value_dim = (layer.whole(name) for name in names)
+            found.append(StateSize(num_heads, key_dim, value_dim, products))
     return found
 
 

@@ -66,7 +66,7 @@ def test_a_mixture_counts_the_experts_that_a_token_goes_through():
 def forward_flops(model, num_tokens):
     """Operations that PyTorch counts in a forward pass of the body, attention included.
 
-    Recurrences run token by token. Their results are compared with those of transformers' functions.
+    Recurrences run token by token, and give what transformers' functions do.
     """
     body, input_ids = body_of(model), torch.arange(num_tokens)[None]
     home = sys.modules[type(model).__module__]
