@@ -373,4 +373,4 @@ _RIVALS = ("trl", "trl_compact", "trl_plain", TRUTH)
 # The races of pairs, of prompts with several answers, and of a hybrid. Ours comes first in each.
 OF_PAIRS = ("shared", "unshared", "padded", *_RIVALS)
 OF_ANSWERS = ("grouped", "ungrouped", *_RIVALS)
-OF_HYBRIDS = ("shared", "unshared", "padded", TRUTH)
+OF_HYBRIDS = ("shared", "padded", TRUTH)
