@@ -18,7 +18,7 @@ SCRIPT = Path(__file__).with_name("hybrid_ranks.py")
 def test_two_ranks_train_a_hybrid_as_padded_dpo(tmp_path):
     pairs = hybrid_pairs()
     pairs.save_to_disk(str(tmp_path / "pairs"))
-    launch(SCRIPT, 2, str(tmp_path), "zero3")
+    launch(SCRIPT, 2, str(tmp_path), "zero3", timeout=500.0)
     total = 0
     for rank in range(2):
         counts = json.loads((tmp_path / f"rank-{rank}.json").read_text())
