@@ -5,7 +5,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constr
 STAMP := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-ranks test-slow test-gpu gpu-quick torture lint format bench race race-groups race-ref wheel freeze
+.PHONY: help setup demo test test-ranks test-slow test-gpu gpu-quick torture lint format bench race race-groups race-hybrid race-ref wheel freeze
 
 help:  ## list these commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 12
@@ -70,6 +70,9 @@ race: setup  ## race whole training steps against TRL and plain PyTorch, on this
 
 race-groups: setup  ## race steps on prompts with four answers, all six pairs of each (25 minutes)
 	$(BIN)/python -m benchmarks.train --answers 4 --json runs/bench/train-groups.json
+
+race-hybrid: setup  ## race steps of a small hybrid, in shared rows and padded, on this machine (10 minutes)
+	$(BIN)/python -m benchmarks.train --device cpu --shape hybrid --json runs/bench/train-hybrid.json
 
 race-ref: setup  ## race the scoring of the reference against TRL's, on this machine (15 minutes)
 	$(BIN)/python -m benchmarks.reference --json runs/bench/reference.json

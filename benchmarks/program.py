@@ -139,8 +139,8 @@ def make_parser(program: Program, description: str) -> argparse.ArgumentParser:
     add("--rounds", type=int, help="that count; default: 3")
     add("--limit", type=float, default=900.0, help="seconds for a process of a contender")
     add("--threads", type=int, default=2, help="of PyTorch on the CPU; default: %(default)s")
-    shapes = [name for name in SHAPES if name not in ("tiny", "race")]
-    add("--shape", choices=shapes, default="0.5b", help="on a GPU; default: %(default)s")
+    shapes = [name for name in SHAPES if name not in ("tiny", "tiny hybrid", "race")]
+    add("--shape", choices=shapes, help="of the model; default on a GPU: 0.5b")
     add_data_option(parser)
     return parser
 
@@ -148,4 +148,5 @@ def make_parser(program: Program, description: str) -> argparse.ArgumentParser:
 def settle(options: argparse.Namespace) -> None:
     """Fill in the defaults that depend on the device."""
     options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    options.shape = options.shape or ("0.5b" if options.device == "cuda" else "race")
     options.rounds = options.rounds or (1 if options.dry_run else 3)

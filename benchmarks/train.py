@@ -2,6 +2,7 @@
 
 python -m benchmarks.train --device cpu --json train.json
 python -m benchmarks.train --device cpu --answers 4 --json train-groups.json
+python -m benchmarks.train --device cpu --shape hybrid --json train-hybrid.json
 
 Every contender's losses are compared with plain PyTorch's before it gets a speed. See
 docs/benchmarks.md.
@@ -20,11 +21,19 @@ from benchmarks.program import Program, make_parser, settle
 from benchmarks.rounds import Contest, Counts, Race
 from benchmarks.train_cases import Case, Work, gpu_case, race_case, tiny, with_answers
 from benchmarks.train_child import MODULE as CHILD_MODULE
-from benchmarks.train_contenders import ENTRIES, OF_ANSWERS, OF_PAIRS, TRUTH
+from benchmarks.train_contenders import (
+    ENTRIES,
+    OF_ANSWERS,
+    OF_HYBRIDS,
+    OF_PAIRS,
+    TRUTH,
+)
 from dpofast.data.packing.collate import Layout
 from dpofast.data.packing.plan import BatchShape, StepSampler
 from dpofast.data.packing.prompt_groups import PromptGroups
 from dpofast.data.packing.token_limit import token_limit
+
+HYBRID = "hybrid"  # a shape
 
 
 def contest(names: tuple[str, ...]) -> Contest:
@@ -44,10 +53,14 @@ def benchmark(options: argparse.Namespace) -> int:
 
 
 def program_of(options: argparse.Namespace) -> Program:
-    """The race that the command line asks for; targets are set for 2 and for 4 answers only."""
+    """The race that the command line asks for; a hybrid's targets are for the file's own pairs.
+
+    Other models have targets for 2 and for 4 answers.
+    """
     if options.answers == 2:
-        return PAIRS
-    return ANSWERS if options.answers == 4 else replace(ANSWERS, at_least={})
+        return HYBRIDS if options.shape == HYBRID else PAIRS
+    has_targets = options.answers == 4 and options.shape != HYBRID
+    return ANSWERS if has_targets else replace(ANSWERS, at_least={})
 
 
 def plan(race: Race, folder: Path, device: str) -> dict[str, Counts]:
@@ -94,7 +107,7 @@ def _longest(pair: dict[str, list[int]]) -> int:
 
 def case_of(options: argparse.Namespace) -> Case:
     """The case that the command line asks for."""
-    case = race_case()
+    case = race_case(options.shape)
     if options.device == "cuda":
         case = gpu_case(options.shape, tuple(options.batch_sizes))
     if options.answers != 2:
@@ -138,12 +151,15 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     gpu.add_argument("--no-checkpointing", action="store_true", help="keep all activations")
     options = parser.parse_args(arguments)
     settle(options)
+    if options.device == "cpu" and options.shape not in ("race", HYBRID):
+        parser.error(f"--shape {options.shape} needs --device cuda; a CPU can race {HYBRID}")
     for name in ("layers", "lora", "max_tokens", "pairs_per_step", "steps", "no_checkpointing"):
         if getattr(options, name) and options.device == "cpu":
             parser.error(f"--{name.replace('_', '-')} needs --device cuda; the CPU's race is fixed")
     for name in (*options.contenders, *options.skip):
         if name not in program_of(options).contest.entries:
-            parser.error(f"{name} takes no part in a race with --answers {options.answers}")
+            kind = HYBRID if options.shape == HYBRID else f"--answers {options.answers}"
+            parser.error(f"{name} takes no part in a race with {kind}")
     try:
         case_of(options)
     except ValueError as error:
@@ -165,10 +181,12 @@ ANSWERS = replace(
     at_least={"ungrouped_speed": 2.5, "trl_speed": 8.0, "naive_speed": 12.0},
     at_most={},
 )
+HYBRIDS = replace(PAIRS, contest=contest(OF_HYBRIDS), at_least={"padded_speed": 1.3}, at_most={})
 HELP = """Races whole DPO steps of our layouts, TRL and plain PyTorch, each in processes of its own.
-With --answers 4 each prompt has four answers, and our layout with groups races the one without. On
-a CPU a race takes some 15 minutes on two cores, and 25 with --answers 4. On a GPU choose the model
-with --shape. Exit code 1 means that ours was wrong, failed, or ran other tokens than planned;
+With --answers 4 each prompt has four answers, and our layout with groups races the one without.
+With --shape hybrid the model is a small Qwen3.5, three of whose four layers have a state. On a CPU
+a race takes some 15 minutes on two cores, and 25 with --answers 4. On a GPU --shape chooses the
+model. Exit code 1 means that ours was wrong, failed, or ran other tokens than planned;
 others may."""
 
 

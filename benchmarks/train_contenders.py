@@ -371,6 +371,7 @@ ENTRIES: dict[str, Entry] = {
 }
 TRUTH = "naive"
 _RIVALS = ("trl", "trl_compact", "trl_plain", TRUTH)
-# The race of pairs, and that of prompts with several answers. Ours comes first in each.
+# The races of pairs, of prompts with several answers, and of a hybrid. Ours comes first in each.
 OF_PAIRS = ("shared", "unshared", "padded", *_RIVALS)
 OF_ANSWERS = ("grouped", "ungrouped", *_RIVALS)
+OF_HYBRIDS = ("shared", "padded", TRUTH)

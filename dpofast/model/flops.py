@@ -1,7 +1,8 @@
 """Floating-point operations of a training step, and the most that devices can do in a second.
 
 Only matrix products count, with two operations for a multiplication and its addition. Work that
-gradient checkpointing does a second time counts once.
+gradient checkpointing does a second time counts once. A recurrence counts as it is defined, token
+by token: what kernels do in addition, to run it in chunks, doesn't count.
 
 Source: the model FLOPs of the PaLM paper, arXiv:2204.02311, appendix B.
 """
@@ -16,7 +17,12 @@ import torch
 from torch import nn
 
 from dpofast.data.packing.batch import PackedPairs
-from dpofast.model.layer_sizes import attention_sizes, experts_per_token, num_experts
+from dpofast.model.layer_sizes import (
+    attention_sizes,
+    experts_per_token,
+    num_experts,
+    state_sizes,
+)
 from dpofast.model.parts import body_of, causal_lm, numel, shape
 from dpofast.model.unreached import reached_modules
 
@@ -47,6 +53,7 @@ HALVES = (torch.bfloat16, torch.float16)
 # Products per weight: one in the forward, one for the gradient of the input, and, if the weight is
 # trained, one for its own gradient.
 PASSES_FROZEN, PASSES_TRAINED = 2, 3
+ADAPTERS_OF_LAYERS = "_adapter_list."  # part of the names of adapters for one layer each
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
@@ -59,13 +66,13 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
 
 
 class TrainingFlops:
-    """Counts the operations of a micro-batch: forward and backward of body, attention and head.
+    """Counts the operations of a micro-batch, forward and backward.
 
     Args:
         model: the policy. Its parameters are counted here, before anything shards them.
 
     Attributes:
-        per_token: operations of the body's products for one token.
+        per_token: operations of the body's products and of its states for one token.
         per_scored: operations of the head's product for one scored token.
         per_score: operations of attention for one query and one key, summed over all layers whose
             attention has the same window. The keys are the windows; None for no window.
@@ -78,6 +85,9 @@ class TrainingFlops:
         lm = causal_lm(model)
         config = lm.config.get_text_config()
         self.per_token = _product_flops(body_of(lm), config)
+        for states in state_sizes(config):
+            size = states.num_heads * states.key_dim * states.value_dim
+            self.per_token += 2 * PASSES_TRAINED * states.products * size
         self.per_scored = _product_flops(lm.get_output_embeddings(), config)
         self.per_score: dict[int | None, float] = {}
         for layer in attention_sizes(config):
@@ -105,6 +115,7 @@ class TrainingFlops:
 def _product_flops(module: nn.Module, config: Any) -> float:
     """Operations of all matrices of a module for one token of text, forward and backward."""
     total = 0.0
+    counted = set()
     for name, submodule in reached_modules(module):
         if isinstance(submodule, nn.Embedding):  # looked up, not multiplied
             continue
@@ -112,6 +123,10 @@ def _product_flops(module: nn.Module, config: Any) -> float:
         for own_name, parameter in submodule.named_parameters(recurse=False):
             if parameter.dim() < 2 or own_name.endswith("bias"):
                 continue
+            # The block that holds Zamba2's adapters runs in several layers, each adapter in one.
+            if ADAPTERS_OF_LAYERS in name and id(parameter) in counted:
+                continue
+            counted.add(id(parameter))
             share = 1.0 if is_convolution else _active_share(name, shape(parameter), config)
             passes = PASSES_TRAINED if parameter.requires_grad else PASSES_FROZEN
             total += 2 * passes * share * numel(parameter)

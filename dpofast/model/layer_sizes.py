@@ -9,12 +9,35 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-# Types of layers: attention in a window, attention to all tokens, and no attention. Layers of other
-# types, such as state-space layers, do work that nothing here counts.
-WINDOWED, FULL, WITHOUT = "sliding_attention", "full_attention", "conv"
+# Types of layers: attention in a window, attention to all tokens, and neither attention nor states.
+# Layers of other types, such as those of Mamba-1, do work that nothing here counts.
+WINDOWED, FULL = "sliding_attention", "full_attention"
+WITHOUT = frozenset({"conv", "mlp", "moe"})
+# Types of layers with a state, of model types in STATES: a state alone, and a state and attention.
+STATE, STATE_AND_ATTENTION = "linear_attention", "hybrid"
 # Model types whose layers run several times for a token, attend in a way of their own, or hold all
 # experts in one matrix.
 OWN_WAYS = frozenset({"dbrx", "diffllama", "hrm_text"})
+# What a token does with a state: a delta rule reads it by its key, adds to it, and reads it by its
+# query; Mamba-2 adds to it, and reads it.
+_DELTA, _MAMBA2 = 3, 2
+_GATED_DELTA = (_DELTA, "linear_num_value_heads", "linear_key_head_dim", "linear_value_head_dim")
+_MAMBA = (_MAMBA2, "mamba_n_heads", "mamba_d_state", "mamba_d_head")
+# By model type: the products of a token with each state, and the names of the number of states and
+# of their two sizes.
+STATES: dict[str, tuple[int, str, str, str]] = {
+    "bamba": _MAMBA,
+    "falcon_h1": _MAMBA,
+    "granitemoehybrid": _MAMBA,
+    "kimi_linear": (_DELTA, "linear_num_heads", "linear_head_dim", "linear_head_dim"),
+    "mamba2": (_MAMBA2, "num_heads", "state_size", "head_dim"),
+    "nemotron_h": (_MAMBA2, "mamba_num_heads", "ssm_state_size", "mamba_head_dim"),
+    "olmo_hybrid": _GATED_DELTA,
+    "qwen3_5_moe_text": _GATED_DELTA,
+    "qwen3_5_text": _GATED_DELTA,
+    "qwen3_next": _GATED_DELTA,
+    "zamba2": (_MAMBA2, "n_mamba_heads", "mamba_d_state", "mamba_headdim"),
+}
 # Names of the number of experts that a router chooses from, and of those that it chooses.
 NUM_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 PER_TOKEN = ("num_experts_per_tok", "top_k_experts", "num_experts_per_token", "moe_topk", "moe_k")
@@ -41,6 +64,22 @@ class AttentionSize:
     window: int | None
 
 
+@dataclass(frozen=True)
+class StateSize:
+    """The size of one layer's states.
+
+    Attributes:
+        num_heads: states, one for each head.
+        key_dim, value_dim: the two sizes of a state, which is a matrix.
+        products: products of a token with each state: it is read, or something is added to it.
+    """
+
+    num_heads: int
+    key_dim: int
+    value_dim: int
+    products: int
+
+
 def attention_sizes(config: Any) -> list[AttentionSize]:
     """The sizes of all layers that have attention, in their order.
 
@@ -50,18 +89,49 @@ def attention_sizes(config: Any) -> list[AttentionSize]:
     Raises:
         UnknownSizesError: a size is missing, or a layer is of a type that isn't known here.
     """
+    return [
+        _attention_size(_Layer(config, index), layer_type)
+        for index, layer_type in enumerate(_layer_types(config))
+        if layer_type != STATE and layer_type not in WITHOUT
+    ]
+
+
+def state_sizes(config: Any) -> list[StateSize]:
+    """The sizes of the states of all layers that have some, in their order.
+
+    Args:
+        config: a text config of transformers.
+
+    Raises:
+        UnknownSizesError: a size is missing, or a layer is of a type that isn't known here.
+    """
+    found = []
+    for index, layer_type in enumerate(_layer_types(config)):
+        if layer_type in (STATE, STATE_AND_ATTENTION):
+            products, *names = STATES[config.model_type]
+            layer = _Layer(config, index)
+            num_heads, key_dim, value_dim = (layer.whole(name) for name in names)
+            found.append(StateSize(num_heads, key_dim, value_dim, products))
+    return found
+
+
+def _layer_types(config: Any) -> list[str | None]:
+    """The type of each layer; None for a config that tells no types.
+
+    Raises:
+        UnknownSizesError: a layer is of a type that isn't known here.
+    """
     if (model_type := getattr(config, "model_type", None)) in OWN_WAYS:
         raise UnknownSizesError(f"the work of {model_type}'s layers isn't known")
     count = _whole(config, "num_hidden_layers")
     types = getattr(config, "layer_types", None) or [None] * count
-    unknown = sorted({str(each) for each in types} - {WINDOWED, FULL, WITHOUT, "None"})
+    known = {WINDOWED, FULL, None, *WITHOUT}
+    if model_type in STATES:
+        known |= {STATE, STATE_AND_ATTENTION}
+    unknown = sorted(str(each) for each in {*types} - known)
     if unknown or len(types) != count:
         raise UnknownSizesError(f"layers of type {', '.join(unknown)} aren't known")
-    return [
-        _attention_size(_Layer(config, index), layer_type)
-        for index, layer_type in enumerate(types)
-        if layer_type != WITHOUT
-    ]
+    return list(types)
 
 
 def num_experts(config: Any) -> int:

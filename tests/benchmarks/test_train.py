@@ -11,10 +11,10 @@ import pytest
 from benchmarks import program, train
 from benchmarks.harness import ABSENT, FAILED, TIMED, WRONG
 from benchmarks.rounds import TRIAL_STEPS, Race
-from benchmarks.train import PAIRS, benchmark, case_of, parse, planned_counts
+from benchmarks.train import PAIRS, benchmark, case_of, parse, planned_counts, program_of
 from benchmarks.train_cases import Case, Work, gpu_case, prepare, race_case, tiny
 from benchmarks.train_child import run
-from benchmarks.train_contenders import OF_PAIRS
+from benchmarks.train_contenders import OF_HYBRIDS, OF_PAIRS
 from tests.racing import Children, compare
 
 CASE = tiny(race_case())
@@ -103,6 +103,18 @@ def test_trl_trains_the_same(name, work, truth, stock_trl):
     else:  # every token except the last of each sequence
         num_sequences = models * 2 * CASE.steps * CASE.pairs_per_step
         assert rows == models * padded_tokens(work) - num_sequences
+
+
+@pytest.mark.slow
+def test_layouts_of_a_hybrid_train_the_same_on_what_was_planned(tmp_path):
+    case = tiny(race_case("hybrid"))
+    prepare(case, tmp_path, None)
+    work = Work(tmp_path, "cpu", BATCH, case.steps)
+    truth = run("naive", work)
+    for name in ("shared", "padded"):
+        found = run(name, work)
+        compare(found, truth, case)
+        assert found["counts"] == planned_counts(work, name)
 
 
 @pytest.mark.parametrize("name", ["shared", "naive"])
@@ -271,6 +283,17 @@ def test_the_race_on_a_cpu_is_the_one_that_is_described():
     assert (case.max_tokens, case.fixed_batch, case.checkpointing) == (2048, 4, False)
 
 
+def test_the_race_of_a_hybrid():
+    options = parse(["--device", "cpu", "--shape", "hybrid"])
+    found, case = program_of(options), case_of(options)
+    assert (found.contest.ours, [*found.contest.entries]) == ("shared", [*OF_HYBRIDS])
+    assert (found.at_least, found.at_most) == ({"padded_speed": 1.3}, {})
+    assert case == replace(case_of(parse(["--device", "cpu"])), shape="hybrid")
+    config = case.config(16_000, 0)
+    assert config.layer_types == ["linear_attention"] * 3 + ["full_attention"]
+    assert not program_of(parse(["--shape", "hybrid", "--answers", "4"])).at_least
+
+
 def test_shapes_for_a_gpu():
     given = [
         "--device",
@@ -297,6 +320,8 @@ def test_shapes_for_a_gpu():
     [
         ("--device cuda --batch-sizes 3", "32 pairs can't be made of micro-batches of 3"),
         ("--device cpu --layers 2", "--layers needs --device cuda"),
+        ("--device cpu --shape 7b", "--shape 7b needs --device cuda; a CPU can race hybrid"),
+        ("--device cpu --shape hybrid --skip trl", "trl takes no part in a race with hybrid"),
     ],
 )
 def test_what_cannot_be_raced_is_refused(arguments, message, capsys):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from unittest import mock
+
 import pytest
 import torch
 from torch import nn
@@ -17,8 +20,8 @@ from dpofast.model.unreached import reached_modules
 from dpofast_kernels.head.workspace import ROWS_AT_A_TIME
 from tests.families import FAMILIES, tiny_model
 from tests.newer_families import NEWER_PADDED
-from tests.recurrent_families import RECURRENT_FAMILIES
-from tests.support import tiny_llama
+from tests.recurrences import RECURRENCES
+from tests.support import float64_throughout, tiny_llama
 
 SEQUENCES = [([5, 6, 7], [8, 9]), ([5, 6, 7], [10, 11, 12, 13])]
 
@@ -61,10 +64,18 @@ def test_a_mixture_counts_the_experts_that_a_token_goes_through():
 
 
 def forward_flops(model, num_tokens):
-    """Operations that PyTorch counts in a forward pass of the body, attention included."""
-    input_ids = torch.arange(num_tokens)[None]
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        body_of(model)(input_ids=input_ids, use_cache=False)
+    """Operations that PyTorch counts in a forward pass of the body, attention included.
+
+    Recurrences run token by token, and give what transformers' functions do.
+    """
+    body, input_ids = body_of(model), torch.arange(num_tokens)[None]
+    home = sys.modules[type(model).__module__]
+    functions = {name: each for name, each in RECURRENCES.items() if hasattr(home, name)}
+    with torch.no_grad(), float64_throughout():
+        expected = body(input_ids=input_ids, use_cache=False)[0]
+        with mock.patch.dict(vars(home), functions), FlopCounterMode(display=False) as counter:
+            found = body(input_ids=input_ids, use_cache=False)[0]
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-10)
     return counter.get_total_flops()
 
 
@@ -74,7 +85,7 @@ WITHOUT_WEIGHTS = dict.fromkeys(("gemma3n", "gemma3n with pictures"), 2 * 4 * (1
 
 
 def check_forward(family):
-    model, num_tokens = tiny_model(family).eval(), 16
+    model, num_tokens = tiny_model(family).double().eval(), 16
     expected = TrainingFlops(model)
     scores = num_tokens**2  # eager attention multiplies masked scores as well
     per_token = expected.per_token + PASSES_TRAINED * WITHOUT_WEIGHTS.get(family, 0)
@@ -91,6 +102,7 @@ def check_forward(family):
 # Layers of different sizes, keys shared by layers, latent attention, and each way to hold experts.
 UNEVEN = ["gemma3n", "gemma4", "gemma4 with experts", "gpt_oss", "jetmoe", "deepseek_v3"]
 OTHER_WAYS = ["mimo_v2_flash", "opt, norms last", "lfm2", "laguna", "phi4_multimodal"]
+STATEFUL = ["falcon_h1", "qwen3_5"]
 # Layers that do work of their own kind, and experts that do nothing.
 UNKNOWN = {
     "llama4",
@@ -99,15 +111,13 @@ UNKNOWN = {
     "mamba",
     "jamba",
     "longcat_flash",
-    *RECURRENT_FAMILIES,
 }
-UNKNOWN -= {"lfm2", "lfm2_moe", "lfm3"}  # their layers do nothing else than products
 # ... which run several times, attend in a way of their own, or hold all experts in one matrix
 UNKNOWN |= {"dbrx", "diffllama", "hrm", *NEWER_PADDED}
 UNKNOWN -= {"gpt_neox_japanese", "moshi", "openai-gpt"}
 
 
-@pytest.mark.parametrize("family", [*UNEVEN, *OTHER_WAYS])
+@pytest.mark.parametrize("family", [*UNEVEN, *OTHER_WAYS, *STATEFUL])
 def test_a_forward_pass_has_the_operations_that_pytorch_counts(family):
     check_forward(family)
 

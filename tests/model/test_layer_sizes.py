@@ -10,19 +10,22 @@ from dpofast.data.packing.collate import Layout
 from dpofast.model.checks import check_layout
 from dpofast.model.layer_sizes import (
     AttentionSize,
+    StateSize,
     UnknownSizesError,
     attention_sizes,
     experts_per_token,
     num_experts,
+    state_sizes,
 )
 from tests.families import OTHER_PACKABLE_FAMILIES, PACKABLE_FAMILIES, tiny_model
 from tests.newer_families import MULTIMODAL_PACKABLE
+from tests.recurrent_families import RECURRENT_FAMILIES
 
 UNEVEN = (
     *("gemma3n", "gemma4", "gemma4 with experts", "mimo_v2_flash", "deepseek_v2", "gemma3"),
     *("laguna", "gemma4 with pictures"),
 )
-OTHERS = {**PACKABLE_FAMILIES, **OTHER_PACKABLE_FAMILIES, **MULTIMODAL_PACKABLE}
+OTHERS = {*PACKABLE_FAMILIES, *OTHER_PACKABLE_FAMILIES, *MULTIMODAL_PACKABLE, *RECURRENT_FAMILIES}
 
 # Their layers run several times, attend in a way of their own, or in chunks.
 WITHOUT = {"dbrx", "diffllama", "hrm", "llama4", "llama4 with temperature"}
@@ -41,7 +44,7 @@ def test_layers_of_different_sizes(family):
 
 
 @pytest.mark.slow  # a model of every family
-@pytest.mark.parametrize("family", sorted({*OTHERS} - WITHOUT))
+@pytest.mark.parametrize("family", sorted(OTHERS - WITHOUT))
 def test_every_family_that_is_packed(family):
     check_sizes(family)
 
@@ -81,6 +84,21 @@ def test_configs_of_gemma_4_before_layers_had_views():
 def test_sizes_that_cannot_be_told(fields):
     with pytest.raises(UnknownSizesError):
         attention_sizes(config(**fields))
+
+
+def test_sizes_of_states():
+    fields = {"linear_key_head_dim": 8, "linear_value_head_dim": 16, "linear_num_value_heads": 4}
+    types = ["linear_attention", "full_attention"]
+    hybrid = config(model_type="qwen3_next", layer_types=types, num_attention_heads=4, **fields)
+    assert state_sizes(hybrid) == [StateSize(4, 8, 16, 3)]
+    assert attention_sizes(hybrid) == [AttentionSize(4, 8, 8, None)]
+    hybrid.linear_num_value_heads = None
+    with pytest.raises(UnknownSizesError, match="linear_num_value_heads of a layer is None"):
+        state_sizes(hybrid)
+    hybrid.model_type = "another"
+    for sizes in (attention_sizes, state_sizes):
+        with pytest.raises(UnknownSizesError, match="layers of type linear_attention aren't known"):
+            sizes(hybrid)
 
 
 def test_numbers_of_experts_under_other_names():

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from dpofast.data.packing.collate import Layout
 from dpofast.model.forward import evaluating, micro_batch, run_body
-from dpofast.model.parts import causal_lm, num_bytes, numel
+from dpofast.model.parts import body_of, causal_lm, num_bytes, numel
+from dpofast.model.recurrent import recurrent_family
 from dpofast.options.checkpointing import EVERY, checkpointing_options
 from dpofast.options.config import DPOConfig
 from dpofast.zero.blocks import runnable
@@ -23,10 +26,25 @@ logger = logging.getLogger(__name__)
 # Share of the free memory that rows may use. The allocator loses some of the rest to fragments, and
 # the backward holds the gradients of one layer's activations.
 USED_SHARE = 0.8
-# Numbers of pairs in the two rows that are run to measure memory, and the pair that they repeat, as
-# (prompt ids, answer ids). The pair is short because some models know few positions.
-PROBED_PAIRS = (8, 24)
-PROBED_PAIR = (([1] * 8, [2] * 4), ([1] * 8, [3] * 4))
+
+
+class Probe(NamedTuple):
+    """What is run to measure memory: two rows that repeat a pair.
+
+    Attributes:
+        num_pairs: numbers of pairs in the rows.
+        pair: the pair, as (prompt ids, answer ids) of both sequences.
+    """
+
+    num_pairs: tuple[int, int]
+    pair: tuple[tuple[list[int], list[int]], tuple[list[int], list[int]]]
+
+
+# The pair is short because some models know few positions. Recurrences get longer ones in rows of
+# about as many tokens: they pad each part of a row to chunks, of 64 tokens or more, and would count
+# little else than this padding. Of the parts of the long pair they pad a third, as of real ones.
+SHORT_PARTS = Probe((8, 24), (([1] * 8, [2] * 4), ([1] * 8, [3] * 4)))
+LONG_PARTS = Probe((1, 3), (([1] * 96, [2] * 48), ([1] * 96, [3] * 48)))
 # Most and fewest tokens in a row, and the number that its length is a multiple of. Longer rows
 # would be no faster. Shorter rows would be slow, and few pairs have fewer tokens anyway.
 LARGEST_ROW, SMALLEST_ROW, STEP = 2**16, 2**9, 2**8
@@ -161,24 +179,27 @@ class BodyBytes(NamedTuple):
     """Bytes that the body and the head's input keep for the backward.
 
     Attributes:
-        num_layers: decoder layers.
-        layer: bytes of a token inside one layer.
+        layers: bytes of a token inside of each decoder layer.
         state: bytes of one token's hidden state.
-        scored: bytes of a token behind the layers.
+        outside: bytes of a token outside of the layers.
         fixed: bytes that a row takes whatever its length.
     """
 
-    num_layers: int
-    layer: float
+    layers: list[float]
     state: int
-    scored: int
+    outside: float
     fixed: float
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.layers)
 
     def of_row(self, checkpointed: int) -> RowBytes:
         """The bytes of a row, of whose layers some are checkpointed."""
         # A checkpointed layer keeps only its input; the inside of one at a time is computed again.
-        inside = (self.num_layers - checkpointed + (checkpointed > 0)) * self.layer
-        return RowBytes(inside + checkpointed * self.state + self.scored, self.fixed)
+        inside = (1 - checkpointed / self.num_layers) * sum(self.layers)
+        inside += (checkpointed > 0) * max(self.layers)
+        return RowBytes(inside + checkpointed * self.state + self.outside, self.fixed)
 
 
 def row_bytes(
@@ -206,14 +227,18 @@ def body_bytes(model: nn.Module, layout: Layout, autocast: Callable[[], Any]) ->
     same for both rows, is autocast's copies of the weights. They live until the forward pass ends,
     even if layers are checkpointed.
     """
-    text = causal_lm(model).config.get_text_config()
-    small, large = (_kept_by_body(model, layout, count, autocast) for count in PROBED_PAIRS)
-    num_layers = text.num_hidden_layers
-    slope = (large.kept - small.kept) / (large.tokens - small.tokens)
+    lm = causal_lm(model)
+    text = lm.config.get_text_config()
+    probe = SHORT_PARTS if recurrent_family(lm) is None else LONG_PARTS
+    small, large = (_kept_by_body(lm, layout, probe, count, autocast) for count in probe.num_pairs)
+    tokens = large.tokens - small.tokens
+    slope = (large.kept - small.kept) / tokens
+    layers = [(more - less) / tokens for more, less in zip(large.layers, small.layers, strict=True)]
+    layers = layers or [slope / text.num_hidden_layers] * text.num_hidden_layers
     # Every token counts as scored: its hidden state is gathered, and has a gradient in fp32.
     scored = large.state + text.hidden_size * torch.float32.itemsize
     fixed = max(small.kept - slope * small.tokens, 0.0)
-    return BodyBytes(num_layers, slope / num_layers, large.state, scored, fixed)
+    return BodyBytes(layers, large.state, slope - sum(layers) + scored, fixed)
 
 
 class _Pass(NamedTuple):
@@ -223,11 +248,13 @@ class _Pass(NamedTuple):
         tokens: tokens of the row.
         kept: bytes that the pass keeps for its backward.
         state: bytes of one token's hidden state.
+        layers: bytes that are kept inside of each layer, if its class can be checkpointed.
     """
 
     tokens: int
     kept: int
     state: int
+    layers: list[int]
 
 
 def _checkpointed_layers(config: DPOConfig, num_layers: int) -> int:
@@ -238,14 +265,14 @@ def _checkpointed_layers(config: DPOConfig, num_layers: int) -> int:
 
 
 def _kept_by_body(
-    model: nn.Module, layout: Layout, num_pairs: int, autocast: Callable[[], Any]
+    lm: Any, layout: Layout, probe: Probe, num_pairs: int, autocast: Callable[[], Any]
 ) -> _Pass:
-    """Runs the body over a row of short pairs, and counts the bytes that it keeps."""
-    lm = causal_lm(model)
-    batch = layout.collate(PROBED_PAIR * num_pairs).to(next(lm.parameters()).device)
+    """Runs the body over a row of pairs, and counts the bytes that it keeps."""
+    batch = layout.collate(probe.pair * num_pairs).to(next(lm.parameters()).device)
     # Tensors are kept by address, because several of them can share memory. They are kept alive,
     # because a later tensor could otherwise get the address of an earlier one.
     kept: dict[int, Tensor] = {}
+    layers: list[int] = []
 
     def keep(tensor: Tensor) -> None:
         address = tensor.untyped_storage().data_ptr()
@@ -255,6 +282,7 @@ def _kept_by_body(
             kept.setdefault(address, tensor)
 
     with (
+        _each_layer(body_of(lm), lambda: layers.append(_num_bytes(kept))),
         evaluating(lm),  # layers are checkpointed in training mode only
         micro_batch(lm, batch),
         autocast(),
@@ -262,9 +290,35 @@ def _kept_by_body(
         saved_tensors_hooks(keep, lambda nothing: nothing),  # there is no backward
     ):
         hidden_states = run_body(lm, batch)
-    total = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
     state = hidden_states.shape[-1] * hidden_states.element_size()
-    return _Pass(batch.num_body_tokens, total, state)
+    # What was kept before and after each layer, in turn.
+    inside = [after - before for before, after in zip(layers[::2], layers[1::2], strict=True)]
+    return _Pass(batch.num_body_tokens, _num_bytes(kept), state, inside)
+
+
+def _num_bytes(kept: dict[int, Tensor]) -> int:
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+
+
+@contextlib.contextmanager
+def _each_layer(body: nn.Module, call: Callable[[], None]) -> Iterator[None]:
+    """Calls a function before and after each layer that is run inside of the block.
+
+    Layers are what transformers can checkpoint. A layer inside of another isn't one.
+    """
+
+    def outermost(module: nn.Module) -> Iterator[nn.Module]:
+        if isinstance(module, GradientCheckpointingLayer):
+            yield module
+            return
+        for child in module.children():
+            yield from outermost(child)
+
+    with contextlib.ExitStack() as hooks:
+        for layer in dict.fromkeys(outermost(body)):
+            for hook in (layer.register_forward_pre_hook, layer.register_forward_hook):
+                hooks.callback(hook(lambda *_: call()).remove)
+        yield
 
 
 def _head_bytes(lm: Any) -> int:

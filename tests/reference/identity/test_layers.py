@@ -15,7 +15,13 @@ def digest(model):
     return model_identity(model, **options).digest
 
 
-@pytest.mark.parametrize("family", ["gemma3n", "gemma4", "gemma4 with pictures", "laguna"])
+UNEVEN = ["gemma3n", "gemma4", "gemma4 with pictures", "laguna"]
+STATEFUL = ["qwen3_5", "granitemoehybrid", "lfm3", "zamba2"]
+
+
+@pytest.mark.parametrize(
+    "family", [*UNEVEN, *(pytest.param(each, marks=pytest.mark.slow) for each in STATEFUL)]
+)
 def test_a_model_is_the_same_reference_in_memory_and_loaded(tmp_path, family):
     model = tiny_model(family)
     model.save_pretrained(tmp_path)

@@ -47,11 +47,11 @@ def memory_for(trainer: Any, layers: int, row_tokens: int = 2048) -> float:
     body = body_bytes(trainer.model, trainer.layout, contextlib.nullcontext)
     wanted = wanted_tokens(trainer.train_set(), trainer.layout, trainer.args, row_tokens)
     needed = wanted * body.of_row(layers).per_token / USED_SHARE + body.fixed
-    return needed - bytes_for_rows(trainer.model, trainer.args, 0, 1) + 1
+    return needed - bytes_for_rows(trainer.model, trainer.args, 0) + 1
 
 
 # By hand: 10 layers of 100 bytes a token, 4 for a checkpointed one, and 6 behind them.
-BODY = BodyBytes(10, 100.0, 4, 6, 0.0)
+BODY = BodyBytes([100.0] * 10, 4, 6, 0.0)
 
 
 @pytest.mark.parametrize(
