@@ -15,13 +15,13 @@ import torch
 from benchmarks import REPOSITORY
 from benchmarks import tune as tuner
 from benchmarks.head_cases import MODELS, make_inputs
-from dpofast_kernels.head import fused_triton, launch, pairs_triton, rows_triton
+from dpofast_kernels.head import finish_triton, fused_triton, launch, pairs_triton, rows_triton
 
 MODULES = {
     "score_rows": rows_triton,
     "score_tiles": fused_triton,
     "score_tiles_wide": fused_triton,
-    "finish_rows": fused_triton,
+    "finish_rows": finish_triton,
     "target_products": fused_triton,
     "pair_loss": pairs_triton,
 }

@@ -26,11 +26,12 @@ How a call travels through the files, from the public op down to one chunk of ro
     |-- statistics  entropy and other numbers of each row's softmax, if asked for
 
 `linear_logps`, `linear_scores` and `linear_statistics` skip one_pass. On a GPU, rows_triton or
-fused_triton replaces tiled; tiles_triton has the kernels of fused_triton. Both back ends use
-pairs_triton and singles_triton for the losses, and logits_triton and statistics_triton for what
-their kernels share; cast_triton has the kernel of cast; launch reads the launch parameters of each
-kernel. naive computes all logits at once, and tests compare every back end with it. So does probe,
-on the device and at the start of a run.
+fused_triton replaces tiled; tiles_triton has the kernels of fused_triton. In both back ends,
+finish_triton turns sums of exponentials into log-probs, and pairs_triton and singles_triton compute
+the losses; logits_triton and statistics_triton have what their kernels share. cast_triton has the
+kernel of cast; launch reads the launch parameters of each kernel. naive computes all logits at
+once, and tests compare every back end with it. So does probe, on the device and at the start of a
+run.
 
 A row here is a row of hidden states: one scored token.
 """

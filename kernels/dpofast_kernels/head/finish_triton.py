@@ -134,7 +134,7 @@ def finish_rows_kernel(
         moment = _row_sum(p_sums + plane, i_n, n, num_tiles, BT)
     if LOG_SUM_P2 is not None:
         squares = _row_sum(p_sums + 2 * plane, i_n, n, num_tiles, BT)
-        squares = squares / (SQUARES_UNIT * SQUARES_UNIT)
+        squares *= 1.0 / (SQUARES_UNIT * SQUARES_UNIT)
     if MEAN_LOGIT is not None:
         logit_sum = _row_sum(p_sums + 3 * plane, i_n, n, num_tiles, BT)
     if IS_TOP is not None:

@@ -39,10 +39,10 @@ from dpofast_kernels.head.statistics_triton import moments, statistic_constants
 @triton.jit
 def _add_block(
     b_rest,
-    b_moment,
-    b_squares,
-    b_sum,
-    b_above,
+    moment,
+    squares,
+    logit_sum,
+    above,
     p_row,
     p_d_row,
     p_bias,
@@ -61,7 +61,11 @@ def _add_block(
     BV: tl.constexpr,
     IS_WHOLE: tl.constexpr,
 ):
-    """Add a block to the sums, which are those of `new_sums`; with KEEP, overwrite its logits."""
+    """Add a block to the sums, which are those of `new_sums`; with KEEP, overwrite its logits.
+
+    The first sum stays spread over a block until the row's end. The others would need too many
+    registers for that.
+    """
     o_v = i_v + tl.arange(0, BV)
     m_v = None if IS_WHOLE else o_v < V
     b_z = tl.load(p_row + o_v, mask=m_v)  # [BV]
@@ -74,24 +78,24 @@ def _add_block(
         b_e = tl.where(o_v == label, 0.0, b_e)
     b_rest += b_e
     if ENTROPY is not None:
-        b_moment += moments(b_e, b_exponent)
+        moment += tl.sum(moments(b_e, b_exponent), axis=0)
     if LOG_SUM_P2 is not None:
         b_scaled = b_e * SQUARES_UNIT
-        b_squares += b_scaled * b_scaled
+        squares += tl.sum(b_scaled * b_scaled, axis=0)
     if MEAN_LOGIT is not None:
-        b_sum += b_x if IS_WHOLE else tl.where(m_v, b_x, 0.0)
+        logit_sum += tl.sum(b_x if IS_WHOLE else tl.where(m_v, b_x, 0.0), axis=0)
     if IS_TOP is not None:
         # A negated <= counts NaN, too. The label's own logit isn't above itself.
         m_above = (b_x <= x_label) == 0
         if not IS_WHOLE:
             m_above = m_above & m_v
-        b_above += tl.where(o_v == label, 0.0, m_above.to(b_x.dtype))
+        above += tl.sum(tl.where(o_v == label, 0.0, m_above.to(b_x.dtype)), axis=0)
     if KEEP:
         # If the gradients have a narrower dtype, they are written over logits of this block or of
         # an earlier one. So all threads must have read their logits before any thread writes.
         tl.debug_barrier()
         tl.store(p_d_row + o_v, (b_e * b_slope).to(p_d_row.dtype.element_ty), mask=m_v)
-    return b_rest, b_moment, b_squares, b_sum, b_above
+    return b_rest, moment, squares, logit_sum, above
 
 
 # Labels are slices, so their alignment changes with n. Specialising on it would compile the kernel
@@ -133,28 +137,29 @@ def score_rows_kernel(
     tl.store(p_targets + i_n, target)
     x_label, _ = unscaled_logits(target, p_bias, label, True, HAS_BIAS, CAP)
     b_rest = tl.zeros([BV], dtype=dtype)
-    b_moment, b_squares, b_sum, b_above = b_rest, b_rest, b_rest, b_rest
+    moment = tl.full([], 0.0, dtype=dtype)
+    squares, logit_sum, above = moment, moment, moment
     end = V // BV * BV
     for i_v in range(0, end, BV):
-        b_rest, b_moment, b_squares, b_sum, b_above = _add_block(
-            b_rest, b_moment, b_squares, b_sum, b_above, p_row, p_d_row, p_bias, label, x_label,
+        b_rest, moment, squares, logit_sum, above = _add_block(
+            b_rest, moment, squares, logit_sum, above, p_row, p_d_row, p_bias, label, x_label,
             i_v, V, HAS_BIAS, CAP, UNIT, ENTROPY, MEAN_LOGIT, IS_TOP, LOG_SUM_P2, KEEP, BV, True,
         )  # fmt: skip
     if end < V:
-        b_rest, b_moment, b_squares, b_sum, b_above = _add_block(
-            b_rest, b_moment, b_squares, b_sum, b_above, p_row, p_d_row, p_bias, label, x_label,
+        b_rest, moment, squares, logit_sum, above = _add_block(
+            b_rest, moment, squares, logit_sum, above, p_row, p_d_row, p_bias, label, x_label,
             end, V, HAS_BIAS, CAP, UNIT, ENTROPY, MEAN_LOGIT, IS_TOP, LOG_SUM_P2, KEEP, BV, False,
         )  # fmt: skip
     p_sum = p_sums + i_n
     tl.store(p_sum, tl.sum(b_rest, axis=0))
     if ENTROPY is not None:
-        tl.store(p_sum + n, tl.sum(b_moment, axis=0))
+        tl.store(p_sum + n, moment)
     if LOG_SUM_P2 is not None:
-        tl.store(p_sum + 2 * n, tl.sum(b_squares, axis=0))
+        tl.store(p_sum + 2 * n, squares)
     if MEAN_LOGIT is not None:
-        tl.store(p_sum + 3 * n, tl.sum(b_sum, axis=0))
+        tl.store(p_sum + 3 * n, logit_sum)
     if IS_TOP is not None:
-        tl.store(p_sum + 4 * n, tl.sum(b_above, axis=0))
+        tl.store(p_sum + 4 * n, above)
 
 
 class TritonRows:

@@ -11,7 +11,7 @@ vocabulary,
 Where one token has nearly all probability, S and sum(E^2) are close to 1 and their logarithms close
 to 0. So the sums leave out the label, and ln S is log1p of the sum without it. That keeps all
 digits if the label is that token. If it is another one, the error is a few roundings of 1. In
-"triton_fused", whose k is the label's logit, it is a few roundings of the label's log-prob.
+the Triton back ends, whose k is the label's logit, it is a few roundings of the label's log-prob.
 """
 
 from __future__ import annotations

@@ -111,6 +111,12 @@ def score_tiles_kernel(
     Most tiles lie within the vocabulary and contain no row's label. Only the others are masked.
     """
     dtype: tl.constexpr = p_targets.dtype.element_ty
+    HAS_STATISTICS: tl.constexpr = (
+        ENTROPY is not None
+        or MEAN_LOGIT is not None
+        or IS_TOP is not None
+        or LOG_SUM_P2 is not None
+    )
     num_m, num_n = tl.cdiv(n, BM), tl.cdiv(V, BN)
     for i_tile in tl.range(tl.program_id(0), num_m * num_n, num_programs, flatten=True):
         first_m = i_tile // (GROUP * num_n) * GROUP
@@ -133,10 +139,14 @@ def score_tiles_kernel(
         b_x, b_slope = unscaled_logits(b_z, p_bias, o_v[None, :], m_v[None, :], HAS_BIAS, CAP)
         b_exponent = exponents(b_x, scaled(b_target, UNIT)[:, None], UNIT)
         b_e = tl.exp2(b_exponent)
-        is_whole = i_n * BN + BN <= V
-        has_label = tl.max((b_label // BN == i_n).to(tl.int32), axis=0) > 0
-        if has_label | (not is_whole):
+        if HAS_STATISTICS:
+            # The other sums need registers, which a branch around the mask would need, too.
             b_e = tl.where(m_v[None, :] & (o_v[None, :] != b_label[:, None]), b_e, 0.0)
+        else:
+            is_whole = i_n * BN + BN <= V
+            has_label = tl.max((b_label // BN == i_n).to(tl.int32), axis=0) > 0
+            if has_label | (not is_whole):
+                b_e = tl.where(m_v[None, :] & (o_v[None, :] != b_label[:, None]), b_e, 0.0)
         p_tile = p_sums + i_n.to(tl.int64) * n + o_m
         plane = tl.cast(num_n, tl.int64) * n
         tl.store(p_tile, tl.sum(b_e, axis=1), mask=m_m)
