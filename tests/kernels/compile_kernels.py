@@ -200,8 +200,8 @@ def launched(kernel: str, architecture: str) -> dict[str, Any]:
 
 
 def needs_narrow_tiles(constants: dict[str, Any]) -> bool:
-    """The case of `FusedRows.score`: statistics of capped logits, with a gradient."""
-    return constants["KEEP"] and constants["CAP"] and constants["ENTROPY"] is not None
+    """The case of `FusedRows.score`: statistics, with a gradient."""
+    return constants["KEEP"] and constants["ENTROPY"] is not None
 
 
 def target(architecture: str) -> GPUTarget:

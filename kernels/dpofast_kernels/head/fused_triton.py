@@ -62,7 +62,6 @@ class FusedRows:
         is_wide = self.bias is not None or options.softcap is not None or bool(statistics)
         is_wide = is_wide or weight.dtype != torch.bfloat16
         self.tile_entry = "score_tiles_wide" if is_wide else "score_tiles"
-        self.has_capped_statistics = options.softcap is not None and bool(statistics)
 
     def workspace_dtype(self, keep: bool) -> torch.dtype | None:
         return product_dtype(self.weight) if keep else None
@@ -77,8 +76,8 @@ class FusedRows:
         if not _are_aligned(hidden_states, weight, *([] if workspace is None else [workspace])):
             # Descriptors can't read such rows. Pointers need registers, so the tiles are smaller.
             tiles = {**launch_options("score_tiles_wide", device), "DESCRIPTORS": False}
-        if self.has_capped_statistics and keep:
-            # Logits, slopes and exponentials are in registers at once.
+        if self.statistics and keep:
+            # Logits and exponentials are in registers at once, and with a cap slopes, too.
             tiles = narrowed(tiles)
         num_tiles = triton.cdiv(vocab_size, tiles["BN"])
         targets = weight.new_empty(num_rows, dtype=accumulate_dtype(weight.dtype))

@@ -77,7 +77,7 @@ def store_statistics(
     log_sum = log1p(_beyond_one(rest, label, gap <= 0.0))
     if ENTROPY is not None:
         moment += moments(label, -gap)
-        found = log_sum - moment / (rest + label)
+        found = log_sum - moment * (1.0 / (rest + label))
         tl.store(p_row + ENTROPY * n, tl.where(found < 0.0, 0.0, found).to(dtype))
     if MEAN_LOGIT is not None:
         tl.store(p_row + MEAN_LOGIT * n, (logit_sum / V).to(dtype))
