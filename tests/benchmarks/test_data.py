@@ -53,6 +53,7 @@ def test_generating_again_gives_the_same_bytes(tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_generated_conversations(tmp_path):
     path = generate("dpo_en_demo", tmp_path)
     tokenizer = race_tokenizer(path)

@@ -6,6 +6,7 @@ import json
 from argparse import Namespace
 from dataclasses import replace
 
+import pytest
 import torch
 
 from benchmarks import head_contenders
@@ -17,6 +18,7 @@ from benchmarks.memory import measure_in_child
 MANY = 10  # torch.compile gives up on a function after 8 sizes
 
 
+@pytest.mark.slow
 def test_each_of_many_cases_is_compiled(monkeypatch, tmp_path, capsys):
     def make(inputs):
         options = {"backend": "eager", "fullgraph": True, "dynamic": False}
@@ -38,6 +40,7 @@ def test_each_of_many_cases_is_compiled(monkeypatch, tmp_path, capsys):
     assert [each.get("reason") for each in found] == [None] * MANY
 
 
+@pytest.mark.slow
 def test_what_a_child_had_measured_before_its_time_was_up_is_kept(tmp_path, monkeypatch):
     program = "import time\nprint('{\"peak\": 3}', flush=True)\ntime.sleep(30)\n"
     (tmp_path / "a_slow_one.py").write_text(program)

@@ -38,6 +38,7 @@ def test_help_answers_at_once(arguments: str) -> None:
     assert not {"torch", "transformers", "numpy", "rich", "pydantic"} & imported
 
 
+@pytest.mark.slow
 def test_exit_code_of_the_process() -> None:
     result = run_process("-m", "dpofast", "train", "--bata", "1")
     assert result.returncode == 2

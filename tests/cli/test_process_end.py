@@ -35,6 +35,7 @@ def run(has_gloo, last):
 
 
 @pytest.mark.parametrize("code", [0, 2])
+@pytest.mark.slow
 def test_ranks_of_gloo_end_after_the_exit_handlers(code):
     done = run(True, f"return {code}")
     assert done.returncode == code, done.stderr

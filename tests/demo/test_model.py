@@ -43,6 +43,7 @@ def test_chat_template_splits_where_the_answer_begins(tokenizer: Any) -> None:
     assert tail[-1] == tokenizer.eos_token_id
 
 
+@pytest.mark.slow
 def test_warm_up_learns_and_is_repeatable(tokenizer: Any) -> None:
     texts = make_data(0, DemoSize(facts=2, lists=2, held_out=2, warmup_lists=4)).warmup[:32]
     options = WarmupOptions(epochs=6, batch_size=16, warmup_steps=4)

@@ -25,6 +25,7 @@ from dpofast_kernels.head import (
     finish_triton,
     fused_triton,
     pairs_triton,
+    rescale_triton,
     rows_triton,
     singles_triton,
     tiles_triton,
@@ -35,7 +36,10 @@ from dpofast_kernels.head.statistics_triton import statistic_constants
 from dpofast_kernels.preference.formulas_triton import FORMULAS, UNPAIRED_FORMULAS
 from tests.kernels.machine_code import disassembled
 
-MODULES = (pairs_triton, singles_triton, rows_triton, tiles_triton, finish_triton, cast_triton)
+MODULES = (
+    *(pairs_triton, singles_triton, rows_triton, tiles_triton, finish_triton),
+    *(cast_triton, rescale_triton),
+)
 KERNELS = {
     name.removesuffix("_kernel"): kernel
     for module in MODULES
@@ -45,7 +49,10 @@ KERNELS = {
 # Kernels without an entry in the launch table, and the kernel whose entry they use.
 LAUNCHED_AS = {"sequence_loss": "pair_loss"}
 # Kernels that are launched in the same way everywhere.
-LAUNCHED_EVERYWHERE = {"scale_cast": cast_triton.CAST_OPTIONS}
+LAUNCHED_EVERYWHERE = {
+    "scale_cast": cast_triton.CAST_OPTIONS,
+    "rescale": rescale_triton.RESCALE_OPTIONS,
+}
 TYPES = {
     "p_labels": "*i64",
     "p_bounds": "*i64",
@@ -103,6 +110,9 @@ def variants(kernel: str) -> Iterator[Variant]:
         for dtype in ("bf16", "fp16", "fp32"):
             types = {"p_factor": "*fp64", "p_out": f"*{dtype}", "*": "*fp32"}
             yield dtype, types, {}
+    elif kernel == "rescale":
+        for dtype in ("bf16", "fp16", "fp32"):
+            yield dtype, {"p_factor": "*fp32", "*": f"*{dtype}"}, {}
     elif kernel == "score_rows":
         for d_logits in ("bf16", "fp32"):
             types = {"p_d_logits": f"*{d_logits}", "*": "*fp32"}

@@ -32,6 +32,7 @@ TABLES = (
 UNLIMITED = ("bloom", "falcon_mamba", "mamba", "mamba2", "xlstm")
 
 
+@pytest.mark.slow
 def test_contexts_of_all_families():
     hard = set()
     for family in FAMILIES:

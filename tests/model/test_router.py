@@ -68,7 +68,9 @@ def ours(
         return output.loss, logged["aux_loss"], gradients(model, output.loss)
 
 
-@pytest.mark.parametrize("name", ["shared", "unshared", "padded"])
+@pytest.mark.parametrize(
+    "name", ["shared", pytest.param("unshared", marks=pytest.mark.slow), "padded"]
+)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_loss_and_gradients_are_those_of_a_padded_batch(tmp_path, family, name):
     with float64_throughout():

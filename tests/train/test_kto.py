@@ -85,7 +85,7 @@ def _numbers(prompts):
 LAYOUTS = [
     {"layout": "shared"},
     pytest.param({"layout": "unshared"}, marks=pytest.mark.slow),
-    {"layout": "padded"},
+    pytest.param({"layout": "padded"}, marks=pytest.mark.slow),
     {"max_tokens_per_microbatch": 40},  # several micro-batches of several answers
     {"max_tokens_per_microbatch": 1},  # long answers
 ]

@@ -77,7 +77,7 @@ class PlainLoss(PlainDPO):
     "options",
     [
         {"layout": "shared"},
-        {"layout": "padded"},
+        pytest.param({"layout": "padded"}, marks=pytest.mark.slow),
         {"max_tokens_per_microbatch": 1},  # long pairs, and several micro-batches
     ],
     ids=str,

@@ -60,7 +60,7 @@ CASES = {
 LAYOUTS = [
     {"layout": "shared"},
     pytest.param({"layout": "unshared"}, marks=pytest.mark.slow),
-    {"layout": "padded"},
+    pytest.param({"layout": "padded"}, marks=pytest.mark.slow),
     {"max_tokens_per_microbatch": 1},  # long pairs, and several micro-batches
 ]
 

@@ -84,6 +84,7 @@ def assert_close(found, expected):
     [("random", True), pytest.param("sequential", False, marks=pytest.mark.slow)],
 )
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.slow
 def test_twenty_steps_equal_plain_dpo(tmp_path, kind, order, checkpointing):
     model, pairs = stretched_llama(kind), mixed_pairs()
     expected = plain_dpo(model, pairs, order)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
-
 import torch
 from torch import Tensor
+
+from dpofast_kernels.head.launch import has_triton
 
 
 def scale_and_cast(source: Tensor, factor: Tensor | float, out: Tensor) -> Tensor:
@@ -23,12 +23,8 @@ def scale_and_cast(source: Tensor, factor: Tensor | float, out: Tensor) -> Tenso
         `out`.
     """
     is_ours = source.is_cuda and source.dtype == torch.float32
-    if is_ours and source.is_contiguous() and out.is_contiguous() and _has_triton():
+    if is_ours and source.is_contiguous() and out.is_contiguous() and has_triton():
         from dpofast_kernels.head.cast_triton import scale_cast_fwd
 
         return scale_cast_fwd(source, factor, out)
     return torch.mul(source, factor, out=out)
-
-
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None

@@ -229,6 +229,7 @@ def test_pairs_that_need_many_rows_take_little_work():
     assert work_of(tokens, 1, 1_000) < 60 * len(tokens)
 
 
+@pytest.mark.slow
 def test_the_plan_does_not_depend_on_the_hash_seed():
     program = (
         "import sys, random; from dpofast.data.packing.balance import pack_step\n"

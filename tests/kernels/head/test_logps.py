@@ -25,7 +25,7 @@ from tests.kernels.head.cases import (
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("full", [False, True], ids=["plain", "full"])
-@pytest.mark.parametrize("rows", [1, 7, 1000])
+@pytest.mark.parametrize("rows", [pytest.param(1, marks=pytest.mark.slow), 7, 1000])
 def test_float64_equals_naive(backend, full, rows, monkeypatch):
     options = FULL_OPTIONS if full else {}
     inputs = make_inputs(bias=full, lengths=SHORT_LENGTHS if rows == 1 else LENGTHS)

@@ -63,7 +63,9 @@ class OneSidedLoss(PairLoss):
 # Pairs have 4, 13 and 14 rows. So some fit a chunk, some are longer, by one row or by many. The
 # interpreter is slow: there every loss meets long pairs and a full chunk, and one loss the rest.
 CHUNK_CASES = [
-    (backend, rows, loss)
+    pytest.param(
+        *(backend, rows, loss), marks=[pytest.mark.slow] * (backend != "torch" and rows == 14)
+    )
     for backend in BACKENDS
     for loss in LOSS_CASES
     for rows in (1, 5, 12, 14, 30)

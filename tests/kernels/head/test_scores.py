@@ -37,7 +37,7 @@ def plain_logsumexps(inputs, softcap=None, logit_scale=1.0, temperature=1.0):
 
 @pytest.mark.parametrize("backend", ["naive", *BACKENDS])
 @pytest.mark.parametrize("full", [False, True], ids=["plain", "full"])
-@pytest.mark.parametrize("rows", [1, 7, 1000])
+@pytest.mark.parametrize("rows", [pytest.param(1, marks=pytest.mark.slow), 7, 1000])
 def test_float64_equals_the_formula(backend, full, rows, monkeypatch):
     options = FULL_OPTIONS if full else {}
     inputs = make_inputs(bias=full, lengths=SHORT_LENGTHS if rows == 1 else LENGTHS)

@@ -162,14 +162,14 @@ def test_log_probs_and_gradients_are_the_same_with_and_without(backend, keep):
             options,
             torch.float32,
             backend,
-            keep,
+            Wanted(keep, keep, keep),
             statistics,
         )
         scored = head.score(rows)
         assert (scored.statistics is None) == (statistics == ())
         result = [scored.per_token_logps]
         if keep:
-            gradients = head.new_gradients(Wanted(True, True, True))
+            gradients = head.new_gradients()
             head.add_gradients(gradients, rows, scored, torch.linspace(-1.0, 2.0, rows.stop))
             result += [gradients.hidden_states, gradients.weight, gradients.bias]
         else:

@@ -50,10 +50,12 @@ def check_parallel(folder, rounds, seed):
     assert_nothing_lost(report)
 
 
+@pytest.mark.slow
 def test_builds_killed_at_any_moment_lose_no_acknowledged_row(tmp_path):
     check_kills(tmp_path, rounds=20, seed=0)
 
 
+@pytest.mark.slow
 def test_four_processes_write_at_once_and_one_is_killed(tmp_path):
     check_parallel(tmp_path, rounds=4, seed=0)
 

@@ -82,6 +82,7 @@ def marker_of(checkpoint: Path | None) -> bytes | None:
 
 
 @pytest.mark.parametrize("is_replaced", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_a_save_killed_anywhere_leaves_the_old_state_or_the_new_one(tmp_path, is_replaced):
     step = 4 if is_replaced else 6
     number, found, was_killed = 0, set(), True
