@@ -90,8 +90,8 @@ def _why_type_not_packed(model_type: str) -> str | None:
 def attention_limits(model: nn.Module) -> tuple[int | None, int | None]:
     """The smallest sliding window of a model's layers, and their smallest chunk, in positions.
 
-    A window includes the query's own position. None stands for what no layer has, and for both if
-    the layers' sizes can't be told.
+    A window includes the query's own position. What no layer has is None, and so are both if the
+    layers' sizes can't be told.
     """
     try:
         layers = attention_sizes(causal_lm(model).config.get_text_config())

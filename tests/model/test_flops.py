@@ -81,7 +81,7 @@ def forward_flops(model, num_tokens):
     return counter.get_total_flops()
 
 
-# Products of a token that don't count. Gemma 3n mixes four streams of 32 in each of its four layers,
+# A token's products that don't count. Gemma 3n mixes four streams of 32 in each of its four layers,
 # by products of 4 x 4 and 4 x 1 that hold no weights. Beside the products of a real model they are
 # nothing. Llama 4 multiplies zeros with the experts that a token hasn't chosen: one of two here,
 # three matrices of 32 x 48 in one layer.
