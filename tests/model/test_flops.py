@@ -55,8 +55,10 @@ def test_products_are_those_that_pytorch_counts(frozen):
     assert counted(model, batch) == pytest.approx(expected.of(batch) + again + padding, rel=1e-4)
 
 
-def test_a_mixture_counts_the_experts_that_a_token_goes_through():
-    model = tiny_model("mixtral")
+@pytest.mark.parametrize("family", ["mixtral", "llama4"])
+def test_a_mixture_counts_the_experts_that_a_token_goes_through(family):
+    """Half of them, and all of a shared expert."""
+    model = tiny_model(family)
     dense = sum(
         parameter.numel() * (0.5 if ".experts." in name else 1.0)
         for name, parameter in model.model.named_parameters()
