@@ -11,7 +11,6 @@ from torch import nn
 from dpofast.errors import ConfigError
 from dpofast.model.head import head_options
 from dpofast.model.parts import causal_lm, shape
-from dpofast.model.quantised import computing_dtype
 from dpofast_kernels.head import HeadTraits, WrongHeadError, probe_head
 
 logger = logging.getLogger(__name__)
@@ -50,7 +49,7 @@ def head_traits(model: nn.Module, autocast_dtype: torch.dtype | None) -> HeadTra
     lm = causal_lm(model)
     options, head = head_options(lm.config), lm.get_output_embeddings()
     vocab_size, hidden_size = shape(head.weight)
-    dtype = computing_dtype(model)
+    dtype = head.weight.dtype  # quantised layers may compute in another one
     if autocast_dtype is not None and dtype != torch.float64:  # autocast doesn't touch float64
         dtype = autocast_dtype
     return HeadTraits(

@@ -9,7 +9,7 @@ import torch
 
 from dpofast.data.packing.collate import Layout
 from dpofast.errors import ConfigError
-from dpofast.model import head_check
+from dpofast.model import head_check, quantised
 from dpofast.model.checks import check_model
 from dpofast.model.head_check import check_head_backend, head_traits
 from dpofast_kernels.head import HeadTraits, WrongHeadError, probe
@@ -40,6 +40,15 @@ def test_the_probe_has_the_options_of_the_run():
     expected = HeadTraits(torch.bfloat16, hidden_size, vocab_size, False, cap, 1.0)
     assert cap
     assert head_traits(model, torch.bfloat16) == expected
+
+
+def test_quantised_layers_do_not_change_the_dtype_of_the_head(monkeypatch):
+    """Such as 8-bit layers, which count as bfloat16, of a model in float16."""
+    monkeypatch.setattr(quantised, "quantised_layers", lambda lm: {"q_proj": lm.lm_head})
+    monkeypatch.setattr(quantised, "_is_int8", lambda *given: len(given) == 1)
+    model = tiny_model("llama").half()
+    assert quantised.computing_dtype(model) == torch.bfloat16
+    assert head_traits(model, None).dtype == torch.float16
 
 
 @pytest.mark.parametrize(

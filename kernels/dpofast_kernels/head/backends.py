@@ -7,16 +7,15 @@ import os
 import torch
 from torch import Tensor
 
-from dpofast_kernels.head.launch import has_triton, is_interpreted
+from dpofast_kernels.head.launch import HEAD_BACKEND, has_triton, is_interpreted
 from dpofast_kernels.head.options import HeadOptions
 from dpofast_kernels.head.rows import RowOps
 from dpofast_kernels.head.tiled import TorchRows
 
 DEFAULT_OPTIONS = HeadOptions()
 TRITON_BACKENDS = ("triton", "triton_fused")
-# What this environment variable can hold. It replaces "auto" on CUDA and ROCm devices: a way out
-# for a device on which the usual back end is wrong or fails.
-HEAD_BACKEND = "DPOFAST_HEAD_BACKEND"
+# What the environment variable HEAD_BACKEND can hold. It replaces "auto" on CUDA and ROCm devices:
+# a way out for a device on which the usual back end is wrong or fails.
 DEVICE_BACKENDS = ("triton", "triton_fused", "torch")
 
 # Triton exists only on Linux. So the files that use it are imported inside the functions below,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dpofast_kernels.head.launch import has_triton
+from dpofast_kernels.head.launch import takes_triton
 
 
 def scale_and_cast(source: Tensor, factor: Tensor | float, out: Tensor) -> Tensor:
@@ -22,8 +22,8 @@ def scale_and_cast(source: Tensor, factor: Tensor | float, out: Tensor) -> Tenso
     Returns:
         `out`.
     """
-    is_ours = source.is_cuda and source.dtype == torch.float32
-    if is_ours and source.is_contiguous() and out.is_contiguous() and has_triton():
+    has_gaps = not (source.is_contiguous() and out.is_contiguous())
+    if source.dtype == torch.float32 and not has_gaps and takes_triton(source):
         from dpofast_kernels.head.cast_triton import scale_cast_fwd
 
         return scale_cast_fwd(source, factor, out)

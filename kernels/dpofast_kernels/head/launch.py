@@ -8,12 +8,16 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
+# What this environment variable can hold is in backends; "torch" does without Triton.
+HEAD_BACKEND = "DPOFAST_HEAD_BACKEND"
 TABLE_FILE = Path(__file__).with_name("launch.json")
 
 
@@ -64,6 +68,11 @@ def table_entry(name: str) -> str:
 def has_triton() -> bool:
     """Whether Triton is installed; it exists only on Linux."""
     return importlib.util.find_spec("triton") is not None
+
+
+def takes_triton(tensor: Tensor) -> bool:
+    """Whether Triton kernels may work on a tensor: on a GPU, unless the user does without them."""
+    return tensor.is_cuda and has_triton() and os.environ.get(HEAD_BACKEND) != "torch"
 
 
 def is_interpreted(kernel: Any) -> bool:

@@ -128,7 +128,9 @@ def _multiplied_last(
 ) -> SequenceTerms:
     """Sum the gradients up to one factor, which is known last."""
     rows = slice(unit.chunk.start, unit.chunk.end)
-    d_logps = unit.part.ref_logps.new_tensor(directions)
+    # `new_tensor` would make the host wait for a device.
+    like = unit.part.ref_logps
+    d_logps = torch.tensor(directions, dtype=like.dtype).to(like.device, non_blocking=True)
     unit.add(gradients, rows.start, rows.stop, d_logps)
     terms = unit.terms()
     # Divide by the larger direction, because the smaller one can be 0.

@@ -8,6 +8,7 @@ from itertools import accumulate
 
 import torch
 
+from dpofast_kernels.head.dtypes import accumulate_dtype
 from dpofast_kernels.head.units import PairIndices, cut_units, join_units
 from dpofast_kernels.head.workspace import WeightGrad, chunk_limits, row_chunks
 
@@ -47,8 +48,8 @@ def plan_chunks(
         vocab_size: V.
         hidden_size: H.
         dtype: dtype that the call computes in, and of the weight.
-        workspace_dtype: dtype of a chunk's logits: that of the inputs for "triton_fused" (the
-            default), fp32 for "triton".
+        workspace_dtype: dtype of a chunk's logits; None for that of the default back end: bf16 for
+            bf16 ("triton_fused"), fp32 for the rest but fp64 ("triton").
         pairs: chosen and rejected sequence of each pair; None for (0, 1), (2, 3), ...
         workspace_bytes: as in `HeadOptions`.
         knows_upstream: whether `HeadOptions.upstream` is given.
@@ -59,10 +60,12 @@ def plan_chunks(
         (2800, 5600)
     """
     units = cut_units(list(accumulate(lengths, initial=0)), pairs)
+    if workspace_dtype is None:
+        workspace_dtype = dtype if dtype == torch.bfloat16 else accumulate_dtype(dtype)
     rounds = knows_upstream and dtype == torch.bfloat16
     weight_grad = WeightGrad.ROUNDED if rounds else WeightGrad.SUMMED
     limits = chunk_limits(
-        *(sum(lengths), (vocab_size, hidden_size), dtype, workspace_dtype or dtype),
+        *(sum(lengths), (vocab_size, hidden_size), dtype, workspace_dtype),
         *("cuda", workspace_bytes, False, weight_grad),
     )
     chunks = join_units(units, limits)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dpofast_kernels.head.launch import has_triton
+from dpofast_kernels.head.launch import takes_triton
 
 
 def rescale(
@@ -25,10 +25,11 @@ def rescale(
         `gradient`.
     """
     factor = factor.to(torch.promote_types(gradient.dtype, torch.float32))
-    if gradient.device.type == "cpu":
-        return gradient if factor.item() == 1.0 else gradient.mul_(factor)
-    if gradient.is_cuda and gradient.is_contiguous() and has_triton():
+    if gradient.is_contiguous() and takes_triton(gradient):
         from dpofast_kernels.head.rescale_triton import rescale_fwd
 
         return rescale_fwd(gradient, factor)
-    return gradient.mul_(factor)
+    if gradient.device.type == "cpu":
+        return gradient if factor.item() == 1.0 else gradient.mul_(factor)
+    # On a GPU, `mul_` would round the factor to the gradient's dtype.
+    return torch.mul(gradient.to(factor.dtype), factor, out=gradient)

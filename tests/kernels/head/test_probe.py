@@ -7,7 +7,18 @@ from dataclasses import replace
 import pytest
 import torch
 
-from dpofast_kernels.head import HeadTraits, WrongHeadError, backends, chunked, probe, probe_head
+from dpofast_kernels.head import (
+    HeadTraits,
+    WrongHeadError,
+    backends,
+    cast_triton,
+    chunked,
+    probe,
+    probe_head,
+    rescale_triton,
+)
+from dpofast_kernels.head.cast import scale_and_cast
+from dpofast_kernels.head.rescale import rescale
 from dpofast_kernels.head.tiled import TorchRows
 
 PLAIN = HeadTraits(torch.float32, hidden_size=24, vocab_size=1007)
@@ -135,3 +146,18 @@ def test_the_environment_chooses_another_back_end_on_a_gpu(gpu, monkeypatch):
     monkeypatch.setenv("DPOFAST_HEAD_BACKEND", "tritn")
     with pytest.raises(ValueError, match=r"DPOFAST_HEAD_BACKEND is 'tritn'.*expected one of tri"):
         backends.backend_for(gpu(torch.bfloat16))
+
+
+def test_the_torch_back_end_of_a_gpu_scales_gradients_without_triton(gpu, monkeypatch):
+    launched = []
+    monkeypatch.setattr(cast_triton, "scale_cast_fwd", lambda *_: launched.append("cast"))
+    monkeypatch.setattr(rescale_triton, "rescale_fwd", lambda *_: launched.append("rescale"))
+    factor = torch.tensor(2.0)
+    narrow, wide = gpu(torch.bfloat16), gpu(torch.float32)
+    for expected in (["cast", "rescale"], []):
+        scale_and_cast(wide + 1.0, factor, narrow)
+        rescale(narrow, factor)
+        assert launched == expected
+        launched.clear()
+        monkeypatch.setenv("DPOFAST_HEAD_BACKEND", "torch")
+    assert (narrow == 4.0).all()

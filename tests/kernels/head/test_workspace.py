@@ -106,6 +106,11 @@ def test_the_plan_of_a_call():
     long = plan_chunks([4000, 4000, 10, 20], 151_936, 896)
     assert long.rows == (8000, 30)
     assert long.pieces == ((4000, 4000), (30,))
+    # fp16 gradients of logits are fp32, in twice the memory.
+    narrow, wide = (
+        plan_chunks(lengths, 151_936, 896, torch.float16, dtype) for dtype in (None, torch.float32)
+    )
+    assert narrow == wide
 
 
 def test_a_device_allocates_blocks_of_few_sizes():
