@@ -9,7 +9,12 @@ from dpofast.errors import ConfigError
 # The words are for HfArgumentParser, which takes no union of a bool and a text.
 Checkpointing = Literal[True, False, "auto", "true", "false", "True", "False"]
 AUTO: Literal["auto"] = "auto"
-NAMES = ("gradient_checkpointing", "activation_checkpointing")  # the second since transformers 5.23
+CHECKPOINTING_HELP = {
+    "help": "Recompute activations in the backward: true, false or auto.",
+    **{"nargs": "?", "const": True},  # for HfArgumentParser: `--NAME` means true
+}
+NEW_NAME = "activation_checkpointing"  # since transformers 5.23
+NAMES = ("gradient_checkpointing", NEW_NAME)
 _WORDS = {"true": True, "false": False, AUTO: AUTO}
 # An argument of transformers that itself says which layers are checkpointed.
 EVERY = "every_n_layers"
@@ -49,6 +54,6 @@ def checkpointing_options(config: Any) -> dict[str, Any]:
 
 def chooses_layers(config: Any) -> bool:
     """Whether the trainer chooses how many layers are checkpointed, by the memory they need."""
-    value = getattr(config, NAMES[1], None)
+    value = getattr(config, NEW_NAME, None)
     value = config.gradient_checkpointing if value is None else value
     return value == AUTO and EVERY not in checkpointing_options(config)
