@@ -93,14 +93,8 @@ NEWER_PACKABLE: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "mellum": ("MellumConfig", {**_TWO_TYPES, **NUMBERED}),
 }
-_INDEXED = {
-    **PAD,
-    **LATENT,
-    **FIRST_DENSE,
-    "index_topk": 4,
-    "index_head_dim": 16,
-    "index_n_heads": 16,
-}
+_INDEXER = {"index_topk": 4, "index_head_dim": 16, "index_n_heads": 16}
+_INDEXED = {**PAD, **LATENT, **FIRST_DENSE, **_INDEXER}
 _BYTES = {
     **{**SIZES, "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2},
     "intermediate_size": 48,
@@ -125,7 +119,17 @@ NEWER_PADDED: dict[str, tuple[str, dict[str, Any]]] = {
         "DeepseekV4Config",
         {**PAD_8, **ROUTED, "compress_rates": dict.fromkeys(_COMPRESSED, 4)},
     ),
-    "dots3_note": ("Dots3NoteTextConfig", {**PAD_8, **LATENT, **ROUTED, **WINDOW}),
+    "dots3_note": (
+        "Dots3NoteTextConfig",
+        {
+            **{**PAD_8, **LATENT, **ROUTED, **WINDOW, **_INDEXER},
+            "shared_experts_intermediate_size": 16,
+            # heads of the layers with a window
+            **{"swa_num_attention_heads": 2, "swa_num_key_value_heads": 2, "swa_head_dim": 16},
+            **{"swa_q_lora_rank": 16, "swa_kv_lora_rank": 16},
+            **{"swa_qk_nope_head_dim": 8, "swa_v_head_dim": 8},
+        },
+    ),
     "falcon_mamba": ("FalconMambaConfig", {**SIZES, "num_hidden_layers": 2, "state_size": 4}),
     "glm_moe_dsa": ("GlmMoeDsaConfig", _INDEXED),
     "gpt_neox_japanese": (
@@ -149,7 +153,14 @@ NEWER_PADDED: dict[str, tuple[str, dict[str, Any]]] = {
             **{"n_positions": 64, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
         },
     ),
-    "qwen4_exp": ("Qwen4ExpTextConfig", {**PAD_8, **NUMBERED}),
+    "qwen4_exp": (
+        "Qwen4ExpTextConfig",
+        {
+            **{**PAD_8, **NUMBERED, "shared_expert_intermediate_size": 16, "hc_lowrank": 8},
+            **{"linear_num_key_heads": 2, "linear_num_value_heads": 4},
+            **{"linear_key_head_dim": 8, "linear_value_head_dim": 8},
+        },
+    ),
     "recurrent_gemma": ("RecurrentGemmaConfig", {**PAD_8, "attention_window_size": 6}),
     "rwkv": ("RwkvConfig", {**SIZES, "num_hidden_layers": 2, "context_length": 64}),
     "xlstm": ("xLSTMConfig", {**SIZES, "num_hidden_layers": 2, "num_heads": 4}),

@@ -74,8 +74,9 @@ def _quick_step(toy: tuple[str, ...], shape: str) -> list[Stage]:
     return [
         Stage("step_tests", 45.0, "benchmarks.gpu.device_tests", (_FOLDER, "-k", STEP_TESTS)),
         Stage("profile", 35.0, _PROFILE, profile),
-        Stage("profile_plain", 30.0, _PROFILE, (*profile, "--no-checkpointing")),
-        Stage("race", 120.0, "benchmarks.train", (*race, *short, *model, *toy)),
+        Stage("profile_plain", 30.0, _PROFILE, (*profile, *_PLAIN)),
+        Stage("profile_liger", 25.0, _PROFILE, (*profile, *_PLAIN, "--liger")),
+        Stage("race", 105.0, "benchmarks.train", (*race, *short, *model, *toy)),
     ]
 
 
@@ -94,7 +95,8 @@ def _step(toy: tuple[str, ...], shape: str) -> list[Stage]:
     on_gpu = (*_CUDA, *model, *toy)
     return [
         Stage("profile", 300.0, _PROFILE, (*model, *toy)),
-        Stage("profile_plain", 300.0, _PROFILE, (*model, *toy, "--no-checkpointing")),
+        Stage("profile_plain", 300.0, _PROFILE, (*model, *toy, *_PLAIN)),
+        Stage("profile_liger", 300.0, _PROFILE, (*model, *toy, *_PLAIN, "--liger")),
         Stage("race", 3600.0, "benchmarks.train", on_gpu),
         Stage("reference", 3600.0, "benchmarks.reference", on_gpu),
     ]
@@ -102,5 +104,6 @@ def _step(toy: tuple[str, ...], shape: str) -> list[Stage]:
 
 _CUDA = ("--device", "cuda")
 _PROFILE = "benchmarks.gpu.step_profile"
+_PLAIN = ("--no-checkpointing",)
 _FOLDER = "tests/gpu"
 _HEAD_FILE = "tests/gpu/test_head_gpu.py"

@@ -1,6 +1,7 @@
 """Where the time of a training step goes: kernels by their total time, and how busy the device is.
 
 python -m benchmarks.gpu.step_profile --shape 0.5b --json profile.json
+python -m benchmarks.gpu.step_profile --no-checkpointing --liger --json profile_liger.json
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from benchmarks.gpu.runner import write_whole
 from benchmarks.stamps import stamps
 from benchmarks.train_cases import Case, Work, gpu_case, prepare, tiny
 from benchmarks.train_contenders import trainer_options
+from dpofast.options.liger import why_not_here
 
 STEPS = 3  # timed, the last of which is profiled
 KERNELS = 100  # in the JSON
@@ -73,9 +75,20 @@ class Steps(TrainerCallback):
             torch.cuda.synchronize()
 
 
-def profile_step(case: Case, folder: Path, device: str) -> dict[str, Any]:
-    """Train some steps in our layout; all times of the result are in seconds."""
+def profile_step(case: Case, folder: Path, device: str, liger: bool) -> dict[str, Any]:
+    """Train some steps in our layout.
+
+    Args:
+        case: model and data.
+        folder: what `prepare` has filled.
+        device: "cuda" or "cpu".
+        liger: whether Liger's layers run in place of the model's own.
+
+    Returns:
+        What was found; all times are in seconds.
+    """
     from dpofast import DPOConfig, DPOTrainer
+    from dpofast.model.liger import liger_names
 
     work = Work(folder, device, case.fixed_batch, case.steps)
     options = {**trainer_options(work, "profile"), "logging_steps": 1000}  # logging waits
@@ -87,6 +100,7 @@ def profile_step(case: Case, folder: Path, device: str) -> dict[str, Any]:
             layout="shared",
             max_tokens_per_microbatch=case.max_tokens,
             reference_store=str(folder / "store"),
+            use_liger_kernel=liger,
         ),
         train_dataset=work.pairs,
         processing_class=work.tokenizer,
@@ -103,6 +117,7 @@ def profile_step(case: Case, folder: Path, device: str) -> dict[str, Any]:
         "profiled_tokens": steps.tokens[-1],
         "busy_seconds": busy,
         "kernels": kernels,
+        "liger_layers": liger_names(trainer.model),
         "peak_bytes": torch.cuda.max_memory_allocated() if device == "cuda" else None,
         "reserved_bytes": torch.cuda.max_memory_reserved() if device == "cuda" else None,
     }
@@ -139,16 +154,27 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.step_profile")
     parser.add_argument("--shape", default="0.5b", help="default: %(default)s")
     parser.add_argument("--no-checkpointing", action="store_true", help="keep all activations")
+    parser.add_argument("--liger", action="store_true", help="Liger's norms, RoPE and MLPs")
     parser.add_argument("--dry-run", action="store_true", help="a tiny model on a CPU")
     parser.add_argument("--json", type=Path, required=True)
     options = parser.parse_args(arguments)
     case, device = case_of(options), "cpu" if options.dry_run else "cuda"
-    with tempfile.TemporaryDirectory(prefix="dpofast-profile-") as name:
-        prepare(case, Path(name), None)
-        found = profile_step(case, Path(name), device)
+    left_out = why_not_here(device) if options.liger else None
+    found: dict[str, Any] = {"left_out": left_out}
+    if left_out is None:
+        with tempfile.TemporaryDirectory(prefix="dpofast-profile-") as name:
+            prepare(case, Path(name), None)
+            found |= profile_step(case, Path(name), device, options.liger)
     about = {"benchmark": "step_profile", "device": device, "dry_run": options.dry_run}
     result = {**about, "case": asdict(case), **found, "stamps": stamps("benchmarks.gpu")}
     write_whole(options.json, result)
+    _print(found)
+
+
+def _print(found: dict[str, Any]) -> None:
+    if found["left_out"] is not None:
+        print(f"left out: {found['left_out']}")
+        return
     print(
         f"step {1e3 * found['step_seconds']:.1f} ms, {found['tokens']:.0f} tokens; with the "
         f"profiler {1e3 * found['profiled_seconds']:.1f} ms, of which the device is busy "

@@ -16,12 +16,13 @@ class Measured:
     Attributes:
         heads: of our head, forward and backward, by (N, H, V).
         floors: of the bare products, by (N, H, V).
-        steps: of a step per token, by shape and whether it was checkpointed.
+        steps: of a step per token, by shape, whether it was checkpointed, and whether layers were
+            fused.
     """
 
     heads: dict[tuple[int, int, int], float] = field(default_factory=dict)
     floors: dict[tuple[int, int, int], float] = field(default_factory=dict)
-    steps: dict[tuple[str, bool], float] = field(default_factory=dict)
+    steps: dict[tuple[str, bool, bool], float] = field(default_factory=dict)
 
 
 def read_measured(results: Path, card: str) -> Measured:
@@ -42,9 +43,9 @@ def read_measured(results: Path, card: str) -> Measured:
                     seconds = timed.get(name, {}).get("median")
                     if seconds and case["dtype"] == "bfloat16":
                         times[key] = seconds
-        elif kind == "step_profile":
+        elif kind == "step_profile" and result["left_out"] is None:
             case = result["case"]
-            key_of_step = case["shape"], case["checkpointing"]
+            key_of_step = case["shape"], case["checkpointing"], bool(result["liger_layers"])
             found.steps[key_of_step] = result["step_seconds"] / result["tokens"]
     return found
 

@@ -82,8 +82,7 @@ def print_steps(shape: str, cases: Sequence[StepCase], measured: Measured) -> No
         table.add_column(name, justify="right")
     for case in cases:
         work = case.body.work
-        key = (shape, case.checkpointing)
-        seconds = None if case.fused else measured.steps.get(key)
+        seconds = measured.steps.get((shape, case.checkpointing, case.fused))
         table.add_row(
             "fused" if case.fused else "stock",
             "yes" if case.checkpointing else "no",

@@ -77,7 +77,7 @@ def _label_line(labels: list[bool | None]) -> str:
 
 
 def _show_step(options: RunOptions, step: int, rank: tuple[int, int]) -> None:
-    from dpofast.model.packable import attention_window
+    from dpofast.model.packable import attention_limits
     from dpofast.options.named_loss import is_unpaired
     from dpofast.train.data.dataset import PairPreparer
     from dpofast.train.data.sampler import planned_steps, train_sampler
@@ -119,7 +119,7 @@ def _show_step(options: RunOptions, step: int, rank: tuple[int, int]) -> None:
     assert figures is not None  # rows are packed
     print_rich(Text(f"Layout: {layout.name}; {sampler.describe(figures)}."))
     _print_headline(planned, f"step {step} (epoch {epoch}), rank {rank[0]} of {rank[1]}")
-    _print_packed_rows(planned, pairs, layout, tokenizer, attention_window(model))
+    _print_packed_rows(planned, pairs, layout, tokenizer, attention_limits(model))
 
 
 def _print_headline(planned: PlannedStep, place: str) -> None:
@@ -130,9 +130,21 @@ def _print_headline(planned: PlannedStep, place: str) -> None:
 
 
 def _print_packed_rows(
-    planned: PlannedStep, dataset: Any, layout: Layout, tokenizer: Any, window: int | None
+    planned: PlannedStep,
+    dataset: Any,
+    layout: Layout,
+    tokenizer: Any,
+    limits: tuple[int | None, int | None],
 ) -> None:
-    """Lay out each micro-batch of a step as training would, and print it."""
+    """Lay out each micro-batch of a step as training would, and print it.
+
+    Args:
+        planned: the step.
+        dataset: the run's pairs.
+        layout: layout of the rows.
+        tokenizer: turns ids into text.
+        limits: the window and the chunk of the model's layers, as `attention_limits` gives them.
+    """
     import numpy as np
 
     from dpofast.data.packing.likelihood import NO_LIKELIHOOD
@@ -142,10 +154,11 @@ def _print_packed_rows(
     dataset.ref_logps = np.zeros((len(dataset), 2))
     dataset.likelihood = NO_LIKELIHOOD
     step = dataset.step_dataset(layout).__getitems__(planned)
+    window, chunk = limits
     for number, (row, batch) in enumerate(zip(step.indices, step.micro_batches, strict=True)):
         print_rich(Text(f"\nrow {number} of {len(step.indices)}", style="bold reverse"))
         examples = [dataset.pairs[pair] for pair in row]
-        print_rich(render_packed(batch, examples, tokenizer, window=window))
+        print_rich(render_packed(batch, examples, tokenizer, window=window, chunk=chunk))
 
 
 def _refuse_to_measure() -> int:

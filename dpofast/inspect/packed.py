@@ -24,6 +24,7 @@ def render_packed(
     tokenizer: Any,
     *,
     window: int | None = None,
+    chunk: int | None = None,
     max_tokens: int = 40,
 ) -> RenderableType:
     """Render a packed row: a table of its parts, a picture of its attention, its tokens.
@@ -35,6 +36,7 @@ def render_packed(
         tokenizer: turns ids into text.
         window: number of positions that layers with a sliding window look back; None if the model
             has no such layers.
+        chunk: number of positions in a chunk of the layers that attend in chunks; likewise.
         max_tokens: most tokens to print per part; the middle of a longer part is left out.
     """
     if not batch.num_pairs:
@@ -42,7 +44,7 @@ def render_packed(
     units = row_units(batch)
     input_ids = batch.input_ids[0].tolist()
     shown: list[RenderableType] = [_headline(batch), _table(units, examples), Text()]
-    shown += [*_pictures(batch, units, examples, window), Text()]
+    shown += [*_pictures(batch, units, examples, window, chunk), Text()]
     for unit in units:
         shown.append(Text(_title(unit, examples), style="bold"))
         if len(unit.pairs) > 1:
@@ -105,8 +107,9 @@ def _pictures(
     units: Sequence[RowUnit],
     examples: Sequence[Mapping[str, Any]],
     window: int | None,
+    chunk: int | None,
 ) -> Iterator[RenderableType]:
-    """A picture of full attention, and one of windowed attention if the window cuts anything."""
+    """A picture of full attention, and one of a window and of chunks if these cut anything."""
     layout = batch.shared_layout
     assert layout is not None
     drawn = [
@@ -120,7 +123,11 @@ def _pictures(
     if window is not None and window < layout.max_key_length:
         yield Text()
         yield Text(f"layers with a window look back over {window} tokens:", style="bold")
-        yield AttentionPicture(layout, drawn, window)
+        yield AttentionPicture(layout, drawn, window=window)
+    if chunk is not None and chunk < layout.max_key_length:
+        yield Text()
+        yield Text(f"layers with chunks look at their own chunk of {chunk} tokens:", style="bold")
+        yield AttentionPicture(layout, drawn, chunk=chunk)
 
 
 def _stretches(unit: RowUnit, input_ids: Sequence[int], prompt_length: int) -> Iterator[TokenPart]:

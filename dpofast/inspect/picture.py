@@ -46,18 +46,25 @@ class AttentionPicture:
         parts: stretches in the row's order; the first begins at 0.
         window: number of positions that layers with a sliding window look back; None for full
             attention.
+        chunk: number of positions in a chunk of the layers that attend in chunks; None for no
+            chunks.
     """
 
     def __init__(
-        self, layout: SharedLayout, parts: Sequence[PicturePart], window: int | None = None
+        self,
+        layout: SharedLayout,
+        parts: Sequence[PicturePart],
+        *,
+        window: int | None = None,
+        chunk: int | None = None,
     ) -> None:
-        self.layout, self.parts, self.window = layout, parts, window
+        self.layout, self.parts, self.window, self.chunk = layout, parts, window, chunk
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Text]:
         margin = max(len(part.label) for part in self.parts) + 1
         room = min(max(options.max_width - margin - 1, _MIN_CELLS), _MAX_CELLS)
         num_tokens = self.layout.num_tokens
-        cells = attended_cells(self.layout, room, self.window).tolist()
+        cells = attended_cells(self.layout, room, self.window, self.chunk).tolist()
         limits = cell_limits(num_tokens, len(cells))
         # A line of text has only one colour: the colour of the part at its upper cell's middle.
         styles = [self._part_at((start + end) // 2).style for start, end in pairwise(limits)]
@@ -79,13 +86,16 @@ class AttentionPicture:
         return next((part.label for part in self.parts if start <= part.start < end), "")
 
 
-def attended_cells(layout: SharedLayout, num_cells: int, window: int | None = None) -> Tensor:
+def attended_cells(
+    layout: SharedLayout, num_cells: int, window: int | None = None, chunk: int | None = None
+) -> Tensor:
     """Reduce a row's attention mask to a few cells.
 
     Args:
         layout: structure of the packed row.
         num_cells: most cells per side; a row with fewer tokens gets one cell per token.
         window: number of positions to look back, None for full attention.
+        chunk: number of positions in a chunk, None for no chunks.
 
     Returns:
         [n, n] bool, queries by keys; True if at least half of the cell's pairs of tokens attend.
@@ -98,7 +108,7 @@ def attended_cells(layout: SharedLayout, num_cells: int, window: int | None = No
     # [n, T], 1 where a cell has a token. Two products with it count the True entries of each cell.
     member = torch.eye(len(sizes)).repeat_interleave(sizes, 1)
     # [n, T] @ [T, T] @ [T, n]
-    counts = member @ attends(layout, window).float() @ member.t()
+    counts = member @ attends(layout, window, chunk).float() @ member.t()
     return counts * 2 >= sizes[:, None] * sizes
 
 

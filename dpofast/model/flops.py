@@ -75,7 +75,8 @@ class TrainingFlops:
         per_token: operations of the body's products and of its states for one token.
         per_scored: operations of the head's product for one scored token.
         per_score: operations of attention for one query and one key, summed over all layers whose
-            attention has the same window. The keys are the windows; None for no window.
+            attention has the same window and the same chunks. The keys are these two; None for no
+            window or no chunks.
 
     Raises:
         UnknownSizesError: the sizes of the model's layers can't be told.
@@ -89,11 +90,12 @@ class TrainingFlops:
             size = states.num_heads * states.key_dim * states.value_dim
             self.per_token += 2 * PASSES_TRAINED * states.products * size
         self.per_scored = _product_flops(lm.get_output_embeddings(), config)
-        self.per_score: dict[int | None, float] = {}
+        self.per_score: dict[tuple[int | None, int | None], float] = {}
         for layer in attention_sizes(config):
             # One product for the scores and one for the values, each forward and backward.
             flops = 2 * PASSES_TRAINED * layer.num_heads * (layer.key_dim + layer.value_dim)
-            self.per_score[layer.window] = self.per_score.get(layer.window, 0) + flops
+            limits = layer.window, layer.chunk
+            self.per_score[limits] = self.per_score.get(limits, 0) + flops
 
     def of(self, batch: PackedPairs) -> float:
         """Operations of one micro-batch, padding excluded."""
@@ -106,8 +108,8 @@ class TrainingFlops:
             num_tokens, num_rows = batch.sequence_tokens, len(batch.input_ids)
             segments = [(num_tokens // num_rows,) * 2] * num_rows
         attention = sum(
-            flops * sum(causal_scores(*segment, window) for segment in segments)
-            for window, flops in self.per_score.items()
+            flops * sum(causal_scores(*segment, *limits) for segment in segments)
+            for limits, flops in self.per_score.items()
         )
         return self.per_token * num_tokens + self.per_scored * len(batch.labels) + attention
 
@@ -146,16 +148,25 @@ def _active_share(module_name: str, size: Sequence[int], config: Any) -> float:
     return 1.0
 
 
-def causal_scores(num_queries: int, num_keys: int, window: int | None) -> int:
+def causal_scores(
+    num_queries: int, num_keys: int, window: int | None = None, chunk: int | None = None
+) -> int:
     """Number of (query, key) pairs in a causal segment in which the query sees the key.
 
     Args:
         num_queries: queries of the segment, which are its last tokens.
-        num_keys: keys of the segment.
+        num_keys: keys of the segment, which begin with the first token of a sequence.
         window: most keys that a query sees, its own included; None for all before it.
+        chunk: number of keys in a chunk; a query sees those of its own chunk. None for no chunks.
     """
-    first = num_keys - num_queries + 1  # keys that the first query sees
-    if window is None or window >= num_keys:
-        return num_queries * (first + num_keys) // 2
-    growing = max(window - first, 0)  # queries that see fewer than the window
-    return growing * (first + window - 1) // 2 + (num_queries - growing) * window
+    before = num_keys - num_queries
+    return _scores_of_start(num_keys, window, chunk) - _scores_of_start(before, window, chunk)
+
+
+def _scores_of_start(length: int, window: int | None, chunk: int | None) -> int:
+    """The pairs among the first `length` tokens of a sequence."""
+    if chunk is not None:
+        num_chunks, rest = divmod(length, chunk)
+        return num_chunks * causal_scores(chunk, chunk, window) + causal_scores(rest, rest, window)
+    growing = length if window is None else min(window, length)  # queries that see all before them
+    return growing * (growing + 1) // 2 + (length - growing) * growing

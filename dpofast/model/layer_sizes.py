@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from dpofast.model.parts import CHUNKED_LAYER
+
 # Types of layers: attention in a window, attention to all tokens, and neither attention nor states.
 # Layers of other types, such as those of Mamba-1, do work that nothing here counts.
 WINDOWED, FULL = "sliding_attention", "full_attention"
@@ -56,12 +58,15 @@ class AttentionSize:
         key_dim: size of a query head and of a key head.
         value_dim: size of a value head.
         window: most positions that a query sees, its own included; None for no limit.
+        chunk: number of positions in a chunk, counted from the beginning of each sequence; a query
+            sees its own chunk only. None for no chunks.
     """
 
     num_heads: int
     key_dim: int
     value_dim: int
     window: int | None
+    chunk: int | None = None
 
 
 @dataclass(frozen=True)
@@ -125,7 +130,7 @@ def _layer_types(config: Any) -> list[str | None]:
         raise UnknownSizesError(f"the work of {model_type}'s layers isn't known")
     count = _whole(config, "num_hidden_layers")
     types = getattr(config, "layer_types", None) or [None] * count
-    known = {WINDOWED, FULL, None, *WITHOUT}
+    known = {WINDOWED, FULL, CHUNKED_LAYER, None, *WITHOUT}
     if model_type in STATES:
         known |= {STATE, STATE_AND_ATTENTION}
     unknown = sorted(str(each) for each in {*types} - known)
@@ -184,6 +189,7 @@ def _attention_size(layer: _Layer, layer_type: str | None) -> AttentionSize:
     names = ("num_attention_heads_per_layer", "num_attention_heads", "num_query_heads")
     num_heads = layer.whole(*names)
     window = None if layer_type == FULL else layer.get("sliding_window")
+    chunk = layer.get("attention_chunk_size") if layer_type == CHUNKED_LAYER else None
     if layer.get("kv_lora_rank") is not None:  # latent attention: part of a head has positions
         key_dim = layer.whole("qk_nope_head_dim") + layer.whole("qk_rope_head_dim")
     elif layer_type == FULL and layer.get("global_head_dim") is not None:  # older Gemma 4 configs
@@ -193,7 +199,7 @@ def _attention_size(layer: _Layer, layer_type: str | None) -> AttentionSize:
     else:
         key_dim = layer.whole("hidden_size") // num_heads
     value_dim = key_dim if layer.get("v_head_dim") is None else layer.whole("v_head_dim")
-    return AttentionSize(num_heads, key_dim, value_dim, window)
+    return AttentionSize(num_heads, key_dim, value_dim, window, chunk)
 
 
 def _whole(config: Any, name: str) -> int:

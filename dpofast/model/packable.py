@@ -87,13 +87,17 @@ def _why_type_not_packed(model_type: str) -> str | None:
     return None
 
 
-def attention_window(model: nn.Module) -> int | None:
-    """Positions that a query sees in a layer with a sliding window, its own included.
+def attention_limits(model: nn.Module) -> tuple[int | None, int | None]:
+    """The smallest sliding window of a model's layers, and their smallest chunk, in positions.
 
-    None if no layer has a window, or if the layers' sizes can't be told.
+    A window includes the query's own position. What no layer has is None, and so are both if the
+    layers' sizes can't be told.
     """
     try:
         layers = attention_sizes(causal_lm(model).config.get_text_config())
     except UnknownSizesError:
-        return None
-    return min((layer.window for layer in layers if layer.window is not None), default=None)
+        return None, None
+    return (
+        min((layer.window for layer in layers if layer.window is not None), default=None),
+        min((layer.chunk for layer in layers if layer.chunk is not None), default=None),
+    )

@@ -47,16 +47,21 @@ def check_liger(config: Any) -> list[str]:
                 f"{KINDS_OPTION}: {name} isn't supported, as head and loss are dpofast's own; "
                 "leave it out."
             )
-    if _device_type(config) not in DEVICE_TYPES:
-        raise ConfigError(
-            f"{OPTION}: Liger's layers need a GPU, and this process has none; set it to false here."
-        )
-    if not _is_here():
-        raise ConfigError(
-            f"{OPTION}: liger-kernel {OLDEST} or later isn't installed; run `pip install "
-            f"'liger-kernel>={OLDEST}'`, or leave the option out."
-        )
+    if (reason := why_not_here(_device_type(config))) is not None:
+        raise ConfigError(f"{OPTION}: {reason}; set it to false here.")
     return []
+
+
+def why_not_here(device_type: str) -> str | None:
+    """The reason why Liger's layers can't run on a device of this type; None if they can."""
+    if device_type not in DEVICE_TYPES:
+        return "Liger's layers need a GPU, and this process has none"
+    if not _is_here():
+        return (
+            f"liger-kernel {OLDEST} or later isn't installed "
+            f"(`pip install 'liger-kernel>={OLDEST}'`)"
+        )
+    return None
 
 
 def liger_kinds(config: Any) -> dict[str, bool] | None:

@@ -15,13 +15,14 @@ from torch.autograd import DeviceType
 
 from benchmarks import REPOSITORY, attention, head, reference, train, train_cases
 from benchmarks.gpu import __main__ as program
-from benchmarks.gpu import ceilings
+from benchmarks.gpu import ceilings, step_profile
 from benchmarks.gpu.ceilings import Probe
 from benchmarks.gpu.device_tests import Outcomes
 from benchmarks.gpu.runner import run_stages, write_whole
 from benchmarks.gpu.stages import PARTS, SHAPES, Stage, stages_of
 from benchmarks.gpu.step_profile import kernel_times
 from benchmarks.report import read_figures
+from tests import liger
 
 # A stage: writes JSON, starts a process of its own, and then does what its first argument says.
 FAKE = """
@@ -259,6 +260,27 @@ def assert_whole(folder, names):
         assert "stage" not in written, written  # else the stage has left no result of its own
 
 
+def profile_with_liger(folder):
+    step_profile.main(["--dry-run", "--liger", "--json", str(folder / "profile.json")])
+    return json.loads((folder / "profile.json").read_text())
+
+
+def test_a_profile_with_liger_s_layers_is_left_out_where_they_cannot_run(tmp_path, capsys):
+    written = profile_with_liger(tmp_path)
+    assert written["left_out"] == "Liger's layers need a GPU, and this process has none"
+    assert "step_seconds" not in written
+    assert "left out: Liger's layers" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_profile_with_liger_s_layers_runs_them_where_they_can(tmp_path, monkeypatch):
+    liger.install_twins(monkeypatch)
+    written = profile_with_liger(tmp_path)
+    assert written["left_out"] is None
+    assert "LigerRMSNorm" in written["liger_layers"]
+    assert liger.calls["norm"] > 0
+
+
 @pytest.mark.slow
 def test_a_dry_run_of_the_own_stages(tmp_path):
     names = ["ceilings", "head_tests", "step_tests", "profile"]
@@ -268,6 +290,7 @@ def test_a_dry_run_of_the_own_stages(tmp_path):
     profile = json.loads((tmp_path / "profile.json").read_text())
     assert profile["tokens"] > 0
     assert profile["case"]["checkpointing"] is True
+    assert profile["liger_layers"] == []
     for name in ("head_tests", "step_tests"):
         counts = json.loads((tmp_path / f"{name}.json").read_text())["counts"]
         # Without a GPU they are skipped, but their names are those that the stages ask for.

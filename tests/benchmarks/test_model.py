@@ -149,14 +149,15 @@ def test_measured_figures_are_read(tmp_path):
         "benchmark": "step_profile",
         "stamps": stamps,
         "case": {"shape": "0.5b", "checkpointing": True},
-        "step_seconds": 3.0,
-        "tokens": 100,
+        **{"step_seconds": 3.0, "tokens": 100, "left_out": None, "liger_layers": []},
     }
-    for number, result in enumerate((head, profile, {"benchmark": "other"})):
+    fused = {**profile, "step_seconds": 2.0, "liger_layers": ["LigerRMSNorm"]}
+    absent = {**profile, "left_out": "there is no GPU"}
+    for number, result in enumerate((head, profile, fused, absent, {"benchmark": "other"})):
         (tmp_path / f"{number}.json").write_text(json.dumps(result))
     found = read_measured(tmp_path, "h200")
     assert (found.heads, found.floors) == ({(8, 2, 4): 0.5}, {(8, 2, 4): 0.4})
-    assert found.steps == {("0.5b", True): 0.03}
+    assert found.steps == {("0.5b", True, False): 0.03, ("0.5b", True, True): 0.02}
     assert not read_measured(tmp_path, "h100").heads
     (tmp_path / "0.json").write_text(json.dumps({**head, "dry_run": True}))
     assert not read_measured(tmp_path, "h200").heads

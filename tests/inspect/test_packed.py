@@ -132,6 +132,11 @@ def test_a_window_that_cuts_something_off_gets_a_picture_of_its_own():
     assert not [line for line in printed(PAIRS, window=4) if "window" in line]
 
 
+def test_so_do_chunks_that_do():
+    assert "layers with chunks look at their own chunk of 3 tokens:" in printed(PAIRS, chunk=3)
+    assert not [line for line in printed(PAIRS, chunk=4) if "chunk" in line]
+
+
 def test_long_parts_are_shortened():
     lines = printed([(tokens("a" * 50), tokens("b"), tokens("c"))], max_tokens=4)
     assert "prompt (50)  a|a ... 46 tokens ... a|a" in lines

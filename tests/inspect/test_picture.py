@@ -51,12 +51,24 @@ def test_a_window_shortens_the_view():
     ]
 
 
-@pytest.mark.parametrize("window", [None, 9])
-def test_cells_are_what_most_of_their_tokens_do(window):
+def test_chunks_end_the_view():
+    """The second tail's first token is in its prefix's chunk, which ends there."""
+    lines = drawn(AttentionPicture(build_layout(GROUPS), PARTS, chunk=3), 80)
+    assert lines[1:] == [
+        "5 prefix   │█▄",
+        "5 chosen   │▀▀▀▄",
+        "5 rejected │▄▄ ▀▀▄",
+        "2 prefix   │      ▀▄",
+        "2 rejected │       ██▄",
+    ]
+
+
+@pytest.mark.parametrize(("window", "chunk"), [(None, None), (9, None), (None, 12)])
+def test_cells_are_what_most_of_their_tokens_do(window, chunk):
     layout = build_layout(((31, (17, 40)), (5, (0, 11)), (3, (30, 2))))
-    looks = attends(layout, window)
+    looks = attends(layout, window, chunk)
     limits = cell_limits(layout.num_tokens, 20)
-    cells = attended_cells(layout, 20, window)
+    cells = attended_cells(layout, 20, window, chunk)
     assert cells.shape == (20, 20)
     for line in range(20):
         for column in range(20):

@@ -11,12 +11,14 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from dpofast.data.packing.collate import Layout
+from dpofast.model.checks import check_layout
 from dpofast.model.flops import PASSES_TRAINED, TrainingFlops, causal_scores, peak_flops
 from dpofast.model.forward import micro_batch, run_batch
 from dpofast.model.head import ScoreTask, head_options
 from dpofast.model.layer_sizes import UnknownSizesError
 from dpofast.model.parts import body_of
 from dpofast.model.unreached import reached_modules
+from dpofast_kernels.attention import attends
 from dpofast_kernels.head.workspace import ROWS_AT_A_TIME
 from tests.families import FAMILIES, tiny_model
 from tests.newer_families import NEWER_PADDED
@@ -53,8 +55,10 @@ def test_products_are_those_that_pytorch_counts(frozen):
     assert counted(model, batch) == pytest.approx(expected.of(batch) + again + padding, rel=1e-4)
 
 
-def test_a_mixture_counts_the_experts_that_a_token_goes_through():
-    model = tiny_model("mixtral")
+@pytest.mark.parametrize("family", ["mixtral", "llama4"])
+def test_a_mixture_counts_the_experts_that_a_token_goes_through(family):
+    """Half of them, and all of a shared expert."""
+    model = tiny_model(family)
     dense = sum(
         parameter.numel() * (0.5 if ".experts." in name else 1.0)
         for name, parameter in model.model.named_parameters()
@@ -79,16 +83,21 @@ def forward_flops(model, num_tokens):
     return counter.get_total_flops()
 
 
-# Gemma 3n mixes four streams of 32 in each of its four layers, by products of 4 x 4 and 4 x 1 that
-# hold no weights. Beside the products of a real model they are nothing.
-WITHOUT_WEIGHTS = dict.fromkeys(("gemma3n", "gemma3n with pictures"), 2 * 4 * (16 + 4) * 32)
+# A token's products that don't count. Gemma 3n mixes four streams of 32 in each of its four layers,
+# by products of 4 x 4 and 4 x 1 that hold no weights. Beside the products of a real model they are
+# nothing. Llama 4 multiplies zeros with the experts that a token hasn't chosen: one of two here,
+# three matrices of 32 x 48 in one layer.
+UNCOUNTED = {
+    **dict.fromkeys(("gemma3n", "gemma3n with pictures"), 2 * 4 * (16 + 4) * 32),
+    **dict.fromkeys(("llama4", "llama4 with temperature"), 2 * 3 * 32 * 48),
+}
 
 
 def check_forward(family):
     model, num_tokens = tiny_model(family).double().eval(), 16
     expected = TrainingFlops(model)
     scores = num_tokens**2  # eager attention multiplies masked scores as well
-    per_token = expected.per_token + PASSES_TRAINED * WITHOUT_WEIGHTS.get(family, 0)
+    per_token = expected.per_token + PASSES_TRAINED * UNCOUNTED.get(family, 0)
     count = per_token * num_tokens + sum(expected.per_score.values()) * scores
     # a causal convolution also runs at the ends of its padding, whose results are cut off
     count += PASSES_TRAINED * sum(
@@ -101,12 +110,10 @@ def check_forward(family):
 
 # Layers of different sizes, keys shared by layers, latent attention, and each way to hold experts.
 UNEVEN = ["gemma3n", "gemma4", "gemma4 with experts", "gpt_oss", "jetmoe", "deepseek_v3"]
-OTHER_WAYS = ["mimo_v2_flash", "opt, norms last", "lfm2", "laguna", "phi4_multimodal"]
+OTHER_WAYS = ["mimo_v2_flash", "opt, norms last", "lfm2", "laguna", "phi4_multimodal", "llama4"]
 STATEFUL = ["falcon_h1", "qwen3_5"]
 # Layers that do work of their own kind, and experts that do nothing.
 UNKNOWN = {
-    "llama4",
-    "llama4 with temperature",
     "minimax",
     "mamba",
     "jamba",
@@ -135,10 +142,34 @@ def test_a_family_whose_work_is_not_known_has_no_count(family):
 
 
 @pytest.mark.parametrize("window", [None, 1, 3, 6, 50])
-@pytest.mark.parametrize(("queries", "keys"), [(7, 7), (3, 9), (1, 1), (1, 12)])
-def test_scores_of_a_segment(queries, keys, window):
-    sees = [min(keys - queries + 1 + i, window or keys) for i in range(queries)]
-    assert causal_scores(queries, keys, window) == sum(sees)
+@pytest.mark.parametrize("chunk", [None, 1, 4, 9, 50])
+@pytest.mark.parametrize(("queries", "keys"), [(7, 7), (3, 9), (1, 1), (1, 12), (0, 3), (6, 21)])
+def test_scores_of_a_segment(queries, keys, chunk, window):
+    sees = [
+        sum(
+            key // (chunk or keys) == query // (chunk or keys) and query - key < (window or keys)
+            for key in range(query + 1)
+        )
+        for query in range(keys - queries, keys)
+    ]
+    assert causal_scores(queries, keys, window, chunk) == sum(sees)
+
+
+@pytest.mark.parametrize("layout", ["shared", "unshared"])
+@pytest.mark.parametrize("family", ["gemma3", "llama4 with temperature"])
+def test_attention_of_a_row_counts_the_pairs_that_its_layers_see(family, layout):
+    long = [([*range(5, 18)], [*range(20, 20 + answer)]) for answer in (4, 9)]
+    model, batch = tiny_model(family), Layout(layout).collate([*SEQUENCES, *long])
+    flops = TrainingFlops(model)
+    calls = check_layout(Layout(layout), model.double())
+    attention = sum(
+        int(attends(batch.shared_layout, each.window, each.chunk).sum())
+        * (2 * PASSES_TRAINED * each.num_heads * (each.head_dim + each.value_dim))
+        for each in calls
+    )
+    assert len({(each.window, each.chunk) for each in calls}) == 2
+    products = flops.per_token * batch.num_body_tokens + flops.per_scored * len(batch.labels)
+    assert flops.of(batch) == products + attention
 
 
 def test_attention_of_shared_rows_is_less_than_that_of_separate_ones():

@@ -23,18 +23,18 @@ from tests.recurrent_families import RECURRENT_FAMILIES
 
 UNEVEN = (
     *("gemma3n", "gemma4", "gemma4 with experts", "mimo_v2_flash", "deepseek_v2", "gemma3"),
-    *("laguna", "gemma4 with pictures"),
+    *("laguna", "gemma4 with pictures", "llama4"),
 )
 OTHERS = {*PACKABLE_FAMILIES, *OTHER_PACKABLE_FAMILIES, *MULTIMODAL_PACKABLE, *RECURRENT_FAMILIES}
 
-# Their layers run several times, attend in a way of their own, or in chunks.
-WITHOUT = {"dbrx", "diffllama", "hrm", "llama4", "llama4 with temperature"}
+# Their layers run several times, attend in a way of their own, or hold all experts in one matrix.
+WITHOUT = {"dbrx", "diffllama", "hrm"}
 
 
 def check_sizes(family):
     model = tiny_model(family).double()
     calls = check_layout(Layout("unshared"), model)
-    seen = [AttentionSize(c.num_heads, c.head_dim, c.value_dim, c.window) for c in calls]
+    seen = [AttentionSize(c.num_heads, c.head_dim, c.value_dim, c.window, c.chunk) for c in calls]
     assert attention_sizes(model.config.get_text_config()) == seen
 
 

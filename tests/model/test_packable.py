@@ -17,7 +17,7 @@ from dpofast.model.forward import micro_batch, run_batch, run_body
 from dpofast.model.head import PairLossTask, head_options
 from dpofast.model.load import load_skeleton
 from dpofast.model.model_types import NOT_PACKABLE, PACKABLE
-from dpofast.model.packable import attention_window, choose_layout, why_not_packed
+from dpofast.model.packable import attention_limits, choose_layout, why_not_packed
 from dpofast_kernels import make_loss
 from tests.exactness import SHORT, compare
 from tests.families import (
@@ -180,18 +180,25 @@ def test_dropout_takes_the_padded_layout():
 
 
 @pytest.mark.parametrize(
-    ("family", "window"),
-    [("llama", None), ("qwen2", None), ("mistral with window", 6), ("gemma3", 6), ("gpt_oss", 6)],
+    ("family", "window", "chunk"),
+    [
+        ("llama", None, None),
+        ("qwen2", None, None),
+        ("mistral with window", 6, None),
+        ("gemma3", 6, None),
+        ("gpt_oss", 6, None),
+        ("llama4 with temperature", None, 5),
+    ],
 )
-def test_the_window_that_layers_look_through(family, window):
-    """The window equals the one that attention is really called with."""
+def test_the_window_and_the_chunk_that_layers_look_through(family, window, chunk):
+    """They equal those that attention is really called with."""
     model = tiny_model(family)
-    assert attention_window(model) == window
+    assert attention_limits(model) == (window, chunk)
     batch = Layout("shared").collate(SHORT.sequences)
     with recorded_calls() as calls, micro_batch(model, batch), torch.no_grad():
         run_body(model, batch)
-    seen = {call.window for call in calls}
-    assert max(seen, key=lambda each: each or 0) == window
+    for name, value in (("window", window), ("chunk", chunk)):
+        assert {getattr(call, name) for call in calls} - {None} == {value} - {None}
 
 
 @pytest.mark.parametrize("family", [*PACKABLE_FAMILIES, *UNPACKABLE_FAMILIES])
