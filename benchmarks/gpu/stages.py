@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 PARTS = ("head", "step")
-# Of the step: those of `benchmarks.train_cases` that have a head of their own. The part of the head
+# Models of the step: those of `benchmarks.train_cases` with a vocabulary. The part of the head
 # does without the packages that this module needs.
 SHAPES = ("0.5b", "3b", "7b", "8b")
 SLOWNESS_OF_A_CPU = 10.0  # in a dry run, whose limits only have to end what hangs

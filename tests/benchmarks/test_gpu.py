@@ -125,9 +125,11 @@ def test_the_benchmarks_take_their_arguments(is_quick):
     assert len(set(names)) == len(names)
 
 
-def test_the_shapes_of_the_step_are_those_with_a_head_of_their_own():
-    with_heads = {name for name, (_, sizes) in train_cases.SHAPES.items() if "vocab_size" in sizes}
-    assert set(SHAPES) == with_heads
+def test_the_shapes_of_the_step_are_those_with_a_vocabulary():
+    with_vocabulary = {
+        name for name, (_, sizes) in train_cases.SHAPES.items() if "vocab_size" in sizes
+    }
+    assert set(SHAPES) == with_vocabulary
 
 
 @pytest.mark.slow
