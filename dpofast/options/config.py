@@ -212,7 +212,6 @@ class DPOConfig(LossFields):
         if self.bf16 is None:
             # Without a GPU that supports bfloat16, it is the default only if use_cpu is set.
             self.bf16 = not self.fp16 and (self.use_cpu or is_torch_bf16_gpu_available())
-        settle_checkpointing(self)
         remarks = self._settle()
         self._post_init_with_deepspeed()
         if self.n_gpu > 1:
@@ -232,6 +231,7 @@ class DPOConfig(LossFields):
 
     def _settle(self) -> list[str]:
         """Check the options and give each its usual form; one remark for each without effect."""
+        settle_checkpointing(self)
         settle_loss_fields(self)
         settle_metrics(self)
         remarks = self.settle_trl_fields() + unused_options(self) + check_liger(self)

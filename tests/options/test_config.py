@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import pytest
 import trl
@@ -12,7 +12,7 @@ from transformers import HfArgumentParser, TrainingArguments
 from dpofast import DPOConfig
 from dpofast.cli.run_options import read_options
 from dpofast.errors import ConfigError
-from dpofast.options.checkpointing import NAMES
+from dpofast.options.checkpointing import NAMES, chooses_layers
 from dpofast.options.trl import resolve_config, resolve_tokenizer
 from dpofast_kernels import LOSS_OPTIONS, LOSSES, make_coupled_loss, make_loss, make_mixture
 
@@ -181,6 +181,17 @@ def test_a_command_line_says_whether_layers_recompute(tmp_path, given, expected)
         (options,) = parser.parse_args_into_dataclasses(arguments)
         assert options.gradient_checkpointing == getattr(options, name) == expected
         assert read_options(None, arguments).config.gradient_checkpointing == expected
+
+
+@pytest.mark.parametrize("value", [True, False])
+def test_checkpointing_can_be_changed_in_a_config(tmp_path, value):
+    for name in CHECKPOINTING:
+        changed, usual = replace(config(tmp_path), **{name: value}), config(tmp_path)
+        setattr(usual, name, value)
+        usual.check_again()
+        for options in (changed, usual):
+            assert not chooses_layers(options)
+            assert {getattr(options, each) for each in CHECKPOINTING} == {value}
 
 
 def test_another_word_for_checkpointing_is_refused_with_those_there_are():
