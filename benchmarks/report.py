@@ -35,7 +35,7 @@ RIVALS = {
     "cce_filtered": "Cut Cross-Entropy, filtered",
 }
 # Results without contenders, which have no line in the README.
-WITHOUT_CONTENDERS = ("gpu", "ceilings", "device_tests", "step_profile")
+WITHOUT_CONTENDERS = ("gpu", "ceilings", "device_tests", "step_profile", "model")
 TITLES = {
     "head": "head and loss, forward and backward",
     "train": "whole training steps, TRL with precomputed reference log-probs",

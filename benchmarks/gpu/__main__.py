@@ -21,7 +21,7 @@ import torch
 
 from benchmarks import REPOSITORY
 from benchmarks.gpu.runner import run_stages
-from benchmarks.gpu.stages import PARTS, stages_of
+from benchmarks.gpu.stages import PARTS, SHAPES, stages_of
 from benchmarks.stamps import stamps
 
 NOTES = (
@@ -84,7 +84,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     size.add_argument("--full", action="store_true", help="hours")
     add("--part", dest="parts", choices=PARTS, nargs="+", default=list(PARTS), help="default: both")
     add("--stages", nargs="+", metavar="NAME", default=[], help="only these")
-    add("--shape", default="0.5b", help="of the step, as in benchmarks.train; default: %(default)s")
+    add("--shape", choices=SHAPES, default="0.5b", help="of the step; default: %(default)s")
     add("--out", type=Path, default=Path("runs/bench/gpu"), help="folder; default: %(default)s")
     add("--dry-run", action="store_true", help="toy sizes on a CPU")
     options = parser.parse_args(arguments)

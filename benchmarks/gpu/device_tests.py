@@ -16,6 +16,9 @@ import pytest
 from benchmarks.gpu.runner import write_whole
 from benchmarks.stamps import stamps
 
+# Without --strict-config, which refuses the settings of plugins that aren't installed.
+OPTIONS = ("-q", "-p", "no:cacheprovider", "-o", "addopts=--import-mode=importlib")
+
 
 class Outcomes:
     """A plugin of pytest that writes what became of each test so far."""
@@ -47,7 +50,7 @@ def main() -> None:
     given, for_pytest = parser.parse_known_args()
     outcomes = Outcomes(given.json)
     outcomes.write()
-    sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", *for_pytest], plugins=[outcomes]))
+    sys.exit(pytest.main([*OPTIONS, *for_pytest], plugins=[outcomes]))
 
 
 if __name__ == "__main__":

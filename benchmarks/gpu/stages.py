@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 PARTS = ("head", "step")
+# Models of the step: those of `benchmarks.train_cases` with a vocabulary. The part of the head
+# does without the packages that this module needs.
+SHAPES = ("0.5b", "3b", "7b", "8b")
 SLOWNESS_OF_A_CPU = 10.0  # in a dry run, whose limits only have to end what hangs
 # Tests that decide whether the head and its figures can be trusted: results against float64, equal
 # bits, no waiting for the device, a frozen head, and gradients no less exact than naive's.
@@ -37,7 +40,7 @@ def stages_of(part: str, shape: str, *, is_quick: bool, dry_run: bool) -> list[S
 
     Args:
         part: one of PARTS.
-        shape: model of the step, as in benchmarks.train.
+        shape: model of the step, one of SHAPES.
         is_quick: whether the head's part must end in six minutes and the step's in four.
         dry_run: whether every stage runs at toy size on a CPU.
     """

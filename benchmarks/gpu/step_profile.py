@@ -22,6 +22,7 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import TrainerCallback
 
 from benchmarks.gpu.runner import write_whole
+from benchmarks.gpu.stages import SHAPES
 from benchmarks.stamps import stamps
 from benchmarks.train_cases import Case, Work, gpu_case, prepare, tiny
 from benchmarks.train_contenders import trainer_options
@@ -152,7 +153,7 @@ def case_of(options: argparse.Namespace) -> Case:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.step_profile")
-    parser.add_argument("--shape", default="0.5b", help="default: %(default)s")
+    parser.add_argument("--shape", choices=SHAPES, default="0.5b", help="default: %(default)s")
     parser.add_argument("--no-checkpointing", action="store_true", help="keep all activations")
     parser.add_argument("--liger", action="store_true", help="Liger's norms, RoPE and MLPs")
     parser.add_argument("--dry-run", action="store_true", help="a tiny model on a CPU")

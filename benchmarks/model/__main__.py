@@ -39,6 +39,10 @@ TARGET = 1.08
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     assumed, measured = CARDS[options.card], read_measured(options.results, options.card)
+    try:
+        steps = step_cases(options.shape, options.row_tokens, assumed) if options.shape else []
+    except ValueError:
+        sys.exit(f"--row-tokens {options.row_tokens}: no pair fits into so short a row; take more.")
     heads = heads_of(options)
     cases = head_cases(heads, options.tokens, assumed)
     moved = sensitivity(heads, options.tokens, assumed)
@@ -47,7 +51,6 @@ def main(arguments: list[str] | None = None) -> int:
     print_sensitivity(moved)
     worst = max(case.over_floor for case in cases)
     print(f"head_over_floor {worst:.3f}, at most {TARGET}: {_verdict(worst)}")
-    steps = step_cases(options.shape, options.row_tokens, assumed) if options.shape else []
     if steps:
         print_steps(options.shape, steps, measured)
     if options.json:
@@ -95,7 +98,11 @@ def report(
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.model", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.model",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     add = parser.add_argument
     shapes = [name for name, (_, fields) in SHAPES.items() if "vocab_size" in fields]
     add("--card", choices=CARDS, default="h200", help="default: %(default)s")

@@ -75,11 +75,17 @@ def _message(name: str, value: Any, accepted: tuple[Any, ...], where: str) -> st
     return f"{where}: {name}: got {value!r}, expected {' or '.join(expected)}."
 
 
+def _words(values: Iterable[Any]) -> list[str]:
+    """Each of some values as YAML writes it; text that says a bool again is left out."""
+    bools = {str(value): str(value).lower() for value in values if isinstance(value, bool)}
+    return list(dict.fromkeys(bools.get(str(value), str(value)) for value in values))
+
+
 def _type_name(annotation: Any) -> str:
     """The name of a type in an error message."""
     origin = get_origin(annotation) or annotation
     if origin is Literal:
-        return "one of " + ", ".join(map(str, get_args(annotation)))
+        return "one of " + ", ".join(_words(get_args(annotation)))
     if isinstance(origin, EnumType):
         members: Iterable[Any] = origin
         return "one of " + ", ".join(str(member.value) for member in members)

@@ -9,35 +9,47 @@ from dpofast.errors import ConfigError
 # The words are for HfArgumentParser, which takes no union of a bool and a text.
 Checkpointing = Literal[True, False, "auto", "true", "false", "True", "False"]
 AUTO: Literal["auto"] = "auto"
-NAMES = ("gradient_checkpointing", "activation_checkpointing")  # the second since transformers 5.23
-_WORDS = {"true": True, "false": False, AUTO: AUTO}
+CHECKPOINTING_HELP = {
+    "help": "Recompute activations in the backward: true, false or auto.",
+    **{"nargs": "?", "const": True},  # for HfArgumentParser: `--NAME` means true
+}
+NEW_NAME = "activation_checkpointing"  # since transformers 5.23
+NAMES = ("gradient_checkpointing", NEW_NAME)
+_WORDS: dict[str, Checkpointing] = {"true": True, "false": False, AUTO: AUTO}
 # An argument of transformers that itself says which layers are checkpointed.
 EVERY = "every_n_layers"
 
 
 def settle_checkpointing(config: Any) -> None:
-    """Give the option its usual form, and accept both of its names.
+    """Give the option its usual form, under both of its names.
 
     DPOConfig sets a default under the old name. transformers would warn about that name if the new
-    one were empty, so the value is copied to the new one.
+    one were empty, so the value is copied to the new one. The new name is the one that counts. But
+    a config that is changed under its old name still has an auto under the new one.
 
     Args:
-        config: a DPOConfig, before transformers reads it.
+        config: a DPOConfig, before transformers reads it, or one whose options have been changed.
 
     Raises:
         ConfigError: the value is neither true, false nor auto.
     """
-    for name in NAMES:
-        value = getattr(config, name, None)
-        if isinstance(value, bool) or value is None:
-            continue
-        word = str(value).lower()
-        if word not in _WORDS:
-            raise ConfigError(f"{name}: got {value!r}, expected auto, true or false.")
-        setattr(config, name, _WORDS[word])
-    for suffix in ("checkpointing", "checkpointing_kwargs"):
-        if getattr(config, f"activation_{suffix}", ...) is None:
-            setattr(config, f"activation_{suffix}", getattr(config, f"gradient_{suffix}"))
+    old, new = (_usual(name, getattr(config, name, None)) for name in NAMES)
+    if new is None or (new == AUTO and old is not None):
+        new = old
+    if hasattr(config, NEW_NAME):
+        setattr(config, NEW_NAME, new)
+    config.gradient_checkpointing = new
+    if getattr(config, f"{NEW_NAME}_kwargs", ...) is None:
+        setattr(config, f"{NEW_NAME}_kwargs", config.gradient_checkpointing_kwargs)
+
+
+def _usual(name: str, value: Any) -> Checkpointing | None:
+    if isinstance(value, bool) or value is None:
+        return value
+    word = str(value).lower()
+    if word not in _WORDS:
+        raise ConfigError(f"{name}: got {value!r}, expected auto, true or false.")
+    return _WORDS[word]
 
 
 def checkpointing_options(config: Any) -> dict[str, Any]:
@@ -49,6 +61,6 @@ def checkpointing_options(config: Any) -> dict[str, Any]:
 
 def chooses_layers(config: Any) -> bool:
     """Whether the trainer chooses how many layers are checkpointed, by the memory they need."""
-    value = getattr(config, NAMES[1], None)
+    value = getattr(config, NEW_NAME, None)
     value = config.gradient_checkpointing if value is None else value
     return value == AUTO and EVERY not in checkpointing_options(config)

@@ -16,7 +16,13 @@ from dpofast.data.reading.bad_rows import check_strictness
 from dpofast.data.tokens.truncate import TRUNCATION_MODES, LengthLimits
 from dpofast.errors import ConfigError
 from dpofast.options.allowed_changes import read_allowed
-from dpofast.options.checkpointing import AUTO, Checkpointing, settle_checkpointing
+from dpofast.options.checkpointing import (
+    AUTO,
+    CHECKPOINTING_HELP,
+    NEW_NAME,
+    Checkpointing,
+    settle_checkpointing,
+)
 from dpofast.options.data_fields import check_data_fields
 from dpofast.options.foreign import refuse_unknown_options
 from dpofast.options.init_kwargs import read_init_kwargs
@@ -112,13 +118,11 @@ class DPOConfig(LossFields):
     logging_nan_inf_filter: bool = field(
         default=False, metadata={"help": "Hide NaN and inf losses in the logs."}
     )
-    gradient_checkpointing: Checkpointing = field(
-        default=AUTO,
-        metadata={
-            "help": "Recompute activations in the backward: true, false or auto.",
-            **{"nargs": "?", "const": True},  # `--gradient_checkpointing` means true
-        },
-    )
+    gradient_checkpointing: Checkpointing = field(default=AUTO, metadata=CHECKPOINTING_HELP)
+    if hasattr(LossFields, NEW_NAME):
+        activation_checkpointing: Checkpointing | None = field(
+            default=None, metadata=CHECKPOINTING_HELP
+        )
     bf16: bool | None = field(
         default=None, metadata={"help": "bfloat16 autocast; the default where fp16 isn't set."}
     )
@@ -208,7 +212,6 @@ class DPOConfig(LossFields):
         if self.bf16 is None:
             # Without a GPU that supports bfloat16, it is the default only if use_cpu is set.
             self.bf16 = not self.fp16 and (self.use_cpu or is_torch_bf16_gpu_available())
-        settle_checkpointing(self)
         remarks = self._settle()
         self._post_init_with_deepspeed()
         if self.n_gpu > 1:
@@ -228,6 +231,7 @@ class DPOConfig(LossFields):
 
     def _settle(self) -> list[str]:
         """Check the options and give each its usual form; one remark for each without effect."""
+        settle_checkpointing(self)
         settle_loss_fields(self)
         settle_metrics(self)
         remarks = self.settle_trl_fields() + unused_options(self) + check_liger(self)

@@ -13,13 +13,13 @@ import pytest
 import torch
 from torch.autograd import DeviceType
 
-from benchmarks import REPOSITORY, attention, head, reference, train
+from benchmarks import REPOSITORY, attention, head, reference, train, train_cases
 from benchmarks.gpu import __main__ as program
 from benchmarks.gpu import ceilings, step_profile
 from benchmarks.gpu.ceilings import Probe
 from benchmarks.gpu.device_tests import Outcomes
 from benchmarks.gpu.runner import run_stages, write_whole
-from benchmarks.gpu.stages import PARTS, Stage, stages_of
+from benchmarks.gpu.stages import PARTS, SHAPES, Stage, stages_of
 from benchmarks.gpu.step_profile import kernel_times
 from benchmarks.report import read_figures
 from tests import liger
@@ -125,11 +125,29 @@ def test_the_benchmarks_take_their_arguments(is_quick):
     assert len(set(names)) == len(names)
 
 
+def test_the_shapes_of_the_step_are_those_with_a_vocabulary():
+    with_vocabulary = {
+        name for name, (_, sizes) in train_cases.SHAPES.items() if "vocab_size" in sizes
+    }
+    assert set(SHAPES) == with_vocabulary
+
+
+@pytest.mark.slow
+def test_tests_run_without_the_plugins_of_pytest(tmp_path):
+    """pyproject.toml has a setting of pytest-timeout, which not every GPU's machine has."""
+    file = tmp_path / "tests.json"
+    arguments = ["-p", "no:timeout", "--collect-only", "tests/gpu/test_head_gpu.py"]
+    command = [sys.executable, "-m", "benchmarks.gpu.device_tests", *arguments]
+    ended = subprocess.run([*command, "--json", str(file)], cwd=REPOSITORY, check=False)
+    assert ended.returncode == 0
+
+
 def test_without_a_gpu_a_dry_run_is_named(capsys, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     for arguments, words in (
         (["--quick"], "try --dry-run"),
         (["--quick", "--dry-run", "--stages", "nonsense"], "there is no stage nonsense"),
+        (["--quick", "--dry-run", "--shape", "70b"], "invalid choice: '70b'"),
         ([], "one of the arguments --quick --full is required"),
     ):
         with pytest.raises(SystemExit):

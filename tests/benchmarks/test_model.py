@@ -24,6 +24,7 @@ from benchmarks.model.measured import read_measured
 from benchmarks.model.plans import Plan, former_plan
 from benchmarks.model.predictions import TOKENS, answer_lengths, head_cases, sensitivity
 from benchmarks.model.step import predict_body
+from benchmarks.report import read_figures
 
 H200 = CARDS["h200"]
 # Before the benchmark's clock let the host run ahead of the device.
@@ -82,6 +83,7 @@ def test_the_worst_ratio_says_what_it_rests_on(tmp_path, capsys):
     assert set(found["assumptions"]) == set(sources()) >= set(found["sensitivity"])
     assert all(sources().values())
     assert "Predicted for h200, not measured" in capsys.readouterr().out
+    assert read_figures(file) is None  # the README shows no prediction
 
 
 def test_every_range_holds_its_value():
@@ -179,6 +181,11 @@ def test_half_a_head_is_refused(arguments, capsys):
     with pytest.raises(SystemExit):
         main(arguments)
     assert "go together" in capsys.readouterr().err
+
+
+def test_a_row_that_no_pair_fits_is_refused():
+    with pytest.raises(SystemExit, match="--row-tokens 10: no pair fits"):
+        main(["--shape", "0.5b", "--tokens", "4096", "--row-tokens", "10"])
 
 
 def test_a_body_grows_with_its_layers():

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import math
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import pytest
 import trl
 from transformers import HfArgumentParser, TrainingArguments
 
 from dpofast import DPOConfig
+from dpofast.cli.run_options import read_options
 from dpofast.errors import ConfigError
+from dpofast.options.checkpointing import NAMES, chooses_layers
 from dpofast.options.trl import resolve_config, resolve_tokenizer
 from dpofast_kernels import LOSS_OPTIONS, LOSSES, make_coupled_loss, make_loss, make_mixture
+
+# The names of gradient_checkpointing in this version of transformers.
+CHECKPOINTING = [name for name in NAMES if name in {item.name for item in fields(DPOConfig)}]
 
 
 def config(tmp_path, **options):
@@ -168,19 +173,38 @@ def test_compiling_that_the_launcher_brings_is_refused(tmp_path, monkeypatch):
     ("given", "expected"), [((), "auto"), (("auto",), "auto"), (("",), True), (("false",), False)]
 )
 def test_a_command_line_says_whether_layers_recompute(tmp_path, given, expected):
-    arguments = ["--output_dir", str(tmp_path), "--use_cpu"]
-    if given:
-        arguments += ["--gradient_checkpointing", *filter(None, given)]
-    (options,) = HfArgumentParser(DPOConfig).parse_args_into_dataclasses(arguments)
-    assert options.gradient_checkpointing == expected
+    parser = HfArgumentParser(DPOConfig)
+    for name in CHECKPOINTING:
+        arguments = ["--output_dir", str(tmp_path), "--use_cpu"]
+        if given:
+            arguments += [f"--{name}", *filter(None, given)]
+        (options,) = parser.parse_args_into_dataclasses(arguments)
+        assert options.gradient_checkpointing == getattr(options, name) == expected
+        assert read_options(None, arguments).config.gradient_checkpointing == expected
 
 
 @pytest.mark.parametrize("value", [True, False])
+def test_checkpointing_can_be_changed_in_a_config(tmp_path, value):
+    for name in CHECKPOINTING:
+        changed, usual = replace(config(tmp_path), **{name: value}), config(tmp_path)
+        setattr(usual, name, value)
+        usual.check_again()
+        for options in (changed, usual):
+            assert not chooses_layers(options)
+            assert {getattr(options, each) for each in CHECKPOINTING} == {value}
+
+
+def test_another_word_for_checkpointing_is_refused_with_those_there_are():
+    for name in CHECKPOINTING:
+        with pytest.raises(ConfigError, match=f"{name}: got 'atuo', expected .*true, false, auto"):
+            read_options(None, [f"--{name}", "atuo"])
+
+
+@pytest.mark.parametrize("value", ["auto", True, False])
 def test_both_names_of_checkpointing_are_taken_without_a_warning(tmp_path, value, recwarn):
-    names = {"gradient_checkpointing", "activation_checkpointing"}
-    for name in names & {item.name for item in fields(DPOConfig)}:
+    for name in CHECKPOINTING:
         options = config(tmp_path, **{name: value})
-        assert options.gradient_checkpointing is value
+        assert options.gradient_checkpointing == value
     assert not [w for w in recwarn if "checkpointing" in str(w.message)]
 
 
