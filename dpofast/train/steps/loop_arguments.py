@@ -70,7 +70,7 @@ class LoopArguments(DPOConfig):
         return self._checkpointing("activation_checkpointing")
 
     @activation_checkpointing.setter
-    def activation_checkpointing(self, value: Checkpointing) -> None:
+    def activation_checkpointing(self, value: Checkpointing | None) -> None:
         self.__dict__["activation_checkpointing"] = value
 
     def _checkpointing(self, name: str) -> Checkpointing:
