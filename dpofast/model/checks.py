@@ -21,8 +21,8 @@ from dpofast.model.context import context_of
 from dpofast.model.forward import evaluating, micro_batch, run_batch, run_body
 from dpofast.model.head import head_options
 from dpofast.model.head_check import check_head_backend
-from dpofast.model.liger import own_layers, runs_liger
-from dpofast.model.parts import causal_lm, num_attention_layers
+from dpofast.model.liger import has_liger, own_layers, runs_liger
+from dpofast.model.parts import causal_lm, is_placed, num_attention_layers
 from dpofast.model.quantised import computing_dtype
 from dpofast.model.recurrent import describe_recurrence, needs_device, runs_kernel
 from dpofast.model.recurrent_probe import probed
@@ -95,13 +95,15 @@ def check_model(
 
 @contextlib.contextmanager
 def _where_kernels_run(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """Inside the `with` block, a model with a state or a convolution is where its kernels run.
+    """Inside the `with` block, a model whose kernels are to be compared is where they run.
 
-    Where such kernels are installed, transformers calls them on the CPU as well, where they fail.
-    Other models stay where they are: they need no memory of the device until they run.
+    These are Liger's, and those of layers with a state or a convolution: where such kernels are
+    installed, transformers calls them on the CPU as well, where they fail. Other models stay where
+    they are: they need no memory of the device until they run.
     """
     home = next(model.parameters()).device
-    moves = home.type != device.type and needs_device(causal_lm(model), device)
+    needs = needs_device(causal_lm(model), device) or has_liger(model, device)
+    moves = home.type != device.type and needs and not is_placed(model)
     if moves:
         model.to(device)
     try:
@@ -211,12 +213,19 @@ def check_liger(model: nn.Module) -> None:
     Nothing is compared while the model is on a CPU, where Liger's layers don't run.
 
     Raises:
-        ConfigError: they differ by more than rounding.
+        ConfigError: they differ by more than rounding, or fail.
     """
     if not runs_liger(model):
         return
     rows = collate_padded(sample_sequences(model))
-    ligers = _scored_states(model, rows)
+    try:
+        ligers = _scored_states(model, rows)
+    except Exception as error:  # compilers and kernel packages can raise anything
+        reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        raise ConfigError(
+            f"{LIGER}: Liger's layers fail in {type(causal_lm(model)).__name__} ({reason}); leave "
+            "the option out, or switch kinds of layers off in liger_kernel_config."
+        ) from error
     with own_layers(model):
         expected = _scored_states(model, rows)
     # The median over tokens, as rounding can send single tokens to other experts.

@@ -9,6 +9,7 @@ from __future__ import annotations
 from importlib import metadata
 
 import pytest
+import torch
 
 pytest.importorskip("liger_kernel", reason="needs the extra `bench`")
 
@@ -50,14 +51,19 @@ NAMES = {
     "qwen3_5": {"LigerRMSNorm", "LigerQwen3MoeSwiGLUMLP"},
     "qwen3_next": {"LigerRMSNorm", "LigerExperts", "LigerQwen3MoeSwiGLUMLP"},
     "falcon_h1": {"LigerRMSNorm", "LigerFalconH1SwiGLUMLP", "liger_rotary_pos_emb"},
+    "nemotron": {"LigerReLUSquared"},
 }
+ONLY_PADDED = ("nemotron",)
 UNKNOWN = ("gpt_neox", "opt", "cohere")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "layout"),
-    [*((family, "shared") for family in NAMES), ("llama", "padded"), ("qwen3_5", "padded")],
+    [
+        *((family, "padded" if family in ONLY_PADDED else "shared") for family in NAMES),
+        *(("llama", "padded"), ("qwen3_5", "padded")),
+    ],
 )
 def test_a_family_with_its_layers_is_exact(
     monkeypatch: pytest.MonkeyPatch, family: str, layout: str
@@ -69,6 +75,19 @@ def test_a_family_with_its_layers_is_exact(
     compare(model, SHORT, Layout(layout))
     has_rope = any("rotary" in name for name in NAMES[family])
     assert (twins.calls["rope"] > 0) == has_rope
+    assert (twins.calls["activation"] > 0) == ("LigerReLUSquared" in NAMES[family])
+
+
+def test_an_activation_is_replaced_in_micro_batches_alone() -> None:
+    model = tiny_model("nemotron")
+    before = dict(model.named_modules())
+    use_liger(model, twins.KINDS)
+    assert dict(model.named_modules()) == before
+    assert liger_names(model) == ["LigerReLUSquared"]
+    for layer in (other := tiny_model("nemotron")).model.layers:
+        layer.mlp.act_fn = torch.nn.SiLU()
+    use_liger(other, twins.KINDS)
+    assert liger_names(other) == []
 
 
 @pytest.mark.parametrize("family", UNKNOWN)
