@@ -12,6 +12,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from dpofast import DPOConfig
 from dpofast.data.packing.collate import Layout
 from dpofast.errors import ConfigError
+from dpofast.model.parts import body_of
 from dpofast.train.checkpoint.run_state import load_run_state
 from dpofast.train.steps import memory, recompute
 from dpofast.train.steps.memory import (
@@ -93,6 +94,12 @@ def test_an_adapters_layers_recompute() -> None:
     model = peft.get_peft_model(llama(), peft.LoraConfig(r=2, target_modules=["q_proj"]))
     checkpoint_layers(model, 2, {})
     assert flags(model) == [True] * 2 + [False] * (LAYERS - 2)
+
+
+def test_layers_of_text_recompute_beside_a_tower_for_pictures() -> None:
+    model = tiny_model("gemma3 with pictures")
+    checkpoint_layers(model, 2, {})
+    assert flags(body_of(model)) == [True, True, False]
 
 
 @pytest.mark.slow
