@@ -220,12 +220,12 @@ def check_liger(model: nn.Module) -> None:
     rows = collate_padded(sample_sequences(model))
     try:
         ligers = _scored_states(model, rows)
-    except Exception as error:  # compilers and kernel packages can raise anything
-        reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+    except Exception as cause:  # compilers and kernel packages can raise anything
+        reason = f"{type(cause).__name__}: {str(cause).partition(chr(10))[0]}"
         raise ConfigError(
             f"{LIGER}: Liger's layers fail in {type(causal_lm(model)).__name__} ({reason}); leave "
             "the option out, or switch kinds of layers off in liger_kernel_config."
-        ) from error
+        ) from cause
     with own_layers(model):
         expected = _scored_states(model, rows)
     # The median over tokens, as rounding can send single tokens to other experts.
