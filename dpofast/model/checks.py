@@ -79,7 +79,7 @@ def check_model(
     """
     check_rope(model)
     lm = causal_lm(model)
-    with any_dtype_attention(lm.config), _where_kernels_run(model, device):
+    with any_dtype_attention(lm.config), where_kernels_run(model, device):
         check_liger(model)
         with own_layers(model):
             check_head(model)
@@ -94,7 +94,7 @@ def check_model(
 
 
 @contextlib.contextmanager
-def _where_kernels_run(model: nn.Module, device: torch.device) -> Iterator[None]:
+def where_kernels_run(model: nn.Module, device: torch.device) -> Iterator[None]:
     """Inside the `with` block, a model whose kernels are to be compared is where they run.
 
     These are Liger's, and those of layers with a state or a convolution: where such kernels are

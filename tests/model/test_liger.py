@@ -155,7 +155,7 @@ class TestInAModel:
         monkeypatch.setattr(liger, "DEVICE_TYPES", {"cuda"})
         for kinds, places in ((None, []), (twins.KINDS, ["cuda", "cpu"])):
             use_liger(model, kinds)
-            with checks._where_kernels_run(model, torch.device("cuda")):
+            with checks.where_kernels_run(model, torch.device("cuda")):
                 assert moved == places[:1]
             assert moved == places
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import logging
 from functools import partial
@@ -146,15 +147,36 @@ def test_a_model_is_checked_where_its_kernels_run(monkeypatch):
     model = tiny_model("qwen3_5")
     cuda, moved = torch.device("cuda"), []
     monkeypatch.setattr(model, "to", lambda device: moved.append(device.type))
-    with checks._where_kernels_run(model, cuda):
+    with checks.where_kernels_run(model, cuda):
         assert not moved  # none is installed
     install(monkeypatch, model)
     monkeypatch.setattr(recurrent_kernels, "KERNEL_DEVICES", frozenset({"cuda"}))
-    with checks._where_kernels_run(model, CPU):
+    with checks.where_kernels_run(model, CPU):
         assert not moved
-    with checks._where_kernels_run(model, cuda):
+    with checks.where_kernels_run(model, cuda):
         assert moved == ["cuda"]
     assert moved == ["cuda", "cpu"]
+
+
+def test_all_checks_of_a_run_are_where_the_kernels_are(monkeypatch, tmp_path):
+    """DeepSpeed leaves a policy on the CPU until its engine is made."""
+    model = tiny_model("qwen3_5")
+    trainer = make_trainer(tmp_path, model, token_pairs(2, vocab_size=VOCAB_SIZE))
+    places, seen = [], []
+
+    @contextlib.contextmanager
+    def moved(policy, device):
+        assert policy is model
+        places.append(device)
+        yield
+        places.pop()
+
+    module = "dpofast.train.reference.run_reference."
+    monkeypatch.setattr(module + "where_kernels_run", moved)
+    monkeypatch.setattr(module + "random_modules", lambda _: seen.append(list(places)) or {})
+    trainer.reference.settle()
+    assert seen == [[trainer.args.device]]
+    assert not places
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -7,14 +7,17 @@ family it replaces, with which arguments, and that packed rows stay exact with i
 from __future__ import annotations
 
 from importlib import metadata
+from pathlib import Path
 
 import pytest
 import torch
 
 pytest.importorskip("liger_kernel", reason="needs the extra `bench`")
 
+from dpofast import DPOConfig
 from dpofast.data.packing.collate import Layout
 from dpofast.model.liger import liger_names, use_liger
+from dpofast.model.router import check_router_loss, make_router_loss
 from dpofast.options.liger import KINDS, OLDEST, _is_here
 from tests import liger as twins
 from tests.exactness import SHORT, compare
@@ -88,6 +91,19 @@ def test_an_activation_is_replaced_in_micro_batches_alone() -> None:
         layer.mlp.act_fn = torch.nn.SiLU()
     use_liger(other, twins.KINDS)
     assert liger_names(other) == []
+
+
+def test_the_check_of_routers_is_of_the_models_own_layers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In bf16 Liger's layers round otherwise, which gives single tokens other experts."""
+    twins.install_plain_kernels(monkeypatch)
+    model = tiny_model("mixtral").bfloat16()
+    router_loss = make_router_loss(model, DPOConfig(str(tmp_path), use_cpu=True))
+    assert router_loss is not None
+    use_liger(model, twins.KINDS)
+    check_router_loss(router_loss, model)
+    assert liger_names(model), "they are there again"
 
 
 @pytest.mark.parametrize("family", UNKNOWN)

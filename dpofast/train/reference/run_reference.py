@@ -19,7 +19,7 @@ from dpofast.columns import REF_COLUMNS
 from dpofast.data.packing.batch import TokenIds
 from dpofast.data.packing.collate import Layout
 from dpofast.errors import DataError, ReferenceStoreError
-from dpofast.model.checks import check_model
+from dpofast.model.checks import check_model, where_kernels_run
 from dpofast.model.dropout import dropouts
 from dpofast.model.liger import liger_names, use_liger
 from dpofast.model.packable import why_not_packed
@@ -265,7 +265,7 @@ class RunReference:
         """Run the start-up checks of every model, and log which kernels they chose."""
         for line in sorted({line for model in self._models() for line in self._check(model)}):
             logger.info("%s.", line)
-        with in_blocks(self.policy):
+        with in_blocks(self.policy), where_kernels_run(self.policy, self.accelerator.device):
             if self.router_loss is not None:
                 check_router_loss(self.router_loss, self.policy)
             if next(dropouts(self.policy), None) is None:
