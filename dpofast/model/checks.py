@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from dpofast.data.packing.batch import PackedPairs, TokenIds
 from dpofast.data.packing.collate import Layout
 from dpofast.data.packing.padded_rows import collate_padded
-from dpofast.errors import ConfigError, ModelError
+from dpofast.errors import ConfigError, DPOFastError, ModelError
 from dpofast.model.attention import LayerAttention, any_dtype_attention, recorded_calls
 from dpofast.model.context import context_of
 from dpofast.model.forward import evaluating, micro_batch, run_batch, run_body
@@ -100,17 +100,36 @@ def where_kernels_run(model: nn.Module, device: torch.device) -> Iterator[None]:
     These are Liger's, and those of layers with a state or a convolution: where such kernels are
     installed, transformers calls them on the CPU as well, where they fail. Other models stay where
     they are: they need no memory of the device until they run.
+
+    Raises:
+        ConfigError: a model with a state or a convolution fails in the block.
     """
     home = next(model.parameters()).device
-    needs = needs_device(causal_lm(model), device) or has_liger(model, device)
+    has_kernels = needs_device(causal_lm(model), device)
+    needs = has_kernels or has_liger(model, device)
     moves = home.type != device.type and needs and not is_placed(model)
     if moves:
         model.to(device)
     try:
         yield
+    except (DPOFastError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # compilers and kernel packages can raise anything
+        if not has_kernels:
+            raise
+        raise ConfigError(
+            f"{type(causal_lm(model)).__name__} doesn't run on {device} ({_reason(error)}), where "
+            "kernels of other packages run its layers with a state or a convolution; install other "
+            "versions of these packages, or none."
+        ) from error
     finally:
         if moves:
             model.to(home)
+
+
+def _reason(error: Exception) -> str:
+    """The kind of an error and the first line of its message."""
+    return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
 
 
 def sample_sequences(model: nn.Module) -> list[tuple[TokenIds, TokenIds]]:
@@ -221,10 +240,10 @@ def check_liger(model: nn.Module) -> None:
     try:
         ligers = _scored_states(model, rows)
     except Exception as cause:  # compilers and kernel packages can raise anything
-        reason = f"{type(cause).__name__}: {str(cause).partition(chr(10))[0]}"
         raise ConfigError(
-            f"{LIGER}: Liger's layers fail in {type(causal_lm(model)).__name__} ({reason}); leave "
-            "the option out, or switch kinds of layers off in liger_kernel_config."
+            f"{LIGER}: Liger's layers fail in {type(causal_lm(model)).__name__} "
+            f"({_reason(cause)}); leave the option out, or switch kinds of layers off in "
+            "liger_kernel_config."
         ) from cause
     with own_layers(model):
         expected = _scored_states(model, rows)
@@ -272,9 +291,8 @@ def check_attention(
     except WrongBackendError as error:
         raise ConfigError(f"layout: {error}; {remedy}.") from error
     except Exception as error:  # compilers and kernel packages can raise anything
-        reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
         raise ConfigError(
-            f"layout: packed rows' attention doesn't run on {device} ({reason}); {remedy}."
+            f"layout: packed rows' attention doesn't run on {device} ({_reason(error)}); {remedy}."
         ) from error
     return f"{', '.join(found)}; compared with its naive twin on {device}"
 

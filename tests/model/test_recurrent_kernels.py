@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import logging
+import sys
 from functools import partial
 
 import pytest
@@ -156,6 +157,22 @@ def test_a_model_is_checked_where_its_kernels_run(monkeypatch):
     with checks.where_kernels_run(model, cuda):
         assert moved == ["cuda"]
     assert moved == ["cuda", "cpu"]
+
+
+def test_kernels_that_fail_are_named(monkeypatch):
+    model = tiny_model("qwen3_5")
+    function = sys.modules[type(model).__module__].torch_chunk_gated_delta_rule
+
+    def fails(*_, **__):
+        raise RuntimeError("no such instruction\nand more lines")
+
+    monkeypatch.setattr(sys.modules[function.__module__], function.__name__, fails)
+    with pytest.raises(RuntimeError, match="and more lines"):
+        check_model(model, SHARED, CPU, None)
+    monkeypatch.setattr(checks, "needs_device", lambda *_: True)
+    sentence = r"doesn't run on cpu \(RuntimeError: no such instruction\), where kernels of other"
+    with pytest.raises(ConfigError, match=sentence):
+        check_model(model, SHARED, CPU, None)
 
 
 def test_all_checks_of_a_run_are_where_the_kernels_are(monkeypatch, tmp_path):
