@@ -15,7 +15,7 @@ from dpofast.data.packing.collate import Layout
 from dpofast.errors import ConfigError, ModelError
 from dpofast.model import checks, recurrent_kernels
 from dpofast.model.checks import check_layout, check_model
-from dpofast.model.recurrent import describe_recurrence
+from dpofast.model.recurrent import describe_recurrence, needs_device
 from dpofast.model.recurrent_families import RECURRENT_FAMILIES as NAMES
 from dpofast.model.recurrent_kernels import RecurrentKernel
 from tests.exactness import SHORT, compare
@@ -157,6 +157,10 @@ def test_a_model_is_checked_where_its_kernels_run(monkeypatch):
     with checks.where_kernels_run(model, cuda):
         assert moved == ["cuda"]
     assert moved == ["cuda", "cpu"]
+    # Mixers that run padded have such kernels, too.
+    assert needs_device(tiny_model("mamba"), cuda)
+    assert not needs_device(tiny_model("mamba"), CPU)
+    assert not needs_device(tiny_model("llama"), cuda)
 
 
 def test_kernels_that_fail_are_named(monkeypatch):
