@@ -224,6 +224,23 @@ class TestInARun:
         assert scored(**ON) > 0
         assert scored() == scored(**ON) == 0
 
+    @pytest.mark.slow
+    @pytest.mark.parametrize("has_reference", [False, True])
+    def test_a_run_may_switch_when_it_resumes(self, tmp_path: Any, has_reference: bool) -> None:
+        options = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}
+
+        def made(**more: Any) -> Any:
+            models = {"ref_model": tiny_llama(1)} if has_reference else {}
+            return make_trainer(tmp_path, options={**options, **more}, **models)
+
+        expected = train(made())
+        resumed = made(**ON)
+        resumed.train(str(tmp_path / "run" / "checkpoint-2"))
+        got = [log["loss"] for log in resumed.state.log_history if "grad_norm" in log]
+        np.testing.assert_allclose(got, [loss for loss, *_ in expected], rtol=1e-4)
+        description = resumed.reference.identity.description
+        assert description.get("layers") == (NAMES if has_reference else None)
+
     def test_a_reference_has_them_too(self, tmp_path: Any) -> None:
         made = make_trainer(tmp_path, ref_model=tiny_llama(1), options=ON)
         made.score_datasets()

@@ -35,7 +35,7 @@ from dpofast.reference.build.answers import PairAnswers, read_answers
 from dpofast.reference.build.batches import Batches, BatchesOfAnswers, BatchesOfTokens
 from dpofast.reference.build.builder import Scored
 from dpofast.reference.identity.description import ReferenceIdentity
-from dpofast.reference.identity.model import current_identity, model_identity
+from dpofast.reference.identity.model import current_identity, differ_by_rounding, model_identity
 from dpofast.reference.store.row_detail import RowDetail
 from dpofast.train.checkpoint.run_state import RunState
 from dpofast.train.data.dataset import RunDataset
@@ -231,6 +231,9 @@ class RunReference:
         if now.digest == self.identity.digest:
             return
         if self.ref_model is not None:
+            if differ_by_rounding(now, self.identity):
+                logger.warning("The ref_model has other layers or attention; it scores again.")
+                return
             raise ReferenceStoreError(
                 f"The ref_model is not the reference that {checkpoint!r} was trained against "
                 f"({self.identity.digest[:12]}, not {now.digest[:12]}): give the "
