@@ -113,6 +113,11 @@ def _experts(x: Tensor, gate_up: Tensor, down: Tensor, index: Tensor, weights: T
     return outputs
 
 
+def _relu_squared(x: Tensor) -> Tensor:
+    calls["activation"] += 1
+    return F.relu(x).square()
+
+
 def _rope(_: str, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, **more: Any) -> Any:
     if (width := more.get("rotary_dim")) is not None:
         cos, sin = (torch.cat([t, t], -1)[..., :width] for t in (cos, sin))
@@ -127,6 +132,7 @@ def install_plain_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
         "swiglu.LigerSiLUMulFunction": _silu_mul,
         "swiglu.LigerFusedMoEFunction": _experts,
         "geglu.LigerGELUMulFunction": lambda a, b: F.gelu(a, approximate="tanh") * b,
+        "relu_squared.LigerReLUSquaredFunction": _relu_squared,
     }.items():
         monkeypatch.setattr(place + name, TwinOf(function))
     monkeypatch.setattr(place + "rope.dispatch", _rope)

@@ -15,14 +15,14 @@ from torch import Tensor, nn
 from dpofast.data.packing.batch import PackedPairs, TokenIds
 from dpofast.data.packing.collate import Layout
 from dpofast.data.packing.padded_rows import collate_padded
-from dpofast.errors import ConfigError, ModelError
+from dpofast.errors import ConfigError, DPOFastError, ModelError
 from dpofast.model.attention import LayerAttention, any_dtype_attention, recorded_calls
 from dpofast.model.context import context_of
 from dpofast.model.forward import evaluating, micro_batch, run_batch, run_body
 from dpofast.model.head import head_options
 from dpofast.model.head_check import check_head_backend
-from dpofast.model.liger import own_layers, runs_liger
-from dpofast.model.parts import causal_lm, num_attention_layers
+from dpofast.model.liger import has_liger, own_layers, runs_liger
+from dpofast.model.parts import causal_lm, is_placed, num_attention_layers
 from dpofast.model.quantised import computing_dtype
 from dpofast.model.recurrent import describe_recurrence, needs_device, runs_kernel
 from dpofast.model.recurrent_probe import probed
@@ -79,7 +79,7 @@ def check_model(
     """
     check_rope(model)
     lm = causal_lm(model)
-    with any_dtype_attention(lm.config), _where_kernels_run(model, device):
+    with any_dtype_attention(lm.config), where_kernels_run(model, device):
         check_liger(model)
         with own_layers(model):
             check_head(model)
@@ -94,21 +94,42 @@ def check_model(
 
 
 @contextlib.contextmanager
-def _where_kernels_run(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """Inside the `with` block, a model with a state or a convolution is where its kernels run.
+def where_kernels_run(model: nn.Module, device: torch.device) -> Iterator[None]:
+    """Inside the `with` block, a model whose kernels are to be compared is where they run.
 
-    Where such kernels are installed, transformers calls them on the CPU as well, where they fail.
-    Other models stay where they are: they need no memory of the device until they run.
+    These are Liger's, and those of layers with a state or a convolution: where such kernels are
+    installed, transformers calls them on the CPU as well, where they fail. Other models stay where
+    they are: they need no memory of the device until they run.
+
+    Raises:
+        ConfigError: a model with a state or a convolution fails in the block.
     """
     home = next(model.parameters()).device
-    moves = home.type != device.type and needs_device(causal_lm(model), device)
+    has_kernels = needs_device(causal_lm(model), device)
+    needs = has_kernels or has_liger(model, device)
+    moves = home.type != device.type and needs and not is_placed(model)
     if moves:
         model.to(device)
     try:
         yield
+    except (DPOFastError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # compilers and kernel packages can raise anything
+        if not has_kernels:
+            raise
+        raise ConfigError(
+            f"{type(causal_lm(model)).__name__} doesn't run on {device} ({_reason(error)}), where "
+            "kernels of other packages run its layers with a state or a convolution; install other "
+            "versions of these packages, or none."
+        ) from error
     finally:
         if moves:
             model.to(home)
+
+
+def _reason(error: Exception) -> str:
+    """The kind of an error and the first line of its message."""
+    return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
 
 
 def sample_sequences(model: nn.Module) -> list[tuple[TokenIds, TokenIds]]:
@@ -211,12 +232,19 @@ def check_liger(model: nn.Module) -> None:
     Nothing is compared while the model is on a CPU, where Liger's layers don't run.
 
     Raises:
-        ConfigError: they differ by more than rounding.
+        ConfigError: they differ by more than rounding, or fail.
     """
     if not runs_liger(model):
         return
     rows = collate_padded(sample_sequences(model))
-    ligers = _scored_states(model, rows)
+    try:
+        ligers = _scored_states(model, rows)
+    except Exception as cause:  # compilers and kernel packages can raise anything
+        raise ConfigError(
+            f"{LIGER}: Liger's layers fail in {type(causal_lm(model)).__name__} "
+            f"({_reason(cause)}); leave the option out, or switch kinds of layers off in "
+            "liger_kernel_config."
+        ) from cause
     with own_layers(model):
         expected = _scored_states(model, rows)
     # The median over tokens, as rounding can send single tokens to other experts.
@@ -263,9 +291,8 @@ def check_attention(
     except WrongBackendError as error:
         raise ConfigError(f"layout: {error}; {remedy}.") from error
     except Exception as error:  # compilers and kernel packages can raise anything
-        reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
         raise ConfigError(
-            f"layout: packed rows' attention doesn't run on {device} ({reason}); {remedy}."
+            f"layout: packed rows' attention doesn't run on {device} ({_reason(error)}); {remedy}."
         ) from error
     return f"{', '.join(found)}; compared with its naive twin on {device}"
 

@@ -37,6 +37,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "GEGLU": partial(F.gelu, approximate="tanh"),
     "SwiGLU": F.silu,
     "Experts": F.silu,
+    "ReLUSquared": lambda x: F.relu(x).square(),
 }
 
 
@@ -115,10 +116,14 @@ def own_layers(model: nn.Module) -> Iterator[None]:
             _LAYERS[lm] = layers
 
 
+def has_liger(model: nn.Module, device: torch.device) -> bool:
+    """Whether a model's micro-batches run Liger's layers on a device."""
+    return causal_lm(model) in _LAYERS and device.type in DEVICE_TYPES
+
+
 def runs_liger(model: nn.Module) -> bool:
     """Whether micro-batches run Liger's layers where the model is now."""
-    lm = causal_lm(model)
-    return lm in _LAYERS and next(lm.parameters()).device.type in DEVICE_TYPES
+    return has_liger(model, next(model.parameters()).device)
 
 
 def liger_names(model: nn.Module) -> list[str]:
@@ -138,12 +143,20 @@ def _layers_of(lm: Any, kinds: Mapping[str, bool]) -> LigerLayers:
     """Patch a model, note what has changed, and take the patch off again."""
     homes = {home: dict(vars(home)) for home in _homes(lm)}
     methods = {module: _methods(module) for module in lm.modules()}
+    children = {module: dict(module._modules) for module in methods}
     try:
         apply_liger_kernel(lm, dict(kinds))
         forwards = [
             (module, _function(module.forward))
             for module, before in methods.items()
             if module.__dict__.get("forward") is not before.get("forward")
+        ]
+        # An activation is a module of its own, which Liger replaces as a whole.
+        forwards += [
+            (child, type(module._modules[name]).forward)
+            for module, before in children.items()
+            for name, child in before.items()
+            if child is not None and module._modules[name] is not child
         ]
         functions = {
             home: {
@@ -165,6 +178,7 @@ def _layers_of(lm: Any, kinds: Mapping[str, bool]) -> LigerLayers:
             for name in METHODS:
                 module.__dict__.pop(name, None)
             module.__dict__.update(before)
+            module._modules.update(children[module])
     fitting = [each for each in forwards if _has_its_activation(*each)]
     if len(fitting) < len(forwards):
         logger.warning(
@@ -218,8 +232,11 @@ def _guarded(own: Callable[..., Any], liger: Callable[..., Any]) -> Callable[...
 
 def _has_its_activation(module: nn.Module, forward: Callable[..., Any]) -> bool:
     """Whether a layer's activation is the one that Liger's layer has built in."""
+    name = _name(forward)
     own = getattr(module, "act_fn", None) or getattr(module, "activation_fn", None)
-    expected = next((ACTIVATIONS[kind] for kind in ACTIVATIONS if kind in _name(forward)), None)
+    if "ReLUSquared" in name:  # the layer is an activation itself
+        own = module
+    expected = next((ACTIVATIONS[kind] for kind in ACTIVATIONS if kind in name), None)
     if own is None or expected is None:
         return True
     x = torch.linspace(-3, 3, 7)

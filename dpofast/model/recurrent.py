@@ -14,7 +14,9 @@ from torch import nn
 
 from dpofast.errors import ModelError
 from dpofast.model.recurrent_families import (
+    CONVOLUTION,
     CONVOLUTION_KERNEL,
+    KERNELS,
     RECURRENT_FAMILIES,
     MakeShared,
     RecurrentFamily,
@@ -82,9 +84,15 @@ def runs_kernel(lm: Any, device: torch.device) -> bool:
 
 
 def needs_device(lm: Any, device: torch.device) -> bool:
-    """Whether transformers calls kernels in a model's mixers that run on this device only."""
-    is_known = recurrent_family(lm) is not None
-    return is_known and (CONVOLUTION_KERNEL.runs_on(device) or runs_kernel(lm, device))
+    """Whether transformers can call kernels in a model's mixers that run on this device only.
+
+    Mixers of families that run padded count, too.
+    """
+    if recurrent_family(lm) is not None:
+        return CONVOLUTION_KERNEL.runs_on(device) or runs_kernel(lm, device)
+    homes = {type(module).__module__ for module in lm.modules()}
+    has_mixers = any(hasattr(sys.modules.get(home), CONVOLUTION) for home in homes)
+    return has_mixers and any(kernel.runs_on(device) for kernel in KERNELS)
 
 
 @contextlib.contextmanager

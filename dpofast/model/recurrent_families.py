@@ -177,7 +177,10 @@ _KIMI_DELTA_KERNEL = RecurrentKernel("flash-linear-attention", "fla.ops.kda", "c
 _STATE_SPACE_KERNEL = RecurrentKernel(
     "mamba-ssm", "mamba_ssm.ops.triton.ssd_combined", "mamba_chunk_scan_combined", False
 )
-_CONVOLUTION: dict[str, MakeShared] = {"causal_conv1d_fn": _convolution}
+KERNELS = (CONVOLUTION_KERNEL, _GATED_DELTA_KERNEL, _KIMI_DELTA_KERNEL, _STATE_SPACE_KERNEL)
+# The function that transformers has in the module of every family with such kernels.
+CONVOLUTION = "causal_conv1d_fn"
+_CONVOLUTION: dict[str, MakeShared] = {CONVOLUTION: _convolution}
 _GATED_DELTA: dict[str, MakeShared] = {
     **_CONVOLUTION,
     "torch_chunk_gated_delta_rule": partial(_delta_rule, kernel=_GATED_DELTA_KERNEL),

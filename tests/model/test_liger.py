@@ -16,7 +16,7 @@ from transformers.models.llama import modeling_llama
 from dpofast import DPOConfig
 from dpofast.data.packing.collate import Layout
 from dpofast.errors import ConfigError
-from dpofast.model import liger
+from dpofast.model import checks, liger
 from dpofast.model.checks import check_liger, check_model, sample_sequences
 from dpofast.model.forward import micro_batch, run_body
 from dpofast.model.liger import liger_names, use_liger
@@ -134,6 +134,31 @@ class TestInAModel:
         with pytest.raises(ConfigError, match="give LlamaForCausalLM other hidden states"):
             check_liger(model)
 
+    def test_layers_that_fail_are_named(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        model = tiny_llama()
+        use_liger(model, twins.KINDS)
+
+        def fails(*_: Any) -> Any:
+            raise RuntimeError("no driver\nand more lines")
+
+        functions = liger._LAYERS[model].functions[modeling_llama]
+        monkeypatch.setitem(functions, "apply_rotary_pos_emb", fails)  # type: ignore[arg-type]
+        sentence = r"layers fail in LlamaForCausalLM \(RuntimeError: no driver\); leave the option"
+        with pytest.raises(ConfigError, match=sentence):
+            check_liger(model)
+
+    def test_a_model_that_is_elsewhere_is_moved_for_the_check(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        model, moved = tiny_llama(), []
+        monkeypatch.setattr(model, "to", lambda device: moved.append(device.type))
+        monkeypatch.setattr(liger, "DEVICE_TYPES", {"cuda"})
+        for kinds, places in ((None, []), (twins.KINDS, ["cuda", "cpu"])):
+            use_liger(model, kinds)
+            with checks.where_kernels_run(model, torch.device("cuda")):
+                assert moved == places[:1]
+            assert moved == places
+
     def test_a_patch_that_fails_is_named_and_leaves_nothing(
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -198,6 +223,23 @@ class TestInARun:
         assert scored() > 0
         assert scored(**ON) > 0
         assert scored() == scored(**ON) == 0
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("has_reference", [False, True])
+    def test_a_run_may_switch_when_it_resumes(self, tmp_path: Any, has_reference: bool) -> None:
+        options = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}
+
+        def made(**more: Any) -> Any:
+            models = {"ref_model": tiny_llama(1)} if has_reference else {}
+            return make_trainer(tmp_path, options={**options, **more}, **models)
+
+        expected = train(made())
+        resumed = made(**ON)
+        resumed.train(str(tmp_path / "run" / "checkpoint-2"))
+        got = [log["loss"] for log in resumed.state.log_history if "grad_norm" in log]
+        np.testing.assert_allclose(got, [loss for loss, *_ in expected], rtol=1e-4)
+        description = resumed.reference.identity.description
+        assert description.get("layers") == (NAMES if has_reference else None)
 
     def test_a_reference_has_them_too(self, tmp_path: Any) -> None:
         made = make_trainer(tmp_path, ref_model=tiny_llama(1), options=ON)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import logging
+import sys
 from functools import partial
 
 import pytest
@@ -13,7 +15,7 @@ from dpofast.data.packing.collate import Layout
 from dpofast.errors import ConfigError, ModelError
 from dpofast.model import checks, recurrent_kernels
 from dpofast.model.checks import check_layout, check_model
-from dpofast.model.recurrent import describe_recurrence
+from dpofast.model.recurrent import describe_recurrence, needs_device
 from dpofast.model.recurrent_families import RECURRENT_FAMILIES as NAMES
 from dpofast.model.recurrent_kernels import RecurrentKernel
 from tests.exactness import SHORT, compare
@@ -146,15 +148,56 @@ def test_a_model_is_checked_where_its_kernels_run(monkeypatch):
     model = tiny_model("qwen3_5")
     cuda, moved = torch.device("cuda"), []
     monkeypatch.setattr(model, "to", lambda device: moved.append(device.type))
-    with checks._where_kernels_run(model, cuda):
+    with checks.where_kernels_run(model, cuda):
         assert not moved  # none is installed
     install(monkeypatch, model)
     monkeypatch.setattr(recurrent_kernels, "KERNEL_DEVICES", frozenset({"cuda"}))
-    with checks._where_kernels_run(model, CPU):
+    with checks.where_kernels_run(model, CPU):
         assert not moved
-    with checks._where_kernels_run(model, cuda):
+    with checks.where_kernels_run(model, cuda):
         assert moved == ["cuda"]
     assert moved == ["cuda", "cpu"]
+    # Mixers that run padded have such kernels, too.
+    assert needs_device(tiny_model("mamba"), cuda)
+    assert not needs_device(tiny_model("mamba"), CPU)
+    assert not needs_device(tiny_model("llama"), cuda)
+
+
+def test_kernels_that_fail_are_named(monkeypatch):
+    model = tiny_model("qwen3_5")
+    function = sys.modules[type(model).__module__].torch_chunk_gated_delta_rule
+
+    def fails(*_, **__):
+        raise RuntimeError("no such instruction\nand more lines")
+
+    monkeypatch.setattr(sys.modules[function.__module__], function.__name__, fails)
+    with pytest.raises(RuntimeError, match="and more lines"):
+        check_model(model, SHARED, CPU, None)
+    monkeypatch.setattr(checks, "needs_device", lambda *_: True)
+    sentence = r"doesn't run on cpu \(RuntimeError: no such instruction\), where kernels of other"
+    with pytest.raises(ConfigError, match=sentence):
+        check_model(model, SHARED, CPU, None)
+
+
+def test_all_checks_of_a_run_are_where_the_kernels_are(monkeypatch, tmp_path):
+    """DeepSpeed leaves a policy on the CPU until its engine is made."""
+    model = tiny_model("qwen3_5")
+    trainer = make_trainer(tmp_path, model, token_pairs(2, vocab_size=VOCAB_SIZE))
+    places, seen = [], []
+
+    @contextlib.contextmanager
+    def moved(policy, device):
+        assert policy is model
+        places.append(device)
+        yield
+        places.pop()
+
+    module = "dpofast.train.reference.run_reference."
+    monkeypatch.setattr(module + "where_kernels_run", moved)
+    monkeypatch.setattr(module + "random_modules", lambda _: seen.append(list(places)) or {})
+    trainer.reference.settle()
+    assert seen == [[trainer.args.device]]
+    assert not places
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

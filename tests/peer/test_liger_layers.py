@@ -7,13 +7,17 @@ family it replaces, with which arguments, and that packed rows stay exact with i
 from __future__ import annotations
 
 from importlib import metadata
+from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("liger_kernel", reason="needs the extra `bench`")
 
+from dpofast import DPOConfig
 from dpofast.data.packing.collate import Layout
 from dpofast.model.liger import liger_names, use_liger
+from dpofast.model.router import check_router_loss, make_router_loss
 from dpofast.options.liger import KINDS, OLDEST, _is_here
 from tests import liger as twins
 from tests.exactness import SHORT, compare
@@ -50,14 +54,19 @@ NAMES = {
     "qwen3_5": {"LigerRMSNorm", "LigerQwen3MoeSwiGLUMLP"},
     "qwen3_next": {"LigerRMSNorm", "LigerExperts", "LigerQwen3MoeSwiGLUMLP"},
     "falcon_h1": {"LigerRMSNorm", "LigerFalconH1SwiGLUMLP", "liger_rotary_pos_emb"},
+    "nemotron": {"LigerReLUSquared"},
 }
+ONLY_PADDED = ("nemotron",)
 UNKNOWN = ("gpt_neox", "opt", "cohere")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "layout"),
-    [*((family, "shared") for family in NAMES), ("llama", "padded"), ("qwen3_5", "padded")],
+    [
+        *((family, "padded" if family in ONLY_PADDED else "shared") for family in NAMES),
+        *(("llama", "padded"), ("qwen3_5", "padded")),
+    ],
 )
 def test_a_family_with_its_layers_is_exact(
     monkeypatch: pytest.MonkeyPatch, family: str, layout: str
@@ -69,6 +78,32 @@ def test_a_family_with_its_layers_is_exact(
     compare(model, SHORT, Layout(layout))
     has_rope = any("rotary" in name for name in NAMES[family])
     assert (twins.calls["rope"] > 0) == has_rope
+    assert (twins.calls["activation"] > 0) == ("LigerReLUSquared" in NAMES[family])
+
+
+def test_an_activation_is_replaced_in_micro_batches_alone() -> None:
+    model = tiny_model("nemotron")
+    before = dict(model.named_modules())
+    use_liger(model, twins.KINDS)
+    assert dict(model.named_modules()) == before
+    assert liger_names(model) == ["LigerReLUSquared"]
+    for layer in (other := tiny_model("nemotron")).model.layers:
+        layer.mlp.act_fn = torch.nn.SiLU()
+    use_liger(other, twins.KINDS)
+    assert liger_names(other) == []
+
+
+def test_the_check_of_routers_is_of_the_models_own_layers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In bf16 Liger's layers round otherwise, which gives single tokens other experts."""
+    twins.install_plain_kernels(monkeypatch)
+    model = tiny_model("mixtral").bfloat16()
+    router_loss = make_router_loss(model, DPOConfig(str(tmp_path), use_cpu=True))
+    assert router_loss is not None
+    use_liger(model, twins.KINDS)
+    check_router_loss(router_loss, model)
+    assert liger_names(model), "they are there again"
 
 
 @pytest.mark.parametrize("family", UNKNOWN)

@@ -19,7 +19,7 @@ from dpofast.columns import REF_COLUMNS
 from dpofast.data.packing.batch import TokenIds
 from dpofast.data.packing.collate import Layout
 from dpofast.errors import DataError, ReferenceStoreError
-from dpofast.model.checks import check_model
+from dpofast.model.checks import check_model, where_kernels_run
 from dpofast.model.dropout import dropouts
 from dpofast.model.liger import liger_names, use_liger
 from dpofast.model.packable import why_not_packed
@@ -35,7 +35,7 @@ from dpofast.reference.build.answers import PairAnswers, read_answers
 from dpofast.reference.build.batches import Batches, BatchesOfAnswers, BatchesOfTokens
 from dpofast.reference.build.builder import Scored
 from dpofast.reference.identity.description import ReferenceIdentity
-from dpofast.reference.identity.model import current_identity, model_identity
+from dpofast.reference.identity.model import current_identity, differ_by_rounding, model_identity
 from dpofast.reference.store.row_detail import RowDetail
 from dpofast.train.checkpoint.run_state import RunState
 from dpofast.train.data.dataset import RunDataset
@@ -231,6 +231,9 @@ class RunReference:
         if now.digest == self.identity.digest:
             return
         if self.ref_model is not None:
+            if differ_by_rounding(now, self.identity):
+                logger.warning("The ref_model has other layers or attention; it scores again.")
+                return
             raise ReferenceStoreError(
                 f"The ref_model is not the reference that {checkpoint!r} was trained against "
                 f"({self.identity.digest[:12]}, not {now.digest[:12]}): give the "
@@ -265,7 +268,7 @@ class RunReference:
         """Run the start-up checks of every model, and log which kernels they chose."""
         for line in sorted({line for model in self._models() for line in self._check(model)}):
             logger.info("%s.", line)
-        with in_blocks(self.policy):
+        with in_blocks(self.policy), where_kernels_run(self.policy, self.accelerator.device):
             if self.router_loss is not None:
                 check_router_loss(self.router_loss, self.policy)
             if next(dropouts(self.policy), None) is None:

@@ -195,9 +195,9 @@ class BodyBytes(NamedTuple):
         return len(self.layers)
 
     def of_row(self, checkpointed: int) -> RowBytes:
-        """The bytes of a row, of whose layers some are checkpointed."""
+        """The bytes of a row, of whose layers the first ones are checkpointed."""
         # A checkpointed layer keeps only its input; the inside of one at a time is computed again.
-        inside = (1 - checkpointed / self.num_layers) * sum(self.layers)
+        inside = sum(self.layers[checkpointed:])
         inside += (checkpointed > 0) * max(self.layers)
         return RowBytes(inside + checkpointed * self.state + self.outside, self.fixed)
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from dpofast.model.parts import causal_lm
+from dpofast.model.parts import body_of, causal_lm
 from dpofast.options.checkpointing import checkpointing_options, chooses_layers
 from dpofast.options.config import DPOConfig
 from dpofast.train.data.stream import RunStream
@@ -168,7 +168,8 @@ def num_layers(model: nn.Module) -> int:
 
 def single_layers(model: nn.Module) -> list[Any]:
     """The decoder layers in their order, if transformers can checkpoint them one by one."""
-    found = [each for each in model.modules() if isinstance(each, GradientCheckpointingLayer)]
+    body = body_of(causal_lm(model))  # without the layers of a tower for pictures
+    found = [each for each in body.modules() if isinstance(each, GradientCheckpointingLayer)]
     return found if len(found) == num_layers(model) else []
 
 

@@ -12,6 +12,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from dpofast import DPOConfig
 from dpofast.data.packing.collate import Layout
 from dpofast.errors import ConfigError
+from dpofast.model.parts import body_of
 from dpofast.train.checkpoint.run_state import load_run_state
 from dpofast.train.steps import memory, recompute
 from dpofast.train.steps.memory import (
@@ -71,6 +72,12 @@ def test_the_fewest_layers_with_which_a_row_fits(free: int, layers: int) -> None
     assert layers_to_checkpoint(BODY, 7 * free, 7, is_divisible=False) == expected
 
 
+def test_layers_of_different_sizes_count_one_by_one() -> None:
+    uneven = BodyBytes([10.0, 10.0, 100.0, 100.0], 4, 6, 0.0)
+    assert [uneven.of_row(count).per_token for count in range(5)] == [226, 320, 314, 218, 122]
+    assert layers_to_checkpoint(uneven, 219, 1) == 3
+
+
 def test_more_memory_never_takes_more_layers() -> None:
     chosen = [layers_to_checkpoint(BODY, free, 3) for free in range(0, 4000, 7)]
     assert chosen == sorted(chosen, reverse=True)
@@ -93,6 +100,12 @@ def test_an_adapters_layers_recompute() -> None:
     model = peft.get_peft_model(llama(), peft.LoraConfig(r=2, target_modules=["q_proj"]))
     checkpoint_layers(model, 2, {})
     assert flags(model) == [True] * 2 + [False] * (LAYERS - 2)
+
+
+def test_layers_of_text_recompute_beside_a_tower_for_pictures() -> None:
+    model = tiny_model("gemma3 with pictures")
+    checkpoint_layers(model, 2, {})
+    assert flags(body_of(model)) == [True, True, False]
 
 
 @pytest.mark.slow
