@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,7 +31,7 @@ def read_measured(results: Path, card: str) -> Measured:
 
     Args:
         results: folder with JSON files.
-        card: name of the card, which the device's name contains: "h200".
+        card: name of the card, which is a word of the device's name: "h200".
     """
     found = Measured()
     for result in _results(results, card):
@@ -54,6 +55,7 @@ def _results(results: Path, card: str) -> Iterator[dict[str, Any]]:
     for path in sorted(results.rglob("*.json")):
         result = json.loads(path.read_text(encoding="utf-8"))
         devices = result.get("stamps", {}).get("hardware", {}).get("devices", [])
-        is_of_card = any(card.lower() in name.lower() for name in devices)
+        # A whole word: a GH200 is no H200.
+        is_of_card = any(card.lower() in re.split(r"[\s-]+", name.lower()) for name in devices)
         if is_of_card and not result.get("dry_run"):
             yield result

@@ -69,7 +69,11 @@ def print_sensitivity(moved: dict[str, dict[str, Any]]) -> None:
 
 
 def print_steps(shape: str, cases: Sequence[StepCase], measured: Measured) -> None:
-    """Print a line for each way to run a row of a step."""
+    """Print a line for each way to run a row of a step.
+
+    What was measured is the time of whole steps per token, optimizer included, times the row's
+    tokens.
+    """
     first = cases[0].body
     title = (
         f"Predicted: {shape}, a row of {first.tokens} tokens, {len(first.lengths) // 2} pairs, "
@@ -78,7 +82,7 @@ def print_steps(shape: str, cases: Sequence[StepCase], measured: Measured) -> No
     table = Table(title=title, title_justify="left")
     table.add_column("layers")
     names = ("checkpointing", "row ms", "products ms", "elementwise ms", "attention ms")
-    for name in (*names, "head ms", "launches", "optimizer ms", "measured ms"):
+    for name in (*names, "head ms", "launches", "optimizer ms", "measured, optimizer included"):
         table.add_column(name, justify="right")
     for case in cases:
         work = case.body.work
