@@ -163,7 +163,7 @@ def test_a_row_is_as_long_as_the_chosen_layers_allow(
     made = DPOConfig(str(tmp_path), use_cpu=True, bf16=False)
     body = body_bytes(model, layout, contextlib.nullcontext)
     for free in (2 * 10**7, 5 * 10**7, 9 * 10**7):
-        total = free - bytes_for_rows(model, made, 0, 1)
+        total = free - bytes_for_rows(model, made, 0)
         layers = layers_to_checkpoint(body, USED_SHARE * free, recompute.BUSY_ROW)
         tokens = tokens_that_fit(model, layout, made, contextlib.nullcontext, total, 1, layers)
         assert tokens >= recompute.BUSY_ROW or layers == LAYERS
