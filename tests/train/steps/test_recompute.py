@@ -165,7 +165,7 @@ def test_a_row_is_as_long_as_the_chosen_layers_allow(
     for free in (2 * 10**7, 5 * 10**7, 9 * 10**7):
         total = free - bytes_for_rows(model, made, 0)
         layers = layers_to_checkpoint(body, USED_SHARE * free, recompute.BUSY_ROW)
-        tokens = tokens_that_fit(model, layout, made, contextlib.nullcontext, total, 1, layers)
+        tokens = tokens_that_fit(model, layout, made, contextlib.nullcontext, total, layers)
         assert tokens >= recompute.BUSY_ROW or layers == LAYERS
         again = layers_to_checkpoint(body, USED_SHARE * free, tokens)
         assert again == layers, "the row that is chosen asks for the same layers"
