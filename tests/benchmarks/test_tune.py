@@ -70,6 +70,7 @@ def inputs():
     not launch.is_interpreted(rows_triton.score_rows_kernel), reason="needs interpreted kernels"
 )
 @pytest.mark.parametrize("kernel", tuner.WORK)
+@pytest.mark.slow
 def test_each_work_launches_its_kernel_as_the_entry_says(kernel, entry, inputs, monkeypatch):
     name = f"{kernel.removesuffix('_wide')}_kernel"
     launches = Launches(getattr(MODULES[kernel], name))

@@ -209,6 +209,7 @@ def check(sources: dict[str, Any], template: str, rows: list[dict[str, Any]]) ->
 
 @pytest.mark.parametrize("count", COUNTS)
 @pytest.mark.parametrize("template", TEMPLATES.values(), ids=TEMPLATES.keys())
+@pytest.mark.slow
 def test_json_in_any_file_gives_the_tokens_of_the_template(tmp_path, template, count):
     rows = random_rows(count, seed=1, nulls=True, blocks=False)
     check(json_sources(rows, tmp_path), template, rows)
@@ -216,6 +217,7 @@ def test_json_in_any_file_gives_the_tokens_of_the_template(tmp_path, template, c
 
 @pytest.mark.parametrize("count", COUNTS)
 @pytest.mark.parametrize("template", TEMPLATES.values(), ids=TEMPLATES.keys())
+@pytest.mark.slow
 def test_structs_of_arrow_give_the_tokens_of_the_template(tmp_path, template, count):
     rows = random_rows(count, seed=2, nulls=False, blocks=False)
     check(arrow_sources(rows, tmp_path), template, rows)
@@ -228,6 +230,7 @@ def test_blocks_reach_a_template_that_takes_them(tmp_path, count):
 
 
 @pytest.mark.parametrize("count", COUNTS)
+@pytest.mark.slow
 def test_blocks_become_text_for_a_template_that_takes_only_text(tmp_path, count):
     rows = random_rows(count, seed=3, nulls=False, blocks=True)
     flat = json.loads(json.dumps(rows))

@@ -20,7 +20,7 @@ MERGES = (("a", "b"), ("b", "b"), ("ab", "a"), ("Ġ", "a"), ("Ċ", "Ċ"), (">", 
 TOKENIZER = byte_bpe(MERGES, bos=True, chat_template=CHAT_TEMPLATE)
 PLAIN_TOKENIZER = byte_bpe(MERGES)
 quick = settings(
-    deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 
 pieces = st.sampled_from(

@@ -55,6 +55,7 @@ def compare_with_each_alone(model):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.slow
 def test_padded_rows_equal_sequences_alone(family, kind):
     model = stretched(family, kind).double()
     assert choose_layout("auto", model, 0) == PADDED

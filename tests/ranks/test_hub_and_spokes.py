@@ -99,6 +99,7 @@ def test_a_death_is_reported_before_the_launcher_kills_the_other_ranks(monkeypat
 
 
 @pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1, 0, 2)])
+@pytest.mark.slow
 def test_ranks_may_finish_in_any_order(order):
     run = Run("a", "a", "b")
     for rank in order:

@@ -55,6 +55,7 @@ ADAPTERS = {
 
 
 @pytest.mark.parametrize("name", ADAPTERS)
+@pytest.mark.slow
 def test_with_a_fresh_adapter_the_model_below_it_is_the_reference(tmp_path, name, caplog):
     caplog.set_level("INFO", logger="dpofast")
     adapter = lora(**ADAPTERS[name])

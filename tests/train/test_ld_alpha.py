@@ -112,6 +112,7 @@ CASES = [("sigmoid", alpha) for alpha in ALPHAS] + [(name, 0.5) for name in list
     ids=str,
 )
 @pytest.mark.parametrize(("name", "alpha"), CASES)
+@pytest.mark.slow
 def test_a_float64_step_is_that_of_a_textbook_loop(tmp_path, name, alpha, layout):
     options, arguments, plain = LOSSES[name]
     options = {"per_device_train_batch_size": 5, "gradient_accumulation_steps": 1, **options}

@@ -78,7 +78,8 @@ class PlainLoss(PlainDPO):
     [
         {"layout": "shared"},
         pytest.param({"layout": "padded"}, marks=pytest.mark.slow),
-        {"max_tokens_per_microbatch": 1},  # long pairs, and several micro-batches
+        # long pairs, and several micro-batches
+        pytest.param({"max_tokens_per_microbatch": 1}, marks=pytest.mark.slow),
     ],
     ids=str,
 )

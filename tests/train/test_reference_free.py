@@ -61,7 +61,8 @@ LAYOUTS = [
     {"layout": "shared"},
     pytest.param({"layout": "unshared"}, marks=pytest.mark.slow),
     pytest.param({"layout": "padded"}, marks=pytest.mark.slow),
-    {"max_tokens_per_microbatch": 1},  # long pairs, and several micro-batches
+    # long pairs, and several micro-batches
+    pytest.param({"max_tokens_per_microbatch": 1}, marks=pytest.mark.slow),
 ]
 
 

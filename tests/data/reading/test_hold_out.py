@@ -142,6 +142,7 @@ PROMISES = {
 
 
 @pytest.mark.parametrize("promise", PROMISES)
+@pytest.mark.slow
 def test_what_every_split_promises(promise):
     few(given(*PROMISES[promise])(promise))()
 

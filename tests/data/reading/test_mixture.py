@@ -81,6 +81,7 @@ def test_the_rows_taken_depend_on_the_seed_but_not_on_the_other_sets():
     assert 10 < len(few & rows_of_a(300, 0.5, 2)) < 51
 
 
+@pytest.mark.slow
 def test_optional_columns_and_fields_are_filled_with_nulls():
     with_tools = [
         {

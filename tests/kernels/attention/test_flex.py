@@ -84,6 +84,7 @@ NAIVE_CASES = [
 @pytest.mark.usefixtures("uncompiled")
 @pytest.mark.parametrize(("softcap", "with_sinks", "window"), NAIVE_CASES)
 @pytest.mark.parametrize("heads", HEADS)
+@pytest.mark.slow
 def test_equals_naive(heads: str, softcap: float | None, with_sinks: bool, window: int | None):
     inputs = make_inputs(MANY_TAILS, HEADS[heads])
     options = AttentionOptions(window=window, softcap=softcap)

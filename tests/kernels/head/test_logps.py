@@ -102,6 +102,7 @@ class LargestTensor(TorchDispatchMode):
 
 @pytest.mark.parametrize("backend", ["naive", *BACKENDS])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.slow
 def test_no_tensor_of_the_size_of_all_logits(backend, dtype, monkeypatch):
     inputs = make_inputs(dtype, hidden_size=8, lengths=(20, 20))
     set_chunk_rows(monkeypatch, 16)

@@ -88,6 +88,7 @@ def test_worked_figures():
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("backend", ["torch", "triton", "triton_fused"])
+@pytest.mark.slow
 def test_every_back_end_of_the_head_computes_it(divergence, backend):
     inputs, loss = make_inputs(), divergence_loss("sigmoid", divergence)
     expected = run_pair_loss(inputs, loss, options_for(inputs, "naive"))

@@ -31,6 +31,7 @@ def finished(tmp_path_factory):
 
 # Within the first window, at its end, and at the end of the second one.
 @pytest.mark.parametrize("step", [1, 2, 4])
+@pytest.mark.slow
 def test_other_pairs_at_the_place_of_a_checkpoint_stop_the_run(finished, monkeypatch, step):
     monkeypatch.setattr(stream, "WINDOW_PAIRS", 8)
     checkpoint = str(finished / "run" / f"checkpoint-{step}")

@@ -47,6 +47,7 @@ def guarded(caplog):
 
 
 @pytest.mark.parametrize("name", REPORTERS)
+@pytest.mark.slow
 def test_a_broken_reporter_is_one_warning(tmp_path, monkeypatch, caplog, name):
     monkeypatch.setattr(PEAK, lambda *_: 1e12)  # so that operations are counted
     expected = history_of_two_steps(tmp_path / "plain")

@@ -66,6 +66,7 @@ class PlainMoving(PlainDPO):
 
 @pytest.mark.parametrize("layout", ["shared", "padded"])
 @pytest.mark.parametrize("kind", MOVES)
+@pytest.mark.slow
 def test_float64_training_is_a_textbook_loop_with_that_beta(tmp_path, kind, layout):
     pairs = token_pairs(10)
     options = {**MOVES[kind], "layout": layout, "max_tokens_per_microbatch": 60}
