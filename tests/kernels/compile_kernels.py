@@ -108,8 +108,7 @@ def variants(kernel: str) -> Iterator[Variant]:
             yield dtype, {"p_targets": "*fp32", "*": f"*{dtype}"}, {}
     elif kernel == "scale_cast":
         for dtype in ("bf16", "fp16", "fp32"):
-            types = {"p_factor": "*fp64", "p_out": f"*{dtype}", "*": "*fp32"}
-            yield dtype, types, {}
+            yield dtype, {"p_factor": "*fp64", "p_out": f"*{dtype}", "*": "*fp32"}, {}
     elif kernel == "rescale":
         for dtype in ("bf16", "fp16", "fp32"):
             yield dtype, {"p_factor": "*fp32", "*": f"*{dtype}"}, {}

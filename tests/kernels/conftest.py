@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Iterator
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +23,26 @@ def compiler_environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
     environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
     return environment
+
+
+@pytest.fixture(scope="session")
+def lines_of_compiler(compiler_environment: dict[str, str]) -> Callable[..., list[dict[str, Any]]]:
+    """A function that runs a module that compiles kernels, and reads its lines of JSON."""
+
+    def run(module: str, *arguments: str) -> list[dict[str, Any]]:
+        result = subprocess.run(
+            [sys.executable, "-m", module, *arguments],
+            cwd=ROOT,
+            env=compiler_environment,
+            capture_output=True,
+            text=True,
+            timeout=900,
+            check=False,
+        )
+        assert result.returncode == 0, result.stderr[-4000:]
+        return [json.loads(line) for line in result.stdout.splitlines()]
+
+    return run
 
 
 @pytest.fixture(autouse=True)

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import functools
-import json
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -38,7 +35,7 @@ WITH_STATISTICS = {"score_rows", "score_tiles_wide", "finish_rows"}
 
 
 @pytest.fixture(scope="module")
-def compiled(compiler_environment) -> Callable[..., list[dict[str, Any]]]:
+def compiled(lines_of_compiler) -> Callable[..., list[dict[str, Any]]]:
     """A function that compiles the kernels for one target, once, and reports on each.
 
     It compiles one of the sets of compile_kernels: "quick", "plain" or "statistics".
@@ -46,17 +43,7 @@ def compiled(compiler_environment) -> Callable[..., list[dict[str, Any]]]:
 
     @functools.cache
     def compile_for(target: str, variants: str) -> list[dict[str, Any]]:
-        result = subprocess.run(
-            [sys.executable, "-m", "tests.kernels.compile_kernels", variants, target],
-            cwd=ROOT,
-            env=compiler_environment,
-            capture_output=True,
-            text=True,
-            timeout=900,
-            check=False,
-        )
-        assert result.returncode == 0, result.stderr[-4000:]
-        return [json.loads(line) for line in result.stdout.splitlines()]
+        return lines_of_compiler("tests.kernels.compile_kernels", variants, target)
 
     return compile_for
 

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -49,19 +46,9 @@ CEILINGS = {
 
 
 @pytest.fixture(scope="module")
-def counted(compiler_environment) -> dict[tuple[str, str], dict[str, Any]]:
+def counted(lines_of_compiler) -> dict[tuple[str, str], dict[str, Any]]:
     """The figures of each kernel and variant."""
-    result = subprocess.run(
-        [sys.executable, "-m", "tests.kernels.hot_loops"],
-        cwd=ROOT,
-        env=compiler_environment,
-        capture_output=True,
-        text=True,
-        timeout=900,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr[-4000:]
-    lines = [json.loads(line) for line in result.stdout.splitlines()]
+    lines = lines_of_compiler("tests.kernels.hot_loops")
     for line in lines:
         before = CEILINGS[line["kernel"], line["variant"]].before
         print("instructions of an element before:", before, "now:", line)

@@ -100,8 +100,7 @@ class ResumesRun(ContinuesRun, Trainer):
         """Choose where the run begins, and restore what isn't in transformers' files.
 
         These are the reference, the length of rows, the layers that recompute, and the place in a
-        stream. On several ranks,
-        rank 0 chooses for all.
+        stream. On several ranks, rank 0 chooses for all.
 
         Args:
             given: what `train` was given as resume_from_checkpoint.
