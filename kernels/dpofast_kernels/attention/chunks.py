@@ -81,8 +81,8 @@ def chunked_row(layout: SharedLayout, chunk: int) -> ChunkedRow:
         groups = [(prefix[1], [length for _, length in tails]) for prefix, tails in parts]
         rows[chunk] = ChunkedRow(
             build_layout(groups).to(layout.device),
-            order.to(layout.device),
-            order.argsort().to(layout.device),
+            order.to(layout.device, non_blocking=True),
+            order.argsort().to(layout.device, non_blocking=True),
         )
     return rows[chunk]
 

@@ -105,4 +105,4 @@ def _bounds(lengths: tuple[int, ...], device: torch.device) -> Tensor:
     what they compute from it. An inference tensor could not be kept for a later backward.
     """
     with torch.inference_mode(False):
-        return torch.tensor((0, *lengths)).cumsum(0).to(device)
+        return torch.tensor((0, *lengths)).cumsum(0).to(device, non_blocking=True)
