@@ -35,7 +35,7 @@ TWO_WORKERS := OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest -
 
 # If no GPU is visible, Triton interprets its kernels on CPU tensors; otherwise it compiles them.
 # One process can't do both, so the tests on CPU tensors hide the GPU.
-test: setup  ## the tests to run at every change (4 minutes on 2 cores)
+test: setup  ## the tests to run at every change (under 5 minutes on 2 cores)
 	$(TWO_WORKERS) -m 'not slow and not distributed and not torture and not gpu' $(ARGS)
 
 test-ranks: setup  ## the tests that train on several ranks or try the launchers

@@ -6,6 +6,7 @@ import gc
 import os
 import signal
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -49,6 +50,19 @@ def _no_plots(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
     reports = "dpofast.train.reports.reports_run"
     if reports in sys.modules and "real_plots" not in request.fixturenames:
         monkeypatch.setattr(f"{reports}.plot_run", lambda *_: None)
+
+
+@pytest.fixture(autouse=True)
+def _same_threads() -> Iterator[None]:
+    """Give the next test the number of threads that this one began with.
+
+    The commands of the benchmarks set it. With two threads in each of two workers, every later
+    test would take up to three times longer.
+    """
+    num_threads = torch.get_num_threads()
+    yield
+    if torch.get_num_threads() != num_threads:
+        torch.set_num_threads(num_threads)
 
 
 @pytest.fixture(scope="session")
