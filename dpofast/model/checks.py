@@ -57,7 +57,11 @@ HEAD_TOLERANCE = {
 
 
 def check_model(
-    model: nn.Module, layout: Layout, device: torch.device, autocast_dtype: torch.dtype | None
+    model: nn.Module,
+    layout: Layout,
+    device: torch.device,
+    autocast_dtype: torch.dtype | None,
+    head_backend: str = "auto",
 ) -> tuple[str, ...]:
     """Runs all checks that a model must pass before it trains or scores.
 
@@ -66,6 +70,7 @@ def check_model(
         layout: layout of its micro-batches.
         device: device that it will run on; it may still be elsewhere.
         autocast_dtype: dtype of the forward pass under autocast; None without autocast.
+        head_backend: the head's back end, as in HeadOptions.
 
     Returns:
         Lines for the log: the attention backends of its packed rows, and how its layers with a
@@ -83,7 +88,7 @@ def check_model(
         check_liger(model)
         with own_layers(model):
             check_head(model)
-        check_head_backend(model, device, autocast_dtype)
+        check_head_backend(model, device, autocast_dtype, head_backend)
         if not layout.is_packed:
             check_rows(model)
             return ()

@@ -126,13 +126,17 @@ class ScoreTask:
         return op(hidden_states, weight, self.labels, replace(self.options, bias=bias))
 
 
-def head_options(config: Any) -> HeadOptions:
+def head_options(config: Any, backend: str = "auto") -> HeadOptions:
     """Reads from a model's config what its family does to the logits after the head.
 
     Gemma caps them (`final_logit_softcapping`), and so do RecurrentGemma and xLSTM under other
     names. Cohere (`logit_scale`) and Falcon-H1 (`lm_head_multiplier`) multiply them. Granite
     divides them by `logits_scaling`, and HyperCLOVA X multiplies them by it.
     `dpofast.model.checks.check_head` finds the models that do anything else.
+
+    Args:
+        config: the model's config.
+        backend: the head's back end, as in HeadOptions.
     """
     config = config.get_text_config()
     softcap = next((cap for name in SOFTCAP_OPTIONS if (cap := getattr(config, name, None))), None)
@@ -140,7 +144,7 @@ def head_options(config: Any) -> HeadOptions:
     divisor = math.prod(_number(config, name) for name in LOGIT_DIVISORS)
     if config.model_type in MULTIPLY_BY_DIVISORS:
         divisor = 1 / divisor
-    return HeadOptions(softcap=softcap, logit_scale=scale / divisor)
+    return HeadOptions(softcap=softcap, logit_scale=scale / divisor, backend=backend)
 
 
 def _number(config: Any, name: str) -> float:

@@ -17,13 +17,16 @@ logger = logging.getLogger(__name__)
 
 # The back end to fall back on, and what chooses it.
 REMEDIES = {
-    "triton_fused": "set DPOFAST_HEAD_BACKEND=triton in the environment to use the other one, and ",
-    "triton": "set DPOFAST_HEAD_BACKEND=torch in the environment to do without Triton, and ",
+    "triton_fused": "set head_backend: triton to use the other one, and ",
+    "triton": "set head_backend: torch to do without Triton, and ",
 }
 
 
 def check_head_backend(
-    model: nn.Module, device: torch.device, autocast_dtype: torch.dtype | None
+    model: nn.Module,
+    device: torch.device,
+    autocast_dtype: torch.dtype | None,
+    backend: str = "auto",
 ) -> None:
     """Compares the back end that will compute the loss with its naive twin, on a small case.
 
@@ -31,20 +34,23 @@ def check_head_backend(
         model: policy or reference; it may still be elsewhere.
         device: device that it will run on.
         autocast_dtype: dtype of the forward pass under autocast; None without autocast.
+        backend: the head's back end, as in HeadOptions.
 
     Raises:
-        ConfigError: the back end is wrong on this device, or fails there.
+        ConfigError: the back end is wrong on this device, fails there, or is none of its.
     """
     try:
-        probed_head(device, head_traits(model, autocast_dtype))
+        probed_head(device, head_traits(model, autocast_dtype, backend))
     except WrongHeadError as error:
         remedy = REMEDIES.get(error.backend, "")
         raise ConfigError(f"head: {error}; {remedy}please report this.") from error
-    except ValueError as error:  # the environment variable
-        raise ConfigError(str(error)) from error
+    except ValueError as error:  # no back end of this device
+        raise ConfigError(f"head_backend: {error}") from error
 
 
-def head_traits(model: nn.Module, autocast_dtype: torch.dtype | None) -> HeadTraits:
+def head_traits(
+    model: nn.Module, autocast_dtype: torch.dtype | None, backend: str = "auto"
+) -> HeadTraits:
     """What the head's kernels depend on, of a model's head."""
     lm = causal_lm(model)
     options, head = head_options(lm.config), lm.get_output_embeddings()
@@ -59,6 +65,7 @@ def head_traits(model: nn.Module, autocast_dtype: torch.dtype | None) -> HeadTra
         getattr(head, "bias", None) is not None,
         options.softcap,
         options.logit_scale,
+        backend,
     )
 
 

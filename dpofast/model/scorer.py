@@ -25,14 +25,20 @@ class SequenceScorer:
         autocast: returns the context manager of a forward pass.
         layout: layout of the answers.
         with_logsumexps: also return the log-sum-exps of the logits.
+        head_backend: the head's back end, as in HeadOptions.
     """
 
     def __init__(
-        self, model: nn.Module, autocast: Any, layout: Layout, with_logsumexps: bool = False
+        self,
+        model: nn.Module,
+        autocast: Any,
+        layout: Layout,
+        with_logsumexps: bool = False,
+        head_backend: str = "auto",
     ) -> None:
         self.model, self.autocast, self.layout = model, autocast, layout
         self.with_logsumexps = with_logsumexps
-        self.options = head_options(causal_lm(model).config)
+        self.options = head_options(causal_lm(model).config, head_backend)
 
     def __call__(self, sequences: Sequence[tuple[TokenIds, TokenIds]]) -> list[np.ndarray]:
         """Runs one forward pass over some sequences.

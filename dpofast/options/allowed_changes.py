@@ -98,6 +98,7 @@ ROUNDING = frozenset(
         "gradient_accumulation_steps",
         "gradient_checkpointing",
         "gradient_checkpointing_kwargs",
+        "head_backend",
         "layout",
         "liger_kernel_config",
         "max_tokens_per_microbatch",

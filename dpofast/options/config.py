@@ -25,6 +25,7 @@ from dpofast.options.checkpointing import (
 )
 from dpofast.options.data_fields import check_data_fields
 from dpofast.options.foreign import refuse_unknown_options
+from dpofast.options.head_fields import check_head_backend_name
 from dpofast.options.init_kwargs import read_init_kwargs
 from dpofast.options.liger import check_liger
 from dpofast.options.loss_fields import LossFields, settle_loss_fields, unused_loss_options
@@ -47,10 +48,10 @@ logger = logging.getLogger(__name__)
 class DPOConfig(LossFields):
     """transformers' TrainingArguments and the options of DPO; names and defaults as in TRL.
 
-    How a run is saved, resumed and stopped is in `RunFields`, which pairs its data make in
-    `DataFields`, what it measures in `MetricFields`, how beta moves in `BetaFields`, how pairs are
-    weighted in `WeightingFields`, and what else decides the loss in `LossFields`. TRL's other
-    options are fields, too (`TRLFields`).
+    Others have classes of their own: how a run is saved, resumed and stopped (`RunFields`), which
+    pairs its data make (`DataFields`), how the head is computed (`HeadFields`), what is measured
+    (`MetricFields`), how beta moves (`BetaFields`), how pairs are weighted (`WeightingFields`), and
+    what else decides the loss (`LossFields`). TRL's other options are fields, too (`TRLFields`).
     Those that can't change what is trained are accepted with one line in the log, and the others
     are refused.
 
@@ -343,6 +344,7 @@ class DPOConfig(LossFields):
         self._check_choice("truncation_mode", TRUNCATION_MODES)
         self._check_choice("reference_store_detail", DETAILS)
         self._check_choice("layout", LAYOUTS)
+        check_head_backend_name(self)
         self._check_whole("max_length", minimum=2)  # a token of the prompt and one of the answer
         for name in (
             "per_device_train_batch_size",

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from dpofast.errors import ConfigError
-from dpofast.options.run_fields import RunFields
+from dpofast.options.head_fields import HeadFields
 from dpofast.spelling import nearest_name
 
 
@@ -36,7 +36,7 @@ USUAL_METRICS = ("mean_token_accuracy",)
 
 # kw_only keeps the positional order of TrainingArguments and of DPOConfig's own options.
 @dataclass(kw_only=True)
-class MetricFields(RunFields):
+class MetricFields(HeadFields):
     """The field; docs/configuration.md says what each metric is.
 
     Attributes:

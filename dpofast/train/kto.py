@@ -65,7 +65,8 @@ class KTOTrainer(DPOTrainer):
         if not self.pair_loss.takes_z:
             return step
         own = mismatched_logratios(
-            *(self.model, step.micro_batches, self.accelerator.autocast, self.args.device)
+            *(self.model, step.micro_batches, self.accelerator.autocast, self.args.device),
+            self._pair_loss_pass.head_backend,
         )
         nothing = torch.zeros(1, dtype=torch.float64, device=self.args.device)
         total = self.sum_over_ranks(sum((each.sum() for each in own), nothing))

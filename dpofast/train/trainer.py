@@ -207,6 +207,7 @@ class DPOTrainer(
         self._pair_loss_pass = self.pass_class(
             *(self.model, router_loss, self.accelerator.autocast, config.device, own_metrics),
             *(self.data.likelihood, config.weighting(), tuple(config.metrics or ())),
+            config.head_backend,
         )
         self.throughput = Throughput(
             self.model, self.reference.dtype(), config.device, config.world_size

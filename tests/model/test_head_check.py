@@ -12,7 +12,7 @@ from dpofast.errors import ConfigError
 from dpofast.model import head_check, quantised
 from dpofast.model.checks import check_model
 from dpofast.model.head_check import check_head_backend, head_traits
-from dpofast_kernels.head import HeadTraits, WrongHeadError, probe
+from dpofast_kernels.head import HeadTraits, WrongHeadError, backends, probe
 from tests.families import tiny_model
 
 CPU = torch.device("cpu")
@@ -54,8 +54,8 @@ def test_quantised_layers_do_not_change_the_dtype_of_the_head(monkeypatch):
 @pytest.mark.parametrize(
     ("backend", "remedy"),
     [
-        ("triton_fused", "set DPOFAST_HEAD_BACKEND=triton in the environment .*, and please"),
-        ("triton", "set DPOFAST_HEAD_BACKEND=torch in the environment .*, and please"),
+        ("triton_fused", "set head_backend: triton to use the other one, and please"),
+        ("triton", "set head_backend: torch to do without Triton, and please"),
         ("torch", "please report this"),
     ],
 )
@@ -86,14 +86,11 @@ def test_a_failing_head_stops_the_run(monkeypatch):
         raise WrongHeadError("triton_fused", "Head backend 'triton_fused' doesn't run on cpu (x)")
 
     monkeypatch.setattr(head_check, "probe_head", fails)
-    with pytest.raises(ConfigError, match=r"run on cpu \(x\); set DPOFAST_HEAD_BACKEND=triton "):
+    with pytest.raises(ConfigError, match=r"run on cpu \(x\); set head_backend: triton "):
         check_head_backend(tiny_model("llama"), CPU, None)
 
 
-def test_a_wrong_environment_variable_stops_the_run(monkeypatch):
-    def refuses(*_):
-        raise ValueError("DPOFAST_HEAD_BACKEND is 'x' in the environment")
-
-    monkeypatch.setattr(head_check, "probe_head", refuses)
-    with pytest.raises(ConfigError, match="DPOFAST_HEAD_BACKEND is 'x'"):
-        check_head_backend(tiny_model("llama"), CPU, None)
+def test_a_back_end_of_another_device_stops_the_run(monkeypatch):
+    monkeypatch.setattr(backends, "is_interpreted", lambda kernel: False)
+    with pytest.raises(ConfigError, match=r"^head_backend: backend 'triton' was .* are on cpu"):
+        check_head_backend(tiny_model("llama"), CPU, None, "triton")

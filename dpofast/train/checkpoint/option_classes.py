@@ -75,6 +75,7 @@ ROUNDING = frozenset(
         "full_determinism",
         "gradient_checkpointing",
         "gradient_checkpointing_kwargs",
+        "head_backend",
         "layout",
         "liger_kernel_config",
         "max_tokens_per_microbatch",

@@ -50,6 +50,7 @@ class StepZeroCheck:
         if reference.store.ld_alpha is not None:  # then tokens are read, not sums
             self.tolerance = max(self.tolerance, STORED_TOLERANCE)
         self.wants_noise = not reference.disables_dropout
+        self.head = head_options(causal_lm(policy).config, reference.head_backend)
 
     @classmethod
     def of(
@@ -149,7 +150,7 @@ class StepZeroCheck:
         """[2P] fp64: log-probs of the batch's answers in the policy's present mode, on the CPU."""
         batch = batch.to(next(self.policy.parameters()).device)
         with self.autocast():
-            task = ScoreTask(batch.labels, head_options(causal_lm(self.policy).config))
+            task = ScoreTask(batch.labels, self.head)
             scores = run_batch(self.policy, batch, task).double().cpu()  # [N]
         if batch.token_weights is not None:
             scores = scores * batch.token_weights.cpu()

@@ -93,7 +93,7 @@ class RunReference:
         num_pairs = config.precompute_ref_batch_size or config.per_device_train_batch_size
         self.num_answers = 2 * num_pairs  # in a forward pass, if no limit in tokens is given
         self.disables_dropout = config.disable_dropout
-        self._liger = liger_kinds(config)
+        self._liger, self.head_backend = liger_kinds(config), config.head_backend
         self.is_gone = False
         self.random_modules: dict[str, nn.Module] = {}
         self._identity: ReferenceIdentity | None = None
@@ -276,10 +276,11 @@ class RunReference:
 
     def _check(self, model: nn.Module) -> tuple[str, ...]:
         """Run the start-up checks of a model; returns lines about the kernels that they chose."""
-        device, autocast_dtype = self.accelerator.device, self._autocast_dtype
+        device = self.accelerator.device
         check_weights(model, "The policy" if model is self.policy else "The reference")
         with in_blocks(model):
-            return check_model(model, self._layout_of(model), device, autocast_dtype)
+            layout = self._layout_of(model)
+            return check_model(model, layout, device, self._autocast_dtype, self.head_backend)
 
     def _prepare(self, model: nn.Module) -> None:
         """Make a model ready to be identified and scored."""
@@ -355,10 +356,8 @@ class RunReference:
 
     def _scorer(self, model: nn.Module) -> SequenceScorer:
         return SequenceScorer(
-            model,
-            self.accelerator.autocast,
-            self._layout_of(model),
-            with_logsumexps=self.store.detail >= RowDetail.LOGSUMEXPS,
+            *(model, self.accelerator.autocast, self._layout_of(model)),
+            *(self.store.detail >= RowDetail.LOGSUMEXPS, self.head_backend),
         )
 
     def _batches(self, model: nn.Module, row_tokens: int | None) -> Batches:

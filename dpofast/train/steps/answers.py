@@ -103,7 +103,11 @@ def label_metrics(
 
 
 def mismatched_logratios(
-    model: nn.Module, batches: Iterable[PackedPairs], autocast: Any, device: torch.device
+    model: nn.Module,
+    batches: Iterable[PackedPairs],
+    autocast: Any,
+    device: torch.device,
+    head_backend: str = "auto",
 ) -> list[Tensor]:
     """The log-ratios of each micro-batch's mismatched answers: [S] fp64, without a gradient.
 
@@ -114,9 +118,10 @@ def mismatched_logratios(
         batches: micro-batches of PackedAnswers.
         autocast: makes the context of a forward pass.
         device: device of the policy.
+        head_backend: the head's back end, as in HeadOptions.
     """
     found = []
-    options = head_options(causal_lm(model).config)
+    options = head_options(causal_lm(model).config, head_backend)
     with torch.no_grad(), evaluating(model):
         for batch in batches:
             assert isinstance(batch, PackedAnswers)

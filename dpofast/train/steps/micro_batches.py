@@ -50,6 +50,7 @@ class PairLossPass:
         likelihood: likelihood terms of the loss.
         weighting: WPO's weights of the pairs, if they have any.
         token_metrics: names of the metrics that are means over tokens.
+        head_backend: the head's back end, as in HeadOptions.
         upstream: factor of each pair's loss in the loss of the step, if there is a step.
     """
 
@@ -61,6 +62,7 @@ class PairLossPass:
     likelihood: Likelihood = NO_LIKELIHOOD
     weighting: PairWeighting | None = None
     token_metrics: tuple[str, ...] = ()
+    head_backend: str = "auto"
     upstream: float | None = None
 
     @property
@@ -153,7 +155,8 @@ class PairLossPass:
 
     def head_options(self) -> HeadOptions:
         """The options of the head's op with a loss."""
-        return replace(head_options(causal_lm(self.model).config), upstream=self.upstream)
+        options = head_options(causal_lm(self.model).config, self.head_backend)
+        return replace(options, upstream=self.upstream)
 
     def _add_sets(self, batch: PackedPairs, metrics: dict[str, Tensor], sums: MetricSums) -> None:
         """Count the metrics of each dataset of a mixture."""

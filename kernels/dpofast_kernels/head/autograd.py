@@ -128,7 +128,7 @@ class LinearLogps(torch.autograd.Function):
             gradients.fill_empty()
         if call.options.weight_grad is not None:
             gradients.weight = None  # it was added to the caller's buffer
-        return *_as_inputs(gradients, hidden_states, weight, bias, None), None
+        return *_as_inputs(gradients, call.backend, hidden_states, weight, bias, None), None
 
 
 class LinearPairLoss(torch.autograd.Function):
@@ -170,9 +170,9 @@ class LinearPairLoss(torch.autograd.Function):
         # Usually exactly 1 in fp32.
         factor = d_loss / call.upstream
         if call.options.weight_grad is not None and gradients.weight is not None:
-            call.options.weight_grad.add_(rescale(gradients.weight, factor))
+            call.options.weight_grad.add_(rescale(gradients.weight, factor, call.backend))
             gradients.weight = None
-        return *_as_inputs(gradients, hidden_states, weight, bias, factor), None
+        return *_as_inputs(gradients, call.backend, hidden_states, weight, bias, factor), None
 
 
 def _run_one_pass(
@@ -189,6 +189,7 @@ def _run_one_pass(
 
 def _as_inputs(
     gradients: Gradients,
+    backend: str,
     hidden_states: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -202,8 +203,9 @@ def _as_inputs(
         if factor is None:
             return gradient.to(like.dtype)
         if gradient.dtype == like.dtype:
-            return rescale(gradient, factor)
-        return scale_and_cast(gradient, factor, torch.empty_like(gradient, dtype=like.dtype))
+            return rescale(gradient, factor, backend)
+        out = torch.empty_like(gradient, dtype=like.dtype)
+        return scale_and_cast(gradient, factor, out, backend)
 
     return (
         cast(gradients.hidden_states, hidden_states),

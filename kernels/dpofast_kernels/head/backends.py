@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import os
-
 import torch
 from torch import Tensor
 
-from dpofast_kernels.head.launch import HEAD_BACKEND, has_triton, is_interpreted
+from dpofast_kernels.head.launch import has_triton, is_interpreted
 from dpofast_kernels.head.options import HeadOptions
 from dpofast_kernels.head.rows import RowOps
 from dpofast_kernels.head.tiled import TorchRows
 
 DEFAULT_OPTIONS = HeadOptions()
 TRITON_BACKENDS = ("triton", "triton_fused")
-# What the environment variable HEAD_BACKEND can hold. It replaces "auto" on CUDA and ROCm devices:
-# a way out for a device on which the usual back end is wrong or fails.
-DEVICE_BACKENDS = ("triton", "triton_fused", "torch")
 
 # Triton exists only on Linux. So the files that use it are imported inside the functions below,
 # never at the top of this file.
@@ -34,8 +29,7 @@ def backend_for(
 
     Raises:
         ValueError: the back end in `options` can't take one of the options, or doesn't run on this
-            device; or DPOFAST_HEAD_BACKEND names none.
-        RuntimeError: `options` ask for Triton, and it isn't installed.
+            device; or they ask for Triton, and it isn't installed.
     """
     if options.backend == "naive" and options.weight_grad is not None:
         raise ValueError(
@@ -45,12 +39,10 @@ def backend_for(
         # PyTorch calls ROCm's devices cuda, too.
         if not (tensor.is_cuda and has_triton()):
             return "torch"
-        if name := os.environ.get(HEAD_BACKEND):
-            return _named(name)
         return "triton_fused" if _can_fuse(tensor, dtype or tensor.dtype) else "triton"
     if options.backend in TRITON_BACKENDS:
         if not has_triton():
-            raise RuntimeError(
+            raise ValueError(
                 f"backend {options.backend!r} was asked for, but Triton isn't installed: install "
                 "it (Linux only), or choose backend 'torch'."
             )
@@ -83,15 +75,6 @@ def row_ops(
 
         return FusedRows(weight, options, statistics)
     return TorchRows(weight, options, statistics)
-
-
-def _named(name: str) -> str:
-    if name not in DEVICE_BACKENDS:
-        raise ValueError(
-            f"{HEAD_BACKEND} is {name!r} in the environment, expected one of "
-            f"{', '.join(DEVICE_BACKENDS)}; or unset it."
-        )
-    return name
 
 
 def _can_fuse(weight: Tensor, dtype: torch.dtype) -> bool:

@@ -81,12 +81,12 @@ class Gradients:
     bias: Tensor | None
     is_empty: bool
 
-    def scale(self, rows: slice, factor: Tensor) -> None:
+    def scale(self, rows: slice, factor: Tensor, backend: str) -> None:
         """Multiply by a factor [], if nothing but the gradients of `rows` was added so far."""
         of_rows = None if self.hidden_states is None else self.hidden_states[rows]
         for total in (of_rows, self.weight, self.bias):
             if total is not None:
-                scale_and_cast(total, factor, out=total)
+                scale_and_cast(total, factor, total, backend)
 
     def fill_empty(self) -> None:
         """Make the weight's gradient zero if no row was added to it."""
@@ -127,6 +127,7 @@ class ChunkedHead:
             # The bias is rounded to the compute dtype like the other inputs. Then it is upcast,
             # because it is added to fp32 (or fp64) logits.
             options = replace(options, bias=options.bias.to(dtype).to(self.dtype))
+        self.backend = backend
         self.ops = row_ops(backend, self.weight, options, statistics)
         self._workspace_dtype = self.ops.workspace_dtype(bool(wanted))
         vocab_size, hidden_size = weight.shape

@@ -58,7 +58,6 @@ def linear_logps(
     Raises:
         ValueError: shapes, dtypes or devices don't match, a label is out of range (off the CPU this
             is checked only with DPOFAST_CHECK_LABELS=1), or the back end can't run.
-        RuntimeError: Triton was asked for and isn't installed.
 
     Numerics: logits are computed and kept in fp32 (fp64 for fp64 inputs). Gradients accumulate in
     fp32 and are returned in the inputs' dtypes. The backward computes the logits again: 8NHV
@@ -101,7 +100,7 @@ def linear_scores(
         `HeadOptions`). A log-prob plus its log-sum-exp is the label's own logit.
 
     Raises:
-        ValueError, RuntimeError: as in `linear_logps`.
+        ValueError: as in `linear_logps`.
 
     Example:
         >>> import torch
@@ -146,7 +145,7 @@ def linear_statistics(
         [K, N] fp32 (fp64 for fp64 inputs), in the order of `statistics`, without gradient.
 
     Raises:
-        ValueError, RuntimeError: as in `linear_logps`.
+        ValueError: as in `linear_logps`.
         ValueError: a statistic is unknown or named twice, or none is named.
         TypeError: `statistics` is not a tuple of strings.
 
@@ -216,7 +215,6 @@ def linear_pair_loss(
             or an extra is out of range (off the CPU this is checked only with
             DPOFAST_CHECK_LABELS=1).
         TypeError: an argument has the wrong type.
-        RuntimeError: Triton was asked for and isn't installed.
 
     Numerics: logits are computed and kept in fp32 (fp64 for fp64 inputs), sums per sequence and
     losses in fp64. Gradients accumulate in fp32, are multiplied by the upstream gradient in

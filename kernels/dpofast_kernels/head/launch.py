@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -16,8 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# What this environment variable can hold is in backends; "torch" does without Triton.
-HEAD_BACKEND = "DPOFAST_HEAD_BACKEND"
 TABLE_FILE = Path(__file__).with_name("launch.json")
 
 
@@ -70,9 +67,9 @@ def has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-def takes_triton(tensor: Tensor) -> bool:
-    """Whether Triton kernels may work on a tensor: on a GPU, unless the user does without them."""
-    return tensor.is_cuda and has_triton() and os.environ.get(HEAD_BACKEND) != "torch"
+def takes_triton(tensor: Tensor, backend: str) -> bool:
+    """Whether Triton kernels may work on a tensor: on a GPU, unless the call does without them."""
+    return tensor.is_cuda and has_triton() and backend != "torch"
 
 
 def is_interpreted(kernel: Any) -> bool:

@@ -136,7 +136,7 @@ def _multiplied_last(
     # Divide by the larger direction, because the smaller one can be 0.
     larger = max(range(len(directions)), key=lambda index: abs(directions[index]))
     factor = terms.d_logps[larger] * (upstream / directions[larger])
-    gradients.scale(rows, factor.to(unit.head.dtype))
+    gradients.scale(rows, factor.to(unit.head.dtype), unit.head.backend)
     return terms
 
 

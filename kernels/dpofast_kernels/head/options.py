@@ -52,8 +52,7 @@ class HeadOptions:
             "torch" elsewhere. "torch" is tiled PyTorch. "triton" makes each chunk of logits with
             PyTorch's matrix product and works on it with Triton kernels. "triton_fused" multiplies
             in Triton and never writes logits; for bf16 and fp16 only. "naive" computes all logits
-            at once, for comparison. On a GPU, the environment variable DPOFAST_HEAD_BACKEND can
-            name another back end than "auto" would take.
+            at once, for comparison.
 
     Raises:
         TypeError: bias or weight_grad is not a tensor.

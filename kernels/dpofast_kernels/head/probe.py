@@ -54,7 +54,7 @@ class HeadTraits:
         hidden_size: H.
         vocab_size: V, of which the check uses the remainder by 16 alone.
         has_bias: whether there is a bias.
-        softcap, logit_scale: as in `HeadOptions`.
+        softcap, logit_scale, backend: as in `HeadOptions`.
     """
 
     dtype: torch.dtype
@@ -63,6 +63,7 @@ class HeadTraits:
     has_bias: bool = False
     softcap: float | None = None
     logit_scale: float = 1.0
+    backend: str = "auto"
 
 
 def probe_head(device: torch.device | str, traits: HeadTraits) -> str:
@@ -78,6 +79,7 @@ def probe_head(device: torch.device | str, traits: HeadTraits) -> str:
         The name of the back end.
 
     Raises:
+        ValueError: the back end that the traits name doesn't run on this device.
         WrongHeadError: the two differ by more than rounding, or the back end fails. The message
             names the back end, the tensor that differs, and by how much.
 
@@ -88,7 +90,8 @@ def probe_head(device: torch.device | str, traits: HeadTraits) -> str:
         'torch'
     """
     device = torch.device(device)
-    backend = backend_for(torch.empty(1, 1, dtype=traits.dtype, device=device))
+    weight = torch.empty(1, 1, dtype=traits.dtype, device=device)
+    backend = backend_for(weight, HeadOptions(backend=traits.backend))
     options = HeadOptions(
         softcap=traits.softcap, logit_scale=traits.logit_scale, upstream=_UPSTREAM, backend=backend
     )

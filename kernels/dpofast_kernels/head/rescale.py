@@ -11,6 +11,7 @@ from dpofast_kernels.head.launch import takes_triton
 def rescale(
     gradient: Tensor,
     factor: Tensor,  # []
+    backend: str = "auto",
 ) -> Tensor:
     """Multiply by a factor in place, which costs no pass over memory if the factor is exactly 1.
 
@@ -20,12 +21,13 @@ def rescale(
         gradient: any shape and floating dtype.
         factor: [] in any floating dtype, on the device of `gradient`. It is rounded to fp32 (fp64
             for an fp64 gradient) first.
+        backend: of the head; "torch" does without Triton.
 
     Returns:
         `gradient`.
     """
     factor = factor.to(torch.promote_types(gradient.dtype, torch.float32))
-    if gradient.is_contiguous() and takes_triton(gradient):
+    if gradient.is_contiguous() and takes_triton(gradient, backend):
         from dpofast_kernels.head.rescale_triton import rescale_fwd
 
         return rescale_fwd(gradient, factor)

@@ -43,7 +43,6 @@ def linear_sequence_loss(
             sequence is empty, or the back end can't run. A label or a weight is out of range (off
             the CPU this is checked only with DPOFAST_CHECK_LABELS=1).
         TypeError: an argument has the wrong type.
-        RuntimeError: Triton was asked for and isn't installed.
 
     Numerics: as `linear_pair_loss`.
 

@@ -127,7 +127,7 @@ def test_triton_on_cpu_tensors_needs_the_interpreter(monkeypatch):
 
 def test_triton_that_is_not_installed(monkeypatch):
     monkeypatch.setitem(sys.modules, "triton", None)
-    with pytest.raises(RuntimeError, match="Triton isn't installed"):
+    with pytest.raises(ValueError, match="Triton isn't installed"):
         backend_for(torch.zeros(1), HeadOptions(backend="triton"))
 
 

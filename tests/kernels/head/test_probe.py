@@ -137,15 +137,17 @@ def test_the_default_on_a_gpu(gpu, monkeypatch):
     assert chosen(gpu(torch.bfloat16)) == "triton"
 
 
-def test_the_environment_chooses_another_back_end_on_a_gpu(gpu, monkeypatch):
-    monkeypatch.setenv("DPOFAST_HEAD_BACKEND", "triton")
-    assert backends.backend_for(gpu(torch.bfloat16)) == "triton"
-    named = replace(backends.DEFAULT_OPTIONS, backend="triton_fused")
-    assert backends.backend_for(gpu(torch.bfloat16), named) == "triton_fused"
-    assert backends.backend_for(torch.zeros(6, 4)) == "torch"
-    monkeypatch.setenv("DPOFAST_HEAD_BACKEND", "tritn")
-    with pytest.raises(ValueError, match=r"DPOFAST_HEAD_BACKEND is 'tritn'.*expected one of tri"):
-        backends.backend_for(gpu(torch.bfloat16))
+@pytest.mark.parametrize("name", ["torch", "triton", "triton_fused"])
+def test_an_option_chooses_another_back_end_on_a_gpu(name, gpu):
+    options = replace(backends.DEFAULT_OPTIONS, backend=name)
+    assert backends.backend_for(gpu(torch.bfloat16), options) == name
+
+
+def test_the_probe_compares_the_back_end_that_the_traits_name(monkeypatch):
+    compared = []
+    monkeypatch.setattr(probe, "_compare", lambda found, truth, name, *_: compared.append(name))
+    assert probe_head("cpu", replace(PLAIN, backend="triton")) == "triton"
+    assert set(compared) == {"triton"}
 
 
 def test_the_torch_back_end_of_a_gpu_scales_gradients_without_triton(gpu, monkeypatch):
@@ -154,10 +156,9 @@ def test_the_torch_back_end_of_a_gpu_scales_gradients_without_triton(gpu, monkey
     monkeypatch.setattr(rescale_triton, "rescale_fwd", lambda *_: launched.append("rescale"))
     factor = torch.tensor(2.0)
     narrow, wide = gpu(torch.bfloat16), gpu(torch.float32)
-    for expected in (["cast", "rescale"], []):
-        scale_and_cast(wide + 1.0, factor, narrow)
-        rescale(narrow, factor)
+    for backend, expected in (("triton", ["cast", "rescale"]), ("torch", [])):
+        scale_and_cast(wide + 1.0, factor, narrow, backend)
+        rescale(narrow, factor, backend)
         assert launched == expected
         launched.clear()
-        monkeypatch.setenv("DPOFAST_HEAD_BACKEND", "torch")
     assert (narrow == 4.0).all()

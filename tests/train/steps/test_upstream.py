@@ -12,9 +12,9 @@ def test_the_head_multiplies_no_gradient_again(tmp_path, monkeypatch):
     factors = []
     rescale = autograd.rescale
 
-    def noted(gradient, factor):
+    def noted(gradient, factor, *rest):
         factors.append(factor.float().item())
-        return rescale(gradient, factor)
+        return rescale(gradient, factor, *rest)
 
     monkeypatch.setattr(autograd, "rescale", noted)
     options = {"per_device_train_batch_size": 3, "max_tokens_per_microbatch": 64, "max_steps": 2}
