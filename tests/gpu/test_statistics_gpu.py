@@ -13,18 +13,15 @@ from dpofast_kernels import (
     linear_statistics,
     make_loss,
 )
-from tests.gpu.test_head_gpu import (
+from tests.gpu.head_cases import (
     BACKENDS,
     LENGTHS,
     TOLERANCES,
-    chunk_rows,
     inputs,
     leaves_of,
     options_for,
     relative,
 )
-
-__all__ = ["chunk_rows"]  # a fixture
 
 pytestmark = [
     pytest.mark.gpu,
