@@ -15,7 +15,7 @@ HEAD_TESTS = (
     "(truth and plain and 256) or bit_for_bit or (waited_for and sigmoid) or frozen or less_exact"
 )
 # Attention of PyTorch in bf16, rows of many lengths, and a whole trainer in bf16.
-STEP_TESTS = "(varlen and dtype0) or (many_rows and varlen) or (trains_as and True)"
+STEP_TESTS = "(varlen and dtype0) or (many_rows and varlen) or (trains_as and True and auto)"
 
 
 @dataclass(frozen=True)

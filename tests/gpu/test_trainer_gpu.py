@@ -19,10 +19,12 @@ pytestmark = [
 
 
 @pytest.mark.parametrize(("bf16", "tolerance"), [(False, 1e-3), (True, 0.1)])
-def test_a_gpu_trains_as_the_cpu(tmp_path, bf16, tolerance):
+@pytest.mark.parametrize("head_backend", ["auto", "triton", "torch"])
+def test_a_gpu_trains_as_the_cpu(tmp_path, head_backend, bf16, tolerance):
     pairs = token_pairs(10)
     expected = train(make_trainer(tmp_path / "cpu", pairs=pairs))
     options = {"use_cpu": False, "bf16": bf16, "gradient_checkpointing": True}
+    options["head_backend"] = head_backend
     trainer = make_trainer(tmp_path / "gpu", tiny_llama(), pairs, options=options)
     got = train(trainer)
     assert next(trainer.model.parameters()).is_cuda
