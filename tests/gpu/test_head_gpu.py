@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from dataclasses import replace
 
 import pytest
 import torch
@@ -64,8 +65,15 @@ def test_triton_is_the_float64_truth(op, hidden_size, full, backend, dtype):
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
 @pytest.mark.parametrize("softcap", [None, 30.0])
 def test_the_start_up_check_passes(softcap, dtype):
+    """By every name that a run can give; only narrow dtypes are multiplied by "triton_fused"."""
     traits = HeadTraits(dtype, hidden_size=256, vocab_size=151_936, softcap=softcap)
     assert probe_head("cuda", traits) in BACKENDS
+    for name in ("torch", *BACKENDS):
+        if name == "triton_fused" and dtype == torch.float32:
+            with pytest.raises(ValueError, match="choose backend 'triton'"):
+                probe_head("cuda", replace(traits, backend=name))
+        else:
+            assert probe_head("cuda", replace(traits, backend=name)) == name
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -28,8 +28,8 @@ def backend_for(
         dtype: dtype that the op computes in; None for that of `tensor`.
 
     Raises:
-        ValueError: the back end in `options` can't take one of the options, or doesn't run on this
-            device; or they ask for Triton, and it isn't installed.
+        ValueError: the back end in `options` can't take one of the options or the dtype, or doesn't
+            run on this device; or they ask for Triton, and it isn't installed.
     """
     if options.backend == "naive" and options.weight_grad is not None:
         raise ValueError(
@@ -52,6 +52,8 @@ def backend_for(
                 f"{tensor.device}: move them to a CUDA or ROCm device, set TRITON_INTERPRET=1 "
                 "before Triton is imported (for tests), or choose backend 'torch'."
             )
+    if options.backend == "triton_fused":
+        _check_fused_dtype(dtype or tensor.dtype)
     return options.backend
 
 
@@ -87,6 +89,15 @@ def _can_fuse(weight: Tensor, dtype: torch.dtype) -> bool:
     if torch.version.hip is not None or dtype != torch.bfloat16 or not is_plain:
         return False
     return torch.cuda.get_device_capability(weight.device) >= (8, 0)
+
+
+def _check_fused_dtype(dtype: torch.dtype) -> None:
+    """Raise ValueError if "triton_fused" can't multiply a dtype; the interpreter multiplies all."""
+    if dtype not in (torch.bfloat16, torch.float16) and not _is_interpreted():
+        raise ValueError(
+            f"the head computes in {dtype}, but backend 'triton_fused' multiplies bfloat16 and "
+            "float16 alone: choose backend 'triton' or 'auto'."
+        )
 
 
 def _is_interpreted() -> bool:

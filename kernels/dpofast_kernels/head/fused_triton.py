@@ -47,13 +47,6 @@ class FusedRows:
                 f"weight has strides {weight.stride()}, but backend 'triton_fused' expects rows "
                 "without gaps: pass weight.contiguous(), or choose another backend."
             )
-        if weight.dtype not in (torch.bfloat16, torch.float16) and not is_interpreted(
-            score_tiles_kernel
-        ):
-            raise ValueError(
-                f"weight is {weight.dtype}, but backend 'triton_fused' multiplies bfloat16 and "
-                "float16 alone: choose backend 'triton' or 'auto'."
-            )
         self.weight, self.statistics = weight, statistics
         self.bias = None if options.bias is None else options.bias.contiguous()
         self.constants = {**logit_constants(options), **statistic_constants(statistics)}

@@ -79,7 +79,9 @@ def probe_head(device: torch.device | str, traits: HeadTraits) -> str:
         The name of the back end.
 
     Raises:
-        ValueError: the back end that the traits name doesn't run on this device.
+        ValueError: the back end that the traits name doesn't run on this device, or not in this
+            dtype.
+        torch.OutOfMemoryError: the device had no memory for the check.
         WrongHeadError: the two differ by more than rounding, or the back end fails. The message
             names the back end, the tensor that differs, and by how much.
 
@@ -131,6 +133,8 @@ def _inputs(
 def _attempt(leaves: dict[str, Tensor], labels: Tensor, options: HeadOptions) -> dict[str, Tensor]:
     try:
         return _run(leaves, labels, options)
+    except torch.OutOfMemoryError:  # says nothing about the back end
+        raise
     except Exception as error:  # compilers can raise anything
         reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
         raise WrongHeadError(

@@ -87,13 +87,6 @@ def test_any_tiles_give_the_same(blocks, tiles):
     compare(make_inputs(hidden_size=48, bias=True), 1e-12, **FULL_OPTIONS)
 
 
-def test_float32_is_refused_where_kernels_are_compiled(monkeypatch):
-    monkeypatch.setattr(fused_triton, "is_interpreted", lambda kernel: False)
-    inputs = make_inputs(torch.float32)
-    with pytest.raises(ValueError, match=r"weight is torch.float32.*choose backend 'triton'"):
-        fused_triton.FusedRows(inputs.weight, options_for(inputs, "triton_fused"))
-
-
 @pytest.mark.parametrize("by_descriptor", [True, False])
 def test_nothing_beyond_the_padding_of_a_row_is_written(by_descriptor, tiles):
     """The vocabulary ends within a tile, and within the 16 columns that are stored at once."""

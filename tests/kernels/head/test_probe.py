@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
+from dpofast_kernels import (
+    Answers,
+    HeadOptions,
+    linear_logps,
+    linear_pair_loss,
+    linear_scores,
+    linear_sequence_loss,
+    linear_statistics,
+    make_loss,
+    make_unpaired_loss,
+)
 from dpofast_kernels.head import (
     HeadTraits,
     WrongHeadError,
@@ -100,6 +113,16 @@ def test_a_wrong_back_end_is_found(change, message, monkeypatch):
     assert caught.value.backend == "torch"
 
 
+def without_memory(step, found):
+    raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+def test_a_lack_of_memory_is_no_fault_of_the_back_end(monkeypatch):
+    monkeypatch.setattr(chunked, "row_ops", wrong_in(without_memory))
+    with pytest.raises(torch.OutOfMemoryError):
+        probe_head("cpu", PLAIN)
+
+
 def test_a_wrong_sum_over_chunks_is_found(monkeypatch):
     """Such as of a product that overwrites where it should add."""
     monkeypatch.setattr(chunked, "add_weight_grad", chunked.weight_grad_into)
@@ -143,6 +166,15 @@ def test_an_option_chooses_another_back_end_on_a_gpu(name, gpu):
     assert backends.backend_for(gpu(torch.bfloat16), options) == name
 
 
+def test_triton_fused_is_refused_for_what_compiled_kernels_cannot_multiply(gpu, monkeypatch):
+    options = replace(backends.DEFAULT_OPTIONS, backend="triton_fused")
+    monkeypatch.setattr(backends, "is_interpreted", lambda kernel: False)
+    for dtype in (torch.float32, torch.float64):
+        with pytest.raises(ValueError, match=rf"computes in {dtype}, .* choose backend 'triton'"):
+            backends.backend_for(gpu(dtype), options)
+    assert backends.backend_for(gpu(torch.float32), options, torch.bfloat16) == "triton_fused"
+
+
 def test_the_probe_compares_the_back_end_that_the_traits_name(monkeypatch):
     asked, run = set(), probe._run
 
@@ -167,3 +199,31 @@ def test_the_torch_back_end_of_a_gpu_scales_gradients_without_triton(gpu, monkey
         assert launched == expected
         launched.clear()
     assert (narrow == 4.0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_no_op_on_a_gpu_reaches_triton_if_the_back_end_is_torch(dtype, gpu, monkeypatch):
+    """Not even in its backward, with chunks, a pair that is longer than one, and a buffer."""
+    for file in Path(backends.__file__).parent.glob("*_triton.py"):
+        monkeypatch.setitem(sys.modules, f"dpofast_kernels.head.{file.stem}", None)
+    weight = gpu(dtype).requires_grad_()  # [6, 4]
+    hidden_states = torch.ones(40, 4, dtype=dtype).as_subclass(OnGpu).requires_grad_()
+    labels, bounds = torch.arange(40) % 6, torch.tensor([0, 18, 20, 30, 40])
+    refs = torch.zeros(4).double()
+    options = HeadOptions(backend="torch", upstream=0.5)
+    for chosen in (options, replace(options, workspace_bytes=1)):
+        for buffer in (None, torch.zeros_like(weight, dtype=torch.float32)):
+            given = (hidden_states, weight, labels)
+            loss = linear_pair_loss(
+                *(*given, bounds, refs, make_loss("sigmoid", beta=0.1)),
+                replace(chosen, weight_grad=buffer),
+            ).loss
+            (2.0 * loss).backward()
+            linear_logps(*given, replace(chosen, weight_grad=buffer)).sum().backward()
+        answers = Answers(bounds, refs, torch.tensor([True, False] * 2), torch.tensor(0.3))
+        kto = make_unpaired_loss("kto", beta=0.1)
+        (2.0 * linear_sequence_loss(*given, answers, kto, chosen).loss).backward()
+        linear_scores(*given, chosen)
+        linear_statistics(*given, ("entropy", "is_top"), chosen)
+    with pytest.raises(ImportError):  # a back end that does reach it
+        linear_scores(*given)
