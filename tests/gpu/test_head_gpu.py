@@ -1,4 +1,4 @@
-"""The head's Triton back ends, compiled, on a CUDA or ROCm device."""
+"""The head's back ends, those of Triton compiled, on a CUDA or ROCm device."""
 
 from __future__ import annotations
 
@@ -48,12 +48,13 @@ pytestmark = [
         ("auto", torch.float16),
         ("triton_fused", torch.bfloat16),
         ("triton_fused", torch.float16),
+        ("torch", torch.bfloat16),
     ],
 )
 @pytest.mark.parametrize("full", [False, True], ids=["plain", "full"])
 @pytest.mark.parametrize("hidden_size", [256, 123])
 @pytest.mark.parametrize("op", [run, run_logps])
-def test_triton_is_the_float64_truth(op, hidden_size, full, backend, dtype):
+def test_a_back_end_is_the_float64_truth(op, hidden_size, full, backend, dtype):
     """Rows of 123 numbers don't have the alignment that block loads and matrix units want."""
     tensors = with_reference_nearby(inputs(dtype, hidden_size), full)
     fuses = dtype == torch.bfloat16 and torch.version.hip is None

@@ -22,6 +22,8 @@ from dpofast_kernels.head.statistics import RowStatistics
 # result is still in the cache for the passes over it. The number is the same for all chunks: a
 # row's log-prob should depend on the length of its chunk as little as possible.
 CPU_COLUMNS = 2048
+# On other devices, operations that need memory beside the logits take it for this many columns.
+DEVICE_COLUMNS = 4096
 
 
 class TorchRows:
@@ -105,8 +107,13 @@ class TorchRows:
         dtype = product_dtype(self.weight)
         if dtype == logits.dtype:
             return LogitGradients(logits, factors)  # saves a pass over the logits
-        # With the factors multiplied in before the cast, d_logits is rounded to bf16 only once.
-        return LogitGradients(logits.mul_(factors[:, None]).to(dtype), None)
+        # With the factors multiplied in before the cast, d_logits is rounded to bf16 only once. It
+        # overwrites the logits, because a second [n, V] would exceed the limit of the workspace. A
+        # block of it ends before the columns that are still to be read begin.
+        d_logits = logits.view(dtype)[:, : logits.shape[1]]
+        for block in self._blocks():
+            d_logits[:, block] = (logits[:, block] * factors[:, None]).to(dtype)
+        return LogitGradients(d_logits, None)
 
     def pair_loss(self, per_token_logps: Tensor, pairs: Pairs) -> PairTerms:
         logps = segment_sums(per_token_logps, pairs.bounds)  # [S]
@@ -117,10 +124,9 @@ class TorchRows:
         return singles.terms_in_torch(per_token_logps)
 
     def _blocks(self) -> Iterator[slice]:
-        """Slices that cover the vocabulary; a single slice, except on a CPU."""
-        vocab_size = len(self.weight)
-        step = CPU_COLUMNS if self.weight.device.type == "cpu" else vocab_size
-        for start in range(0, vocab_size, step):
+        """Slices that cover the vocabulary."""
+        step = CPU_COLUMNS if self.weight.device.type == "cpu" else DEVICE_COLUMNS
+        for start in range(0, len(self.weight), step):
             yield slice(start, start + step)
 
     def _finish_logits(self, z: Tensor, block: slice) -> Tensor:

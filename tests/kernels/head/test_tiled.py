@@ -66,6 +66,30 @@ def test_a_capped_label_of_probability_one():
         assert relative_error(found[name], value) <= 1e-4, name
 
 
+@pytest.mark.parametrize("columns", [1, 64, 506, 2048])
+def test_narrow_gradients_overwrite_the_logits(columns, monkeypatch):
+    """A GPU's products take bf16: the same bits as of a cast, and no memory for a second [n, V]."""
+    inputs = make_inputs(torch.bfloat16)
+    num_rows, vocab_size = len(inputs.labels), len(inputs.weight)
+    memory = torch.empty(num_rows * 512)
+    coefficients = torch.linspace(-1.0, 1.0, num_rows)
+    monkeypatch.setattr(tiled, "CPU_COLUMNS", columns)
+
+    def differentiate(product):
+        monkeypatch.setattr(tiled, "product_dtype", lambda weight: product)
+        rows = tiled.TorchRows(inputs.weight.detach(), HeadOptions(softcap=30.0))
+        workspace = memory.as_strided((num_rows, vocab_size), (512, 1))
+        scored = rows.score(inputs.hidden_states.detach(), inputs.labels, workspace, True)
+        return rows.differentiate(scored, inputs.labels, coefficients)
+
+    wide = differentiate(torch.float32)
+    expected = (wide.d_logits * wide.factors[:, None]).bfloat16()
+    narrow = differentiate(torch.bfloat16)
+    assert narrow.factors is None
+    assert torch.equal(narrow.d_logits, expected)
+    assert narrow.d_logits.data_ptr() == memory.data_ptr()
+
+
 def test_a_row_hardly_depends_on_the_length_of_its_chunk():
     """The reference is scored in other chunks than the policy, which PyTorch's sums depend on."""
     torch.manual_seed(0)
