@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dpofast_kernels import make_loss
-from dpofast_kernels.head import dtypes, matmul, rows_triton
+from dpofast_kernels.head import dtypes, matmul, rows_triton, tiled
 from tests.kernels.head.cases import (
     make_inputs,
     options_for,
@@ -41,6 +41,9 @@ def device_products(monkeypatch):
     monkeypatch.setattr(torch, "addmm", with_out_dtype(torch.addmm))
     for module in (dtypes, matmul):
         monkeypatch.setattr(module, "has_wide_products", lambda device, dtype: True)
+    # Rows of logits are contiguous, as on every device but a CPU.
+    rows = property(lambda rows: False, lambda rows, value: None)
+    monkeypatch.setattr(tiled.TorchRows, "vocab_major", rows, raising=False)
     return calls
 
 
