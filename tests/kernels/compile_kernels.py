@@ -134,7 +134,8 @@ def variants(kernel: str) -> Iterator[Variant]:
         yield from head_variants("bf16", input_types("bf16", "bf16"), heads, {"UPCAST": False})
     else:
         heads = ("bias", "full")
-        yield from head_variants("bf16", input_types("bf16", "bf16"), heads, {"UPCAST": False})
+        types = input_types("bf16", "bf16")
+        yield from head_variants("bf16", types, ("cap", *heads), {"UPCAST": False})
         yield from head_variants("fp16", input_types("fp16", "fp32"), heads, {"UPCAST": False})
         constants = {"UPCAST": False, **ALL_STATISTICS}
         yield from head_variants("bf16:all", input_types("bf16", "bf16"), heads, constants)

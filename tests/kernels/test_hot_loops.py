@@ -34,6 +34,7 @@ CEILINGS = {
     ("score_tiles", "bf16:plain:False"): Ceiling(98, 617, 156, 147_992, 16.6),
     ("score_tiles", "bf16:scaled:True"): Ceiling(97, 716, 165, 213_528, 16.6),
     ("score_tiles_wide", "bf16:bias:True"): Ceiling(111, 801, 215, 164_384, None),
+    ("score_tiles_wide", "bf16:cap:True"): Ceiling(111, 1167, 200, 164_384, None),
     ("score_tiles_wide", "bf16:full:True"): Ceiling(111, 1528, 255, 164_384, None),
     ("score_rows", "bf16:even:plain:True"): Ceiling(79, 0, 64, 32, 30.2),
     ("score_rows", "bf16:even:plain:False"): Ceiling(81, 0, 56, 32, 16.8),
@@ -42,6 +43,11 @@ CEILINGS = {
     ("score_rows", "bf16:even:cap:True"): Ceiling(254, 0, 79, 32, 64.8),
     ("scale_cast", "bf16"): Ceiling(0, 58, 62, 0, 87.0),
     ("scale_cast", "fp32"): Ceiling(0, 51, 48, 0, 87.0),
+    ("finish_rows", "bf16:plain:True"): Ceiling(550, 0, 50, 256, None),
+    ("finish_rows", "bf16:plain:False"): Ceiling(530, 0, 48, 256, None),
+    ("target_products", "bf16"): Ceiling(50, 0, 32, 16, None),
+    ("pair_loss", "sigmoid"): Ceiling(155, 0, 64, 32, None),
+    ("rescale", "bf16"): Ceiling(70, 0, 76, 0, 13.8),
 }
 
 
@@ -86,4 +92,6 @@ def test_gradients_are_stored_in_wide_words_whatever_the_vocabulary(counted):
             gradients = {"UTMASTG.2D": 1} if variant.endswith("True") else {}
             assert line["stores"] == {"STG.E": 1, **gradients}, line
         else:
-            assert set(line["stores"]) <= {"STG.E.128"}, line
+            # A label's own gradient is one number.
+            label = {"STG.E.U16"} if kernel == "finish_rows" else set()
+            assert set(line["stores"]) <= {"STG.E.128"} | label, line

@@ -22,13 +22,22 @@ def rescale_kernel(
     n,
     B: tl.constexpr,
 ):
-    """gradient *= factor, by programs that end at once if the factor is 1."""
+    """gradient *= factor, by programs that end at once if the factor is 1.
+
+    The last block is masked; all others are read in wide words.
+    """
     factor = tl.load(p_factor)
     if factor != 1.0:
         for i_b in range(tl.program_id(0), tl.cdiv(n, B), tl.num_programs(0)):
-            o_b = tl.cast(i_b, tl.int64) * B + tl.arange(0, B)
-            b_scaled = tl.load(p_gradient + o_b, mask=o_b < n).to(factor.dtype) * factor
-            tl.store(p_gradient + o_b, b_scaled.to(p_gradient.dtype.element_ty), mask=o_b < n)
+            start = tl.cast(i_b, tl.int64) * B
+            p_block, o_b = p_gradient + start, tl.arange(0, B)
+            if start + B <= n:
+                b_scaled = tl.load(p_block + o_b).to(factor.dtype) * factor
+                tl.store(p_block + o_b, b_scaled.to(p_gradient.dtype.element_ty))
+            else:
+                m_b = start + o_b < n
+                b_scaled = tl.load(p_block + o_b, mask=m_b).to(factor.dtype) * factor
+                tl.store(p_block + o_b, b_scaled.to(p_gradient.dtype.element_ty), mask=m_b)
 
 
 def rescale_fwd(
