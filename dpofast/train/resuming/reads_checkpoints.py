@@ -1,4 +1,4 @@
-"""The part of DPOTrainer that guards the reading of a checkpoint's files."""
+"""The part of DPOTrainer that reads a checkpoint's files: without their code, and all weights."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ from typing import Any
 
 from transformers import Trainer
 
+from dpofast.model.parts import is_peft_model
 from dpofast.options.config import DPOConfig
 from dpofast.train.checkpoint.resume import check_best
 from dpofast.train.exchange import done_on
+from dpofast.train.resuming.renamed_weights import has_other_names, load_renamed
 from dpofast.zero.unpickling import reading_checkpoint
 
 
@@ -37,7 +39,10 @@ class ReadsCheckpoints(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         with self._reading(resume_from_checkpoint):
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            if self._has_other_names(resume_from_checkpoint):
+                load_renamed(self.model, resume_from_checkpoint)
+            else:
+                super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
@@ -49,4 +54,16 @@ class ReadsCheckpoints(Trainer):
         if self.args.verify_checkpoint:
             done_on(self.args.should_save, lambda: check_best(best))
         with self._reading(best):
-            super()._load_best_model()
+            if self._has_other_names(best):
+                load_renamed(self.model, best)
+            else:
+                super()._load_best_model()
+
+    def _has_other_names(self, checkpoint: str) -> bool:
+        """Whether transformers would pass over some weights.
+
+        DeepSpeed and peft read files of their own, by names of their own.
+        """
+        if self.is_deepspeed_enabled or is_peft_model(self.model):
+            return False
+        return has_other_names(self.model, checkpoint)
