@@ -262,9 +262,38 @@ def _with_adapter(model: Any, peft_config: Any) -> Any:
             "command line and in YAML) to train that one further, or merge it first with "
             "merge_and_unload()."
         )
+    modules = [name for name, _ in model.named_modules()]
+    parameters = [name for name, _ in model.named_parameters()]
     try:
-        return get_peft_model(model, peft_config)
+        adapted = get_peft_model(model, peft_config)
     except (ValueError, TypeError, RuntimeError, NotImplementedError) as error:
+        hint = ""
+        if "target_modules" in str(error) and not getattr(peft_config, "target_modules", None):
+            hint = "; set lora_target_modules on the command line or in YAML, such as all-linear"
         raise ConfigError(
-            f"peft_config: peft can't make this adapter: {one_line(error)}"
+            f"peft_config: peft can't make this adapter: {one_line(error)}{hint}"
         ) from error
+    # With the config as peft has it now: older names of weights have become newer ones.
+    for config in adapted.peft_config.values():
+        _warn_of_unmatched(config, type(model).__name__, modules, parameters)
+    return adapted
+
+
+def _warn_of_unmatched(
+    peft_config: Any, model_class: str, modules: list[str], parameters: list[str]
+) -> None:
+    """Logs names in an adapter's config that no module or parameter has.
+
+    peft says nothing as long as one of the names is right. That is no error here, because a list
+    may serve several models.
+    """
+    kinds = {"target_modules": modules, "modules_to_save": modules, "target_parameters": parameters}
+    for field, known in kinds.items():
+        names = getattr(peft_config, field, None)
+        for wanted in [] if names is None or isinstance(names, str) else sorted(names):
+            if not any(f".{name}".endswith(f".{wanted}") for name in known):
+                logger.warning(
+                    "peft_config: nothing in %s is called %r, which %s (lora_%s on the command "
+                    "line and in YAML) names; correct it if it should be trained.",
+                    *(model_class, wanted, field, field),
+                )

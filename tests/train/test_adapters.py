@@ -13,6 +13,7 @@ from dpofast.errors import ConfigError, ModelError
 from dpofast.model.head import head_forwards
 from dpofast.model.scorer import SequenceScorer
 from tests import support
+from tests.families import tiny_model
 from tests.support import (
     BETA,
     PlainDPO,
@@ -175,3 +176,18 @@ def test_adapters_that_add_tokens_and_double_adapters_are_refused(tmp_path):
         make_trainer(tmp_path, wrapped, peft_config=lora())
     with pytest.raises(ConfigError, match="PeftConfig"):
         make_trainer(tmp_path, tiny_llama(), peft_config={"r": 8})
+
+
+def test_names_that_nothing_in_the_model_has_are_logged(tmp_path, caplog):
+    right = {"target_modules": ["q_proj", "self_attn.v_proj"], "modules_to_save": ["lm_head"]}
+    make_trainer(tmp_path, tiny_llama(), peft_config=lora(**right))
+    # names of older versions, which peft turns into parameters of today
+    older = {"target_modules": ["q_proj", "w1", "w2", "w3"], "r": 2}
+    make_trainer(tmp_path, support.tiny_mixtral(), peft_config=lora(**older))
+    assert "is called" not in caplog.text
+    wrong = {"target_modules": ["q_proj", "v_porj"], "modules_to_save": ["lm_haed"]}
+    make_trainer(tmp_path, tiny_llama(), peft_config=lora(**wrong))
+    assert "nothing in LlamaForCausalLM is called 'v_porj', which target_modules" in caplog.text
+    assert "is called 'lm_haed', which modules_to_save (lora_modules_to_save" in caplog.text
+    with pytest.raises(ConfigError, match=r"can't make .*; set lora_target_modules on the command"):
+        make_trainer(tmp_path, tiny_model("qwen3_5"), peft_config=lora(target_modules=None))
