@@ -104,18 +104,20 @@ def packed_recurrence(lm: Any, layout: SharedLayout | None) -> Iterator[None]:
 
     Args:
         lm: causal LM.
-        layout: layout of the packed row; None for padded rows, which keep the model's own layers.
+        layout: layout of the packed row; None for padded rows, which keep the model's own layers,
+            but for a kernel that would pass over adapters.
     """
     family = recurrent_family(lm)
-    if layout is None or family is None:
+    if family is None:
         yield
         return
-    parts = RowParts.of(layout.groups)
-    replacements = [
-        (mixer, partial(_packed_forward, own=mixer.forward, family=family, parts=parts))
-        for mixer in _mixers(lm, family)
-    ]
-    with replaced_forwards(replacements):
+    if layout is None:
+        replace = partial(_forward_in_steps, family=family)
+        mixers = [mixer for mixer in _mixers(lm, family) if family.whole and _has_adapter(mixer)]
+    else:
+        replace = partial(_packed_forward, family=family, parts=RowParts.of(layout.groups))
+        mixers = _mixers(lm, family)
+    with replaced_forwards([(mixer, partial(replace, own=mixer.forward)) for mixer in mixers]):
         yield
 
 
@@ -179,6 +181,22 @@ def _packed_forward(
             "mix the row's sequences; set layout: padded."
         )
     return output
+
+
+def _has_adapter(mixer: nn.Module) -> bool:
+    """Whether one of a mixer's own layers is inside another one, as peft's adapters have it."""
+    return any(True for layer in mixer.children() for _ in layer.children())
+
+
+def _forward_in_steps(
+    mixer: nn.Module, *args: Any, own: Callable[..., Any], family: RecurrentFamily, **kwargs: Any
+) -> Any:
+    """The forward of a mixer without the kernel for all of it.
+
+    This kernel takes the weight of the layer at its end, and so would leave out its adapter.
+    """
+    with replaced_functions(_home(mixer), dict.fromkeys(family.whole, _nothing)):
+        return own(*args, **kwargs)
 
 
 def _nothing(*_: Any, **__: Any) -> None:

@@ -363,6 +363,26 @@ def test_a_kernel_for_a_whole_layer_does_not_run_in_packed_rows(monkeypatch):
     assert len(calls) == 2
 
 
+@pytest.mark.parametrize("layout", ["shared", "padded"])
+def test_a_kernel_for_a_whole_layer_does_not_run_beside_an_adapter(monkeypatch, layout):
+    """It takes the weight of the layer at its end, without the adapter."""
+    peft = pytest.importorskip("peft", reason="needs the extra `peft`")
+    model = tiny_model("granitemoehybrid")
+    names, home = home_of(model)
+    (name,) = names.whole
+    calls = []
+    monkeypatch.setattr(home, name, lambda *_, **__: calls.append(name))
+    batch = Layout(layout).collate(SHORT.sequences)
+    model = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["out_proj"]))
+    model.train()
+    with micro_batch(model, batch):
+        run_body(model, batch).sum().backward()
+    assert not calls
+    gradients = [p.grad for n, p in model.named_parameters() if "out_proj.lora_B" in n]
+    assert len(gradients) == 2
+    assert all(gradient is not None and gradient.any() for gradient in gradients)
+
+
 def test_a_cache_is_refused():
     model = tiny_model("qwen3_5")
     batch = SHARED.collate(SHORT.sequences)
