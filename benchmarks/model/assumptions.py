@@ -46,6 +46,10 @@ class Assumptions:
     # number.
     former_epilogue: float = _assumed(2131, 2131, 2131, "counted in machine code for sm_90")
     lean_epilogue: float = _assumed(716, 700, 873, "counted in machine code for sm_90")
+    # The same per tile of 128 x 128 of `score_tiles_wide`, for logits with a soft cap.
+    capped_epilogue: float = _assumed(1167, 1167, 1167, "counted in machine code for sm_90")
+    # Share of a large tile's main loop that one of 128 x 128 reaches.
+    wide_main_loop: float = _assumed(0.91, 0.85, 1.0, "the same ratio of cuBLAS' tiles")
     # Cycles that one of these instructions takes, where two warps share a scheduler.
     cycles_per_slot: float = _assumed(1.54, 1.2, 1.9, "a guess from the mix of instructions")
 
@@ -86,7 +90,8 @@ CUBLAS_TILES = (
 )
 CUBLAS_SPLITS = (1, 2, 3, 4, 5, 6, 8, 12, 16)
 TILE = (128, 256)  # the tile of `score_tiles` on sm_90
-# The warps of that tile, and the schedulers that they share.
+WIDE_TILE = (128, 128)  # that of `score_tiles_wide`, which has a cap, a bias or statistics
+# The warps of these tiles, and the schedulers that they share.
 WARPS_PER_SCHEDULER = 8 / 4
 LANES = 32
 CAST_INSTRUCTIONS = 87  # of PyTorch's casting multiplication per element, counted in machine code

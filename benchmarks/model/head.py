@@ -20,6 +20,7 @@ from benchmarks.model.assumptions import (
     LANES,
     TILE,
     WARPS_PER_SCHEDULER,
+    WIDE_TILE,
     Assumptions,
 )
 from benchmarks.model.plans import Plan, former_plan, todays_plan
@@ -60,12 +61,16 @@ class Design:
             in fp32, which PyTorch multiplies and two row kernels read.
         is_cast_quick: whether our own kernel casts the gradients, not PyTorch's multiplication.
         plan: function from the lengths of the answers and a head's size to the chunks.
+        has_cap: whether the logits have a soft cap. The product's tiles are smaller then.
+        is_one_pass: whether one row kernel works on logits in fp32, not two.
     """
 
     name: str
     epilogue: str | None
     is_cast_quick: bool
     plan: Callable[[Sequence[int], Size], Plan]
+    has_cap: bool = False
+    is_one_pass: bool = False
 
 
 def _today(lengths: Sequence[int], size: Size) -> Plan:
@@ -80,6 +85,11 @@ FORMER_A = Design("triton at 086dbb7", None, False, _former(FP32))
 FORMER_B = Design("triton_fused at 086dbb7", "former_epilogue", False, _former(BF16))
 TODAY = Design("today", "lean_epilogue", True, _today)
 DESIGNS = (TODAY, FORMER_B, FORMER_A)
+# Both ways of a head with a soft cap, as they are today.
+CAPPED = (
+    Design("triton_fused", "capped_epilogue", True, _today, has_cap=True),
+    Design("triton", None, True, _today, has_cap=True, is_one_pass=True),
+)
 
 
 @dataclass(frozen=True)
@@ -158,13 +168,16 @@ def cublas_logits_time(rows: int, size: Size, result_bytes: int, assumed: Assump
     return max(products, rows * size.vocab * result_bytes / assumed.bandwidth)
 
 
-def tiles_time(rows: int, size: Size, epilogue: str, assumed: Assumptions) -> float:
+def tiles_time(
+    rows: int, size: Size, epilogue: str, assumed: Assumptions, has_cap: bool = False
+) -> float:
     """Seconds of `score_tiles`: main loop and epilogue of a tile follow one another."""
-    tile_rows, tile_columns = TILE
+    tile_rows, tile_columns = WIDE_TILE if has_cap else TILE
+    share = assumed.triton_main_loop * (assumed.wide_main_loop if has_cap else 1.0)
     tiles = math.ceil(rows / tile_rows) * math.ceil(size.vocab / tile_columns)
     main = tile_rows * tile_columns * size.hidden / assumed.products_per_cycle
     instructions = WARPS_PER_SCHEDULER * getattr(assumed, epilogue)
-    cycles = main / assumed.triton_main_loop + instructions * assumed.cycles_per_slot
+    cycles = main / share + instructions * assumed.cycles_per_slot
     return math.ceil(tiles / assumed.num_sms) * cycles / assumed.tensor_clock
 
 
@@ -205,14 +218,17 @@ def weight_grad_time(
 def _logits_time(design: Design, rows: int, size: Size, assumed: Assumptions) -> float:
     if design.epilogue is None:
         return cublas_logits_time(rows, size, FP32, assumed)
-    return tiles_time(rows, size, design.epilogue, assumed)
+    return tiles_time(rows, size, design.epilogue, assumed, design.has_cap)
 
 
 def _rows_time(design: Design, rows: int, size: Size, assumed: Assumptions) -> float:
-    """Seconds of the two passes over fp32 logits: one reads, one reads and writes bf16."""
+    """Seconds of the passes over fp32 logits: one reads, one reads and writes bf16.
+
+    With a cap, too, the passes wait for memory: an element takes 16 instructions and 6 bytes.
+    """
     if design.epilogue is not None:
         return 0.0
-    scored = FP32 / assumed.score_share
+    scored = 0.0 if design.is_one_pass else FP32 / assumed.score_share
     differentiated = (FP32 + BF16) / assumed.differentiate_share
     return rows * size.vocab * (scored + differentiated) / assumed.bandwidth
 
@@ -232,5 +248,6 @@ def _chunk_bytes(design: Design, rows: int, size: Size) -> float:
     kernels read fp32 logits, and the second of them writes gradients.
     """
     made = BF16 if design.epilogue is not None else FP32
-    row_work = 0 if design.epilogue is not None else 2 * FP32 + BF16
+    passes = FP32 + BF16 if design.is_one_pass else 2 * FP32 + BF16
+    row_work = 0 if design.epilogue is not None else passes
     return rows * size.vocab * (made + row_work + 2 * BF16) + 2 * BF16 * size.weights

@@ -10,7 +10,7 @@ from typing import Any
 from benchmarks.head import TOKENS_PER_PAIR
 from benchmarks.head_cases import Case, bounds_of
 from benchmarks.model.assumptions import Assumptions, ranges, sources
-from benchmarks.model.head import DESIGNS, TODAY, Prediction, Size, floor_seconds, predict
+from benchmarks.model.head import CAPPED, DESIGNS, TODAY, Prediction, Size, floor_seconds, predict
 from benchmarks.model.step import Body, predict_body
 
 TOKENS = (4096, 8192, 32768)
@@ -118,6 +118,21 @@ def head_cases(
         for name, size in heads.items()
         for num_rows in tokens
     ]
+
+
+def capped_over_floor(
+    heads: dict[str, Size], num_rows: int, assumed: Assumptions
+) -> dict[str, dict[str, float]]:
+    """The time of each head with a soft cap over that of its bare products, by back end."""
+    lengths = answer_lengths(num_rows)
+    return {
+        name: {
+            each.name: predict(each, size, lengths, assumed).total
+            / floor_seconds(num_rows, size, assumed)
+            for each in CAPPED
+        }
+        for name, size in heads.items()
+    }
 
 
 def worst_over_floor(heads: dict[str, Size], tokens: Iterable[int], assumed: Assumptions) -> float:

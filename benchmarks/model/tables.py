@@ -52,6 +52,17 @@ def print_heads(cases: Sequence[HeadCase], measured: Measured) -> None:
     console().print(table)
 
 
+def print_capped(capped: dict[str, dict[str, float]], num_rows: int) -> None:
+    """Print what the heads would take with a soft cap, by back end."""
+    title = f"Predicted: with a soft cap and {num_rows} rows, over the floor"
+    table = Table(title=title, title_justify="left")
+    for name in ("head", *next(iter(capped.values()))):
+        table.add_column(name, justify="left" if name == "head" else "right")
+    for name, ratios in capped.items():
+        table.add_row(name, *(f"{ratio:.3f}" for ratio in ratios.values()))
+    console().print(table)
+
+
 def print_sensitivity(moved: dict[str, dict[str, Any]]) -> None:
     """Print the assumptions on which the worst ratio depends."""
     title = "The worst head_over_floor, if an assumption is at an end of its range"

@@ -11,18 +11,26 @@ from benchmarks import REPOSITORY
 from benchmarks.model.__main__ import main
 from benchmarks.model.assumptions import CARDS, ranges, sources
 from benchmarks.model.head import (
+    CAPPED,
     FORMER_A,
     FORMER_B,
     HEADS,
     PARTS,
     TODAY,
     Design,
+    Size,
     floor_seconds,
     predict,
 )
 from benchmarks.model.measured import read_measured
 from benchmarks.model.plans import Plan, former_plan
-from benchmarks.model.predictions import TOKENS, answer_lengths, head_cases, sensitivity
+from benchmarks.model.predictions import (
+    TOKENS,
+    answer_lengths,
+    capped_over_floor,
+    head_cases,
+    sensitivity,
+)
 from benchmarks.model.step import predict_body
 from benchmarks.report import read_figures
 
@@ -127,6 +135,21 @@ def test_work_is_counted(count):
     text = (REPOSITORY / "docs" / "kernels.md").read_text()
     for formula in ("6NV + 6VH + 38NH", "6NV + 12CVH + 2VH + 38NH", "launches = 16C + 12"):
         assert formula in text
+
+
+def test_a_soft_cap_costs_what_its_tiles_and_its_pass_do():
+    """One tile's columns for each of the 132 cores, so that no wave is cut short."""
+    rows, size = 128, Size(2048, 128 * 132)
+    fused, unfused = (
+        predict(design, size, (rows // 2, rows // 2), H200).seconds for design in CAPPED
+    )
+    products = 128 * 128 * 2048 / (2048 * 0.82 * 0.91)
+    assert fused["logits"] == pytest.approx((products + 2 * 1167 * 1.54) / 1.65e9)
+    assert fused["rows"] == 0.0
+    assert unfused["rows"] == pytest.approx(rows * size.vocab * 6 / (0.885 * 4.3e12))
+    found = capped_over_floor({"small": Size(896, 151936), "large": Size(4096, 128256)}, 8192, H200)
+    assert found["small"]["triton_fused"] < 0.93 * found["small"]["triton"]
+    assert 1.0 < found["large"]["triton_fused"] / found["large"]["triton"] < 1.03
 
 
 def test_the_documented_predictions_are_today_s():
