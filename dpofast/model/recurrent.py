@@ -51,10 +51,10 @@ def why_not_replaced(lm: Any) -> str | None:
 
 
 def refuse_renamed(lm: Any) -> None:
-    """Refuses a model of a known family whose mixers call functions of other names than the known.
+    """Refuse a model of a known family if its mixers lack functions that packed rows replace.
 
-    Padded rows would be right, but several times slower than the packed rows that the family is
-    known for. So they need to be asked for.
+    Padded rows would be right, but slower than the packed rows that the user expects of this
+    family. So the user has to ask for them.
 
     Raises:
         ModelError: names the functions.
@@ -200,4 +200,4 @@ def _forward_in_steps(
 
 
 def _nothing(*_: Any, **__: Any) -> None:
-    """What a function gives that would run a whole mixer in one kernel, where there is none."""
+    """Stands in for a function that runs a whole mixer in one kernel; None: there is no kernel."""

@@ -130,8 +130,8 @@ def _in_two_calls(
 def _state_space(own: Callable[..., Any], parts: RowParts) -> Callable[..., Tensor]:
     """For Mamba-2's scan of inputs [1, T, ...]; states are [1, H, D, N].
 
-    Its kernel takes one state for a row and gives no gradients by the states of several sequences,
-    so it runs part by part as well.
+    Its kernel takes one state for a row and gives no gradients of the states of several
+    sequences, so it runs part by part as well.
     """
 
     def state_space(

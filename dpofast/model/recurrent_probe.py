@@ -23,7 +23,7 @@ Kwargs = Mapping[str, Any]
 
 @dataclass
 class RecurrenceProbe:
-    """What the functions of the first mixer are compared by, while `probed` is open.
+    """Compares each function once, in the first mixer that calls it, while `probed` is open.
 
     Attributes:
         errors: for each function, the norm of the difference relative to the norm of the outputs.
@@ -120,7 +120,7 @@ def _delta_rule(args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
 
 
 def _state_space(args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
-    """Mamba-2's scan whose state doesn't decay, without the inputs that go past the state."""
+    """Mamba-2's scan whose state doesn't decay, without D, by which inputs bypass the state."""
     hidden_states, dt, decay, *others = args
     return (hidden_states, dt, torch.zeros_like(decay), *others), {**kwargs, "D": None}
 

@@ -134,9 +134,9 @@ class LinearLogps(torch.autograd.Function):
 class LinearPairLoss(torch.autograd.Function):
     """The fields of a PairLossOutput; the forward computes the gradients, too.
 
-    Gradients are made with the upstream gradient that the call expects, and stay in fp32 until they
-    are multiplied by what it is times this. Only if it is given, and for bf16, can the weight's
-    gradient be rounded before.
+    Gradients are made with the upstream gradient that the call expects, and stay in fp32 until the
+    backward multiplies them by the real one divided by that. The exception is the gradient of a
+    bf16 weight, which may be rounded before if `HeadOptions.upstream` is given.
     """
 
     @staticmethod
@@ -167,7 +167,7 @@ class LinearPairLoss(torch.autograd.Function):
             # An earlier backward of a retained graph scaled the gradients in place and gave them
             # away. So they are computed once more.
             gradients = _run_one_pass(call, hidden_states, weight, ctx.needs_input_grad)[-1]
-        # Usually exactly 1 in fp32.
+        # Exactly 1 in fp32 if the call expected the right upstream gradient.
         factor = d_loss / call.upstream
         if call.options.weight_grad is not None and gradients.weight is not None:
             call.options.weight_grad.add_(rescale(gradients.weight, factor, call.backend))

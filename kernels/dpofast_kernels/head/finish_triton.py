@@ -1,8 +1,9 @@
 """The last kernel of both Triton back ends: sums of exp(z - k) become log-probs.
 
-z is a logit and k the label's own. So exp(z - k) is p / p_label, and its sum is 1 / p_label: nobody
-needs the row's maximum before the sums. If a sum is above `MAX_REST` (the label's probability is
-below 1e-28) or not finite, the kernel computes the row again with the row's maximum as k.
+z is a logit and k the label's own. So exp(z - k) is p / p_label, and its sum over the vocabulary is
+1 / p_label: the sums don't need the row's maximum. If a sum is above `MAX_REST` (the label's
+probability is below 1e-28) or not finite, the kernel computes the row again with the row's maximum
+as k.
 """
 
 # jit functions can't be typed, and torch.cuda.device_of has no types.
@@ -92,7 +93,7 @@ def finish_rows_kernel(
     p_labels,  # [n] int64
     p_targets,  # [n], product of each row with the weight of its label
     p_d_logits,  # [n, V], rows `stride_d` apart
-    p_sums,  # [1, num_tiles, n], with statistics [5, num_tiles, n]; see `tile_sums`
+    p_sums,  # [1, num_tiles, n], with statistics [5, num_tiles, n]; see `new_sums`
     p_logps,  # [n]
     p_factors,  # [n]
     p_logsumexps,  # [n], written only without KEEP

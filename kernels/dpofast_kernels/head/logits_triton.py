@@ -28,7 +28,8 @@ def logit_constants(options: HeadOptions) -> dict[str, Any]:
     HAS_BIAS: whether a bias is added to the products.
     CAP: what products are multiplied by before tanh; None without a cap.
     UNIT: the finished logit is UNIT * x.
-    SLOPE: derivative of the finished logit by the product, but for that of tanh.
+    SLOPE: derivative of the finished logit with respect to the product, without the factor that
+        tanh adds.
     """
     softcap, temperature = options.softcap, options.temperature
     return {

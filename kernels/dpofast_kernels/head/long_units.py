@@ -5,13 +5,14 @@ d_chosen G_chosen + d_rejected G_rejected, where G is the gradient of a sequence
 two factors are known last. There are two ways, and neither needs a second sum of the weight's size:
 
 - Sum first, multiply last. This works if one factor serves all rows: a single answer, or a pair
-  whose two derivatives have a fixed ratio (see `PairLoss.direction`). And only if nothing else was
-  added yet, as the factor would multiply that, too.
+  whose two derivatives have a fixed ratio (see `PairLoss.direction`). It also takes gradients to
+  which nothing else was added yet, as the factor would multiply that, too.
 - Score all pieces but the last one, without gradients. With the last one the loss is known. The
   gradients of the last piece follow at once; the others are computed a second time.
 
-The derivative by an answer that depends on that answer alone is known after its own rows. So such
-an answer takes these ways by itself, and fits into a chunk more often.
+If the derivative with respect to an answer's log-prob depends on that answer alone, it is known
+after the answer's own rows. Such an answer takes these ways by itself, and fits into a chunk more
+often.
 """
 
 from __future__ import annotations
@@ -82,7 +83,7 @@ class _LongUnit:
             self.note(rows, self.head.score(rows, keep=False))
 
     def add(self, gradients: Gradients, start: int, end: int, d_logps: Tensor) -> None:
-        """Score rows, and add their gradients with these derivatives by the log-probs [S]."""
+        """Score rows and add their gradients, given the loss's derivatives `d_logps` [S]."""
         for rows in self.pieces(start, end):
             scored = self.head.score(rows)
             self.note(rows, scored)
@@ -141,7 +142,7 @@ def _multiplied_last(
 
 
 def _directions(part: Pairs | Singles, chunk: Chunk) -> tuple[float, ...] | None:
-    """Derivatives by the log-prob of each of the unit's sequences, up to one factor; or None.
+    """The loss's derivatives with respect to the unit's log-probs, up to one factor; or None.
 
     None means that no factor serves all of them.
     """

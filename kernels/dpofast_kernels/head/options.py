@@ -45,9 +45,9 @@ class HeadOptions:
             "torch" back end).
         upstream: the upstream gradient that the backward of an op with a loss is expected to get,
             such as one over the number of pairs. Gradients are made with it, and the backward only
-            multiplies by what the real one is times this. A single chunk then writes the gradient
-            of a bf16 weight in bf16, without a sum in fp32. Another upstream gradient than expected
-            costs this gradient one more rounding. None if nothing is known.
+            multiplies them by the real upstream gradient divided by this one. A single chunk then
+            writes the gradient of a bf16 weight in bf16, without a sum in fp32. If the real one
+            differs, this gradient is rounded once more. None if nothing is known.
         backend: "auto" is "triton_fused" on CUDA for bf16, "triton" for the rest on CUDA and ROCm,
             "torch" elsewhere. "torch" is tiled PyTorch. "triton" makes each chunk of logits with
             PyTorch's matrix product and works on it with Triton kernels. "triton_fused" multiplies

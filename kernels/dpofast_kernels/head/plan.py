@@ -49,7 +49,7 @@ def plan_chunks(
         hidden_size: H.
         dtype: dtype that the call computes in, and of the weight.
         workspace_dtype: dtype of a chunk's logits; None for that of the default back end: bf16 for
-            bf16 ("triton_fused"), fp32 for the rest but fp64 ("triton").
+            bf16 ("triton_fused"), otherwise fp32, or fp64 for fp64 ("triton").
         pairs: chosen and rejected sequence of each pair; None for (0, 1), (2, 3), ...
         workspace_bytes: as in `HeadOptions`.
         knows_upstream: whether `HeadOptions.upstream` is given.

@@ -34,7 +34,7 @@ _TOLERANCES = {
 
 
 class WrongHeadError(RuntimeError):
-    """A back end of the head computes something else than the head on this device.
+    """On this device, a back end of the head fails, or its results differ from the naive ones.
 
     Attributes:
         backend: its name.

@@ -83,7 +83,7 @@ class Singles:
         per_token_logps: Tensor,  # [N]
         statistics: Tensor | None = None,
     ) -> SequenceTerms:
-        """The weighted losses, and the derivative of their sum by each sequence's log-prob."""
+        """The weighted losses, and their sum's derivative with respect to each log-prob."""
         return ops.sequence_loss(per_token_logps, self)
 
     def terms_in_torch(

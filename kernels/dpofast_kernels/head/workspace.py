@@ -141,8 +141,8 @@ def row_chunks(start: int, end: int, max_rows: int) -> Iterator[slice]:
 def rows_to_allocate(num_rows: int, limits: ChunkLimits) -> int:
     """Rows of a device's workspace: `limits.full`, or a half, a quarter, ... of it.
 
-    Calls have ever other numbers of rows. Blocks of a few sizes are used again by PyTorch's
-    allocator, where blocks of ever other sizes leave gaps.
+    The number of rows differs from call to call. PyTorch's allocator reuses blocks of a few sizes;
+    if every block had another size, they would leave gaps.
     """
     size = limits.full
     if num_rows > size:
