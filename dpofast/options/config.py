@@ -32,6 +32,7 @@ from dpofast.options.loss_fields import LossFields, settle_loss_fields, unused_l
 from dpofast.options.metric_fields import settle_metrics
 from dpofast.options.named_loss import LOSS_NAMES, is_unpaired
 from dpofast.options.save_signals import settle_save_signals
+from dpofast.options.training_fields import check_training_fields
 from dpofast.options.unsupported import check_unsupported, unused_options
 from dpofast.reference.store.location import default_folder
 from dpofast.reference.store.row_detail import DETAILS, RowDetail
@@ -239,6 +240,7 @@ class DPOConfig(LossFields):
         for name in ("model_init_kwargs", "ref_model_init_kwargs"):
             setattr(self, name, read_init_kwargs(name, getattr(self, name)))
         self._check_values()
+        check_training_fields(self)
         read_allowed(self.allow_changed)
         settle_save_signals(self)
         self.max_completion_length = self.length_limits().max_completion_length
@@ -391,4 +393,4 @@ class DPOConfig(LossFields):
     def _check_choice(self, name: str, choices: tuple[str, ...]) -> None:
         value = getattr(self, name)
         if value not in choices:
-            raise ConfigError(f"{name}: got {value!r}, expected one of {choices}.")
+            raise ConfigError(f"{name}: got {value!r}, expected one of {', '.join(choices)}.")

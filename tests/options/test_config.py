@@ -148,6 +148,18 @@ def test_defaults_are_trls(tmp_path):
         ({"torch_compile_mode": "max-autotune"}, "torch_compile_mode isn't supported"),
         ({"fsdp": "full_shard"}, "zero2 or zero3"),
         ({"deepspeed": "zero_3"}, "did you mean 'zero3'"),
+        ({"adam_beta1": 1.0}, "adam_beta1: got 1.0, expected a number from 0 to below 1"),
+        ({"weight_decay": -0.1}, "weight_decay: got -0.1, expected a number at least 0"),
+        ({"dataloader_num_workers": -1}, "dataloader_num_workers: got -1"),
+        ({"optim_args": "fused"}, "optim_args: got 'fused', expected `name=value`"),
+        ({"lr_scheduler_kwargs": "min_lr"}, "lr_scheduler_kwargs: got 'min_lr', expected a map"),
+        (
+            {"gradient_checkpointing_kwargs": {"use_rentrant": False}},
+            "_checkpointing_kwargs: there is no 'use_rentrant' in it; did you mean 'use_reentrant'",
+        ),
+        ({"gradient_checkpointing_kwargs": 3}, "_checkpointing_kwargs: got 3, expected a mapping"),
+        ({"accelerator_config": {"split_batchs": 1}}, "accelerator_config: .*'split_batches'"),
+        ({"accelerator_config": "no.json"}, "accelerator_config: 'no.json' can't be read .No such"),
     ],
 )
 def test_a_wrong_value_or_name_is_refused_with_the_option(tmp_path, options, message):

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from transformers import EarlyStoppingCallback, get_scheduler
+from transformers import EarlyStoppingCallback, SchedulerType, get_scheduler
 
 from dpofast.errors import ConfigError, one_line
 
@@ -29,7 +29,9 @@ def check_schedule(trainer: Any, total_steps: int) -> None:
             with _refusing(f"optim: {args.optim.value} can't be used"):
                 trainer.get_optimizer_cls_and_kwargs(args, trainer.model)
         if trainer.lr_scheduler is None:
-            with _refusing(f"lr_scheduler_type: {args.lr_scheduler_type} can't be used"):
+            kwargs = f" with lr_scheduler_kwargs {own}" if (own := args.lr_scheduler_kwargs) else ""
+            name = SchedulerType(args.lr_scheduler_type).value
+            with _refusing(f"lr_scheduler_type: {name} can't be used{kwargs}"):
                 get_scheduler(
                     args.lr_scheduler_type,
                     optimizer=torch.optim.SGD([torch.zeros(1)], lr=args.learning_rate),

@@ -11,7 +11,7 @@ from tests.support import make_trainer
 WRONG = {
     "kwargs of no schedule": (
         {"lr_scheduler_type": "cosine", "lr_scheduler_kwargs": {"foo": 1}},
-        "lr_scheduler_type: .*foo",
+        "lr_scheduler_type: cosine can't be used with lr_scheduler_kwargs .*foo",
     ),
     "end above the rate": (
         {"lr_scheduler_type": "polynomial", "lr_scheduler_kwargs": {"lr_end": 1.0}},
