@@ -51,6 +51,10 @@ class CheckpointError(DPOFastError):
     """A checkpoint that can't be resumed from, or can't be written; names its folder."""
 
 
+class DifferentRunError(CheckpointError):
+    """A checkpoint of a run that differs from the one that resumes; a line for each difference."""
+
+
 class NonFiniteError(DPOFastError):
     """A NaN or an infinity in a loss, a gradient or a weight; names the pairs or the tensor."""
 

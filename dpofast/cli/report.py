@@ -9,6 +9,7 @@ import time
 from dpofast.errors import (
     ConfigError,
     DataError,
+    DifferentRunError,
     DPOFastError,
     SeveralOptionsError,
     StoppedBySignal,
@@ -28,7 +29,7 @@ def report(error: DPOFastError) -> int:
     Returns:
         The exit code.
     """
-    has_lines = isinstance(error, DataError | SeveralOptionsError)
+    has_lines = isinstance(error, DataError | DifferentRunError | SeveralOptionsError)
     lines = str(error).splitlines() if has_lines else [str(error)]
     sentence = "\n  ".join(" ".join(line.split()) for line in lines)
     code = report_failure(sentence, error, error.exit_code)

@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 
 from dpofast.cli import main
+from dpofast.cli.report import report
+from dpofast.errors import DifferentRunError
 from tests.cli.runs import error_of, run_arguments
 
 
@@ -58,3 +60,12 @@ def test_a_second_run_with_checkpoints_is_refused(
     expected = (tmp_path / "run" / "model.safetensors").read_bytes()
     assert "holds checkpoint-2 of an earlier run" in error_of(capsys, command)
     assert (tmp_path / "run" / "model.safetensors").read_bytes() == expected
+
+
+def test_differences_between_runs_are_printed_in_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    report(
+        DifferentRunError("'run' differs:\n  beta: 0.1 in the checkpoint, 0.2 now\nSet it back.")
+    )
+    printed = capsys.readouterr().err.splitlines()
+    assert printed[1].strip() == "beta: 0.1 in the checkpoint, 0.2 now"
+    assert len(printed) == 3

@@ -142,7 +142,8 @@ def check_named(folder: str | Path, output_dir: str | Path, verify: bool = True)
     if reason == NO_MANIFEST:
         remedy = "set verify_checkpoint: false to resume from it unchecked, or name another one"
         if saved_step(folder) is None:
-            remedy = "name another one"
+            inside = step_folders(folder)
+            remedy = f"name one in it, such as {str(inside[0])!r}" if inside else "name another one"
     else:
         older = [
             path

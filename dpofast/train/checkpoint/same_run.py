@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from dpofast.errors import CheckpointError
+from dpofast.errors import DifferentRunError
 from dpofast.options.allowed_changes import FIXED, LIMITS, ROUNDING, SCHEDULED, why_fixed
 
 Facts = Mapping[str, Any]
@@ -88,7 +88,7 @@ def compare(
             it is readable.
 
     Raises:
-        CheckpointError: facts differ that may not; names each of them, and what to do.
+        DifferentRunError: facts differ that may not; names each of them, and what to do.
     """
     if "loss_type" in recorded:
         recorded = {**FIRST_OPTIONS, **recorded}
@@ -103,7 +103,7 @@ def compare(
     if convert is not None and not any(change.name == "deepspeed" for change in refused):
         refused += [change for change in harmless if change.name == "ranks"]
     if refused:
-        raise CheckpointError(_refusal(refused, recorded, now, checkpoint, convert))
+        raise DifferentRunError(_refusal(refused, recorded, now, checkpoint, convert))
     unknown = tuple(sorted(name for name in now if name not in recorded))
     return Changes(tuple(allows), tuple(harmless), unknown)
 

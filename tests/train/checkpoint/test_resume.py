@@ -119,6 +119,12 @@ def test_one_line_says_which_were_passed_over(tmp_path, caplog):
     ]
 
 
+def test_the_folder_of_a_run_in_place_of_a_checkpoint_is_refused_with_one_in_it(tmp_path):
+    inside = make_checkpoint(tmp_path, 4)
+    with pytest.raises(CheckpointError, match=f"name one in it, such as '{inside}'"):
+        check_named(tmp_path, tmp_path)
+
+
 def test_a_damaged_checkpoint_that_is_named_is_refused_with_an_older_one(tmp_path):
     older = make_checkpoint(tmp_path, 4)
     folder = make_checkpoint(tmp_path, 6)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from dpofast.errors import CheckpointError
+from dpofast.errors import DifferentRunError
 from dpofast.options.allowed_changes import read_allowed
 from dpofast.train.checkpoint.same_run import compare
 
@@ -36,7 +36,7 @@ def compared(allowed=(), convert=None, **changed):
 
 
 def refused(allowed=(), convert=None, **changed):
-    with pytest.raises(CheckpointError) as caught:
+    with pytest.raises(DifferentRunError) as caught:
         compared(allowed, convert, **changed)
     return str(caught.value)
 
@@ -73,7 +73,7 @@ def test_checkpoints_from_before_there_were_other_options_are_compared_with_what
     now = {**before, **own, "f_divergence_type": "js_divergence", "loss_weights": [3.0]}
     now |= {"ld_alpha": 0.5, "group_by_prompt": True}
     with pytest.raises(
-        CheckpointError,
+        DifferentRunError,
         match=r"f_divergence_type: reverse_kl in the .*\n.*3\.0.*\n  ld_alpha: .*\n"
         r"  group_by_prompt: False in the ",
     ):
@@ -105,7 +105,7 @@ def test_a_longer_run_is_harmless_where_the_schedule_does_not_depend_on_it(
         (change,) = compare(before, now, (), "c", None).harmless
         assert change.name == "num_train_epochs"
     else:
-        with pytest.raises(CheckpointError, match="num_train_epochs"):
+        with pytest.raises(DifferentRunError, match="num_train_epochs"):
             compare(before, now, (), "c", None)
 
 
@@ -113,16 +113,16 @@ def test_a_longer_run_with_a_beta_that_moves_is_refused():
     """The beta of a step depends on the length, whatever the learning rate does."""
     facts = {**FACTS, "lr_scheduler_type": "constant", "beta_schedule": "linear", "max_steps": 4}
     longer = {**facts, "max_steps": 8, "num_steps": 8}
-    with pytest.raises(CheckpointError, match="max_steps: 4 in the checkpoint, 8 now"):
+    with pytest.raises(DifferentRunError, match="max_steps: 4 in the checkpoint, 8 now"):
         compare({**facts, "num_steps": 4}, longer, frozenset(), "c", None)
 
 
 def test_schedules_that_follow_from_the_run_cannot_change():
     before = {**FACTS, "lr_scheduler_type": "reduce_lr_on_plateau"}
-    with pytest.raises(CheckpointError, match="this can't change, as the schedule reduce_lr"):
+    with pytest.raises(DifferentRunError, match="this can't change, as the schedule reduce_lr"):
         compare(before, {**before, "learning_rate": 1.0}, {"learning_rate"}, "c", None)
     before = {**FACTS, "deepspeed_scheduler": {"type": "WarmupLR"}}
-    with pytest.raises(CheckpointError, match="DeepSpeed makes the schedule"):
+    with pytest.raises(DifferentRunError, match="DeepSpeed makes the schedule"):
         compare(before, {**before, "learning_rate": 1.0}, {"learning_rate"}, "c", None)
 
 
