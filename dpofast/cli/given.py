@@ -69,6 +69,9 @@ def read_yaml(path: str | Path) -> dict[str, GivenOption]:
         raise ConfigError(f"{path}: {error}; keep one of them.") from error
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
+        if str(getattr(error, "context", None)).startswith("while scanning"):
+            # A key without a colon or an open quote, which is noticed only after its line.
+            mark = getattr(error, "context_mark", None) or mark
         line = f" at line {mark.line + 1}" if mark else ""
         reason = getattr(error, "problem", None) or "it can't be parsed"
         raise ConfigError(f"{path}: not YAML{line}: {reason}.") from error

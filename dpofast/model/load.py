@@ -57,7 +57,10 @@ def load_policy(name_or_path: str, **options: Any) -> Any:
     except (OSError, ValueError, TypeError, ImportError, RuntimeError, SafetensorError) as error:
         refuse_pickled_on_hub(name_or_path, options, error)
         refuse_other_type(name_or_path, error)
-        raise ModelError(f"The model {name_or_path!r} can't be loaded: {error}") from error
+        hint = ""
+        if isinstance(error, TypeError) and "unexpected keyword" in str(error):
+            hint = "; mend this name in model_init_kwargs or ref_model_init_kwargs."
+        raise ModelError(f"The model {name_or_path!r} can't be loaded: {error}{hint}") from error
     refuse_random_head(model, report["missing_keys"], name_or_path)
     _refuse_other_bits(model, options.get(OPTION), name_or_path)
     _loaded.add(model)
@@ -159,6 +162,8 @@ def _dtype_named(name: str) -> torch.dtype:
 
 
 def _refuse_missing_folder(name_or_path: str) -> None:
+    if Path(name_or_path).is_file():
+        raise ModelError(f"{name_or_path!r} is a file; name the model's folder or its hub name.")
     # transformers takes a folder that doesn't exist for a hub name, and complains about the name.
     looks_local = name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") > 1
     if looks_local and not Path(name_or_path).expanduser().is_dir():

@@ -206,8 +206,13 @@ def test_dropout_goes_whether_a_layer_or_a_number():
 def test_a_missing_folder_or_tokenizer_is_named(tmp_path):
     with pytest.raises(ModelError, match="does not exist"):
         load_policy(str(tmp_path / "nothing"))
+    (tmp_path / "file").touch()
+    with pytest.raises(ModelError, match="file' is a file; name the model's folder"):
+        load_policy(str(tmp_path / "file"))
     tiny_llama().save_pretrained(tmp_path)
     with pytest.raises(ModelError, match="has no tokenizer"):
         load_tokenizer(str(tmp_path))
+    with pytest.raises(ModelError, match=r"atn_implementation'; mend .* model_init_kwargs"):
+        load_policy(str(tmp_path), atn_implementation="sdpa")
     assert load_policy(str(tmp_path)).dtype == torch.float32
     assert load_policy(str(tmp_path), dtype="bfloat16").dtype == torch.bfloat16

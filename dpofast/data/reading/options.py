@@ -77,7 +77,10 @@ def reference_logps(row: Mapping[str, Any]) -> dict[str, float]:
         except (TypeError, ValueError, OverflowError):
             logps[column] = math.nan  # refused below, like every value that isn't finite
         if not math.isfinite(logps[column]):
-            raise RowError(f"{column} is {shown(value)}, expected a finite number")
+            raise RowError(
+                f"{column} is {shown(value)}, expected a finite number; mend it, or remove both "
+                "columns to have the reference scored"
+            )
         if logps[column] > LOGP_ROUNDING:
             raise RowError(f"{column} is {shown(value)}, but a log-prob is never above 0")
     return logps
