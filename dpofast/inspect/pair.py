@@ -14,7 +14,16 @@ from dpofast.data.tokens.left_out import reason_left_out
 from dpofast.data.tokens.tokenize import split_row
 from dpofast.data.tokens.truncate import Cut, LengthLimits
 from dpofast.inspect.ranked import render_ranked
-from dpofast.inspect.tokens import CHOSEN, CUT, MASKED, REJECTED, SHARED, TokenPart, token_table
+from dpofast.inspect.tokens import (
+    CHOSEN,
+    CUT,
+    MASKED,
+    REJECTED,
+    SHARED,
+    TokenPart,
+    shared_beginning,
+    token_table,
+)
 
 
 def render_untokenised_pair(
@@ -117,7 +126,7 @@ def _headline(example: Mapping[str, Any], kind: RowKind, shared: int) -> Text:
     if kind.labelled:
         rest = "desirable" if example[LABEL_COLUMN] else "undesirable"
     else:
-        rest = f"the answers share their first {shared}"
+        rest = shared_beginning(shared)
     return Text(f"{place}: prompt {prompt} tokens, {sizes}; {rest}", style="bold")
 
 

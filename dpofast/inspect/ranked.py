@@ -12,7 +12,16 @@ from dpofast.columns import PAIRS_COLUMN, PLACES_COLUMN, TIES_COLUMN
 from dpofast.data.prefix import common_prefix_length
 from dpofast.data.tokens.left_out import reason_left_out
 from dpofast.data.tokens.truncate import Cut, LengthLimits
-from dpofast.inspect.tokens import CHOSEN, CUT, MASKED, REJECTED, SHARED, TokenPart, token_table
+from dpofast.inspect.tokens import (
+    CHOSEN,
+    CUT,
+    MASKED,
+    REJECTED,
+    SHARED,
+    TokenPart,
+    shared_beginning,
+    token_table,
+)
 
 _BOTH = "yellow"  # the style of an answer that is chosen in one pair and rejected in another
 
@@ -72,7 +81,7 @@ def _headline(
     sizes = ", ".join(str(len(answer)) for answer in answers)
     return Text(
         f"row {row.get('row')} (counted from 0): prompt {len(prompt)} tokens, answers {sizes}; "
-        f"the answers share their first {shared}",
+        f"{shared_beginning(shared)}",
         style="bold",
     )
 

@@ -58,3 +58,10 @@ def _joined(ids: Sequence[int], style: str, tokenizer: Any) -> Text:
         shown = tokenizer.decode([token], skip_special_tokens=False)
         text.append(shown.replace("\r", "␍").replace("\n", "⏎").replace("\t", "⇥"), style=style)
     return text
+
+
+def shared_beginning(count: int) -> str:
+    """How many tokens the answers to a prompt begin with alike, as a clause."""
+    if count == 0:
+        return "the answers begin with different tokens"
+    return f"the answers share their first {'token' if count == 1 else f'{count} tokens'}"

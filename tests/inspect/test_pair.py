@@ -23,10 +23,15 @@ def row_of(prompt, chosen, rejected):
     return load_preferences([{"prompt": prompt, "chosen": chosen, "rejected": rejected}])[0]
 
 
+def test_answers_that_begin_differently_are_said_to():
+    text = printed(render_untokenised_pair(row_of("a", "x", "y"), byte_bpe()))
+    assert "the answers begin with different tokens" in text
+
+
 def test_every_part_is_named_with_its_tokens():
     text = printed(render_untokenised_pair(row_of("a\nb", " xy", " xz"), byte_bpe()))
     assert "row 0 (counted from 0): prompt 3 tokens, chosen 4, rejected 4" in text
-    assert "the answers share their first 2" in text
+    assert "the answers share their first 2 tokens" in text
     lines = [line.rstrip() for line in text.splitlines()]
     assert lines[1:] == [
         "prompt, masked (3)     a|⏎|b",

@@ -18,7 +18,7 @@ def test_each_answer_is_shown_once_with_the_pairs():
     text = printed(render_untokenised_pair(load_preferences([ROW])[0], byte_bpe()))
     assert [line.rstrip() for line in text.splitlines()] == [
         "row 0 (counted from 0): prompt 2 tokens, answers 4, 4, 3, 4; the answers share their "
-        "first 2",
+        "first 2 tokens",
         "pairs, chosen > rejected (5): 1 > 0, 0 > 2, 1 > 2, 1 > 3, 3 > 2",
         "pairs that equal scores leave unmade: 1",
         "left out of training, 1 > 3: identical answers",
