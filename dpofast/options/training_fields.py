@@ -12,6 +12,7 @@ from typing import Any
 
 from torch.utils.checkpoint import checkpoint
 from transformers.trainer_pt_utils import AcceleratorConfig
+from transformers.training_args import trainer_log_levels
 
 from dpofast.errors import ConfigError
 from dpofast.spelling import nearest_name
@@ -19,9 +20,11 @@ from dpofast.spelling import nearest_name
 # Arguments of checkpointing that torch takes without naming them, or that transformers takes out.
 _OTHER_CHECKPOINTING_NAMES = ("preserve_rng_state", "every_n_layers", "offload")
 
+_LARGEST_SEED = 2**32 - 1  # NumPy takes no larger one
+
 
 def check_training_fields(config: Any) -> None:
-    """Check numbers of the optimizer and the loaders, and options that hold others.
+    """Check names, numbers, and options that hold others.
 
     Args:
         config: a DPOConfig, before or after transformers has read it.
@@ -29,6 +32,14 @@ def check_training_fields(config: Any) -> None:
     Raises:
         ConfigError: names the option, and the name or the number that can't be used.
     """
+    if config.output_dir == "":
+        raise ConfigError("output_dir: got '', expected the name of a folder.")
+    if config.seed > _LARGEST_SEED:
+        raise ConfigError(f"seed: got {config.seed}, expected at most {_LARGEST_SEED}.")
+    for name in ("log_level", "log_level_replica"):
+        if (level := getattr(config, name)) not in trainer_log_levels:
+            known = ", ".join(trainer_log_levels)
+            raise ConfigError(f"{name}: got {level!r}, expected one of {known}.")
     for name in ("adam_beta1", "adam_beta2"):
         _check_number(name, getattr(config, name), below=1.0)
     for name in ("adam_epsilon", "weight_decay", "dataloader_num_workers"):

@@ -151,6 +151,8 @@ def test_defaults_are_trls(tmp_path):
         ({"adam_beta1": 1.0}, "adam_beta1: got 1.0, expected a number from 0 to below 1"),
         ({"weight_decay": -0.1}, "weight_decay: got -0.1, expected a number at least 0"),
         ({"dataloader_num_workers": -1}, "dataloader_num_workers: got -1"),
+        ({"log_level": "loud"}, "log_level: got 'loud', expected one of"),
+        ({"seed": 2**32}, "seed: got 4294967296, expected at most 4294967295"),
         ({"optim_args": "fused"}, "optim_args: got 'fused', expected `name=value`"),
         ({"lr_scheduler_kwargs": "min_lr"}, "lr_scheduler_kwargs: got 'min_lr', expected a map"),
         (
