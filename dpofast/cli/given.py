@@ -42,7 +42,9 @@ class _UniqueKeyLoader(yaml.SafeLoader):
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
             line = key_node.start_mark.line + 1
-            if isinstance(key, Hashable) and key in seen:
+            if not isinstance(key, Hashable):
+                continue  # the parent's construct_mapping refuses it
+            if key in seen:
                 raise ConfigError(f"{key!r} is given twice, in lines {seen[key]} and {line}")
             seen[key] = line
         return super().construct_mapping(node, deep)

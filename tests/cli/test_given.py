@@ -32,6 +32,7 @@ def test_yaml_keeps_names_values_and_their_file(tmp_path: Path) -> None:
         ("beta: [1, 2\nseed: 3\n", "not YAML at line"),
         ("seed: 3\nbeta 0.1\n", "not YAML at line 2"),
         ("seed: 3\nbeta: 'a\n", "not YAML at line 2"),
+        ("? [beta]\n: 0.1\n", "not YAML at line 1: found unhashable key"),
         ("- beta\n", "got a list"),
         ("", "got an empty file"),
         ("beta: !!python/object/apply:os.getcwd []\n", "not YAML at line 1"),
