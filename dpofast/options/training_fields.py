@@ -44,7 +44,7 @@ def check_training_fields(config: Any) -> None:
         _check_number(name, getattr(config, name), below=1.0)
     for name in ("adam_epsilon", "weight_decay", "dataloader_num_workers"):
         _check_number(name, getattr(config, name))
-    if config.optim_args is not None:
+    if config.optim_args:
         _check_optim_args(config.optim_args)
     for prefix in ("gradient", "activation"):  # what the first one holds is in both
         name = f"{prefix}_checkpointing_kwargs"
