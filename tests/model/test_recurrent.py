@@ -157,8 +157,8 @@ def test_gradient_checkpointing(family, reentrant):
     compare(model, SHORT, SHARED)
 
 
-@pytest.mark.parametrize("family", families("qwen3_5"))
-def test_an_adapter_on_all_linear_layers(family):
+def with_adapter(family):
+    """A model in float64 with an adapter on all linear layers, which changes its outputs."""
     peft = pytest.importorskip("peft", reason="needs the extra `peft`")
     model = tiny_model(family)
     # PEFT refuses this one for these, whose kernel for a whole layer takes its weight alone
@@ -169,8 +169,26 @@ def test_an_adapter_on_all_linear_layers(family):
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 parameter.normal_(0.0, 0.3)
+    return model
+
+
+@pytest.mark.parametrize("family", families("qwen3_5"))
+def test_an_adapter_on_all_linear_layers(family):
+    model = with_adapter(family)
     assert why_not_packed(model) is None
     compare(model, SHORT, SHARED)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("layout", "reentrant"), [("shared", True), ("shared", False), ("unshared", False)]
+)
+@pytest.mark.parametrize("family", RECURRENT_FAMILIES)
+def test_several_answers_with_an_adapter_and_checkpointing(family, layout, reentrant):
+    model = with_adapter(family)
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    model.enable_input_require_grads()
+    compare_groups(model, Layout(layout))
 
 
 @pytest.mark.slow
