@@ -32,7 +32,7 @@ from dpofast.options.loss_fields import LossFields, settle_loss_fields, unused_l
 from dpofast.options.metric_fields import settle_metrics
 from dpofast.options.named_loss import LOSS_NAMES, is_unpaired
 from dpofast.options.save_signals import settle_save_signals
-from dpofast.options.training_fields import check_training_fields
+from dpofast.options.training_fields import check_precision, check_training_fields
 from dpofast.options.unsupported import check_unsupported, unused_options
 from dpofast.reference.store.location import default_folder
 from dpofast.reference.store.row_detail import DETAILS, RowDetail
@@ -216,6 +216,7 @@ class DPOConfig(LossFields):
             self.bf16 = not self.fp16 and (self.use_cpu or is_torch_bf16_gpu_available())
         remarks = self._settle()
         self._post_init_with_deepspeed()
+        check_precision(self)
         if self.n_gpu > 1:
             raise ConfigError(
                 f"{self.n_gpu} GPUs are visible to one process; launch with torchrun "

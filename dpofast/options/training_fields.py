@@ -54,6 +54,21 @@ def check_training_fields(config: Any) -> None:
     _check_accelerator_config(config.accelerator_config)
 
 
+def check_precision(config: Any) -> None:
+    """Refuse fp16 where accelerate would pass over it.
+
+    Args:
+        config: a DPOConfig whose device transformers has chosen.
+
+    Raises:
+        ConfigError: the device is a CPU, and DeepSpeed isn't used.
+    """
+    if config.fp16 and config.deepspeed is None and config.device.type == "cpu":
+        raise ConfigError(
+            "fp16: a CPU would compute in float32 all the same; leave it out, or set bf16: true."
+        )
+
+
 def _check_number(name: str, value: Any, below: float = math.inf) -> None:
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     if not (is_number and 0.0 <= value < below):

@@ -148,6 +148,7 @@ def test_defaults_are_trls(tmp_path):
         ({"torch_compile_mode": "max-autotune"}, "torch_compile_mode isn't supported"),
         ({"fsdp": "full_shard"}, "zero2 or zero3"),
         ({"deepspeed": "zero_3"}, "did you mean 'zero3'"),
+        ({"fp16": True}, "fp16: a CPU would compute in float32 all the same"),
         ({"adam_beta1": 1.0}, "adam_beta1: got 1.0, expected a number from 0 to below 1"),
         ({"weight_decay": -0.1}, "weight_decay: got -0.1, expected a number at least 0"),
         ({"dataloader_num_workers": -1}, "dataloader_num_workers: got -1"),
