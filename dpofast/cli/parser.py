@@ -86,9 +86,24 @@ def split_arguments(arguments: list[str]) -> tuple[list[str], list[str]]:
     # The parser answers --help wherever it is in the command line.
     if not takes_overrides or {"-h", "--help"} & set(arguments):
         return arguments, []
-    options = (index for index, text in enumerate(arguments) if text.startswith("--"))
-    first = next(options, len(arguments))
-    return arguments[:first], arguments[first:]
+    words = 1 if is_configured else 2
+    command, rest = arguments[:words], _file_first(arguments[words:])
+    options = (index for index, text in enumerate(rest) if text.startswith("--"))
+    first = next(options, len(rest))
+    return [*command, *rest[:first]], rest[first:]
+
+
+def _file_first(arguments: list[str]) -> list[str]:
+    """Put the YAML file first where it is given as TRL's commands take it: `--config FILE`."""
+    for index, text in enumerate(arguments):
+        name, equals, file = text.partition("=")
+        if name != "--config":
+            continue
+        end = index + (1 if equals else 2)
+        [file, *_] = [file] if equals else [*arguments[index + 1 : end], ""]
+        if file and not file.startswith("--"):
+            return [file, *arguments[:index], *arguments[end:]]
+    return arguments
 
 
 def _add_reference(commands: argparse._SubParsersAction[Parser]) -> None:
