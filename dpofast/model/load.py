@@ -10,7 +10,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from dpofast.errors import ConfigError, ModelError
+from dpofast.errors import ConfigError, ModelError, one_line
 from dpofast.model.kind import refuse_other_type, refuse_random_head, refuse_stored_kind
 from dpofast.model.pickled_weights import refuse_pickled_on_hub, refuse_pickled_weights
 from dpofast.options.quantisation import OPTION, bitsandbytes_config, quantisation_options
@@ -130,8 +130,12 @@ def load_tokenizer(
             name_or_path, trust_remote_code=trust_remote_code, revision=revision or "main"
         )
     except (OSError, ValueError, KeyError) as error:
+        reason = one_line(error)
+        if "tokenizer" not in reason.lower():
+            # Such as a name that isn't on the hub, or a config that is damaged.
+            remedy = "mend this, or name another model"
         raise ModelError(
-            f"No tokenizer can be loaded from {name_or_path!r} ({error}): {remedy}."
+            f"No tokenizer can be loaded from {name_or_path!r} ({reason}): {remedy}."
         ) from error
 
 
@@ -162,6 +166,8 @@ def _dtype_named(name: str) -> torch.dtype:
 
 
 def _refuse_missing_folder(name_or_path: str) -> None:
+    if not name_or_path:
+        raise ModelError("The model's name is empty; name its folder or its hub name.")
     if Path(name_or_path).is_file():
         raise ModelError(f"{name_or_path!r} is a file; name the model's folder or its hub name.")
     # transformers takes a folder that doesn't exist for a hub name, and complains about the name.

@@ -209,9 +209,17 @@ def test_a_missing_folder_or_tokenizer_is_named(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(ModelError, match="file' is a file; name the model's folder"):
         load_policy(str(tmp_path / "file"))
+    with pytest.raises(ModelError, match="name is empty"):
+        load_tokenizer("")
     tiny_llama().save_pretrained(tmp_path)
     with pytest.raises(ModelError, match="has no tokenizer"):
         load_tokenizer(str(tmp_path))
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "tokenizer.json").touch()
+    (broken / "config.json").write_text('{"model_type": "lla')
+    with pytest.raises(ModelError, match=r"not a valid JSON file\.\): mend this, or name another"):
+        load_tokenizer(str(broken))
     with pytest.raises(ModelError, match=r"atn_implementation'; mend .* model_init_kwargs"):
         load_policy(str(tmp_path), atn_implementation="sdpa")
     assert load_policy(str(tmp_path)).dtype == torch.float32
