@@ -187,7 +187,7 @@ def test_what_cannot_be_raced_is_refused(arguments, message, capsys):
 
 @pytest.mark.slow
 @pytest.mark.peer
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.torture)])
 def test_a_dry_run_with_everyone(device, tmp_path):
     file = tmp_path / "train.json"
     given = ["--device", device, "--answers", "4", "--dry-run", "--json", str(file)]
