@@ -58,7 +58,7 @@ def main(arguments: list[str] | None = None) -> int:
     if steps:
         print_steps(options.shape, steps, measured)
     if options.json:
-        write_json(options.json, report(options, assumed, cases, moved, steps, measured))
+        write_json(options.json, report(options, assumed, cases, capped, moved, steps, measured))
     return 0
 
 
@@ -76,6 +76,7 @@ def report(
     options: argparse.Namespace,
     assumed: Assumptions,
     cases: list[HeadCase],
+    capped: dict[str, dict[str, float]],
     moved: dict[str, Any],
     steps: list[StepCase],
     measured: Measured,
@@ -96,7 +97,7 @@ def report(
         "sensitivity": moved,
         "assumptions": vars(assumed),
         "heads": found,
-        "capped_over_floor": capped_over_floor(heads_of(options), CAPPED_TOKENS, assumed),
+        "capped_over_floor": capped,
         "steps": {options.shape: [each.as_dict() for each in steps]} if steps else {},
         "stamps": stamps("benchmarks.model"),
     }

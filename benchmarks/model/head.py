@@ -61,7 +61,7 @@ class Design:
             in fp32, which PyTorch multiplies and two row kernels read.
         is_cast_quick: whether our own kernel casts the gradients, not PyTorch's multiplication.
         plan: function from the lengths of the answers and a head's size to the chunks.
-        has_cap: whether the logits have a soft cap. The product's tiles are smaller then.
+        tile: rows and columns of the product's tiles; without an epilogue there are none.
         is_one_pass: whether one row kernel works on logits in fp32, not two.
     """
 
@@ -69,7 +69,7 @@ class Design:
     epilogue: str | None
     is_cast_quick: bool
     plan: Callable[[Sequence[int], Size], Plan]
-    has_cap: bool = False
+    tile: tuple[int, int] = TILE
     is_one_pass: bool = False
 
 
@@ -87,8 +87,8 @@ TODAY = Design("today", "lean_epilogue", True, _today)
 DESIGNS = (TODAY, FORMER_B, FORMER_A)
 # Both ways of a head with a soft cap, as they are today.
 CAPPED = (
-    Design("triton_fused", "capped_epilogue", True, _today, has_cap=True),
-    Design("triton", None, True, _today, has_cap=True, is_one_pass=True),
+    Design("triton_fused", "capped_epilogue", True, _today, tile=WIDE_TILE),
+    Design("triton", None, True, _today, is_one_pass=True),
 )
 
 
@@ -169,11 +169,11 @@ def cublas_logits_time(rows: int, size: Size, result_bytes: int, assumed: Assump
 
 
 def tiles_time(
-    rows: int, size: Size, epilogue: str, assumed: Assumptions, has_cap: bool = False
+    rows: int, size: Size, epilogue: str, tile: tuple[int, int], assumed: Assumptions
 ) -> float:
     """Seconds of `score_tiles`: main loop and epilogue of a tile follow one another."""
-    tile_rows, tile_columns = WIDE_TILE if has_cap else TILE
-    share = assumed.triton_main_loop * (assumed.wide_main_loop if has_cap else 1.0)
+    tile_rows, tile_columns = tile
+    share = assumed.triton_main_loop * (1.0 if tile == TILE else assumed.wide_main_loop)
     tiles = math.ceil(rows / tile_rows) * math.ceil(size.vocab / tile_columns)
     main = tile_rows * tile_columns * size.hidden / assumed.products_per_cycle
     instructions = WARPS_PER_SCHEDULER * getattr(assumed, epilogue)
@@ -218,7 +218,7 @@ def weight_grad_time(
 def _logits_time(design: Design, rows: int, size: Size, assumed: Assumptions) -> float:
     if design.epilogue is None:
         return cublas_logits_time(rows, size, FP32, assumed)
-    return tiles_time(rows, size, design.epilogue, assumed, design.has_cap)
+    return tiles_time(rows, size, design.epilogue, design.tile, assumed)
 
 
 def _rows_time(design: Design, rows: int, size: Size, assumed: Assumptions) -> float:

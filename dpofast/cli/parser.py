@@ -100,7 +100,8 @@ def _file_first(arguments: list[str]) -> list[str]:
         if name != "--config":
             continue
         end = index + (1 if equals else 2)
-        [file, *_] = [file] if equals else [*arguments[index + 1 : end], ""]
+        if not equals:
+            file = "".join(arguments[index + 1 : end])  # empty if nothing follows
         if file and not file.startswith("--"):
             return [file, *arguments[:index], *arguments[end:]]
     return arguments
