@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from dpofast.errors import ModelError
 
@@ -51,6 +52,23 @@ def body_of(model: Any) -> nn.Module:
     if body is model or model.get_output_embeddings() is None:
         raise ModelError(f"{type(model).__name__} has no body and head to be called apart.")
     return body
+
+
+def num_layers(model: Any) -> int:
+    """Number of decoder layers of a causal LM or PeftModel.
+
+    Where the config has no such number, as BLT's, it is that of the layers that transformers can
+    checkpoint, and 1 if there are none.
+    """
+    lm = causal_lm(model)
+    count = getattr(lm.config.get_text_config(), "num_hidden_layers", None)
+    return int(count) if count is not None else len(checkpointable_layers(lm)) or 1
+
+
+def checkpointable_layers(model: Any) -> list[Any]:
+    """The layers that transformers can checkpoint one by one, in their order."""
+    body = body_of(causal_lm(model))  # without the layers of a tower for pictures
+    return [each for each in body.modules() if isinstance(each, GradientCheckpointingLayer)]
 
 
 def num_attention_layers(model: Any) -> int:

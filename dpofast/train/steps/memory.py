@@ -14,7 +14,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from dpofast.data.packing.collate import Layout
 from dpofast.model.forward import evaluating, micro_batch, run_body
-from dpofast.model.parts import body_of, causal_lm, num_bytes, numel
+from dpofast.model.parts import body_of, causal_lm, num_bytes, num_layers, numel, shape
 from dpofast.model.recurrent import recurrent_family
 from dpofast.options.checkpointing import EVERY, checkpointing_options
 from dpofast.options.config import DPOConfig
@@ -228,15 +228,15 @@ def body_bytes(model: nn.Module, layout: Layout, autocast: Callable[[], Any]) ->
     even if layers are checkpointed.
     """
     lm = causal_lm(model)
-    text = lm.config.get_text_config()
+    hidden_size = shape(lm.get_output_embeddings().weight)[1]
     probe = SHORT_PARTS if recurrent_family(lm) is None else LONG_PARTS
     small, large = (_kept_by_body(lm, layout, probe, count, autocast) for count in probe.num_pairs)
     tokens = large.tokens - small.tokens
     slope = (large.kept - small.kept) / tokens
     layers = [(more - less) / tokens for more, less in zip(large.layers, small.layers, strict=True)]
-    layers = layers or [slope / text.num_hidden_layers] * text.num_hidden_layers
+    layers = layers or [slope / num_layers(lm)] * num_layers(lm)
     # Every token counts as scored: its hidden state is gathered, and has a gradient in fp32.
-    scored = large.state + text.hidden_size * torch.float32.itemsize
+    scored = large.state + hidden_size * torch.float32.itemsize
     fixed = max(small.kept - slope * small.tokens, 0.0)
     return BodyBytes(layers, large.state, slope - sum(layers) + scored, fixed)
 

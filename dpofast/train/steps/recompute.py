@@ -7,9 +7,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.modeling_layers import GradientCheckpointingLayer
 
-from dpofast.model.parts import body_of, causal_lm
+from dpofast.model.parts import causal_lm, checkpointable_layers, num_layers
 from dpofast.options.checkpointing import checkpointing_options, chooses_layers
 from dpofast.options.config import DPOConfig
 from dpofast.train.data.stream import RunStream
@@ -161,15 +160,9 @@ def _longest(train_set: TrainingSet | None, layout: Any, config: DPOConfig) -> i
     return max(train_set.token_limit.lengths)
 
 
-def num_layers(model: nn.Module) -> int:
-    """The decoder layers of a causal LM or PeftModel."""
-    return int(causal_lm(model).config.get_text_config().num_hidden_layers)
-
-
 def single_layers(model: nn.Module) -> list[Any]:
     """The decoder layers in their order, if transformers can checkpoint them one by one."""
-    body = body_of(causal_lm(model))  # without the layers of a tower for pictures
-    found = [each for each in body.modules() if isinstance(each, GradientCheckpointingLayer)]
+    found = checkpointable_layers(model)
     return found if len(found) == num_layers(model) else []
 
 

@@ -12,7 +12,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from dpofast import DPOConfig
 from dpofast.data.packing.collate import Layout
 from dpofast.errors import ConfigError
-from dpofast.model.parts import body_of
+from dpofast.model.parts import body_of, num_layers
 from dpofast.train.checkpoint.run_state import load_run_state
 from dpofast.train.steps import memory, recompute
 from dpofast.train.steps.memory import (
@@ -23,7 +23,7 @@ from dpofast.train.steps.memory import (
     tokens_that_fit,
 )
 from dpofast.train.steps.recompute import checkpoint_layers, layers_to_checkpoint, wanted_tokens
-from tests.families import tiny_model
+from tests.families import FAMILIES, tiny_model
 from tests.support import history, make_trainer, tiny_llama, token_pairs, train
 
 LAYERS = 6
@@ -248,3 +248,16 @@ def test_ranks_agree_on_the_most_that_any_needs(
     monkeypatch.setattr(made.accelerator, "gather", lambda own: torch.cat([own, own - 4]))
     made.recomputation.settle(2048)
     assert made.recomputation.layers == LAYERS
+
+
+@pytest.mark.parametrize(
+    "family",
+    ["blt", *(pytest.param(each, marks=pytest.mark.slow) for each in FAMILIES if each != "blt")],
+)
+def test_every_family_has_a_number_of_layers_and_their_bytes(family):
+    """BLT's config has neither a number of layers nor a hidden size."""
+    model = tiny_model(family)
+    body = body_bytes(model, Layout("padded", 0), contextlib.nullcontext)
+    # LongCat's config counts each of its layers twice, as it attends twice.
+    assert body.num_layers == num_layers(model) // (2 if family == "longcat_flash" else 1) >= 1
+    assert body.of_row(0).per_token > 0
